@@ -1,0 +1,44 @@
+"""Token amounts as people write them (`2.3B`, `100M`, `2.3e9`) and as they read them."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_AMOUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([KMBGTkmbgt]?)\s*$")
+
+
+def parse_amount(value: Any) -> int:
+    """An amount as a whole number of units.
+
+    Takes 2300000000, 2.3e9, '2.3B', '2_300M'. Raises ValueError for anything else, for a
+    negative amount and for one that is no whole number of units.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
+    match = _AMOUNT.match(str(value))
+    if match is None:
+        raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
+    try:
+        exact = Decimal(match[1].replace("_", "")) * SUFFIXES[match[2].upper()]
+    except InvalidOperation as error:  # pragma: no cover - the pattern admits no such text
+        raise ValueError(f"{value!r} is not an amount") from error
+    if exact != exact.to_integral_value():
+        raise ValueError(f"{value!r} is {exact} units, and an amount is a whole number of them")
+    return int(exact)
+
+
+def format_amount(units: float) -> str:
+    """Four significant digits and a suffix: 2300000000 -> '2.3B'."""
+    for suffix in ("T", "B", "M", "K"):
+        if abs(units) >= SUFFIXES[suffix]:
+            return f"{units / SUFFIXES[suffix]:.4g}{suffix}"
+    return f"{units:.4g}"
+
+
+Tokens = Annotated[int, BeforeValidator(parse_amount)]
+"""A number of tokens; in a recipe or on the command line `2.3B` is as good as 2300000000."""

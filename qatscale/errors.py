@@ -1,0 +1,39 @@
+"""What a user reads when an input is wrong, and the exit codes a script can branch on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+"""An unexpected failure: a bug, a dead device, a full disk."""
+EXIT_BAD_INPUT = 2
+"""The input is wrong; nothing was started."""
+EXIT_REQUEUE = 75
+"""Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
+
+
+class UserError(ValueError):
+    """A wrong input, told so that the next try can be right.
+
+    The message reads ``key = value: what is allowed. What to do.``
+    """
+
+    def __init__(self, key: str, value: object, allowed: str, do: str = "") -> None:
+        self.key, self.value, self.allowed, self.do = key, value, allowed, do
+        shown = f"{key} = {value!r}" if value is not None else key
+        super().__init__(f"{shown}: {allowed}" + (f" {do}" if do else ""))
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None where nothing is near."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """``Did you mean 'x'?`` or the whole list, whichever helps more."""
+    known = sorted(names)
+    close = nearest(name, known)
+    return f"Did you mean {close!r}?" if close else f"Known: {', '.join(known)}."
