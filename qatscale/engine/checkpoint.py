@@ -1,0 +1,151 @@
+"""Save the masters and Adam states of a running engine, and put them back under the same or another layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qatscale.engine.checkpoint_files import (
+    CheckpointReader,
+    Manifest,
+    ParameterRecord,
+    commit,
+    verify_files,
+    write_shard,
+    writing_folder,
+)
+from qatscale.engine.fragments import MOMENTS, ZeroMasters
+from qatscale.engine.runtime import Runtime
+from qatscale.errors import UserError
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    masters: ZeroMasters,
+    runtime: Runtime,
+    *,
+    step: int,
+    tokens: int,
+    reason: str,
+    kept: bool,
+    recipe_hash: str,
+    plugin: dict[str, Any],
+) -> Path:
+    """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
+
+    A failure of any process (a full disk, say) is raised on all of them and leaves the former checkpoints as they were.
+    """
+    writing = writing_folder(checkpoints, step)
+    if runtime.is_main:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+
+    outcome: dict[str, Any]
+    try:
+        slices: dict[str, Tensor] = {}
+        for partition, fragments in masters.by_partition().items():
+            state = masters.adam_state(partition)
+            for fragment in fragments:
+                sources = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
+                for kind, flat in sources.items():
+                    slices[f"{kind}/{fragment.name}/{fragment.start}"] = fragment.of(flat)
+        outcome = {
+            "file": write_shard(writing, runtime.rank, runtime.ranks, slices),
+            "adam_steps": {f.name: masters.steps_taken(f.partition) for f in masters.fragments},
+        }
+    except OSError as error:
+        outcome = {"error": f"process {runtime.rank}: {error}"}
+
+    outcomes: list[Any] = [None] * runtime.ranks
+    dist.all_gather_object(outcomes, outcome)
+    errors = [o["error"] for o in outcomes if "error" in o]
+    if not errors and runtime.is_main:
+        adam_steps = {name: steps for o in outcomes for name, steps in o["adam_steps"].items()}
+        manifest = Manifest(
+            step=step,
+            tokens=tokens,
+            reason=reason,
+            kept=kept,
+            recipe_hash=recipe_hash,
+            plugin=plugin,
+            parameters={
+                name: ParameterRecord(list(shape), adam_steps[name]) for name, shape in masters.shapes.items()
+            },
+            layout={"processes": runtime.ranks, "zero_stage": masters.stage},
+            files={o["file"].pop("name"): o["file"] for o in outcomes},
+        )
+        try:
+            commit(checkpoints, manifest)
+        except OSError as error:
+            errors = [f"process 0: {error}"]
+    agreed: list[Any] = [errors]
+    dist.broadcast_object_list(agreed, src=0)
+    if agreed[0]:
+        if runtime.is_main:
+            shutil.rmtree(writing, ignore_errors=True)
+        raise OSError(f"the checkpoint of step {step} was not written: {'; '.join(agreed[0])}")
+    return checkpoints / f"step-{step:08d}"
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, masters: ZeroMasters, runtime: Runtime, *, fresh: frozenset[str] = frozenset()) -> Manifest:
+    """Put a checkpoint's masters and Adam states into a fresh engine. Collective.
+
+    `fresh` names parameters that keep their initial value where the checkpoint's do not fit (scales of a branch that
+    are not yet in use). Raises UserError for a damaged checkpoint and for one of another model.
+    """
+    reader = CheckpointReader(folder)
+    _raise_everywhere(lambda: verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
+    saved = reader.manifest.parameters
+    _check_same_model(folder, masters, saved, fresh)
+    for partition, fragments in masters.by_partition().items():
+        state = masters.adam_state(partition)
+        steps = {saved[f.name].adam_steps for f in fragments if f.name not in fresh}
+        if not steps:
+            continue
+        assert len(steps) == 1, f"one optimizer group, several Adam step counts: {steps}"
+        state["step"].fill_(steps.pop())
+        for fragment in fragments:
+            if fragment.name in fresh:
+                continue
+            targets = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
+            for kind, flat in targets.items():
+                fragment.of(flat).copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+    masters.refresh_working_copies()
+    return reader.manifest
+
+
+def _check_same_model(
+    folder: Path, masters: ZeroMasters, saved: dict[str, ParameterRecord], fresh: frozenset[str]
+) -> None:
+    expected = {name: list(shape) for name, shape in masters.shapes.items() if name not in fresh}
+    missing = sorted(expected.keys() - saved.keys())
+    if missing:
+        raise UserError("checkpoint", str(folder), f"it lacks {len(missing)} parameters of this model: {missing[:3]}.")
+    surplus = sorted(saved.keys() - expected.keys() - fresh)
+    if surplus:
+        raise UserError("checkpoint", str(folder), f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}.")
+    for name, shape in expected.items():
+        if saved[name].shape != shape:
+            there = f"{name} has shape {saved[name].shape} there and {shape} in this model."
+            raise UserError("checkpoint", str(folder), there)
+
+
+def _raise_everywhere(check: Any, runtime: Runtime) -> None:
+    """Run a check on this process; if it fails on any, raise on all, so that none is left waiting."""
+    found: UserError | None = None
+    try:
+        check()
+    except UserError as error:
+        found = error
+    everyone: list[Any] = [None] * runtime.ranks
+    dist.all_gather_object(everyone, (found.key, found.value, found.allowed, found.do) if found else None)
+    first = next((e for e in everyone if e), None)
+    if first:
+        raise UserError(*first)

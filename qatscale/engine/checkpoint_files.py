@@ -1,0 +1,231 @@
+"""A checkpoint on disk, free of the layout it was saved under.
+
+    checkpoints/step-00000120/
+        shard-00000-of-00002.safetensors    one per process: the slices it held
+        shard-00001-of-00002.safetensors
+        manifest.json                       written last: step, shapes, Adam's step counts, checksums, plugin state
+
+A slice is named `kind/parameter/start` (kind: weight, exp_avg, exp_avg_sq) and holds fp32 elements
+[start, start + n) of the flattened parameter, so that any other division of the same parameters can be
+assembled from it. safetensors holds numbers alone: loading runs no code from the file.
+
+A checkpoint is written into a hidden folder and renamed when it is whole; what can be seen is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qatscale.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"^step-(\d{8})$")
+
+
+@dataclass(frozen=True)
+class ParameterRecord:
+    shape: list[int]
+    adam_steps: int
+    """Adam's own count for this parameter: bias correction depends on it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    reason: str
+    """interval, boundary, keep_at, signal or end."""
+    kept: bool
+    """Stays when interval checkpoints rotate."""
+    recipe_hash: str
+    plugin: dict[str, Any]
+    parameters: dict[str, ParameterRecord]
+    layout: dict[str, int]
+    """The layout it was saved under, for information: processes, zero_stage."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """File name -> {"bytes", "sha256"}."""
+    format: int = FORMAT
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+        raw["parameters"] = {name: ParameterRecord(**record) for name, record in raw["parameters"].items()}
+        manifest = Manifest(**raw)
+    except FileNotFoundError:
+        raise UserError("checkpoint", str(folder), "no checkpoint: it has no manifest.json.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("checkpoint", str(folder), f"its manifest cannot be read ({error}).", _other(folder)) from error
+    if manifest.format != FORMAT:
+        raise UserError("checkpoint", str(folder), f"format {manifest.format}; this version reads format {FORMAT}.")
+    return manifest
+
+
+def _other(folder: Path) -> str:
+    """What to use instead of a damaged checkpoint."""
+    others = [p.name for p in list_checkpoints(folder.parent) if p.name != folder.name]
+    return f"The one before it: {others[-1]}." if others else "There is no other checkpoint beside it."
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
+    """Raise UserError if a shard is missing, truncated or altered. Checks every `shares`-th file, from `share`."""
+    for name, expected in sorted(manifest.files.items())[share::shares]:
+        path = folder / name
+        if not path.is_file():
+            raise UserError("checkpoint", str(folder), f"{name} is missing.", _other(folder))
+        if path.stat().st_size != expected["bytes"]:
+            size = f"{path.stat().st_size} bytes instead of {expected['bytes']}"
+            raise UserError("checkpoint", str(folder), f"{name} has {size}.", _other(folder))
+        if sha256_of(path) != expected["sha256"]:
+            raise UserError("checkpoint", str(folder), f"{name} was altered: checksum differs.", _other(folder))
+
+
+# --- writing ---
+
+
+def writing_folder(checkpoints: Path, step: int) -> Path:
+    """Where a checkpoint grows until it is whole."""
+    return checkpoints / f".writing-step-{step:08d}"
+
+
+def write_shard(folder: Path, rank: int, ranks: int, slices: dict[str, Tensor]) -> dict[str, Any]:
+    """Write one process's slices and return {"name", "bytes", "sha256"}."""
+    path = folder / f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
+    save_file({name: value.detach().cpu().contiguous() for name, value in slices.items()}, path)
+    _sync(path)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def commit(checkpoints: Path, manifest: Manifest) -> Path:
+    """Make the written shards a checkpoint: manifest, then one rename. A checkpoint of the same step is replaced."""
+    writing, final = writing_folder(checkpoints, manifest.step), step_folder(checkpoints, manifest.step)
+    path = writing / MANIFEST
+    path.write_text(json.dumps(asdict(manifest), indent=1))
+    _sync(path)
+    _sync(writing)
+    old = checkpoints / f".old-{final.name}"
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    writing.rename(final)
+    _sync(checkpoints)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def rotate(checkpoints: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` of the checkpoints that are not kept for good; return what was removed."""
+    passing = [p for p in list_checkpoints(checkpoints) if not read_manifest(p).kept]
+    removed = passing[:-keep] if keep else passing
+    for path in removed:
+        hidden = path.with_name(f".old-{path.name}")  # half-deleted must not look whole
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    return removed
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- reading ---
+
+
+class CheckpointReader:
+    """Any slice of any parameter of a checkpoint, assembled from the slices it was saved in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._files: dict[str, Any] = {}
+        self._slices: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        for name in sorted(self.manifest.files):
+            try:
+                self._files[name] = file = safe_open(folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError("checkpoint", str(folder), f"{name} cannot be read ({error}).", _other(folder)) from error
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                kind, parameter, start = key.split("/")
+                numel = file.get_slice(key).get_shape()[0]
+                self._slices.setdefault((kind, parameter), []).append((int(start), numel, name))
+
+    def read(self, kind: str, parameter: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened parameter, fp32."""
+        out = torch.empty(numel, dtype=torch.float32)
+        filled = 0
+        for first, count, name in self._slices.get((kind, parameter), []):
+            low, high = max(start, first), min(start + numel, first + count)
+            if low < high:
+                part = self._files[name].get_slice(f"{kind}/{parameter}/{first}")[low - first : high - first]
+                out[low - start : high - start] = part
+                filled += high - low
+        if filled != numel:
+            missing = f"{kind} of {parameter}: {filled} of {numel} elements are there."
+            raise UserError("checkpoint", str(self.folder), missing, _other(self.folder))
+        return out
+
+    def parameter(self, name: str, kind: str = "weight") -> Tensor:
+        """A whole parameter, fp32."""
+        shape = torch.Size(self.manifest.parameters[name].shape)
+        return self.read(kind, name, 0, shape.numel()).view(shape)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters, fp32: a state dict."""
+        return {name: self.parameter(name) for name in self.manifest.parameters}
+
+
+def find_checkpoint(what: str | Path) -> Path:
+    """A checkpoint from how people name one: its folder, a run folder (its newest), or `RUN@STEP`.
+
+    Raises UserError where there is none, with those there are.
+    """
+    text, _, at = str(what).partition("@")
+    path = Path(text)
+    if _STEP.match(path.name) or (path / MANIFEST).is_file():
+        if not (path / MANIFEST).is_file():
+            raise UserError("checkpoint", str(path), "no complete checkpoint here.", _other(path))
+        return path
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError("checkpoint", str(what), "no run folder with a complete checkpoint, and no checkpoint folder.")
+    if not at:
+        return found[-1]
+    steps = {int(p.name.removeprefix("step-")): p for p in found}
+    if not at.isdigit() or int(at) not in steps:
+        raise UserError("checkpoint", str(what), f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}.")
+    return steps[int(at)]

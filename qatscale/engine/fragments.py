@@ -1,0 +1,155 @@
+"""Which slice of which parameter's fp32 master and Adam state this process holds under ZeRO, and how to read and write it.
+
+ZeRO flattens parameters into fp32 partitions, one tensor per optimizer group and process. Everything that must see
+through this (the QAT switch, checkpoints) goes through `ZeroMasters`; nothing else of ours touches DeepSpeed's insides.
+DeepSpeed's own `safe_*` functions are not enough: they fail on the last rank under ZeRO-3 where a size does not divide,
+reach the optimizer state of the first group only under ZeRO-1/2, and never Adam's step count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of a flattened parameter, at [offset, offset + numel) of an fp32 partition."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    numel: int
+    partition: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This fragment's view of the partition or of a tensor laid out like it."""
+        return flat.narrow(0, self.offset, self.numel)
+
+
+class ZeroMasters:
+    """The fp32 masters and Adam states behind a DeepSpeed engine (ZeRO 1, 2 or 3)."""
+
+    def __init__(self, engine: Any) -> None:
+        self.zero = engine.optimizer
+        self.adam: torch.optim.Optimizer = self.zero.optimizer
+        self.stage: int = engine.zero_optimization_stage()
+        assert self.stage in (1, 2, 3), f"ZeRO-{self.stage} keeps no fp32 partitions"
+        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+        self.names: dict[int, str] = {id(p): name for name, p in named}
+        self.shapes: dict[str, torch.Size] = {
+            name: torch.Size(p.ds_shape) if self.stage == 3 else p.shape for name, p in named
+        }
+        self.fragments: list[Fragment] = []
+        for name, parameter in named:
+            fragment = self._stage3_fragment(name, parameter) if self.stage == 3 else self._fragment(name, parameter)
+            if fragment is not None:
+                self.fragments.append(fragment)
+
+    def _partitions(self) -> list[Tensor]:
+        if self.stage == 3:
+            return self.zero.fp32_partitioned_groups_flat
+        if hasattr(self.zero, "fp32_groups_flat_partition"):  # bf16 with fp32 gradient accumulation under ZeRO-1
+            return self.zero.fp32_groups_flat_partition
+        return self.zero.single_partition_of_fp32_groups
+
+    def _fragment(self, name: str, parameter: Any) -> Fragment | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:  # wholly on other processes
+            return None
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        partition = self._partitions()[mapping.param_group_index]
+        return Fragment(name, parameter, here.start, here.numel, partition, there.start)
+
+    def _stage3_fragment(self, name: str, parameter: Any) -> Fragment | None:
+        group, offset, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = share * self.zero._get_param_partition_rank(parameter)
+        numel = min(share, parameter.ds_numel - start)  # the last process holds padding
+        return Fragment(name, parameter, start, numel, self._partitions()[group], offset) if numel > 0 else None
+
+    def adam_state(self, partition: Tensor) -> dict[str, Tensor]:
+        """Adam's state of a partition, made as Adam itself makes it where no step was taken yet."""
+        state = self.adam.state[partition]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(partition)
+        return state
+
+    def steps_taken(self, partition: Tensor) -> int:
+        """Adam's step count of a partition; 0 before the first step."""
+        state = self.adam.state.get(partition)
+        return int(state["step"]) if state else 0
+
+    # --- the three verbs of quant.plugin.Masters ---
+
+    @torch.no_grad()
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        """The whole fp32 master, on every process. Collective."""
+        name = self.names[id(parameter)]
+        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self._partitions()[0].device)
+        for fragment in self.fragments:
+            if fragment.name == name:
+                whole.narrow(0, fragment.start, fragment.numel).copy_(fragment.of(fragment.partition))
+        device = self.zero.device if hasattr(self.zero, "device") else whole.device
+        whole = whole.to(device)
+        # Every element is held by exactly one process of the data-parallel group: a sum with zeros is exact.
+        torch.distributed.all_reduce(whole, group=self.zero.dp_process_group)
+        return whole.view(self.shapes[name])
+
+    @torch.no_grad()
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the master and the working copy to `value` (the whole parameter, given on every process)."""
+        name = self.names[id(parameter)]
+        if value.shape != self.shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(self.shapes[name])}, the value {tuple(value.shape)}")
+        for fragment in self.fragments:
+            if fragment.name == name:
+                fragment.of(fragment.partition).copy_(value.flatten().narrow(0, fragment.start, fragment.numel))
+                if self.stage == 3:
+                    self._write_stage3_shard(fragment)
+        if parameter.data.numel() == value.numel():  # under ZeRO-3: only those that stay resident
+            parameter.data.copy_(value)
+
+    def _write_stage3_shard(self, fragment: Fragment) -> None:
+        shard: Tensor = fragment.parameter.ds_tensor  # type: ignore[attr-defined]
+        shard.data.narrow(0, 0, fragment.numel).copy_(fragment.of(fragment.partition))
+
+    @torch.no_grad()
+    def reset_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Zero the moments and the step count of the optimizer groups that hold exactly these parameters."""
+        wanted = {self.names[id(p)] for p in parameters}
+        for partition, fragments in self.by_partition().items():
+            held = {fragment.name for fragment in fragments}
+            if not held & wanted:
+                continue
+            assert held <= wanted, f"one optimizer group mixes parameters to reset and others: {sorted(held - wanted)}"
+            for value in self.adam_state(partition).values():
+                value.zero_()
+
+    # --- for checkpoints ---
+
+    def by_partition(self) -> dict[Tensor, list[Fragment]]:
+        held: dict[Tensor, list[Fragment]] = {}
+        for fragment in self.fragments:
+            held.setdefault(fragment.partition, []).append(fragment)
+        return held
+
+    @torch.no_grad()
+    def refresh_working_copies(self) -> None:
+        """After the masters were written: make the weights that the forward pass uses follow them. Collective."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for fragment in self.fragments:
+            self._write_stage3_shard(fragment)
+        for parameter in self.zero.persistent_parameters:
+            if parameter.data.numel() == parameter.ds_numel:  # resident by now; else gathered from the shards at first use
+                parameter.data.copy_(self.full(parameter))

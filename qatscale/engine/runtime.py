@@ -1,0 +1,80 @@
+"""The process: its rank, its device, its process group. The first thing a training process sets up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Runtime:
+    rank: int
+    ranks: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def memory_gib(self) -> float:
+        """Peak of this process's device memory; on CPU, its resident memory. GiB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        import psutil
+
+        return psutil.Process().memory_info().rss / 2**30
+
+
+def start_runtime() -> Runtime:
+    """Join the process group described by RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR, or make one of one process.
+
+    Calling it again in the same process gives the same group.
+    """
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # auto-detection warns at every start
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        # gloo looks up the host name otherwise, which a laptop or a container may not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+    _import_deepspeed_quietly()
+    import deepspeed
+
+    if not torch.distributed.is_initialized():
+        if on_gpu:
+            torch.cuda.set_device(local_rank)
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Runtime(rank, ranks, local_rank, device)
+
+
+def _import_deepspeed_quietly() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch renames two collectives and tells every process so; nothing a user of ours can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed.ops
+    import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+
+    # DeepSpeed would compile a shared-memory all-reduce on CPU (45 s, needs a compiler) that only its inference uses,
+    # and that leaves 66 MiB a rank in /dev/shm at every launch.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It prints the memory at every start, asked or not, and resets the peak that we report.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
