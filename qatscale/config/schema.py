@@ -148,6 +148,9 @@ class QatConfig(Section):
     """Peak rate of the QAT phase; null = optimizer.learning_rate."""
     scale_lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Rate of the scales over that of the weights; `auto` = 1/Qp: a scale of b bits is a Qp-th of the largest weight."""
+    scale_gradient_factor: bool = True
+    """Multiply the gradient of the scales by LSQ's g = 1/sqrt(numel(W) x Qp), as ParetoQ does. AdamW's update does not
+    depend on it, but the global gradient norm, and so clipping, does."""
     warmup_fraction: Fraction | None = None
     """Re-warm-up after the switch as a share of the QAT phase. Neither given: `sequential` 2 %, `fused` none."""
     warmup_tokens: Tokens | None = None
