@@ -6,7 +6,9 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
+
+from qatscale.config.describe import Allowed
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _AMOUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([KMBGTkmbgt]?)\s*$")
@@ -35,10 +37,11 @@ def parse_amount(value: Any) -> int:
 def format_amount(units: float) -> str:
     """Four significant digits and a suffix: 2300000000 -> '2.3B'."""
     for suffix in ("T", "B", "M", "K"):
-        if abs(units) >= SUFFIXES[suffix]:
+        if abs(units) >= 0.99995 * SUFFIXES[suffix]:  # 999,999 is '1M', not '1000K'
             return f"{units / SUFFIXES[suffix]:.4g}{suffix}"
     return f"{units:.4g}"
 
 
-Tokens = Annotated[int, BeforeValidator(parse_amount)]
+Tokens = Annotated[int, BeforeValidator(parse_amount), Allowed("a number of tokens (2.3B, 100M, 50_000)")]
 """A number of tokens; in a recipe or on the command line `2.3B` is as good as 2300000000."""
+PositiveTokens = Annotated[Tokens, Field(gt=0), Allowed("a number of tokens above 0 (2.3B, 100M, 50_000)")]

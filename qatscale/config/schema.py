@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from qatscale.config.amounts import Tokens
+from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
+from qatscale.config.describe import Allowed
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
 Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]
@@ -15,16 +16,66 @@ Shape = Literal[
     "linear", "cosine", "mirror_cosine", "1-sqrt", "sqrt", "minus_sqrt", "1-square", "lowered_linear", "exponential",
     "piecewise",
 ]  # fmt: skip
-Bits = Literal[1, 1.58, 2, 3, 4, 5, 6, 8]
+BIT_WIDTHS: tuple[int | float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
+
+
+def _bit_width(value: int | float) -> int | float:
+    if value not in BIT_WIDTHS:
+        raise ValueError(f"no quantizer has {value:g} bits")
+    return BIT_WIDTHS[BIT_WIDTHS.index(value)]  # 4.0 becomes 4, so that equal recipes read and hash alike
+
+
+Bits = Annotated[int | float, AfterValidator(_bit_width), Allowed("one of 1, 1.58, 2, 3, 4, 5, 6, 8")]
+"""Bits per weight; 1.58 is ternary. (A Literal would say it shorter, but a Literal holds no float.)"""
+
+
+def _expand_user(path: Path) -> Path:
+    """No shell expands the ~ in `data.path=~/corpus`, and a folder called ~ is nobody's wish."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+ExpandedPath = Annotated[Path, AfterValidator(_expand_user), Allowed("a path")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 
+class Clash(ValueError):
+    """Keys that are fine each by itself and wrong together. `key` is the one to name, relative to its section."""
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        super().__init__(message)
+
+
+def _said_once(section: Section, name: str, fraction: str, tokens: str) -> None:
+    """A length is a fraction or a number of tokens, never both. `name` is the section's own key."""
+    if getattr(section, fraction) is not None and getattr(section, tokens) is not None:
+        raise Clash(
+            tokens,
+            f"says the same thing as {name}.{fraction} = {getattr(section, fraction):g}; keep one and set the other to "
+            f"null: {name}.{fraction}=null or {name}.{tokens}=null",
+        )
+
+
 class Section(BaseModel):
     """Unknown keys are errors; a validated section does not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes True for 1, and `layers: true` for a model of one layer."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{value} is neither a number nor a text")
+        return value
 
 
 class ModelConfig(Section):
@@ -33,31 +84,39 @@ class ModelConfig(Section):
     vocab_size: Positive
     """Rows of the embedding. A tokenizer may have fewer pieces, never more."""
     hidden_size: Positive
+    """Width of the residual stream."""
     layers: Positive
+    """Decoder blocks, each attention + MLP."""
     heads: Positive
+    """Query heads; each has hidden_size / heads channels, an even number."""
     kv_heads: Positive | None = None
     """Fewer than `heads` = grouped-query attention; null = as many as `heads`."""
     intermediate_size: Positive
+    """Width of the SwiGLU's gate and up projections; about 8/3 of hidden_size by custom."""
     tied_embedding: bool = True
+    """The output head shares the embedding's weights."""
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary embedding's wavelengths."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square inside RMSNorm."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the normal initialisation; `o` and `down` get it divided by sqrt(2 * layers)."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
+            raise Clash("heads", f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
         if (self.hidden_size // self.heads) % 2:
-            raise ValueError(f"a head of {self.hidden_size // self.heads} channels is odd; RoPE rotates pairs")
+            odd = self.hidden_size // self.heads
+            raise Clash("heads", f"hidden_size {self.hidden_size} gives heads of {odd} channels; RoPE rotates pairs")
         if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
+            raise Clash("kv_heads", f"does not divide heads = {self.heads}; each serves the same number of query heads")
         return self
 
 
 class DataConfig(Section):
-    path: Path | None = None
-    """The folder that `qatscale prepare` wrote."""
+    path: ExpandedPath | None = None
+    """The folder that `qatscale prepare` wrote; a relative one starts in the working folder."""
     sequence_length: Positive
     """Tokens the model sees at once; chosen here, not when the data is prepared."""
     seed: int = 0
@@ -79,8 +138,11 @@ class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak rate of the full-precision phase."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled: each step multiplies the matrices by 1 - rate x weight_decay."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 
@@ -89,7 +151,9 @@ class PhaseOverride(Section):
     """AdamW settings that hold in one phase only; null = as in `optimizer`."""
 
     betas: tuple[Beta, Beta] | None = None
+    """AdamW's betas in this phase."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """AdamW's weight decay in this phase."""
 
 
 class ScheduleConfig(Section):
@@ -100,12 +164,15 @@ class ScheduleConfig(Section):
     """
 
     warmup_fraction: Fraction | None = None
+    """Linear warm-up as a share of the schedule. Neither this nor warmup_tokens given = 1 % of the schedule."""
     warmup_tokens: Tokens | None = None
-    """Neither given = 1 % of the schedule."""
+    """The warm-up's length in tokens."""
     cooldown_fraction: Fraction | None = None
-    """Neither given = 20 % of the schedule; 0 = no cooldown (a stable trunk to branch from)."""
+    """Neither this nor cooldown_tokens given = 20 % of the schedule; 0 = no cooldown (a stable trunk to branch from)."""
     cooldown_tokens: Tokens | None = None
+    """The cooldown's length in tokens."""
     shape: Shape = "1-sqrt"
+    """Curve of the cooldown; `sqrt` and `minus_sqrt` are other names of 1-sqrt."""
     exponent: Annotated[float, Field(gt=0)] = 0.5
     """Of 1-sqrt only: the rate falls as 1 - x^exponent."""
     lowered_to: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -120,14 +187,13 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _one_length_each(self) -> Self:
         for what in ("warmup", "cooldown"):
-            if getattr(self, f"{what}_fraction") is not None and getattr(self, f"{what}_tokens") is not None:
-                raise ValueError(f"{what}_fraction and {what}_tokens say the same thing twice; set one of them to null")
+            _said_once(self, "schedule", f"{what}_fraction", f"{what}_tokens")
         if self.shape == "exponential" and self.min_lr_ratio == 0:
-            raise ValueError("shape 'exponential' never reaches 0; set min_lr_ratio above 0, e.g. 0.01")
+            raise Clash("min_lr_ratio", "shape 'exponential' never reaches 0; set it above 0, e.g. 0.01")
         if (self.shape == "piecewise") != (self.knots is not None):
-            raise ValueError("knots belong to shape 'piecewise', and 'piecewise' needs them, e.g. knots=[1,0.5,0]")
+            raise Clash("knots", "belong to shape 'piecewise', and 'piecewise' needs them, e.g. knots=[1,0.5,0]")
         if self.knots is not None and len(self.knots) < 2:
-            raise ValueError(f"knots {self.knots}: a piecewise cooldown has at least a start and an end")
+            raise Clash("knots", "a piecewise cooldown has at least a start and an end, e.g. knots=[1,0]")
         return self
 
 
@@ -138,6 +204,7 @@ class QatConfig(Section):
     """`fp`: none. `sequential`: full precision with its own cooldown, then QAT with a second schedule.
     `fused`: QAT takes over at the stable rate and holds the one cooldown. `scratch`: QAT from step 0."""
     bits: Bits = 4
+    """Per weight of q, k, v, o, gate, up and down; 1.58 is ternary."""
     fraction: Fraction | Literal["auto"] = "auto"
     """QAT's share of all tokens; `auto` = the planner's optimum. `fp` is always 0, `scratch` always 1."""
     group_size: Positive | None = None
@@ -154,6 +221,7 @@ class QatConfig(Section):
     warmup_fraction: Fraction | None = None
     """Re-warm-up after the switch as a share of the QAT phase. Neither given: `sequential` 2 %, `fused` none."""
     warmup_tokens: Tokens | None = None
+    """The re-warm-up's length in tokens."""
     cooldown_fraction: Fraction | None = None
     """`sequential` only: the QAT phase's own cooldown; null = the schedule's."""
     optimizer_state: Literal["keep", "reset"] = "keep"
@@ -161,11 +229,15 @@ class QatConfig(Section):
 
     @model_validator(mode="after")
     def _fits_scheme(self) -> Self:
-        if self.warmup_fraction is not None and self.warmup_tokens is not None:
-            raise ValueError("warmup_fraction and warmup_tokens say the same thing twice; set one of them to null")
-        if self.scheme in ("sequential", "fused") and self.fraction in (0.0, 1.0):
-            ends = {0.0: "fp", 1.0: "scratch"}[self.fraction]  # type: ignore[index]
-            raise ValueError(f"fraction {self.fraction:g} with scheme {self.scheme!r} is scheme={ends}; say that instead")
+        _said_once(self, "qat", "warmup_fraction", "warmup_tokens")
+        if self.fraction == "auto":
+            return self
+        if self.scheme in ("sequential", "fused") and self.fraction in (0, 1):
+            ends = "scratch" if self.fraction else "fp"
+            raise Clash("fraction", f"with scheme {self.scheme!r} is qat.scheme={ends}; say that instead")
+        if self.scheme in ("fp", "scratch") and self.fraction != (self.scheme == "scratch"):
+            meaning = "has no QAT" if self.scheme == "fp" else "is QAT from the first step"
+            raise Clash("fraction", f"scheme {self.scheme!r} {meaning}; set qat.scheme=fused or qat.scheme=sequential")
         return self
 
 
@@ -177,18 +249,18 @@ class EngineConfig(Section):
 
 
 class CheckpointConfig(Section):
-    interval: Tokens | None = None
+    interval: PositiveTokens | None = None
     """Tokens between checkpoints; null = phase boundaries and the end only."""
     keep: Positive = 2
     """How many of the interval checkpoints stay. Those at phase boundaries and in `keep_at` always stay."""
-    keep_at: list[Tokens] = []
+    keep_at: list[PositiveTokens] = []
     """Further points to branch from, in tokens from the start."""
 
 
 class EvaluationConfig(Section):
-    interval: Tokens | None = None
+    interval: PositiveTokens | None = None
     """Tokens between validations while training; null = at the end only."""
-    tokens: Tokens = 1_000_000
+    tokens: PositiveTokens = 1_000_000
     """Held-out tokens used, from the start of the held-out split; fewer if it has fewer."""
     ptq_bits: list[Bits] = []
     """Bit widths at which the final weights are also evaluated after post-training quantization."""
@@ -196,18 +268,23 @@ class EvaluationConfig(Section):
 
 class TrackingConfig(Section):
     experiment: str = "qatscale"
+    """MLflow experiment that the run is filed under."""
     uri: str | None = None
     """null = MLFLOW_TRACKING_URI, or else SQLite in the working folder. `none` = no tracking."""
 
 
 class RunConfig(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"),
+        Allowed("a name of letters, digits and . _ = + -, beginning with a letter or digit"),
+    ]
     """Also the name of the run's folder."""
-    output: Path = Path("runs")
+    output: ExpandedPath = Path("runs")
     """Folder of run folders."""
     seed: int = 0
     """Of the initial weights."""
-    tokens: Tokens
+    tokens: PositiveTokens
     """All tokens of the run, both phases; rounded to whole optimizer steps."""
     model: ModelConfig
     data: DataConfig
@@ -221,6 +298,17 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     log_interval: Positive = 10
     """Optimizer steps between metrics lines."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.tokens < self.tokens_per_step:
+            step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
+            raise Clash("tokens", f"is less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})")
+        group = self.qat.group_size
+        for width in ("hidden_size", "intermediate_size"):
+            if group and getattr(self.model, width) % group:
+                raise Clash("qat.group_size", f"does not divide model.{width} = {getattr(self.model, width)}")
+        return self
 
     @property
     def tokens_per_step(self) -> int:

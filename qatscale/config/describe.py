@@ -1,0 +1,83 @@
+"""What a key of the recipe takes, in words: for error messages and for `qatscale config`."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Put into `Annotated[...]`: the words for a type that its annotation alone does not tell."""
+
+    words: str
+
+
+def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """The values an annotation allows: `int` with `Gt(0)` -> 'a whole number above 0'."""
+    marks = list(_flat(metadata))
+    for mark in reversed(marks):  # the outermost words win
+        if isinstance(mark, Allowed):
+            return mark.words
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return describe(arguments[0], [*arguments[1:], *marks])
+    if origin is Literal:
+        return _either([str(choice) for choice in arguments])
+    if origin in (Union, types.UnionType):
+        return _either([describe(part, marks) for part in arguments])
+    if origin is tuple:
+        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
+    if origin is list:
+        return f"a list, each {describe(arguments[0])}"
+    if origin is dict:
+        return f"a section for any of {_either([str(key) for key in get_args(arguments[0])])}"
+    if annotation in _PLAIN:
+        return _PLAIN[annotation] + _range(marks)
+    raise TypeError(f"no words for {annotation!r}; give it an Allowed(...)")
+
+
+_PLAIN: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    type(None): "null",
+}
+
+
+def _flat(metadata: Iterable[Any]) -> Iterable[Any]:
+    """`Annotated[int, Field(gt=0)]` inside a union keeps its constraints one level down, in the FieldInfo."""
+    for mark in metadata:
+        if isinstance(mark, FieldInfo):
+            yield from mark.metadata
+        else:
+            yield mark
+
+
+def _range(marks: Iterable[Any]) -> str:
+    low: Any = None
+    bounds = []
+    for mark in marks:
+        match mark:
+            case Gt(gt=bound):
+                bounds.append(f"above {bound}")
+            case Ge(ge=bound):
+                low = bound
+                bounds.append(f"of at least {bound}")
+            case Lt(lt=bound):
+                bounds.append(f"below {bound}")
+            case Le(le=bound):
+                bounds = [f"from {low} to {bound}"] if low is not None else [*bounds, f"at most {bound}"]
+    return f" {' and '.join(bounds)}" if bounds else ""
+
+
+def _either(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
