@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -24,6 +24,16 @@ class UserError(ValueError):
         self.key, self.value, self.allowed, self.do = key, value, allowed, do
         shown = f"{key} = {value!r}" if value is not None else key
         super().__init__(f"{shown}: {allowed}" + (f" {do}" if do else ""))
+
+
+class UserErrors(UserError):  # noqa: N818 - several of them
+    """Several wrong inputs at once, so that one try corrects them all. `key`, `value`... are those of the first."""
+
+    def __init__(self, problems: Sequence[UserError]) -> None:
+        first = problems[0]
+        super().__init__(first.key, first.value, first.allowed, first.do)
+        self.problems = tuple(problems)
+        self.args = ("\n".join([f"{len(problems)} problems:", *(f"  {problem}" for problem in problems)]),)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -1,0 +1,28 @@
+"""One RunConfig per run: a recipe and its overrides (the science), merged with a ds_config (the system)."""
+
+from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
+from qatscale.config.recipe import (
+    config_differences,
+    config_hash,
+    flatten,
+    load_run_config,
+    recipe_names,
+    resolved_yaml,
+)
+from qatscale.config.schema import RunConfig
+from qatscale.config.settings import explain
+
+__all__ = [
+    "RunConfig",
+    "config_differences",
+    "config_hash",
+    "ds_config_names",
+    "explain",
+    "flatten",
+    "load_ds_config",
+    "load_run_config",
+    "merge_ds_config",
+    "precision_of",
+    "recipe_names",
+    "resolved_yaml",
+]

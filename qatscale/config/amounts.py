@@ -42,6 +42,8 @@ def format_amount(units: float) -> str:
     return f"{units:.4g}"
 
 
-Tokens = Annotated[int, BeforeValidator(parse_amount), Allowed("a number of tokens (2.3B, 100M, 50_000)")]
+Tokens = Annotated[
+    int, BeforeValidator(parse_amount), Allowed("a whole number of tokens, 0 or more (2.3B, 100M, 50_000)")
+]
 """A number of tokens; in a recipe or on the command line `2.3B` is as good as 2300000000."""
-PositiveTokens = Annotated[Tokens, Field(gt=0), Allowed("a number of tokens above 0 (2.3B, 100M, 50_000)")]
+PositiveTokens = Annotated[Tokens, Field(gt=0), Allowed("a whole number of tokens above 0 (2.3B, 100M, 50_000)")]

@@ -43,6 +43,16 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     raise TypeError(f"no words for {annotation!r}; give it an Allowed(...)")
 
 
+def plain_types(annotation: Any) -> set[Any]:
+    """The types and, of a Literal, the values that an annotation admits at its top level."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return plain_types(arguments[0])
+    if origin in (Union, types.UnionType):
+        return set().union(*(plain_types(part) for part in arguments))
+    return set(arguments) if origin is Literal else {origin or annotation}
+
+
 _PLAIN: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",

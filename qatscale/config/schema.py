@@ -33,8 +33,8 @@ def _expand_user(path: Path) -> Path:
     """No shell expands the ~ in `data.path=~/corpus`, and a folder called ~ is nobody's wish."""
     try:
         return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    except RuntimeError:  # no such user, so a name that happens to begin with ~
+        return path
 
 
 ExpandedPath = Annotated[Path, AfterValidator(_expand_user), Allowed("a path")]
@@ -43,7 +43,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class Clash(ValueError):
+class ClashError(ValueError):
     """Keys that are fine each by itself and wrong together. `key` is the one to name, relative to its section."""
 
     def __init__(self, key: str, message: str) -> None:
@@ -54,7 +54,7 @@ class Clash(ValueError):
 def _said_once(section: Section, name: str, fraction: str, tokens: str) -> None:
     """A length is a fraction or a number of tokens, never both. `name` is the section's own key."""
     if getattr(section, fraction) is not None and getattr(section, tokens) is not None:
-        raise Clash(
+        raise ClashError(
             tokens,
             f"says the same thing as {name}.{fraction} = {getattr(section, fraction):g}; keep one and set the other to "
             f"null: {name}.{fraction}=null or {name}.{tokens}=null",
@@ -105,12 +105,16 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.hidden_size % self.heads:
-            raise Clash("heads", f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
+            raise ClashError("heads", f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
         if (self.hidden_size // self.heads) % 2:
             odd = self.hidden_size // self.heads
-            raise Clash("heads", f"hidden_size {self.hidden_size} gives heads of {odd} channels; RoPE rotates pairs")
+            raise ClashError(
+                "heads", f"hidden_size {self.hidden_size} gives heads of {odd} channels; RoPE rotates pairs"
+            )
         if self.heads % (self.kv_heads or self.heads):
-            raise Clash("kv_heads", f"does not divide heads = {self.heads}; each serves the same number of query heads")
+            raise ClashError(
+                "kv_heads", f"does not divide heads = {self.heads}; each serves the same number of query heads"
+            )
         return self
 
 
@@ -168,7 +172,7 @@ class ScheduleConfig(Section):
     warmup_tokens: Tokens | None = None
     """The warm-up's length in tokens."""
     cooldown_fraction: Fraction | None = None
-    """Neither this nor cooldown_tokens given = 20 % of the schedule; 0 = no cooldown (a stable trunk to branch from)."""
+    """Neither this nor cooldown_tokens given = 20 % of the schedule; 0 = none (a trunk to branch from)."""
     cooldown_tokens: Tokens | None = None
     """The cooldown's length in tokens."""
     shape: Shape = "1-sqrt"
@@ -189,11 +193,11 @@ class ScheduleConfig(Section):
         for what in ("warmup", "cooldown"):
             _said_once(self, "schedule", f"{what}_fraction", f"{what}_tokens")
         if self.shape == "exponential" and self.min_lr_ratio == 0:
-            raise Clash("min_lr_ratio", "shape 'exponential' never reaches 0; set it above 0, e.g. 0.01")
+            raise ClashError("min_lr_ratio", "shape 'exponential' never reaches 0; set it above 0, e.g. 0.01")
         if (self.shape == "piecewise") != (self.knots is not None):
-            raise Clash("knots", "belong to shape 'piecewise', and 'piecewise' needs them, e.g. knots=[1,0.5,0]")
+            raise ClashError("knots", "belong to shape 'piecewise', and 'piecewise' needs them, e.g. knots=[1,0.5,0]")
         if self.knots is not None and len(self.knots) < 2:
-            raise Clash("knots", "a piecewise cooldown has at least a start and an end, e.g. knots=[1,0]")
+            raise ClashError("knots", "a piecewise cooldown has at least a start and an end, e.g. knots=[1,0]")
         return self
 
 
@@ -214,7 +218,7 @@ class QatConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak rate of the QAT phase; null = optimizer.learning_rate."""
     scale_lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Rate of the scales over that of the weights; `auto` = 1/Qp: a scale of b bits is a Qp-th of the largest weight."""
+    """Rate of the scales over that of the weights; `auto` = 1/Qp: a scale is a Qp-th of the largest weight."""
     scale_gradient_factor: bool = True
     """Multiply the gradient of the scales by LSQ's g = 1/sqrt(numel(W) x Qp), as ParetoQ does. AdamW's update does not
     depend on it, but the global gradient norm, and so clipping, does."""
@@ -230,14 +234,9 @@ class QatConfig(Section):
     @model_validator(mode="after")
     def _fits_scheme(self) -> Self:
         _said_once(self, "qat", "warmup_fraction", "warmup_tokens")
-        if self.fraction == "auto":
-            return self
         if self.scheme in ("sequential", "fused") and self.fraction in (0, 1):
             ends = "scratch" if self.fraction else "fp"
-            raise Clash("fraction", f"with scheme {self.scheme!r} is qat.scheme={ends}; say that instead")
-        if self.scheme in ("fp", "scratch") and self.fraction != (self.scheme == "scratch"):
-            meaning = "has no QAT" if self.scheme == "fp" else "is QAT from the first step"
-            raise Clash("fraction", f"scheme {self.scheme!r} {meaning}; set qat.scheme=fused or qat.scheme=sequential")
+            raise ClashError("fraction", f"with scheme {self.scheme!r} is qat.scheme={ends}; say that instead")
         return self
 
 
@@ -303,11 +302,13 @@ class RunConfig(Section):
     def _fits_together(self) -> Self:
         if self.tokens < self.tokens_per_step:
             step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
-            raise Clash("tokens", f"is less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})")
+            raise ClashError(
+                "tokens", f"is less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})"
+            )
         group = self.qat.group_size
         for width in ("hidden_size", "intermediate_size"):
             if group and getattr(self.model, width) % group:
-                raise Clash("qat.group_size", f"does not divide model.{width} = {getattr(self.model, width)}")
+                raise ClashError("qat.group_size", f"does not divide model.{width} = {getattr(self.model, width)}")
         return self
 
     @property

@@ -1,0 +1,179 @@
+"""From a recipe file and dotted overrides to a validated RunConfig, and back to text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qatscale.config.describe import plain_types
+from qatscale.config.problems import lookup, user_errors
+from qatscale.config.schema import RunConfig
+from qatscale.config.settings import sections, settings, suggest
+from qatscale.config.yaml_text import parse_yaml, to_yaml
+from qatscale.errors import UserError, UserErrors, did_you_mean
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe by name or path, with `dotted.key=value` overrides; of two overrides of one key the later one holds.
+
+    Raises UserError for whatever is wrong with either, and lists all of it (UserErrors) where it can.
+    """
+    path = _recipe_path(recipe)
+    raw = _read(path)
+    given = _apply(raw, overrides)
+
+    def origin(key: str) -> str:
+        if any(key == g or key.startswith(f"{g}.") for g in given):
+            return "(Given on the command line.)"
+        return f"(Given in {path.name if path.parent == RECIPES else path}.)" if lookup(raw, key) is not None else ""
+
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise user_errors(error, raw, origin) from error
+    _refuse_idle_fraction(config, given)
+    return config
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """The whole configuration, defaults and all. Saved as a recipe it loads back to an equal one."""
+    return to_yaml(config.model_dump(mode="json"))
+
+
+def config_hash(config: RunConfig) -> str:
+    """16 hexadecimal digits that are equal for equal configurations, however they were written."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> plain value (number, text, list, None), for tables and trackers."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key that two configurations do not agree on; None where one of them does not set it."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[Difference]:
+    """What differs between two configurations, in the order of the schema."""
+    before, after = flatten(old), flatten(new)
+    return [
+        Difference(key, before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def _recipe_path(recipe: str | Path) -> Path:
+    if isinstance(recipe, str) and recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError("recipe", str(recipe), "is a folder.", "Name the YAML file in it.")
+    if path.suffix in (".yaml", ".yml") or os.sep in str(recipe):
+        near = [str(other) for other in path.parent.glob("*.y*ml")]
+        raise UserError("recipe", str(recipe), "no such file.", did_you_mean(str(path), [*near, *recipe_names()]))
+    raise UserError("recipe", str(recipe), "no recipe or file of this name.", did_you_mean(str(recipe), recipe_names()))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("recipe", str(path), f"cannot be read: {error}.") from error
+    raw = parse_yaml(text, str(path))
+    if raw is None:
+        raise UserError(
+            "recipe", str(path), "is empty.", f"Start from one that comes along: {', '.join(recipe_names())}."
+        )
+    if not isinstance(raw, dict):
+        raise UserError("recipe", str(path), f"holds a {type(raw).__name__}, not `key: value` lines.")
+    return raw
+
+
+def _refuse_idle_fraction(config: RunConfig, given: Sequence[str]) -> None:
+    """Who asks for a fraction on the command line means it; a recipe may hold one for the schemes that use it."""
+    fixed = {"fp": 0.0, "scratch": 1.0}.get(config.qat.scheme)
+    if "qat.fraction" in given and fixed is not None and config.qat.fraction not in ("auto", fixed):
+        why = f"has no effect: in scheme {config.qat.scheme!r} it is always {fixed:g}."
+        raise UserError("qat.fraction", config.qat.fraction, why, "Add qat.scheme=fused or qat.scheme=sequential.")
+
+
+def _apply(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Write the overrides into `raw`; returns their keys."""
+    problems: list[UserError] = []
+    given = []
+    for override in overrides:
+        try:
+            key, value = _parse_override(override)
+            _set(raw, key, value)
+        except UserError as problem:
+            problems.append(problem)
+        else:
+            given.append(key)
+    if problems:
+        raise problems[0] if len(problems) == 1 else UserErrors(problems)
+    return given
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals:
+        do = suggest(key) if key not in settings() else f"Write {key}=VALUE: {settings()[key].allowed}."
+        raise UserError(override, None, "is no override; an override is key=value.", do)
+    if key in sections() and key not in settings():
+        raise UserError(key, text, "is a section; set its keys one by one.", f"See `qatscale config {key}`.")
+    if key not in settings():
+        raise UserError(key, None, "is no key of a recipe.", suggest(key))
+    value = parse_yaml(text, override)
+    takes_text = not plain_types(settings()[key].annotation).isdisjoint({str, Path})
+    if takes_text and value is not None and not isinstance(value, str):
+        value = text.strip()  # name=2024 is a name, not a number
+    return key, value
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    *path, name = key.split(".")
+    at = raw
+    for step, part in enumerate(path, start=1):
+        if at.get(part) is None:
+            at[part] = {}
+        at = at[part]
+        if not isinstance(at, dict):
+            section = ".".join(path[:step])
+            raise UserError(section, at, "is a section in which keys have values; the recipe gives it a value itself.")
+    at[name] = value
