@@ -1,0 +1,270 @@
+"""Weights and configuration to and from Hugging Face's Llama format (config.json + safetensors)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from qatscale.config.schema import ModelConfig
+from qatscale.errors import UserError
+from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
+from qatscale.model.llama import parameter_shapes
+
+State = Mapping[str, Tensor]
+"""Parameter name → value, as from `named_parameters()` or `state_dict()`."""
+
+SHARD_BYTES = 4 * 10**9
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_OUTER = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_IN_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+def hugging_face_names(config: ModelConfig) -> dict[str, str]:
+    """Our name → Hugging Face's name of every parameter; a tied head has none of its own in either."""
+    names = {}
+    for name in parameter_shapes(config):
+        if name in _OUTER:
+            names[name] = _OUTER[name]
+        else:
+            _, layer, inner = name.removesuffix(".weight").split(".", 2)
+            names[name] = f"model.layers.{layer}.{_IN_BLOCK[inner]}.weight"
+    return names
+
+
+def to_hugging_face(state: State, config: ModelConfig) -> dict[str, Tensor]:
+    """The state of a `Llama` under Hugging Face's names; the very same tensors.
+
+    Raises UserError when a parameter is missing, of another shape or unknown, or a tied head is not the embedding.
+    """
+    state = _without_tied_head(state, config, "head.weight", "embed.weight")
+    _check(state, parameter_shapes(config))
+    return {theirs: state[ours] for ours, theirs in hugging_face_names(config).items()}
+
+
+def from_hugging_face(state: State, config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse: a state that `Llama(config).load_state_dict` takes. A tied head is the embedding's tensor.
+
+    Raises UserError as `to_hugging_face` does. Buffers of rotary frequencies in old checkpoints are left out.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".rotary_emb.inv_freq")}
+    state = _without_tied_head(state, config, "lm_head.weight", "model.embed_tokens.weight")
+    names = hugging_face_names(config)
+    _check(state, {names[ours]: shape for ours, shape in parameter_shapes(config).items()})
+    ours_state = {ours: state[theirs] for ours, theirs in names.items()}
+    if config.tied_embedding:
+        ours_state["head.weight"] = ours_state["embed.weight"]
+    return ours_state
+
+
+def _without_tied_head(state: State, config: ModelConfig, head: str, embed: str) -> State:
+    if not config.tied_embedding or head not in state:
+        return state
+    if embed in state and state[head] is not state[embed] and not torch.equal(state[head], state[embed]):
+        raise UserError(head, None, f"differs from {embed}, but the model is said to tie the two.")
+    return {name: tensor for name, tensor in state.items() if name != head}
+
+
+def _check(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if name not in state:
+            raise UserError("weights", None, f"{name} is missing.")
+        if tuple(state[name].shape) != shape:
+            told = f"has the shape {list(state[name].shape)}, where the configuration asks for {list(shape)}."
+            raise UserError("weights", None, f"{name} {told}")
+    if unknown := sorted(set(state) - set(shapes)):
+        do = "Quantizer scales have no place in this format: fold them into the weights, or leave them out."
+        raise UserError("weights", None, _few(unknown) + " would be lost: a Llama has no such parameter.", do)
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def hugging_face_config(config: ModelConfig, sequence_length: int, special: SpecialIds, dtype: torch.dtype) -> Any:
+    """The `transformers.LlamaConfig` of this model; `sequence_length` is what it was trained on."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads or config.heads,
+        hidden_act="silu",
+        max_position_embeddings=sequence_length,
+        initializer_range=config.init_std,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tied_embedding,
+        bos_token_id=special.bos,
+        eos_token_id=special.eos,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def export_hugging_face(
+    model: nn.Module | State,
+    config: ModelConfig,
+    folder: Path,
+    *,
+    sequence_length: int,
+    tokenizer_folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, and AutoTokenizer where a tokenizer is given.
+
+    `dtype`: of the written weights; None = as they are. Weights above 4 GB are split into shards; at most one shard is
+    held in memory beside the model. The folder appears whole or not at all. One process calls this, with full
+    (not partitioned) weights. Raises UserError when `folder` holds something already or the weights do not fit.
+    """
+    from transformers import GenerationConfig
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("export folder", str(folder), "exists already and is not empty.", "Choose another one.")
+    state = to_hugging_face(model.state_dict() if isinstance(model, nn.Module) else model, config)
+    written_as = dtype or state["model.embed_tokens.weight"].dtype
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        special = export_tokenizer(tokenizer_folder, partial) if tokenizer_folder else SpecialIds(None, None)
+        hugging_face_config(config, sequence_length, special, written_as).save_pretrained(partial)
+        _add_plain_theta(partial / "config.json", config.rope_theta)
+        GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(partial)
+        save_safetensors(state, partial, written_as)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _add_plain_theta(path: Path, theta: float) -> None:
+    """`rope_theta` also where transformers before 5 and llama.cpp look for it; they take 10,000 where it is missing."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": theta}, indent=2, sort_keys=True) + "\n")
+
+
+def save_safetensors(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `state` as model.safetensors, or in shards with an index where it is larger than `shard_bytes`."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
+    for file, names in plan.filename_to_tensors.items():
+        # a copy each: ZeRO's parameters are windows into one large buffer, which safetensors refuses
+        shard = {n: state[n].detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for n in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def load_hugging_face(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and state of a Llama saved by transformers, read from safetensors only: no code is executed.
+
+    Raises UserError when it is another architecture, a variant that `Llama` cannot compute exactly (biases, scaled
+    rotary positions, another activation or head size), or damaged.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "config.json")
+    return config, from_hugging_face(_read_safetensors(folder), config)
+
+
+def _read_config(path: Path) -> ModelConfig:
+    from transformers import LlamaConfig
+
+    key = str(path)
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError("model folder", str(path.parent), "holds no config.json.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(key, None, f"is not JSON: {error}.") from None
+    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
+        found = raw.get("model_type") if isinstance(raw, dict) else raw
+        raise UserError("model_type", found, f"only 'llama' can be loaded ({key}).")
+    try:
+        theirs = LlamaConfig.from_dict(raw)
+    except Exception as error:  # transformers raises a class of its own for each field's type
+        raise UserError(key, None, f"is no valid Llama configuration: {error}") from None
+
+    heads = theirs.num_attention_heads
+    for name, found, allowed in (
+        ("attention_bias", theirs.attention_bias, False),
+        ("mlp_bias", theirs.mlp_bias, False),
+        ("attention_dropout", theirs.attention_dropout or 0, 0),
+        ("hidden_act", theirs.hidden_act, "silu"),
+        ("head_dim", theirs.head_dim, theirs.hidden_size // heads),
+        ("rope_parameters.rope_type", theirs.rope_parameters.get("rope_type", "default"), "default"),
+        ("quantization_config", raw.get("quantization_config"), None),
+    ):
+        if found != allowed:
+            raise UserError(name, found, f"only {allowed!r} can be loaded ({key}).")
+    try:
+        return ModelConfig(
+            vocab_size=theirs.vocab_size,
+            hidden_size=theirs.hidden_size,
+            layers=theirs.num_hidden_layers,
+            heads=heads,
+            kv_heads=None if theirs.num_key_value_heads == heads else theirs.num_key_value_heads,
+            intermediate_size=theirs.intermediate_size,
+            tied_embedding=theirs.tie_word_embeddings,
+            rope_theta=theirs.rope_parameters["rope_theta"],
+            norm_eps=theirs.rms_norm_eps,
+            init_std=theirs.initializer_range,
+        )
+    except ValidationError as error:
+        raise UserError(key, None, f"is no Llama that can be loaded: {error.errors()[0]['msg']}.") from None
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file():
+        if not (folder / INDEX).is_file():
+            told = f"holds neither {WEIGHTS} nor {INDEX}; other formats can hold code and are not read."
+            raise UserError("model folder", str(folder), told, "Save it again with safe_serialization.")
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise UserError(str(folder / INDEX), None, "is not an index of safetensors files.") from None
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise UserError(str(folder / INDEX), None, f"names {file!r}, which is no safetensors file beside it.")
+        try:
+            state |= load_file(folder / file)
+        except FileNotFoundError:
+            raise UserError("model folder", str(folder), f"{file} is missing; {INDEX} names it.") from None
+        except SafetensorError as error:
+            raise UserError(str(folder / file), None, f"is damaged: {error}.") from None
+    return state

@@ -1,0 +1,180 @@
+"""The tokenizer of an exported model, in the form that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qatscale.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILE = "tokenizer.json"
+_FURTHER_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+    "chat_template.jinja", SENTENCEPIECE_FILE,
+)  # fmt: skip
+SPACE = "▁"
+"""U+2581, SentencePiece's sign for a space."""
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    " one space before, two  between, three   again, one behind ",
+    "    def f(x):\n\treturn x ** 2  # tabs\tand\n\n\n  blank lines\r\n",
+    "digits 0 12 345 6789 3.14159e-26 1,000,000 0x7fFf 2026-11-22T05:13:48Z",
+    "----- ====== ........ ______ ******** \\\\\\ //// aaaaaaaaaaaaa hahahahahaha\n" + " " * 37 + "deep",
+    "accents é à ñ ü ß, combined e\u0301 a\u0308, ligature ﬁ, full width ＡＢＣ, ½ ² ™ …",
+    "Ελληνικά русский עברית العربية हिन्दी 中文字符 日本語 한국어 ไทย",
+    "emoji 🙂👩‍👩‍👧‍👦🏳️‍🌈🇪🇺 and 𝔘𝔫𝔦𝔠𝔬𝔡𝔢, zero\u200bwidth, no\u00a0break, soft\u00adhyphen, \ufeffmark, \u3000wide",
+    "<s>literal</s> <unk> <0x41> <pad> [INST] <|endoftext|> ▁ ▁▁ low_line",
+    "\x00\x01\x7f control",
+    "",
+    " ",
+)
+"""Texts on which an exported tokenizer must give the ids that SentencePiece gives."""
+
+
+class SpecialIds(NamedTuple):
+    """Ids of the pieces for the begin and the end of a sequence; None where there is none."""
+
+    bos: int | None
+    eos: int | None
+
+
+def export_tokenizer(tokenizer_folder: Path, out: Path) -> SpecialIds:
+    """Write the tokenizer of `tokenizer_folder` into the existing folder `out` for transformers' AutoTokenizer.
+
+    A Hugging Face tokenizer (`tokenizer.json`) is copied. A SentencePiece model (`tokenizer.model`) is converted and
+    copied beside; the conversion gives the same ids as plain `encode`: nothing is put before or after a text, and
+    "</s>" within a text is text. Raises UserError where there is neither, or no exact conversion.
+    """
+    tokenizer_folder = Path(tokenizer_folder)
+    if (tokenizer_folder / HUGGING_FACE_FILE).is_file():
+        return _copy_hugging_face(tokenizer_folder, out)
+    if (tokenizer_folder / SENTENCEPIECE_FILE).is_file():
+        return _convert_sentencepiece(tokenizer_folder / SENTENCEPIECE_FILE, out)
+    allowed = f"a folder with {HUGGING_FACE_FILE} or {SENTENCEPIECE_FILE}."
+    raise UserError("tokenizer", str(tokenizer_folder), allowed, "Give the folder that `qatscale prepare` wrote.")
+
+
+def _copy_hugging_face(folder: Path, out: Path) -> SpecialIds:
+    from transformers import PreTrainedTokenizerFast
+
+    for name in (HUGGING_FACE_FILE, *_FURTHER_FILES):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if not (out / "tokenizer_config.json").is_file():
+        (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    loaded = PreTrainedTokenizerFast.from_pretrained(out)
+    if loaded.encode("a") != loaded.encode("a", add_special_tokens=False):
+        told = "The exported tokenizer puts special tokens around a text, and prepared documents have none in front."
+        warnings.warn(f"{told} Encode with add_special_tokens=False.", stacklevel=2)
+    return SpecialIds(loaded.bos_token_id, loaded.eos_token_id)
+
+
+def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
+    import sentencepiece
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise UserError("tokenizer", str(path), f"no SentencePiece model ({error}).") from None
+
+    def piece(index: int) -> str | None:
+        return processor.id_to_piece(index) if index >= 0 else None
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(path.read_bytes()),
+        bos_token=piece(processor.bos_id()),
+        eos_token=piece(processor.eos_id()),
+        unk_token=piece(processor.unk_id()),
+        pad_token=piece(processor.pad_id()),
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    ).save_pretrained(out)
+    # the name that releases of transformers before 5 know, too
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    shutil.copyfile(path, out / SENTENCEPIECE_FILE)
+
+    exported = PreTrainedTokenizerFast.from_pretrained(out)
+    proto = _model_proto(path.read_bytes())
+    unusual = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED, p.UNUSED)]
+    for text in (*PROBES, *(f"a{name} b" for name in unusual)):
+        if exported.encode(text) != processor.encode(text):
+            told = f"cannot be converted for transformers with the same ids: the text {text!r} gets others."
+            raise UserError("tokenizer", str(path), told, "Export without a tokenizer and ship the .model file.")
+    return SpecialIds(*(index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id())))
+
+
+def _model_proto(model: bytes) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(model)
+
+
+def fast_tokenizer(model: bytes) -> Tokenizer:
+    """A `tokenizers.Tokenizer` that does what the SentencePiece model of these bytes does.
+
+    transformers' own conversion of Llama tokenizers is not used: it drops the normalisation rule and puts no space
+    before a text that starts with one. Raises UserError for models that are neither BPE nor unigram.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+    proto = _model_proto(model)
+    spec, trainer = proto.normalizer_spec, proto.trainer_spec
+    if trainer.model_type == trainer.BPE:
+        vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+        bpe = models.BPE(
+            vocab, _merges(proto), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
+        )
+        tokenizer = Tokenizer(bpe)
+    elif trainer.model_type == trainer.UNIGRAM:
+        scores = [(piece.piece, piece.score) for piece in proto.pieces]
+        tokenizer = Tokenizer(models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+    else:
+        kind = trainer.ModelType.Name(trainer.model_type).lower()
+        raise UserError("tokenizer", kind, "only BPE and unigram models of SentencePiece can be converted.")
+
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [
+            normalizers.Replace(Regex(f"^[ {SPACE}]+|[ {SPACE}]+$"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        undo.append(decoders.Strip(content=" ", left=1))
+    tokenizer.decoder = decoders.Sequence(undo)
+    tokenizer.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == p.CONTROL])
+    return tokenizer
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, best first.
+
+    SentencePiece has no list of merges: of the neighbours that together are a piece it joins those whose piece scores
+    highest, the leftmost of equals. Equals are ways to split one piece that overlap in the text, "-" "--" "-" in a run;
+    merging from the left, the longer part comes to stand on the left, so that split goes first here.
+    """
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    ranked = [
+        (-score, -cut, whole[:cut], whole[cut:])
+        for whole, score in normal.items()
+        for cut in range(1, len(whole))
+        if whole[:cut] in normal and whole[cut:] in normal
+    ]
+    return [(left, right) for _, _, left, right in sorted(ranked)]

@@ -1,0 +1,210 @@
+"""Llama 2 (arXiv 2307.09288): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bias.
+
+Sizes in comments: b = sequences, t = tokens of a sequence, h = heads (query or key-value), d = channels of a head,
+D = hidden size, V = vocabulary. Arithmetic follows transformers' LlamaForCausalLM, so that weights pass in both
+directions without permutation; the two differ in bf16 only, where norms and rotations are rounded once here, at the end.
+
+Weights are read inside the forward of the module that owns them and nowhere else: ZeRO-3 gathers a weight around exactly
+that call, and the QAT plugin replaces exactly these modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from qatscale.config.schema import ModelConfig
+from qatscale.model.loss import cross_entropy
+
+Rotation = tuple[Tensor, Tensor]
+"""(cos, sin), each [t, 1, d] in fp32; `sin` carries the minus sign of the first half."""
+
+
+def rotation_tables(length: int, channels: int, theta: float, device: torch.device | str | None = None) -> Rotation:
+    """Rotary position embedding (arXiv 2104.09864) of positions 0 … length - 1 for heads of `channels` channels.
+
+    Channel i turns together with channel i + channels/2 ("half-split", as in Hugging Face's Llama), at theta^(-2i/channels)
+    radians a position. Computed at every forward instead of kept in a buffer: it costs as much as one norm of one
+    layer, follows any length and device, and no cast of the model to bf16 can reach it: in bf16 the angle of
+    position 4,095 is off by as much as 8 radians.
+    """
+    pair = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
+    position = torch.arange(length, dtype=torch.float32, device=device)
+    angle = torch.outer(position, 1.0 / theta ** (pair / channels)).unsqueeze(1)  # [t, 1, d/2]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn x: [b, t, h, d] by its positions, in fp32, back to the type of x."""
+    cos, sin = rotation
+    wide = x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, [b, t, D] → [b, t, D].
+
+    The number of heads is taken from the projections' outputs, so that column-parallel projections, which return a
+    share of the heads, leave this code as it is.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        kv_heads = config.kv_heads or config.heads
+        self.channels = config.hidden_size // config.heads
+        self.grouped = kv_heads < config.heads
+        self.q = nn.Linear(config.hidden_size, config.heads * self.channels, bias=False)
+        self.k = nn.Linear(config.hidden_size, kv_heads * self.channels, bias=False)
+        self.v = nn.Linear(config.hidden_size, kv_heads * self.channels, bias=False)
+        self.o = nn.Linear(config.heads * self.channels, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        heads = (*x.shape[:-1], -1, self.channels)
+        q = rotate(self.q(x).view(heads), rotation).transpose(1, 2)  # [b, h, t, d]
+        k = rotate(self.k(x).view(heads), rotation).transpose(1, 2)
+        v = self.v(x).view(heads).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202), [b, t, D] → [b, t, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer. `nn.RMSNorm` sums its squares in fp32 whatever the type of its input."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """The language model. Give it its weights with `initialise` or `load_state_dict` before use.
+
+    `activation_checkpointing` keeps only the input of each block for the backward pass and recomputes the rest.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._tie()
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [b, t, V] of tokens [b, t], or their loss where labels [b, t] are given.
+
+        `labels[:, i]` is the token that follows `tokens[:, i]`: the caller shifts. The loss is the mean cross-entropy
+        over all b·t positions in nats, an fp32 scalar.
+        """
+        assert not self.config.tied_embedding or self.head.weight is self.embed.weight, "the tie has come undone"
+        rotation = rotation_tables(
+            tokens.shape[1], self.config.hidden_size // self.config.heads, self.config.rope_theta, tokens.device
+        )
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        x = self.embed(tokens)
+        for block in self.blocks:
+            if recompute:  # nothing in a block draws random numbers, so there is no generator state to keep
+                x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotation)
+        logits = self.head(self.norm(x))
+        return logits if labels is None else cross_entropy(logits, labels)
+
+    def _tie(self) -> None:
+        if self.config.tied_embedding:
+            self.head.weight = self.embed.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module's, but tied weights stay one: `to_empty` makes a new Parameter per module, which unties them."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → full shape of every parameter, in the order of `Llama.named_parameters()`; a tied head is not listed."""
+    D, I = config.hidden_size, config.intermediate_size  # noqa: E741
+    kv = D // config.heads * (config.kv_heads or config.heads)
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, D)}
+    for i in range(config.layers):
+        shapes |= {
+            f"blocks.{i}.attention_norm.weight": (D,),
+            f"blocks.{i}.attention.q.weight": (D, D),
+            f"blocks.{i}.attention.k.weight": (kv, D),
+            f"blocks.{i}.attention.v.weight": (kv, D),
+            f"blocks.{i}.attention.o.weight": (D, D),
+            f"blocks.{i}.mlp_norm.weight": (D,),
+            f"blocks.{i}.mlp.gate.weight": (I, D),
+            f"blocks.{i}.mlp.up.weight": (I, D),
+            f"blocks.{i}.mlp.down.weight": (D, I),
+        }
+    shapes["norm.weight"] = (D,)
+    if not config.tied_embedding:
+        shapes["head.weight"] = (config.vocab_size, D)
+    return shapes
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter of this name is the gain of a norm: initialised to 1, without weight decay, never quantized."""
+    return name.endswith("norm.weight")
+
+
+def weight_decay_names(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """Names of the parameters (with, without) weight decay: matrices, embedding and head have it, norms do not."""
+    names = list(parameter_shapes(config))
+    return [name for name in names if not is_norm(name)], [name for name in names if is_norm(name)]
+
+
+def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of one parameter: full shape, fp32, on the CPU.
+
+    Norms are 1. Matrices are normal with mean 0 and standard deviation `init_std`; `o` and `down`, which write into the
+    residual stream, with `init_std` / √(2·layers), so that the stream's variance after 2·layers additions does not grow
+    with depth (GPT-2's rule). Each draw has its own generator, seeded by sha256 of (seed, name): it depends on no other
+    parameter, no order and no layout, so that any rank can draw any parameter, or a part of it, alone.
+    """
+    shape = parameter_shapes(config)[name]
+    if is_norm(name):
+        return torch.ones(shape)
+    residual = name.endswith((".o.weight", ".down.weight"))
+    std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    # `device` spelled out: under `torch.device("meta")` as default device the draw would be empty
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: Llama, seed: int) -> None:
+    """Write `initial_value` into every parameter, rounded to its type. Call before the QAT plugin prepares the model."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, model.config, seed))
