@@ -1,0 +1,87 @@
+"""Arithmetic on a model's shape: parameters, floating-point operations per token, and the best a device could do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qatscale.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many parameters, in the four ways that matter. A tied table is counted once everywhere."""
+
+    total: int
+    """All of them: the N of the scaling laws here."""
+    embedding: int
+    """Input embedding, and the head where it is a table of its own."""
+    non_embedding: int
+    """total - embedding."""
+    matmul: int
+    """Those that multiply activations: attention, MLP and the head (tied or not); no embedding look-up, no norms."""
+
+
+def count_parameters(model: ModelConfig) -> ParameterCounts:
+    """Exact counts of the Llama that this configuration builds, without its quantizer scales."""
+    table = model.vocab_size * model.hidden_size
+    key_value_width = model.hidden_size // model.heads * (model.kv_heads or model.heads)
+    attention = 2 * model.hidden_size * model.hidden_size + 2 * model.hidden_size * key_value_width  # q, o and k, v
+    mlp = 3 * model.hidden_size * model.intermediate_size  # gate, up, down
+    norms = (2 * model.layers + 1) * model.hidden_size
+    linear = model.layers * (attention + mlp)
+    embedding = table if model.tied_embedding else 2 * table
+    return ParameterCounts(
+        total=embedding + linear + norms, embedding=embedding, non_embedding=linear + norms, matmul=linear + table
+    )
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Floating-point operations of forward and backward per trained token.
+
+    6 x matmul parameters (2 forward, 4 backward) + 12 x layers x width x sequence_length for the attention scores, not
+    halved for the causal mask: the convention of PaLM (arXiv 2204.02311, appendix B), so that MFU compares with what
+    others report. Neither recomputation nor fake quantization counts: they are overhead, not model.
+    """
+    return 6 * count_parameters(model).matmul + 12 * model.layers * model.hidden_size * sequence_length
+
+
+FLOPS_CONVENTION = "6 x matmul parameters + 12 x layers x width x sequence, per token (PaLM, appendix B)"
+"""For the line that reports TFLOP/s and MFU."""
+
+
+# Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets; half the figure where a sheet gives only the one
+# with 2:4 sparsity. The names are those of torch.cuda.get_device_name, matched as a whole: a variant with other clocks or
+# units (A100-SXM-64GB, H20, A10G) must not pass for its sibling, and a MIG slice is no whole device.
+_PEAKS = (
+    (r"A100-(SXM4|PCIE)-40GB|A100-SXM4-80GB|A100 80GB PCIe", 312.0),  # NVIDIA A100 data sheet: 312
+    (r"A800-SXM4-80GB|A800 80GB PCIe", 312.0),  # A800 data sheet: 312 (only NVLink is slower)
+    (r"A30", 165.0),  # A30 data sheet: 165
+    (r"A40", 149.7),  # A40 data sheet: 149.7
+    (r"A10", 125.0),  # A10 data sheet: 125
+    (r"H100 80GB HBM3", 989.0),  # H100 data sheet, SXM: 1,979 with sparsity
+    (r"H100 PCIe", 756.0),  # H100 data sheet, PCIe: 1,513 with sparsity
+    (r"H100 NVL", 835.0),  # H100 data sheet, NVL: 1,671 with sparsity
+    (r"H200", 989.0),  # H200 data sheet, SXM: 1,979 with sparsity
+    (r"H200 NVL", 835.0),  # H200 data sheet, NVL: 1,671 with sparsity
+    (r"GH200 (120GB|480GB|144G HBM3e)", 989.0),  # GH200 data sheet: 1,979 with sparsity
+    (r"L4", 121.0),  # L4 data sheet: 242 with sparsity
+    (r"L40", 181.0),  # L40 data sheet: 181.05
+    (r"L40S", 362.0),  # L40S data sheet: 362.05
+    (r"B200", 2250.0),  # HGX B200 data sheet: 4.5 PFLOP/s a GPU with sparsity
+    (r"MI300X", 1307.0),  # AMD Instinct MI300X data sheet: 1,307.4
+    (r"MI325X", 1307.0),  # AMD Instinct MI325X data sheet: 1,307.4
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s; None for a device that is not in the table, never a guess.
+
+    device_name: as torch.cuda.get_device_name tells it, e.g. 'NVIDIA H100 80GB HBM3'. An MFU against it means
+    something for bf16 runs alone.
+    """
+    name = re.sub(r"^(NVIDIA|AMD Instinct)\s+", "", device_name.strip())
+    for pattern, teraflops in _PEAKS:
+        if re.fullmatch(pattern, name):
+            return teraflops * 1e12
+    return None
