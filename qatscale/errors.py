@@ -25,6 +25,10 @@ class UserError(ValueError):
         shown = f"{key} = {value!r}" if value is not None else key
         super().__init__(f"{shown}: {allowed}" + (f" {do}" if do else ""))
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
+        return type(self), (self.key, self.value, self.allowed, self.do)
+
 
 class UserErrors(UserError):  # noqa: N818 - several of them
     """Several wrong inputs at once, so that one try corrects them all. `key`, `value`... are those of the first."""
@@ -34,6 +38,9 @@ class UserErrors(UserError):  # noqa: N818 - several of them
         super().__init__(first.key, first.value, first.allowed, first.do)
         self.problems = tuple(problems)
         self.args = ("\n".join([f"{len(problems)} problems:", *(f"  {problem}" for problem in problems)]),)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.problems,)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
