@@ -1,0 +1,191 @@
+"""The Megatron indexed-dataset format: one pair of files per shard.
+
+`NAME.bin` holds token ids one after another, `NAME.idx` says where each sequence starts (little-endian throughout):
+
+    9 bytes   b"MMIDIDX\\x00\\x00"
+    uint64    version, 1
+    uint8     dtype code of the tokens (`DTYPE_CODES`)
+    uint64    number of sequences, S
+    uint64    length of document_indices, D
+    int32[S]  sequence_lengths, in tokens
+    int64[S]  sequence_pointers, byte offsets into the .bin
+    int64[D]  document_indices: the first sequence of each document, then S
+
+Megatron-LM, GPT-NeoX and NeMo read and write it. In shards written here a sequence is a whole document, EOS included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qatscale.data.atomic import PARTIAL, rename_synced, sha256_of
+from qatscale.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, np.dtype[Any]] = {
+    code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
+}
+_CODE_OF = {dtype: code for code, dtype in DTYPE_CODES.items()}
+SMALL_VOCABULARY = 65_500
+"""Vocabularies below this are stored in 16 bits; Megatron-LM draws the line at the same size."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits, else int32."""
+    return np.dtype("<u2") if vocab_size < SMALL_VOCABULARY else np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """What was written, to be told in the manifest."""
+
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+class IndexedWriter:
+    """Writes one shard under temporary names; `finish` makes it appear whole."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
+        self._bin, self._idx = prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+        self._dtype = dtype
+        self._partial = self._bin.with_name(self._bin.name + PARTIAL)
+        self._file = self._partial.open("wb")
+        self._hash = hashlib.sha256()
+        self._lengths: list[np.ndarray] = []
+        self.tokens = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append whole documents: `tokens` [sum(lengths)] one after another, `lengths` [documents]."""
+        assert int(lengths.sum()) == len(tokens)
+        assert (lengths > 0).all()
+        data = np.ascontiguousarray(tokens, dtype=self._dtype).data
+        self._hash.update(data)
+        self._file.write(data)
+        self._lengths.append(lengths.astype("<i4"))
+        self.tokens += len(tokens)
+
+    def finish(self) -> ShardFiles:
+        """Flush both files to the disk and give them their names."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        lengths = np.concatenate(self._lengths)
+        index = encode_index(lengths, self._dtype)
+        idx_partial = self._idx.with_name(self._idx.name + PARTIAL)
+        with idx_partial.open("wb") as file:
+            file.write(index)
+            file.flush()
+            os.fsync(file.fileno())
+        rename_synced(self._partial, self._bin)
+        rename_synced(idx_partial, self._idx)
+        return ShardFiles(
+            documents=len(lengths),
+            tokens=self.tokens,
+            bin_bytes=self.tokens * self._dtype.itemsize,
+            idx_bytes=len(index),
+            bin_sha256=self._hash.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+        )
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def encode_index(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
+    """The bytes of an `.idx` whose documents are one sequence each; `lengths` [documents], in tokens."""
+    ends = np.cumsum(lengths, dtype="<i8") * dtype.itemsize
+    pointers = np.concatenate([np.zeros(1, "<i8"), ends[:-1]])
+    documents = np.arange(len(lengths) + 1, dtype="<i8")
+    header = HEADER.pack(MAGIC, VERSION, _CODE_OF[dtype], len(lengths), len(documents))
+    return b"".join([header, lengths.astype("<i4").tobytes(), pointers.tobytes(), documents.tobytes()])
+
+
+class IndexedReader:
+    """One shard, memory-mapped: opening costs the same for any size.
+
+    `tokens` [all tokens], `lengths` [S], `pointers` [S], `documents` [D] are read-only views of the files.
+    Raises UserError for a missing file, a wrong magic number or version, a dtype that holds no tokens, a truncated
+    index, and a `.bin` whose size is not what the index says.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self.bin_path, self.idx_path = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise UserError("shard", str(path), "this file is missing.", _PREPARE_AGAIN)
+        self.dtype, sequences, documents = self._header()
+        index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
+        bounds = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * documents])
+        self.lengths = index[bounds[0] : bounds[1]].view("<i4")
+        self.pointers = index[bounds[1] : bounds[2]].view("<i8")
+        self.documents = index[bounds[2] : bounds[3]].view("<i8")
+        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        _check_size(self.bin_path, expected, "its index")
+        self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+
+    def _header(self) -> tuple[np.dtype[Any], int, int]:
+        with self.idx_path.open("rb") as file:
+            raw = file.read(HEADER.size)
+        if not raw.startswith(MAGIC):
+            raise UserError("shard", str(self.idx_path), f"starts with {raw[:9]!r}, an index with {MAGIC!r}.")
+        if len(raw) < HEADER.size:
+            raise UserError("shard", str(self.idx_path), "cut off within its header.", _PREPARE_AGAIN)
+        _, version, code, sequences, documents = HEADER.unpack(raw)
+        if version != VERSION:
+            raise UserError("shard", str(self.idx_path), f"index version {version}; this reads version {VERSION}.")
+        dtype = DTYPE_CODES.get(code)
+        if dtype is None or dtype.kind == "f":
+            kinds = ", ".join(f"{c} = {d.name}" for c, d in DTYPE_CODES.items() if d.kind != "f")
+            raise UserError("shard", str(self.idx_path), f"dtype code {code}; tokens are one of {kinds}.")
+        _check_size(self.idx_path, HEADER.size + 12 * sequences + 8 * documents, "its header")
+        if sequences == 0:
+            raise UserError("shard", str(self.idx_path), "holds no documents.")
+        return dtype, sequences, documents
+
+    def check_contiguous(self) -> None:
+        """Raise UserError unless the sequences fill the `.bin` in order, as a flat token stream needs it."""
+        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
+        if self.pointers[0] != 0 or (self.pointers[1:] != ends[:-1]).any() or (self.lengths < 0).any():
+            raise UserError("shard", str(self.idx_path), "its sequences do not lie one after another in the .bin.")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        start = int(self.pointers[sequence]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[sequence])]
+
+    def files(self) -> ShardFiles:
+        """Counts, sizes and checksums; reads both files whole."""
+        return ShardFiles(
+            documents=len(self.documents) - 1,
+            tokens=len(self.tokens),
+            bin_bytes=self.bin_path.stat().st_size,
+            idx_bytes=self.idx_path.stat().st_size,
+            bin_sha256=sha256_of(self.bin_path),
+            idx_sha256=sha256_of(self.idx_path),
+        )
+
+
+def _check_size(path: Path, expected: int, who: str) -> None:
+    if (size := path.stat().st_size) != expected:
+        raise UserError("shard", str(path), f"{size} bytes, and {who} says {expected}.", _PREPARE_AGAIN)
+
+
+_PREPARE_AGAIN = "Copy it anew, or run `qatscale prepare` again with --restart."

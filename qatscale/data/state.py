@@ -1,0 +1,132 @@
+"""progress.json: how far an unfinished `prepare` has come, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qatscale.data.atomic import PARTIAL, write_json_atomic
+from qatscale.data.encode import SPLITS
+from qatscale.data.manifest import NAME as MANIFEST
+from qatscale.data.manifest import Manifest, Shard, SplitCounts
+from qatscale.errors import UserError
+
+NAME = "progress.json"
+TOKENIZER = "tokenizer"
+_RESTART = "Choose another folder, or discard what is there and start anew: --restart"
+
+
+class State(BaseModel):
+    """Written after every part; what it does not name was not finished."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    identity: dict[str, Any]
+    source: int = 0
+    """Index of the source to go on with."""
+    position: Any = None
+    """Where that source goes on."""
+    part: int = 0
+    """Number of the next pair of shards."""
+    empty: int = 0
+    splits: dict[str, SplitCounts]
+
+    @classmethod
+    def fresh(cls, identity: dict[str, Any]) -> State:
+        none = SplitCounts(documents=0, tokens=0, text_bytes=0, shards=[])
+        return cls(identity=identity, splits=dict.fromkeys(SPLITS, none))
+
+    @property
+    def documents(self) -> int:
+        return sum(counts.documents for counts in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(counts.tokens for counts in self.splits.values())
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(counts.text_bytes or 0 for counts in self.splits.values())
+
+    def add(self, split: str, shard: Shard, text_bytes: int) -> None:
+        old = self.splits[split]
+        self.splits[split] = SplitCounts(
+            documents=old.documents + shard.documents,
+            tokens=old.tokens + shard.tokens,
+            text_bytes=(old.text_bytes or 0) + text_bytes,
+            shards=[*old.shards, shard],
+        )
+
+    def save(self, folder: Path) -> None:
+        write_json_atomic(folder / NAME, self.model_dump())
+
+
+def finished(folder: Path, identity: dict[str, Any]) -> Manifest | None:
+    """The manifest of a folder that was prepared alike and to the end.
+
+    Raises UserError where it was prepared otherwise, or where a shard is missing or has another size.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = Manifest.load(folder)
+    _same(folder, "a data set", manifest.identity, identity)
+    for split, counts in manifest.splits.items():
+        if counts.shards:
+            manifest.open_shards(folder, split, "size")
+    return manifest
+
+
+def resume(folder: Path, identity: dict[str, Any]) -> State:
+    """The state to go on from, files of anything unfinished removed.
+
+    Raises UserError where finished shards were made otherwise, and where the folder holds other things.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        strangers = sorted(p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(PARTIAL))
+        if strangers:
+            raise UserError(
+                "out", str(folder), f"holds other files ({', '.join(strangers[:3])}).", "Choose a new folder."
+            )
+        return State.fresh(identity)
+    try:
+        state = State.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise UserError("out", str(path), "cannot be read.", _RESTART) from None
+    if state.part == 0 and state.identity != identity:  # nothing to lose
+        discard(folder)
+        return State.fresh(identity)
+    _same(folder, "a half-prepared data set", state.identity, identity)
+    _remove_shards(folder, keep={shard.name for counts in state.splits.values() for shard in counts.shards})
+    return state
+
+
+def discard(folder: Path) -> None:
+    """Remove what `prepare` made; the manifest first, so that no moment shows a data set with missing shards."""
+    for name in (MANIFEST, NAME):
+        (folder / name).unlink(missing_ok=True)
+    _remove_shards(folder, keep=set())
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+
+
+def _remove_shards(folder: Path, keep: set[str]) -> None:
+    for split in SPLITS:
+        for file in folder.glob(f"{split}-[0-9]*.*"):
+            if file.name.endswith(PARTIAL) or file.stem not in keep:
+                file.unlink()
+
+
+def _same(folder: Path, what: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    if there == asked:
+        return
+    keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    told = "; ".join(f"{key} {_short(there.get(key))} there, {_short(asked.get(key))} asked for" for key in keys)
+    raise UserError("out", str(folder), f"holds {what} made otherwise: {told}.", _RESTART)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 160 else text[:157] + "..."
