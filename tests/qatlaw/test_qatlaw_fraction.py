@@ -93,8 +93,8 @@ def test_the_warning_names_what_is_outside_and_nothing_else():
     assert qatlaw.extrapolation_warning(396e6, 100e9, 4) is None
     small = qatlaw.extrapolation_warning(1e6, 5e6, 4)
     assert "S = 10 " in small
-    assert "N = 1e+06" in small
-    assert "D = 5e+06" in small
+    assert "N = 1M (measured 86M to 2.2B)" in small
+    assert "D = 5M (measured 2.3B to 1.4T)" in small
     assert "B = " not in small
     eight_bits = qatlaw.extrapolation_warning(396e6, 100e9, 8)
     assert "B = 8" in eight_bits
