@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from qatscale.config.schema import ModelConfig
+from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
 from qatscale.model.llama import parameter_shapes
@@ -198,6 +198,7 @@ def load_hugging_face(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _read_config(path: Path) -> ModelConfig:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig
 
     key = str(path)
@@ -212,7 +213,7 @@ def _read_config(path: Path) -> ModelConfig:
         raise UserError("model_type", found, f"only 'llama' can be loaded ({key}).")
     try:
         theirs = LlamaConfig.from_dict(raw)
-    except Exception as error:  # transformers raises a class of its own for each field's type
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(key, None, f"is no valid Llama configuration: {error}") from None
 
     heads = theirs.num_attention_heads
@@ -241,7 +242,11 @@ def _read_config(path: Path) -> ModelConfig:
             init_std=theirs.initializer_range,
         )
     except ValidationError as error:
-        raise UserError(key, None, f"is no Llama that can be loaded: {error.errors()[0]['msg']}.") from None
+        first = error.errors()[0]
+        clash = first.get("ctx", {}).get("error")
+        ours = clash.key if isinstance(clash, ClashError) else ".".join(map(str, first["loc"]))
+        told = f"is no Llama that can be loaded: our {ours} {first['msg'].removeprefix('Value error, ')}."
+        raise UserError(key, None, told) from None
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:

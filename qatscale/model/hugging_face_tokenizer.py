@@ -125,33 +125,32 @@ def fast_tokenizer(model: bytes) -> Tokenizer:
     """A `tokenizers.Tokenizer` that does what the SentencePiece model of these bytes does.
 
     transformers' own conversion of Llama tokenizers is not used: it drops the normalisation rule and puts no space
-    before a text that starts with one. Raises UserError for models that are neither BPE nor unigram.
+    before a text that starts with one. Raises UserError for models that are not BPE.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     proto = _model_proto(model)
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
-    if trainer.model_type == trainer.BPE:
-        vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-        bpe = models.BPE(
-            vocab, _merges(proto), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
-        )
-        tokenizer = Tokenizer(bpe)
-    elif trainer.model_type == trainer.UNIGRAM:
-        scores = [(piece.piece, piece.score) for piece in proto.pieces]
-        tokenizer = Tokenizer(models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
-    else:
+    if trainer.model_type != trainer.BPE:
         kind = trainer.ModelType.Name(trainer.model_type).lower()
-        raise UserError("tokenizer", kind, "only BPE and unigram models of SentencePiece can be converted.")
+        do = "Export without a tokenizer and ship the .model file."
+        raise UserError("tokenizer", kind, "only BPE models of SentencePiece convert with the same ids.", do)
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    bpe = models.BPE(
+        vocab, _merges(proto), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
+    )
+    tokenizer = Tokenizer(bpe)
 
     steps: list[Any] = []
     if spec.precompiled_charsmap:
+        told = (
+            f"The tokenizer normalises text by {spec.name!r}, which transformers applies to whole clusters of combining"
+        )
+        warnings.warn(f"{told} characters: rare sequences of these get other ids than in training.", stacklevel=2)
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [
-            normalizers.Replace(Regex(f"^[ {SPACE}]+|[ {SPACE}]+$"), ""),
-            normalizers.Replace(Regex(" {2,}"), " "),
-        ]
+        steps.append(normalizers.Replace(Regex(f"^[ {SPACE}]+|[ {SPACE}]+$"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

@@ -1,11 +1,11 @@
 """Llama 2 (arXiv 2307.09288): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bias.
 
 Sizes in comments: b = sequences, t = tokens of a sequence, h = heads (query or key-value), d = channels of a head,
-D = hidden size, V = vocabulary. Arithmetic follows transformers' LlamaForCausalLM, so that weights pass in both
-directions without permutation; the two differ in bf16 only, where norms and rotations are rounded once here, at the end.
+D = hidden size, V = vocabulary. The arithmetic is that of transformers' LlamaForCausalLM, so that weights pass in both
+directions without permutation; in bf16 the two differ, because norms and rotations are rounded only once here.
 
-Weights are read inside the forward of the module that owns them and nowhere else: ZeRO-3 gathers a weight around exactly
-that call, and the QAT plugin replaces exactly these modules.
+Weights are read inside the forward of the module that owns them and nowhere else: ZeRO-3 gathers a weight around
+exactly that call, and the QAT plugin replaces exactly these modules.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Rotation = tuple[Tensor, Tensor]
 def rotation_tables(length: int, channels: int, theta: float, device: torch.device | str | None = None) -> Rotation:
     """Rotary position embedding (arXiv 2104.09864) of positions 0 … length - 1 for heads of `channels` channels.
 
-    Channel i turns together with channel i + channels/2 ("half-split", as in Hugging Face's Llama), at theta^(-2i/channels)
-    radians a position. Computed at every forward instead of kept in a buffer: it costs as much as one norm of one
-    layer, follows any length and device, and no cast of the model to bf16 can reach it: in bf16 the angle of
-    position 4,095 is off by as much as 8 radians.
+    Channel i turns together with channel i + channels/2 ("half-split", as in Hugging Face's Llama), by
+    theta^(-2i/channels) radians a position. Computed at every forward instead of kept in a buffer, which costs little
+    beside one block, follows any length and device, and leaves nothing that a cast of the model to bf16 could reach
+    (in bf16, positions from 2,048 on are multiples of 16).
     """
     pair = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
     position = torch.arange(length, dtype=torch.float32, device=device)
@@ -174,7 +174,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_norm(name: str) -> bool:
-    """Whether a parameter of this name is the gain of a norm: initialised to 1, without weight decay, never quantized."""
+    """Whether a parameter of this name is the gain of a norm: initially 1, without weight decay, never quantized."""
     return name.endswith("norm.weight")
 
 
@@ -193,18 +193,17 @@ def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
     parameter, no order and no layout, so that any rank can draw any parameter, or a part of it, alone.
     """
     shape = parameter_shapes(config)[name]
-    if is_norm(name):
-        return torch.ones(shape)
+    if is_norm(name):  # `device` spelled out: under `torch.device("meta")` as default the values would be lost
+        return torch.ones(shape, device="cpu")
     residual = name.endswith((".o.weight", ".down.weight"))
     std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    # `device` spelled out: under `torch.device("meta")` as default device the draw would be empty
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()
 def initialise(model: Llama, seed: int) -> None:
-    """Write `initial_value` into every parameter, rounded to its type. Call before the QAT plugin prepares the model."""
+    """Write `initial_value` into every parameter, rounded to its type. Call it before the plugin prepares the model."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, model.config, seed))
