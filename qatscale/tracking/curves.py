@@ -1,0 +1,273 @@
+"""The figure of a comparison: loss over tokens, a trunk drawn once with its branches, and where each run ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qatscale.config.amounts import format_amount
+from qatscale.tracking.compare import own_view, validation_losses, view_label
+from qatscale.tracking.records import Record
+from qatscale.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours tell each other apart for every common colour blindness; the dashes do so without colour.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES: tuple[Any, ...] = (
+    "solid",
+    (0, (6, 1.5)),
+    (0, (3, 1, 1, 1)),
+    (0, (1.5, 1)),
+    (0, (8, 1.5, 1, 1.5)),
+    (0, (4, 3)),
+)
+_TRUNK = "#4D4D4D"
+_INK = "#222222"
+_SKIPPED = 0.08
+"""Share of the tokens that the loss axis is not scaled to: the fall from the random start would flatten the rest."""
+_WINDOWS = 60
+"""Curves are smoothed over this part of all tokens: enough to see through noise, not enough to hide a step."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's training loss over its own tokens (a branch: from its parent's step on)."""
+
+    folder: RunFolder
+    asked_for: bool
+    """False: drawn because a branch hangs on it."""
+    tokens: np.ndarray
+    """[points], of the logged steps"""
+    loss: np.ndarray
+    """[points], as logged"""
+    x: np.ndarray
+    """[points, + 1 for a branch: it starts at its parent's last point], tokens of the smoothed curve"""
+    y: np.ndarray
+    """[like x], smoothed loss"""
+    switch: float | None
+    """Tokens at the switch, None when it lies outside this curve."""
+    cooldowns: tuple[float, ...]
+    """Tokens at the start of each cooldown on this curve."""
+    width: float
+    """Tokens that y is a mean over; 0 = not smoothed."""
+
+    def at(self, tokens: float) -> float:
+        """The smoothed loss of the last point up to `tokens`."""
+        return float(self.y[max(0, int(np.searchsorted(self.x, tokens, side="right")) - 1)])
+
+
+def smoothed(values: np.ndarray, window: int, switch: int | None = None) -> np.ndarray:
+    """Moving mean over `window` (odd) points around each, over fewer at the ends, and never over both sides of the
+    index `switch`. It looks no further ahead than back, so that the start of a steep fall is not drawn too low. NaN
+    where a window has no finite value."""
+    out = np.full(len(values), np.nan)
+    for index in range(len(values)):
+        start, end = (0, len(values)) if switch is None else (0, switch) if index < switch else (switch, len(values))
+        back = min(window // 2, index - start)
+        ahead = min(back, end - 1 - index)
+        part = values[index - back : index + ahead + 1]
+        finite = part[np.isfinite(part)]
+        if len(finite):
+            out[index] = finite.mean()
+    return out
+
+
+def curves(folders: Iterable[RunFolder]) -> list[Curve]:
+    """Curves of these runs and of those they were branched from, parents first. An ancestor that nobody asked for
+    ends at its last branch; one whose folder is gone is left out."""
+    asked = {folder.path.resolve(): folder for folder in folders}
+    drawn: dict[Path, tuple[RunFolder, int | None]] = {path: (folder, None) for path, folder in asked.items()}
+    waiting = list(asked.values())
+    while waiting:
+        parent = waiting.pop().run["parent"]
+        if parent is None or not (ancestor := RunFolder(parent["folder"])).run_file.exists():
+            continue
+        path = ancestor.path.resolve()
+        if path in asked:
+            continue
+        until = drawn[path][1] if path in drawn else None
+        drawn[path] = (ancestor, max(parent["step"], until or 0))
+        waiting.append(ancestor)
+    ordered = sorted(drawn.items(), key=lambda item: (item[1][0].run["parent"] is not None, item[0] not in asked))
+    longest = max((_tokens(folder, folder.timeline["steps"]) for folder, _ in drawn.values()), default=0.0)
+    found = [_curve(folder, path in asked, until, longest / _WINDOWS) for path, (folder, until) in ordered]
+    return [curve for curve in found if len(curve.tokens)]
+
+
+def _tokens(folder: RunFolder, step: int) -> float:
+    return float(step * folder.timeline["tokens_per_step"])
+
+
+def _curve(folder: RunFolder, asked_for: bool, until: int | None, width: float) -> Curve:
+    """`width`: tokens to smooth over."""
+    timeline, parent = folder.timeline, folder.run["parent"]
+    per_step, switch_step = timeline["tokens_per_step"], timeline["switch_step"]
+    own = [r for r in folder.records("metrics") if until is None or r["step"] <= until]
+    first = parent["step"] if parent else 0
+    last = own[-1]["step"] if own else 0
+    # what came before the branch belongs into the mean of its first points
+    before = _steps_and_losses(_before(folder))
+    steps, loss = _steps_and_losses(own)
+    all_steps = np.concatenate([before[0], steps])
+    spacing = float(np.median(np.diff(steps))) * per_step if len(steps) > 1 else width
+    window = max(1, round(width / spacing)) // 2 * 2 + 1
+    # a record of step s tells of the steps done, the last of them s - 1: quantized from s > switch_step on
+    switch_index = None if switch_step is None else int(np.searchsorted(all_steps, switch_step, side="right"))
+    smooth = smoothed(np.concatenate([before[1], loss]), window, switch_index)
+    starts = [s["start"] for s in timeline["segments"] if s["phase"].endswith("cooldown")]
+    attached = len(before[0]) > 0
+    return Curve(
+        folder=folder,
+        asked_for=asked_for,
+        tokens=steps * float(per_step),
+        loss=loss,
+        x=np.concatenate([before[0][-1:], steps]) * float(per_step),
+        y=smooth[len(before[0]) - attached :],
+        switch=_tokens(folder, switch_step) if switch_step is not None and first <= switch_step < last else None,
+        cooldowns=tuple(_tokens(folder, start) for start in starts if first <= start < last),
+        width=window * spacing if window > 1 else 0.0,
+    )
+
+
+def _before(folder: RunFolder) -> list[Record]:
+    """The metrics of the runs that `folder` was branched from, up to the branch; empty where they are gone."""
+    parent = folder.run["parent"]
+    if parent is None or not (ancestor := RunFolder(parent["folder"])).run_file.exists():
+        return []
+    records = [*_before(ancestor), *ancestor.records("metrics")]
+    return [record for record in records if record["step"] <= parent["step"]]
+
+
+def _steps_and_losses(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([r["step"] for r in records], dtype=int), np.array([r["loss"] for r in records], dtype=float)
+
+
+def draw_loss_curves(folders: Iterable[RunFolder], path: Path | str) -> None:
+    """Draw the comparison into an image file, whose ending says the format. Leaves matplotlib's global state alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = loss_curves(list(folders))
+    FigureCanvasAgg(figure)
+    figure.savefig(Path(path), dpi=160)
+
+
+def loss_curves(folders: Sequence[RunFolder]) -> Figure:
+    """Left: loss over tokens, switch and cooldown marked. Right: the validation losses that each run ended with."""
+    from matplotlib.figure import Figure
+
+    shown = curves(folders)
+    results = [(c, view, loss) for c in shown if c.asked_for for view, loss in _results(c.folder)]
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2.1, 1))
+    styles = _styles(shown)
+    _draw_curves(left, shown, styles)
+    _draw_results(right, results, {curve.folder.path: colour for curve, (colour, _) in zip(shown, styles, strict=True)})
+    return figure
+
+
+def _styles(shown: Sequence[Curve]) -> list[tuple[str, Any]]:
+    """(colour, dashes) of each curve; grey for a trunk, that is a run which others are branched from."""
+    parents = {Path(p["folder"]).resolve() for c in shown if (p := c.folder.run["parent"])}
+    styles, index = [], 0
+    for curve in shown:
+        if curve.folder.path.resolve() in parents:
+            styles.append((_TRUNK, "solid"))
+        else:
+            styles.append((_COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)]))
+            index += 1
+    return styles
+
+
+def _results(folder: RunFolder) -> list[tuple[str, float]]:
+    """(view, loss): the run's own view, and for a full-precision run its post-training quantizations."""
+    losses, own = validation_losses(folder), own_view(folder)
+    quantizations = sorted((view for view in losses if own == "fp" and view.startswith("ptq")), key=losses.__getitem__)
+    return [(view, losses[view]) for view in [own, *quantizations] if view in losses]
+
+
+def _draw_curves(axes: Axes, shown: Sequence[Curve], styles: Sequence[tuple[str, Any]]) -> None:
+    for order, (curve, (colour, dashes)) in enumerate(zip(shown, styles, strict=True)):
+        if curve.width:
+            axes.plot(curve.tokens, curve.loss, color=colour, linewidth=0.6, alpha=0.22, zorder=1)
+        axes.plot(
+            curve.x, curve.y, color=colour, linestyle=dashes, linewidth=1.7, label=curve.folder.name, zorder=3 + order
+        )
+        for start in curve.cooldowns:
+            axes.plot(start, curve.at(start), **_mark("o", "white", colour), zorder=30)
+        if curve.switch is not None:
+            axes.plot(curve.switch, curve.at(curve.switch), **_mark("D", colour, "white"), zorder=31)
+    if any(curve.switch is not None for curve in shown):
+        axes.plot([], [], **_mark("D", _INK, "white"), label="switch to QAT")
+    if any(curve.cooldowns for curve in shown):
+        axes.plot([], [], **_mark("o", "white", _INK), label="cooldown starts")
+    _scale(axes, shown)
+    widths = [curve.width for curve in shown if curve.width]
+    smoothing = f", mean over {format_amount(float(f'{max(widths):.2g}'))} tokens" if widths else ""
+    axes.set_ylabel(f"training loss (nats per token{smoothing})")
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(lambda value, _: format_amount(value))
+    axes.set_title("Loss over tokens", loc="left", fontsize=11, color=_INK)
+    _tidy(axes, grid="both")
+    axes.legend(frameon=False, fontsize=8.5, loc="best", handlelength=3.2)
+
+
+def _scale(axes: Axes, shown: Sequence[Curve]) -> None:
+    """Axes that show where the runs differ; the steep fall of the first steps leaves through the top."""
+    if not shown:
+        return
+    end = max(curve.tokens[-1] for curve in shown)
+    axes.set_xlim(0, end * 1.02)
+    late = np.concatenate([curve.y[curve.x > _SKIPPED * end] for curve in shown])
+    late = late[np.isfinite(late)]
+    if len(late) and late.max() > late.min():
+        pad = 0.06 * (late.max() - late.min())
+        axes.set_ylim(late.min() - pad, late.max() + 2 * pad)
+
+
+def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], styles: dict[Path, str]) -> None:
+    """One row per (run, view): a dot and its value."""
+    for row, (curve, view, loss) in enumerate(results):
+        colour = styles[curve.folder.path]
+        face = "white" if view.startswith("ptq") else colour
+        axes.plot(
+            loss, row, marker="s" if view.startswith("ptq") else "o", color=face, markeredgecolor=colour, markersize=7
+        )
+        axes.annotate(
+            f"{loss:.3f}", (loss, row), (9, 0), textcoords="offset points", va="center", fontsize=9, color=_INK
+        )
+    axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results], fontsize=8.5)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    for loss in (loss for _, view, loss in results if view == "fp"):
+        axes.axvline(loss, color=_TRUNK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)  # what quantization costs
+    losses = [loss for _, _, loss in results if np.isfinite(loss)]
+    if losses:
+        spread = max(max(losses) - min(losses), 0.02 * abs(max(losses)), 1e-6)
+        axes.set_xlim(min(losses) - 0.12 * spread, max(losses) + 0.38 * spread)  # room for the value
+    else:
+        axes.text(0.5, 0.5, "no validation yet", transform=axes.transAxes, ha="center", color=_INK)
+        axes.set_xticks([])
+    axes.set_xlabel("validation loss (nats per token)")
+    axes.set_title("Where each run ended", loc="left", fontsize=11, color=_INK)
+    _tidy(axes, grid="x")
+
+
+def _mark(marker: str, face: str, edge: str) -> dict[str, Any]:
+    return {
+        "marker": marker, "markersize": 7, "markerfacecolor": face, "markeredgecolor": edge,
+        "markeredgewidth": 1.3, "linestyle": "none",
+    }  # fmt: skip
+
+
+def _tidy(axes: Axes, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.grid(True, axis=grid, color="#E4E4E4", linewidth=0.7)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, labelsize=9)

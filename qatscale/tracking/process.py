@@ -1,0 +1,70 @@
+"""Who writes a run folder, and whether that process still lives.
+
+A process id alone says little: ids are used again, and a folder may lie on a disk that several machines share. Host,
+boot id and start tick together name one process for good (Linux `proc(5)`: field 22 of `/proc/PID/stat` is the start
+time in clock ticks since boot, so no change of the wall clock can touch it).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_ZOMBIE_OR_DEAD = {"Z", "X", "x"}
+
+
+def identity() -> dict[str, Any]:
+    """This process: ``{"host", "pid", "boot_id", "start_ticks"}``; the last two are null where there is no /proc."""
+    stat = _stat(os.getpid())
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "boot_id": _boot_id(),
+        "start_ticks": stat[1] if stat else None,
+    }
+
+
+def is_alive(process: Mapping[str, Any]) -> bool | None:
+    """Whether the process of `identity()` still runs; None when it belongs to another machine and nobody here can say.
+
+    A zombie (ended, not yet collected by its parent) counts as dead.
+    """
+    if process["host"] != socket.gethostname():
+        return None
+    if process["boot_id"] is None:
+        return _answers(process["pid"])
+    if process["boot_id"] != _boot_id():
+        return False
+    stat = _stat(process["pid"])
+    return stat is not None and stat[0] not in _ZOMBIE_OR_DEAD and stat[1] == process["start_ticks"]
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """(state letter, start tick) of a process, None when there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # field 2 is the command in parentheses and may itself hold spaces and parentheses
+    fields = text[text.rindex(")") + 2 :].split()
+    return fields[0], int(fields[19])
+
+
+def _boot_id() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _answers(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,164 @@
+"""One JSON object a line: writing lines that are whole after any kill, and reading a file that still grows.
+
+JSON has no word for a float that is not finite. They are written as the strings "NaN", "Infinity" and "-Infinity",
+as the JSON mapping of Protocol Buffers does, and read back as floats; every line is valid JSON for any reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+Record = dict[str, Any]
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def encode(value: Any) -> Any:
+    """`value` with only what strict JSON knows: NumPy and torch scalars become numbers, paths strings, dataclasses
+    objects. Raises TypeError for what has no form in JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, str) or value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy or torch scalar
+        value = value.item()
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Iterable):
+        return [encode(item) for item in value]
+    raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode` for numbers: the three strings become floats again."""
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is there whole or not at all, also after a power failure."""
+    write_text(path, json.dumps(encode(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_json` for any text: a temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_json(path: Path) -> Any:
+    return decode(json.loads(path.read_text(encoding="utf-8")))
+
+
+class Appender:
+    """Appends records. Each reaches the kernel whole before `append` returns, so a SIGKILL costs none of them."""
+
+    def __init__(self, path: Path) -> None:
+        repair(path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, record: Record) -> None:
+        line = memoryview(json.dumps(encode(record), allow_nan=False).encode() + b"\n")
+        while line:  # a raw write may be short
+            line = line[self._file.write(line) :]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def repair(path: Path) -> None:
+    """End a file at a line's end: a last line without its newline is terminated if it is whole JSON, else cut off."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        start, tail = size, b""
+        while start > 0 and b"\n" not in tail:
+            start = max(0, start - 65536)
+            file.seek(start)
+            tail = file.read(size - start)
+        torn = tail[tail.rfind(b"\n") + 1 :]
+        if not torn:
+            return
+        try:
+            json.loads(torn)
+        except ValueError:
+            file.truncate(size - len(torn))
+        else:
+            file.write(b"\n")
+
+
+class Tail:
+    """Reads records from a byte offset on. A last line without its newline is left for the next call."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset = path, offset
+
+    def read(self, limit: int = 1 << 22) -> list[Record]:
+        """The whole records of about the next `limit` bytes; empty at the end of the file. Raises ValueError, naming
+        file and offset, for a line that is no JSON."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(limit)
+                while data and b"\n" not in data and (more := file.read(limit)):
+                    data += more
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+            try:
+                records.append(decode(json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{self.path}: the line at byte {self.offset} is no JSON ({error})") from error
+            self.offset += len(line)
+        return records
+
+    def __iter__(self) -> Iterator[Record]:
+        while records := self.read():
+            yield from records
+
+
+def live(records: Iterable[Record]) -> list[Record]:
+    """The records that a later `resume` did not supersede.
+
+    A resume at step k takes the run back to k: what came before it with step > k happens again. A checkpoint at the
+    switch step is taken before the switch, so a resume there switches again, and `switch` goes from step >= k on.
+    """
+    kept: list[Record] = []
+    for record in records:
+        if record["event"] == "resume":
+            k = record["step"]
+            kept = [old for old in kept if old.get("step", 0) < k + (old["event"] != "switch")]
+        kept.append(record)
+    return kept

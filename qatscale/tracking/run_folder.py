@@ -1,0 +1,238 @@
+"""The folder of one run: everything that is known about it, complete whether or not any server ever answers.
+
+::
+
+    recipe.yaml  ds_config.json  run.json  environment.json  timeline.json     written when the run is created
+    metrics.jsonl                                                              one event a line, only ever appended to
+    tracking.json                                                              MLflow: where, which run, how far
+    logs/  checkpoints/  figures/  exports/
+    done.json                                                                  the completion marker, written last
+
+Rank 0 of the training loop writes; everybody reads.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from qatscale.errors import UserError
+from qatscale.tracking import process
+from qatscale.tracking.environment import environment
+from qatscale.tracking.records import Appender, Record, Tail, live, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from qatscale.timeline.segments import Timeline
+
+Status = Literal["created", "running", "running?", "stopped", "failed", "killed", "done"]
+"""`created`: no step begun. `running?`: by a process of another machine, which only that machine can look for.
+`stopped`: by a signal, after saving. `failed`: by an error. `killed`: the process is gone without a word."""
+
+EVENTS = ("start", "resume", "metrics", "validation", "switch", "checkpoint", "stopped", "failed", "final")
+_LIFE = ("start", "resume", "stopped", "failed")
+"""Events that say whether somebody writes the folder."""
+
+
+class RunFolder:
+    """A run's folder. `create` makes one, `open` finds one; both give the same object."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._appender: Appender | None = None
+        self._life_tail = Tail(self.metrics_file)
+        self._last_sign: Record | None = None
+        self._writer: dict[str, Any] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        *,
+        recipe: str,
+        ds_config: Mapping[str, Any],
+        timeline: Timeline,
+        n_params: int,
+        command: Sequence[str],
+        parent: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Write the files that describe a run, run.json last, so that a folder with run.json has them all.
+
+        `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from.
+        Raises UserError where a run lies already.
+        """
+        self = cls(path)
+        if self.run_file.exists():
+            raise UserError(
+                "name", self.name, f"{self.path} already holds a run.", "Resume it, or give this run another name."
+            )
+        for folder in (self.path, self.logs, self.checkpoints, self.figures, self.exports):
+            folder.mkdir(parents=True, exist_ok=True)
+        around = environment()
+        write_text(self.path / "recipe.yaml", recipe)
+        write_json(self.path / "ds_config.json", ds_config)
+        write_json(self.path / "environment.json", around)
+        segments = [
+            {"phase": s.phase, "start": s.start, "end": s.end, "quantized": s.quantized} for s in timeline.segments
+        ]
+        write_json(
+            self.path / "timeline.json",
+            {
+                "steps": timeline.steps,
+                "tokens_per_step": timeline.tokens_per_step,
+                "switch_step": timeline.switch_step,
+                "segments": segments,
+            },
+        )
+        run = {
+            "name": self.name,
+            "id": uuid.uuid4().hex,
+            "created": time.time(),
+            "parent": dict(parent) if parent else None,
+            "n_params": n_params,
+            "git_commit": around["git"]["commit"] if around["git"] else None,
+            "command": list(command),
+        }
+        write_json(self.run_file, run)
+        return self
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Raises UserError where no run lies."""
+        self = cls(path)
+        if not self.run_file.exists():
+            do = "The folder does not exist." if not self.path.exists() else "It holds no run.json."
+            raise UserError("run", str(path), "give the folder of a run.", do)
+        return self
+
+    # where things lie
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def done_file(self) -> Path:
+        return self.path / "done.json"
+
+    @property
+    def tracking_file(self) -> Path:
+        return self.path / "tracking.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    # what is known
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """run.json."""
+        return read_json(self.run_file)
+
+    @property
+    def timeline(self) -> dict[str, Any]:
+        """timeline.json: ``{"steps", "tokens_per_step", "switch_step", "segments"}``."""
+        return read_json(self.path / "timeline.json")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """recipe.yaml as plain data, readable also when a later version of RunConfig would refuse it."""
+        import yaml
+
+        return yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+
+    def records(self, *events: str) -> list[Record]:
+        """The events of metrics.jsonl, all kinds or these, without those that a later resume superseded."""
+        found = live(Tail(self.metrics_file))
+        return [record for record in found if not events or record["event"] in events]
+
+    @property
+    def is_done(self) -> bool:
+        return self.done_file.exists()
+
+    @property
+    def final(self) -> dict[str, Any] | None:
+        """The final metrics by their stable names, None while the run is not done."""
+        return read_json(self.done_file)["metrics"] if self.is_done else None
+
+    @property
+    def status(self) -> Status:
+        """Cheap to ask again: only what was appended since the last call is read."""
+        if self.is_done:
+            return "done"
+        self._read_on()
+        if self._last_sign is None:
+            return "created"
+        if self._last_sign["event"] in ("stopped", "failed"):
+            return self._last_sign["event"]
+        alive = process.is_alive(self._last_sign["process"])
+        return "running?" if alive is None else "running" if alive else "killed"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody writes here any more; False where nobody here can say."""
+        return self.status not in ("created", "running", "running?")
+
+    @property
+    def writer(self) -> dict[str, Any] | None:
+        """The process of the last `start` or `resume`, see `process.identity`."""
+        self._read_on()
+        return self._writer
+
+    def _read_on(self) -> None:
+        for record in self._life_tail:
+            if record["event"] in _LIFE:
+                self._last_sign = record
+                self._writer = record.get("process", self._writer)
+
+    # writing, by rank 0
+
+    def append(self, event: str, **fields: Any) -> Record:
+        """Append one event and return it. It is in the kernel's hands, whole, when this returns.
+
+        Every record gets `time` (seconds since 1970); `start` and `resume` also `process`, who writes from now on.
+        A torn last line that a power failure left behind is repaired first. Raises OSError, e.g. for a full disk.
+        """
+        assert event in EVENTS, event
+        record: Record = {"event": event, "time": time.time(), **fields}
+        if event in ("start", "resume"):
+            record["process"] = process.identity()
+        if self._appender is None:
+            self._appender = Appender(self.metrics_file)
+        self._appender.append(record)
+        return record
+
+    def finish(self, step: int, final: Mapping[str, Any]) -> None:
+        """Append the `final` event, then write done.json: when it is there, everything before it is on the disk."""
+        record = self.append("final", step=step, metrics=final)
+        assert self._appender is not None
+        self._appender.sync()
+        write_json(self.done_file, {"finished": record["time"], "step": step, "metrics": record["metrics"]})
+
+    def close(self) -> None:
+        if self._appender is not None:
+            self._appender.close()
+            self._appender = None

@@ -1,0 +1,102 @@
+"""Which MLflow store a run belongs to, and the command that shows it. Imports no mlflow."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SQLITE = "sqlite:///"
+
+
+class HeldError(RuntimeError):
+    """Another process holds a lock."""
+
+
+def resolve_uri(configured: str | None, working_folder: Path | None = None) -> str | None:
+    """The tracking URI with absolute paths; None = no tracking.
+
+    `configured` (tracking.uri of the recipe) goes before MLFLOW_TRACKING_URI, that before SQLite in the working
+    folder. `none` in either means no tracking.
+    """
+    folder = (working_folder or Path.cwd()).resolve()
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    if uri.lower() == "none":
+        return None
+    if uri.startswith(_SQLITE):
+        return f"{_SQLITE}{folder / uri.removeprefix(_SQLITE)}"
+    if "://" not in uri and not uri.startswith(("file:", "databricks")):
+        return str(folder / uri)
+    return uri
+
+
+def database(uri: str) -> Path | None:
+    """The file of a SQLite store, None for any other."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Where a new experiment keeps its artifacts: mlartifacts/ beside a SQLite file; None = the server decides.
+
+    MLflow's own choice would be ./mlruns under whatever folder a process happens to run in.
+    """
+    file = database(uri)
+    return (file.parent / "mlartifacts" / experiment).as_uri() if file else None
+
+
+def ui_command(uri: str) -> str:
+    """What a person types to see the runs: the command that opens the MLflow UI, or a server's own address."""
+    if uri.startswith(("http://", "https://")):
+        return uri
+    beside = Path(sys.executable).with_name("mlflow")
+    on_path = shutil.which("mlflow")
+    found = on_path is not None and Path(on_path).resolve() == beside.resolve()
+    program = "mlflow" if found else os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+    return shlex.join([program, "ui", "--backend-store-uri", uri])
+
+
+@contextmanager
+def quiet_mlflow(timeout: int = 10) -> Iterator[None]:
+    """MLflow without its INFO lines and telemetry, with HTTP requests that give up after `timeout` seconds; retries
+    are the caller's. What the user set in the environment stays. Enter it before mlflow is imported."""
+    settings = {
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    added = {key: value for key, value in settings.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+@contextmanager
+def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is made if need be; the kernel lets go of it when the process ends.
+
+    Raises HeldError after `wait` seconds, or once `give_up` says so, while another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + (math.inf if wait is None else wait)
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end or give_up():
+                    raise HeldError(f"another process holds the lock on {path}") from None
+                time.sleep(0.1)
+        yield
