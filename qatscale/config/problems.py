@@ -40,9 +40,10 @@ def _problem(detail: Any, raw: Mapping[str, Any], origin: Callable[[str], str]) 
     if isinstance(cause, ClashError):
         clashing = f"{key}.{cause.key}" if key else cause.key
         return UserError(clashing, lookup(raw, clashing), f"{cause}.", origin(clashing))
-    if detail["type"] == "missing" and key not in settings():
-        takes = f"it takes {settings()[whole].allowed}" if whole in settings() else "it is a section"
-        return UserError(whole, None, f"is missing; {takes}.")
+    if detail["type"] == "missing" and whole in settings():
+        return UserError(whole, None, f"is missing; it takes {settings()[whole].allowed}.")
+    if detail["type"] == "missing" and whole in sections():
+        return UserError(whole, None, "is missing; it is a section.", f"See `qatscale config {whole}`.")
     if detail["type"] == "extra_forbidden":
         return UserError(whole, None, "is no key of a recipe.", _join(suggest(whole), origin(whole)))
     if key == "schedule.phases" and whole != key:

@@ -58,8 +58,8 @@ def suggest(key: str) -> str:
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     namesakes = [k for k in known if k.rpartition(".")[2] == name and ".phases." not in k]
     close = _most_alike(name, siblings, 0.75)
-    if close is None and section:
-        close = _most_alike(key, known, 0.85)
+    if close is None and section and not siblings:
+        close = _most_alike(key, settings(), 0.85)
     if close is None and len(namesakes) > 1:
         return f"Did you mean one of {', '.join(namesakes)}?"
     close = siblings.get(close, close) if close else None

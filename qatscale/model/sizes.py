@@ -50,9 +50,9 @@ FLOPS_CONVENTION = "6 x matmul parameters + 12 x layers x width x sequence, per 
 """For the line that reports TFLOP/s and MFU."""
 
 
-# Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets; half the figure where a sheet gives only the one
-# with 2:4 sparsity. The names are those of torch.cuda.get_device_name, matched as a whole: a variant with other clocks or
-# units (A100-SXM-64GB, H20, A10G) must not pass for its sibling, and a MIG slice is no whole device.
+# Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets; half the figure where a sheet gives only the
+# one with 2:4 sparsity. The names are those of torch.cuda.get_device_name, matched as a whole: a variant with other
+# clocks or units (A100-SXM-64GB, H20, A10G) must not pass for its sibling, and a MIG slice is no whole device.
 _PEAKS = (
     (r"A100-(SXM4|PCIE)-40GB|A100-SXM4-80GB|A100 80GB PCIe", 312.0),  # NVIDIA A100 data sheet: 312
     (r"A800-SXM4-80GB|A800 80GB PCIe", 312.0),  # A800 data sheet: 312 (only NVLink is slower)

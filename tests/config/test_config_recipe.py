@@ -1,0 +1,179 @@
+"""Loading a recipe, overriding it, and writing it down again."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qatscale.config import (
+    RunConfig,
+    config_differences,
+    config_hash,
+    flatten,
+    load_run_config,
+    recipe_names,
+    resolved_yaml,
+)
+from qatscale.config.amounts import format_amount, parse_amount
+from qatscale.config.schema import BIT_WIDTHS, PhaseOverride
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("tokens=2.3B", lambda c: c.tokens, 2_300_000_000),
+        ("tokens=2.3e9", lambda c: c.tokens, 2_300_000_000),
+        ("qat.fraction=0.3", lambda c: c.qat.fraction, 0.3),
+        ("qat.fraction=auto", lambda c: c.qat.fraction, "auto"),
+        ("optimizer.learning_rate=1e-3", lambda c: c.optimizer.learning_rate, 0.001),
+        ("optimizer.betas=[0.9, 0.99]", lambda c: c.optimizer.betas, (0.9, 0.99)),
+        ("data.path=corpora/web", lambda c: c.data.path, Path("corpora/web")),
+        ("data.path=/a=b", lambda c: c.data.path, Path("/a=b")),
+        ("data.path=null", lambda c: c.data.path, None),
+        ("data.path=~/web", lambda c: c.data.path, Path.home() / "web"),
+        ("name=2024", lambda c: c.name, "2024"),
+        ("name=1e3", lambda c: c.name, "1e3"),
+        ("tracking.uri=none", lambda c: c.tracking.uri, "none"),
+        ("model.tied_embedding=false", lambda c: c.model.tied_embedding, False),
+        ("checkpoint.keep_at=[1K, 2K]", lambda c: c.checkpoint.keep_at, [1000, 2000]),
+        ("schedule.phases.cooldown.betas=[0.9,0.99]", lambda c: c.schedule.phases["cooldown"].betas, (0.9, 0.99)),
+        ("schedule.phases.qat_stable.weight_decay=0", lambda c: c.schedule.phases["qat_stable"].weight_decay, 0),
+        (
+            "schedule.phases={cooldown: {betas: [0.9, 0.99]}}",
+            lambda c: c.schedule.phases,
+            {"cooldown": PhaseOverride(betas=(0.9, 0.99))},
+        ),
+    ],
+)
+def test_an_override_sets_its_key_and_no_other(override: str, read: object, value: object) -> None:
+    before, after = load_run_config("debug"), load_run_config("debug", [override])
+    assert read(after) == value  # type: ignore[operator]
+    key = override.split("=")[0]
+    assert all(difference.key.startswith(key) for difference in config_differences(before, after))
+
+
+def test_of_two_overrides_the_later_holds() -> None:
+    assert load_run_config("debug", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_a_length_moves_from_fraction_to_tokens() -> None:
+    config = load_run_config("debug", ["schedule.cooldown_tokens=1K", "schedule.cooldown_fraction=null"])
+    assert (config.schedule.cooldown_tokens, config.schedule.cooldown_fraction) == (1000, None)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_every_bit_width_is_kept_as_it_is(bits: float) -> None:
+    for written in (f"{bits}", f"{bits:.2f}"):  # 4 and 4.00 are one width, one hash, one name
+        config = load_run_config("debug", [f"qat.bits={written}"])
+        assert (config.qat.bits, type(config.qat.bits)) == (bits, type(bits))
+
+
+def test_a_recipe_file_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(resolved_yaml(load_run_config("debug", ["seed=3"])))
+    assert load_run_config(path).seed == load_run_config(str(path)).seed == 3
+
+
+OVERRIDES = st.fixed_dictionaries(
+    {
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,8}", fullmatch=True),
+        "data.path": st.none() | st.text("abc1. /~é'\"#:-", min_size=1),
+        "tokens": st.integers(10_000, 10**14),
+        "optimizer.learning_rate": st.floats(1e-12, 1e3),
+        "optimizer.betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+        "qat.bits": st.sampled_from(BIT_WIDTHS),
+        "tracking.uri": st.none() | st.text("abc:/1e3.", min_size=1),
+        "schedule.phases": st.dictionaries(
+            st.sampled_from(["cooldown", "warmup"]), st.fixed_dictionaries({"weight_decay": st.floats(0, 1)})
+        ),
+    }
+)
+
+
+@given(OVERRIDES)
+def test_what_is_resolved_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, changes: dict) -> None:
+    raw = load_run_config("debug").model_dump(mode="json")
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        at = raw
+        for section in sections:
+            at = at[section]
+        at[name] = value
+    config = RunConfig.model_validate(raw)
+    path = tmp_path_factory.mktemp("resolved") / "recipe.yaml"
+    path.write_text(resolved_yaml(config), encoding="utf-8")
+    again = load_run_config(path)
+    assert again == config
+    assert config_hash(again) == config_hash(config)
+    assert config_differences(again, config) == []
+
+
+def test_hash_depends_on_meaning_not_on_spelling() -> None:
+    config = load_run_config("debug")
+    assert config_hash(load_run_config("debug", ["tokens=10_240", "qat.fraction=.5"])) == config_hash(config)
+    others = {config_hash(load_run_config("debug", [o])) for o in ("seed=1", "tokens=20K", "qat.bits=2", "name=other")}
+    assert len(others | {config_hash(config)}) == 5
+
+
+def test_differences_name_dotted_keys_with_both_values() -> None:
+    old = load_run_config("debug")
+    new = load_run_config("debug", ["seed=1", "schedule.phases.cooldown.betas=[0.9,0.99]"])
+    assert [(d.key, d.old, d.new) for d in config_differences(old, new)] == [
+        ("seed", 0, 1),
+        ("schedule.phases.cooldown.betas", None, [0.9, 0.99]),
+    ]
+    assert str(config_differences(old, new)[0]) == "seed: 0 -> 1"
+
+
+def test_flatten_holds_every_value_once() -> None:
+    flat = flatten(load_run_config("86m"))
+    assert (flat["tokens"], flat["model.layers"], flat["qat.scheme"]) == (8_600_000_000, 8, "fused")
+    assert not any(isinstance(value, dict) for value in flat.values())
+
+
+def test_recipes_are_there() -> None:
+    assert recipe_names() == sorted(["debug", "quickstart", "86m", "194m", "396m", "759m", "2p2b", "8b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        ("2.3B", 2_300_000_000),
+        ("100M", 10**8),
+        ("1T", 10**12),
+        ("1.5k", 1500),
+        ("50_000", 50_000),
+        (7, 7),
+        (2.3e9, 2_300_000_000),
+    ],
+)
+def test_amounts_read_exactly(text: object, units: int) -> None:
+    assert parse_amount(text) == units
+
+
+@pytest.mark.parametrize("wrong", ["", "B", "2.3 billion", "-1", "1.5", "1.0001K", "nan", "inf", True, None, [1]])
+def test_what_is_no_amount(wrong: object) -> None:
+    with pytest.raises(ValueError, match="amount"):
+        parse_amount(wrong)
+
+
+@pytest.mark.parametrize(
+    ("units", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1K"),
+        (999_999, "1M"),
+        (2_300_000_000, "2.3B"),
+        (1_234_567, "1.235M"),
+        (1.4e12, "1.4T"),
+    ],
+)
+def test_amounts_write_short(units: float, text: str) -> None:
+    assert format_amount(units) == text
+
+
+@given(st.integers(0, 10**15))
+def test_a_written_amount_is_right_to_four_digits(units: int) -> None:
+    assert parse_amount(format_amount(units)) == pytest.approx(units, rel=5e-4)

@@ -1,0 +1,82 @@
+"""The recipes that come along: their sizes, and that their comments tell the truth."""
+
+import re
+
+import pytest
+
+from qatscale.config import load_ds_config, load_run_config, precision_of, recipe_names
+from qatscale.config.recipe import RECIPES
+from qatscale.model.sizes import count_parameters
+
+SIZES = {"86m": 86e6, "194m": 194e6, "396m": 396e6, "759m": 759e6, "2p2b": 2.2e9, "8b": 8.03e9}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_recipe_has_the_size_of_its_name(name: str) -> None:
+    model = load_run_config(name).model
+    assert count_parameters(model).total == pytest.approx(SIZES[name], rel=0.01)
+    assert (model.tied_embedding, model.vocab_size) == ((False, 128_256) if name == "8b" else (True, 32_000))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_shapes_fill_tensor_cores_and_shard(name: str) -> None:
+    model = load_run_config(name).model
+    assert model.hidden_size % 128 == 0
+    assert model.intermediate_size % 128 == 0
+    assert model.hidden_size // model.heads in (64, 128)
+    assert 2.5 <= model.intermediate_size / model.hidden_size <= 3.5
+    assert model.heads % 2 == model.layers % 2 == 0
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_batches_and_budgets_are_realistic(name: str) -> None:
+    config = load_run_config(name)
+    assert 0.5e6 <= config.tokens_per_step <= 4.2e6
+    assert 19.9 <= config.tokens / count_parameters(config.model).total <= 101
+    assert config.steps > 10_000
+    assert precision_of(load_ds_config(config.engine.ds_config)) == "bf16"
+
+
+def test_the_learning_rate_falls_with_the_size() -> None:
+    rates = [load_run_config(name).optimizer.learning_rate for name in SIZES]
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == len(rates)
+
+
+@pytest.mark.parametrize("name", ["debug", "quickstart"])
+def test_small_recipes_run_anywhere(name: str) -> None:
+    config = load_run_config(name)
+    assert precision_of(load_ds_config(config.engine.ds_config)) == "fp32"
+    assert count_parameters(config.model).total < 2e6
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_named_like_its_file_and_brings_no_data(name: str) -> None:
+    config = load_run_config(name)
+    assert config.name == name
+    assert config.data.path is None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_comments_tell_the_truth(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text()
+    config = load_run_config(name)
+    counts = count_parameters(config.model)
+
+    def numbers(pattern: str) -> list[int]:
+        return [int(found.replace(",", "")) for found in re.findall(pattern, text)]
+
+    assert numbers(r"# ([\d,]+) parameters") == [counts.total]
+    assert numbers(r"# (?:.*, )?([\d,]+) steps") == [config.steps]
+    assert numbers(r"([\d,]+) of them outside") in ([], [counts.non_embedding])
+    assert numbers(r"(\d+) tokens per parameter") in ([], [round(config.tokens / counts.total)])
+    assert numbers(r"# (\d+) channels each") in ([], [config.model.hidden_size // config.model.heads])
+    for written in re.findall(r"width / layers = (\d+)", text):
+        assert int(written) == round(config.model.hidden_size / config.model.layers)
+    for written in re.findall(r"([\d.]+) x width", text):
+        ratio = config.model.intermediate_size / config.model.hidden_size
+        assert float(written) == pytest.approx(ratio, abs=0.5 * 10 ** -len(written.partition(".")[2]))
+    for written in re.findall(r"([\d.]+)M tokens a step", text):
+        assert float(written) == pytest.approx(config.tokens_per_step / 1e6, rel=0.02)
+    for written in re.findall(r"make ([\d.]+) GB", text):
+        assert float(written) == pytest.approx(18 * counts.total / 1e9, rel=0.04)

@@ -1,0 +1,40 @@
+"""How a wrong input is told."""
+
+import pytest
+
+from qatscale import errors
+from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("qat.bits", 7, "allowed is 2 or 4.", "Take 2."), "qat.bits = 7: allowed is 2 or 4. Take 2."),
+        (UserError("name", "a/b", "no slash."), "name = 'a/b': no slash."),
+        (UserError("x", None, "is no key."), "x: is no key."),
+    ],
+)
+def test_a_message_names_key_value_and_what_to_do(error: UserError, message: str) -> None:
+    assert str(error) == message
+    assert isinstance(error, ValueError)
+
+
+def test_several_problems_take_a_line_each() -> None:
+    problems = [UserError("a", 1, "wrong."), UserError("b", 2, "wrong too.")]
+    error = UserErrors(problems)
+    assert str(error) == "2 problems:\n  a = 1: wrong.\n  b = 2: wrong too."
+    assert error.problems == tuple(problems)
+    assert (error.key, error.value) == ("a", 1)
+    assert isinstance(error, UserError)
+
+
+def test_the_nearest_name_or_all_of_them() -> None:
+    assert nearest("fusd", ["fp", "fused"]) == "fused"
+    assert nearest("xyz", ["fp", "fused"]) is None
+    assert did_you_mean("fusd", ["fp", "fused"]) == "Did you mean 'fused'?"
+    assert did_you_mean("xyz", ["fused", "fp"]) == "Known: fp, fused."
+
+
+def test_exit_codes_differ() -> None:
+    codes = [errors.EXIT_OK, errors.EXIT_FAILED, errors.EXIT_BAD_INPUT, errors.EXIT_REQUEUE]
+    assert len(set(codes)) == len(codes)
