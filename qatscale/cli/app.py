@@ -1,0 +1,210 @@
+"""The commands. Their bodies say which function of which room does the work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatscale.errors import EXIT_REQUEUE
+
+app = typer.Typer(
+    help="Plan, run and analyse compute-optimal quantization-aware pre-training on DeepSpeed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, e.g. tokens=2.3B qat.bits=2 (`qatscale config` lists them)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+# --- plan ---
+
+
+@app.command()
+def plan(
+    params: Annotated[str, typer.Option(help="Parameters of the model: 396M.")],
+    tokens: Annotated[str, typer.Option(help="All training tokens: 100B.")],
+    bits: Annotated[float, typer.Option(help="Bits per quantized weight.")],
+    as_json: Json = False,
+) -> None:
+    """When to switch to QAT: the optimal fraction of the tokens, by the closed form."""
+    from qatscale.cli.show import print_plan
+
+    print_plan(params, tokens, bits, as_json)
+
+
+@app.command()
+def config(
+    key: Annotated[str, typer.Argument(help="Only keys that start so: qat, schedule.cooldown.")] = "",
+) -> None:
+    """Every key of a recipe: its type, default and meaning."""
+    from qatscale.cli.show import print_keys
+
+    print_keys(key)
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that come with qatscale."""
+    from qatscale.cli.show import print_recipes
+
+    print_recipes()
+
+
+# --- prepare ---
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs (JSONL, Parquet, text), a Hugging Face dataset, or `self`.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A SentencePiece .model, or a Hugging Face tokenizer (folder or name). Default: train one."),
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary of the tokenizer to train.")] = 32_000,
+    field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    holdout: Annotated[float, typer.Option(help="Share of the documents held out, chosen by their hash.")] = 0.01,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    restart: Annotated[bool, typer.Option(help="Throw away what an earlier start left in the folder.")] = False,
+) -> None:
+    """Text to token shards (Megatron .bin/.idx), with tokenizer, held-out split and manifest."""
+    from qatscale.cli.prepare import run_prepare
+
+    run_prepare(sources, out, tokenizer, vocab_size, field, holdout, workers, restart)
+
+
+# --- train ---
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe by name (`qatscale recipes`) or the path of a YAML file.")],
+    overrides: Overrides = None,
+    branch_from: Annotated[
+        str | None, typer.Option(help="Start from another run's checkpoint: RUN, RUN@STEP or a checkpoint folder.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the timeline in tokens and steps; train nothing.")] = False,
+    figure: Annotated[Path | None, typer.Option(help="With --dry-run: draw the timeline into this file.")] = None,
+) -> None:
+    """Train a run, or go on with it where it stopped. `deepspeed launch/train.py …` does the same on many processes."""
+    from qatscale.config import load_run_config
+
+    config = load_run_config(recipe, overrides or ())
+    if dry_run:
+        from qatscale.cli.show import print_timeline
+
+        print_timeline(config, figure)
+    else:
+        _train(config, branch_from)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    overrides: Overrides = None,
+) -> None:
+    """Go on with a stopped run from its newest checkpoint. Only what does not change the result may be overridden."""
+    from qatscale.config import load_run_config
+    from qatscale.tracking.run_folder import RunFolder
+
+    folder = RunFolder.open(run)
+    _train(load_run_config(folder.path / "recipe.yaml", [f"output={folder.path.parent}", *(overrides or ())]), None)
+
+
+@app.command()
+def branch(
+    checkpoint: Annotated[str, typer.Argument(help="Where to start: RUN, RUN@STEP or a checkpoint folder.")],
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="name=NAME KEY=VALUE…", help="What is other than in the parent's recipe.")
+    ],
+) -> None:
+    """A new run from another run's checkpoint: another end of the schedule, other betas, QAT at some width."""
+    from qatscale.cli.train import branch_config
+
+    _train(branch_config(checkpoint, overrides), checkpoint)
+
+
+def _train(config: object, branch_from: str | None) -> None:
+    from qatscale.cli.train import run_training
+
+    if run_training(config, branch_from) == "stopped":  # type: ignore[arg-type]
+        sys.exit(EXIT_REQUEUE)
+
+
+# --- results ---
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder.")],
+    ptq: Annotated[list[float] | None, typer.Option(help="Also after post-training quantization to so many bits.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to use instead of the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Validation loss and perplexity in full-precision, quantized and post-training-quantized view."""
+    from qatscale.cli.results import print_evaluation
+
+    print_evaluation(checkpoint, ptq or [], data, tokens, as_json)
+
+
+@app.command()
+def runs(output: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), as_json: Json = False) -> None:
+    """A table of runs."""
+    from qatscale.cli.results import print_runs
+
+    print_runs(output, as_json)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    figure: Annotated[Path | None, typer.Option(help="Draw the loss curves into this file (PNG, SVG, PDF).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Runs side by side: losses in each view, switch, speeds; with --figure their loss curves."""
+    from qatscale.cli.results import print_comparison
+
+    print_comparison(folders, figure, as_json)
+
+
+@app.command()
+def track_sync(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    uri: Annotated[str | None, typer.Option(help="Another MLflow store than the run's recipe names.")] = None,
+) -> None:
+    """Upload to MLflow what an unreachable server missed."""
+    from qatscale.cli.results import run_sync
+
+    run_sync(run, uri)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
+) -> None:
+    """Write the full-precision weights as a Hugging Face model that transformers loads."""
+    from qatscale.cli.results import run_export
+
+    run_export(checkpoint, out)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("outputs/quickstart"),
+) -> None:
+    """The main job on text that is already on this machine, in a few minutes on two cores."""
+    from qatscale.cli.quickstart import run_quickstart
+
+    run_quickstart(out)

@@ -1,0 +1,76 @@
+"""What finished runs have to show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qatscale.tracking.run_folder import RunFolder
+
+
+def print_evaluation(checkpoint: str, ptq: Sequence[float], data: Path | None, tokens: int | None, as_json: bool) -> None:
+    from qatscale.tracking.compare import perplexity, view_label
+    from qatscale.train.evaluate import evaluate_checkpoint
+
+    found, counted, losses = evaluate_checkpoint(checkpoint, ptq, data, tokens)
+    if as_json:
+        views = {view: {"loss": loss, "perplexity": perplexity(loss)} for view, loss in losses.items()}
+        print(json.dumps({"checkpoint": str(found), "tokens": counted, "views": views}, indent=2))
+        return
+    table = Table("view", title=f"{found}: {counted:,} held-out tokens", title_justify="left")
+    table.add_column("validation loss", justify="right")
+    table.add_column("perplexity", justify="right")
+    for view, loss in losses.items():
+        table.add_row(view_label(view), f"{loss:.4f}", f"{perplexity(loss):.4g}")
+    Console().print(table)
+
+
+def print_runs(output: Path, as_json: bool) -> None:
+    from qatscale.tracking.compare import list_runs, runs_table
+
+    rows = list_runs(output)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    elif rows:
+        Console().print(runs_table(rows))
+    else:
+        print(f"no runs in {output}")
+
+
+def print_comparison(folders: Sequence[Path], figure: Path | None, as_json: bool) -> None:
+    from qatscale.tracking.compare import compare, comparison_table
+
+    runs = [RunFolder.open(folder) for folder in folders]
+    rows = compare(runs)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        Console().print(comparison_table(rows))
+    if figure is not None:
+        from qatscale.tracking.curves import draw_loss_curves
+
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        draw_loss_curves(runs, figure)
+        Console(stderr=True).print(f"figure: {figure}", highlight=False, soft_wrap=True)
+
+
+def run_export(checkpoint: str, out: Path) -> None:
+    from qatscale.config import load_run_config
+    from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint
+    from qatscale.model.hugging_face import export_hugging_face
+
+    folder = find_checkpoint(checkpoint)
+    config = load_run_config(folder.resolve().parent.parent / "recipe.yaml")
+    weights = CheckpointReader(folder).weights()
+    state = {name: weight for name, weight in weights.items() if not name.endswith("weight_scale")}
+    tokenizer = tokenizer_folder(config.data.path) if config.data.path else None
+    length = config.data.sequence_length
+    export_hugging_face(state, config.model, out, sequence_length=length, tokenizer_folder=tokenizer)
+    print(f"{out}: the weights in full precision; load them with transformers' AutoModelForCausalLM.from_pretrained")
+    if tokenizer is None:
+        print("without a tokenizer: the run's data folder holds none")

@@ -1,0 +1,44 @@
+"""The numbers a finished run is known by. Their names are stable: tracking shows them, qatlaw reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import qatlaw
+from qatscale.config.schema import RunConfig
+from qatscale.model.sizes import count_parameters
+from qatscale.timeline import Timeline
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.evaluate import ptq_view
+from qatscale.train.meter import median_speeds
+
+FULL_PRECISION_BITS = 16
+
+
+def final_views(config: RunConfig) -> list[str]:
+    """The views in which a finished run is evaluated."""
+    quantized = [] if config.qat.scheme == "fp" else ["quantized"]
+    return ["fp", *quantized, *map(ptq_view, config.evaluation.ptq_bits)]
+
+
+def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float], folder: RunFolder) -> dict[str, Any]:
+    """`final/val_loss` is that of the weights as they would be used: quantized, or full precision for scheme fp."""
+    n_params = count_parameters(config.model).total
+    scheme = config.qat.scheme
+    bits = FULL_PRECISION_BITS if scheme == "fp" else config.qat.bits
+    tokens_qat = timeline.qat_steps * timeline.tokens_per_step
+    return {
+        "final/val_loss": losses["fp" if scheme == "fp" else "quantized"],
+        "final/val_loss_fp_view": losses["fp"],
+        **{f"final/val_loss_{view}": loss for view, loss in losses.items() if view.startswith("ptq")},
+        "n_params": n_params,
+        "bits": bits,
+        "scheme": scheme,
+        "tokens_total": timeline.tokens,
+        "tokens_fp": timeline.tokens - tokens_qat,
+        "tokens_qat": tokens_qat,
+        "qat_fraction": timeline.qat_fraction,
+        "switch_step": timeline.switch_step,
+        "tokens_per_parameter_byte": qatlaw.tokens_per_parameter_byte(n_params, timeline.tokens, bits),
+        **median_speeds(folder.records("metrics")),
+    }

@@ -1,0 +1,190 @@
+"""One run, from its configuration to its completion marker. Read `train` and `run_steps`: they are the order of things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from qatscale.config import config_hash, load_ds_config, merge_ds_config
+from qatscale.config.schema import RunConfig
+from qatscale.data.reader import BatchReader, EvaluationReader
+from qatscale.engine.checkpoint import load_checkpoint, save_checkpoint
+from qatscale.engine.checkpoint_files import rotate
+from qatscale.engine.fragments import ZeroMasters
+from qatscale.engine.initialize import apply_settings, initialize_engine
+from qatscale.engine.runtime import Runtime, start_runtime
+from qatscale.model.llama import Llama, initialise
+from qatscale.quant.plugin import QatPlugin, scale_groups
+from qatscale.timeline import Timeline, build_timeline, kept_steps
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.evaluate import open_stream, open_validation, validation_losses
+from qatscale.train.final import final_metrics, final_views
+from qatscale.train.meter import Meter
+from qatscale.train.run_log import RunLog
+from qatscale.train.signals import StopRequest
+from qatscale.train.start import Start, plan_start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: Literal["done", "stopped"]
+    step: int
+    final: dict[str, Any] | None
+    """Final metrics by their stable names; None where a signal stopped the run."""
+
+
+def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
+    """Train the run that `config` describes, from wherever it stands. Every process of a job calls it.
+
+    A run that is done is returned as it is; one whose folder exists goes on from its newest checkpoint; else it starts
+    fresh, or from `branch_from` (a checkpoint folder, a run folder, `RUN@STEP`). UserError for whatever is wrong with
+    the input, before the first step.
+    """
+    timeline = build_timeline(config)
+    ds_config = load_ds_config(config.engine.ds_config)
+    start = plan_start(config, timeline, branch_from)
+    if start is None:
+        return Outcome("done", timeline.steps, RunFolder(config.folder).final)
+    batches = open_batches(config)
+    validation = open_validation(config)
+
+    runtime = start_runtime()
+    ds_config = merge_ds_config(config, ds_config, runtime.ranks)
+    model = Llama(config.model, activation_checkpointing=config.engine.activation_checkpointing)
+    initialise(model, config.seed)
+    n_params = sum(parameter.numel() for parameter in model.parameters())
+    plugin = QatPlugin(config.qat, timeline.switch_step)
+    plugin.prepare(model)
+    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config)
+    if start.checkpoint is not None:
+        load_start(start, model, masters, plugin, runtime)
+    notices = [*timeline.warnings, *start.notices, *filter(None, [batches.repetition(timeline.steps)])]
+    with RunLog(config, timeline, start, runtime, ds_config, n_params, notices) as log:
+        try:
+            return run_steps(config, timeline, start.step, runtime, engine, masters, plugin, batches, validation, log)
+        finally:
+            engine.destroy()
+
+
+def run_steps(
+    config: RunConfig,
+    timeline: Timeline,
+    first: int,
+    runtime: Runtime,
+    engine: Any,
+    masters: ZeroMasters,
+    plugin: QatPlugin,
+    batches: BatchReader,
+    validation: EvaluationReader,
+    log: RunLog,
+) -> Outcome:
+    """Optimizer steps [first, timeline.steps), then the final evaluation."""
+    due = Due(config, timeline)
+    meter = Meter(config, runtime)
+
+    def save(step: int, reason: str) -> None:
+        folder, kept = log.folder.checkpoints, reason in ("boundary", "end")
+        path = save_checkpoint(
+            folder,
+            masters,
+            runtime,
+            step=step,
+            tokens=step * config.tokens_per_step,
+            reason=reason,
+            kept=kept,
+            recipe_hash=config_hash(config),
+            plugin=plugin.state(),
+        )
+        log.checkpoint(step, path, reason, kept)
+        if runtime.is_main:
+            rotate(folder, config.checkpoint.keep)
+
+    with StopRequest(runtime) as stop:
+        for step in range(first, timeline.steps):
+            with meter.pause():
+                if report := plugin.after_step(step, masters):
+                    log.switched(report)
+            settings = timeline.at(step)
+            assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
+            apply_settings(engine, settings)
+            with meter.data():
+                batch = torch.from_numpy(batches.batch(step, runtime.rank, runtime.ranks))
+            for micro_batch in batch.split(config.batch.micro_batch):
+                tokens = micro_batch.to(runtime.device, non_blocking=True)
+                loss = engine(tokens[:, :-1], tokens[:, 1:])
+                engine.backward(loss)
+                engine.step()  # steps the optimizer at the last micro-batch
+                meter.add_loss(loss)
+            meter.end_step()
+
+            done = step + 1
+            if due.metrics(done):
+                log.metrics(done, meter.read(done, settings, engine))
+            with meter.pause():
+                log.console.advance(done)
+                stopped_by = stop.agreed()
+                if reason := due.checkpoint(done) or ("signal" if stopped_by else None):
+                    save(done, reason)
+                if due.validation(done):
+                    log.validation(done, validation_losses(engine, ["current"], validation, runtime))
+            if stopped_by and done < timeline.steps:
+                log.stopped(done, stopped_by)
+                return Outcome("stopped", done, None)
+
+    if plugin.switched_at is not None and first < timeline.steps:
+        plugin.check_moving(masters)
+    losses = validation_losses(engine, final_views(config), validation, runtime)
+    log.validation(timeline.steps, losses)
+    final = final_metrics(config, timeline, losses, log.folder)
+    log.finished(timeline.steps, final)
+    return Outcome("done", timeline.steps, final)
+
+
+class Due:
+    """What has to happen after so many optimizer steps."""
+
+    def __init__(self, config: RunConfig, timeline: Timeline) -> None:
+        self._log_interval = config.log_interval
+        self._segment_ends = {segment.end for segment in timeline.segments}
+        self._kept = set(kept_steps(timeline, config.checkpoint.keep_at))
+        self._steps = timeline.steps
+        self._save_every = self._interval(config.checkpoint.interval, config.tokens_per_step)
+        self._validate_every = self._interval(config.evaluation.interval, config.tokens_per_step)
+
+    @staticmethod
+    def _interval(tokens: int | None, tokens_per_step: int) -> int | None:
+        return None if tokens is None else max(1, round(tokens / tokens_per_step))
+
+    def metrics(self, done: int) -> bool:
+        """At the interval, and where one begins or ends that must not be averaged over: a segment, a resumed part."""
+        return done % self._log_interval == 0 or done in self._segment_ends or self.checkpoint(done) is not None
+
+    def checkpoint(self, done: int) -> str | None:
+        """Why a checkpoint is due, or None."""
+        if done == self._steps:
+            return "end"
+        if done in self._kept:
+            return "boundary"
+        return "interval" if self._save_every and done % self._save_every == 0 else None
+
+    def validation(self, done: int) -> bool:
+        return bool(self._validate_every) and done % self._validate_every == 0 and done < self._steps
+
+
+def open_batches(config: RunConfig) -> BatchReader:
+    """The training batches of a run."""
+    stream, length = open_stream(config, "train"), config.data.sequence_length
+    return BatchReader(stream, length, config.batch.sequences, config.data.seed, config.data.shuffle_block)
+
+
+def load_start(start: Start, model: Llama, masters: ZeroMasters, plugin: QatPlugin, runtime: Runtime) -> None:
+    """Put the starting checkpoint into a fresh engine and plugin. Scales not yet in use need not fit: they are inert."""
+    assert start.checkpoint is not None
+    assert start.manifest is not None
+    inert = start.manifest.plugin["switched_at"] is None
+    scales = [scale for group in scale_groups(model).values() for scale in group]
+    fresh = frozenset(masters.names[id(scale)] for scale in scales) if inert else frozenset()
+    load_checkpoint(start.checkpoint, masters, runtime, fresh=fresh)
+    plugin.load_state(start.manifest.plugin)

@@ -1,0 +1,113 @@
+"""What the metrics line says: losses averaged over all processes, speed, arithmetic, memory, time spent on data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qatscale.config.schema import RunConfig
+from qatscale.engine.runtime import Runtime
+from qatscale.model.sizes import flops_per_token, peak_flops
+from qatscale.timeline import StepSettings
+
+
+class Meter:
+    """Collects over a logging interval without waiting for the device; `read` gives the record and starts anew."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._tokens_per_step = config.tokens_per_step
+        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        peak = peak_flops(runtime.device_name)
+        self._peak = peak * runtime.ranks if peak else None
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
+        self._micro_batches = 0
+        self._steps = 0
+        self._data_seconds = 0.0
+        self._paused = 0.0
+        self._started = time.perf_counter()
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """The mean loss of one micro-batch on this process."""
+        self._loss += loss.detach()
+        self._micro_batches += 1
+
+    def end_step(self) -> None:
+        self._steps += 1
+
+    @contextmanager
+    def data(self) -> Iterator[None]:
+        """Time spent waiting for the batch."""
+        start = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - start
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not training: checkpoints, validation, the switch."""
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self._paused += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)
+
+    def read(self, step: int, settings: StepSettings, engine: Any) -> dict[str, Any]:
+        """The interval's record, `step` steps done. Collective.
+
+        `loss` is the mean over every token of the interval's steps on all processes; the rest but the speeds is of its
+        last step. FloatingPointError where the loss is not finite: what follows would be noise.
+        """
+        if self._runtime.ranks > 1:
+            dist.all_reduce(self._loss)
+        loss = self._loss.item() / (self._micro_batches * self._runtime.ranks)  # waits for the device
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} in the {self._steps} steps up to step {step}. Lower optimizer.learning_rate or set "
+                "optimizer.gradient_clipping, and branch from the last checkpoint."
+            )
+        seconds = time.perf_counter() - self._started - self._paused
+        tokens_per_second = self._steps * self._tokens_per_step / seconds
+        flops = tokens_per_second * self._flops_per_token
+        record = {
+            "tokens": step * self._tokens_per_step,
+            "phase": settings.phase,
+            "loss": loss,
+            "learning_rate": settings.learning_rate,
+            "grad_norm": float(engine.get_global_grad_norm()),
+            "tokens_per_second": tokens_per_second,
+            "tflops": flops / 1e12,
+            "mfu": flops / self._peak if self._peak else None,
+            "memory_gib": self._runtime.memory_gib(),
+            "data_seconds": self._data_seconds,
+        }
+        if engine.skipped_steps:
+            record["skipped_steps"] = engine.skipped_steps  # DeepSpeed leaves out a step whose gradient is not finite
+        self._start_interval()
+        return record
+
+
+def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
+    """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events.
+
+    The first interval of each phase kind is left out where there are others: it holds allocation and warm-up.
+    """
+    speeds: dict[str, list[float]] = {"fp": [], "qat": []}
+    for record in records:
+        speeds["qat" if record["phase"].startswith("qat_") else "fp"].append(record["tokens_per_second"])
+    return {
+        f"tokens_per_second_{kind}": median(values[1:] or values) if values else None for kind, values in speeds.items()
+    }

@@ -1,0 +1,138 @@
+"""Everything a run tells: its folder, the console, MLflow. One process writes; the others keep a log file each."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from qatscale.config import precision_of, resolved_yaml
+from qatscale.config.amounts import format_amount
+from qatscale.config.schema import RunConfig
+from qatscale.engine.runtime import Runtime
+from qatscale.quant.plugin import SwitchReport
+from qatscale.timeline import Timeline
+from qatscale.tracking.compare import perplexity
+from qatscale.tracking.follower import Follower, NoFollower, start_follower
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.console import run_console
+from qatscale.train.start import Start
+
+
+class RunLog:
+    """Use it as a context: entering opens or resumes the run's folder, leaving with an error records the error."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        timeline: Timeline,
+        start: Start,
+        runtime: Runtime,
+        ds_config: dict[str, Any],
+        n_params: int,
+        notices: Sequence[str] = (),
+    ) -> None:
+        self.config, self.timeline, self.start, self.runtime = config, timeline, start, runtime
+        self.ds_config, self.n_params, self.notices = ds_config, n_params, notices
+        self.folder = RunFolder(config.folder)
+        self.console = run_console(runtime.rank, timeline.steps, start.step)
+        self.follower: Follower = NoFollower()
+        self._file: logging.FileHandler | None = None
+
+    def __enter__(self) -> Self:
+        if self.runtime.is_main:
+            if not self.start.resumes:
+                RunFolder.create(
+                    self.folder.path,
+                    recipe=resolved_yaml(self.config),
+                    ds_config=self.ds_config,
+                    timeline=self.timeline,
+                    n_params=self.n_params,
+                    command=sys.argv,
+                    parent=self.start.parent,
+                )
+            self.folder.append("resume" if self.start.resumes else "start", step=self.start.step)
+            self.follower = start_follower(self.folder, self.config.tracking.uri)
+        self.console.__enter__()
+        self._introduce()
+        self.folder.logs.mkdir(parents=True, exist_ok=True)
+        self._file = logging.FileHandler(self.folder.logs / f"rank-{self.runtime.rank}.log")
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(self._file)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            logging.getLogger("qatscale").error("".join(traceback.format_exception(error)))
+            if self.runtime.is_main:
+                self.folder.append("failed", step=self.start.step, error=f"{type(error).__name__}: {error}")
+        self.console.__exit__(kind, error, trace)
+        if self.runtime.is_main:
+            if message := self.follower.finish():
+                self.console.notice(message)
+            self.folder.close()
+        if self._file is not None:
+            logging.getLogger().removeHandler(self._file)
+            self._file.close()
+
+    def _introduce(self) -> None:
+        config, runtime, timeline = self.config, self.runtime, self.timeline
+        accumulation = self.ds_config["gradient_accumulation_steps"]
+        self.console.notice(
+            f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
+            + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
+            + f", {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of "
+            f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation {accumulation} "
+            f"x {runtime.ranks} processes), {precision_of(self.ds_config)} ZeRO-{self.ds_config['zero_optimization']['stage']} "
+            f"on {runtime.device_name}"
+        )
+        if timeline.switch_step is not None:
+            self.console.notice(
+                f"switch to QAT before step {timeline.switch_step:,}: {timeline.qat_fraction:.2%} of the tokens"
+            )
+        if self.start.parent and not self.start.resumes:
+            self.console.notice(f"branched from {self.start.parent['folder']}@{self.start.parent['step']}")
+        elif self.start.checkpoint is not None:
+            self.console.notice(f"resumed from step {self.start.step}: {self.start.checkpoint}")
+        for notice in self.notices:
+            self.console.notice(f"note: {notice}")
+
+    # one verb per event; on other processes none does anything
+
+    def metrics(self, step: int, record: dict[str, Any]) -> None:
+        if self.runtime.is_main:
+            self.console.metrics(self.folder.append("metrics", step=step, **record))
+
+    def switched(self, report: SwitchReport) -> None:
+        if self.runtime.is_main:
+            self.folder.append("switch", step=report.step, report=report.to_dict())
+            self.console.show(report.table())
+
+    def validation(self, step: int, losses: dict[str, float]) -> None:
+        """losses: view -> mean loss in nats."""
+        if self.runtime.is_main:
+            for view, loss in losses.items():
+                record = {"tokens": step * self.config.tokens_per_step, "view": view, "loss": loss}
+                self.console.validation(self.folder.append("validation", step=step, **record, perplexity=perplexity(loss)))
+
+    def checkpoint(self, step: int, path: Path, reason: str, kept: bool) -> None:
+        if self.runtime.is_main:
+            self.folder.append("checkpoint", step=step, path=str(path), reason=reason, kept=kept)
+            self.console.notice(f"checkpoint of step {step} saved: {path} ({reason}{', kept' if kept else ''})")
+
+    def stopped(self, step: int, number: int) -> None:
+        if self.runtime.is_main:
+            name = signal.Signals(number).name
+            self.folder.append("stopped", step=step, signal=name)
+            self.console.notice(f"{name}: saved at step {step}; the same command goes on from there")
+
+    def finished(self, step: int, final: dict[str, Any]) -> None:
+        if self.runtime.is_main:
+            self.folder.finish(step, final)

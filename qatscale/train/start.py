@@ -1,0 +1,124 @@
+"""How a run begins: fresh, resumed, or branched from another run's checkpoint. Decided before any process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qatscale.config import config_differences, load_run_config
+from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoint_files import (
+    Manifest,
+    find_checkpoint,
+    list_checkpoints,
+    read_manifest,
+)
+from qatscale.errors import UserError
+from qatscale.timeline import Timeline, build_timeline, first_difference
+from qatscale.tracking.run_folder import RunFolder
+
+MAY_CHANGE = ("engine.", "checkpoint.", "evaluation.", "tracking.", "batch.micro_batch", "log_interval", "output", "data.path")
+"""What a resume may set anew: none of it changes what is computed, but for the order of sums."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins."""
+
+    checkpoint: Path | None
+    manifest: Manifest | None
+    resumes: bool
+    """The run's folder exists and goes on; else a new folder is made."""
+    parent: dict[str, Any] | None
+    """{"name", "folder", "step"} of the run that a branch comes from."""
+    notices: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step if self.manifest else 0
+
+
+def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = None) -> Start | None:
+    """Where the run that `config` describes begins; None if it is done.
+
+    A folder of this name with the same configuration is resumed from its newest checkpoint. UserError where its
+    configuration differs, naming every key with its old and new value, and where the checkpoint to branch from does
+    not fit the run.
+    """
+    folder = RunFolder(config.folder)
+    if not folder.run_file.exists():
+        return _branch(config, timeline, branch_from) if branch_from else Start(None, None, False, None)
+    notices = _check_same_run(config, folder, branch_from)
+    if folder.is_done:
+        return None
+    if folder.status == "running":
+        raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
+    parent = folder.run["parent"]
+    checkpoints = list_checkpoints(folder.checkpoints)
+    if checkpoints:
+        return Start(checkpoints[-1], read_manifest(checkpoints[-1]), True, parent, notices)
+    if parent:  # stopped before its first own checkpoint: from the branch point again
+        origin = find_checkpoint(f"{parent['folder']}@{parent['step']}")
+        return Start(origin, read_manifest(origin), True, parent, notices)
+    return Start(None, None, True, None, notices)
+
+
+def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:
+    old = load_run_config(folder.path / "recipe.yaml")
+    notices = []
+    wrong = []
+    for difference in config_differences(old, config):
+        line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
+        (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)
+    if wrong:
+        allowed = f"{folder.path} holds a run of another configuration: {'; '.join(wrong)}."
+        raise UserError("name", config.name, allowed, "Give this run another name, or branch from that one.")
+    parent = folder.run["parent"]
+    if branch_from is not None:
+        origin = find_checkpoint(branch_from)
+        step = read_manifest(origin).step
+        if parent is None or Path(parent["folder"]).resolve() != _run_of(origin).resolve() or parent["step"] != step:
+            was = f"{parent['folder']}@{parent['step']}" if parent else "no checkpoint: it began fresh"
+            raise UserError("branch", branch_from, f"{folder.path} was branched from {was}.", "Give this run another name.")
+    return tuple(f"changed for the rest of the run: {line}" for line in notices)
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.resolve().parent.parent
+
+
+def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
+    checkpoint = find_checkpoint(branch_from)
+    manifest = read_manifest(checkpoint)
+    run = _run_of(checkpoint)
+    parent = load_run_config(run / "recipe.yaml")
+    for key in ("model", "data.sequence_length", "batch.sequences"):
+        for difference in config_differences(parent, config):
+            if difference.key == key or difference.key.startswith(f"{key}."):
+                allowed = f"a branch keeps its parent's {key}, which is {difference.old!r}."
+                raise UserError(difference.key, difference.new, allowed)
+    if manifest.step >= timeline.steps:
+        allowed = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
+        raise UserError("branch", branch_from, allowed, "Train on more tokens, or branch from an earlier checkpoint.")
+    switched = manifest.plugin["switched_at"] is not None
+    switch = timeline.switch_step
+    if switched and (switch is None or switch > manifest.step):
+        allowed = f"it is from after its run's switch to QAT, and this run switches {f'at step {switch}' if switch else 'never'}."
+        raise UserError("branch", branch_from, allowed, "Branch from a checkpoint before the switch.")
+    if not switched and switch is not None and switch < manifest.step:
+        share = 1 - manifest.step / timeline.steps
+        do = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
+        raise UserError("branch", branch_from, f"step {manifest.step} lies after this run's switch at step {switch}.", do)
+    if switched:
+        for difference in config_differences(parent, config):
+            if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
+                allowed = f"the checkpoint's scales are for {difference.old!r}; after the switch a branch keeps them."
+                raise UserError(difference.key, difference.new, allowed, "Branch from a checkpoint before the switch.")
+    notices = []
+    difference_before = first_difference(build_timeline(parent), timeline, manifest.step)
+    if difference_before is not None:
+        notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")
+    if parent.data.seed != config.data.seed:
+        notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
+    return Start(checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices))
