@@ -62,6 +62,15 @@ def test_fused_rewarmup_counts_for_the_mends():
     assert "qat.fraction >= 0.25" in error.do
 
 
+def test_a_mend_has_the_digits_it_needs():
+    # Only a QAT phase of exactly 1,001 of 3,000 steps fits both; 0.334 would give it 1,002.
+    schedule = {"warmup_tokens": 1999 * TOKENS_PER_STEP, "cooldown_tokens": 1001 * TOKENS_PER_STEP}
+    error = error_of(steps=3000, schedule=schedule, qat={"scheme": "fused", "fraction": 0.1})
+    assert "qat.fraction >= 0.3337." in error.do
+    mended = build_timeline(make_config(3000, schedule=schedule, qat={"scheme": "fused", "fraction": 0.3337}))
+    assert mended.qat_steps == 1001
+
+
 def test_fused_warmup_longer_than_the_full_precision_phase():
     schedule = {"warmup_fraction": 0.3, "cooldown_fraction": 0.2}
     error = error_of(schedule=schedule, qat={"scheme": "fused", "fraction": 0.8})
