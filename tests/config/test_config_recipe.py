@@ -109,6 +109,11 @@ def test_what_is_resolved_loads_back_equal(tmp_path_factory: pytest.TempPathFact
     assert config_differences(again, config) == []
 
 
+def test_what_is_resolved_reads_well() -> None:
+    lines = resolved_yaml(load_run_config("86m")).splitlines()
+    assert {"name: 86m", "tokens: 8600000000", "  path: null", "  betas: [0.9, 0.95]", "  bits: 4"} <= set(lines)
+
+
 def test_hash_depends_on_meaning_not_on_spelling() -> None:
     config = load_run_config("debug")
     assert config_hash(load_run_config("debug", ["tokens=10_240", "qat.fraction=.5"])) == config_hash(config)
