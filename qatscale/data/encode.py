@@ -91,21 +91,16 @@ def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: floa
         for batch in batches:
             waiting.append(pool.submit(_work, batch))
             if len(waiting) >= 3 * workers:
-                yield _result(waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(waiting.popleft())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(future: Future[Encoded]) -> Encoded:
-    try:
-        return future.result()
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise RuntimeError(
             "a tokenizing process died, most likely for want of memory; the same command goes on from the last "
             "finished shard, and fewer workers need less"
         ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _tokenizer: Tokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from qatscale.data.encode import Encoded, encode_all, is_validation
 from qatscale.data.indexed import IndexedWriter
 from qatscale.data.manifest import FORMAT, Manifest, Shard, TokenizerCard
 from qatscale.data.progress import Watch, watch
-from qatscale.data.records import Unit
+from qatscale.data.records import Batch, Unit
 from qatscale.data.sources import Source, SourceOptions, open_source
 from qatscale.data.state import TOKENIZER, State
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -152,7 +153,7 @@ def _tokenizer(
 def _sample(sources: list[Source], size: int, validation_fraction: float) -> Iterator[str]:
     for source in sources:
         for text in source.sample(-(-size // len(sources))):
-            if not is_validation(text.encode(), validation_fraction):
+            if text and not text.isspace() and not is_validation(text.encode(), validation_fraction):
                 yield text
 
 
@@ -206,23 +207,20 @@ def _write_shards(
     """Go on from `state` to the end of the sources, or to max_tokens."""
     limit, shard_tokens = state.identity["max_tokens"], state.identity["shard_tokens"]
     part = _Part(folder, state.part, tokenizer)
+    batches = _batches(sources, state.source, state.position)
     try:
-        for index in range(state.source, len(sources)):
-            source = sources[index]
-            batches = source.batches(state.position if index == state.source else None)
-            for encoded in encode_all(batches, folder / TOKENIZER, state.identity["validation_fraction"], workers):
-                part.add(encoded)
-                read = source.fraction_read()
-                fraction = None if read is None else (index + read) / len(sources)
-                counts = state.documents + part.documents, state.tokens + part.tokens()
-                view.update(*counts, state.text_bytes + part.text_bytes, fraction)
-                enough = limit is not None and state.splits["train"].tokens + part.tokens("train") >= limit
-                if part.tokens("train") >= shard_tokens or enough:
-                    part.finish(state, index, encoded.position)
-                    view.say(f"shard {state.part - 1}: {state.documents:,} documents, {state.tokens:,} tokens so far")
-                    part = _Part(folder, state.part, tokenizer)
-                if enough:
-                    return
+        for encoded in encode_all(batches, folder / TOKENIZER, state.identity["validation_fraction"], workers):
+            part.add(encoded)
+            source, position = encoded.position
+            counts = state.documents + part.documents, state.tokens + part.tokens()
+            view.update(*counts, state.text_bytes + part.text_bytes, _fraction_read(sources, source))
+            enough = limit is not None and state.splits["train"].tokens + part.tokens("train") >= limit
+            if part.tokens("train") >= shard_tokens or enough:
+                part.finish(state, source, position)
+                view.say(f"shard {state.part - 1}: {state.documents:,} documents, {state.tokens:,} tokens so far")
+                part = _Part(folder, state.part, tokenizer)
+            if enough:
+                return
         if part.documents or part.empty:
             part.finish(state, len(sources), None)
     except BaseException:
@@ -232,6 +230,18 @@ def _write_shards(
         held_out = state.splits["validation"].documents
         what = f"{state.empty} empty and {held_out} held-out documents, and none to train on."
         raise UserError("sources", [source.spec for source in sources], what, "Check the field, or give more text.")
+
+
+def _batches(sources: list[Source], first: int, position: Any) -> Iterator[Batch]:
+    """All batches from `position` of source `first` on; their own positions say which source they are of."""
+    for index in range(first, len(sources)):
+        for batch in sources[index].batches(position if index == first else None):
+            yield replace(batch, position=(index, batch.position))
+
+
+def _fraction_read(sources: list[Source], index: int) -> float | None:
+    read = sources[index].fraction_read()
+    return None if read is None else (index + read) / len(sources)
 
 
 def _manifest(state: State, tokenizer: Tokenizer, sources: Sequence[str]) -> Manifest:

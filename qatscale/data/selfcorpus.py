@@ -51,7 +51,7 @@ def documents(size: int) -> tuple[str, ...]:
     """Documents of about `size` bytes in all; fewer where the machine holds less."""
     seen: set[bytes] = set()
     found: list[str] = []
-    for _, path in sorted(modules(), key=lambda module: hashlib.sha256(module[0].encode()).digest()):
+    for _, path in modules():
         for document in module_documents(path.read_bytes(), seen):
             found.append(document)
             size -= len(document.encode())
@@ -60,21 +60,16 @@ def documents(size: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """(name, file) of every module considered; the name does not depend on where Python is installed."""
+@functools.cache
+def modules() -> tuple[tuple[str, Path], ...]:
+    """(name, file) of every module considered, in the corpus's order; names do not tell where Python is installed."""
     library = Path(sysconfig.get_path("stdlib"))
-    for path in library.rglob("*.py"):
-        name = path.relative_to(library).as_posix()
-        if _wanted(name):
-            yield name, path
+    found = [(path.relative_to(library).as_posix(), path) for path in library.rglob("*.py")]
     for distribution in _distributions():
-        for file in distribution.files or []:
-            if file.suffix == ".py" and ".." not in file.parts and _wanted(file.as_posix()):
-                yield file.as_posix(), Path(str(file.locate()))
-
-
-def _wanted(name: str) -> bool:
-    return not _LEFT_OUT.search(name)
+        files = [file for file in distribution.files or [] if file.suffix == ".py" and ".." not in file.parts]
+        found += [(file.as_posix(), Path(str(file.locate()))) for file in files]
+    wanted = [module for module in found if not _LEFT_OUT.search(module[0])]
+    return tuple(sorted(wanted, key=lambda module: hashlib.sha256(module[0].encode()).digest()))
 
 
 def _distributions() -> list[importlib.metadata.Distribution]:

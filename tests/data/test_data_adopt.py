@@ -1,0 +1,40 @@
+"""Shards from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_data_indexed import LENGTHS, TOKENS, megatron_pair
+
+from qatscale.data.adopt import adopt
+from qatscale.data.reader import TokenStream
+from qatscale.errors import UserError
+
+
+def test_megatron_shards_work_as_they_are(tmp_path: Path) -> None:
+    megatron_pair(tmp_path / "my_text_document", 8, "H", TOKENS, LENGTHS)
+    megatron_pair(tmp_path / "held_out", 8, "H", TOKENS[:3], LENGTHS[:1])
+    manifest = adopt(tmp_path, train=["my_text_document"], validation=["held_out"])
+    assert manifest.tokenizer.vocab_size == 10
+    assert TokenStream.open(tmp_path, "train", verify="full").window(0, 8).tolist() == TOKENS
+    assert TokenStream.open(tmp_path, "validation").window(0, 3).tolist() == TOKENS[:3]
+    with pytest.raises(UserError, match=r"has a manifest.json already"):
+        adopt(tmp_path, train=["my_text_document"])
+
+
+def test_what_cannot_be_adopted(tmp_path: Path) -> None:
+    megatron_pair(tmp_path / "a", 8, "H", TOKENS, LENGTHS)
+    megatron_pair(tmp_path / "b", 4, "i", TOKENS, LENGTHS)
+    megatron_pair(tmp_path / "c", 4, "i", [1, -2, 3], [3])
+    with pytest.raises(UserError, match="hold id 9"):
+        adopt(tmp_path, train=["a"], vocab_size=9)
+    with pytest.raises(UserError, match="int32, and those of a are uint16"):
+        adopt(tmp_path, train=["a", "b"])
+    with pytest.raises(UserError, match="negative id -2"):
+        adopt(tmp_path, train=["c"])
+    with pytest.raises(UserError, match="missing"):
+        adopt(tmp_path, train=["d"])
+    with pytest.raises(UserError, match="at least one shard"):
+        adopt(tmp_path, train=[])
+    assert not (tmp_path / "manifest.json").exists()

@@ -1,0 +1,227 @@
+"""Streams, the shuffled order, batches and evaluation, against plain Python."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_corpora import documents, stream, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qatscale.data.indexed import IndexedWriter
+from qatscale.data.manifest import Manifest
+from qatscale.data.prepare import prepare
+from qatscale.data.reader import BatchReader, EvaluationReader, ShuffledOrder, TokenStream
+from qatscale.errors import UserError
+
+
+def counting(tokens: int, *cuts: int) -> TokenStream:
+    """A stream whose token at position p is p, in shards cut there."""
+    return stream(*np.split(np.arange(tokens, dtype=np.int32), cuts))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_window_is_a_slice_across_shards(sizes: list[int], data: st.DataObject) -> None:
+    total = sum(sizes)
+    start = data.draw(st.integers(0, total - 1))
+    length = data.draw(st.integers(1, total - start))
+    window = counting(total, *itertools.accumulate(sizes[:-1])).window(start, length)
+    assert window.dtype == np.int64
+    assert window.tolist() == list(range(start, start + length))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(-3, 2**70))
+def test_every_epoch_is_a_permutation(sequences: int, block: int, seed: int) -> None:
+    order = ShuffledOrder(sequences, block, seed)
+    for epoch in range(3):
+        seen = order(np.arange(epoch * sequences, (epoch + 1) * sequences))
+        assert sorted(seen.tolist()) == list(range(sequences))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_blocks_stay_together(sequences: int, block: int) -> None:
+    seen = ShuffledOrder(sequences, block, 7)(np.arange(sequences)) // min(block, sequences)
+    runs = [key for key, _ in itertools.groupby(seen.tolist())]
+    assert len(runs) == len(set(runs)) == -(-sequences // min(block, sequences))
+
+
+def test_seeds_and_epochs_differ_and_shuffle() -> None:
+    orders = [ShuffledOrder(1000, 100, seed)(np.arange(2000)) for seed in (0, 1)]
+    parts = [order[half] for order in orders for half in (slice(0, 1000), slice(1000, 2000))]
+    for a, b in itertools.combinations([*parts, np.arange(1000)], 2):
+        # Random permutations agree in one place on average.
+        assert (a == b).sum() < 15
+
+
+def test_the_order_is_written_down() -> None:
+    """The definition once more, by Philox's own counters and Python's sort, for one short epoch."""
+    sequences, block, seed, epoch = 10, 4, 3, 1
+
+    def permutation(number: int, size: int) -> list[int]:
+        bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, number, 0])
+        keys = [int(bits.random_raw()) for _ in range(size)]
+        return sorted(range(size), key=keys.__getitem__)
+
+    blocks = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    expected = [blocks[b][i] for b in permutation(0, 3) for i in permutation(1 + b, len(blocks[b]))]
+    assert ShuffledOrder(sequences, block, seed)(np.arange(10, 20)).tolist() == expected
+
+
+def test_batches_are_windows_of_the_stream() -> None:
+    reader = BatchReader(counting(101, 33, 34), sequence_length=10, sequences=5, seed=1, shuffle_block=4)
+    assert reader.sequences_per_epoch == 10
+    seen = np.concatenate([reader.batch(step) for step in range(2)])
+    assert seen.shape == (10, 11)
+    assert sorted(seen[:, 0].tolist()) == list(range(0, 100, 10))
+    assert (seen - seen[:, :1] == np.arange(11)).all(), "a sequence is T + 1 neighbouring tokens"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_ranks_only_split_the_batch(ranks: int) -> None:
+    one = BatchReader(counting(1000, 400), 7, 6, seed=5, shuffle_block=16)
+    for step in (0, 22, 23, 24, 500):  # the epoch ends within step 23: 142 sequences, 6 a step
+        parts = [BatchReader(counting(1000, 400), 7, 6, 5, 16).batch(step, rank, ranks) for rank in range(ranks)]
+        assert (np.concatenate(parts) == one.batch(step)).all()
+
+
+def test_epochs_run_on_through_a_batch() -> None:
+    reader = BatchReader(counting(71), 10, 3, seed=0)
+    starts = np.concatenate([reader.batch(step)[:, 0] for step in range(7)]) // 10
+    for epoch in range(3):
+        assert sorted(starts[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
+    assert reader.epoch(7) == reader.epochs(7) == 3.0
+
+
+def test_repetition_is_told() -> None:
+    reader = BatchReader(counting(101), 10, 5, seed=0)
+    assert reader.repetition(2) is None
+    assert "1.50 epochs of 100 tokens" in str(reader.repetition(3))
+    assert "4 epochs" in str(reader.repetition(9))
+
+
+def test_too_little_data() -> None:
+    with pytest.raises(UserError, match="one sequence takes 11") as caught:
+        BatchReader(counting(10), 10, 1, seed=0)
+    assert caught.value.key == "data.sequence_length"
+    assert BatchReader(counting(11), 10, 1, seed=0).sequences_per_epoch == 1
+    with pytest.raises(UserError, match="holds 2 sequences of 10") as caught:
+        BatchReader(counting(21), 10, 3, seed=0)
+    assert caught.value.key == "batch.sequences"
+    with pytest.raises(UserError, match="does not divide among 4"):
+        BatchReader(counting(100), 10, 6, seed=0).batch(0, 0, 4)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 5))
+def test_evaluation_weighs_every_sequence_once(sequences: int, micro_batch: int, ranks: int) -> None:
+    reader = EvaluationReader(counting(401, 77), 10, sequences * 10 + 3, micro_batch)
+    per_rank = [reader.batches(rank, ranks) for rank in range(ranks)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    counted = [b.tokens[: b.weight, 0] for batches in per_rank for b in batches]
+    assert sorted(np.concatenate(counted).tolist()) == [10 * i for i in range(sequences)]
+    for batch in itertools.chain(*per_rank):
+        assert batch.tokens.shape in {(batch.weight, 11), (1, 11)}
+        assert batch.weight <= micro_batch
+    assert reader.tokens == sequences * 10
+
+    def loss(rows: np.ndarray) -> float:  # a mean over tokens, as a model gives it
+        return float(np.sin(rows[:, 1:]).mean())
+
+    total = sum(b.weight * loss(b.tokens) for b in itertools.chain(*per_rank))
+    expected = np.sin(np.arange(sequences * 10) + 1.0).mean()
+    assert total / reader.sequences == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_evaluation_takes_what_there_is() -> None:
+    assert EvaluationReader(counting(41), 10, 10**9, 4).sequences == 4
+    assert EvaluationReader(counting(41), 10, 3, 4).sequences == 1
+    with pytest.raises(UserError, match="one sequence takes"):
+        EvaluationReader(counting(10), 10, 100, 4)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    source = write_jsonl(tmp_path / "a.jsonl", documents(60))
+    prepare([str(source)], tmp_path / "data", tokenizer=str(tokenizer_folder), validation_fraction=0.2, workers=1)
+    return tmp_path / "data"
+
+
+def alter(path: Path) -> None:
+    """Another byte in the middle, the size as before."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(bytes(raw))
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{"), "no manifest of format 1"),
+        (lambda f: edit(f, format=2), "no manifest of format 1: format"),
+        (lambda f: edit(f, dtype="float32"), "holds no tokens"),
+        (lambda f: edit(f, dtype="int32"), "uint16, and the manifest says"),
+        (lambda f: edit(f, splits={}), "no train split"),
+        (lambda f: (f / "train-00000.bin").unlink(), "missing"),
+        (lambda f: (f / "train-00000.bin").write_bytes((f / "train-00000.bin").read_bytes()[:-2]), "its index says"),
+        (lambda f: alter(f / "train-00000.bin"), "checksum"),
+        (lambda f: alter(f / "train-00000.idx"), "checksum"),
+    ],
+)
+def test_damaged_folders_are_refused(prepared: Path, damage, said: str) -> None:
+    TokenStream.open(prepared, "train")
+    damage(prepared)
+    with pytest.raises(UserError, match=said):
+        TokenStream.open(prepared, "train")
+
+
+def test_a_whole_shard_of_another_data_set_is_seen_by_its_size(prepared: Path) -> None:
+    writer = IndexedWriter(prepared / "train-00000", np.dtype("<u2"))
+    writer.add(np.arange(5), np.array([5]))
+    writer.finish()
+    with pytest.raises(UserError, match="the manifest says"):
+        TokenStream.open(prepared, "train", verify="size")
+
+
+def test_missing_folder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="qatscale prepare"):
+        TokenStream.open(tmp_path / "nowhere", "train")
+
+
+def test_vocabulary_must_fit_the_model(prepared: Path) -> None:
+    manifest = Manifest.load(prepared)
+    manifest.check_vocabulary(700)
+    manifest.check_vocabulary(1024)
+    with pytest.raises(UserError, match=r"vocabulary of the data, 700.*vocab_size=700") as caught:
+        manifest.check_vocabulary(699)
+    assert caught.value.key == "model.vocab_size"
+
+
+def test_opening_a_billion_tokens_takes_no_scan(tmp_path: Path) -> None:
+    """Sparse files of the right size: a scan of 2 GB could not be this fast."""
+    tokens, length = 10**9, 1000
+    prefix, count = tmp_path / "train-00000", tokens // length
+    from qatscale.data.indexed import IndexedReader, encode_index
+
+    prefix.with_name("train-00000.idx").write_bytes(encode_index(np.full(count, length), np.dtype("<u2")))
+    with prefix.with_name("train-00000.bin").open("wb") as file:
+        file.truncate(tokens * 2)
+    start = time.perf_counter()
+    shard = IndexedReader(prefix)
+    reader = BatchReader(stream(shard.tokens), 2048, 64, seed=0)
+    batch = reader.batch(7_000)
+    assert time.perf_counter() - start < 0.5
+    assert batch.shape == (64, 2049)

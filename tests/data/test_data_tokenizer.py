@@ -1,0 +1,205 @@
+"""Tokenizers: the word cache against the library itself, training, saving, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from data_corpora import WORDS, documents
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from qatscale.data.segments import segment_encoder
+from qatscale.data.tokenizer import (
+    HUGGING_FACE_FILE,
+    SENTENCEPIECE_FILE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+from qatscale.errors import UserError
+
+CODE = "def f(x, y):\n    return x  +  y\n\n\n  class A:\n\tpass   \n   \n" * 3
+
+
+def model(texts: list[str], **changes: object) -> bytes:
+    """A SentencePiece model with options of its own."""
+    out = io.BytesIO()
+    options: dict[str, object] = {
+        "model_type": "bpe", "vocab_size": 600, "byte_fallback": True, "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity", "allow_whitespace_only_pieces": True, "minloglevel": 2,
+    }  # fmt: skip
+    lines = [line for text in texts for line in text.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **(options | changes))
+    return out.getvalue()
+
+
+TEXTS = [*documents(120, seed=5), CODE * 20]
+SAFE = {
+    "dummy prefix": model(TEXTS),
+    "no dummy prefix": model(TEXTS, add_dummy_prefix=False),
+    "no runs of spaces": model(TEXTS, allow_whitespace_only_pieces=False),
+    "pieces across scripts and digits": model(TEXTS, split_by_unicode_script=False, split_by_number=False),
+}
+UNSAFE = {
+    "unigram": model(TEXTS, model_type="unigram"),
+    "no byte fallback": model(TEXTS, byte_fallback=False),
+    "normalised": model(TEXTS, normalization_rule_name="nmt_nfkc"),
+    "spaces removed": model(TEXTS, remove_extra_whitespaces=True),
+    "user-defined": model(TEXTS, user_defined_symbols=["\n\n"]),
+    "pieces across words": model(TEXTS, split_by_whitespace=False),
+    "spaces at the end": model(TEXTS, treat_whitespace_as_suffix=True),
+}
+
+
+def library_ids(proto: bytes, text: str) -> list[int]:
+    return sentencepiece.SentencePieceProcessor(model_proto=proto).encode(text)
+
+
+@pytest.mark.parametrize("name", SAFE)
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.sampled_from([*WORDS, " ", "  ", "    ", "\n", "\n\n", "\t", "▁", " \n", "\r", "\x00", "\u3000"]),
+                  st.text(st.characters(codec="utf-8"), max_size=4)),
+        max_size=25,
+    ).map("".join)
+)  # fmt: skip
+@example(" ")
+@example("\n")
+@example("  a")
+@example("a \n b  \n")
+@example("x" * 100)
+def test_word_cache_gives_the_librarys_ids(name: str, text: str) -> None:
+    encoder = CACHED.setdefault(name, segment_encoder(SAFE[name], SentencePieceTokenizer(SAFE[name]).dtype))
+    assert encoder is not None
+    assert encoder.encode(text).tolist() == library_ids(SAFE[name], text)
+
+
+CACHED: dict = {}
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_word_cache_on_whole_documents(name: str) -> None:
+    tokenizer = SentencePieceTokenizer(SAFE[name])
+    assert tokenizer._fast is not None
+    assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)] == [library_ids(SAFE[name], text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_other_models_go_through_the_library(name: str) -> None:
+    tokenizer = SentencePieceTokenizer(UNSAFE[name])
+    assert tokenizer._fast is None
+    assert tokenizer.encode_batch([CODE])[0].tolist() == library_ids(UNSAFE[name], CODE)
+
+
+def test_training_is_deterministic_and_lossless(tokenizer: SentencePieceTokenizer) -> None:
+    again = train_sentencepiece(documents(200, seed=99), 700)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert tokenizer.vocab_size == 700
+    for text in (CODE, "emoji 🙂 and  spaces", *documents(5, seed=1)):
+        assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_digits_stay_single(tokenizer: SentencePieceTokenizer) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if not processor.is_byte(i)]
+    assert [p for p in pieces if len(p) > 1 and any(c.isdigit() for c in p)] == []
+
+
+def test_text_never_becomes_a_control_token(tokenizer: SentencePieceTokenizer) -> None:
+    ids = tokenizer.encode_batch(["</s> <s> <unk>"])[0].tolist()
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "</s> <s> <unk>"
+
+
+def test_saved_and_loaded(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "out" / "tokenizer")
+    by_file = load_tokenizer(tmp_path / "out" / "tokenizer" / SENTENCEPIECE_FILE)
+    by_folder = load_tokenizer(tmp_path / "out" / "tokenizer")
+    by_prepared = load_tokenizer(tmp_path / "out")
+    expected = hashlib.sha256((tmp_path / "out" / "tokenizer" / SENTENCEPIECE_FILE).read_bytes()).hexdigest()
+    assert {by_file.fingerprint, by_folder.fingerprint, by_prepared.fingerprint} == {expected}
+
+
+def test_altered_tokenizer_is_refused(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "t")
+    (tmp_path / "t" / SENTENCEPIECE_FILE).write_bytes(SAFE["dummy prefix"])
+    with pytest.raises(UserError, match="altered"):
+        load_tokenizer(tmp_path / "t")
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE saved by transformers, with truncation on and an EOS that could stand in a text."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.enable_truncation(5)
+    folder = tmp_path_factory.mktemp("hf")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def test_hugging_face_tokenizer(hugging_face: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(hugging_face)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (0, 500)
+    text = CODE + "<|endoftext|>"
+    ids = tokenizer.encode_batch([text])[0]
+    assert len(ids) > 5, "truncated"
+    assert tokenizer.eos_id not in ids.tolist()
+    assert tokenizer.decode(ids) == text
+    tokenizer.save(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert saved.fingerprint == tokenizer.fingerprint
+    assert saved.encode_batch([text])[0].tolist() == ids.tolist()
+    assert (tmp_path / "saved" / "tokenizer_config.json").is_file(), "transformers could not load it"
+
+
+def test_hugging_face_tokenizer_without_eos(hugging_face: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_file=str(hugging_face / HUGGING_FACE_FILE)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "texts", "said"),
+    [
+        (5000, ["a b c d"] * 5, r"at most 2\d\d"),
+        (40, ["hello world"], "must have a piece"),
+        (300, [], "no text"),
+        (300, ["\n\n"], "no text"),
+    ],
+)
+def test_vocabularies_that_cannot_be_trained(vocab_size: int, texts: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        train_sentencepiece(texts, vocab_size)
+    assert caught.value.key == "vocab_size"
+
+
+def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(b"nothing of the kind")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no SentencePiece model"):
+        load_tokenizer(tmp_path / "x.model")
+    with pytest.raises(UserError, match="no such file"):
+        load_tokenizer(tmp_path / "y.model")
+    with pytest.raises(UserError, match="tokenizer's folder"):
+        load_tokenizer(tmp_path / "empty")
+    with pytest.raises(UserError, match="no end-of-sequence piece"):
+        SentencePieceTokenizer(model(TEXTS, eos_id=-1))
