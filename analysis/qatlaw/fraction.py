@@ -26,6 +26,9 @@ MEASURED_BITS = (1, 6)
 MEASURED_S = (35.0, 1e5)
 """Tokens per parameter byte that those ranges span, about [ours]."""
 
+ROUNDING = 0.01
+"""The measured ranges are told in two digits, so a model of 85.9M is one of their 86M [ours]."""
+
 Floats = NDArray[np.float64]
 
 
@@ -81,7 +84,7 @@ def extrapolation_warning(N: float, D: float, B: float) -> str | None:
         ("D", D, MEASURED_TOKENS),
         ("B", B, MEASURED_BITS),
     ):
-        if not low <= value <= high:
+        if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
             outside.append(f"{name} = {_amount(value)} (measured {_amount(low)} to {_amount(high)})")
     if not outside:
         return None

@@ -39,7 +39,7 @@ def _qat_without_effect(config: RunConfig) -> list[str]:
         case "fp":
             names = ["bits", "fraction", "learning_rate", "scale_lr_ratio", "scale_gradient_factor", *common]
             keys = [key for key in _changed(qat, "qat", names) if not (key == "qat.fraction" and qat.fraction == 0)]
-            return _no_effect(keys, "qat.scheme=fp trains without quantization")
+            return _no_effect(keys, "qat.scheme=fp trains without quantization; for QAT set qat.scheme")
         case "scratch":
             names = ["fraction", *common]
             keys = [key for key in _changed(qat, "qat", names) if not (key == "qat.fraction" and qat.fraction == 1)]

@@ -102,6 +102,12 @@ def test_the_warning_names_what_is_outside_and_nothing_else():
     assert "N = " not in eight_bits
 
 
+def test_the_ends_of_the_measured_range_are_rounded_numbers():
+    assert qatlaw.extrapolation_warning(85.9e6, 8.6e9, 4) is None
+    assert "N = 80M" in qatlaw.extrapolation_warning(80e6, 8.6e9, 4)
+    assert "N = 2.3B" in qatlaw.extrapolation_warning(2.3e9, 220e9, 4)
+
+
 def test_plan_splits_every_token():
     plan = qatlaw.plan_fraction(396e6, 100e9, 4)
     assert plan.tokens_fp + plan.tokens_qat == plan.tokens == 100_000_000_000

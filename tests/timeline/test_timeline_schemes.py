@@ -7,6 +7,7 @@ import sys
 import pytest
 from timeline_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
+from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.timeline import build_timeline
 
 LINEAR = {"warmup_fraction": 0.1, "cooldown_fraction": 0.2, "shape": "linear"}
@@ -156,6 +157,18 @@ def test_settings_of_adamw_per_phase():
     } | ({"warmup": plain} if "warmup" in seen else {})
     at_switch = timeline.at(timeline.switch_step + 5)
     assert (at_switch.phase, at_switch.betas, at_switch.weight_decay) == ("qat_stable", (0.8, 0.95), 0.0)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_timeline(name):
+    config = load_run_config(name)
+    timeline = build_timeline(config)
+    assert timeline.steps == config.steps
+    assert (timeline.switch_step is None) == (config.qat.scheme == "fp")
+    # 8B lies beyond the measured sizes; the quickstart's trunk names the bits of its branches.
+    known = {"8b": "extrapolation", "quickstart": "qat.bits has no effect"}.get(name)
+    unexpected = [line for line in timeline.warnings if known is None or known not in line]
+    assert unexpected == [], "a shipped recipe sets nothing that has no effect"
 
 
 @pytest.mark.parametrize("step", [-1, 100])
