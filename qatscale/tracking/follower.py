@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from qatscale.tracking.mlflow_sync import Uploader, lock_file, shown
+from qatscale.tracking.mlflow_sync import Cursor, Uploader, lock_file, shown
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import HeldError, locked, quiet_mlflow, resolve_uri
 from qatscale.tracking.system_metrics import SystemMetrics
@@ -70,9 +70,12 @@ class FollowerProcess:
 def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENCE) -> Follower:
     """Start the upload of a run and return at once. Call it on rank 0, after the `start` or `resume` event, which says
     whose life the follower watches. `uri`: tracking.uri of the recipe, see `resolve_uri`."""
-    resolved = resolve_uri(uri)
+    cursor = Cursor.load(folder)
+    resolved = resolve_uri(uri, known=cursor.uri if cursor else None)
     if resolved is None:
         return NoFollower()
+    if cursor is None or cursor.uri != resolved:
+        Cursor.at(folder, resolved).save(folder)  # `track-sync` knows where to, even if the store never answers
     folder.logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "qatscale.tracking.follower", str(folder.path.resolve())]
     command += ["--uri", resolved, "--patience", str(patience)]

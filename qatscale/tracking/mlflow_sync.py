@@ -55,6 +55,11 @@ class Cursor:
     """The run's status as MLflow knows it."""
 
     @classmethod
+    def at(cls, folder: RunFolder, uri: str) -> Cursor:
+        """Nothing uploaded yet, at this store."""
+        return cls(uri, folder.recipe["tracking"]["experiment"])
+
+    @classmethod
     def load(cls, folder: RunFolder) -> Cursor | None:
         if not folder.tracking_file.exists():
             return None
@@ -74,10 +79,9 @@ class Uploader:
 
         self.folder, self.uri = folder, uri
         self.recipe = folder.recipe
-        experiment = self.recipe["tracking"]["experiment"]
         cursor = Cursor.load(folder)
         # another store than last time knows nothing of this run
-        self.cursor = cursor if cursor and cursor.uri == uri else Cursor(uri, experiment)
+        self.cursor = cursor if cursor and cursor.uri == uri else Cursor.at(folder, uri)
         self._connected = False
         self._superseded: set[tuple[str, int, float]] = set()
         """(key, step, value) of uploaded points that a resume took back."""
@@ -111,7 +115,7 @@ class Uploader:
         if self._connected:
             return
         if self.cursor.run_id is not None and self._is_gone(self.cursor.run_id):
-            self.cursor = Cursor(self.uri, self.cursor.experiment)
+            self.cursor = Cursor.at(self.folder, self.uri)
         if self.cursor.run_id is None:
             experiment_id = self._experiment()
             run = self.folder.run

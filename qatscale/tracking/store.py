@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import math
 import os
 import shlex
@@ -20,20 +21,19 @@ class HeldError(RuntimeError):
     """Another process holds a lock."""
 
 
-def resolve_uri(configured: str | None, working_folder: Path | None = None) -> str | None:
+def resolve_uri(configured: str | None, known: str | None = None) -> str | None:
     """The tracking URI with absolute paths; None = no tracking.
 
-    `configured` (tracking.uri of the recipe) goes before MLFLOW_TRACKING_URI, that before SQLite in the working
-    folder. `none` in either means no tracking.
+    `configured` (tracking.uri of the recipe) goes before MLFLOW_TRACKING_URI, that before `known` (the store that has
+    the run already), that before SQLite in the working folder. `none` means no tracking.
     """
-    folder = (working_folder or Path.cwd()).resolve()
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or known or f"{_SQLITE}mlflow.db"
     if uri.lower() == "none":
         return None
     if uri.startswith(_SQLITE):
-        return f"{_SQLITE}{folder / uri.removeprefix(_SQLITE)}"
+        return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
     if "://" not in uri and not uri.startswith(("file:", "databricks")):
-        return str(folder / uri)
+        return str(Path(uri).absolute())
     return uri
 
 
@@ -65,7 +65,7 @@ def ui_command(uri: str) -> str:
 @contextmanager
 def quiet_mlflow(timeout: int = 10) -> Iterator[None]:
     """MLflow without its INFO lines and telemetry, with HTTP requests that give up after `timeout` seconds; retries
-    are the caller's. What the user set in the environment stays. Enter it before mlflow is imported."""
+    are the caller's. What the user set in the environment stays."""
     settings = {
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -75,6 +75,7 @@ def quiet_mlflow(timeout: int = 10) -> Iterator[None]:
     }
     added = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(added)
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])  # where mlflow is imported already
     try:
         yield
     finally:

@@ -61,7 +61,9 @@ def test_the_commit_is_that_of_the_code_and_says_whether_it_was_changed(tmp_path
 
 
 def test_the_environment_does_not_import_torch() -> None:
-    code = "import sys, qatscale.tracking.environment as e; assert e.environment()['gpus'] == []; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from qatscale.tracking.environment import environment as e; e(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -72,9 +74,7 @@ def test_gpus_are_listed_once_torch_is_there() -> None:
 
 def test_a_second_run_of_the_same_name_is_refused(make_run: MakeRun) -> None:
     make_run("r")
-    with pytest.raises(
-        UserError, match=r"name = 'r': .* already holds a run\. Resume it, or give this run another name"
-    ):
+    with pytest.raises(UserError, match=r"name = 'r': .* already holds a run\. Resume it, or give"):
         make_run("r")
 
 

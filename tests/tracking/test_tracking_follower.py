@@ -1,0 +1,314 @@
+"""The follower beside real trainers and real, dead and hanging servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from mlflow.tracking import MlflowClient
+from synthetic_runs import MakeRun, finish, log_metrics
+
+from qatscale.tracking.follower import Following, NoFollower, start_follower
+from qatscale.tracking.mlflow_sync import Cursor, TrackingError, track_sync
+from qatscale.tracking.run_folder import RunFolder
+
+pytestmark = pytest.mark.dist
+
+
+def the_run(uri: str) -> tuple[str, str]:
+    """(id, status) of the only run of a store."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("qatscale")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run.info.run_id, run.info.status
+
+
+def history(uri: str, run_id: str, key: str = "train/loss") -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in MlflowClient(uri).get_metric_history(run_id, key))
+
+
+def losses(folder: RunFolder) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in folder.records("metrics")]
+
+
+def wait_for(what: object, condition: object, seconds: float = 60.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+def log_of(folder: RunFolder) -> str:
+    return (folder.logs / "tracking.log").read_text()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process, ours or an orphan, has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """The address of a server that takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    taken.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        for connection in taken:
+            connection.close()
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_run_is_followed_to_its_end(make_run: MakeRun, sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
+    folder = make_run(steps=100)
+    folder.append("start", step=0)
+    follower = start_follower(folder, sqlite)
+    log_metrics(folder, 0, 50)
+    wait_for("the first upload", lambda: (c := Cursor.load(folder)) is not None and c.offset > 0)
+    run_id, status = the_run(sqlite)
+    assert status == "RUNNING"
+    wait_for("a system metric", lambda: history(sqlite, run_id, "system/system_memory_usage_percentage"))
+    log_metrics(folder, 50, 100)
+    finish(folder, {"fp": 2.5})
+    assert follower.finish(60) is None
+    assert the_run(sqlite) == (run_id, "FINISHED")
+    assert history(sqlite, run_id) == losses(folder)
+    assert log_of(folder) == "", "nothing went wrong and MLflow made no noise"
+
+
+TRAINER = """
+import sys, time
+from qatscale.tracking.follower import start_follower
+from qatscale.tracking.run_folder import RunFolder
+folder = RunFolder.open(sys.argv[1])
+folder.append("start", step=0)
+follower = start_follower(folder, sys.argv[2], patience=float(sys.argv[3]))
+assert "mlflow" not in sys.modules and "torch" not in sys.modules
+for step in range(1, 21):
+    folder.append("metrics", step=step, loss=1 / step, phase="stable")
+print(follower.child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def trainer(folder: RunFolder, uri: str, patience: float = 60.0) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A trainer that has logged 20 steps and goes on, in a process group of its own; and its follower's process id."""
+    command = [sys.executable, "-c", TRAINER, str(folder.path), uri, str(patience)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert child.stdout is not None
+    follower = int(child.stdout.readline())
+    try:
+        yield child, follower
+    finally:
+        for pid in (child.pid, follower):
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
+        child.wait()
+
+
+def test_a_killed_trainer_leaves_a_run_that_says_so(make_run: MakeRun, sqlite: str) -> None:
+    folder = make_run(steps=100)
+    with trainer(folder, sqlite) as (child, follower):
+        os.killpg(child.pid, signal.SIGKILL)  # the whole group, as a launcher does
+        child.wait()
+        wait_for("the follower's end", lambda: gone(follower))
+    run_id, status = the_run(sqlite)
+    assert status == "KILLED"
+    assert history(sqlite, run_id) == [(step, 1 / step) for step in range(1, 21)]
+
+
+def test_a_resume_takes_over_from_a_follower_that_is_still_at_it(
+    make_run: MakeRun, sqlite: str, hanging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    folder = make_run(steps=100)
+    with trainer(folder, hanging) as (child, old):
+        wait_for("a failed attempt", lambda: "attempt failed" in log_of(folder))
+        child.kill()
+        child.wait()
+        assert not gone(old), "it still tries"
+        folder.append("resume", step=10)
+        new = start_follower(folder, sqlite)
+        log_metrics(folder, 10, 100)
+        finish(folder, {"fp": 2.5})
+        assert new.finish(60) is None
+        assert gone(old)
+    assert "another process continues this run" in log_of(folder)
+    run_id, status = the_run(sqlite)
+    assert status == "FINISHED"
+    assert history(sqlite, run_id) == losses(folder)
+
+
+@pytest.mark.parametrize("kind", ["hanging", "nobody"])
+def test_a_server_that_does_not_answer_costs_the_trainer_nothing(
+    make_run: MakeRun, sqlite: str, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    address = request.getfixturevalue(kind)
+    folder = make_run(steps=1000)
+    folder.append("start", step=0)
+    began = time.monotonic()
+    follower = start_follower(folder, address, patience=3.0)
+    log_metrics(folder, 0, 1000, interval=1)
+    finish(folder, {"fp": 2.5})
+    assert time.monotonic() - began < 3.0, "a start of a process and a thousand short writes"
+
+    began = time.monotonic()
+    line = follower.finish(0.5)
+    assert time.monotonic() - began < 1.5
+    assert line is not None
+    assert "goes on in the background" in line
+    assert f"`qatscale track-sync {folder.path}` uploads the rest" in line
+    line = follower.finish(60)
+    assert line is not None
+    assert "failed (see" in line
+    assert "gave up" in log_of(folder)
+    with pytest.raises(TrackingError, match=f"{address} did not take run"):
+        track_sync(folder)
+
+    # later, with a store that answers: everything, once
+    run_id = track_sync(folder, sqlite)
+    assert the_run(sqlite) == (run_id, "FINISHED")
+    assert history(sqlite, run_id) == losses(folder)
+    assert len(losses(folder)) == 1000
+
+
+def test_while_a_follower_uploads_nobody_else_does(make_run: MakeRun, sqlite: str, hanging: str) -> None:
+    folder = make_run(steps=100)
+    with trainer(folder, hanging) as (_, follower):
+        wait_for("the follower", lambda: _locked(folder))
+        with pytest.raises(TrackingError, match="run is being uploaded right now"):
+            track_sync(folder, sqlite)
+        assert not gone(follower)
+
+
+def _locked(folder: RunFolder) -> bool:
+    import fcntl
+
+    with (folder.logs / "tracking.log").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_follower_that_is_told_to_end_uploads_what_is_there(make_run: MakeRun, sqlite: str) -> None:
+    folder = make_run(steps=100)
+    folder.append("start", step=0)  # by this process, which lives on
+    log_metrics(folder, 0, 100)
+    following = Following(folder, sqlite, patience=60.0)
+    following.give_up_in(0.0)  # what SIGTERM does, with some seconds of grace
+    assert following.run() is False
+    run_id, status = the_run(sqlite)
+    assert status == "RUNNING"
+    assert history(sqlite, run_id) == losses(folder)
+
+
+def test_sigterm_reaches_the_follower(make_run: MakeRun, sqlite: str) -> None:
+    folder = make_run(steps=100)
+    with trainer(folder, sqlite) as (child, follower):
+        wait_for("the first upload", lambda: (c := Cursor.load(folder)) is not None and c.offset > 0)
+        os.kill(follower, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGTERM)  # a launcher that ends a failed job sends it to both
+        child.wait()
+        wait_for("the follower's end", lambda: gone(follower), 20)
+    assert the_run(sqlite)[1] == "KILLED"
+
+
+@pytest.mark.parametrize("where", ["recipe", "environment"])
+def test_no_tracking_is_no_process(make_run: MakeRun, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run()
+    folder.append("start", step=0)
+    if where == "environment":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    follower = start_follower(folder, "none" if where == "recipe" else None)
+    assert isinstance(follower, NoFollower)
+    assert follower.finish() is None
+    assert not (folder.logs / "tracking.log").exists()
+
+
+def test_a_real_server(make_run: MakeRun, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over HTTP, artifacts too; and what went into a SQLite file directly is shown by the command that we name."""
+    import shlex
+    import shutil
+
+    from qatscale.tracking.store import ui_command
+
+    home = tmp_path / "server"
+    home.mkdir()
+    monkeypatch.chdir(home)  # where the server keeps the artifacts that it is sent
+    shutil.copy(template, home / "mlflow.db")
+    uri = f"sqlite:///{home}/mlflow.db"
+    beside = make_run("beside", steps=100)
+    beside.append("start", step=0)
+    direct = track_sync(beside, uri)
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [*shlex.split(ui_command(uri)), "--port", str(port), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (home / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        wait_for("the server", lambda: server.poll() is not None or _answers(address), 120)
+        folder = make_run("run", steps=100)
+        folder.append("start", step=0)
+        follower = start_follower(folder, address)
+        log_metrics(folder, 0, 100)
+        folder.append("metrics", step=101, loss=float("nan"), phase="stable")
+        folder.append("metrics", step=102, loss=float("-inf"), phase="stable")
+        finish(folder, {"fp": 2.5})
+        assert follower.finish(90) is None, log_of(folder)
+        client = MlflowClient(address)
+        run_id = track_sync(folder)
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert history(address, run_id)[:10] == losses(folder)[:10]
+        assert {step for step, _ in history(address, run_id)} == {*range(10, 101, 10), 101, 102}
+        assert len(history(address, run_id)) == 12
+        assert {a.path for a in client.list_artifacts(run_id)} >= {"recipe.yaml", "timeline.json"}
+        shown = urlopen(f"{address}/get-artifact?path=recipe.yaml&run_uuid={direct}").read()
+        assert shown == (beside.path / "recipe.yaml").read_bytes()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urlopen(f"{address}/health", timeout=1) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
