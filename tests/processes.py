@@ -1,0 +1,61 @@
+"""Start real training processes from a test: `start(script, ranks, …)` is what a launcher does, without its 10 seconds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Finished:
+    codes: list[int]
+    output: str
+    """Of all ranks, one after the other."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: Sequence[str | Path], ranks: int = 1, cwd: Path | None = None) -> list[subprocess.Popen[str]]:
+    """One process per rank with the environment that torchrun and DeepSpeed's launcher set."""
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env=environment, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> Finished:
+    """Wait for all; when one fails, the others are killed, as a launcher would."""
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=timeout)[0])
+            if process.returncode != 0:
+                for other in processes:
+                    other.kill()
+    finally:
+        for process in processes:
+            process.kill()
+    return Finished([process.wait() for process in processes], "\n".join(outputs))
+
+
+def run(command: Sequence[str | Path], ranks: int = 1, cwd: Path | None = None, timeout: float = 240) -> Finished:
+    return finish(start(command, ranks, cwd), timeout)

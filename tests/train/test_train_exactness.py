@@ -1,0 +1,46 @@
+"""k steps + SIGKILL + resume = the uninterrupted run, bit for bit: before, at and after the switch, and inside a save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from driving import STEPS, SWITCH, drive, losses, spec
+
+from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, list_checkpoints
+from qatscale.tracking.run_folder import RunFolder
+
+KILLS = [
+    {"step": 4, "where": "batch"},  # before the switch
+    {"step": SWITCH, "where": "batch"},  # switched in memory; the checkpoint of step 7 is from before it
+    {"step": 9, "where": "commit"},  # inside a save: the checkpoint of step 9 never came to be
+    {"step": 11, "where": "batch"},  # after the switch, in the cooldown
+]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_killed_and_resumed_equals_uninterrupted(stage: int, tmp_path: Path, prepared: Path) -> None:
+    own = [f"engine.ds_config=zero{stage}_fp32", "checkpoint.interval=1536"]  # every 3 steps
+    whole = drive([spec("whole", tmp_path, prepared, *own)], tmp_path, ranks=2)
+    assert whole.codes == [0, 0], whole.output
+
+    for kill in KILLS:
+        killed = drive([spec("killed", tmp_path, prepared, *own, kill_at=kill)], tmp_path, ranks=2)
+        assert -9 in killed.codes, killed.output
+        assert not RunFolder(tmp_path / "killed").is_done
+        assert all(CheckpointReader(c) for c in list_checkpoints(tmp_path / "killed" / "checkpoints"))
+    resumed = drive([spec("killed", tmp_path, prepared, *own)], tmp_path, ranks=2)
+    assert resumed.codes == [0, 0], resumed.output
+
+    assert sorted(losses(tmp_path / "whole")) == list(range(1, STEPS + 1))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ends = [CheckpointReader(find_checkpoint(tmp_path / name)) for name in ("killed", "whole")]
+    assert ends[0].manifest.step == ends[1].manifest.step == STEPS
+    for name in ends[1].manifest.parameters:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(ends[0].parameter(name, kind), ends[1].parameter(name, kind)), f"{kind} of {name}"
+    finals = [RunFolder(tmp_path / name).final for name in ("killed", "whole")]
+    views = ("final/val_loss", "final/val_loss_fp_view")
+    assert [finals[0][view] for view in views] == [finals[1][view] for view in views]
