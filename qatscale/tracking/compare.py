@@ -68,7 +68,7 @@ class ComparisonRow:
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that is more than a float holds."""
-    return math.exp(loss) if loss < 709 else math.inf
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def run_folders(output: Path | str) -> list[RunFolder]:
@@ -106,7 +106,8 @@ def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
     speeds: dict[bool, list[float]] = {False: [], True: []}
     for record in folder.records("metrics"):
         speeds[record["phase"].startswith("qat_")].append(record["tokens_per_second"])
-    return median(speeds[False] or [math.nan]) or None, median(speeds[True] or [math.nan]) or None
+    fp, qat = (median(values) if values else None for values in (speeds[False], speeds[True]))
+    return fp, qat
 
 
 def compare(folders: Iterable[RunFolder]) -> list[ComparisonRow]:

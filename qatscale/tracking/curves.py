@@ -86,16 +86,14 @@ def curves(folders: Iterable[RunFolder]) -> list[Curve]:
     drawn: dict[Path, tuple[RunFolder, int | None]] = {path: (folder, None) for path, folder in asked.items()}
     waiting = list(asked.values())
     while waiting:
-        parent = waiting.pop().run["parent"]
-        if parent is None or not (ancestor := RunFolder(parent["folder"])).run_file.exists():
+        branch = waiting.pop()
+        if (ancestor := branch.parent) is None or (path := ancestor.path.resolve()) in asked:
             continue
-        path = ancestor.path.resolve()
-        if path in asked:
-            continue
-        until = drawn[path][1] if path in drawn else None
-        drawn[path] = (ancestor, max(parent["step"], until or 0))
+        until = drawn[path][1] if path in drawn else 0
+        drawn[path] = (ancestor, max(branch.run["parent"]["step"], until or 0))
         waiting.append(ancestor)
-    ordered = sorted(drawn.items(), key=lambda item: (item[1][0].run["parent"] is not None, item[0] not in asked))
+    # a trunk before its branches, so that they lie on it; branches in the order asked for
+    ordered = sorted(drawn.items(), key=lambda item: 0 if item[1][0].parent is None else 1 + (item[0] in asked))
     longest = max((_tokens(folder, folder.timeline["steps"]) for folder, _ in drawn.values()), default=0.0)
     found = [_curve(folder, path in asked, until, longest / _WINDOWS) for path, (folder, until) in ordered]
     return [curve for curve in found if len(curve.tokens)]
@@ -138,11 +136,10 @@ def _curve(folder: RunFolder, asked_for: bool, until: int | None, width: float) 
 
 def _before(folder: RunFolder) -> list[Record]:
     """The metrics of the runs that `folder` was branched from, up to the branch; empty where they are gone."""
-    parent = folder.run["parent"]
-    if parent is None or not (ancestor := RunFolder(parent["folder"])).run_file.exists():
+    if (ancestor := folder.parent) is None:
         return []
     records = [*_before(ancestor), *ancestor.records("metrics")]
-    return [record for record in records if record["step"] <= parent["step"]]
+    return [record for record in records if record["step"] <= folder.run["parent"]["step"]]
 
 
 def _steps_and_losses(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +161,7 @@ def loss_curves(folders: Sequence[RunFolder]) -> Figure:
 
     shown = curves(folders)
     results = [(c, view, loss) for c in shown if c.asked_for for view, loss in _results(c.folder)]
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, max(4.8, 1.2 + 0.5 * len(results))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2.1, 1))
     styles = _styles(shown)
     _draw_curves(left, shown, styles)
@@ -174,13 +171,14 @@ def loss_curves(folders: Sequence[RunFolder]) -> Figure:
 
 def _styles(shown: Sequence[Curve]) -> list[tuple[str, Any]]:
     """(colour, dashes) of each curve; grey for a trunk, that is a run which others are branched from."""
-    parents = {Path(p["folder"]).resolve() for c in shown if (p := c.folder.run["parent"])}
+    parents = {parent.path.resolve() for curve in shown if (parent := curve.folder.parent)}
     styles, index = [], 0
     for curve in shown:
         if curve.folder.path.resolve() in parents:
             styles.append((_TRUNK, "solid"))
         else:
-            styles.append((_COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)]))
+            rounds, place = divmod(index, len(_COLOURS))  # a second round of colours has other dashes
+            styles.append((_COLOURS[place], _DASHES[(place + rounds) % len(_DASHES)]))
             index += 1
     return styles
 
@@ -215,7 +213,8 @@ def _draw_curves(axes: Axes, shown: Sequence[Curve], styles: Sequence[tuple[str,
     axes.xaxis.set_major_formatter(lambda value, _: format_amount(value))
     axes.set_title("Loss over tokens", loc="left", fontsize=11, color=_INK)
     _tidy(axes, grid="both")
-    axes.legend(frameon=False, fontsize=8.5, loc="best", handlelength=3.2)
+    if shown:
+        axes.legend(frameon=False, fontsize=8.5, loc="best", handlelength=3.2)
 
 
 def _scale(axes: Axes, shown: Sequence[Curve]) -> None:
@@ -243,7 +242,7 @@ def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], style
             f"{loss:.3f}", (loss, row), (9, 0), textcoords="offset points", va="center", fontsize=9, color=_INK
         )
     axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results], fontsize=8.5)
-    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_ylim(max(len(results), 1) - 0.5, -0.5)
     for loss in (loss for _, view, loss in results if view == "fp"):
         axes.axvline(loss, color=_TRUNK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)  # what quantization costs
     losses = [loss for _, _, loss in results if np.isfinite(loss)]

@@ -242,10 +242,10 @@ class Uploader:
 
     def _link_to_parent(self) -> None:
         """A branch is a child run of its trunk, as soon as the trunk is known to the same store."""
-        parent = self.folder.run["parent"]
+        parent = self.folder.parent
         if parent is None or self.cursor.parent_run_id is not None:
             return
-        theirs = Cursor.load(RunFolder(parent["folder"]))
+        theirs = Cursor.load(parent)
         if theirs is None or theirs.uri != self.uri or theirs.run_id is None:
             return
         self.log(tags={"mlflow.parentRunId": theirs.run_id})

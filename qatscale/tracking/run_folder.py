@@ -90,7 +90,7 @@ class RunFolder:
             "name": self.name,
             "id": uuid.uuid4().hex,
             "created": time.time(),
-            "parent": dict(parent) if parent else None,
+            "parent": {**parent, "folder": Path(parent["folder"]).resolve()} if parent else None,
             "n_params": n_params,
             "git_commit": around["git"]["commit"] if around["git"] else None,
             "command": list(command),
@@ -151,6 +151,16 @@ class RunFolder:
     def run(self) -> dict[str, Any]:
         """run.json."""
         return read_json(self.run_file)
+
+    @property
+    def parent(self) -> RunFolder | None:
+        """The run that this one was branched from, None without one or where its folder is gone. It is looked for where
+        it was, and beside this one, for folders of runs are moved."""
+        parent = self.run["parent"]
+        if parent is None:
+            return None
+        places = (Path(parent["folder"]), self.path.resolve().parent / parent["name"])
+        return next((RunFolder(place) for place in places if (place / "run.json").exists()), None)
 
     @property
     def timeline(self) -> dict[str, Any]:

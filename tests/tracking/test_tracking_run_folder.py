@@ -124,6 +124,20 @@ def test_the_marker_comes_last_and_holds_the_final_metrics(make_run: MakeRun, mo
     assert folder.final["final/val_loss_ptq2"] == float("inf")
 
 
+def test_a_parent_is_found_where_it_was_or_beside_its_branch(make_run: MakeRun, tmp_path: Path) -> None:
+    trunk = make_run("trunk")
+    assert trunk.parent is None
+    branch = make_run("branch", parent=(trunk, 50))
+    assert branch.parent is not None
+    assert branch.parent.path == trunk.path
+    moved = (tmp_path / "runs").rename(tmp_path / "moved")
+    found = RunFolder.open(moved / "branch").parent
+    assert found is not None
+    assert found.path == moved / "trunk"
+    (moved / "trunk" / "run.json").unlink()
+    assert RunFolder.open(moved / "branch").parent is None
+
+
 def test_an_event_of_another_name_is_a_mistake_of_the_caller(make_run: MakeRun) -> None:
     with pytest.raises(AssertionError):
         make_run().append("metric", step=1)
