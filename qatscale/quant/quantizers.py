@@ -64,6 +64,11 @@ class Quantizer:
     storage_bits: int
     """Bits that hold one code (1.58 bits need 2)."""
 
+    @property
+    def width(self) -> str:
+        """The bits as text: 1.58 -> '1.58', 4 -> '4'."""
+        return f"{self.bits:g}"
+
     @cached_property
     def code_values(self) -> tuple[int, ...]:
         """Every code, ascending. Binary has no code 0."""
@@ -171,6 +176,8 @@ QUANTIZERS: dict[float, Quantizer] = {
     2: Quantizer(2, "seq", 2, 1, steps=2, shift=0.5, low=-SEQ_CLIP, high=SEQ_CLIP, storage_bits=2),
     **{bits: _lsq(bits) for bits in (3, 4, 5, 6, 8)},
 }
+
+BY_WIDTH: dict[str, Quantizer] = {quantizer.width: quantizer for quantizer in QUANTIZERS.values()}
 
 
 def get_quantizer(bits: float) -> Quantizer:

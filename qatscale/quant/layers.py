@@ -1,0 +1,168 @@
+"""Linear and embedding layers whose weight can pass through a quantizer.
+
+A layer is converted in place: the module object, its parameters and its hooks stay, its class changes (as
+`torch.nn.utils.parametrize` does) and it gains the parameter `weight_scale`. Weight and scale are only read inside the
+module's own forward, which is where ZeRO-3 has them gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qatscale.quant.quantizers import BY_WIDTH, BitsRule, Quantizer, get_quantizer
+
+Mode = Literal["off", "learned", "dynamic"]
+
+
+class FakeQuant(nn.Module):
+    """What the two layers share. Not a layer by itself.
+
+    mode
+        `off`: the plain layer, the scale untouched. `learned`: weights quantized with `weight_scale`; both get
+        gradients. `dynamic`: post-training quantization, with the scale searched for on the first forward after the
+        mode is set and then kept; the weight gets no gradient.
+    calibrated
+        Whether `weight_scale` holds a scale. Before the switch it is 1 everywhere and means nothing.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    rule: BitsRule
+    group_size: int | None
+    full_numel: int
+    """Weights of the whole matrix, for LSQ's g."""
+    use_grad_factor: bool
+    calibrated: bool
+    _mode: Mode
+    # Widths are kept by name, and g is computed anew: torch.compile (2.13) specialises on strings and on a module's
+    # integers, but a float that differs between layers or modes becomes a variable, which its tracer cannot pass into
+    # an autograd.Function.
+    _width: str
+    _dynamic_width: str
+    _dynamic_scale: Tensor | None
+
+    @classmethod
+    def convert(
+        cls,
+        module: nn.Module,
+        bits: float,
+        *,
+        rule: BitsRule | None = None,
+        group_size: int | None = None,
+        scale: nn.Parameter | None = None,
+        use_grad_factor: bool = True,
+    ) -> Self:
+        """Turns a plain layer into this class, in place, in mode `off`.
+
+        rule: the bits in a view at other bits; None: just those.
+        scale: the parameter of a layer that shares the weight; None makes a new one, fp32, [rows] or [rows, groups].
+        use_grad_factor: whether dL/dα is multiplied by LSQ's g.
+        """
+        assert type(module) in cls.__bases__, f"{type(module).__name__} does not convert to {cls.__name__}"
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        rows, channels = module.weight.shape
+        assert group_size is None or channels % group_size == 0
+        if scale is None:
+            shape = (rows,) if group_size is None else (rows, channels // group_size)
+            scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=module.weight.device))
+        module.weight_scale = scale
+        module._width = module._dynamic_width = get_quantizer(bits).width
+        module.rule = rule or BitsRule()
+        module.group_size = group_size
+        module.full_numel = rows * channels
+        module.use_grad_factor = use_grad_factor
+        module.calibrated = False
+        module.mode = "off"
+        return module
+
+    @property
+    def mode(self) -> Mode:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode {mode!r}: one of {', '.join(get_args(Mode))}")
+        self._mode = mode
+        self._dynamic_scale = None
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """Of mode `learned`."""
+        return BY_WIDTH[self._width]
+
+    @property
+    def dynamic_quantizer(self) -> Quantizer:
+        """Of mode `dynamic`; set it before the mode."""
+        return BY_WIDTH[self._dynamic_width]
+
+    @dynamic_quantizer.setter
+    def dynamic_quantizer(self, quantizer: Quantizer) -> None:
+        self._dynamic_width = quantizer.width
+        self._dynamic_scale = None
+
+    @property
+    def grad_factor(self) -> float:
+        return self.quantizer.grad_factor(self.full_numel) if self.use_grad_factor else 1.0
+
+    @torch.compiler.disable  # traced, the search's unrolled loop takes a compiler minutes
+    def dynamic_scale(self) -> Tensor:
+        """The least-squares scale of the present weights, searched for once per setting of `mode`."""
+        if self._dynamic_scale is None:
+            self._dynamic_scale = self.dynamic_quantizer.ptq_scale(self.weight.detach(), self.group_size)
+        return self._dynamic_scale
+
+    def _describe(self) -> str:
+        groups = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f", bits={self._width}{groups}, mode={self._mode}"
+
+
+class FakeQuantLinear(nn.Linear, FakeQuant):
+    """y = x · quantize(weight)ᵀ + bias. weight: [out, in]; weight_scale: [out] or [out, groups]."""
+
+    weight: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        if self._mode == "learned":
+            weight = self.quantizer.fake_quantize(weight, self.weight_scale, self.grad_factor)
+        elif self._mode == "dynamic":
+            weight = self.dynamic_quantizer.fake_quantize(weight.detach(), self.dynamic_scale())
+        return F.linear(input, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return nn.Linear.extra_repr(self) + self._describe()
+
+
+class FakeQuantEmbedding(nn.Embedding, FakeQuant):
+    """Rows of quantize(weight). weight: [vocabulary, width]; weight_scale: [vocabulary] or [vocabulary, groups].
+
+    Only the rows that are looked up are quantized; a row that is looked up n times gets the sum of n gradients, so that
+    forward and gradients are those of quantizing the whole table.
+    """
+
+    weight: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: token ids [...] -> [..., width]."""
+        rows = self._rows(input, self.weight)
+        if self._mode == "off":
+            return rows
+        if self._mode == "learned":
+            return self.quantizer.fake_quantize(rows, self._scales(input, self.weight_scale), self.grad_factor)
+        return self.dynamic_quantizer.fake_quantize(rows.detach(), self._scales(input, self.dynamic_scale()))
+
+    def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(ids, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, False)
+
+    def _scales(self, ids: Tensor, scale: Tensor) -> Tensor:
+        """[...] or [..., groups]. The rows' lookup again: padding and frequencies treat both gradients alike."""
+        return self._rows(ids, scale) if scale.dim() == 2 else self._rows(ids, scale.unsqueeze(-1)).squeeze(-1)
+
+    def extra_repr(self) -> str:
+        return nn.Embedding.extra_repr(self) + self._describe()

@@ -1,0 +1,58 @@
+"""What the switch needs of whoever holds the fp32 master weights and the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Masters(Protocol):
+    """Access to fp32 masters. `full` and `assign` may be collective: every process calls them in the same order."""
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter's fp32 master, in its full shape. Not to be written to."""
+        ...
+
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets master and working copy to `value` (the whole parameter, fp32)."""
+        ...
+
+    def reset_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Zeroes Adam's moments and step count. `parameters` are those of one or more whole optimizer groups."""
+        ...
+
+
+class PlainMasters:
+    """Masters of a plain PyTorch loop: the parameters are their own masters, so hold them in fp32."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().float()
+
+    @torch.no_grad()
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if value.shape != parameter.shape:
+            raise ValueError(f"a value of shape {list(value.shape)} for a parameter of shape {list(parameter.shape)}")
+        parameter.copy_(value)
+
+    def reset_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """ValueError for a parameter that the optimizer does not have: it would never move."""
+        known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        for parameter in parameters:
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"a parameter of shape {list(parameter.shape)} is in no group of the optimizer; "
+                    "build the optimizer after prepare(model)"
+                )
+            # Without any step there is no state; the next step starts it at zero.
+            state = self._optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    value.zero_()
+                elif key == "step":
+                    state[key] = 0

@@ -1,0 +1,241 @@
+"""QAT as a plugin of a training loop: three verbs, prepare, after_step and state.
+
+A loop of plain PyTorch::
+
+    plugin = QatPlugin(QatConfig(scheme="fused", bits=2), switch_step=1000)
+    plugin.prepare(model)                    # before the optimizer (or deepspeed.initialize) sees the parameters
+    optimizer = AdamW([{"params": weights}, *({"params": p, "weight_decay": 0.0, "lr": lr * plugin.scale_lr_ratio(bits)}
+                                              for bits, p in scale_groups(model).items())])
+    masters = PlainMasters(optimizer)
+    plugin.after_step(0, masters)            # QAT from step 0 switches here
+    for step in range(steps):
+        ...
+        optimizer.step()
+        report = plugin.after_step(step + 1, masters)
+
+Scales exist from the start, inert, so that optimizer groups, partitions and checkpoints are the same on both sides of
+the switch. Optimizer steps with 0-based index >= switch_step run quantized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatscale.config.schema import QatConfig
+from qatscale.errors import UserError
+from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantLinear
+from qatscale.quant.masters import Masters, PlainMasters
+from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.report import ModuleReport, SwitchReport
+from qatscale.quant.selection import Selection, Target, fake_quant_modules, select
+from qatscale.quant.views import view
+
+__all__ = ["Masters", "NothingQuantizedError", "PlainMasters", "QatPlugin", "SwitchReport", "scale_groups", "view"]
+
+FakeQuantLayer = FakeQuantLinear | FakeQuantEmbedding
+
+
+class NothingQuantizedError(RuntimeError):
+    """A switch that changes no weight, or scales that do not train: the run would be reported as QAT and be none."""
+
+
+class QatPlugin:
+    """Prepares a model for QAT, switches it on once, and remembers that it did.
+
+    switch_step: optimizer steps before the switch; 0 = QAT from the start, None = never (scheme `fp`, and only there).
+    """
+
+    def __init__(self, qat: QatConfig, switch_step: int | None) -> None:
+        if (switch_step is None) != (qat.scheme == "fp"):
+            raise ValueError(f"switch_step {switch_step} does not go with scheme {qat.scheme!r}")
+        self.qat = qat
+        self.switch_step = switch_step
+        self.switched_at: int | None = None
+        self._model: nn.Module | None = None
+        self._selection = Selection((), {})
+        self._at_switch: dict[str, str] = {}
+        """Layer name -> digest of its scale right after the switch."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Converts the layers to quantize, in place, and returns `model`. Nothing computes differently yet.
+
+        Call it before the optimizer is built. Parameters stay the same objects; layers that share a weight share one
+        scale. Preparing twice changes nothing; a model that was prepared otherwise is a UserError.
+        """
+        selection = select(model, self.qat)
+        wanted = {id(target.module) for target in selection.targets}
+        for name, module in fake_quant_modules(model):
+            if id(module) not in wanted:
+                raise UserError(f"model.{name}", "a prepared layer", "is not one that this recipe quantizes.", _FRESH)
+        scales: dict[int, nn.Parameter] = {}
+        for target in selection.targets:
+            self._prepare_layer(target, scales)
+        self._model, self._selection = model, selection
+        return model
+
+    def _prepare_layer(self, target: Target, scales: dict[int, nn.Parameter]) -> None:
+        """scales: id of a weight -> its scale, for layers that share the weight."""
+        module, bits = target.module, target.rule.at(self.qat.bits)
+        if isinstance(module, FakeQuantLayer):
+            found = (module.quantizer.bits, module.group_size)
+            if found != (bits, self.qat.group_size):
+                raise UserError(
+                    f"model.{target.name}", f"prepared at {found[0]:g} bits, group size {found[1]}",
+                    f"this recipe says {bits:g} bits, group size {self.qat.group_size}.", _FRESH,
+                )  # fmt: skip
+            scales[id(module.weight)] = module.weight_scale
+            return
+        kind = FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantEmbedding
+        layer = kind.convert(
+            module,
+            bits,
+            rule=target.rule,
+            group_size=self.qat.group_size,
+            scale=scales.get(id(module.weight)),
+            use_grad_factor=self.qat.scale_gradient_factor,
+        )
+        scales[id(layer.weight)] = layer.weight_scale
+
+    def scale_lr_ratio(self, bits: float) -> float:
+        """The learning rate of the scales of `bits` over that of the weights."""
+        return 1 / get_quantizer(bits).qp if self.qat.scale_lr_ratio == "auto" else self.qat.scale_lr_ratio
+
+    def after_step(self, step: int, masters: Masters) -> SwitchReport | None:
+        """Call it with the number of optimizer steps done, once before training and after every step.
+
+        Switches when the time has come, once, and then returns the report. Collective: every process switches.
+        NothingQuantizedError where the switch changes no weight; FloatingPointError where weights are not finite.
+        """
+        if self.switch_step is None or self.switched_at is not None or step < self.switch_step:
+            return None
+        reports = tuple(_calibrate(names, layer, masters) for names, layer in _matrices(self._prepared()))
+        if not any(report.squared_error > 0 for report in reports):
+            raise NothingQuantizedError(f"the switch at step {step} changes none of {len(reports)} weight matrices")
+        groups = scale_groups(self._prepared())
+        for scales in groups.values():
+            masters.reset_state(scales)
+        if self.qat.optimizer_state == "reset":
+            of_scales = {id(scale) for scales in groups.values() for scale in scales}
+            masters.reset_state([p for p in self._prepared().parameters() if id(p) not in of_scales])
+        self._turn(on=True)
+        self.switched_at = step
+        self._at_switch = self._digests(masters)
+        return SwitchReport(step, reports, self._selection.left_out)
+
+    def check_moving(self, masters: Masters) -> None:
+        """Raises NothingQuantizedError where a layer's scales are all what they were right after the switch.
+
+        Collective. Call it once after steps with a learning rate above 0.
+        """
+        if self.switched_at is None:
+            raise NothingQuantizedError("the scales cannot move: the model has not switched to QAT")
+        now = self._digests(masters)
+        still = [name for name, digest in now.items() if digest == self._at_switch[name]]
+        if still:
+            shown = ", ".join(still[:4]) + (" ..." if len(still) > 4 else "")
+            raise NothingQuantizedError(
+                f"the scales of {len(still)} of {len(now)} layers have not moved since the switch at step "
+                f"{self.switched_at}: {shown}. Are they in the optimizer's groups, with a learning rate above 0?"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able. The scales themselves are parameters and travel with the model."""
+        layers = {name: layer.quantizer.bits for name, layer in fake_quant_modules(self._prepared())}
+        return {
+            "switched_at": self.switched_at,
+            "group_size": self.qat.group_size,
+            "bits": layers,
+            "scales_at_switch": dict(self._at_switch),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up a `state()`; the model's parameters are loaded by others.
+
+        Bits and groups may differ from the state's as long as it had not switched. UserError when they differ after.
+        """
+        switched_at = state["switched_at"]
+        if switched_at is not None:
+            own = self.state()
+            for key, shown in (("group_size", "qat.group_size"), ("bits", "qat.bits")):
+                if own[key] != state[key]:
+                    raise UserError(
+                        shown, _distinct(own[key]),
+                        f"the checkpoint switched to QAT at step {switched_at} with {_distinct(state[key])}.",
+                        "Bits and groups stay as they are after the switch; branch from a checkpoint before it.",
+                    )  # fmt: skip
+        self.switched_at = switched_at
+        self._at_switch = dict(state["scales_at_switch"])
+        self._turn(on=switched_at is not None)
+
+    def _turn(self, *, on: bool) -> None:
+        for _, layer in fake_quant_modules(self._prepared()):
+            layer.calibrated = on
+            layer.mode = "learned" if on else "off"
+
+    def _digests(self, masters: Masters) -> dict[str, str]:
+        return {names[0]: _digest(masters.full(layer.weight_scale)) for names, layer in _matrices(self._prepared())}
+
+    def _prepared(self) -> nn.Module:
+        if self._model is None:
+            raise RuntimeError("QatPlugin.prepare(model) comes first")
+        return self._model
+
+
+_FRESH = "Bits and groups are set once per model object; build the model anew to prepare it otherwise."
+
+
+def scale_groups(model: nn.Module) -> dict[float, list[nn.Parameter]]:
+    """Bits, ascending -> the scales of that width, each once, in the model's order: one optimizer group per width.
+
+    Scales get no weight decay, and `QatPlugin.scale_lr_ratio(bits)` times the weights' learning rate.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for _, layer in _matrices(model):
+        groups.setdefault(layer.quantizer.bits, []).append(layer.weight_scale)
+    return dict(sorted(groups.items()))
+
+
+def _matrices(model: nn.Module) -> list[tuple[tuple[str, ...], FakeQuantLayer]]:
+    """Every quantized weight matrix once: the names of the layers that share it, and the first of them."""
+    found: dict[int, tuple[list[str], FakeQuantLayer]] = {}
+    for name, layer in fake_quant_modules(model):
+        found.setdefault(id(layer.weight_scale), ([], layer))[0].append(name)
+    return [(tuple(names), layer) for names, layer in found.values()]
+
+
+def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) -> ModuleReport:
+    """Sets one scale from the fp32 master of its weight and measures what forward will then see."""
+    quantizer, weight, scale = layer.quantizer, layer.weight, layer.weight_scale
+    master = masters.full(weight)
+    if not torch.isfinite(master).all():
+        raise FloatingPointError(f"{names[0]}.weight holds NaN or infinity at the switch")
+    alpha = quantizer.initial_scale(master, layer.group_size)
+    masters.assign(scale, alpha)
+    # In bf16 forward sees both rounded; a weight that rounding alone changed is not a quantized one.
+    working = master.to(weight.dtype)
+    error = (quantizer.fake_quantize(working, alpha.to(scale.dtype)).detach() - working).float()
+    return ModuleReport(
+        names=names,
+        bits=quantizer.bits,
+        quantizer=quantizer.name,
+        shape=tuple(master.shape),
+        scales=alpha.numel(),
+        storage_bits=quantizer.storage_bits,
+        scale_bits=8 * scale.element_size(),
+        squared_error=float(error.square().sum(dtype=torch.float64)),
+        squared_norm=float(working.float().square().sum(dtype=torch.float64)),
+    )
+
+
+def _digest(scale: Tensor) -> str:
+    return hashlib.sha256(scale.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _distinct(value: Any) -> Any:
+    """Bits per layer as the few different widths."""
+    return sorted(set(value.values())) if isinstance(value, Mapping) else value

@@ -1,0 +1,150 @@
+"""What a switch quantized, for logs, tracking and the eye. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One weight matrix. Layers that share it are one entry."""
+
+    names: tuple[str, ...]
+    bits: float
+    quantizer: str
+    shape: tuple[int, ...]
+    scales: int
+    storage_bits: int
+    """Bits of one code."""
+    scale_bits: int
+    """Bits of one scale as forward uses it: 16 under bf16, else 32."""
+    squared_error: float
+    squared_norm: float
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stored_bits(self) -> int:
+        return self.numel * self.storage_bits + self.scales * self.scale_bits
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Including scales."""
+        return self.stored_bits / self.numel
+
+    @property
+    def relative_error(self) -> float:
+        """||quantized - w|| / ||w||, Frobenius; 0 for zeros that stay zeros, infinite for zeros that do not."""
+        return _relative(self.squared_error, self.squared_norm)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names), "bits": self.bits, "quantizer": self.quantizer, "shape": list(self.shape),
+            "weights": self.numel, "scales": self.scales, "bits_per_weight": self.bits_per_weight,
+            "bytes": math.ceil(self.stored_bits / 8), "relative_error": _finite(self.relative_error),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SwitchReport:
+    """What one switch from full precision to QAT did."""
+
+    step: int
+    """Optimizer steps done before it."""
+    modules: tuple[ModuleReport, ...]
+    left_out: dict[str, str]
+    """Name of every other Linear and Embedding -> why it stays in full precision."""
+
+    @property
+    def layers(self) -> int:
+        """Quantized layers; more than `modules` where layers share a weight."""
+        return sum(len(module.names) for module in self.modules)
+
+    @property
+    def weights(self) -> int:
+        return sum(module.numel for module in self.modules)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the quantized weights, including scales."""
+        return sum(module.stored_bits for module in self.modules) / self.weights
+
+    @property
+    def bytes(self) -> int:
+        """Of the quantized weights with their scales."""
+        return math.ceil(sum(module.stored_bits for module in self.modules) / 8)
+
+    @property
+    def relative_error(self) -> float:
+        return _overall_error(self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "step": self.step, "layers": self.layers, "weights": self.weights, "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes, "relative_error": _finite(self.relative_error),
+            "modules": [module.to_dict() for module in self.modules], "left_out": dict(self.left_out),
+        }  # fmt: skip
+
+    def table(self) -> Table:
+        """For a terminal: one row per kind of layer (the last part of its name), bits and shape."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"QAT from step {self.step:,}: {self.layers} layers, {self.bits_per_weight:.2f} bits per weight",
+            show_footer=True,
+        )
+        kinds: dict[tuple[str, float, tuple[int, ...]], list[ModuleReport]] = {}
+        for module in self.modules:
+            kind = " = ".join(name.rsplit(".", 1)[-1] for name in module.names)
+            kinds.setdefault((kind, module.bits, module.shape), []).append(module)
+        columns = (
+            ("layer", "all"), ("count", str(len(self.modules))), ("bits", ""), ("quantizer", ""), ("shape", ""),
+            ("weights", f"{self.weights:,}"), ("bits/weight", f"{self.bits_per_weight:.3f}"),
+            ("MiB", f"{self.bytes / 2**20:.2f}"), ("relative error", f"{self.relative_error:.4f}"),
+        )  # fmt: skip
+        for index, (header, footer) in enumerate(columns):
+            table.add_column(header, footer, justify="left" if index == 0 else "right")
+        for (kind, bits, shape), modules in kinds.items():
+            stored = sum(module.stored_bits for module in modules)
+            weights = sum(module.numel for module in modules)
+            table.add_row(
+                kind, str(len(modules)), f"{bits:g}", modules[0].quantizer, " x ".join(map(str, shape)), f"{weights:,}",
+                f"{stored / weights:.3f}", f"{stored / 8 / 2**20:.2f}", f"{_overall_error(modules):.4f}",
+            )  # fmt: skip
+        if self.left_out:
+            table.caption = "in full precision: " + ", ".join(self.left_out)
+        return table
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=120).print(self.table())
+        return text.getvalue()
+
+
+def _relative(squared_error: float, squared_norm: float) -> float:
+    if squared_norm == 0:
+        return 0.0 if squared_error == 0 else math.inf
+    return math.sqrt(squared_error / squared_norm)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _overall_error(modules: Iterable[ModuleReport]) -> float:
+    chosen = list(modules)
+    return _relative(sum(m.squared_error for m in chosen), sum(m.squared_norm for m in chosen))

@@ -1,0 +1,142 @@
+"""Which layers of a model are quantized, and to how many bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from qatscale.config.schema import QatConfig
+from qatscale.errors import UserError
+from qatscale.quant.layers import FakeQuant, FakeQuantEmbedding, FakeQuantLinear
+from qatscale.quant.quantizers import BitsRule
+
+BLOCK_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
+"""Also with the suffix `_proj` of Hugging Face models."""
+EMBEDDING_NAMES = ("embed", "embed_tokens", "head", "lm_head")
+EMBEDDING_LEAST_BITS = 4
+"""Automatic embedding and head bits never go below this."""
+NOT_QUANTIZED = 16
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to quantize, plain or converted already."""
+
+    name: str
+    module: nn.Linear | nn.Embedding
+    rule: BitsRule
+
+
+@dataclass(frozen=True)
+class Selection:
+    targets: tuple[Target, ...]
+    left_out: dict[str, str]
+    """Name of every other Linear and Embedding -> why."""
+
+
+def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLinear | FakeQuantEmbedding]]:
+    """Converted layers with their names, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+            yield name, module
+
+
+def select(model: nn.Module, qat: QatConfig) -> Selection:
+    """The layers that `qat` quantizes. Reads shapes and identities only.
+
+    UserError where nothing matches, a group size does not divide, or a layer cannot be quantized as it stands.
+    """
+    rule = _embedding_rule(model, qat)
+    targets: list[Target] = []
+    left_out: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        last = name.rsplit(".", 1)[-1]
+        if last in EMBEDDING_NAMES:
+            if rule is None:
+                reason = "untied" if qat.embedding_bits == "auto" else "embedding_bits = 16"
+                left_out[name] = f"{reason}: stays in full precision"
+            else:
+                targets.append(Target(name, module, rule))
+        elif last.removesuffix("_proj") in BLOCK_NAMES:
+            targets.append(Target(name, module, BitsRule()))
+        else:
+            left_out[name] = "its name is not one of the quantized layers'"
+    if not any(target.rule == BitsRule() for target in targets):
+        found = ", ".join(left_out) or "no Linear layer at all"
+        raise UserError(
+            "model", type(model).__name__, f"quantization needs Linear layers named {', '.join(BLOCK_NAMES)} or",
+            f"q_proj, k_proj, ...; this model has {found}.",
+        )  # fmt: skip
+    for target in targets:
+        _check_kind(target)
+    _check_group_size(targets, qat.group_size)
+    _check_sharing(model, targets)
+    return Selection(tuple(targets), left_out)
+
+
+def _embedding_rule(model: nn.Module, qat: QatConfig) -> BitsRule | None:
+    """None = embedding and head are left out."""
+    if qat.embedding_bits == "auto":
+        return BitsRule(least=EMBEDDING_LEAST_BITS) if _is_tied(model) else None
+    return None if qat.embedding_bits == NOT_QUANTIZED else BitsRule(fixed=qat.embedding_bits)
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Whether one parameter is the weight of an embedding and of a head."""
+    named = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in EMBEDDING_NAMES]
+    embeddings = {id(module.weight) for module in named if isinstance(module, nn.Embedding)}
+    return any(id(module.weight) in embeddings for module in named if isinstance(module, nn.Linear))
+
+
+def _check_kind(target: Target) -> None:
+    module = target.module
+    if type(module) not in (nn.Linear, nn.Embedding) and not isinstance(module, FakeQuant):
+        raise UserError(
+            f"model.{target.name}", type(module).__name__, "only a plain nn.Linear or nn.Embedding can be quantized;",
+            "a subclass would lose what it adds. Prepare the model before other libraries wrap its layers.",
+        )  # fmt: skip
+    if hasattr(module.weight, "ds_id"):
+        raise UserError(
+            f"model.{target.name}", "a weight that DeepSpeed has partitioned", "scales are added to whole weights.",
+            "Call prepare(model) before deepspeed.initialize and outside of deepspeed.zero.Init.",
+        )  # fmt: skip
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        raise UserError(
+            f"model.{target.name}", f"max_norm={module.max_norm}, sparse={module.sparse}",
+            "a quantized embedding has neither.", "Set qat.embedding_bits=16 to leave it out.",
+        )  # fmt: skip
+
+
+def _check_group_size(targets: list[Target], group_size: int | None) -> None:
+    if group_size is None:
+        return
+    channels = {target.name: target.module.weight.shape[1] for target in targets}
+    for name, count in channels.items():
+        if count % group_size:
+            common = math.gcd(*channels.values())
+            fitting = [str(size) for size in range(1, common + 1) if common % size == 0]
+            raise UserError(
+                "qat.group_size", group_size, f"does not divide the {count} input channels of {name}.",
+                f"Sizes that divide every quantized layer here: {', '.join(fitting)}.",
+            )  # fmt: skip
+
+
+def _check_sharing(model: nn.Module, targets: list[Target]) -> None:
+    """A weight that is quantized in one layer and not in another would be two different weights."""
+    quantized = {id(target.module.weight): target.name for target in targets}
+    chosen = {id(target.module) for target in targets}
+    for name, module in model.named_modules():
+        if id(module) in chosen:
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in quantized:
+                raise UserError(
+                    f"model.{name}.{parameter_name}", None,
+                    f"is the same parameter as {quantized[id(parameter)]}.weight, but its layer is not quantized.",
+                    f"Name the layer as one of {', '.join(EMBEDDING_NAMES)}, or set qat.embedding_bits=16.",
+                )  # fmt: skip

@@ -1,0 +1,55 @@
+"""Evaluate the same weights in full precision, with the learned scales, or after post-training quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from torch import nn
+
+from qatscale.errors import UserError, did_you_mean
+from qatscale.quant.layers import Mode
+from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.selection import fake_quant_modules
+
+View = Literal["fp", "quantized", "ptq"]
+_MODES: dict[View, Mode] = {"fp": "off", "quantized": "learned", "ptq": "dynamic"}
+
+
+@contextmanager
+def view(model: nn.Module, kind: View, bits: float | None = None) -> Iterator[None]:
+    """Within the context a prepared `model` computes in another view; after it, also after an error, as before.
+
+    fp
+        The weights as they are.
+    quantized
+        The weights with the learned scales. UserError before the switch, when the scales mean nothing yet.
+    ptq
+        The weights quantized to `bits` (None: the recipe's) by `Quantizer.ptq_scale`, no training involved. Scales are
+        searched for once per context, at each layer's first forward; embedding and head follow the recipe's rule for
+        `bits`. Weights get no gradient.
+    """
+    if kind not in get_args(View):
+        raise UserError("view", kind, f"one of {', '.join(get_args(View))}.", did_you_mean(kind, get_args(View)))
+    if bits is not None and kind != "ptq":
+        raise UserError("bits", bits, f"the view {kind!r} has its bits from training; only 'ptq' takes others.")
+    layers = [module for _, module in fake_quant_modules(model)]
+    if not layers:
+        raise UserError(
+            "model", type(model).__name__, "has no quantized layer.", "Call QatPlugin.prepare(model) first."
+        )
+    if kind == "quantized" and not all(layer.calibrated for layer in layers):
+        raise UserError("view", kind, "the model has not switched to QAT; its scales mean nothing yet.", "Use 'ptq'.")
+
+    before = [(layer, layer.mode, layer.dynamic_quantizer) for layer in layers]
+    quantizers = [get_quantizer(layer.rule.at(layer.quantizer.bits if bits is None else bits)) for layer in layers]
+    try:
+        for layer, quantizer in zip(layers, quantizers, strict=True):
+            layer.dynamic_quantizer = quantizer
+            layer.mode = _MODES[kind]
+        yield
+    finally:
+        for layer, mode, quantizer in before:
+            layer.dynamic_quantizer = quantizer
+            layer.mode = mode
