@@ -1,4 +1,4 @@
-"""Start real training processes from a test: `start(script, ranks, …)` is what a launcher does, without its 10 seconds."""
+"""Start real training processes from a test: `start` is what a launcher does, without the launcher's 10 seconds."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ def start(command: Sequence[str | Path], ranks: int = 1, cwd: Path | None = None
         processes.append(
             subprocess.Popen(
                 [sys.executable, *map(str, command)],
-                env=environment, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                env=environment,
+                cwd=cwd,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         )
     return processes
 

@@ -1,4 +1,4 @@
-"""`qatscale …`: a thin door. Each command imports what it needs when it runs, so that --help and plan answer at once."""
+"""`qatscale …`: a thin door. A command imports what it needs when it runs, so that --help and plan answer at once."""
 
 from __future__ import annotations
 

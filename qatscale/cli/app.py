@@ -19,7 +19,9 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, e.g. tokens=2.3B qat.bits=2 (`qatscale config` lists them)."),
+    typer.Argument(
+        metavar="[KEY=VALUE]…", help="Overrides, e.g. tokens=2.3B qat.bits=2 (`qatscale config` lists them)."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -64,23 +66,58 @@ def recipes() -> None:
 @app.command()
 def prepare(
     sources: Annotated[
-        list[str], typer.Argument(help="Files, folders or globs (JSONL, Parquet, text), a Hugging Face dataset, or `self`.")
+        list[str],
+        typer.Argument(
+            help="Files, folders or globs (JSON lines, also .gz .xz .zst; Parquet; text), a Hugging Face dataset "
+            "(name or name:config), or `self`: text made of this machine's Python packages."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A SentencePiece .model, or a Hugging Face tokenizer (folder or name). Default: train one."),
+        typer.Option(help="A SentencePiece .model, a Hugging Face tokenizer (folder or name). Default: train one."),
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Vocabulary of the tokenizer to train.")] = 32_000,
-    field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
-    holdout: Annotated[float, typer.Option(help="Share of the documents held out, chosen by their hash.")] = 0.01,
+    vocab_size: Annotated[int | None, typer.Option(help="Pieces of the tokenizer to train. [default: 32000]")] = None,
+    field: Annotated[str, typer.Option(help="The field that holds a document's text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
+    text_unit: Annotated[str, typer.Option(help="A document of a text file: file, paragraph or line.")] = "file",
+    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out, by their hash.")] = 0.01,
+    max_tokens: Annotated[str | None, typer.Option(help="Stop after so many training tokens: 10B.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     restart: Annotated[bool, typer.Option(help="Throw away what an earlier start left in the folder.")] = False,
 ) -> None:
-    """Text to token shards (Megatron .bin/.idx), with tokenizer, held-out split and manifest."""
-    from qatscale.cli.prepare import run_prepare
+    """Text to token shards (Megatron .bin/.idx), with tokenizer, held-out split and manifest. Killed, it goes on."""
+    from qatscale.cli.show import amount
+    from qatscale.cli.terminal import console
+    from qatscale.data.prepare import prepare as prepare_data
 
-    run_prepare(sources, out, tokenizer, vocab_size, field, holdout, workers, restart)
+    prepare_data(
+        sources,
+        out,
+        field=field,
+        split=split,
+        text_unit=text_unit,  # type: ignore[arg-type]  # checked there
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        validation_fraction=validation_fraction,
+        max_tokens=None if max_tokens is None else amount("--max-tokens", max_tokens),
+        workers=workers,
+        restart=restart,
+        console=console(),
+    )
+
+
+@app.command()
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="Folder with .bin/.idx shards of Megatron-LM, GPT-NeoX or NeMo.")],
+    train: Annotated[list[str], typer.Option(help="Names of the training shards, without .bin.")],
+    validation: Annotated[list[str] | None, typer.Option(help="Names of the held-out shards.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Of their tokenizer; default: the largest id found.")] = None,
+) -> None:
+    """Make token shards from elsewhere usable as they are: write the manifest beside them."""
+    from qatscale.data.adopt import adopt as adopt_shards
+
+    adopt_shards(folder, train=train, validation=validation or [], vocab_size=vocab_size)
 
 
 # --- train ---
@@ -147,7 +184,9 @@ def _train(config: object, branch_from: str | None) -> None:
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder.")],
-    ptq: Annotated[list[float] | None, typer.Option(help="Also after post-training quantization to so many bits.")] = None,
+    ptq: Annotated[
+        list[float] | None, typer.Option(help="Also after post-training quantization to so many bits.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens to use instead of the recipe's.")] = None,
     as_json: Json = False,
@@ -159,7 +198,9 @@ def evaluate(
 
 
 @app.command()
-def runs(output: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), as_json: Json = False) -> None:
+def runs(
+    output: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), as_json: Json = False
+) -> None:
     """A table of runs."""
     from qatscale.cli.results import print_runs
 

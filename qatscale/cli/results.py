@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from qatscale.cli.terminal import console, plain_table
+from qatscale.errors import EXIT_FAILED
 from qatscale.tracking.run_folder import RunFolder
 
 
-def print_evaluation(checkpoint: str, ptq: Sequence[float], data: Path | None, tokens: int | None, as_json: bool) -> None:
+def print_evaluation(
+    checkpoint: str, ptq: Sequence[float], data: Path | None, tokens: int | None, as_json: bool
+) -> None:
     from qatscale.tracking.compare import perplexity, view_label
     from qatscale.train.evaluate import evaluate_checkpoint
 
@@ -22,12 +24,11 @@ def print_evaluation(checkpoint: str, ptq: Sequence[float], data: Path | None, t
         views = {view: {"loss": loss, "perplexity": perplexity(loss)} for view, loss in losses.items()}
         print(json.dumps({"checkpoint": str(found), "tokens": counted, "views": views}, indent=2))
         return
-    table = Table("view", title=f"{found}: {counted:,} held-out tokens", title_justify="left")
-    table.add_column("validation loss", justify="right")
-    table.add_column("perplexity", justify="right")
+    numbers = ("validation loss", "perplexity")
+    table = plain_table("view", *numbers, right=numbers, title=f"{found}: {counted:,} held-out tokens")
     for view, loss in losses.items():
         table.add_row(view_label(view), f"{loss:.4f}", f"{perplexity(loss):.4g}")
-    Console().print(table)
+    console().print(table)
 
 
 def print_runs(output: Path, as_json: bool) -> None:
@@ -37,7 +38,7 @@ def print_runs(output: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     elif rows:
-        Console().print(runs_table(rows))
+        console().print(runs_table(rows))
     else:
         print(f"no runs in {output}")
 
@@ -50,13 +51,24 @@ def print_comparison(folders: Sequence[Path], figure: Path | None, as_json: bool
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        Console().print(comparison_table(rows))
+        console().print(comparison_table(rows))
     if figure is not None:
         from qatscale.tracking.curves import draw_loss_curves
 
         figure.parent.mkdir(parents=True, exist_ok=True)
         draw_loss_curves(runs, figure)
-        Console(stderr=True).print(f"figure: {figure}", highlight=False, soft_wrap=True)
+        print(f"figure: {figure}", file=sys.stderr)
+
+
+def run_sync(run: Path, uri: str | None) -> None:
+    from qatscale.tracking.mlflow_sync import TrackingError, track_sync
+
+    try:
+        run_id = track_sync(RunFolder.open(run), uri)
+    except TrackingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    print(f"{run}: MLflow has all of it, as run {run_id}")
 
 
 def run_export(checkpoint: str, out: Path) -> None:
@@ -68,9 +80,16 @@ def run_export(checkpoint: str, out: Path) -> None:
     config = load_run_config(folder.resolve().parent.parent / "recipe.yaml")
     weights = CheckpointReader(folder).weights()
     state = {name: weight for name, weight in weights.items() if not name.endswith("weight_scale")}
-    tokenizer = tokenizer_folder(config.data.path) if config.data.path else None
+    tokenizer = _tokenizer_folder(config.data.path) if config.data.path else None
     length = config.data.sequence_length
     export_hugging_face(state, config.model, out, sequence_length=length, tokenizer_folder=tokenizer)
     print(f"{out}: the weights in full precision; load them with transformers' AutoModelForCausalLM.from_pretrained")
     if tokenizer is None:
         print("without a tokenizer: the run's data folder holds none")
+
+
+def _tokenizer_folder(data: Path) -> Path | None:
+    from qatscale.data.manifest import Manifest
+
+    folder = Manifest.load(data).tokenizer.folder
+    return data / folder if folder else None

@@ -6,51 +6,54 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from qatscale.cli.terminal import console, plain_table
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 
 
+def amount(key: str, text: str) -> int:
+    """`2.3B` as a number. UserError that names the option."""
+    from qatscale.config.amounts import parse_amount
+
+    try:
+        return parse_amount(text)
+    except ValueError as error:
+        raise UserError(key, text, f"{error}.") from None
+
+
 def print_plan(params: str, tokens: str, bits: float, as_json: bool) -> None:
     import qatlaw
-    from qatscale.config.amounts import format_amount, parse_amount
+    from qatscale.config.amounts import format_amount
 
-    amounts = {}
-    for key, text in (("params", params), ("tokens", tokens)):
-        try:
-            amounts[key] = parse_amount(text)
-        except ValueError as error:
-            raise UserError(f"--{key}", text, f"{error}.") from None
     try:
-        found = qatlaw.plan_fraction(amounts["params"], amounts["tokens"], bits)
+        found = qatlaw.plan_fraction(amount("--params", params), amount("--tokens", tokens), bits)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError("plan", None, f"{error}.") from None
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
-    table = Table(title=f"{params} parameters, {tokens} tokens, {bits:g} bits", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("value", justify="right")
+    title = f"{params} parameters, {tokens} tokens, {bits:g} bits"
+    table = plain_table("quantity", "value", right=("value",), title=title)
     table.add_row("tokens per parameter byte", f"{found.S:,.4g}")
     table.add_row("optimal QAT fraction (closed form)", f"{found.fraction:.1%}")
     table.add_row("tokens in full precision", format_amount(found.tokens_fp))
     table.add_row("tokens in QAT", format_amount(found.tokens_qat))
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for warning in found.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
-    console.print(f"As overrides of a recipe: {' '.join(found.overrides)}", highlight=False, soft_wrap=True)
+        out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    out.print(f"As overrides of a recipe: {' '.join(found.overrides)}", soft_wrap=True)
 
 
 def print_keys(prefix: str) -> None:
     from qatscale.config import explain
 
-    table = Table("key", "allowed", "default", "meaning")
+    table = plain_table("key", "allowed", "default", "meaning")
     for row in explain(prefix):
         table.add_row(row.key, row.allowed, row.default, row.meaning)
-    Console().print(table)
+    console().print(table)
 
 
 def print_recipes() -> None:
@@ -58,7 +61,8 @@ def print_recipes() -> None:
     from qatscale.config.amounts import format_amount
     from qatscale.model.sizes import count_parameters
 
-    table = Table("recipe", "parameters", "width", "layers", "sequence", "batch (tokens)", "tokens", "ds_config")
+    numbers = ("parameters", "width", "layers", "sequence", "batch (tokens)", "tokens")
+    table = plain_table("recipe", *numbers, "ds_config", right=numbers)
     rows = []
     for name in recipe_names():
         config = load_run_config(name)
@@ -76,7 +80,7 @@ def print_recipes() -> None:
         rows.append((count_parameters(model).total, cells))
     for _, cells in sorted(rows):
         table.add_row(*cells)
-    Console().print(table)
+    console().print(table)
 
 
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
@@ -84,21 +88,17 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
     from qatscale.timeline import COLUMNS, build_timeline, describe, draw
 
     timeline = build_timeline(config)
-    table = Table(
-        *COLUMNS,
-        title=f"{config.name}: {config.qat.scheme}, {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps "
-        f"of {format_amount(timeline.tokens_per_step)}",
-        title_justify="left",
-    )
+    size = f"{format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of {timeline.tokens_per_step:,}"
+    table = plain_table(*COLUMNS, right=COLUMNS[1:], title=f"{config.name}: {config.qat.scheme}, {size}")
     for row in describe(timeline, config):
         table.add_row(*row.cells())
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     if timeline.switch_step is not None:
         tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
         share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
-        console.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}", highlight=False)
+        out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
     for warning in timeline.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
+        out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if figure is not None:
-        console.print(f"figure: {draw(timeline, config, figure)}", highlight=False)
+        out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)

@@ -34,11 +34,9 @@ def run_training(config: RunConfig, branch_from: str | None) -> str:
 
 
 def print_result(folder: Path) -> None:
-    from rich.console import Console
-
+    from qatscale.cli.terminal import console
     from qatscale.tracking.compare import compare, comparison_table
     from qatscale.tracking.run_folder import RunFolder
 
-    console = Console()
-    console.print(comparison_table(compare([RunFolder(folder)])))
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    console().print(comparison_table(compare([RunFolder(folder)])))
+    print(f"run folder: {folder}")

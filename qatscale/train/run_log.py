@@ -100,7 +100,7 @@ class RunLog:
         if self.start.parent and not self.start.resumes:
             self.console.notice(f"branched from {self.start.parent['folder']}@{self.start.parent['step']}")
         elif self.start.checkpoint is not None:
-            self.console.notice(f"resumed from step {self.start.step}: {self.start.checkpoint}")
+            self.console.resume(self.start.checkpoint, self.start.step)
         for notice in self.notices:
             self.console.notice(f"note: {notice}")
 
@@ -113,7 +113,7 @@ class RunLog:
     def switched(self, report: SwitchReport) -> None:
         if self.runtime.is_main:
             self.folder.append("switch", step=report.step, report=report.to_dict())
-            self.console.show(report.table())
+            self.console.switch(report)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """losses: view -> mean loss in nats."""
@@ -125,7 +125,7 @@ class RunLog:
     def checkpoint(self, step: int, path: Path, reason: str, kept: bool) -> None:
         if self.runtime.is_main:
             self.folder.append("checkpoint", step=step, path=str(path), reason=reason, kept=kept)
-            self.console.notice(f"checkpoint of step {step} saved: {path} ({reason}{', kept' if kept else ''})")
+            self.console.checkpoint(path, step)
 
     def stopped(self, step: int, number: int) -> None:
         if self.runtime.is_main:

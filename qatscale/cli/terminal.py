@@ -1,0 +1,24 @@
+"""Where the commands print their tables."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH_OF_A_FILE = 120
+"""A file or a pipe has no width; rich would take 80 columns and cut tables short."""
+
+
+def console() -> Console:
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE)
+
+
+def plain_table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """A table that folds what does not fit, so that no number is ever cut; headers in `right` are right-aligned."""
+    from rich import box
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    return table
