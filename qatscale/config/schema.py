@@ -125,7 +125,7 @@ class DataConfig(Section):
     """Tokens the model sees at once; chosen here, not when the data is prepared."""
     seed: int = 0
     """Order of the training data. A branch with another seed sees its tail in another order."""
-    shuffle_block: Positive = 1024
+    shuffle_block: Positive = 65_536
     """Sequences shuffled together: large is a better shuffle, small reads the disk more in order."""
 
 
