@@ -24,7 +24,7 @@ from qatscale.data.records import Batch, Unit
 from qatscale.data.sources import Source, SourceOptions, open_source
 from qatscale.data.state import TOKENIZER, State
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from qatscale.errors import UserError, did_you_mean
+from qatscale.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +91,11 @@ def prepare(
         "max_tokens": max_tokens,
     }
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = "is a file." if folder.is_file() else f"cannot be made: {error.strerror}."
+        raise UserError("out", str(folder), told, "Choose a new folder.") from None
     with folder_lock(folder), watch(console) as view:
         if restart:
             states.discard(folder)
@@ -124,7 +128,7 @@ def _check(
     workers: int | None,
 ) -> None:
     if text_unit not in _UNITS:
-        raise UserError("text_unit", text_unit, f"one of {', '.join(_UNITS)}.", did_you_mean(text_unit, _UNITS))
+        raise UserError("text_unit", text_unit, f"allowed is {', '.join(_UNITS)}.")
     if tokenizer is not None and vocab_size is not None:
         raise UserError("vocab_size", vocab_size, "a given tokenizer has its own.", "Leave out one of the two.")
     if not 0 <= validation_fraction <= 0.5:

@@ -15,7 +15,7 @@ from typing import Any
 from qatscale.config.amounts import parse_amount
 from qatscale.data.files import COMPRESSIONS, JSON_LINES, KNOWN, TEXT, FileReader, data_extension, edge_fingerprint
 from qatscale.data.records import BATCH_BYTES, Batch, Piece, Record, Unit, missing_field, size_of
-from qatscale.errors import UserError, did_you_mean
+from qatscale.errors import UserError, nearest
 
 SELF = "self"
 """The name of the embedded corpus; `self:30M` = with at most that many bytes."""
@@ -228,9 +228,17 @@ def open_source(spec: str, options: SourceOptions) -> Source:
             raise UserError("source", spec, "no file matches.", "Quote the pattern so that the shell leaves it alone.")
         root = Path(os.path.commonpath([file.parent for file in files]))
         return LocalSource(spec, root, files, options)
-    if data_extension(path) or path.suffix.lower() in COMPRESSIONS or spec.startswith((".", "/", "~")):
-        raise UserError("source", spec, "there is no such file or folder.")
+    if _means_a_file(spec, path):
+        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else None
+        do = f"Did you mean {str(path.with_name(near))!r}?" if near else ""
+        raise UserError("source", spec, "there is no such file or folder.", do)
     return HubSource(spec, options)
+
+
+def _means_a_file(spec: str, path: Path) -> bool:
+    """Whether a name under which nothing lies cannot be meant as that of a data set, `name` or `owner/name`."""
+    by_ending = data_extension(path) or path.suffix.lower() in COMPRESSIONS or spec.endswith("/")
+    return bool(by_ending) or spec.startswith((".", "/", "~")) or spec.count("/") > 1
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -252,7 +260,8 @@ def _known(file: Path) -> Path:
 
 
 def _hint(file: Path) -> str:
-    return f"{did_you_mean(file.suffix, KNOWN)} {_kinds()}" if file.suffix else _kinds()
+    near = nearest(file.suffix, KNOWN)
+    return f"Did you mean {near!r}? {_kinds()}" if near else _kinds()
 
 
 def _kinds() -> str:

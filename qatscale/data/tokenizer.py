@@ -181,15 +181,24 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     """A BPE model in the manner of Llama 2's: byte fallback, digits split, text left as it is, spaces kept.
 
     Learns from single lines, so a line break is its byte-fallback piece. The same texts give the same bytes.
-    Raises UserError when the texts do not hold enough for `vocab_size` pieces, or hold nothing.
+    Raises UserError when the texts do not hold enough for `vocab_size` pieces, or hold nothing, and whatever reading
+    `texts` raises.
     """
     import sentencepiece
 
+    failed: list[BaseException] = []
+
     def lines() -> Iterator[str]:
-        for text in texts:
-            for line in text.split("\n"):
-                if line:
-                    yield line
+        try:
+            for text in texts:
+                for line in text.split("\n"):
+                    if line:
+                        yield line
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            failed.append(error)
+            raise
 
     model = io.BytesIO()
     try:
@@ -213,6 +222,11 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failed:  # SentencePiece would tell no more of it than the line of our code
+            raise failed[0] from None
+        if "sentences_.empty()" in str(error):
+            do = "Check the sources and the field."
+            raise UserError("sources", None, "there is no text to learn pieces from.", do) from None
         raise UserError("vocab_size", vocab_size, _explain(str(error))) from None
     return SentencePieceTokenizer(model.getvalue())
 
@@ -223,6 +237,4 @@ def _explain(error: str) -> str:
         return f"the text sample holds pieces for at most {limit[1]}. Choose that or fewer, or give more text."
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return f"fewer than the {limit[1]} single characters and bytes that must have a piece. Choose more."
-    if "sentences_.empty()" in error:
-        return "there is no text to learn pieces from."
     return f"SentencePiece could not train: {error.strip().splitlines()[-1]}"

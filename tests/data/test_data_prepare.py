@@ -249,6 +249,10 @@ def test_folder_in_use_or_of_others_is_refused(corpus: list[str], options: dict[
         with pytest.raises(UserError, match=r"other files \(thesis.txt\)"):
             prepare(corpus, tmp_path / "out", **options, restart=restart)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(UserError, match=r"thesis\.txt': is a file"):
+        prepare(corpus, tmp_path / "out" / "thesis.txt", **options)
+    with pytest.raises(UserError, match="cannot be made"):
+        prepare(corpus, tmp_path / "out" / "thesis.txt" / "below", **options)
 
 
 @pytest.mark.parametrize(

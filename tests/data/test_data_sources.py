@@ -214,7 +214,7 @@ def test_what_is_not_found_or_of_no_known_kind(tmp_path: Path) -> None:
         opened(tmp_path / "empty")
     with pytest.raises(UserError, match="no file matches"):
         opened(tmp_path / "*.jsonl")
-    for name in (tmp_path / "b.jsonl", "./b", "corpus.jsonl.zst", "corpus.csv.gz"):
+    for name in (tmp_path / "b.jsonl", "./b", "corpus.jsonl.zst", "corpus.csv.gz", "corpus/", "my/own/corpus"):
         with pytest.raises(UserError, match="no such file or folder"):
             opened(name)
     with pytest.raises(UserError, match="self:30M"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -178,18 +179,31 @@ def test_hugging_face_tokenizer_without_eos(hugging_face: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "texts", "said"),
+    ("vocab_size", "texts", "key", "said"),
     [
-        (5000, ["a b c d"] * 5, r"at most 2\d\d"),
-        (40, ["hello world"], "must have a piece"),
-        (300, [], "no text"),
-        (300, ["\n\n"], "no text"),
+        (5000, ["a b c d"] * 5, "vocab_size", r"at most 2\d\d"),
+        (40, ["hello world"], "vocab_size", "must have a piece"),
+        (300, [], "sources", "no text"),
+        (300, ["\n\n"], "sources", "no text"),
     ],
 )
-def test_vocabularies_that_cannot_be_trained(vocab_size: int, texts: list[str], said: str) -> None:
+def test_vocabularies_that_cannot_be_trained(vocab_size: int, texts: list[str], key: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         train_sentencepiece(texts, vocab_size)
-    assert caught.value.key == "vocab_size"
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize("error", [UserError("source", "a.jsonl, line 2", "is not UTF-8."), KeyboardInterrupt()])
+def test_training_tells_what_stopped_the_reading_of_its_texts(error: BaseException) -> None:
+    """SentencePiece makes a RuntimeError of it that names our line of code and not the user's."""
+
+    def texts() -> Iterator[str]:
+        yield "some words"
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        train_sentencepiece(texts(), 300)
+    assert caught.value is error
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
