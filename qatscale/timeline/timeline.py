@@ -11,7 +11,7 @@ from qatscale.errors import UserError
 from qatscale.model.sizes import count_parameters
 from qatscale.timeline.checks import warnings_of
 from qatscale.timeline.lengths import Length, check_fit, length_of, round_down, round_up
-from qatscale.timeline.segments import Segment, Timeline
+from qatscale.timeline.segments import Segment, Timeline, kept_steps
 from qatscale.timeline.shapes import cooldown_of
 
 WARMUP, REWARMUP, COOLDOWN = 0.01, 0.02, 0.2
@@ -27,14 +27,17 @@ def build_timeline(config: RunConfig) -> Timeline:
     - `fused`: warm-up and stable in full precision; QAT takes over at the stable rate (after a re-warm-up if one is
       asked for) and holds the one cooldown. Fractions are of all steps, so that the curve is that of `fp`.
 
-    The switch lies at round((1 - f) * steps). UserError where a length does not fit or f leaves a phase without a step.
+    The switch lies at round((1 - f) * steps). UserError where a length does not fit, f leaves a phase without a step,
+    or `checkpoint.keep_at` lies outside the run.
     """
     planned, extrapolation = planned_fraction(config)
     schedules = _schedules(config, planned)
     segments = tuple(segment for schedule in schedules for segment in schedule.segments(config))
     switch_step = next((schedule.start for schedule in schedules if schedule.quantized), None)
     warnings = (*extrapolation, *warnings_of(config, segments, switch_step))
-    return Timeline(segments, config.tokens_per_step, switch_step, planned, warnings)
+    timeline = Timeline(segments, config.tokens_per_step, switch_step, planned, warnings)
+    kept_steps(timeline, config.checkpoint.keep_at)  # a point outside the run is told now, not when training begins
+    return timeline
 
 
 def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:

@@ -232,5 +232,5 @@ def test_keep_at_becomes_steps_beside_the_boundaries():
 @pytest.mark.parametrize("tokens", [100, 101 * TOKENS_PER_STEP])
 def test_keep_at_outside_the_run_is_an_error(tokens):
     with pytest.raises(UserError, match="outside the run") as caught:
-        kept_steps(build_timeline(make_config()), [tokens])
+        build_timeline(make_config(checkpoint={"keep_at": [tokens]}))
     assert (caught.value.key, caught.value.value) == ("checkpoint.keep_at", tokens)
