@@ -79,8 +79,9 @@ def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | Non
         origin = find_checkpoint(branch_from)
         step = read_manifest(origin).step
         if parent is None or Path(parent["folder"]).resolve() != _run_of(origin).resolve() or parent["step"] != step:
-            was = f"{parent['folder']}@{parent['step']}" if parent else "no checkpoint: it began fresh"
-            raise UserError("branch", branch_from, f"{folder.path} was branched from {was}.", "Give this run another name.")
+            began = f"was branched from {parent['folder']}@{parent['step']}" if parent else "began fresh"
+            do = "Give this run another name."
+            raise UserError("branch", branch_from, f"{folder.path} holds a run already, which {began}.", do)
     return tuple(f"changed for the rest of the run: {line}" for line in notices)
 
 
@@ -101,11 +102,14 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
     if manifest.step >= timeline.steps:
         allowed = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
         raise UserError("branch", branch_from, allowed, "Train on more tokens, or branch from an earlier checkpoint.")
-    switched = manifest.plugin["switched_at"] is not None
+    switched_at = manifest.plugin["switched_at"]
+    switched = switched_at is not None
     switch = timeline.switch_step
-    if switched and (switch is None or switch > manifest.step):
-        allowed = f"it is from after its run's switch to QAT, and this run switches {f'at step {switch}' if switch else 'never'}."
-        raise UserError("branch", branch_from, allowed, "Branch from a checkpoint before the switch.")
+    if switched and switch != switched_at:
+        here = "never switches" if switch is None else f"switches at step {switch}"
+        allowed = f"it is from after its run's switch to QAT at step {switched_at}, and this run {here}."
+        fraction = "" if switch is None else f", or set qat.fraction={1 - switched_at / timeline.steps:.8g}"
+        raise UserError("branch", branch_from, allowed, f"Branch from a checkpoint before the switch{fraction}.")
     if not switched and switch is not None and switch < manifest.step:
         share = 1 - manifest.step / timeline.steps
         do = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
