@@ -112,6 +112,9 @@ class Quantizer:
         """α at the switch: mean|w| for 1 bit, max|w| for 1.58 and 2, max|w|/Qp above; never below ALPHA_FLOOR.
 
         w: [..., in] -> α: [...] or [..., in/group_size], in w's dtype (at least fp32).
+
+        max|w|/Qp is rounded up where rounding down would put the row's largest weight above Qp: whether a weight that
+        lies on the edge is clipped decides its gradient and most of its scale's, and must not hang on w's last bit.
         """
         size = w.abs().to(torch.promote_types(w.dtype, torch.float32))
         if group_size is not None:
@@ -119,7 +122,9 @@ class Quantizer:
         if self.name == "binary":
             alpha = size.mean(-1)
         elif self.name == "lsq":
-            alpha = size.amax(-1) / self.qp
+            largest = size.amax(-1)
+            alpha = largest / self.qp
+            alpha = torch.where(largest / alpha > self.qp, alpha.nextafter(torch.full_like(alpha, math.inf)), alpha)
         else:
             alpha = size.amax(-1)
         return alpha.clamp_min(ALPHA_FLOOR)
