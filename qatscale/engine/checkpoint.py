@@ -41,26 +41,19 @@ def save_checkpoint(
     A failure of any process (a full disk, say) is raised on all of them and leaves the former checkpoints as they were.
     """
     writing = writing_folder(checkpoints, step)
+    outcome: dict[str, Any] = {}
     if runtime.is_main:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
+        try:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        except OSError as error:  # not raised yet: the others are on their way to the barrier
+            outcome = {"error": f"process 0: {error}"}
     dist.barrier()
-
-    outcome: dict[str, Any]
-    try:
-        slices: dict[str, Tensor] = {}
-        for partition, fragments in masters.by_partition().items():
-            state = masters.adam_state(partition)
-            for fragment in fragments:
-                sources = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
-                for kind, flat in sources.items():
-                    slices[f"{kind}/{fragment.name}/{fragment.start}"] = fragment.of(flat)
-        outcome = {
-            "file": write_shard(writing, runtime.rank, runtime.ranks, slices),
-            "adam_steps": {f.name: masters.steps_taken(f.partition) for f in masters.fragments},
-        }
-    except OSError as error:
-        outcome = {"error": f"process {runtime.rank}: {error}"}
+    if not outcome:
+        try:
+            outcome = _write_own_share(writing, masters, runtime)
+        except OSError as error:
+            outcome = {"error": f"process {runtime.rank}: {error}"}
 
     outcomes: list[Any] = [None] * runtime.ranks
     dist.all_gather_object(outcomes, outcome)
@@ -74,9 +67,7 @@ def save_checkpoint(
             kept=kept,
             recipe_hash=recipe_hash,
             plugin=plugin,
-            parameters={
-                name: ParameterRecord(list(shape), adam_steps[name]) for name, shape in masters.shapes.items()
-            },
+            parameters={name: ParameterRecord(list(shape), adam_steps[name]) for name, shape in masters.shapes.items()},
             layout={"processes": runtime.ranks, "zero_stage": masters.stage},
             files={o["file"].pop("name"): o["file"] for o in outcomes},
         )
@@ -93,8 +84,25 @@ def save_checkpoint(
     return checkpoints / f"step-{step:08d}"
 
 
+def _write_own_share(writing: Path, masters: ZeroMasters, runtime: Runtime) -> dict[str, Any]:
+    """Write what this process holds; returns what the manifest has to know of it."""
+    slices: dict[str, Tensor] = {}
+    for partition, fragments in masters.by_partition().items():
+        state = masters.adam_state(partition)
+        for fragment in fragments:
+            sources = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
+            for kind, flat in sources.items():
+                slices[f"{kind}/{fragment.name}/{fragment.start}"] = fragment.of(flat)
+    return {
+        "file": write_shard(writing, runtime.rank, runtime.ranks, slices),
+        "adam_steps": {f.name: masters.steps_taken(f.partition) for f in masters.fragments},
+    }
+
+
 @torch.no_grad()
-def load_checkpoint(folder: Path, masters: ZeroMasters, runtime: Runtime, *, fresh: frozenset[str] = frozenset()) -> Manifest:
+def load_checkpoint(
+    folder: Path, masters: ZeroMasters, runtime: Runtime, *, fresh: frozenset[str] = frozenset()
+) -> Manifest:
     """Put a checkpoint's masters and Adam states into a fresh engine. Collective.
 
     `fresh` names parameters that keep their initial value where the checkpoint's do not fit (scales of a branch that
@@ -130,7 +138,8 @@ def _check_same_model(
         raise UserError("checkpoint", str(folder), f"it lacks {len(missing)} parameters of this model: {missing[:3]}.")
     surplus = sorted(saved.keys() - expected.keys() - fresh)
     if surplus:
-        raise UserError("checkpoint", str(folder), f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}.")
+        there = f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}."
+        raise UserError("checkpoint", str(folder), there)
     for name, shape in expected.items():
         if saved[name].shape != shape:
             there = f"{name} has shape {saved[name].shape} there and {shape} in this model."

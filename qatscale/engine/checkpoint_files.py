@@ -76,21 +76,28 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text())
+        if raw["format"] != FORMAT:
+            what = f"its {MANIFEST} is of format {raw['format']}; this version of qatscale reads format {FORMAT}."
+            raise UserError("checkpoint", str(folder), what, _other(folder))
         raw["parameters"] = {name: ParameterRecord(**record) for name, record in raw["parameters"].items()}
         manifest = Manifest(**raw)
     except FileNotFoundError:
-        raise UserError("checkpoint", str(folder), "no checkpoint: it has no manifest.json.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError("checkpoint", str(folder), f"its manifest cannot be read ({error}).", _other(folder)) from error
-    if manifest.format != FORMAT:
-        raise UserError("checkpoint", str(folder), f"format {manifest.format}; this version reads format {FORMAT}.")
+        raise UserError("checkpoint", str(folder), f"no checkpoint: it has no {MANIFEST}.", _other(folder)) from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            "checkpoint", str(folder), f"its {MANIFEST} cannot be read ({error}).", _other(folder)
+        ) from error
     return manifest
 
 
 def _other(folder: Path) -> str:
-    """What to use instead of a damaged checkpoint."""
-    others = [p.name for p in list_checkpoints(folder.parent) if p.name != folder.name]
-    return f"The one before it: {others[-1]}." if others else "There is no other checkpoint beside it."
+    """What to do with a damaged checkpoint: which one to use instead, and how."""
+    before = [p.name for p in list_checkpoints(folder.parent) if p.name < folder.name]
+    if not before:
+        return "There is no earlier checkpoint beside it."
+    return f"The one before it is {before[-1]}; remove this folder to go on from there."
 
 
 def sha256_of(path: Path) -> str:
@@ -120,9 +127,12 @@ def writing_folder(checkpoints: Path, step: int) -> Path:
 
 
 def write_shard(folder: Path, rank: int, ranks: int, slices: dict[str, Tensor]) -> dict[str, Any]:
-    """Write one process's slices and return {"name", "bytes", "sha256"}."""
+    """Write one process's slices and return {"name", "bytes", "sha256"}. Raises OSError, e.g. for a full disk."""
     path = folder / f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
-    save_file({name: value.detach().cpu().contiguous() for name, value in slices.items()}, path)
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in slices.items()}, path)
+    except SafetensorError as error:  # what the library makes of an OSError
+        raise OSError(f"{path}: {error}") from error
     _sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
@@ -145,14 +155,26 @@ def commit(checkpoints: Path, manifest: Manifest) -> Path:
 
 
 def rotate(checkpoints: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` of the checkpoints that are not kept for good; return what was removed."""
-    passing = [p for p in list_checkpoints(checkpoints) if not read_manifest(p).kept]
+    """Remove all but the newest `keep` of the checkpoints that are not kept for good; return what was removed.
+
+    Call it when no save is under way: it also clears away what killed processes left half-written or half-removed.
+    Never touches a checkpoint whose manifest it cannot read.
+    """
+    passing = [p for p in list_checkpoints(checkpoints) if _may_go(p)]
     removed = passing[:-keep] if keep else passing
     for path in removed:
-        hidden = path.with_name(f".old-{path.name}")  # half-deleted must not look whole
-        path.rename(hidden)
-        shutil.rmtree(hidden)
+        path.rename(path.with_name(f".old-{path.name}"))  # half-removed must not look whole
+    for pattern in (".old-step-*", ".writing-step-*"):
+        for leftover in checkpoints.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
     return removed
+
+
+def _may_go(folder: Path) -> bool:
+    try:
+        return not read_manifest(folder).kept
+    except UserError:
+        return False
 
 
 def _sync(path: Path) -> None:
@@ -178,7 +200,9 @@ class CheckpointReader:
             try:
                 self._files[name] = file = safe_open(folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise UserError("checkpoint", str(folder), f"{name} cannot be read ({error}).", _other(folder)) from error
+                raise UserError(
+                    "checkpoint", str(folder), f"{name} cannot be read ({error}).", _other(folder)
+                ) from error
             for key in file.keys():  # noqa: SIM118 - not a dict
                 kind, parameter, start = key.split("/")
                 numel = file.get_slice(key).get_shape()[0]
@@ -214,18 +238,33 @@ def find_checkpoint(what: str | Path) -> Path:
 
     Raises UserError where there is none, with those there are.
     """
-    text, _, at = str(what).partition("@")
-    path = Path(text)
-    if _STEP.match(path.name) or (path / MANIFEST).is_file():
+    path, at = Path(what), ""
+    if not path.exists() and "@" in str(what):  # where a path holds one, the last is meant
+        text, _, at = str(what).rpartition("@")
+        path = Path(text)
+    if not at and _STEP.match(path.resolve().name):
         if not (path / MANIFEST).is_file():
             raise UserError("checkpoint", str(path), "no complete checkpoint here.", _other(path))
         return path
     found = list_checkpoints(path / "checkpoints")
     if not found:
-        raise UserError("checkpoint", str(what), "no run folder with a complete checkpoint, and no checkpoint folder.")
+        none = "no run folder with a complete checkpoint, and no checkpoint folder."
+        raise UserError("checkpoint", str(what), none, _what_is_there(path))
     if not at:
         return found[-1]
     steps = {int(p.name.removeprefix("step-")): p for p in found}
     if not at.isdigit() or int(at) not in steps:
-        raise UserError("checkpoint", str(what), f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}.")
+        raise UserError(
+            "checkpoint", str(what), f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
+        )
     return steps[int(at)]
+
+
+def _what_is_there(path: Path) -> str:
+    """Where no checkpoint is."""
+    if not path.is_dir():
+        return "The folder does not exist."
+    if (path / "run.json").is_file():
+        return "The run has none yet."
+    runs = sorted(str(file.parent) for file in path.glob("*/run.json"))
+    return f"It holds runs; give one: {', '.join(runs[:5])}." if runs else "It holds no run.json."

@@ -1,4 +1,4 @@
-"""Which slice of which parameter's fp32 master and Adam state this process holds under ZeRO, and how to read and write it.
+"""Which slice of which parameter's fp32 master and Adam state this process holds under ZeRO, and how to reach it.
 
 ZeRO flattens parameters into fp32 partitions, one tensor per optimizer group and process. Everything that must see
 through this (the QAT switch, checkpoints) goes through `ZeroMasters`; nothing else of ours touches DeepSpeed's insides.
@@ -151,5 +151,5 @@ class ZeroMasters:
         for fragment in self.fragments:
             self._write_stage3_shard(fragment)
         for parameter in self.zero.persistent_parameters:
-            if parameter.data.numel() == parameter.ds_numel:  # resident by now; else gathered from the shards at first use
+            if parameter.data.numel() == parameter.ds_numel:  # resident by now; else the first use gathers it
                 parameter.data.copy_(self.full(parameter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -31,7 +32,7 @@ def ptq_view(bits: float) -> str:
 
 
 def open_view(model: nn.Module, name: str) -> AbstractContextManager[None]:
-    """A context in which `model` computes in the view of this name: `fp`, `quantized`, `ptq2` …; `current` = as it is."""
+    """A context in which `model` computes in this view: `fp`, `quantized`, `ptq2` …; `current` = as it is."""
     if name == "current":
         return nullcontext()
     if name.startswith("ptq"):
@@ -39,7 +40,9 @@ def open_view(model: nn.Module, name: str) -> AbstractContextManager[None]:
     return view(model, name)  # type: ignore[arg-type]  # refuses what it does not know
 
 
-def validation_losses(engine: Any, views: Iterable[str], reader: EvaluationReader, runtime: Runtime) -> dict[str, float]:
+def validation_losses(
+    engine: Any, views: Iterable[str], reader: EvaluationReader, runtime: Runtime
+) -> dict[str, float]:
     """View → mean loss in nats over the held-out tokens, on all processes of a DeepSpeed engine. Collective."""
     engine.eval()
     losses = {}
@@ -76,11 +79,13 @@ def open_validation(config: RunConfig) -> EvaluationReader:
 
 
 def open_stream(config: RunConfig, split: Split) -> TokenStream:
-    """A split of the run's data, its checksums and its vocabulary checked."""
+    """A split of the run's data, its checksums and its vocabulary checked. One process reads the bytes, all look at the
+    sizes: a job of many processes that reads the whole corpus once each would spend its first minutes on it."""
     if config.data.path is None:
         do = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
         raise UserError("data.path", None, "no data is given.", do)
-    stream = TokenStream.open(config.data.path, split)
+    is_main = int(os.environ.get("RANK", 0)) == 0  # before there is a process group
+    stream = TokenStream.open(config.data.path, split, verify="auto" if is_main else "size")
     stream.manifest.check_vocabulary(config.model.vocab_size)
     return stream
 
@@ -104,7 +109,7 @@ def load_checkpointed_model(checkpoint: Path, config: RunConfig, device: torch.d
 def evaluate_checkpoint(
     what: str, ptq_bits: Iterable[float] = (), data: Path | None = None, tokens: int | None = None
 ) -> tuple[Path, int, dict[str, float]]:
-    """Evaluate a checkpoint named as people name one (see `find_checkpoint`) on the held-out data of its run, or `data`.
+    """Evaluate a checkpoint, named as `find_checkpoint` takes it, on the held-out data of its run or on `data`.
 
     Returns the checkpoint's folder, the number of predicted tokens, and view → loss: `fp`, `quantized` where it has
     switched, and `ptqB` for each of `ptq_bits`.
@@ -114,7 +119,7 @@ def evaluate_checkpoint(
     if not recipe.is_file():
         raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
     overrides = [f"data.path={data}"] if data else []
-    overrides += [f"evaluation.tokens={tokens}"] if tokens else []
+    overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config = load_run_config(recipe, overrides)
     for bits in ptq_bits:
         get_quantizer(bits)  # refuses a width there is none for, before anything is loaded

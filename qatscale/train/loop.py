@@ -1,4 +1,4 @@
-"""One run, from its configuration to its completion marker. Read `train` and `run_steps`: they are the order of things."""
+"""One run, from its configuration to its completion marker. `train` and `run_steps` are the order of things."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from qatscale.config import config_hash, load_ds_config, merge_ds_config
+from qatscale.config import config_hash, load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -16,7 +16,7 @@ from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.runtime import Runtime, start_runtime
 from qatscale.model.llama import Llama, initialise
-from qatscale.quant.plugin import QatPlugin, scale_groups
+from qatscale.quant.plugin import QatPlugin
 from qatscale.timeline import Timeline, build_timeline, kept_steps
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import open_stream, open_validation, validation_losses
@@ -59,7 +59,7 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
     plugin.prepare(model)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config)
     if start.checkpoint is not None:
-        load_start(start, model, masters, plugin, runtime)
+        load_start(start, masters, plugin, runtime)
     notices = [*timeline.warnings, *start.notices, *filter(None, [batches.repetition(timeline.steps)])]
     with RunLog(config, timeline, start, runtime, ds_config, n_params, notices) as log:
         try:
@@ -82,7 +82,7 @@ def run_steps(
 ) -> Outcome:
     """Optimizer steps [first, timeline.steps), then the final evaluation."""
     due = Due(config, timeline)
-    meter = Meter(config, runtime)
+    meter = Meter(config, runtime, precision_of(log.ds_config))
 
     def save(step: int, reason: str) -> None:
         folder, kept = log.folder.checkpoints, reason in ("boundary", "end")
@@ -120,11 +120,11 @@ def run_steps(
             meter.end_step()
 
             done = step + 1
-            if due.metrics(done):
+            stopped_by = stop.agreed()
+            if due.metrics(done) or stopped_by:
                 log.metrics(done, meter.read(done, settings, engine))
             with meter.pause():
                 log.console.advance(done)
-                stopped_by = stop.agreed()
                 if reason := due.checkpoint(done) or ("signal" if stopped_by else None):
                     save(done, reason)
                 if due.validation(done):
@@ -170,7 +170,7 @@ class Due:
         return "interval" if self._save_every and done % self._save_every == 0 else None
 
     def validation(self, done: int) -> bool:
-        return bool(self._validate_every) and done % self._validate_every == 0 and done < self._steps
+        return self._validate_every is not None and done % self._validate_every == 0 and done < self._steps
 
 
 def open_batches(config: RunConfig) -> BatchReader:
@@ -179,12 +179,15 @@ def open_batches(config: RunConfig) -> BatchReader:
     return BatchReader(stream, length, config.batch.sequences, config.data.seed, config.data.shuffle_block)
 
 
-def load_start(start: Start, model: Llama, masters: ZeroMasters, plugin: QatPlugin, runtime: Runtime) -> None:
-    """Put the starting checkpoint into a fresh engine and plugin. Scales not yet in use need not fit: they are inert."""
+def load_start(start: Start, masters: ZeroMasters, plugin: QatPlugin, runtime: Runtime) -> None:
+    """Put the starting checkpoint into a fresh engine and plugin.
+
+    Scales not yet in use need not fit: a branch may quantize at other widths, more layers or fewer than its parent.
+    """
     assert start.checkpoint is not None
     assert start.manifest is not None
     inert = start.manifest.plugin["switched_at"] is None
-    scales = [scale for group in scale_groups(model).values() for scale in group]
-    fresh = frozenset(masters.names[id(scale)] for scale in scales) if inert else frozenset()
+    names = {*masters.shapes, *start.manifest.parameters} if inert else set()
+    fresh = frozenset(name for name in names if name.endswith(".weight_scale"))
     load_checkpoint(start.checkpoint, masters, runtime, fresh=fresh)
     plugin.load_state(start.manifest.plugin)

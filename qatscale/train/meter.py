@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,21 @@ from qatscale.model.sizes import flops_per_token, peak_flops
 from qatscale.timeline import StepSettings
 
 
+def total_peak(device_name: str, devices: int, precision: Literal["fp32", "bf16"]) -> float | None:
+    """FLOP/s that the devices could do at most in this precision; None where that is not known: no MFU is better than a
+    wrong one. The table is of bf16 matrix units, which fp32 arithmetic does not use."""
+    peak = peak_flops(device_name) if precision == "bf16" else None
+    return peak * devices if peak else None
+
+
 class Meter:
     """Collects over a logging interval without waiting for the device; `read` gives the record and starts anew."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, precision: Literal["fp32", "bf16"]) -> None:
         self._runtime = runtime
         self._tokens_per_step = config.tokens_per_step
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
-        peak = peak_flops(runtime.device_name)
-        self._peak = peak * runtime.ranks if peak else None
+        self._peak = total_peak(runtime.device_name, runtime.ranks, precision)
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -69,16 +75,15 @@ class Meter:
         """The interval's record, `step` steps done. Collective.
 
         `loss` is the mean over every token of the interval's steps on all processes; the rest but the speeds is of its
-        last step. FloatingPointError where the loss is not finite: what follows would be noise.
+        last step. FloatingPointError where the loss or a gradient is not finite: what follows would be noise.
         """
         if self._runtime.ranks > 1:
             dist.all_reduce(self._loss)
         loss = self._loss.item() / (self._micro_batches * self._runtime.ranks)  # waits for the device
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} in the {self._steps} steps up to step {step}. Lower optimizer.learning_rate or set "
-                "optimizer.gradient_clipping, and branch from the last checkpoint."
-            )
+            raise _diverged(f"the loss is {loss} in the {self._steps} steps up to step {step}")
+        if engine.skipped_steps:  # what DeepSpeed does then, without a word: the loss stays where it is
+            raise _diverged(f"the gradient of {engine.skipped_steps} of the steps up to step {step} is not finite")
         seconds = time.perf_counter() - self._started - self._paused
         tokens_per_second = self._steps * self._tokens_per_step / seconds
         flops = tokens_per_second * self._flops_per_token
@@ -94,10 +99,13 @@ class Meter:
             "memory_gib": self._runtime.memory_gib(),
             "data_seconds": self._data_seconds,
         }
-        if engine.skipped_steps:
-            record["skipped_steps"] = engine.skipped_steps  # DeepSpeed leaves out a step whose gradient is not finite
         self._start_interval()
         return record
+
+
+def _diverged(what: str) -> FloatingPointError:
+    do = "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
+    return FloatingPointError(f"{what}. {do}")
 
 
 def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:

@@ -85,12 +85,13 @@ class RunLog:
     def _introduce(self) -> None:
         config, runtime, timeline = self.config, self.runtime, self.timeline
         accumulation = self.ds_config["gradient_accumulation_steps"]
+        stage = self.ds_config["zero_optimization"]["stage"]
         self.console.notice(
             f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
             + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
             + f", {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of "
-            f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation {accumulation} "
-            f"x {runtime.ranks} processes), {precision_of(self.ds_config)} ZeRO-{self.ds_config['zero_optimization']['stage']} "
+            f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
+            f"{accumulation} x {runtime.ranks} processes), {precision_of(self.ds_config)} ZeRO-{stage} "
             f"on {runtime.device_name}"
         )
         if timeline.switch_step is not None:
@@ -120,7 +121,9 @@ class RunLog:
         if self.runtime.is_main:
             for view, loss in losses.items():
                 record = {"tokens": step * self.config.tokens_per_step, "view": view, "loss": loss}
-                self.console.validation(self.folder.append("validation", step=step, **record, perplexity=perplexity(loss)))
+                self.console.validation(
+                    self.folder.append("validation", step=step, **record, perplexity=perplexity(loss))
+                )
 
     def checkpoint(self, step: int, path: Path, reason: str, kept: bool) -> None:
         if self.runtime.is_main:

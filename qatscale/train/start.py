@@ -1,4 +1,4 @@
-"""How a run begins: fresh, resumed, or branched from another run's checkpoint. Decided before any process group exists."""
+"""How a run begins: fresh, resumed, or branched from another run's checkpoint. Decided before any process group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from qatscale.errors import UserError
 from qatscale.timeline import Timeline, build_timeline, first_difference
 from qatscale.tracking.run_folder import RunFolder
 
-MAY_CHANGE = ("engine.", "checkpoint.", "evaluation.", "tracking.", "batch.micro_batch", "log_interval", "output", "data.path")
+MAY_CHANGE = (
+    "engine.",
+    "checkpoint.",
+    "evaluation.",
+    "tracking.",
+    "batch.micro_batch",
+    "log_interval",
+    "output",
+    "data.path",
+)
 """What a resume may set anew: none of it changes what is computed, but for the order of sums."""
 
 
@@ -66,8 +75,8 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
 
 def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:
     old = load_run_config(folder.path / "recipe.yaml")
-    notices = []
-    wrong = []
+    notices: list[str] = []
+    wrong: list[str] = []
     for difference in config_differences(old, config):
         line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
         (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)
@@ -113,7 +122,9 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
     if not switched and switch is not None and switch < manifest.step:
         share = 1 - manifest.step / timeline.steps
         do = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
-        raise UserError("branch", branch_from, f"step {manifest.step} lies after this run's switch at step {switch}.", do)
+        raise UserError(
+            "branch", branch_from, f"step {manifest.step} lies after this run's switch at step {switch}.", do
+        )
     if switched:
         for difference in config_differences(parent, config):
             if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
@@ -125,4 +136,6 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
         notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")
     if parent.data.seed != config.data.seed:
         notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
-    return Start(checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices))
+    return Start(
+        checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices)
+    )
