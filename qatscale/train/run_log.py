@@ -138,4 +138,17 @@ class RunLog:
 
     def finished(self, step: int, final: dict[str, Any]) -> None:
         if self.runtime.is_main:
+            self._draw()
             self.folder.finish(step, final)
+
+    def _draw(self) -> None:
+        """timeline.png and loss.png in the run's figures. A figure that fails must not cost the run its end."""
+        from qatscale.timeline import draw
+        from qatscale.tracking.curves import draw_loss_curves
+
+        try:
+            draw(self.timeline, self.config, self.folder.figures / "timeline.png")
+            draw_loss_curves([self.folder], self.folder.figures / "loss.png")
+        except Exception as error:  # a broken font cache, a missing backend: whatever a drawing library raises
+            logging.getLogger("qatscale").exception("figures")
+            self.console.notice(f"note: the figures were not drawn ({error}); see {self.folder.logs}")
