@@ -96,6 +96,7 @@ def prepare(
     except OSError as error:
         told = "is a file." if folder.is_file() else f"cannot be made: {error.strerror}."
         raise UserError("out", str(folder), told, "Choose a new folder.") from None
+    states.refuse_strangers(folder)  # before the lock's file is put there
     with folder_lock(folder), watch(console) as view:
         if restart:
             states.discard(folder)

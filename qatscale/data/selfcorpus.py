@@ -25,6 +25,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from qatscale.errors import UserError
+
 DEFAULT_BYTES = 12_000_000
 _SMALLEST, _DOCUMENT, _MODULE = 400, 8_000, 60_000
 """Characters: of a document at least; about at most; and of what one module gives, lest a few be most of the corpus."""
@@ -74,7 +76,12 @@ def modules() -> tuple[tuple[str, Path], ...]:
 
 def _distributions() -> list[importlib.metadata.Distribution]:
     """The installed packages that qatscale requires itself, by name; those of its extras left out."""
-    required = [r for r in importlib.metadata.requires("qatscale") or [] if "extra ==" not in r]
+    try:
+        requirements = importlib.metadata.requires("qatscale") or []
+    except importlib.metadata.PackageNotFoundError:
+        allowed = "is made of the packages that qatscale requires, and qatscale is not installed."
+        raise UserError("source", "self", allowed, "Run: pip install --no-deps -e CHECKOUT") from None
+    required = [r for r in requirements if "extra ==" not in r]
     names = sorted({re.split(r"[^A-Za-z0-9._-]", r, maxsplit=1)[0].lower() for r in required})
     return [importlib.metadata.distribution(name) for name in names]
 

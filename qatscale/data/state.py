@@ -79,6 +79,15 @@ def finished(folder: Path, identity: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
+def refuse_strangers(folder: Path) -> None:
+    """Raise UserError where the folder holds other things than a data set, finished or not."""
+    if (folder / MANIFEST).is_file() or (folder / NAME).is_file():
+        return
+    strangers = sorted(p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(PARTIAL))
+    if strangers:
+        raise UserError("out", str(folder), f"holds other files ({', '.join(strangers[:3])}).", "Choose a new folder.")
+
+
 def resume(folder: Path, identity: dict[str, Any]) -> State:
     """The state to go on from, files of anything unfinished removed.
 
@@ -86,11 +95,7 @@ def resume(folder: Path, identity: dict[str, Any]) -> State:
     """
     path = folder / NAME
     if not path.is_file():
-        strangers = sorted(p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(PARTIAL))
-        if strangers:
-            raise UserError(
-                "out", str(folder), f"holds other files ({', '.join(strangers[:3])}).", "Choose a new folder."
-            )
+        refuse_strangers(folder)
         return State.fresh(identity)
     try:
         state = State.model_validate_json(path.read_bytes())
