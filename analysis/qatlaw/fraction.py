@@ -45,7 +45,7 @@ def tokens_per_parameter_byte(N: ArrayLike, D: ArrayLike, B: ArrayLike) -> float
     for name, value in (("N", N), ("D", D), ("B", B)):
         amounts = np.asarray(value, dtype=np.float64)
         if not np.all(np.isfinite(amounts) & (amounts > 0)):
-            raise ValueError(f"{name} = {amounts}: must be a positive finite number")
+            raise ValueError(f"{name} = {_told(amounts)}: must be a positive finite number")
     return _plain(np.asarray(D, np.float64) / (np.asarray(N, np.float64) * np.asarray(B, np.float64) / 8))
 
 
@@ -62,8 +62,8 @@ def optimal_fraction(S: ArrayLike) -> float | Floats:
     values = np.asarray(S, dtype=np.float64)
     if not np.all(np.isfinite(values) & (values > 1)):
         raise ValueError(
-            f"S = {values} tokens per parameter byte: the closed form of the optimal QAT fraction is defined for S > 1 "
-            f"only, and was measured from S = {MEASURED_S[0]:g} on"
+            f"S = {_told(values)} tokens per parameter byte: the closed form of the optimal QAT fraction is defined "
+            f"for S > 1 only, and was measured from S = {MEASURED_S[0]:g} on"
         )
     return _plain(np.exp(-A / np.log(values)))
 
@@ -101,3 +101,8 @@ def _amount(value: float) -> str:
 
 def _plain(values: Floats | np.float64) -> float | Floats:
     return float(values) if np.ndim(values) == 0 else np.asarray(values)
+
+
+def _told(values: Floats) -> str:
+    """For an error: a number in three digits, an array as it is."""
+    return f"{values:.3g}" if np.ndim(values) == 0 else str(values)
