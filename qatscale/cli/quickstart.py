@@ -32,24 +32,24 @@ def run_quickstart(out: Path) -> None:
     out_console = console()
     started = time.perf_counter()
     _headline(out_console, "Text: this machine's Python packages → tokenizer → token shards")
-    data = _prepare(out / "data", out_console)
+    data = prepare_corpus(out / "data", out_console)
 
     branches = [branch_config(scheme, out, data) for scheme in SCHEMES]
     trunk = trunk_config(branches)
     _headline(out_console, f"Trunk: full precision at the stable rate, {format_amount(trunk.tokens)} tokens")
-    _train(trunk, None)
+    train_or_reuse(trunk)
     for config in branches:
         timeline = build_timeline(config)
         _headline(out_console, f"Branch {config.name}: to {format_amount(timeline.tokens)} tokens in all")
-        _train(config, f"{trunk.folder}@{branch_step(config)}")
+        train_or_reuse(config, f"{trunk.folder}@{branch_step(config)}")
 
     _headline(out_console, f"Result ({(time.perf_counter() - started) / 60:.1f} minutes)")
     _show(out_console, out, branches)
 
 
-def branch_config(scheme: str, out: Path, data: Path) -> RunConfig:
-    """One branch: the recipe `quickstart` under this scheme."""
-    own = [f"name={scheme}", f"qat.scheme={scheme}"]
+def branch_config(scheme: str, out: Path, data: Path, *overrides: str) -> RunConfig:
+    """One branch: the recipe `quickstart` under this scheme, named after it unless `overrides` say else."""
+    own = [f"name={scheme}", f"qat.scheme={scheme}", *overrides]
     return load_run_config("quickstart", [*_shared(out, data), *own])
 
 
@@ -61,7 +61,7 @@ def branch_step(config: RunConfig) -> int:
 def trunk_config(branches: list[RunConfig]) -> RunConfig:
     """The trunk up to its last branch, with a checkpoint at every branch."""
     first = branches[0]
-    points = sorted(branch_step(config) * first.tokens_per_step for config in branches)
+    points = sorted({branch_step(config) * first.tokens_per_step for config in branches})
     assert first.data.path is not None
     own = [
         "name=trunk",
@@ -78,17 +78,19 @@ def _shared(out: Path, data: Path) -> list[str]:
     return [f"output={out / 'runs'}", f"data.path={data}", f"tracking.uri=sqlite:///{(out / 'mlflow.db').absolute()}"]
 
 
-def _prepare(folder: Path, console: Console) -> Path:
+def prepare_corpus(folder: Path, progress: Console | None = None) -> Path:
+    """The embedded corpus as token shards, made now or found."""
     from qatscale.data.prepare import prepare
 
     vocabulary = load_run_config("quickstart").model.vocab_size
     prepare(
-        [CORPUS], folder, vocab_size=vocabulary, validation_fraction=VALIDATION_FRACTION, workers=2, console=console
+        [CORPUS], folder, vocab_size=vocabulary, validation_fraction=VALIDATION_FRACTION, workers=2, console=progress
     )
     return folder
 
 
-def _train(config: RunConfig, branch_from: str | None) -> None:
+def train_or_reuse(config: RunConfig, branch_from: str | None = None) -> None:
+    """Train a run to its end; one that is done costs nothing. SystemExit 75 where a signal stops it."""
     from qatscale.errors import EXIT_REQUEUE
     from qatscale.train.loop import train
 

@@ -1,0 +1,62 @@
+"""QAT against post-training quantization on the quickstart's corpus, bit width by bit width. See qat_against_ptq.md.
+
+    python analysis/benchmarks/qat_against_ptq.py [OUT]        about 8 minutes on 2 quiet cores
+
+One full-precision trunk, one full-precision branch with cooldown, which is then quantized to every width without
+training, and one fused QAT branch per width; all of the same tokens. Prints the table of the record and draws the
+figure beside it. Finished runs are reused.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from qatscale.cli.quickstart import branch_config, branch_step, prepare_corpus, train_or_reuse, trunk_config
+from qatscale.tracking.compare import validation_losses
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.evaluate import evaluate_checkpoint
+
+WIDTHS = (1, 1.58, 2, 3, 4)
+
+
+def main(out: Path) -> None:
+    data = prepare_corpus(out / "data")
+    fp = branch_config("fp", out, data)
+    names = {bits: (f"name=fused-{bits:g}bit", f"qat.bits={bits:g}") for bits in WIDTHS}
+    fused = {bits: branch_config("fused", out, data, *own) for bits, own in names.items()}
+    trunk = trunk_config([fp, *fused.values()])
+    train_or_reuse(trunk)
+    for config in (fp, *fused.values()):
+        train_or_reuse(config, f"{trunk.folder}@{branch_step(config)}")
+
+    _, tokens, losses = evaluate_checkpoint(str(fp.folder), WIDTHS)
+    qat = {bits: validation_losses(RunFolder(config.folder))["quantized"] for bits, config in fused.items()}
+    print(f"\n{tokens:,} held-out tokens; full precision: {losses['fp']:.4f}\n")
+    print("| bits | PTQ | QAT (fused) | QAT below PTQ | QAT above full precision |\n|---|---|---|---|---|")
+    for bits in WIDTHS:
+        ptq = losses[f"ptq{bits:g}"]
+        print(f"| {bits:g} | {ptq:.4f} | {qat[bits]:.4f} | {ptq - qat[bits]:.4f} | {qat[bits] - losses['fp']:.4f} |")
+    draw(losses, qat, Path(__file__).with_suffix(".png"))
+
+
+def draw(losses: dict[str, float], qat: dict[float, float], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(WIDTHS))
+    ptq = [losses[f"ptq{bits:g}"] for bits in WIDTHS]
+    axes.plot(places, ptq, "s--", color="#D55E00", markerfacecolor="white", label="post-training quantization")
+    axes.plot(places, [qat[bits] for bits in WIDTHS], "o-", color="#0072B2", label="QAT, fused with the cooldown")
+    axes.axhline(losses["fp"], color="#555555", linestyle=":", label="full precision")
+    axes.set_xticks(places, [f"{bits:g}" for bits in WIDTHS])
+    axes.set_xlabel("bits per weight (embedding and head: at least 4)")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("outputs/qat_against_ptq"))
