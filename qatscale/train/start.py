@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
     """
     folder = RunFolder(config.folder)
     if not folder.run_file.exists():
+        _check_output(config.output)
         return _branch(config, timeline, branch_from) if branch_from else Start(None, None, False, None)
     notices = _check_same_run(config, folder, branch_from)
     if folder.is_done:
@@ -71,6 +73,14 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
         origin = find_checkpoint(f"{parent['folder']}@{parent['step']}")
         return Start(origin, read_manifest(origin), True, parent, notices)
     return Start(None, None, True, None, notices)
+
+
+def _check_output(output: Path) -> None:
+    """UserError where no folder can be made: told by every process now, and not by the first while the others wait."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        told = f"{there} is {'write-protected' if there.is_dir() else 'a file'}."
+        raise UserError("output", str(output), told, "Choose another folder for the runs.")
 
 
 def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:

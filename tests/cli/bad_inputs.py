@@ -234,7 +234,7 @@ CASES: dict[str, list[Case]] = {
             ("--max-tokens", "'10X'", "K, M, B or T", "2.3B"),
         ),
     ],
-    "resume and branch": [
+    "The run's folder; resume and branch": [
         Case(
             "a folder that holds a run of another configuration",
             f"{TRUNK} qat.bits=2",
@@ -244,6 +244,11 @@ CASES: dict[str, list[Case]] = {
             "a resumed run with another configuration",
             "resume runs/trunk tokens=1M",
             ("tokens was 2560 and is now 1000000", "branch"),
+        ),
+        Case(
+            "runs into a file",
+            f"{TRAIN} data.path=data output=page.html",
+            ("output = 'page.html'", "is a file", "Choose another folder"),
         ),
         Case("no run to resume", "resume nothing", ("run = 'nothing'", "The folder does not exist")),
         Case("a folder that is no run", "resume data", ("run = 'data'", "holds no run.json")),
