@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from qatscale.data.atomic import PARTIAL, rename_synced, sha256_of
 from qatscale.errors import UserError
+from qatscale.files import PARTIAL, rename_synced, sha256_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

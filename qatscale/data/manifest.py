@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qatscale.data.atomic import sha256_of, write_json_atomic
 from qatscale.data.indexed import DTYPE_CODES, IndexedReader, ShardFiles
 from qatscale.errors import UserError
+from qatscale.files import sha256_of, write_json_atomic
 
 Split = Literal["train", "validation"]
 Verify = Literal["auto", "size", "full"]

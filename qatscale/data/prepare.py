@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import qatscale
 from qatscale.data import state as states
-from qatscale.data.atomic import folder_lock
 from qatscale.data.encode import Encoded, encode_all, is_validation
 from qatscale.data.indexed import IndexedWriter
 from qatscale.data.manifest import FORMAT, Manifest, Shard, TokenizerCard
@@ -97,7 +96,7 @@ def prepare(
         told = "is a file." if folder.is_file() else f"cannot be made: {error.strerror}."
         raise UserError("out", str(folder), told, "Choose a new folder.") from None
     states.refuse_strangers(folder)  # before the lock's file is put there
-    with folder_lock(folder), watch(console) as view:
+    with states.folder_lock(folder), watch(console) as view:
         if restart:
             states.discard(folder)
         manifest = states.finished(folder, identity)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qatscale.data.atomic import PARTIAL, write_json_atomic
 from qatscale.data.encode import SPLITS
 from qatscale.data.manifest import NAME as MANIFEST
 from qatscale.data.manifest import Manifest, Shard, SplitCounts
 from qatscale.errors import UserError
+from qatscale.files import PARTIAL, HeldError, locked, write_json_atomic
 
 NAME = "progress.json"
 TOKENIZER = "tokenizer"
@@ -135,3 +137,13 @@ def _same(folder: Path, what: str, there: dict[str, Any], asked: dict[str, Any])
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. UserError when another process holds it."""
+    try:
+        with locked(folder / ".lock", wait=0):
+            yield
+    except HeldError:
+        raise UserError("out", str(folder), "another `qatscale prepare` is writing here.", "Wait for it.") from None

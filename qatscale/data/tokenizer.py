@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from qatscale.data.atomic import PARTIAL, rename_synced, write_atomic, write_json_atomic
 from qatscale.data.indexed import token_dtype
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError
+from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json_atomic
 
 CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: which kind it is, its EOS and its fingerprint."""

@@ -14,9 +14,7 @@ A checkpoint is written into a hidden folder and renamed when it is whole; what 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -29,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qatscale.errors import UserError
+from qatscale.files import sha256_of, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -100,11 +99,6 @@ def _other(folder: Path) -> str:
     return f"The one before it is {before[-1]}; remove this folder to go on from there."
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     """Raise UserError if a shard is missing, truncated or altered. Checks every `shares`-th file, from `share`."""
     for name, expected in sorted(manifest.files.items())[share::shares]:
@@ -133,7 +127,7 @@ def write_shard(folder: Path, rank: int, ranks: int, slices: dict[str, Tensor]) 
         save_file({name: value.detach().cpu().contiguous() for name, value in slices.items()}, path)
     except SafetensorError as error:  # what the library makes of an OSError
         raise OSError(f"{path}: {error}") from error
-    _sync(path)
+    sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -142,14 +136,14 @@ def commit(checkpoints: Path, manifest: Manifest) -> Path:
     writing, final = writing_folder(checkpoints, manifest.step), step_folder(checkpoints, manifest.step)
     path = writing / MANIFEST
     path.write_text(json.dumps(asdict(manifest), indent=1))
-    _sync(path)
-    _sync(writing)
+    sync(path)
+    sync(writing)
     old = checkpoints / f".old-{final.name}"
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     writing.rename(final)
-    _sync(checkpoints)
+    sync(checkpoints)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -175,14 +169,6 @@ def _may_go(folder: Path) -> bool:
         return not read_manifest(folder).kept
     except UserError:
         return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- reading ---

@@ -18,9 +18,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from qatscale.files import HeldError, locked
 from qatscale.tracking.mlflow_sync import Cursor, Uploader, lock_file, shown
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.tracking.store import HeldError, locked, quiet_mlflow, resolve_uri
+from qatscale.tracking.store import quiet_mlflow, resolve_uri
 from qatscale.tracking.system_metrics import SystemMetrics
 
 POLL = 2.0

@@ -16,10 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from qatscale.files import HeldError, locked
 from qatscale.tracking.mlflow_names import Point, flatten, points
 from qatscale.tracking.records import Record, Tail, encode, live, read_json, write_json
 from qatscale.tracking.run_folder import RunFolder, Status
-from qatscale.tracking.store import HeldError, artifact_location, database, locked, quiet_mlflow, resolve_uri
+from qatscale.tracking.store import artifact_location, database, quiet_mlflow, resolve_uri
 
 MLFLOW_STATUS: dict[Status, str] = {
     "created": "RUNNING",

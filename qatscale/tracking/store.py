@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import math
 import os
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _SQLITE = "sqlite:///"
-
-
-class HeldError(RuntimeError):
-    """Another process holds a lock."""
 
 
 def resolve_uri(configured: str | None, known: str | None = None) -> str | None:
@@ -81,23 +74,3 @@ def quiet_mlflow(timeout: int = 10) -> Iterator[None]:
     finally:
         for key in added:
             os.environ.pop(key, None)
-
-
-@contextmanager
-def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which is made if need be; the kernel lets go of it when the process ends.
-
-    Raises HeldError after `wait` seconds, or once `give_up` says so, while another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + (math.inf if wait is None else wait)
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end or give_up():
-                    raise HeldError(f"another process holds the lock on {path}") from None
-                time.sleep(0.1)
-        yield

@@ -15,14 +15,14 @@ from data_corpora import documents, folder_bytes, write_jsonl, write_parquet
 from rich.console import Console
 
 from qatscale.data import sources
-from qatscale.data.atomic import folder_lock, sha256_of
 from qatscale.data.indexed import IndexedReader
 from qatscale.data.manifest import Manifest
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import TokenStream
-from qatscale.data.state import State
+from qatscale.data.state import State, folder_lock
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.errors import UserError
+from qatscale.files import sha256_of
 
 TEXTS = documents(150)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.tracking.store import HeldError, artifact_location, locked, quiet_mlflow, resolve_uri, ui_command
+from qatscale.files import HeldError, locked
+from qatscale.tracking.store import artifact_location, quiet_mlflow, resolve_uri, ui_command
 
 
 def test_the_default_is_sqlite_in_the_working_folder(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""Files that are either whole or not there, and locks that end with the process that holds them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"
+"""Ending of a file that is still being written."""
+
+
+class HeldError(RuntimeError):
+    """Another process holds a lock."""
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename_synced(partial: Path, final: Path) -> None:
+    partial.replace(final)
+    sync(final.parent)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    rename_synced(partial, path)
+
+
+def write_json_atomic(path: Path, content: Any) -> None:
+    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is made if need be; the kernel lets go of it when the process ends.
+
+    Raises HeldError after `wait` seconds, or once `give_up` says so, while another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + (math.inf if wait is None else wait)
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end or give_up():
+                    raise HeldError(f"another process holds the lock on {path}") from None
+                time.sleep(0.1)
+        yield
