@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from processes import Finished, run
+
+if TYPE_CHECKING:
+    from qatscale.config.schema import RunConfig
 
 DRIVER = Path(__file__).with_name("runs_driver.py")
 
@@ -19,7 +22,7 @@ BASE = [
     "qat.scheme=fused",
     "qat.bits=2",
     f"qat.fraction={(STEPS - SWITCH) / STEPS}",
-    "schedule.warmup_fraction=0.2",
+    "schedule.warmup_tokens=1024",
     "schedule.cooldown_fraction=0.25",
     "evaluation.tokens=2048",
     "log_interval=1",
@@ -38,8 +41,34 @@ def drive(runs: list[dict[str, Any]], folder: Path, ranks: int = 1) -> Finished:
     return run([DRIVER, listed], ranks, cwd=folder)
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """Step → loss, as logged, of a run's folder; of steps logged twice the one that counts."""
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's folder, one per logged step; of steps logged twice those that count."""
     from qatscale.tracking.run_folder import RunFolder
 
-    return {record["step"]: record["loss"] for record in RunFolder(folder).records("metrics")}
+    return RunFolder(folder).records("metrics")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step → loss, as logged."""
+    return {record["step"]: record["loss"] for record in records(folder)}
+
+
+def config(run: dict[str, Any], *overrides: str) -> RunConfig:
+    """The configuration of a `spec`, with more overrides."""
+    from qatscale.config import load_run_config
+
+    return load_run_config("debug", [*run["overrides"], *overrides])
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """The checkpoints `one` and `other` hold the same masters and Adam states, bit for bit."""
+    import torch
+
+    from qatscale.engine.checkpoint_files import CheckpointReader
+
+    found, expected = CheckpointReader(one), CheckpointReader(other)
+    assert found.manifest.step == expected.manifest.step
+    assert found.manifest.parameters == expected.manifest.parameters
+    for name in expected.manifest.parameters:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(found.parameter(name, kind), expected.parameter(name, kind)), f"{kind} of {name}"

@@ -1,9 +1,10 @@
-"""Trains the runs that a JSON file lists, in this process, one after the other; a run may be told to kill itself.
+"""Trains the runs that a JSON file lists, in this process, one after the other; some are killed or stopped half-way.
 
-    python runs_driver.py RUNS.json      [{"overrides": […], "branch_from": null, "kill_at": {"step": 7, "where": "batch"}}]
+    python runs_driver.py RUNS.json     [{"overrides": […], "branch_from": null, "kill_at": {"step": 7, "where": "…"}}]
 
-`where`: `batch` = SIGKILL when step `step` asks for its data, after the checkpoint and the switch that belong before it;
-`commit` = SIGKILL when the checkpoint of step `step` is written but not yet committed.
+`kill_at`: SIGKILL on all processes. `where`: `batch` = when step `step` asks for its data, after the checkpoint and the
+switch that belong before it; `commit` = when the checkpoint of step `step` is written but not yet committed.
+`stop_at`: {"step": 5, "rank": 1, "signal": "SIGUSR1"} = that signal, to that process alone, when it asks for step 5.
 """
 
 import json
@@ -17,31 +18,30 @@ from qatscale.data.reader import BatchReader
 from qatscale.engine import checkpoint
 from qatscale.train.loop import train
 
-
-def kill_myself() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+READ, COMMIT = BatchReader.batch, checkpoint.commit
 
 
-def arm(kill_at: dict) -> None:
-    read, commit = BatchReader.batch, checkpoint.commit
+def arm(run: dict) -> None:
+    """Set the traps of a run, and remove those of the run before."""
+    kill_at = run.get("kill_at", {"step": None, "where": None})
+    stop_at = run.get("stop_at", {"step": None, "rank": None})
 
     def batch(self, step, rank=0, ranks=1):
-        if step == kill_at["step"]:
-            kill_myself()
-        return read(self, step, rank, ranks)
+        if step == kill_at["step"] and kill_at["where"] == "batch":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == stop_at["step"] and rank == stop_at["rank"]:
+            os.kill(os.getpid(), signal.Signals[stop_at["signal"]])
+        return READ(self, step, rank, ranks)
 
-    def committed(folder, manifest):
-        if manifest.step == kill_at["step"]:
-            kill_myself()
-        return commit(folder, manifest)
+    def commit(folder, manifest):
+        if manifest.step == kill_at["step"] and kill_at["where"] == "commit":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return COMMIT(folder, manifest)
 
-    if kill_at["where"] == "batch":
-        BatchReader.batch = batch
-    else:
-        checkpoint.commit = committed
+    BatchReader.batch, checkpoint.commit = batch, commit
 
 
 for run in json.loads(Path(sys.argv[1]).read_text()):
-    if run.get("kill_at"):
-        arm(run["kill_at"])
-    train(load_run_config(run.get("recipe", "debug"), run["overrides"]), run.get("branch_from"))
+    arm(run)
+    outcome = train(load_run_config(run.get("recipe", "debug"), run["overrides"]), run.get("branch_from"))
+    assert outcome.status == ("stopped" if "stop_at" in run else "done"), outcome

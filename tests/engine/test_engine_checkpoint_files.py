@@ -1,0 +1,236 @@
+"""A checkpoint on disk: any division of the parameters reads back, damage is told, nothing half is ever found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qatscale.engine.checkpoint_files import (
+    CheckpointReader,
+    Manifest,
+    ParameterRecord,
+    commit,
+    find_checkpoint,
+    list_checkpoints,
+    read_manifest,
+    rotate,
+    step_folder,
+    verify_files,
+    write_shard,
+    writing_folder,
+)
+from qatscale.errors import UserError
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SHAPES = {"embed.weight": (7, 5), "norm.weight": (5,)}
+
+
+def value(kind: str, name: str, step: int) -> Tensor:
+    """A parameter's content, other for each kind, name and step."""
+    numel = torch.Size(SHAPES[name]).numel()
+    return (
+        torch.arange(numel, dtype=torch.float32) + 100 * step + 1000 * KINDS.index(kind) + 0.5 * (name == "norm.weight")
+    )
+
+
+def shards(step: int, cuts: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """Every parameter cut at these elements, one piece per process; a piece may be empty, and is left out then."""
+    found: list[dict[str, Tensor]] = [{} for _ in range(len(cuts) + 1)]
+    for kind in KINDS:
+        for name in SHAPES:
+            start = 0
+            for rank, piece in enumerate(value(kind, name, step).tensor_split(cuts)):
+                if len(piece):
+                    found[rank][f"{kind}/{name}/{start}"] = piece
+                start += len(piece)
+    return found
+
+
+def write(checkpoints: Path, step: int, kept: bool = False, cuts: tuple[int, ...] = (3,)) -> Path:
+    """A complete checkpoint, by the functions that a save uses."""
+    writing = writing_folder(checkpoints, step)
+    writing.mkdir(parents=True)
+    pieces = shards(step, cuts)
+    files = [write_shard(writing, rank, len(pieces), piece) for rank, piece in enumerate(pieces)]
+    manifest = Manifest(
+        step=step, tokens=512 * step, reason="boundary" if kept else "interval", kept=kept, recipe_hash="0" * 16,
+        plugin={"switched_at": None}, parameters={n: ParameterRecord(list(s), step) for n, s in SHAPES.items()},
+        layout={"processes": len(pieces), "zero_stage": 1}, files={file.pop("name"): file for file in files},
+    )  # fmt: skip
+    return commit(checkpoints, manifest)
+
+
+@pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 20), (0, 35), (5, 5, 5)])
+def test_any_division_reads_back_whole_and_in_parts(cuts: tuple[int, ...], tmp_path: Path) -> None:
+    reader = CheckpointReader(write(tmp_path, 4, cuts=cuts))
+    for kind in KINDS:
+        for name, shape in SHAPES.items():
+            whole = value(kind, name, 4)
+            assert torch.equal(reader.parameter(name, kind), whole.view(shape))
+            for start in range(len(whole)):
+                for numel in range(len(whole) - start + 1):
+                    assert torch.equal(reader.read(kind, name, start, numel), whole[start : start + numel])
+    assert {name: tuple(w.shape) for name, w in reader.weights().items()} == SHAPES
+
+
+def test_a_checkpoint_holds_numbers_and_json_only(tmp_path: Path) -> None:
+    folder = write(tmp_path, 4)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json", "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors",
+    ]  # fmt: skip
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+SHARD = "shard-00001-of-00002.safetensors"
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content[: len(content) // 2])
+
+
+def alter(folder: Path) -> None:
+    content = bytearray((folder / SHARD).read_bytes())
+    content[-1] ^= 1
+    (folder / SHARD).write_bytes(content)
+
+
+def change_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+DAMAGES = {
+    "truncated shard": (truncate, SHARD),
+    "empty shard": (lambda f: (f / SHARD).write_bytes(b""), SHARD),
+    "altered byte": (alter, f"{SHARD} was altered"),
+    "missing shard": (lambda f: (f / SHARD).unlink(), SHARD),
+    "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
+    "half a manifest": (lambda f: (f / "manifest.json").write_text('{"step": 4,'), "manifest.json cannot be read"),
+    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    "a manifest without a key": (change_manifest(lambda m: m.pop("parameters")), "manifest.json cannot be read"),
+    "a manifest with a key too many": (change_manifest(lambda m: m.update(x=1)), "manifest.json cannot be read"),
+    "a format of the future": (change_manifest(lambda m: m.update(format=2)), "manifest.json is of format 2; this"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_told_with_the_file_and_the_checkpoint_before(damage: str, tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    folder = write(tmp_path, 4)
+    write(tmp_path, 6)
+    do, says = DAMAGES[damage]
+    do(folder)
+    with pytest.raises(UserError) as caught:
+        verify_files(folder, CheckpointReader(folder).manifest)
+    assert caught.value.key == "checkpoint"
+    assert caught.value.value == str(folder)
+    assert says in caught.value.allowed
+    assert "The one before it is step-00000002" in caught.value.do
+
+
+def test_damage_without_a_checkpoint_before(tmp_path: Path) -> None:
+    folder = write(tmp_path, 4)
+    write(tmp_path, 6)
+    truncate(folder)
+    with pytest.raises(UserError, match="There is no earlier checkpoint beside it"):
+        CheckpointReader(folder)
+
+
+def test_processes_share_the_check_of_the_files(tmp_path: Path) -> None:
+    folder = write(tmp_path, 4, cuts=(3, 9))
+    manifest = read_manifest(folder)
+    alter_name = "shard-00001-of-00003.safetensors"
+    content = bytearray((folder / alter_name).read_bytes())
+    content[-1] ^= 1
+    (folder / alter_name).write_bytes(content)
+    found = []
+    for share in range(2):
+        try:
+            verify_files(folder, manifest, share, 2)
+        except UserError as error:
+            found.append((share, error.allowed))
+    assert found == [(1, f"{alter_name} was altered: checksum differs.")]
+
+
+def test_elements_that_no_shard_holds_are_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path, 4)
+    change_manifest(lambda manifest: manifest["files"].pop(SHARD))(folder)
+    with pytest.raises(UserError, match=r"weight of embed\.weight: 3 of 35 elements are there"):
+        CheckpointReader(folder).parameter("embed.weight")
+
+
+def test_rotation_keeps_the_newest_and_what_is_kept(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        write(tmp_path, step, kept=step in (2, 5))
+    removed = rotate(tmp_path, keep=2)
+    assert [path.name[-1] for path in removed] == ["1", "3", "4", "6"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "5", "7", "8"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (2, 5, 7, 8)]
+    assert rotate(tmp_path, keep=2) == []
+
+
+def test_rotation_clears_what_killed_processes_left_and_spares_what_it_cannot_read(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "step-00000001" / "manifest.json").write_text("{")
+    for leftover in (".writing-step-00000009", ".old-step-00000000"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / SHARD).write_bytes(b"x")
+    assert [path.name for path in rotate(tmp_path, keep=1)] == ["step-00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_a_half_written_checkpoint_is_never_found(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write(run / "checkpoints", 2)
+    half = writing_folder(run / "checkpoints", 4)
+    half.mkdir()
+    write_shard(half, 0, 2, shards(4, (3,))[0])
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-00000002"]
+    assert find_checkpoint(run).name == "step-00000002"
+    with pytest.raises(UserError, match="no checkpoint at step 4; there are: 2"):
+        find_checkpoint(f"{run}@4")
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path, 4, cuts=(3, 9))
+    folder = write(tmp_path, 4, cuts=(3,))
+    assert len(read_manifest(folder).files) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004"]
+    assert len(list(folder.glob("shard-*"))) == 2
+
+
+def test_the_ways_to_name_a_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (2, 10, 9):
+        write(run / "checkpoints", step)
+    newest = step_folder(run / "checkpoints", 10)
+    assert find_checkpoint(run) == newest
+    assert find_checkpoint(str(run)) == newest
+    assert find_checkpoint(newest) == newest
+    assert find_checkpoint(f"{run}@9") == step_folder(run / "checkpoints", 9)
+    for wrong, says in {
+        f"{run}@3": "no checkpoint at step 3; there are: 2, 9, 10",
+        f"{run}@last": "no checkpoint at step last",
+        f"{run}/checkpoints/step-00000003": "no complete checkpoint here",
+        f"{tmp_path}/nothing": "no run folder with a complete checkpoint",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            find_checkpoint(wrong)
+        assert says in str(caught.value)
+
+
+def test_a_shard_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    """safetensors has an exception of its own for a full disk; a save waits for OSError on every process."""
+    with pytest.raises(OSError, match=r"shard-00000-of-00001\.safetensors"):
+        write_shard(tmp_path / "no such folder", 0, 1, shards(4, ())[0])

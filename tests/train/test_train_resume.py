@@ -1,0 +1,159 @@
+"""The same run goes on: what has to be as it was, what may change, and that it ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from driving import SWITCH, assert_same_state, config, losses
+from trained_runs import REFERENCE, STOPPED_BF16, Trained
+
+from qatscale.engine.checkpoint_files import find_checkpoint
+from qatscale.errors import UserError
+from qatscale.timeline import build_timeline
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.loop import train
+from qatscale.train.start import Start, plan_start
+
+
+def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> Start | None:
+    again = config(trained.spec(name, *trained.layout("z1", "m8")), *overrides)
+    return plan_start(again, build_timeline(again), branch_from)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate was 0.0003 and is now 0.001"),
+        ("qat.bits=3", "qat.bits was 2 and is now 3"),
+        ("seed=7", "seed was 0 and is now 7"),
+        ("data.seed=7", "data.seed was 0 and is now 7"),
+        ("schedule.shape=linear", "schedule.shape was '1-sqrt' and is now 'linear'"),
+    ],
+)
+def test_another_configuration_is_refused_with_key_old_and_new_value(
+    override: str, says: str, trained: Trained
+) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(trained, "unfinished", override)
+    assert says in str(caught.value)
+    assert "another name, or branch" in caught.value.do
+
+
+@pytest.mark.dist
+def test_several_differences_are_told_at_once(trained: Trained) -> None:
+    with pytest.raises(UserError, match=r"tokens was 6144 and is now 8192; qat.bits was 2 and is now 4"):
+        plan(trained, "unfinished", "tokens=8192", "qat.bits=4")
+
+
+@pytest.mark.dist
+def test_what_does_not_change_the_result_may_change(trained: Trained) -> None:
+    as_it_was = plan(trained, "unfinished")
+    assert as_it_was is not None
+    assert (as_it_was.resumes, as_it_was.step, as_it_was.notices) == (True, SWITCH + 1, ())
+    changes = {
+        "engine.ds_config": "zero3_bf16", "batch.micro_batch": "2", "log_interval": "5", "checkpoint.interval": "1024",
+        "checkpoint.keep": "9", "checkpoint.keep_at": "[512]", "evaluation.tokens": "64",
+    }  # fmt: skip
+    changed = plan(trained, "unfinished", *(f"{key}={value}" for key, value in changes.items()))
+    assert changed is not None
+    assert changed.step == SWITCH + 1
+    for key in changes:
+        assert sum(f"{key} was" in notice for notice in changed.notices) == 1
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_under_another_layout(trained: Trained) -> None:
+    """Stopped after the switch on 1 process under ZeRO-1, ended on 2 under ZeRO-3 with other micro-batches."""
+    assert losses(trained.runs / "moved") == pytest.approx(losses(trained.runs / REFERENCE), rel=1e-5)
+    (resumed,) = RunFolder(trained.runs / "moved").records("resume")
+    assert resumed["step"] == SWITCH + 1
+    for change in ("engine.ds_config was 'zero1_fp32' and is now 'zero3_fp32'", "batch.micro_batch was 8 and is now 2"):
+        assert trained.output[2].count(f"note: changed for the rest of the run: {change}") == 1
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ds_config", "signalled"), STOPPED_BF16.items())
+def test_one_process_gets_a_signal_and_all_stop_at_the_same_step(
+    ds_config: str, signalled: int, trained: Trained
+) -> None:
+    """Rank 1 alone was signalled; the run went on afterwards, and ended bit for bit as the one that was not stopped."""
+    stopped, whole = (RunFolder(trained.runs / name) for name in (f"{ds_config}-stopped", ds_config))
+    (stop,) = stopped.records("stopped")
+    assert (stop["step"], stop["signal"]) == (signalled + 2, "SIGUSR1")
+    (resumed,) = stopped.records("resume")
+    assert resumed["step"] == signalled + 2
+    assert losses(stopped.path) == losses(whole.path)
+    assert_same_state(find_checkpoint(stopped.path), find_checkpoint(whole.path))
+    assert stopped.final is not None
+    assert whole.final is not None
+    assert stopped.final["final/val_loss"] == whole.final["final/val_loss"]
+
+
+@pytest.mark.dist
+def test_a_run_that_is_done_is_returned_as_it_is(trained: Trained) -> None:
+    folder = RunFolder(trained.runs / REFERENCE)
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    outcome = train(config(trained.spec(REFERENCE, *trained.layout("z1", "m8"))))
+    assert (outcome.status, outcome.final) == ("done", folder.final)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+
+
+@pytest.mark.dist
+def test_a_run_that_is_done_is_not_taken_for_another(trained: Trained) -> None:
+    with pytest.raises(UserError, match=r"qat.bits was 2 and is now 4"):
+        train(config(trained.spec(REFERENCE, *trained.layout("z1", "m8")), "qat.bits=4"))
+
+
+@pytest.mark.dist
+def test_a_branch_goes_on_as_the_branch_it_is(trained: Trained) -> None:
+    assert plan(trained, "branch", branch_from=f"{trained.runs}/trunk@{SWITCH}") is None, "done"
+    with pytest.raises(UserError, match=rf"was branched from .*/trunk@{SWITCH}\."):
+        plan(trained, "branch", branch_from=f"{trained.runs}/trunk@16")
+    with pytest.raises(UserError, match="began fresh"):
+        plan(trained, "unfinished", branch_from=f"{trained.runs}/trunk@{SWITCH}")
+
+
+@pytest.mark.dist
+def test_a_branch_without_a_checkpoint_of_its_own_starts_again_where_it_branched(
+    tmp_path: Path, trained: Trained
+) -> None:
+    unsaved = shutil.ignore_patterns("step-*", "done.json")
+    shutil.copytree(trained.runs / "branch", tmp_path / "branch", ignore=unsaved)
+    start = plan(trained, "branch", f"output={tmp_path}")
+    assert start is not None
+    assert start.resumes
+    assert start.checkpoint == find_checkpoint(f"{trained.runs}/trunk@{SWITCH}").resolve()
+
+
+HOLD = """
+import sys, time
+from qatscale.tracking.run_folder import RunFolder
+RunFolder(sys.argv[1]).append("resume", step=8)
+print("running", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.dist
+def test_a_run_that_another_process_trains_is_refused_as_long_as_that_process_lives(
+    tmp_path: Path, trained: Trained
+) -> None:
+    shutil.copytree(trained.runs / "unfinished", tmp_path / "unfinished")
+    here = f"output={tmp_path}"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "unfinished"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"running\n"
+        with pytest.raises(UserError, match="is being trained by another process"):
+            plan(trained, "unfinished", here)
+    finally:
+        holder.kill()
+        holder.wait()
+    start = plan(trained, "unfinished", here)
+    assert start is not None
+    assert start.step == SWITCH + 1
