@@ -24,7 +24,7 @@ BASE = [
     f"qat.fraction={(STEPS - SWITCH) / STEPS}",
     "schedule.warmup_tokens=1024",
     "schedule.cooldown_fraction=0.25",
-    "evaluation.tokens=2048",
+    "evaluation.tokens=1024",
     "log_interval=1",
     "tracking.uri=none",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ def test_a_checkpoint_evaluates_to_what_its_run_reported(name: str, trained: Tra
     assert final is not None
     folder, tokens, losses = evaluate_checkpoint(str(trained.runs / name), [4])
     assert folder.name == "step-00000012"
-    assert tokens == 2048
+    assert tokens == 1024
     assert losses == pytest.approx(
         {
             "fp": final["final/val_loss_fp_view"],

@@ -17,9 +17,9 @@ from driving import STEPS, SWITCH, drive, spec
 TOKENS_PER_STEP = 512
 LEARNING_RATE = "optimizer.learning_rate=3e-4"
 """Layouts sum in different orders, so weights differ in their last bits, by amounts that grow with the rate. Where one
-weight of a hundred thousand lies that close to a quantizer's threshold, two layouts round it to different levels, and in
-so small a model a single level shows in the fifth digit of the loss. At this rate (and on tokens that are the same on all
-machines) no weight of these runs lies so close; at recipe `debug`'s 3e-3 one in ten runs has one."""
+weight of a hundred thousand lies that close to a quantizer's threshold, two layouts round it to different levels, and
+in so small a model a single level shows in the fifth digit of the loss. At this rate, and on tokens that are the same
+everywhere, no weight of these runs lies so close; at recipe `debug`'s 3e-3 about one run in ten has one."""
 KINDS = {
     "fused2": [],
     "seq1": ["qat.scheme=sequential", "qat.bits=1", "qat.optimizer_state=reset"],
@@ -46,6 +46,7 @@ class Trained:
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.data = folder, data
         self.runs = folder / "runs"
+        self.long = ["tokens=12288", *self.layout("z1", "m1")]
         self.output: dict[int, str] = {}
 
     def launch(self, ranks: int, runs: list[dict[str, Any]]) -> None:
@@ -81,6 +82,7 @@ class Trained:
         ]  # fmt: skip
         return [
             *map(self.laid_out, ON_ONE),
+            self.spec("long", *self.long),
             self.spec("trunk", *reference, *trunk),
             self.spec("branch", *reference, branch_from=fork),
             self.spec("branch-e16", *KINDS["fused2e16"], *reference, branch_from=fork),

@@ -1,0 +1,82 @@
+"""The real launchers on two CPU processes: one starts and is stopped, the other goes on; a wrong key is told once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qatscale.engine.checkpoint_files import find_checkpoint, read_manifest
+from qatscale.tracking.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "launch" / "train.py"
+LAUNCHERS = {"deepspeed": ["--num_gpus", "2"], "torchrun": ["--nproc_per_node", "2"]}
+
+
+def start(launcher: str, *arguments: str) -> subprocess.Popen[str]:
+    """`deepspeed --num_gpus 2 launch/train.py …` in a process group of its own."""
+    programs = Path(sys.executable).parent  # deepspeed starts `python` from the PATH
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, programs / launcher, *LAUNCHERS[launcher], TRAIN, *arguments]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str], timeout: float = 150) -> str:
+    """What the job printed; nothing of it is left behind."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def steps_done(folder: Path) -> int:
+    if not (folder / "metrics.jsonl").exists():
+        return 0
+    return max((record["step"] for record in RunFolder(folder).records("metrics")), default=0)
+
+
+@pytest.mark.dist
+def test_started_by_torchrun_stopped_and_ended_by_deepspeed(tmp_path: Path, prepared: Path) -> None:
+    arguments = ["debug", "name=run", f"output={tmp_path}", f"data.path={prepared}", "tracking.uri=none"]
+    folder = RunFolder(tmp_path / "run")
+
+    process = start("torchrun", *arguments)
+    while process.poll() is None and steps_done(folder.path) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = end(process)
+    assert process.returncode != 0
+    assert [record["signal"] for record in folder.records("stopped")] == ["SIGTERM"], output
+    stopped = folder.records("stopped")[0]["step"]
+    manifest = read_manifest(find_checkpoint(folder.path))
+    assert (manifest.step, manifest.layout) == (stopped, {"processes": 2, "zero_stage": 1})
+    assert folder.status == "stopped"
+
+    process = start("deepspeed", *arguments)
+    output = end(process)
+    assert process.returncode == 0, output
+    assert folder.status == "done"
+    assert [record["step"] for record in folder.records("resume")] == [stopped]
+    assert [record["step"] for record in folder.records("metrics")] == list(range(1, 41))
+    assert sorted(path.name for path in folder.logs.iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert output.count(f"from step {stopped}: ") == 1, "one process speaks"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_wrong_key_is_told_once(launcher: str, tmp_path: Path) -> None:
+    process = start(launcher, "debug", "tokns=1", f"output={tmp_path}")
+    output = end(process)
+    assert process.returncode not in (0, None)
+    assert output.count("error: tokns: is no key of a recipe. Did you mean 'tokens'?") == 1, output
+    assert output.count("error: ") == 1
+    assert list(tmp_path.iterdir()) == []
