@@ -5,6 +5,13 @@ from fixed_tokens import write_fixed_tokens
 from trained_runs import Trained
 
 
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """The first test that asks for `trained` waits for both launches: a minute or two, and more on a busy machine."""
+    for item in items:
+        if "trained" in item.fixturenames:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Every run of trained_runs.py, trained."""

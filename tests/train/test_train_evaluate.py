@@ -82,6 +82,15 @@ def test_errors(tmp_path: Path, trained: Trained) -> None:
 
 
 @pytest.mark.dist
+def test_checkpoints_hold_numbers_and_json_and_nothing_that_could_run(trained: Trained) -> None:
+    files = [path for path in trained.runs.glob("*/checkpoints/**/*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".safetensors":  # 8 bytes: the length of the JSON header that follows
+            assert path.read_bytes()[8:9] == b"{"
+
+
+@pytest.mark.dist
 def test_a_damaged_checkpoint_is_not_evaluated(tmp_path: Path, trained: Trained) -> None:
     shutil.copytree(trained.runs / REFERENCE, tmp_path / "run")
     shard = tmp_path / "run" / "checkpoints" / "step-00000012" / "shard-00000-of-00001.safetensors"
