@@ -17,6 +17,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_OVERRIDES_MAY_HAVE_DASHES = {"ignore_unknown_options": True}
+"""`--qat.bits=2` reaches the recipe, whose error names the key that was meant."""
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -123,7 +126,7 @@ def adopt(
 # --- train ---
 
 
-@app.command()
+@app.command(context_settings=_OVERRIDES_MAY_HAVE_DASHES)
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe by name (`qatscale recipes`) or the path of a YAML file.")],
     overrides: Overrides = None,
@@ -145,7 +148,7 @@ def train(
         _train(config, branch_from)
 
 
-@app.command()
+@app.command(context_settings=_OVERRIDES_MAY_HAVE_DASHES)
 def resume(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     overrides: Overrides = None,
@@ -154,11 +157,12 @@ def resume(
     from qatscale.config import load_run_config
     from qatscale.tracking.run_folder import RunFolder
 
-    folder = RunFolder.open(run)
-    _train(load_run_config(folder.path / "recipe.yaml", [f"output={folder.path.parent}", *(overrides or ())]), None)
+    folder = RunFolder.open(run.resolve())
+    where = [f"output={folder.path.parent}", f"name={folder.path.name}"]  # a run may have been moved or renamed
+    _train(load_run_config(folder.path / "recipe.yaml", [*where, *(overrides or ())]), None)
 
 
-@app.command()
+@app.command(context_settings=_OVERRIDES_MAY_HAVE_DASHES)
 def branch(
     checkpoint: Annotated[str, typer.Argument(help="Where to start: RUN, RUN@STEP or a checkpoint folder.")],
     overrides: Annotated[
@@ -188,7 +192,7 @@ def evaluate(
         list[float] | None, typer.Option(help="Also after post-training quantization to so many bits.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to use instead of the recipe's.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Held-out tokens to use instead of the recipe's: 1M.")] = None,
     as_json: Json = False,
 ) -> None:
     """Validation loss and perplexity in full-precision, quantized and post-training-quantized view."""

@@ -11,6 +11,7 @@ so that three runs cost about half of what they would alone. A second start reus
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -29,6 +30,8 @@ VALIDATION_FRACTION = 0.05
 
 def run_quickstart(out: Path) -> None:
     """Everything goes into `out`. Raises whatever the rooms raise; what is finished by then is reused next time."""
+    # On a model this small two threads are 1.3 times as fast as one, and a tenth as fast once something else runs.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     out_console = console()
     started = time.perf_counter()
     _headline(out_console, "Text: this machine's Python packages → tokenizer → token shards")

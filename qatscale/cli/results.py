@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from qatscale.cli.terminal import console, plain_table
-from qatscale.errors import EXIT_FAILED
+from qatscale.cli.terminal import check_figure, console, plain_table
+from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.tracking.run_folder import RunFolder
 
 
 def print_evaluation(
-    checkpoint: str, ptq: Sequence[float], data: Path | None, tokens: int | None, as_json: bool
+    checkpoint: str, ptq: Sequence[float], data: Path | None, tokens: str | None, as_json: bool
 ) -> None:
+    from qatscale.cli.show import amount, check_bits
     from qatscale.tracking.compare import perplexity, view_label
     from qatscale.train.evaluate import evaluate_checkpoint
 
-    found, counted, losses = evaluate_checkpoint(checkpoint, ptq, data, tokens)
+    for bits in ptq:
+        check_bits("--ptq", bits)
+    limit = None if tokens is None else amount("--tokens", tokens)
+    found, counted, losses = evaluate_checkpoint(checkpoint, ptq, data, limit)
     if as_json:
         views = {view: {"loss": loss, "perplexity": perplexity(loss)} for view, loss in losses.items()}
         print(json.dumps({"checkpoint": str(found), "tokens": counted, "views": views}, indent=2))
@@ -35,17 +39,23 @@ def print_runs(output: Path, as_json: bool) -> None:
     from qatscale.tracking.compare import list_runs, runs_table
 
     rows = list_runs(output)
+    if not rows:
+        do = (
+            "Its parent folder is what lists runs."
+            if (output / "run.json").exists()
+            else "Name a folder of run folders."
+        )
+        raise UserError("output", str(output), "holds no runs.", do)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
-    elif rows:
-        console().print(runs_table(rows))
     else:
-        print(f"no runs in {output}")
+        console().print(runs_table(rows))
 
 
 def print_comparison(folders: Sequence[Path], figure: Path | None, as_json: bool) -> None:
     from qatscale.tracking.compare import compare, comparison_table
 
+    check_figure(figure)
     runs = [RunFolder.open(folder) for folder in folders]
     rows = compare(runs)
     if as_json:
@@ -73,12 +83,14 @@ def run_sync(run: Path, uri: str | None) -> None:
 
 def run_export(checkpoint: str, out: Path) -> None:
     from qatscale.config import load_run_config
-    from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint
+    from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, verify_files
     from qatscale.model.hugging_face import export_hugging_face
 
     folder = find_checkpoint(checkpoint)
     config = load_run_config(folder.resolve().parent.parent / "recipe.yaml")
-    weights = CheckpointReader(folder).weights()
+    reader = CheckpointReader(folder)
+    verify_files(folder, reader.manifest)
+    weights = reader.weights()
     state = {name: weight for name, weight in weights.items() if not name.endswith("weight_scale")}
     tokenizer = _tokenizer_folder(config.data.path) if config.data.path else None
     length = config.data.sequence_length

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from qatscale.cli.terminal import console, plain_table
-from qatscale.config.schema import RunConfig
+from qatscale.cli.terminal import check_figure, console, plain_table
+from qatscale.config.schema import BIT_WIDTHS, RunConfig
 from qatscale.errors import UserError
 
 
@@ -16,21 +16,31 @@ def amount(key: str, text: str) -> int:
     from qatscale.config.amounts import parse_amount
 
     try:
-        return parse_amount(text)
+        units = parse_amount(text)
     except ValueError as error:
         raise UserError(key, text, f"{error}.") from None
+    if units < 1:
+        raise UserError(key, text, "an amount above 0.")
+    return units
+
+
+def check_bits(key: str, bits: float) -> None:
+    if bits not in BIT_WIDTHS:
+        raise UserError(key, f"{bits:g}", f"one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
 
 
 def print_plan(params: str, tokens: str, bits: float, as_json: bool) -> None:
     import qatlaw
     from qatscale.config.amounts import format_amount
 
+    check_bits("--bits", bits)
+    n_params, n_tokens = amount("--params", params), amount("--tokens", tokens)
     try:
-        found = qatlaw.plan_fraction(amount("--params", params), amount("--tokens", tokens), bits)
-    except UserError:
-        raise
+        found = qatlaw.plan_fraction(n_params, n_tokens, bits)
     except ValueError as error:
-        raise UserError("plan", None, f"{error}.") from None
+        raise UserError(
+            "plan", None, f"{error}.", "Are --params and --tokens in the right units (396M, 100B)?"
+        ) from None
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
@@ -87,6 +97,7 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
     from qatscale.config.amounts import format_amount
     from qatscale.timeline import COLUMNS, build_timeline, describe, draw
 
+    check_figure(figure)
     timeline = build_timeline(config)
     size = f"{format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of {timeline.tokens_per_step:,}"
     table = plain_table(*COLUMNS, right=COLUMNS[1:], title=f"{config.name}: {config.qat.scheme}, {size}")

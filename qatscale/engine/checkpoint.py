@@ -34,6 +34,7 @@ def save_checkpoint(
     reason: str,
     kept: bool,
     recipe_hash: str,
+    data: str,
     plugin: dict[str, Any],
 ) -> Path:
     """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
@@ -66,6 +67,7 @@ def save_checkpoint(
             reason=reason,
             kept=kept,
             recipe_hash=recipe_hash,
+            data=data,
             plugin=plugin,
             parameters={name: ParameterRecord(list(shape), adam_steps[name]) for name, shape in masters.shapes.items()},
             layout={"processes": runtime.ranks, "zero_stage": masters.stage},

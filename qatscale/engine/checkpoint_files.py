@@ -51,6 +51,8 @@ class Manifest:
     kept: bool
     """Stays when interval checkpoints rotate."""
     recipe_hash: str
+    data: str
+    """Fingerprint of the tokens it was trained on."""
     plugin: dict[str, Any]
     parameters: dict[str, ParameterRecord]
     layout: dict[str, int]

@@ -24,7 +24,7 @@ from qatscale.train.final import final_metrics, final_views
 from qatscale.train.meter import Meter
 from qatscale.train.run_log import RunLog
 from qatscale.train.signals import StopRequest
-from qatscale.train.start import Start, plan_start
+from qatscale.train.start import Start, check_data, plan_start
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
         return Outcome("done", timeline.steps, RunFolder(config.folder).final)
     batches = open_batches(config)
     validation = open_validation(config)
+    data_notices = check_data(config, start, batches.stream.manifest.fingerprint)
 
     runtime = start_runtime()
     ds_config = merge_ds_config(config, ds_config, runtime.ranks)
@@ -60,7 +61,8 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config)
     if start.checkpoint is not None:
         load_start(start, masters, plugin, runtime)
-    notices = [*timeline.warnings, *start.notices, *filter(None, [batches.repetition(timeline.steps)])]
+    repetition = batches.repetition(timeline.steps)
+    notices = [*timeline.warnings, *start.notices, *data_notices, *filter(None, [repetition])]
     with RunLog(config, timeline, start, runtime, ds_config, n_params, notices) as log:
         try:
             return run_steps(config, timeline, start.step, runtime, engine, masters, plugin, batches, validation, log)
@@ -95,6 +97,7 @@ def run_steps(
             reason=reason,
             kept=kept,
             recipe_hash=config_hash(config),
+            data=batches.stream.manifest.fingerprint,
             plugin=plugin.state(),
         )
         log.checkpoint(step, path, reason, kept)

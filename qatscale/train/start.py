@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "log_interval",
     "output",
     "data.path",
+    "name",  # goes by the folder, which may have been renamed
 )
 """What a resume may set anew: none of it changes what is computed, but for the order of sums."""
 
@@ -149,3 +150,17 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
     return Start(
         checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices)
     )
+
+
+def check_data(config: RunConfig, start: Start, fingerprint: str) -> tuple[str, ...]:
+    """Notices about the data of a run that starts from a checkpoint. UserError where a resume would go on with others.
+
+    `fingerprint`: of the training data's manifest; it knows the tokens, not where they lie.
+    """
+    if start.manifest is None or start.manifest.data == fingerprint:
+        return ()
+    assert start.checkpoint is not None
+    if _run_of(start.checkpoint) == config.folder.resolve():
+        allowed = "holds other tokens than the run was trained on up to its checkpoint."
+        raise UserError("data.path", None, allowed, "Give the folder of the same data, or branch to go on with others.")
+    return ("the branch goes on with other data than its parent was trained on",)

@@ -105,6 +105,7 @@ def save(folder: Path, step: int) -> Path:
         reason="interval",
         kept=False,
         recipe_hash="",
+        data="",
         plugin=plugin.state(),
     )
 

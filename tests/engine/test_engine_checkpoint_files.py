@@ -58,7 +58,8 @@ def write(checkpoints: Path, step: int, kept: bool = False, cuts: tuple[int, ...
     pieces = shards(step, cuts)
     files = [write_shard(writing, rank, len(pieces), piece) for rank, piece in enumerate(pieces)]
     manifest = Manifest(
-        step=step, tokens=512 * step, reason="boundary" if kept else "interval", kept=kept, recipe_hash="0" * 16,
+        step=step, tokens=512 * step, reason="boundary" if kept else "interval", kept=kept,
+        recipe_hash="0" * 16, data="",
         plugin={"switched_at": None}, parameters={n: ParameterRecord(list(s), step) for n, s in SHAPES.items()},
         layout={"processes": len(pieces), "zero_stage": 1}, files={file.pop("name"): file for file in files},
     )  # fmt: skip
