@@ -26,7 +26,8 @@ def amount(key: str, text: str) -> int:
 
 def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
-        raise UserError(key, f"{bits:g}", f"one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
+        shown = int(bits) if bits == int(bits) else bits
+        raise UserError(key, shown, f"one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
 
 
 def print_plan(params: str, tokens: str, bits: float, as_json: bool) -> None:

@@ -319,13 +319,16 @@ CASES: dict[str, list[Case]] = {
             "evaluate runs/bent",
             ("runs/bent/checkpoints/step-00000010", "was altered: checksum differs", "step-00000008"),
         ),
-        Case("no such bit width", "evaluate runs/trunk --ptq 7", ("= 7", "1, 1.58, 2, 3, 4, 5, 6, 8")),
+        Case("no such bit width", "evaluate runs/trunk --ptq 7", ("--ptq = 7", "1, 1.58, 2, 3, 4, 5, 6, 8")),
         Case("no such data", "evaluate runs/trunk --data nowhere", ("data.path = 'nowhere'", "no such folder")),
-        Case("no tokens", "evaluate runs/trunk --tokens 0", ("evaluation.tokens = 0", "above 0")),
+        Case("no tokens", "evaluate runs/trunk --tokens 0", ("--tokens = '0'", "above 0")),
     ],
     "compare, runs, track-sync": [
         Case("a folder that is no run", "compare runs/trunk data", ("run = 'data'", "holds no run.json")),
         Case("no such folder", "compare nothing", ("run = 'nothing'", "does not exist")),
+        Case("a run, not a folder of runs", "runs runs/trunk", ("output = 'runs/trunk'", "no runs", "parent folder")),
+        Case("a folder without runs", "runs nothing", ("output = 'nothing'", "no runs")),
+        Case("a figure of no known format", "compare runs/trunk --figure x.xyz", ("--figure", "x.xyz", ".png, .svg")),
         Case("no run to upload", "track-sync nothing", ("run = 'nothing'", "does not exist")),
     ],
     "plan": [
@@ -347,8 +350,10 @@ CASES: dict[str, list[Case]] = {
         Case(
             "units exchanged: fewer tokens than parameter bytes",
             "plan --params 396B --tokens 100M --bits 4",
-            ("0.000505 tokens per parameter byte", "S > 1"),
+            ("0.000505 tokens per parameter byte", "S > 1", "right units"),
         ),
+        Case("no such bit width", "plan --params 396M --tokens 100B --bits 7", ("--bits = 7", "1, 1.58, 2, 3, 4")),
+        Case("no tokens", "plan --params 396M --tokens 0 --bits 4", ("--tokens = '0'", "above 0")),
     ],
     "export": [
         Case(

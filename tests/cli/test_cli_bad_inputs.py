@@ -83,8 +83,7 @@ def render(printed: Callable[[Case], str]) -> str:
     for title, cases in CASES.items():
         rows = [(case.what, _code(f"qatscale {case.typed}"), _plain(printed(case))) for case in cases]
         parts.append(_section(title, ("what is wrong", "typed", "printed"), rows))
-    overrides = [typed for typed in BAD_OVERRIDES if not typed[0].startswith("-")]  # `--a.b=c` is taken for an option
-    keys = [(_code(shlex.join(typed)), _plain(_of_command("train", "debug", *typed))) for typed in overrides]
+    keys = [(_code(shlex.join(typed)), _plain(_of_command("train", "debug", *typed))) for typed in BAD_OVERRIDES]
     parts.append(_section("Keys of a recipe: `qatscale train debug …`", ("typed", "printed"), keys))
     recipes = [
         (_code(*text.splitlines() or [" "]), _plain(_of_file("mine.yaml", text, "train", "mine.yaml")))
