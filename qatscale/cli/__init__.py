@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from qatscale.errors import EXIT_BAD_INPUT, UserError
 
+_LATER = 5.0
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line. A wrong input is told in one message, by the first process only, and exits with 2."""
+    """Run a command line. A wrong input is told in one message and exits with 2.
+
+    In a job of many processes the first one tells it. The others wait a moment before they do: the launcher ends them
+    when the first one leaves, and what only one of them has met is told all the same.
+    """
     from qatscale.cli.app import app
 
     try:
         app(arguments, prog_name="qatscale")
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        time.sleep(_LATER if rank else 0)
+        print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

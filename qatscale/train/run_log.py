@@ -42,6 +42,8 @@ class RunLog:
         self.folder = RunFolder(config.folder)
         self.console = run_console(runtime.rank, timeline.steps, start.step)
         self.follower: Follower = NoFollower()
+        self._step = start.step
+        """Steps done, as far as told: where an error is placed."""
         self._file: logging.FileHandler | None = None
 
     def __enter__(self) -> Self:
@@ -72,7 +74,7 @@ class RunLog:
         if error is not None:
             logging.getLogger("qatscale").error("".join(traceback.format_exception(error)))
             if self.runtime.is_main:
-                self.folder.append("failed", step=self.start.step, error=f"{type(error).__name__}: {error}")
+                self.folder.append("failed", step=self._step, error=f"{type(error).__name__}: {error}")
         self.console.__exit__(kind, error, trace)
         if self.runtime.is_main:
             if message := self.follower.finish():
@@ -108,6 +110,7 @@ class RunLog:
     # one verb per event; on other processes none does anything
 
     def metrics(self, step: int, record: dict[str, Any]) -> None:
+        self._step = step
         if self.runtime.is_main:
             self.console.metrics(self.folder.append("metrics", step=step, **record))
 
