@@ -57,9 +57,16 @@ def test_a_wrong_command_line_names_what_is_wrong(typed: str, told: str) -> None
     assert told in " ".join(error.replace("│", " ").split())
 
 
-def test_only_the_first_process_of_a_job_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processes_of_a_job_speak_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then the first one has told it and the launcher has ended them, unless only they have met it."""
+    waited: list[float] = []
+    monkeypatch.setattr("qatscale.cli.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
-    assert run_command(["train", "debgu"]) == (EXIT_BAD_INPUT, "", "")
+    code, out, error = run_command(["train", "debgu"])
+    assert (code, out) == (EXIT_BAD_INPUT, "")
+    assert error.startswith("error: recipe = 'debgu'")
+    assert error.endswith("(process 1)\n")
+    assert waited == [5.0]
 
 
 def test_the_table_is_what_is_printed_now(answer: Answer, world: Path, pytestconfig: pytest.Config) -> None:
