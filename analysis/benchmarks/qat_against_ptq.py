@@ -1,16 +1,19 @@
 """QAT against post-training quantization on the quickstart's corpus, bit width by bit width. See qat_against_ptq.md.
 
-    python analysis/benchmarks/qat_against_ptq.py [OUT]        about 8 minutes on 2 quiet cores
+    python analysis/benchmarks/qat_against_ptq.py [SEED]        about 8 minutes a seed on one core
 
 One full-precision trunk, one full-precision branch with cooldown, which is then quantized to every width without
-training, and one fused QAT branch per width; all of the same tokens. Prints the table of the record and draws the
-figure beside it. Finished runs are reused.
+training, and one fused QAT branch per width; all of the same tokens. Prints the table and draws the figure of one seed
+(of the initial weights and of the order of the data) under outputs/qat_against_ptq. Finished runs are reused.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the quickstart: more threads do not help a model this small
 
 from qatscale.cli.quickstart import branch_config, branch_step, prepare_corpus, train_or_reuse, trunk_config
 from qatscale.tracking.compare import validation_losses
@@ -20,12 +23,14 @@ from qatscale.train.evaluate import evaluate_checkpoint
 WIDTHS = (1, 1.58, 2, 3, 4)
 
 
-def main(out: Path) -> None:
-    data = prepare_corpus(out / "data")
-    fp = branch_config("fp", out, data)
+def main(seed: int) -> None:
+    data = prepare_corpus(Path("outputs/qat_against_ptq/data"))
+    out = data.parent / f"seed{seed}"
+    seeds = (f"seed={seed}", f"data.seed={seed}")
+    fp = branch_config("fp", out, data, *seeds)
     names = {bits: (f"name=fused-{bits:g}bit", f"qat.bits={bits:g}") for bits in WIDTHS}
-    fused = {bits: branch_config("fused", out, data, *own) for bits, own in names.items()}
-    trunk = trunk_config([fp, *fused.values()])
+    fused = {bits: branch_config("fused", out, data, *seeds, *own) for bits, own in names.items()}
+    trunk = trunk_config([fp, *fused.values()], *seeds)
     train_or_reuse(trunk)
     for config in (fp, *fused.values()):
         train_or_reuse(config, f"{trunk.folder}@{branch_step(config)}")
@@ -37,7 +42,7 @@ def main(out: Path) -> None:
     for bits in WIDTHS:
         ptq = losses[f"ptq{bits:g}"]
         print(f"| {bits:g} | {ptq:.4f} | {qat[bits]:.4f} | {ptq - qat[bits]:.4f} | {qat[bits] - losses['fp']:.4f} |")
-    draw(losses, qat, Path(__file__).with_suffix(".png"))
+    draw(losses, qat, out / "qat_against_ptq.png")
 
 
 def draw(losses: dict[str, float], qat: dict[float, float], path: Path) -> None:
@@ -59,4 +64,4 @@ def draw(losses: dict[str, float], qat: dict[float, float], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("outputs/qat_against_ptq"))
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)

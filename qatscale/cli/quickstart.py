@@ -61,7 +61,7 @@ def branch_step(config: RunConfig) -> int:
     return build_timeline(config).boundaries[0]
 
 
-def trunk_config(branches: list[RunConfig]) -> RunConfig:
+def trunk_config(branches: list[RunConfig], *overrides: str) -> RunConfig:
     """The trunk up to its last branch, with a checkpoint at every branch."""
     first = branches[0]
     points = sorted({branch_step(config) * first.tokens_per_step for config in branches})
@@ -73,6 +73,7 @@ def trunk_config(branches: list[RunConfig]) -> RunConfig:
         f"tokens={points[-1]}",
         f"checkpoint.keep_at={points}",
         "evaluation.ptq_bits=[]",
+        *overrides,
     ]
     return load_run_config("quickstart", [*_shared(first.output.parent, first.data.path), *own])
 
