@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -62,8 +63,15 @@ def start_runtime() -> Runtime:
         if on_gpu:
             torch.cuda.set_device(local_rank)
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        atexit.register(_leave)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Runtime(rank, ranks, local_rank, device)
+
+
+def _leave() -> None:
+    """Join gloo's threads. Left to the interpreter's teardown they sometimes abort a process that is done (SIGABRT)."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def _import_deepspeed_quietly() -> None:
