@@ -47,7 +47,7 @@ class Manifest:
     """Optimizer steps done."""
     tokens: int
     reason: str
-    """interval, boundary, keep_at, signal or end."""
+    """interval, boundary (also those of `checkpoint.keep_at`), signal or end."""
     kept: bool
     """Stays when interval checkpoints rotate."""
     recipe_hash: str
