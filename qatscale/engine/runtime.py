@@ -28,12 +28,20 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def memory_gib(self) -> float:
-        """Peak of this process's device memory; on CPU, its resident memory. GiB."""
+        """Peak of this process's device memory since the last call, so that the phases of a run can be told apart; on
+        CPU, its resident memory. GiB."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return peak
         import psutil
 
         return psutil.Process().memory_info().rss / 2**30
+
+
+def uses_gpu() -> bool:
+    """Whether there is a GPU and DS_ACCELERATOR does not say to leave it alone."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def start_runtime() -> Runtime:
@@ -41,7 +49,7 @@ def start_runtime() -> Runtime:
 
     Calling it again in the same process gives the same group.
     """
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    on_gpu = uses_gpu()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # auto-detection warns at every start
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -69,8 +77,14 @@ def start_runtime() -> Runtime:
 
 
 def _leave() -> None:
-    """Join gloo's threads. Left to the interpreter's teardown they sometimes abort a process that is done (SIGABRT)."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+    """Join gloo's threads. Left to the interpreter's teardown they sometimes abort a process that is done (SIGABRT).
+
+    NCCL waits for the other processes here, which after an error of this one are somewhere else: only where there are
+    none is its group left in order.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() == "gloo" or torch.distributed.get_world_size() == 1:
         torch.distributed.destroy_process_group()
 
 

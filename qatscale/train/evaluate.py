@@ -17,7 +17,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Split
 from qatscale.data.reader import EvaluationReader, TokenStream
 from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, verify_files
-from qatscale.engine.runtime import Runtime
+from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.errors import UserError
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
@@ -124,7 +124,7 @@ def evaluate_checkpoint(
     for bits in ptq_bits:
         get_quantizer(bits)  # refuses a width there is none for, before anything is loaded
     reader = open_validation(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)
     views = ["fp", *(["quantized"] if plugin.switched_at is not None else []), *map(ptq_view, ptq_bits)]
     losses, counted = {}, 0

@@ -49,9 +49,11 @@ class StopRequest:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Give the signals back to whoever had them."""
         if self._pending is not None:
             self._pending[1].wait()
+        if self._group is not None and kind is None:  # after an error others may never come to this
+            dist.destroy_process_group(self._group)  # its threads, beside NCCL; see `runtime._leave`
         for number, handler in self._before.items():
             signal.signal(number, handler)
