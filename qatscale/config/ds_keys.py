@@ -195,12 +195,22 @@ TOP: dict[str, Any] = {
     # other ways to run a model
     "managed_gradient_accumulation": Refused("the train loop counts on DeepSpeed's accumulation.", "Remove the key."),
     "gradient_allreduce_op": Refused("the loss is the mean over the global batch, always.", "Remove the key."),
-    "pipeline": Refused("pipeline parallelism is not part of this version.", "Use ZeRO 1, 2 or 3."),
+    "pipeline": {
+        "pipe_partitioned": FLAG,
+        "grad_partitioned": FLAG,
+        "activation_checkpoint_interval": _recipe("engine.activation_checkpointing"),
+        "use_reentrant": _recipe("engine.activation_checkpointing"),
+        "stages": _recipe("engine.pipeline_stages"),
+        "partition": Refused("the blocks are divided so that the largest stage is as small as can be.", "Remove it."),
+        "seed_layers": Refused("every parameter is drawn from the seed and its own name.", "Remove the key."),
+    },
     "tensor_parallel": Refused(
-        "AutoTP replaces quantized linears by plain ones, without a word.", "Use ZeRO 1, 2 or 3."
+        "AutoTP replaces quantized linears by plain ones, without a word.", "Set engine.tensor_parallel in the recipe."
     ),
-    "sequence_parallel_size": Refused("sequence parallelism is not part of this version.", "Use ZeRO 1, 2 or 3."),
-    "seq_parallel_communication_data_type": Refused("sequence parallelism is not part of this version."),
+    "sequence_parallel_size": Refused(
+        "is Ulysses, for sequences longer than a device holds.", "See engine.sequence_parallel in the recipe."
+    ),
+    "seq_parallel_communication_data_type": Refused("is of Ulysses, which is not supported."),
     "expert_parallel": Refused("the model is dense.", "Remove the key."),
     "use_data_before_expert_parallelism": Refused("the model is dense.", "Remove the key."),
     "hybrid_engine": Refused("is for generation during training.", "Remove the key."),

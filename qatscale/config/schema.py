@@ -245,6 +245,12 @@ class EngineConfig(Section):
     """A name in ds_configs/ or the path of a DeepSpeed JSON file: ZeRO stage, precision, offload."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more arithmetic."""
+    tensor_parallel: Positive = 1
+    """Processes that share every matrix, Megatron-style; they exchange activations twice a block."""
+    sequence_parallel: bool = False
+    """With tensor_parallel: norms and the residual stream are shared along the sequence, which saves memory."""
+    pipeline_stages: Positive = 1
+    """Groups of consecutive blocks, each on processes of its own. ZeRO-1 only."""
 
 
 class CheckpointConfig(Section):

@@ -15,6 +15,7 @@ from qatscale.engine.checkpoint_files import (
     Manifest,
     ParameterRecord,
     commit,
+    slice_name,
     verify_files,
     write_shard,
     writing_folder,
@@ -22,6 +23,7 @@ from qatscale.engine.checkpoint_files import (
 from qatscale.engine.fragments import MOMENTS, ZeroMasters
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
+from qatscale.quant.plugin import merge_states
 
 
 def save_checkpoint(
@@ -36,6 +38,7 @@ def save_checkpoint(
     recipe_hash: str,
     data: str,
     plugin: dict[str, Any],
+    layout: dict[str, int] | None = None,
 ) -> Path:
     """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
 
@@ -52,7 +55,7 @@ def save_checkpoint(
     dist.barrier()
     if not outcome:
         try:
-            outcome = _write_own_share(writing, masters, runtime)
+            outcome = _write_own_share(writing, masters, runtime) | {"plugin": plugin}
         except OSError as error:
             outcome = {"error": f"process {runtime.rank}: {error}"}
 
@@ -60,7 +63,7 @@ def save_checkpoint(
     dist.all_gather_object(outcomes, outcome)
     errors = [o["error"] for o in outcomes if "error" in o]
     if not errors and runtime.is_main:
-        adam_steps = {name: steps for o in outcomes for name, steps in o["adam_steps"].items()}
+        parameters = {name: record for o in outcomes for name, record in o["parameters"].items()}
         manifest = Manifest(
             step=step,
             tokens=tokens,
@@ -68,9 +71,9 @@ def save_checkpoint(
             kept=kept,
             recipe_hash=recipe_hash,
             data=data,
-            plugin=plugin,
-            parameters={name: ParameterRecord(list(shape), adam_steps[name]) for name, shape in masters.shapes.items()},
-            layout={"processes": runtime.ranks, "zero_stage": masters.stage},
+            plugin=merge_states(o["plugin"] for o in outcomes),
+            parameters=dict(sorted(parameters.items())),
+            layout={"processes": runtime.ranks, "zero_stage": masters.stage, **(layout or {})},
             files={o["file"].pop("name"): o["file"] for o in outcomes},
         )
         try:
@@ -91,13 +94,17 @@ def _write_own_share(writing: Path, masters: ZeroMasters, runtime: Runtime) -> d
     slices: dict[str, Tensor] = {}
     for partition, fragments in masters.by_partition().items():
         state = masters.adam_state(partition)
-        for fragment in fragments:
+        for fragment in (fragment for fragment in fragments if fragment.saved):
             sources = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
             for kind, flat in sources.items():
-                slices[f"{kind}/{fragment.name}/{fragment.start}"] = fragment.of(flat)
+                name = slice_name(kind, fragment.name, fragment.start, fragment.columns)
+                slices[name] = fragment.of(flat)
     return {
         "file": write_shard(writing, runtime.rank, runtime.ranks, slices),
-        "adam_steps": {f.name: masters.steps_taken(f.partition) for f in masters.fragments},
+        "parameters": {
+            f.name: ParameterRecord(list(masters.shapes[f.name]), masters.steps_taken(f.partition))
+            for f in masters.fragments
+        },
     }
 
 
@@ -113,7 +120,7 @@ def load_checkpoint(
     reader = CheckpointReader(folder)
     _raise_everywhere(lambda: verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
     saved = reader.manifest.parameters
-    _check_same_model(folder, masters, saved, fresh)
+    _check_same_model(folder, _whole_shapes(masters, runtime), saved, fresh)
     for partition, fragments in masters.by_partition().items():
         state = masters.adam_state(partition)
         steps = {saved[f.name].adam_steps for f in fragments if f.name not in fresh}
@@ -126,15 +133,24 @@ def load_checkpoint(
                 continue
             targets = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
             for kind, flat in targets.items():
-                fragment.of(flat).copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+                fragment.of(flat).copy_(
+                    reader.read(kind, fragment.name, fragment.start, fragment.numel, fragment.columns)
+                )
     masters.refresh_working_copies()
     return reader.manifest
 
 
+def _whole_shapes(masters: ZeroMasters, runtime: Runtime) -> dict[str, torch.Size]:
+    """Of all parameters of the model, on whichever stage they are. Collective."""
+    shapes: list[Any] = [None] * runtime.ranks
+    dist.all_gather_object(shapes, masters.shapes)
+    return {name: shape for of_one in shapes for name, shape in of_one.items()}
+
+
 def _check_same_model(
-    folder: Path, masters: ZeroMasters, saved: dict[str, ParameterRecord], fresh: frozenset[str]
+    folder: Path, shapes: dict[str, torch.Size], saved: dict[str, ParameterRecord], fresh: frozenset[str]
 ) -> None:
-    expected = {name: list(shape) for name, shape in masters.shapes.items() if name not in fresh}
+    expected = {name: list(shape) for name, shape in shapes.items() if name not in fresh}
     missing = sorted(expected.keys() - saved.keys())
     if missing:
         raise UserError("checkpoint", str(folder), f"it lacks {len(missing)} parameters of this model: {missing[:3]}.")

@@ -6,8 +6,9 @@
         manifest.json                       written last: step, shapes, Adam's step counts, checksums, plugin state
 
 A slice is named `kind/parameter/start` (kind: weight, exp_avg, exp_avg_sq) and holds fp32 elements
-[start, start + n) of the flattened parameter, so that any other division of the same parameters can be
-assembled from it. safetensors holds numbers alone: loading runs no code from the file.
+[start, start + n) of the flattened parameter; `kind/parameter/start/first-end`: of its columns [first, end), flattened.
+Any other division of the same parameters can be assembled from them. safetensors holds numbers alone: loading runs no
+code from the file.
 
 A checkpoint is written into a hidden folder and renamed when it is whole; what can be seen is complete.
 """
@@ -29,7 +30,9 @@ from torch import Tensor
 from qatscale.errors import UserError
 from qatscale.files import sha256_of, sync
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 has no slices of columns."""
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"^step-(\d{8})$")
 
@@ -56,7 +59,7 @@ class Manifest:
     plugin: dict[str, Any]
     parameters: dict[str, ParameterRecord]
     layout: dict[str, int]
-    """The layout it was saved under, for information: processes, zero_stage."""
+    """The layout it was saved under, for information: processes, zero_stage, data, tensor, pipeline."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """File name -> {"bytes", "sha256"}."""
     format: int = FORMAT
@@ -77,8 +80,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text())
-        if raw["format"] != FORMAT:
-            what = f"its {MANIFEST} is of format {raw['format']}; this version of qatscale reads format {FORMAT}."
+        if raw["format"] not in READABLE:
+            what = f"its {MANIFEST} is of format {raw['format']}; this version of qatscale reads {READABLE}."
             raise UserError("checkpoint", str(folder), what, _other(folder))
         raw["parameters"] = {name: ParameterRecord(**record) for name, record in raw["parameters"].items()}
         manifest = Manifest(**raw)
@@ -176,6 +179,26 @@ def _may_go(folder: Path) -> bool:
 # --- reading ---
 
 
+def slice_name(kind: str, parameter: str, start: int, columns: tuple[int, int] | None) -> str:
+    """The name of a slice in a shard."""
+    return f"{kind}/{parameter}/{start}" + ("" if columns is None else f"/{columns[0]}-{columns[1]}")
+
+
+@dataclass(frozen=True)
+class _SavedSlice:
+    key: str
+    file: str
+    start: int
+    numel: int
+    columns: tuple[int, int] | None
+
+    @classmethod
+    def named(cls, key: str, numel: int, file: str) -> _SavedSlice:
+        _, _, start, *columns = key.split("/")
+        first, _, end = columns[0].partition("-") if columns else ("", "", "")
+        return cls(key, file, int(start), numel, (int(first), int(end)) if columns else None)
+
+
 class CheckpointReader:
     """Any slice of any parameter of a checkpoint, assembled from the slices it was saved in."""
 
@@ -183,7 +206,7 @@ class CheckpointReader:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self._files: dict[str, Any] = {}
-        self._slices: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        self._slices: dict[tuple[str, str], list[_SavedSlice]] = {}
         for name in sorted(self.manifest.files):
             try:
                 self._files[name] = file = safe_open(folder / name, framework="pt")
@@ -192,24 +215,52 @@ class CheckpointReader:
                     "checkpoint", str(folder), f"{name} cannot be read ({error}).", _other(folder)
                 ) from error
             for key in file.keys():  # noqa: SIM118 - not a dict
-                kind, parameter, start = key.split("/")
-                numel = file.get_slice(key).get_shape()[0]
-                self._slices.setdefault((kind, parameter), []).append((int(start), numel, name))
+                saved = _SavedSlice.named(key, file.get_slice(key).get_shape()[0], name)
+                kind, parameter, *_ = key.split("/")
+                self._slices.setdefault((kind, parameter), []).append(saved)
 
-    def read(self, kind: str, parameter: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened parameter, fp32."""
+    def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
         out = torch.empty(numel, dtype=torch.float32)
         filled = 0
-        for first, count, name in self._slices.get((kind, parameter), []):
-            low, high = max(start, first), min(start + numel, first + count)
-            if low < high:
-                part = self._files[name].get_slice(f"{kind}/{parameter}/{first}")[low - first : high - first]
-                out[low - start : high - start] = part
-                filled += high - low
+        for saved in self._slices.get((kind, parameter), []):
+            if saved.columns == columns:
+                filled += self._copy(saved, start, out)
+            else:
+                filled += self._pick(saved, start, columns, out, self.manifest.parameters[parameter].shape)
         if filled != numel:
             missing = f"{kind} of {parameter}: {filled} of {numel} elements are there."
             raise UserError("checkpoint", str(self.folder), missing, _other(self.folder))
         return out
+
+    def _chunk(self, saved: _SavedSlice, low: int, high: int) -> Tensor:
+        """Its elements [low, high), counted as its `start` is."""
+        return self._files[saved.file].get_slice(saved.key)[low - saved.start : high - saved.start]
+
+    def _copy(self, saved: _SavedSlice, start: int, out: Tensor) -> int:
+        """Copy what a slice of the same columns holds of [start, start + len(out)); returns how much that was."""
+        low, high = max(start, saved.start), min(start + len(out), saved.start + saved.numel)
+        if low >= high:
+            return 0
+        out[low - start : high - start] = self._chunk(saved, low, high)
+        return high - low
+
+    def _pick(
+        self, saved: _SavedSlice, start: int, columns: tuple[int, int] | None, out: Tensor, shape: list[int]
+    ) -> int:
+        """As `_copy`, from a slice of other columns: only the rows concerned are read."""
+        (first, end), (own_first, own_end) = columns or (0, shape[1]), saved.columns or (0, shape[1])
+        width, own_width = end - first, own_end - own_first
+        rows = start // width, -(-(start + len(out)) // width)
+        low, high = max(saved.start, rows[0] * own_width), min(saved.start + saved.numel, rows[1] * own_width)
+        if low >= high:
+            return 0
+        index = torch.arange(low, high)
+        column = index % own_width + own_first - first
+        target = index.div(own_width, rounding_mode="floor") * width + column - start
+        wanted = (column >= 0) & (column < width) & (target >= 0) & (target < len(out))
+        out[target[wanted]] = self._chunk(saved, low, high)[wanted]
+        return int(wanted.sum())
 
     def parameter(self, name: str, kind: str = "weight") -> Tensor:
         """A whole parameter, fp32."""

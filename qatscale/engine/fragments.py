@@ -2,6 +2,7 @@
 
 ZeRO flattens parameters into fp32 partitions, one tensor per optimizer group and process. Everything that must see
 through this (the QAT switch, checkpoints) goes through `ZeroMasters`; nothing else of ours touches DeepSpeed's insides.
+What it tells is of whole parameters under their names in the whole model, whatever part of them a process holds.
 DeepSpeed's own `safe_*` functions are not enough: they fail on the last rank under ZeRO-3 where a size does not divide,
 reach the optimizer state of the first group only under ZeRO-1/2, and never Adam's step count.
 """
@@ -9,18 +10,24 @@ reach the optimizer state of the first group only under ZeRO-1/2, and never Adam
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qatscale.model.tensor_parallel import Shard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + numel) of a flattened parameter, at [offset, offset + numel) of an fp32 partition."""
+    """A piece of a whole parameter, at [offset, offset + numel) of an fp32 partition.
+
+    It is elements [start, start + numel) of the flattened parameter; of the flattened columns `columns` (first, end) of
+    it where tensor parallelism splits it by columns.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -28,30 +35,55 @@ class Fragment:
     numel: int
     partition: Tensor
     offset: int
+    columns: tuple[int, int] | None = None
+    saved: bool = True
+    """Whether this process writes it to checkpoints: of several copies, one does."""
 
     def of(self, flat: Tensor) -> Tensor:
         """This fragment's view of the partition or of a tensor laid out like it."""
         return flat.narrow(0, self.offset, self.numel)
 
+    def of_whole(self, whole: Tensor) -> Tensor:
+        """This fragment's elements of a whole parameter, flat; a view only where `columns` is None."""
+        block = whole if self.columns is None else whole[:, slice(*self.columns)]
+        return block.flatten().narrow(0, self.start, self.numel)
+
 
 class ZeroMasters:
-    """The fp32 masters and Adam states behind a DeepSpeed engine (ZeRO 1, 2 or 3)."""
+    """The fp32 masters and Adam states behind a DeepSpeed engine (ZeRO 1, 2 or 3).
 
-    def __init__(self, engine: Any) -> None:
+    names: parameter → its name in the whole model; None: those of the engine's module.
+    copies: names that another process writes to checkpoints, such as a tied head's on the last stage.
+    """
+
+    def __init__(
+        self, engine: Any, names: dict[nn.Parameter, str] | None = None, copies: frozenset[str] = frozenset()
+    ) -> None:
         self.zero = engine.optimizer
         self.adam: torch.optim.Optimizer = self.zero.optimizer
         self.stage: int = engine.zero_optimization_stage()
+        self.device: torch.device = engine.device
+        """Where collectives work: under offload the partitions lie on the CPU, which NCCL cannot reach."""
         assert self.stage in (1, 2, 3), f"ZeRO-{self.stage} keeps no fp32 partitions"
-        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+        if names is None:
+            names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        named = [(name, p) for p, name in names.items() if p.requires_grad]
         self.names: dict[int, str] = {id(p): name for name, p in named}
-        self.shapes: dict[str, torch.Size] = {
-            name: torch.Size(p.ds_shape) if self.stage == 3 else p.shape for name, p in named
+        self.local_shapes: dict[str, torch.Size] = {
+            name: torch.Size(p.ds_shape) if self.stage == 3 else p.shape  # type: ignore[attr-defined]
+            for name, p in named
         }
+        self.shapes: dict[str, torch.Size] = {}
+        """Of the whole parameters, those of which this process holds something."""
         self.fragments: list[Fragment] = []
         for name, parameter in named:
+            shard, local = shard_of(parameter), self.local_shapes[name]
+            self.shapes[name] = local if shard is None else shard.full_shape(local)
             fragment = self._stage3_fragment(name, parameter) if self.stage == 3 else self._fragment(name, parameter)
+            if fragment is not None and shard is not None:
+                fragment = _in_whole(fragment, shard, local)
             if fragment is not None:
-                self.fragments.append(fragment)
+                self.fragments.append(replace(fragment, saved=name not in copies))
 
     def _partitions(self) -> list[Tensor]:
         if self.stage == 3:
@@ -92,31 +124,37 @@ class ZeroMasters:
 
     @torch.no_grad()
     def full(self, parameter: nn.Parameter) -> Tensor:
-        """The whole fp32 master, on every process. Collective."""
-        name = self.names[id(parameter)]
-        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self._partitions()[0].device)
+        """The whole fp32 master, on every process that holds some of it. Collective."""
+        name, shard = self.names[id(parameter)], shard_of(parameter)
+        whole = torch.zeros(self.shapes[name], dtype=torch.float32, device=self.device)
         for fragment in self.fragments:
             if fragment.name == name:
-                whole.narrow(0, fragment.start, fragment.numel).copy_(fragment.of(fragment.partition))
-        device = self.zero.device if hasattr(self.zero, "device") else whole.device
-        whole = whole.to(device)
-        # Every element is held by exactly one process of the data-parallel group: a sum with zeros is exact.
+                own = fragment.of(fragment.partition)
+                if fragment.columns is None:
+                    fragment.of_whole(whole).copy_(own)
+                else:
+                    block = whole[:, slice(*fragment.columns)]
+                    flat = torch.zeros(block.numel(), dtype=whole.dtype, device=whole.device)
+                    flat.narrow(0, fragment.start, fragment.numel).copy_(own)
+                    block.copy_(flat.view(block.shape))
+        # Every element is held by exactly one process of these groups: a sum with zeros is exact.
         torch.distributed.all_reduce(whole, group=self.zero.dp_process_group)
-        return whole.view(self.shapes[name])
+        return whole if shard is None else shard.parallel.all_reduce(whole)
 
     @torch.no_grad()
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the master and the working copy to `value` (the whole parameter, given on every process)."""
-        name = self.names[id(parameter)]
+        name, shard = self.names[id(parameter)], shard_of(parameter)
         if value.shape != self.shapes[name]:
             raise ValueError(f"{name} has shape {tuple(self.shapes[name])}, the value {tuple(value.shape)}")
         for fragment in self.fragments:
             if fragment.name == name:
-                fragment.of(fragment.partition).copy_(value.flatten().narrow(0, fragment.start, fragment.numel))
+                fragment.of(fragment.partition).copy_(fragment.of_whole(value))
                 if self.stage == 3:
                     self._write_stage3_shard(fragment)
-        if parameter.data.numel() == value.numel():  # under ZeRO-3: only those that stay resident
-            parameter.data.copy_(value)
+        local = value if shard is None else shard.take(value)
+        if parameter.data.numel() == local.numel():  # under ZeRO-3: only those that stay resident
+            parameter.data.copy_(local)
 
     def _write_stage3_shard(self, fragment: Fragment) -> None:
         shard: Tensor = fragment.parameter.ds_tensor  # type: ignore[attr-defined]
@@ -152,4 +190,14 @@ class ZeroMasters:
             self._write_stage3_shard(fragment)
         for parameter in self.zero.persistent_parameters:
             if parameter.data.numel() == parameter.ds_numel:  # resident by now; else the first use gathers it
-                parameter.data.copy_(self.full(parameter))
+                whole, shard = self.full(parameter), shard_of(parameter)
+                parameter.data.copy_(whole if shard is None else shard.take(whole))
+
+
+def _in_whole(fragment: Fragment, shard: Shard, local: torch.Size) -> Fragment | None:
+    """A fragment of a process's part, as one of the whole parameter; None where it is nothing but padding."""
+    if shard.dim == 1:
+        return replace(fragment, columns=(shard.start, shard.start + shard.size))
+    row = local[1:].numel()
+    numel = min(fragment.numel, shard.size * row - fragment.start)
+    return replace(fragment, start=shard.start * row + fragment.start, numel=numel) if numel > 0 else None

@@ -9,6 +9,9 @@ from torch import nn
 
 from qatscale.config.schema import RunConfig
 from qatscale.engine.fragments import ZeroMasters
+from qatscale.engine.topology import Topology
+from qatscale.model.llama import Llama, canonical_name
+from qatscale.model.tensor_parallel import shard_of
 from qatscale.quant.plugin import QatPlugin, scale_groups
 from qatscale.timeline import StepSettings
 
@@ -34,9 +37,16 @@ def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]
 
 
 def initialize_engine(
-    model: nn.Module, plugin: QatPlugin, config: RunConfig, ds_config: dict[str, Any]
+    model: nn.Module,
+    plugin: QatPlugin,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    topology: Topology | None = None,
 ) -> tuple[Any, ZeroMasters]:
-    """The DeepSpeed engine of a prepared model, and the way to its masters. `ds_config`: merged. Collective."""
+    """The DeepSpeed engine of a prepared model, and the way to its masters. `ds_config`: merged. Collective.
+
+    topology: None = every process holds the whole model.
+    """
     import deepspeed
 
     adam = torch.optim.AdamW(
@@ -47,10 +57,31 @@ def initialize_engine(
         weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config, dist_init_required=False)
-    masters = ZeroMasters(engine)
+    names = {p: canonical_name(name, config.model) for name, p in model.named_parameters()}
+    copies: frozenset[str] = frozenset()
+    module, mpu = model, None
+    if topology is not None and topology.layout.model_parallel:
+        copies = _copies(names, topology)
+        mpu = topology.grid
+    if topology is not None and topology.layout.pipeline > 1:
+        from qatscale.engine.pipeline import LlamaPipeline
+
+        assert isinstance(model, Llama)
+        module, mpu = LlamaPipeline(model, topology), None  # it has the grid
+        ds_config = {**ds_config, "pipeline": {"use_reentrant": False, **ds_config.get("pipeline", {})}}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False)
+    masters = ZeroMasters(engine, names, copies)
     assert all(masters.steps_taken(p) == 0 for p in masters.by_partition()), "the optimizer stepped before training"
     return engine, masters
+
+
+def _copies(names: dict[nn.Parameter, str], topology: Topology) -> frozenset[str]:
+    """Parameters that another process saves: those that the first of a tensor-parallel group holds whole as well, and
+    a tied head on the last stage."""
+    stage = topology.stage
+    of_embedding = {name for name in names.values() if name.startswith("embed.")} if not stage.is_first else set()
+    held_whole = {name for p, name in names.items() if shard_of(p) is None} if topology.place.tensor else set()
+    return frozenset(of_embedding | held_whole)
 
 
 def apply_settings(engine: Any, settings: StepSettings) -> None:

@@ -44,6 +44,11 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
+def job_size() -> int:
+    """Processes of the job, before they have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start_runtime() -> Runtime:
     """Join the process group described by RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR, or make one of one process.
 
@@ -52,7 +57,7 @@ def start_runtime() -> Runtime:
     on_gpu = uses_gpu()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # auto-detection warns at every start
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = int(os.environ.get("RANK", 0)), job_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

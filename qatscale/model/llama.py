@@ -6,6 +6,9 @@ directions without permutation; in bf16 the two differ, because norms and rotati
 
 Weights are read inside the forward of the module that owns them and nowhere else: ZeRO-3 gathers a weight around
 exactly that call, and the QAT plugin replaces exactly these modules.
+
+A process may hold a part of the model: a share of every matrix (`TensorParallel`), a run of blocks (`Stage`), or both.
+Names are those of the whole model. Under tensor parallelism h, V and the MLP's width below are a process's share.
 """
 
 from __future__ import annotations
@@ -22,6 +25,16 @@ from torch.utils.checkpoint import checkpoint
 
 from qatscale.config.schema import ModelConfig
 from qatscale.model.loss import cross_entropy
+from qatscale.model.stages import Stage, whole
+from qatscale.model.tensor_parallel import (
+    ALONE,
+    TensorParallel,
+    column_parallel_linear,
+    look_up,
+    row_parallel_linear,
+    shard_of,
+    vocabulary_parallel_embedding,
+)
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin), each [t, 1, d] in fp32; `sin` carries the minus sign of the first half."""
@@ -52,51 +65,67 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention, [b, t, D] → [b, t, D].
 
-    The number of heads is taken from the projections' outputs, so that column-parallel projections, which return a
-    share of the heads, leave this code as it is.
+    The number of heads is taken from the projections' outputs: under tensor parallelism they return a share of them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         kv_heads = config.kv_heads or config.heads
         self.channels = config.hidden_size // config.heads
         self.grouped = kv_heads < config.heads
-        self.q = nn.Linear(config.hidden_size, config.heads * self.channels, bias=False)
-        self.k = nn.Linear(config.hidden_size, kv_heads * self.channels, bias=False)
-        self.v = nn.Linear(config.hidden_size, kv_heads * self.channels, bias=False)
-        self.o = nn.Linear(config.heads * self.channels, config.hidden_size, bias=False)
+        self.parallel = parallel
+        self.q = column_parallel_linear(config.hidden_size, config.heads * self.channels, parallel)
+        self.k = column_parallel_linear(config.hidden_size, kv_heads * self.channels, parallel)
+        self.v = column_parallel_linear(config.hidden_size, kv_heads * self.channels, parallel)
+        self.o = row_parallel_linear(config.heads * self.channels, config.hidden_size, parallel)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        x = self.parallel.enter(x)
         heads = (*x.shape[:-1], -1, self.channels)
         q = rotate(self.q(x).view(heads), rotation).transpose(1, 2)  # [b, h, t, d]
         k = rotate(self.k(x).view(heads), rotation).transpose(1, 2)
         v = self.v(x).view(heads).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        return self.o(mixed.transpose(1, 2).flatten(2))
+        return self.parallel.leave(self.o(mixed.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202), [b, t, D] → [b, t, D]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.parallel = parallel
+        self.gate = column_parallel_linear(config.hidden_size, config.intermediate_size, parallel)
+        self.up = column_parallel_linear(config.hidden_size, config.intermediate_size, parallel)
+        self.down = row_parallel_linear(config.intermediate_size, config.hidden_size, parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        x = self.parallel.enter(x)
+        return self.parallel.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm`, which sums its squares in fp32 whatever the type of its input, of a stream that may be split."""
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__(config.hidden_size, eps=config.norm_eps)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        # where each process sees a part of the sequence, each has a part of the gain's gradient
+        weight = self.parallel.shared(self.weight) if self.parallel.sequence else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Block(nn.Module):
-    """One pre-norm layer. `nn.RMSNorm` sums its squares in fp32 whatever the type of its input."""
+    """One pre-norm layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(config)
+        self.attention_norm = RMSNorm(config, parallel)
+        self.attention = Attention(config, parallel)
+        self.mlp_norm = RMSNorm(config, parallel)
+        self.mlp = MLP(config, parallel)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation)
@@ -107,40 +136,71 @@ class Llama(nn.Module):
     """The language model. Give it its weights with `initialise` or `load_state_dict` before use.
 
     `activation_checkpointing` keeps only the input of each block for the backward pass and recomputes the rest.
+    `parallel` and `stage`: the part of the model that this process holds; blocks of other stages are empty places.
     """
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        activation_checkpointing: bool = False,
+        parallel: TensorParallel = ALONE,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.parallel = parallel
+        self.stage = stage = stage or whole(config)
+        if stage.is_first:
+            self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
+        self.blocks = nn.ModuleList(
+            Block(config, parallel) if i in stage.blocks else nn.Identity() for i in range(config.layers)
+        )
+        if stage.is_last:
+            self.norm = RMSNorm(config, parallel)
+            self.head = column_parallel_linear(config.hidden_size, config.vocab_size, parallel)
         self._tie()
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    @property
+    def tied_embedding(self) -> bool:
+        """Whether embedding and head are one table, also where they are on two stages."""
+        return self.config.tied_embedding
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [b, t, V] of tokens [b, t], or their loss where labels [b, t] are given.
 
         `labels[:, i]` is the token that follows `tokens[:, i]`: the caller shifts. The loss is the mean cross-entropy
-        over all b·t positions in nats, an fp32 scalar.
+        over all b·t positions in nats, an fp32 scalar. A stage but the first takes the residual stream [b, t, D]; a
+        stage but the last returns it.
         """
-        assert not self.config.tied_embedding or self.head.weight is self.embed.weight, "the tie has come undone"
+        if self.stage.is_first:
+            x = self.parallel.leave(look_up(self.embed, x, self.parallel, self.config.vocab_size))
+        length = x.shape[1] * (self.parallel.size if self.parallel.sequence else 1)
         rotation = rotation_tables(
-            tokens.shape[1], self.config.hidden_size // self.config.heads, self.config.rope_theta, tokens.device
+            length, self.config.hidden_size // self.config.heads, self.config.rope_theta, x.device
         )
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        x = self.embed(tokens)
-        for block in self.blocks:
+        for i in self.stage.blocks:
             if recompute:  # nothing in a block draws random numbers, so there is no generator state to keep
-                x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self.blocks[i], x, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotation)
-        logits = self.head(self.norm(x))
-        return logits if labels is None else cross_entropy(logits, labels)
+                x = self.blocks[i](x, rotation)
+        if not self.stage.is_last:
+            return x
+        assert not self._ties or self.head.weight is self.embed.weight, "the tie has come undone"
+        logits = self.head(self.parallel.enter(self.norm(x)))
+        return logits if labels is None else self.loss(logits, labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy in nats of logits [b, t, V] against labels [b, t], fp32."""
+        return cross_entropy(logits, labels, self.parallel.shard(0, self.config.vocab_size))
+
+    @property
+    def _ties(self) -> bool:
+        return self.config.tied_embedding and self.stage.count == 1
 
     def _tie(self) -> None:
-        if self.config.tied_embedding:
+        if self._ties:
             self.head.weight = self.embed.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -171,6 +231,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embedding:
         shapes["head.weight"] = (config.vocab_size, D)
     return shapes
+
+
+def canonical_name(name: str, config: ModelConfig) -> str:
+    """The name of a parameter in the whole model: on a last stage, a tied head is the embedding's table."""
+    return f"embed.{name.removeprefix('head.')}" if config.tied_embedding and name.startswith("head.") else name
 
 
 def is_norm(name: str) -> bool:
@@ -206,4 +271,5 @@ def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
 def initialise(model: Llama, seed: int) -> None:
     """Write `initial_value` into every parameter, rounded to its type. Call it before the plugin prepares the model."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, model.config, seed))
+        value, shard = initial_value(canonical_name(name, model.config), model.config, seed), shard_of(parameter)
+        parameter.copy_(value if shard is None else shard.take(value))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from qatscale.model.tensor_parallel import Shard
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -33,6 +36,40 @@ class _CrossEntropy(torch.autograd.Function):
         return p.mul_(grads[0] / labels.numel()).to(ctx.dtype), None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over all positions, in fp32. logits: [b, t, V], labels: [b, t]."""
-    return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten())
+class _VocabularyParallelCrossEntropy(torch.autograd.Function):
+    """As above where each process has the logits [n, size] of its share of the vocabulary; no process has all of them.
+
+    Three numbers a row are exchanged: its largest logit, Σ exp, and the label's logit, which one process knows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
+        wide = logits.float()
+        largest = shard.parallel.all_reduce(wide.amax(dim=-1), dist.ReduceOp.MAX)
+        local = labels - shard.start
+        elsewhere = (local < 0) | (local >= shard.size)
+        local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
+        p = torch.exp(wide - largest.unsqueeze(-1))
+        chosen = wide.gather(-1, local).squeeze(-1) - largest
+        sums = shard.parallel.all_reduce(torch.stack((p.sum(dim=-1), chosen.masked_fill(elsewhere, 0.0))))
+        p.div_(sums[0].unsqueeze(-1))
+        ctx.save_for_backward(p, local, elsewhere)
+        ctx.dtype = logits.dtype
+        return (sums[0].log() - sums[1]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        p, local, elsewhere = ctx.saved_tensors
+        p.scatter_add_(-1, local, elsewhere.to(p.dtype).sub_(1.0).unsqueeze(-1))
+        return p.mul_(grads[0] / local.numel()).to(ctx.dtype), None, None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, shard: Shard | None = None) -> Tensor:
+    """Mean cross-entropy in nats over all positions, in fp32. logits: [b, t, V], labels: [b, t].
+
+    shard: the rows of the vocabulary that the logits are of, where every process has some; padding is left out.
+    """
+    labels = labels.flatten()
+    if shard is None or shard.parallel.size == 1:
+        return _CrossEntropy.apply(logits.flatten(0, -2), labels)
+    return _VocabularyParallelCrossEntropy.apply(logits[..., : shard.size].flatten(0, -2), labels, shard)

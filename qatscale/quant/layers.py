@@ -3,16 +3,23 @@
 A layer is converted in place: the module object, its parameters and its hooks stay, its class changes (as
 `torch.nn.utils.parametrize` does) and it gains the parameter `weight_scale`. Weight and scale are only read inside the
 module's own forward, which is where ZeRO-3 has them gathered.
+
+Under tensor parallelism a layer holds a part of its matrix. Split by rows, the scales are split with them. Split by
+columns, every process holds a part of each row: the row's scale is the same on all of them, each sees a part of its
+gradient, and post-training quantization searches on the whole row.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qatscale.model.tensor_parallel import Shard, mark, shard_of
 from qatscale.quant.quantizers import BY_WIDTH, BitsRule, Quantizer, get_quantizer
 
 Mode = Literal["off", "learned", "dynamic"]
@@ -34,7 +41,7 @@ class FakeQuant(nn.Module):
     rule: BitsRule
     group_size: int | None
     full_numel: int
-    """Weights of the whole matrix, for LSQ's g."""
+    """Weights of the whole matrix, on all processes, for LSQ's g."""
     use_grad_factor: bool
     calibrated: bool
     _mode: Mode
@@ -70,11 +77,13 @@ class FakeQuant(nn.Module):
         if scale is None:
             shape = (rows,) if group_size is None else (rows, channels // group_size)
             scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=module.weight.device))
+            if shard := _shard_of_scales(module.weight, group_size):
+                mark(scale, shard)
         module.weight_scale = scale
         module._width = module._dynamic_width = get_quantizer(bits).width
         module.rule = rule or BitsRule()
         module.group_size = group_size
-        module.full_numel = rows * channels
+        module.full_numel = math.prod(full_shape(module.weight))
         module.use_grad_factor = use_grad_factor
         module.calibrated = False
         module.mode = "off"
@@ -114,12 +123,51 @@ class FakeQuant(nn.Module):
     def dynamic_scale(self) -> Tensor:
         """The least-squares scale of the present weights, searched for once per setting of `mode`."""
         if self._dynamic_scale is None:
-            self._dynamic_scale = self.dynamic_quantizer.ptq_scale(self.weight.detach(), self.group_size)
+            rows = self.weight.detach()
+            if self._rows_are_split:
+                rows = shard_of(self.weight).whole(rows)  # type: ignore[union-attr]
+            self._dynamic_scale = self.dynamic_quantizer.ptq_scale(rows, self.group_size)
         return self._dynamic_scale
+
+    @property
+    def learned_scale(self) -> Tensor:
+        """`weight_scale`, its gradient summed over the processes that share its rows."""
+        if self._rows_are_split:
+            return shard_of(self.weight).parallel.shared(self.weight_scale)  # type: ignore[union-attr]
+        return self.weight_scale
+
+    @property
+    def _rows_are_split(self) -> bool:
+        """Whether a row, the unit that a scale belongs to, lies on several processes."""
+        return shard_of(self.weight) is not None and shard_of(self.weight_scale) is None
 
     def _describe(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
         return f", bits={self._width}{groups}, mode={self._mode}"
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Of the whole parameter, of which this process may hold a part."""
+    shard = shard_of(parameter)
+    return parameter.shape if shard is None else shard.full_shape(parameter.shape)
+
+
+def _shard_of_scales(weight: Tensor, group_size: int | None) -> Shard | None:
+    """Which of a matrix's scales belong to this part of it; None: all."""
+    shard = shard_of(weight)
+    if shard is None or (shard.dim == 1 and group_size is None):
+        return None
+    if shard.dim == 0:
+        return shard
+    assert group_size is not None
+    assert shard.start % group_size == shard.local % group_size == 0, "a group lies on two processes"
+    return replace(
+        shard,
+        start=shard.start // group_size,
+        size=shard.size // group_size,
+        local=shard.local // group_size,
+        full=shard.full // group_size,
+    )
 
 
 class FakeQuantLinear(nn.Linear, FakeQuant):
@@ -130,7 +178,7 @@ class FakeQuantLinear(nn.Linear, FakeQuant):
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self._mode == "learned":
-            weight = self.quantizer.fake_quantize(weight, self.weight_scale, self.grad_factor)
+            weight = self.quantizer.fake_quantize(weight, self.learned_scale, self.grad_factor)
         elif self._mode == "dynamic":
             weight = self.dynamic_quantizer.fake_quantize(weight.detach(), self.dynamic_scale())
         return F.linear(input, weight, self.bias)

@@ -20,7 +20,7 @@ the switch. Optimizer steps with 0-based index >= switch_step run quantized.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class QatPlugin:
             "switched_at": self.switched_at,
             "group_size": self.qat.group_size,
             "bits": layers,
-            "scales_at_switch": dict(self._at_switch),
+            "scales_at_switch": {name: self._at_switch[name] for name in layers if name in self._at_switch},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -161,11 +161,15 @@ class QatPlugin:
         switched_at = state["switched_at"]
         if switched_at is not None:
             own = self.state()
-            for key, shown in (("group_size", "qat.group_size"), ("bits", "qat.bits")):
-                if own[key] != state[key]:
+            # a model that is one stage of a pipeline has some of the layers; all of them are compared on some stage
+            theirs = {name: state["bits"].get(name) for name in own["bits"]}
+            for shown, here, there in (
+                ("qat.group_size", own["group_size"], state["group_size"]), ("qat.bits", own["bits"], theirs),
+            ):  # fmt: skip
+                if here != there:
                     raise UserError(
-                        shown, _distinct(own[key]),
-                        f"the checkpoint switched to QAT at step {switched_at} with {_distinct(state[key])}.",
+                        shown, _distinct(here),
+                        f"the checkpoint switched to QAT at step {switched_at} with {_distinct(there)}.",
                         "Bits and groups stay as they are after the switch; branch from a checkpoint before it.",
                     )  # fmt: skip
         self.switched_at = switched_at
@@ -178,7 +182,10 @@ class QatPlugin:
             layer.mode = "learned" if on else "off"
 
     def _digests(self, masters: Masters) -> dict[str, str]:
-        return {names[0]: _digest(masters.full(layer.weight_scale)) for names, layer in _matrices(self._prepared())}
+        found: dict[str, str] = {}
+        for names, layer in _matrices(self._prepared()):
+            found |= dict.fromkeys(names, _digest(masters.full(layer.weight_scale)))
+        return found
 
     def _prepared(self) -> nn.Module:
         if self._model is None:
@@ -187,6 +194,14 @@ class QatPlugin:
 
 
 _FRESH = "Bits and groups are set once per model object; build the model anew to prepare it otherwise."
+
+
+def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One `state()` of the parts of a model that several processes hold."""
+    merged: dict[str, Any] = {}
+    for state in states:
+        merged = {**merged, **state, **{key: merged.get(key, {}) | state[key] for key in ("bits", "scales_at_switch")}}
+    return merged
 
 
 def scale_groups(model: nn.Module) -> dict[float, list[nn.Parameter]]:
@@ -238,4 +253,4 @@ def _digest(scale: Tensor) -> str:
 
 def _distinct(value: Any) -> Any:
     """Bits per layer as the few different widths."""
-    return sorted(set(value.values())) if isinstance(value, Mapping) else value
+    return sorted(set(value.values()), key=str) if isinstance(value, Mapping) else value

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -132,6 +132,18 @@ class SwitchReport:
         text = StringIO()
         Console(file=text, width=120).print(self.table())
         return text.getvalue()
+
+
+def merge_reports(reports: Sequence[SwitchReport]) -> SwitchReport:
+    """One report of the parts of a model; a table that two parts share is told once, under both its names."""
+    merged: dict[tuple[Any, ...], ModuleReport] = {}
+    for module in (module for report in reports for module in report.modules):
+        # embedding and head on two stages are the same numbers
+        key = (module.shape, module.squared_error, module.squared_norm)
+        names = (*merged[key].names, *module.names) if key in merged else module.names
+        merged[key] = replace(module, names=names)
+    left_out = {name: why for report in reports for name, why in report.left_out.items()}
+    return SwitchReport(reports[0].step, tuple(merged.values()), left_out)
 
 
 def _relative(squared_error: float, squared_norm: float) -> float:

@@ -87,7 +87,9 @@ def _embedding_rule(model: nn.Module, qat: QatConfig) -> BitsRule | None:
 
 
 def _is_tied(model: nn.Module) -> bool:
-    """Whether one parameter is the weight of an embedding and of a head."""
+    """Whether one parameter is the weight of an embedding and of a head, or a model that is one stage says so."""
+    if getattr(model, "tied_embedding", False):
+        return True
     named = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in EMBEDDING_NAMES]
     embeddings = {id(module.weight) for module in named if isinstance(module, nn.Embedding)}
     return any(id(module.weight) in embeddings for module in named if isinstance(module, nn.Linear))

@@ -17,7 +17,9 @@ from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Split
 from qatscale.data.reader import EvaluationReader, TokenStream
 from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, verify_files
-from qatscale.engine.runtime import Runtime, uses_gpu
+from qatscale.engine.runtime import uses_gpu
+from qatscale.engine.step import evaluation_loss
+from qatscale.engine.topology import Topology
 from qatscale.errors import UserError
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
@@ -41,17 +43,18 @@ def open_view(model: nn.Module, name: str) -> AbstractContextManager[None]:
 
 
 def validation_losses(
-    engine: Any, views: Iterable[str], reader: EvaluationReader, runtime: Runtime
+    engine: Any, views: Iterable[str], reader: EvaluationReader, topology: Topology
 ) -> dict[str, float]:
     """View → mean loss in nats over the held-out tokens, on all processes of a DeepSpeed engine. Collective."""
     engine.eval()
+    loss_of = evaluation_loss(engine, topology)
     losses = {}
     for name in views:
         with open_view(engine.module, name):
-            total, tokens = summed_loss(engine, reader, runtime.device, runtime.rank, runtime.ranks)
-        sums = torch.tensor([total, tokens], dtype=torch.float64, device=runtime.device)
-        if runtime.ranks > 1:
-            dist.all_reduce(sums)
+            total, tokens = summed_loss(loss_of, reader, engine.device, topology.data_rank, topology.data_ranks)
+        sums = torch.tensor([total, tokens], dtype=torch.float64, device=engine.device)
+        if topology.layout.processes > 1:
+            dist.all_reduce(sums)  # processes that saw the same tokens count alike: the mean is what it is
         losses[name] = float(sums[0] / sums[1])
     engine.train()
     return losses
@@ -59,14 +62,23 @@ def validation_losses(
 
 @torch.no_grad()
 def summed_loss(
-    loss_of: Callable[[Tensor, Tensor], Tensor], reader: EvaluationReader, device: torch.device, rank: int, ranks: int
+    loss_of: Callable[[Tensor, Tensor], Tensor | None],
+    reader: EvaluationReader,
+    device: torch.device,
+    rank: int,
+    ranks: int,
 ) -> tuple[float, int]:
-    """(sum of the losses of all predicted tokens, their number) over this process's share of the held-out sequences."""
+    """(sum of the losses of all predicted tokens, their number) over this process's share of the held-out sequences.
+
+    (0, 0) where `loss_of` gives none: on the stages of a pipeline before the last.
+    """
     total, count = 0.0, 0
     for index in range(reader.batches_per_rank(ranks)):
         batch = reader.batch(index, rank, ranks)
         tokens = torch.from_numpy(batch.tokens).to(device)
         loss = loss_of(tokens[:, :-1], tokens[:, 1:])  # also for a filler of weight 0: ZeRO-3 gathers from everyone
+        if loss is None:
+            continue
         total += float(loss) * batch.weight * reader.sequence_length
         count += batch.weight * reader.sequence_length
     return total, count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,14 @@ from qatscale.engine.checkpoint import load_checkpoint, save_checkpoint
 from qatscale.engine.checkpoint_files import rotate
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import apply_settings, initialize_engine
-from qatscale.engine.runtime import Runtime, start_runtime
+from qatscale.engine.layout import layout_notices, plan_layout
+from qatscale.engine.runtime import Runtime, job_size, start_runtime
+from qatscale.engine.step import train_step
+from qatscale.engine.topology import Topology, gather_stages, join_topology
 from qatscale.model.llama import Llama, initialise
+from qatscale.model.sizes import count_parameters
 from qatscale.quant.plugin import QatPlugin
+from qatscale.quant.report import merge_reports
 from qatscale.timeline import Timeline, build_timeline, kept_steps
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import open_stream, open_validation, validation_losses
@@ -47,25 +52,31 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
     start = plan_start(config, timeline, branch_from)
     if start is None:
         return Outcome("done", timeline.steps, RunFolder(config.folder).final)
+    layout = plan_layout(config, ds_config, job_size())
+    ds_config = merge_ds_config(config, ds_config, layout.data)
     batches = open_batches(config)
     validation = open_validation(config)
     data_notices = check_data(config, start, batches.stream.manifest.fingerprint)
 
     runtime = start_runtime()
-    ds_config = merge_ds_config(config, ds_config, runtime.ranks)
-    model = Llama(config.model, activation_checkpointing=config.engine.activation_checkpointing)
+    topology = join_topology(config, layout, runtime)
+    model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
     initialise(model, config.seed)
-    n_params = sum(parameter.numel() for parameter in model.parameters())
     plugin = QatPlugin(config.qat, timeline.switch_step)
     plugin.prepare(model)
-    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config)
+    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
     if start.checkpoint is not None:
         load_start(start, masters, plugin, runtime)
     repetition = batches.repetition(timeline.steps)
-    notices = [*timeline.warnings, *start.notices, *data_notices, *filter(None, [repetition])]
+    notices = [
+        *timeline.warnings, *layout_notices(config, layout), *start.notices, *data_notices, *filter(None, [repetition])
+    ]  # fmt: skip
+    n_params = count_parameters(config.model).total
     with RunLog(config, timeline, start, runtime, ds_config, n_params, notices) as log:
         try:
-            return run_steps(config, timeline, start.step, runtime, engine, masters, plugin, batches, validation, log)
+            return run_steps(
+                config, timeline, start.step, runtime, topology, engine, masters, plugin, batches, validation, log
+            )
         finally:
             engine.destroy()
 
@@ -75,6 +86,7 @@ def run_steps(
     timeline: Timeline,
     first: int,
     runtime: Runtime,
+    topology: Topology,
     engine: Any,
     masters: ZeroMasters,
     plugin: QatPlugin,
@@ -99,6 +111,7 @@ def run_steps(
             recipe_hash=config_hash(config),
             data=batches.stream.manifest.fingerprint,
             plugin=plugin.state(),
+            layout=asdict(topology.layout),
         )
         log.checkpoint(step, path, reason, kept)
         if runtime.is_main:
@@ -108,17 +121,13 @@ def run_steps(
         for step in range(first, timeline.steps):
             with meter.pause():
                 if report := plugin.after_step(step, masters):
-                    log.switched(report)
+                    log.switched(merge_reports(gather_stages(report, topology)))
             settings = timeline.at(step)
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
             apply_settings(engine, settings)
             with meter.data():
-                batch = torch.from_numpy(batches.batch(step, runtime.rank, runtime.ranks))
-            for micro_batch in batch.split(config.batch.micro_batch):
-                tokens = micro_batch.to(runtime.device, non_blocking=True)
-                loss = engine(tokens[:, :-1], tokens[:, 1:])
-                engine.backward(loss)
-                engine.step()  # steps the optimizer at the last micro-batch
+                batch = torch.from_numpy(batches.batch(step, topology.data_rank, topology.data_ranks))
+            for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                 meter.add_loss(loss)
             meter.end_step()
 
@@ -131,14 +140,14 @@ def run_steps(
                 if reason := due.checkpoint(done) or ("signal" if stopped_by else None):
                     save(done, reason)
                 if due.validation(done):
-                    log.validation(done, validation_losses(engine, ["current"], validation, runtime))
+                    log.validation(done, validation_losses(engine, ["current"], validation, topology))
             if stopped_by and done < timeline.steps:
                 log.stopped(done, stopped_by)
                 return Outcome("stopped", done, None)
 
     if plugin.switched_at is not None and first < timeline.steps:
         plugin.check_moving(masters)
-    losses = validation_losses(engine, final_views(config), validation, runtime)
+    losses = validation_losses(engine, final_views(config), validation, topology)
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder)
     log.finished(timeline.steps, final)

@@ -395,7 +395,7 @@ def test_scales_move_and_a_still_one_is_an_error() -> None:
     with pytest.raises(NothingQuantizedError, match="has not switched"):
         plugin.check_moving(masters)
     plugin.after_step(0, masters)
-    with pytest.raises(NothingQuantizedError, match="15 of 15 layers"):
+    with pytest.raises(NothingQuantizedError, match="16 of 16 layers"):
         plugin.check_moving(masters)
     frozen = model.blocks[1].attention.k.weight_scale
     frozen.requires_grad_(False)

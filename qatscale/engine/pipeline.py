@@ -1,0 +1,64 @@
+"""A pipeline stage as DeepSpeed's PipelineEngine takes it.
+
+DeepSpeed divides a list of layers, builds those of its own stage and renames their parameters by position. Here the
+model divides itself (`qatscale.model.stages`) and keeps its names, so that the switch, the optimizer groups and the
+checkpoints do not know about stages; what is left of PipelineModule is its communication.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe import PipelineModule
+from torch import Tensor, nn
+
+from qatscale.engine.topology import Topology
+from qatscale.model.llama import Llama
+
+
+class LlamaPipeline(PipelineModule):
+    """One stage of a Llama: a PipelineModule of a single layer, the stage."""
+
+    def __init__(self, model: Llama, topology: Topology) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.loss_fn = model.loss
+        self._grid = topology.grid
+        self._topo = topology.grid.topology()
+        self.num_stages = topology.layout.pipeline
+        self.stage_id = topology.stage.index
+        self.global_rank = dist.get_rank()
+        self._local_start, self._local_stop = topology.stage.blocks.start, topology.stage.blocks.stop
+        self.activation_checkpoint_interval = 0  # the model recomputes by itself
+        self.activation_checkpoint_func: Any = None
+        self.dynamic_shape = False
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+        self.tied_comms = self._tie_ends(model, topology) if model.config.tied_embedding else {}
+
+    def _tie_ends(self, model: Llama, topology: Topology) -> dict[str, dict[str, Any]]:
+        """The first stage's embedding and the last one's head are one table: their gradients are summed every step."""
+        mine: dict[str, dict[str, Any]] = {}
+        for data in range(topology.layout.data):
+            for tensor in range(topology.layout.tensor):
+                ranks = [self._topo.get_rank(pipe=stage, data=data, model=tensor) for stage in (0, self.num_stages - 1)]
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    table = model.embed if topology.stage.is_first else model.head
+                    names = [name for name, _ in table.named_parameters()]  # the weight, and its scale
+                    mine["table"] = {"ranks": ranks, "group": group, "weight_attr": names, "module": table}
+        if mine and not topology.stage.is_first:
+            for parameter in mine["table"]["module"].parameters():
+                parameter.ds_pipe_replicated = True  # so that the gradient norm counts it once
+        return mine
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        return [
+            (getattr(tied["module"], name), tied["group"])
+            for tied in self.tied_comms.values()
+            for name in tied["weight_attr"]
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
