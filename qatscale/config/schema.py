@@ -245,6 +245,9 @@ class EngineConfig(Section):
     """A name in ds_configs/ or the path of a DeepSpeed JSON file: ZeRO stage, precision, offload."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more arithmetic."""
+    stall_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds without a micro-batch after which the job ends and names the rank that hangs; start, saving and
+    evaluation may take half an hour more. Longer than the slowest micro-batch; null = wait for ever (debuggers)."""
     tensor_parallel: Positive = 1
     """Processes that share every matrix, Megatron-style; they exchange activations twice a block."""
     sequence_parallel: bool = False

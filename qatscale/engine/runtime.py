@@ -8,6 +8,7 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -49,10 +50,11 @@ def job_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_runtime() -> Runtime:
+def start_runtime(timeout: float | None = None) -> Runtime:
     """Join the process group described by RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR, or make one of one process.
 
-    Calling it again in the same process gives the same group.
+    `timeout`: seconds that a collective may take; None = DeepSpeed's 10 minutes (DEEPSPEED_TIMEOUT). Calling it again
+    in the same process gives the same group.
     """
     on_gpu = uses_gpu()
     if not on_gpu:
@@ -75,7 +77,8 @@ def start_runtime() -> Runtime:
     if not torch.distributed.is_initialized():
         if on_gpu:
             torch.cuda.set_device(local_rank)
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
         atexit.register(_leave)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Runtime(rank, ranks, local_rank, device)

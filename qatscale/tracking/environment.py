@@ -9,16 +9,20 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def environment() -> dict[str, Any]:
-    """environment.json. Asks torch only if it is imported already, and never fails for want of git."""
+def environment(hosts: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+    """environment.json. Asks torch only if it is imported already, and never fails for want of git.
+
+    `hosts`: each host's ranks; all else is of rank 0's."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
+        "hosts": {host: list(ranks) for host, ranks in (hosts or {socket.gethostname(): [0]}).items()},
         "packages": package_versions(),
         "cpu": {"model": cpu_model(), "cores": os.cpu_count()},
         "gpus": gpus(),

@@ -42,15 +42,21 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
     return stat is not None and stat[0] not in _ZOMBIE_OR_DEAD and stat[1] == process["start_ticks"]
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """(state letter, start tick) of a process, None when there is none."""
+def parent_of(pid: int) -> int | None:
+    """The process that started this one, or whoever adopted it; None where there is no such process."""
+    stat = _stat(pid)
+    return stat[2] if stat else None
+
+
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """(state letter, start tick, parent) of a process, None when there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # field 2 is the command in parentheses and may itself hold spaces and parentheses
     fields = text[text.rindex(")") + 2 :].split()
-    return fields[0], int(fields[19])
+    return fields[0], int(fields[19]), int(fields[1])
 
 
 def _boot_id() -> str | None:

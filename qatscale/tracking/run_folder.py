@@ -57,10 +57,12 @@ class RunFolder:
         n_params: int,
         command: Sequence[str],
         parent: Mapping[str, Any] | None = None,
+        hosts: Mapping[str, Sequence[int]] | None = None,
     ) -> Self:
         """Write the files that describe a run, run.json last, so that a folder with run.json has them all.
 
-        `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from.
+        `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from. `hosts`:
+        each host's ranks.
         Raises UserError where a run lies already.
         """
         self = cls(path)
@@ -70,7 +72,7 @@ class RunFolder:
             )
         for folder in (self.path, self.logs, self.checkpoints, self.figures, self.exports):
             folder.mkdir(parents=True, exist_ok=True)
-        around = environment()
+        around = environment(hosts)
         write_text(self.path / "recipe.yaml", recipe)
         write_json(self.path / "ds_config.json", ds_config)
         write_json(self.path / "environment.json", around)

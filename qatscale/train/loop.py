@@ -14,7 +14,7 @@ from qatscale.engine.checkpoint import load_checkpoint, save_checkpoint
 from qatscale.engine.checkpoint_files import rotate
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import apply_settings, initialize_engine
-from qatscale.engine.layout import layout_notices, plan_layout
+from qatscale.engine.layout import Layout, layout_notices, plan_layout
 from qatscale.engine.runtime import Runtime, job_size, start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import Topology, gather_stages, join_topology
@@ -30,6 +30,7 @@ from qatscale.train.meter import Meter
 from qatscale.train.run_log import RunLog
 from qatscale.train.signals import StopRequest
 from qatscale.train.start import Start, check_data, plan_start
+from qatscale.train.watch import Watch, collective_timeout
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,26 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
     validation = open_validation(config)
     data_notices = check_data(config, start, batches.stream.manifest.fingerprint)
 
-    runtime = start_runtime()
+    runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
+    with Watch(runtime, config.folder / "logs", config.engine.stall_timeout) as watch:
+        return train_in_job(
+            runtime, watch, config, timeline, layout, ds_config, start, batches, validation, data_notices
+        )
+
+
+def train_in_job(
+    runtime: Runtime,
+    watch: Watch,
+    config: RunConfig,
+    timeline: Timeline,
+    layout: Layout,
+    ds_config: dict[str, Any],
+    start: Start,
+    batches: BatchReader,
+    validation: EvaluationReader,
+    data_notices: tuple[str, ...],
+) -> Outcome:
+    """What `train` does from where the processes have met: whatever fails from here on ends all of them."""
     topology = join_topology(config, layout, runtime)
     model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
     initialise(model, config.seed)
@@ -72,7 +92,7 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
         *timeline.warnings, *layout_notices(config, layout), *start.notices, *data_notices, *filter(None, [repetition])
     ]  # fmt: skip
     n_params = count_parameters(config.model).total
-    with RunLog(config, timeline, start, runtime, ds_config, n_params, notices) as log:
+    with RunLog(config, timeline, start, runtime, ds_config, n_params, watch, notices) as log:
         try:
             return run_steps(
                 config, timeline, start.step, runtime, topology, engine, masters, plugin, batches, validation, log
@@ -125,13 +145,16 @@ def run_steps(
             settings = timeline.at(step)
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
             apply_settings(engine, settings)
+            log.watch.mark(step, slow=step == first)
             with meter.data():
                 batch = torch.from_numpy(batches.batch(step, topology.data_rank, topology.data_ranks))
             for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                 meter.add_loss(loss)
+                log.watch.mark(step, slow=step == first)
             meter.end_step()
 
             done = step + 1
+            log.watch.mark(done, slow=True)
             stopped_by = stop.agreed()
             if due.metrics(done) or stopped_by:
                 log.metrics(done, meter.read(done, settings, engine))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
-import traceback
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,21 @@ from qatscale.tracking.compare import perplexity
 from qatscale.tracking.follower import Follower, NoFollower, start_follower
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.console import run_console
+from qatscale.train.faults import Fault
 from qatscale.train.start import Start
+from qatscale.train.watch import Watch
+
+FAILED_PATIENCE = 5.0
+"""Seconds that a run which failed waits for its upload; launchers kill what is left of a job after 30."""
+
+
+def _line_format(rank: int) -> logging.Formatter:
+    """`2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`: logs of many hosts sort into one."""
+    host = socket.gethostname()
+    line = f"%(asctime)s.%(msecs)03dZ {host} rank {rank} %(levelname)s %(name)s: %(message)s"
+    formatter = logging.Formatter(line, datefmt="%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    return formatter
 
 
 class RunLog:
@@ -35,9 +50,10 @@ class RunLog:
         runtime: Runtime,
         ds_config: dict[str, Any],
         n_params: int,
+        watch: Watch,
         notices: Sequence[str] = (),
     ) -> None:
-        self.config, self.timeline, self.start, self.runtime = config, timeline, start, runtime
+        self.config, self.timeline, self.start, self.runtime, self.watch = config, timeline, start, runtime, watch
         self.ds_config, self.n_params, self.notices = ds_config, n_params, notices
         self.folder = RunFolder(config.folder)
         self.console = run_console(runtime.rank, timeline.steps, start.step)
@@ -57,32 +73,43 @@ class RunLog:
                     n_params=self.n_params,
                     command=sys.argv,
                     parent=self.start.parent,
+                    hosts=self.watch.hosts,
                 )
-            self.folder.append("resume" if self.start.resumes else "start", step=self.start.step)
+            self.folder.append(
+                "resume" if self.start.resumes else "start", step=self.start.step, hosts=self.watch.hosts
+            )
             self.follower = start_follower(self.folder, self.config.tracking.uri)
         self.console.__enter__()
         self._introduce()
         self.folder.logs.mkdir(parents=True, exist_ok=True)
         self._file = logging.FileHandler(self.folder.logs / f"rank-{self.runtime.rank}.log")
-        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._file.setFormatter(_line_format(self.runtime.rank))
         logging.getLogger().addHandler(self._file)
+        self.watch.on_failure = self._record
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            logging.getLogger("qatscale").error("".join(traceback.format_exception(error)))
-            if self.runtime.is_main:
-                self.folder.append("failed", step=self._step, error=f"{type(error).__name__}: {error}")
+            self.watch.settle(error)
         self.console.__exit__(kind, error, trace)
         if self.runtime.is_main:
-            if message := self.follower.finish():
+            if message := self.follower.finish(*([] if error is None else [FAILED_PATIENCE])):
                 self.console.notice(message)
             self.folder.close()
+        self.watch.on_failure = None
         if self._file is not None:
             logging.getLogger().removeHandler(self._file)
             self._file.close()
+
+    def _record(self, first: Fault, own: Fault) -> None:
+        """The job has failed. May come from another thread, while this one hangs in a collective."""
+        logging.getLogger("qatscale").error(f"{own.text}\n{first.sentence}")
+        if self.runtime.is_main:
+            self.folder.append(
+                "failed", step=max(first.step, self._step), error=first.error, rank=first.rank, host=first.host
+            )
 
     def _introduce(self) -> None:
         config, runtime, timeline = self.config, self.runtime, self.timeline
@@ -104,7 +131,7 @@ class RunLog:
             self.console.notice(f"branched from {self.start.parent['folder']}@{self.start.parent['step']}")
         elif self.start.checkpoint is not None:
             self.console.resume(self.start.checkpoint, self.start.step)
-        for notice in self.notices:
+        for notice in [*self.watch.clock_notices, *self.notices]:
             self.console.notice(f"note: {notice}")
 
     # one verb per event; on other processes none does anything

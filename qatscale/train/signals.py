@@ -50,10 +50,13 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give the signals back to whoever had them."""
+        """Give the signals back to whoever had them. After an error they stay as they are: the launcher ends processes
+        with SIGTERM when one has failed, and the error has yet to be told; and the others may never come to this."""
+        if kind is not None and self._group is not None:
+            return
         if self._pending is not None:
             self._pending[1].wait()
-        if self._group is not None and kind is None:  # after an error others may never come to this
+        if self._group is not None:
             dist.destroy_process_group(self._group)  # its threads, beside NCCL; see `runtime._leave`
         for number, handler in self._before.items():
             signal.signal(number, handler)
