@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text())
         if raw["format"] not in READABLE:
-            what = f"its {MANIFEST} is of format {raw['format']}; this version of qatscale reads {READABLE}."
+            what = f"its {MANIFEST} is of format {raw['format']}; this version of qatscale reads formats {READABLE}."
             raise UserError("checkpoint", str(folder), what, _other(folder))
         raw["parameters"] = {name: ParameterRecord(**record) for name, record in raw["parameters"].items()}
         manifest = Manifest(**raw)

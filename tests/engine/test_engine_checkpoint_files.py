@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from qatscale.engine.checkpoint_files import (
     list_checkpoints,
     read_manifest,
     rotate,
+    slice_name,
     step_folder,
     verify_files,
     write_shard,
@@ -120,7 +123,7 @@ DAMAGES = {
     "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     "a manifest without a key": (change_manifest(lambda m: m.pop("parameters")), "manifest.json cannot be read"),
     "a manifest with a key too many": (change_manifest(lambda m: m.update(x=1)), "manifest.json cannot be read"),
-    "a format of the future": (change_manifest(lambda m: m.update(format=2)), "manifest.json is of format 2; this"),
+    "a format of the future": (change_manifest(lambda m: m.update(format=3)), "manifest.json is of format 3; this"),
 }
 
 
@@ -235,3 +238,34 @@ def test_a_shard_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
     """safetensors has an exception of its own for a full disk; a save waits for OSError on every process."""
     with pytest.raises(OSError, match=r"shard-00000-of-00001\.safetensors"):
         write_shard(tmp_path / "no such folder", 0, 1, shards(4, ())[0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_piece_of_a_matrix_is_assembled_from_pieces_cut_otherwise(seed: int, tmp_path: Path) -> None:
+    """Saved split by rows or by columns, each part cut anywhere; read as either, and whole."""
+    draw = random.Random(seed)
+    rows, width = draw.randint(1, 9), draw.choice([2, 6, 12])
+    whole = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    parts = draw.choice([1, 2])
+    slices = {}
+    for part in range(parts):
+        columns = (part * width // parts, (part + 1) * width // parts) if parts > 1 else None
+        flat = (whole if columns is None else whole[:, slice(*columns)]).flatten()
+        cuts = sorted({0, len(flat), *(draw.randrange(len(flat) + 1) for _ in range(3))})
+        for start, end in itertools.pairwise(cuts):
+            slices[slice_name("weight", "w", start, columns)] = flat[start:end]
+    writing = writing_folder(tmp_path, 1)
+    writing.mkdir()
+    file = write_shard(writing, 0, 1, slices)
+    manifest = Manifest(
+        step=1, tokens=1, reason="end", kept=True, recipe_hash="", data="", plugin={}, layout={},
+        parameters={"w": ParameterRecord([rows, width], 1)}, files={file.pop("name"): file},
+    )  # fmt: skip
+    reader = CheckpointReader(commit(tmp_path, manifest))
+    assert torch.equal(reader.parameter("w"), whole)
+    for _ in range(10):
+        first, end = sorted(draw.sample(range(width + 1), 2))
+        wanted = whole[:, first:end].flatten()
+        start = draw.randrange(len(wanted))
+        numel = draw.randint(1, len(wanted) - start)
+        assert torch.equal(reader.read("weight", "w", start, numel, (first, end)), wanted[start : start + numel])
