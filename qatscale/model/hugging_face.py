@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
 from qatscale.model.llama import parameter_shapes
+from qatscale.tensor_files import SHARD_BYTES, LazyState, Shape, State, renamed, shapes_of, write_safetensors
 
-State = Mapping[str, Tensor]
-"""Parameter name → value, as from `named_parameters()` or `state_dict()`."""
-
-SHARD_BYTES = 4 * 10**9
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+READABLE_TYPES = ("F32", "BF16", "F16")
 
 _OUTER = {
     "embed.weight": "model.embed_tokens.weight",
@@ -54,47 +52,47 @@ def hugging_face_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def to_hugging_face(state: State, config: ModelConfig) -> dict[str, Tensor]:
-    """The state of a `Llama` under Hugging Face's names; the very same tensors.
+def to_hugging_face(state: State, config: ModelConfig) -> State:
+    """The state of a `Llama` under Hugging Face's names; the very same tensors, lazy where `state` is.
 
     Raises UserError when a parameter is missing, of another shape or unknown, or a tied head is not the embedding.
     """
     state = _without_tied_head(state, config, "head.weight", "embed.weight")
     _check(state, parameter_shapes(config))
-    return {theirs: state[ours] for ours, theirs in hugging_face_names(config).items()}
+    return renamed(state, {theirs: ours for ours, theirs in hugging_face_names(config).items()})
 
 
-def from_hugging_face(state: State, config: ModelConfig) -> dict[str, Tensor]:
+def from_hugging_face(state: State, config: ModelConfig) -> State:
     """The inverse: a state that `Llama(config).load_state_dict` takes. A tied head is the embedding's tensor.
 
     Raises UserError as `to_hugging_face` does. Buffers of rotary frequencies in old checkpoints are left out.
     """
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(".rotary_emb.inv_freq")}
+    state = renamed(state, {name: name for name in state if not name.endswith(".rotary_emb.inv_freq")})
     state = _without_tied_head(state, config, "lm_head.weight", "model.embed_tokens.weight")
     names = hugging_face_names(config)
     _check(state, {names[ours]: shape for ours, shape in parameter_shapes(config).items()})
-    ours_state = {ours: state[theirs] for ours, theirs in names.items()}
-    if config.tied_embedding:
-        ours_state["head.weight"] = ours_state["embed.weight"]
-    return ours_state
+    return renamed(state, names | ({"head.weight": names["embed.weight"]} if config.tied_embedding else {}))
 
 
 def _without_tied_head(state: State, config: ModelConfig, head: str, embed: str) -> State:
     if not config.tied_embedding or head not in state:
         return state
-    if embed in state and state[head] is not state[embed] and not torch.equal(state[head], state[embed]):
-        raise UserError(head, None, f"differs from {embed}, but the model is said to tie the two.")
-    return {name: tensor for name, tensor in state.items() if name != head}
+    if embed in state:
+        one, other = state[head], state[embed]
+        if one is not other and not torch.equal(one, other):
+            raise UserError(head, None, f"differs from {embed}, but the model is said to tie the two.")
+    return renamed(state, {name: name for name in state if name != head})
 
 
 def _check(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = shapes_of(state)
     for name, shape in shapes.items():
-        if name not in state:
+        if name not in found:
             raise UserError("weights", None, f"{name} is missing.")
-        if tuple(state[name].shape) != shape:
-            told = f"has the shape {list(state[name].shape)}, where the configuration asks for {list(shape)}."
+        if found[name] != shape:
+            told = f"has the shape {list(found[name])}, where the configuration asks for {list(shape)}."
             raise UserError("weights", None, f"{name} {told}")
-    if unknown := sorted(set(state) - set(shapes)):
+    if unknown := sorted(set(found) - set(shapes)):
         do = "Quantizer scales have no place in this format: fold them into the weights, or leave them out."
         raise UserError("weights", None, _few(unknown) + " would be lost: a Llama has no such parameter.", do)
 
@@ -139,9 +137,10 @@ def export_hugging_face(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, and AutoTokenizer where a tokenizer is given.
 
-    `dtype`: of the written weights; None = as they are. Weights above 4 GB are split into shards; at most one shard is
-    held in memory beside the model. The folder appears whole or not at all. One process calls this, with full
-    (not partitioned) weights. Raises UserError when `folder` holds something already or the weights do not fit.
+    `dtype`: of the written weights; None = as they are. Weights above 4 GB are split into shards. Beside the model at
+    most one tensor is held in memory, and of a lazy state one in all. The folder appears whole or not at all. One
+    process calls this, with full (not partitioned) weights. Raises UserError when `folder` holds something already or
+    the weights do not fit.
     """
     from transformers import GenerationConfig
 
@@ -173,44 +172,62 @@ def _add_plain_theta(path: Path, theta: float) -> None:
 def save_safetensors(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `state` as model.safetensors, or in shards with an index where it is larger than `shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
-    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
+    shapes = shapes_of(state)
+    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
     for file, names in plan.filename_to_tensors.items():
-        # a copy each: ZeRO's parameters are windows into one large buffer, which safetensors refuses
-        shard = {n: state[n].detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for n in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, {name: shapes[name] for name in names}, dtype, state.__getitem__)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def load_hugging_face(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def load_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
     """Configuration and state of a Llama saved by transformers, read from safetensors only: no code is executed.
 
     Raises UserError when it is another architecture, a variant that `Llama` cannot compute exactly (biases, scaled
-    rotary positions, another activation or head size), or damaged.
+    rotary positions, a sliding window, another activation or head size), or damaged.
     """
-    folder = Path(folder)
-    config = _read_config(folder / "config.json")
-    return config, from_hugging_face(_read_safetensors(folder), config)
+    config = read_config(Path(folder))
+    return config, from_hugging_face(dict(_open_safetensors(Path(folder))), config)
 
 
-def _read_config(path: Path) -> ModelConfig:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig
+def open_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
+    """As `load_hugging_face`, with tensors that are read when they are asked for."""
+    config = read_config(Path(folder))
+    return config, from_hugging_face(_open_safetensors(Path(folder)), config)
 
-    key = str(path)
+
+def read_config(folder: Path) -> ModelConfig:
+    """Of a folder saved by transformers. Raises UserError as `load_hugging_face` does."""
+    return _model_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def trained_length(folder: Path) -> int | None:
+    """Positions that the model was trained on, by its configuration; None where it does not say."""
+    return _read_json(folder / "config.json").get("max_position_embeddings")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A config.json of model type llama."""
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError("model folder", str(path.parent), "holds no config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(key, None, f"is not JSON: {error}.") from None
+        raise UserError(str(path), None, f"is not JSON: {error}.") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "llama":
         found = raw.get("model_type") if isinstance(raw, dict) else raw
-        raise UserError("model_type", found, f"only 'llama' can be loaded ({key}).")
+        raise UserError("model_type", found, f"only 'llama' can be loaded ({path}).")
+    return raw
+
+
+def _model_config(raw: dict[str, Any], key: str) -> ModelConfig:
+    """key: what an error names."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+
     try:
         theirs = LlamaConfig.from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
@@ -224,6 +241,8 @@ def _read_config(path: Path) -> ModelConfig:
         ("hidden_act", theirs.hidden_act, "silu"),
         ("head_dim", theirs.head_dim, theirs.hidden_size // heads),
         ("rope_parameters.rope_type", theirs.rope_parameters.get("rope_type", "default"), "default"),
+        ("rope_parameters.partial_rotary_factor", theirs.rope_parameters.get("partial_rotary_factor", 1), 1),
+        ("sliding_window", raw.get("sliding_window"), None),
         ("quantization_config", raw.get("quantization_config"), None),
     ):
         if found != allowed:
@@ -249,27 +268,35 @@ def _read_config(path: Path) -> ModelConfig:
         raise UserError(key, None, told) from None
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _open_safetensors(folder: Path) -> LazyState:
+    """The weights of a folder, in one file or in shards with an index."""
+    from safetensors import SafetensorError, safe_open
 
     files = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
         if not (folder / INDEX).is_file():
             told = f"holds neither {WEIGHTS} nor {INDEX}; other formats can hold code and are not read."
-            raise UserError("model folder", str(folder), told, "Save it again with safe_serialization.")
+            do = "Load it with transformers where you trust it, and save it again: model.save_pretrained(FOLDER)."
+            raise UserError("model folder", str(folder), told, do)
         try:
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise UserError(str(folder / INDEX), None, "is not an index of safetensors files.") from None
-    state: dict[str, Tensor] = {}
+    shapes: dict[str, Shape] = {}
+    holders: dict[str, Any] = {}
     for file in files:
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise UserError(str(folder / INDEX), None, f"names {file!r}, which is no safetensors file beside it.")
         try:
-            state |= load_file(folder / file)
+            opened = safe_open(folder / file, framework="pt")
         except FileNotFoundError:
             raise UserError("model folder", str(folder), f"{file} is missing; {INDEX} names it.") from None
         except SafetensorError as error:
             raise UserError(str(folder / file), None, f"is damaged: {error}.") from None
-    return state
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            about = opened.get_slice(name)
+            if about.get_dtype() not in READABLE_TYPES:
+                allowed = f"{name} is of type {about.get_dtype()}; only {', '.join(READABLE_TYPES)} can be loaded."
+                raise UserError("weights", None, allowed)
+            shapes[name], holders[name] = tuple(about.get_shape()), opened
+    return LazyState(shapes, lambda name: holders[name].get_tensor(name))
