@@ -76,45 +76,84 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file())
 
 
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint, None where there is none. UserError where a newer one is half-deleted: going on
+    from an older one without a word would cost the steps between them."""
+    found = list_checkpoints(checkpoints)
+    there = sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name)) if checkpoints.is_dir() else []
+    if there and (not found or there[-1] != found[-1]):
+        raise UserError("checkpoint", str(there[-1]), f"half-deleted: it has no {MANIFEST}.", _other(there[-1]))
+    return found[-1] if found else None
+
+
+class _DamageError(Exception):
+    """What is wrong with a checkpoint."""
+
+
 def read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
+    """Raises UserError for a manifest that is missing or cannot be read, with the checkpoint to use instead."""
     try:
-        raw = json.loads(path.read_text())
+        return _parse_manifest(folder)
+    except _DamageError as damage:
+        raise UserError("checkpoint", str(folder), str(damage), _other(folder)) from damage.__cause__
+
+
+def _parse_manifest(folder: Path) -> Manifest:
+    try:
+        raw = json.loads((folder / MANIFEST).read_text())
         if raw["format"] not in READABLE:
-            what = f"its {MANIFEST} is of format {raw['format']}; this version of qatscale reads formats {READABLE}."
-            raise UserError("checkpoint", str(folder), what, _other(folder))
+            readable = f"this version of qatscale reads formats {READABLE}."
+            raise _DamageError(f"its {MANIFEST} is of format {raw['format']}; {readable}")
         raw["parameters"] = {name: ParameterRecord(**record) for name, record in raw["parameters"].items()}
-        manifest = Manifest(**raw)
+        return Manifest(**raw)
     except FileNotFoundError:
-        raise UserError("checkpoint", str(folder), f"no checkpoint: it has no {MANIFEST}.", _other(folder)) from None
-    except UserError:
-        raise
+        raise _DamageError(f"no checkpoint: it has no {MANIFEST}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            "checkpoint", str(folder), f"its {MANIFEST} cannot be read ({error}).", _other(folder)
-        ) from error
-    return manifest
-
-
-def _other(folder: Path) -> str:
-    """What to do with a damaged checkpoint: which one to use instead, and how."""
-    before = [p.name for p in list_checkpoints(folder.parent) if p.name < folder.name]
-    if not before:
-        return "There is no earlier checkpoint beside it."
-    return f"The one before it is {before[-1]}; remove this folder to go on from there."
+        raise _DamageError(f"its {MANIFEST} cannot be read ({error}).") from error
 
 
 def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     """Raise UserError if a shard is missing, truncated or altered. Checks every `shares`-th file, from `share`."""
+    try:
+        _check_files(folder, manifest, share, shares)
+    except _DamageError as damage:
+        raise UserError("checkpoint", str(folder), str(damage), _other(folder)) from None
+
+
+def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     for name, expected in sorted(manifest.files.items())[share::shares]:
         path = folder / name
         if not path.is_file():
-            raise UserError("checkpoint", str(folder), f"{name} is missing.", _other(folder))
+            raise _DamageError(f"{name} is missing.")
         if path.stat().st_size != expected["bytes"]:
-            size = f"{path.stat().st_size} bytes instead of {expected['bytes']}"
-            raise UserError("checkpoint", str(folder), f"{name} has {size}.", _other(folder))
+            raise _DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}.")
         if sha256_of(path) != expected["sha256"]:
-            raise UserError("checkpoint", str(folder), f"{name} was altered: checksum differs.", _other(folder))
+            raise _DamageError(f"{name} was altered: checksum differs.")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether everything of a checkpoint is there and unaltered. Reads all of it."""
+    try:
+        _check_files(folder, _parse_manifest(folder))
+    except _DamageError:
+        return False
+    return True
+
+
+def _other(folder: Path) -> str:
+    """What to do with a damaged checkpoint: the newest one before it that is whole, verified now, and how to use it."""
+    before = [p for p in list_checkpoints(folder.parent) if p.name < folder.name]
+    if not before:
+        return "There is no earlier checkpoint beside it."
+    whole = next((p for p in reversed(before) if is_whole(p)), None)
+    if whole is None:
+        return f"None of the {len(before)} earlier checkpoints beside it is whole."
+    damaged = [p.name for p in [*before, folder] if p.name > whole.name]
+    run, step = folder.parent.parent, int(whole.name.removeprefix("step-"))
+    return (
+        f"The newest whole one before it is {whole.name} (verified just now): give {run}@{step}, or remove "
+        f"{', '.join(damaged)} to go on from there."
+    )
 
 
 # --- writing ---
@@ -171,8 +210,8 @@ def rotate(checkpoints: Path, keep: int) -> list[Path]:
 
 def _may_go(folder: Path) -> bool:
     try:
-        return not read_manifest(folder).kept
-    except UserError:
+        return not _parse_manifest(folder).kept
+    except _DamageError:
         return False
 
 
@@ -210,14 +249,13 @@ class CheckpointReader:
         for name in sorted(self.manifest.files):
             try:
                 self._files[name] = file = safe_open(folder / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    "checkpoint", str(folder), f"{name} cannot be read ({error}).", _other(folder)
-                ) from error
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                saved = _SavedSlice.named(key, file.get_slice(key).get_shape()[0], name)
-                kind, parameter, *_ = key.split("/")
-                self._slices.setdefault((kind, parameter), []).append(saved)
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    saved = _SavedSlice.named(key, file.get_slice(key).get_shape()[0], name)
+                    kind, parameter, *_ = key.split("/")
+                    self._slices.setdefault((kind, parameter), []).append(saved)
+            except (SafetensorError, OSError, ValueError, IndexError) as error:  # the latter two: an altered header
+                told = f"{name} cannot be read ({error})."
+                raise UserError("checkpoint", str(folder), told, _other(folder)) from error
 
     def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
         """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
@@ -286,11 +324,12 @@ def find_checkpoint(what: str | Path) -> Path:
             raise UserError("checkpoint", str(path), "no complete checkpoint here.", _other(path))
         return path
     found = list_checkpoints(path / "checkpoints")
+    newest = None if at else newest_checkpoint(path / "checkpoints")
     if not found:
         none = "no run folder with a complete checkpoint, and no checkpoint folder."
         raise UserError("checkpoint", str(what), none, _what_is_there(path))
-    if not at:
-        return found[-1]
+    if newest:
+        return newest
     steps = {int(p.name.removeprefix("step-")): p for p in found}
     if not at.isdigit() or int(at) not in steps:
         raise UserError(

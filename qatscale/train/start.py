@@ -12,7 +12,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoint_files import (
     Manifest,
     find_checkpoint,
-    list_checkpoints,
+    newest_checkpoint,
     read_manifest,
 )
 from qatscale.errors import UserError
@@ -67,9 +67,9 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
     if folder.status == "running":
         raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
     parent = folder.run["parent"]
-    checkpoints = list_checkpoints(folder.checkpoints)
-    if checkpoints:
-        return Start(checkpoints[-1], read_manifest(checkpoints[-1]), True, parent, notices)
+    newest = newest_checkpoint(folder.checkpoints)
+    if newest:
+        return Start(newest, read_manifest(newest), True, parent, notices)
     if parent:  # stopped before its first own checkpoint: from the branch point again
         origin = find_checkpoint(f"{parent['folder']}@{parent['step']}")
         return Start(origin, read_manifest(origin), True, parent, notices)

@@ -19,6 +19,7 @@ from qatscale.engine.checkpoint_files import (
     commit,
     find_checkpoint,
     list_checkpoints,
+    newest_checkpoint,
     read_manifest,
     rotate,
     slice_name,
@@ -104,6 +105,18 @@ def alter(folder: Path) -> None:
     (folder / SHARD).write_bytes(content)
 
 
+def alter_header(folder: Path) -> None:
+    """A slice's name loses its number of the first element: the safetensors file itself stays readable."""
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content.replace(b"weight/norm.weight/3", b"weight/norm.weight_3"))
+
+
+def half_delete(folder: Path) -> None:
+    """As an interrupted `rm -r` leaves it."""
+    for name in ("manifest.json", SHARD):
+        (folder / name).unlink()
+
+
 def change_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -117,6 +130,8 @@ DAMAGES = {
     "truncated shard": (truncate, SHARD),
     "empty shard": (lambda f: (f / SHARD).write_bytes(b""), SHARD),
     "altered byte": (alter, f"{SHARD} was altered"),
+    "altered header": (alter_header, f"{SHARD} cannot be read"),
+    "half-deleted": (half_delete, "no manifest.json"),
     "missing shard": (lambda f: (f / SHARD).unlink(), SHARD),
     "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
     "half a manifest": (lambda f: (f / "manifest.json").write_text('{"step": 4,'), "manifest.json cannot be read"),
@@ -139,7 +154,10 @@ def test_damage_is_told_with_the_file_and_the_checkpoint_before(damage: str, tmp
     assert caught.value.key == "checkpoint"
     assert caught.value.value == str(folder)
     assert says in caught.value.allowed
-    assert "The one before it is step-00000002" in caught.value.do
+    assert caught.value.do == (
+        f"The newest whole one before it is step-00000002 (verified just now): give {tmp_path.parent}@2, or remove "
+        "step-00000004 to go on from there."
+    )
 
 
 def test_damage_without_a_checkpoint_before(tmp_path: Path) -> None:
@@ -148,6 +166,33 @@ def test_damage_without_a_checkpoint_before(tmp_path: Path) -> None:
     truncate(folder)
     with pytest.raises(UserError, match="There is no earlier checkpoint beside it"):
         CheckpointReader(folder)
+
+
+def test_a_checkpoint_that_is_offered_was_itself_verified(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    for step, damage in ((4, alter), (6, half_delete), (8, truncate)):
+        damage(step_folder(tmp_path, step))
+    offer = f"before it is step-00000002 .*: give {tmp_path.parent}@2, or remove step-00000004, step-00000008 to go on"
+    with pytest.raises(UserError, match=offer):
+        CheckpointReader(step_folder(tmp_path, 8))
+    alter(step_folder(tmp_path, 2))
+    with pytest.raises(UserError, match="None of the 2 earlier checkpoints beside it is whole"):
+        CheckpointReader(step_folder(tmp_path, 8))
+
+
+def test_a_half_deleted_newest_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
+    """What can be seen was whole once: going on from an older one would silently cost the steps between."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    write(checkpoints, 2)
+    half_delete(write(checkpoints, 4))
+    for find in (lambda: newest_checkpoint(checkpoints), lambda: find_checkpoint(tmp_path / "run")):
+        with pytest.raises(UserError, match=r"half-deleted: it has no manifest.json.*whole one before it is step-0+2"):
+            find()
+    assert find_checkpoint(f"{tmp_path / 'run'}@2").name == "step-00000002"
+    write(checkpoints, 6)
+    assert newest_checkpoint(checkpoints) == step_folder(checkpoints, 6)
+    assert newest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_processes_share_the_check_of_the_files(tmp_path: Path) -> None:
