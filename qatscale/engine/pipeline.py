@@ -35,6 +35,9 @@ class LlamaPipeline(PipelineModule):
         self.dynamic_shape = False
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
+            # The bf16 optimizer sets it with the first gradient. Of tied parameters DeepSpeed reads it always, and the
+            # table's scale has no gradient before the switch.
+            parameter._hp_grad = None
         self.tied_comms = self._tie_ends(model, topology) if model.config.tied_embedding else {}
 
     def _tie_ends(self, model: Llama, topology: Topology) -> dict[str, dict[str, Any]]:
@@ -54,11 +57,9 @@ class LlamaPipeline(PipelineModule):
         return mine
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        return [
-            (getattr(tied["module"], name), tied["group"])
-            for tied in self.tied_comms.values()
-            for name in tied["weight_attr"]
-        ]
+        """Those that have a gradient: before the switch the scale has none, on neither stage."""
+        tied = [(getattr(t["module"], name), t["group"]) for t in self.tied_comms.values() for name in t["weight_attr"]]
+        return [(p, group) for p, group in tied if p.grad is not None or hasattr(p, "_hp_grad")]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
