@@ -23,12 +23,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from killing import Measures, Moment, Point, launch, preload
+from killing import GRACE, Ended, Measures, Moment, Point, launch, preload
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "ZeRO-1": (2, ["engine.ds_config=zero1_fp32"]),
     "ZeRO-2": (2, ["engine.ds_config=zero2_fp32"]),
     "ZeRO-3": (2, ["engine.ds_config=zero3_fp32"]),
+    "tensor-2": (2, ["engine.ds_config=zero1_fp32", "engine.tensor_parallel=2"]),
+    "pipeline-2": (2, ["engine.ds_config=zero1_fp32", "engine.pipeline_stages=2"]),
 }
 """Name -> (processes, overrides). Whatever a run can be laid out as belongs here."""
 
@@ -62,6 +64,9 @@ class Kill:
     """Step of the newest checkpoint that was found."""
     found: int
     """Checkpoints found, all of which were read whole."""
+    waited: bool
+    """A process that was not killed had not ended by itself after GRACE seconds. While starting it waits for the others
+    to come, and its launcher is who ends it; later it must not happen."""
     leftovers: list[str]
     """What is hidden beside them, and never taken for a checkpoint."""
     codes: tuple[int, ...]
@@ -129,11 +134,12 @@ class Experiment:
         while True:
             enough = len(self.kills) >= min(count, own + KILLS_A_RUN) or time.monotonic() > end
             point = None if enough else self.draw(ranks)
-            newest = _newest(folder)
+            newest, before = _newest(folder), len(_beginnings(folder))
             ended = launch(self._overrides(name, layout), ranks, self._log(), point, self.measures[layout])
-            if newest is not None and (began := _began_at(folder)) not in (newest, None):
-                wrong.append(f"launch {self._launches} began at step {began}, the newest checkpoint is of {newest}")
-            if ended.hung:
+            for began in _beginnings(folder)[before:]:
+                if began != newest:
+                    wrong.append(f"launch {self._launches} began at step {began}, the newest checkpoint is of {newest}")
+            if ended.hung and (point is None or point.moment != "starting"):
                 wrong.append(f"launch {self._launches}: a process hung")
             if not ended.killed:
                 self.missed += point is not None
@@ -141,7 +147,7 @@ class Experiment:
                     wrong.append(f"launch {self._launches} failed with {ended.codes}")
                     print(ended.output)
                 break
-            kill = _look(folder, len(self.kills) + 1, layout, str(point), ended.inside, ended.steps, ended.codes)
+            kill = _look(folder, len(self.kills) + 1, layout, str(point), ended)
             self.kills.append(kill)
             print(f"{kill.number:3d} {layout} {point}: {'inside' if kill.inside else 'outside'}, step {kill.steps}, "
                   f"newest {kill.newest} {' '.join(kill.wrong)}", flush=True)  # fmt: skip
@@ -155,24 +161,23 @@ class Experiment:
         return found + [f"{run['run']}: {what}" for run in self.runs for what in run["wrong"]]
 
 
-def _newest(folder: Path) -> int | None:
-    """Step of the newest checkpoint; None before the run's folder is made."""
+def _newest(folder: Path) -> int:
+    """Step of the newest checkpoint; 0 where there is none."""
     from qatscale.engine.checkpoint_files import list_checkpoints
 
     found = list_checkpoints(folder / "checkpoints")
-    return int(found[-1].name[-8:]) if found else 0 if (folder / "run.json").exists() else None
+    return int(found[-1].name[-8:]) if found else 0
 
 
-def _began_at(folder: Path) -> int | None:
-    """The step at which the last launch began; None where it was killed before it said so."""
-    if not (folder / "metrics.jsonl").exists():
-        return None
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    life = [record for record in records if record["event"] in ("start", "resume")]
-    return life[-1]["step"] if life else None
+def _beginnings(folder: Path) -> list[int]:
+    """The steps at which launches began, of those that came so far as to say it."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [record["step"] for record in records if record["event"] in ("start", "resume")]
 
 
-def _look(folder: Path, number: int, layout: str, point: str, inside: bool, steps: int, codes: tuple[int, ...]) -> Kill:
+def _look(folder: Path, number: int, layout: str, point: str, ended: Ended) -> Kill:
     """What a kill has left; every checkpoint that can be found is read whole."""
     from qatscale.engine.checkpoint_files import CheckpointReader, list_checkpoints, verify_files
     from qatscale.errors import UserError
@@ -190,8 +195,8 @@ def _look(folder: Path, number: int, layout: str, point: str, inside: bool, step
             wrong.append(f"found but unreadable: {error}")
     hidden = sorted(path.name for path in checkpoints.glob(".*")) if checkpoints.exists() else []
     newest = int(found[-1].name[-8:]) if found else 0
-    steps = max(steps, newest)  # killed before its first step
-    kill = Kill(number, layout, point, inside, steps, newest, len(found), hidden, codes, wrong)
+    steps = max(ended.steps, newest)  # killed before its first step
+    kill = Kill(number, layout, point, ended.inside, steps, newest, len(found), ended.hung, hidden, ended.codes, wrong)
     if kill.lost > INTERVAL:
         wrong.append(f"lost {kill.lost} steps, an interval is {INTERVAL}")
     return kill
@@ -272,11 +277,12 @@ def record(experiment: Experiment, seed: int, seconds: float) -> str:
             sum(bool(run["wrong"]) for run in runs),
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    torn = sum(bool(kill.leftovers) for kill in kills)
+    torn, waited = sum(bool(kill.leftovers) for kill in kills), sum(kill.waited for kill in kills)
     lines += [
         "",
-        f"After {torn} kills there was something half-written or half-removed, hidden and never taken for a checkpoint. "
-        f"{experiment.missed} more draws came too late: their run was over.",
+        f"After {torn} kills there was something half-written or half-removed, hidden and never taken for a checkpoint."
+        f" After {waited} a process that was still starting waited for the killed one; after {GRACE:.0f} s it was"
+        f" ended, as a launcher does. {experiment.missed} more draws came too late: their run was over.",
         "",
     ]
     lines += ["Wrong:", "", *(f"- {what}" for what in experiment.wrong)] if experiment.wrong else ["Wrong: nothing."]

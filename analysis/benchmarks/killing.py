@@ -97,7 +97,7 @@ def preload() -> None:
     """Import what a training process needs, so that forks have it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - which every engine imports, with a compiler
     import matplotlib.backends.backend_agg  # noqa: F401
 
     import qatscale.tracking.curves
