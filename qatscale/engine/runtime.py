@@ -76,12 +76,17 @@ def start_runtime(timeout: float | None = None) -> Runtime:
 
     if not torch.distributed.is_initialized():
         if on_gpu:
-            torch.cuda.set_device(local_rank)
+            torch.cuda.set_device(_device_index(local_rank))
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
         atexit.register(_leave)
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", _device_index(local_rank)) if on_gpu else torch.device("cpu")
     return Runtime(rank, ranks, local_rank, device)
+
+
+def _device_index(local_rank: int) -> int:
+    """Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0."""
+    return local_rank if torch.cuda.device_count() > 1 else 0
 
 
 def _leave() -> None:

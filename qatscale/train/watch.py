@@ -339,7 +339,8 @@ class Watch:
         assert self._board is not None
         note = self._board.notes[rank]
         now = time.time() - self._board.offsets[self.runtime.rank]
-        return Fault(rank, note["process"]["host"], note["step"], now, kind, error)
+        step = max(note["step"], self._step)  # its note may be old, and the others do not get past it
+        return Fault(rank, note["process"]["host"], step, now, kind, error)
 
     def _fault_of_self(self, error: BaseException | None) -> Fault:
         if error is not None:
