@@ -1,0 +1,384 @@
+"""Does the main job work on this machine? Everything that has to, through the real launcher, in one command.
+
+    python analysis/benchmarks/gpu/main_job.py --device cuda --out DIR
+    python analysis/benchmarks/gpu/main_job.py --device cpu --out DIR        recipe `debug`: a test of this script
+
+Full precision, switch and QAT under ZeRO 1, 2, 3, in fp32 and bf16, at 2 and 4 bits; SIGKILL, SIGTERM, resume, resume
+under another stage; evaluation in three views; speed and memory of both phases. Writes DIR/main_job.json and
+DIR/main_job.md; no check stops another; exit code 0: all passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from record import FailedCheckError, Record, about_here, require
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+sys.path.append(str(HERE.parent))  # kill_points
+
+STAGES, PRECISIONS, BITS = (1, 2, 3), ("fp32", "bf16"), (2, 4)
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+"""Relative, of losses under other stages, or resumed without deterministic algorithms."""
+BF16_AGAINST_FP32 = 2e-2
+KILL, STOP = 0.35, 0.65
+"""Of the steps: before and after the switch, which comes half-way."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained on a device."""
+
+    recipe: str
+    vocabulary: int
+    steps: int
+    small: tuple[str, ...]
+    """Overrides of the runs that are compared."""
+    measured_steps: int
+    measured: tuple[str, ...]
+    """Of the runs whose speed and memory are measured, one at a time."""
+    tokens_per_step: tuple[int, int]
+    """Of the two kinds."""
+    jobs: int
+    """Runs that are compared at a time."""
+
+
+SIZES = {
+    "cpu": Size("debug", 512, 40, ("batch.micro_batch=2",), 40, (), (256, 256), 2),
+    "cuda": Size(
+        "86m", 8192, 60,
+        # 18M parameters: twenty runs' checkpoints fit on a disk, and fp32 is done in seconds
+        ("model.vocab_size=8192", "model.hidden_size=512", "model.layers=4", "model.heads=8",
+         "model.intermediate_size=1536", "data.sequence_length=512", "batch.sequences=16", "batch.micro_batch=8"),
+        300,
+        ("model.vocab_size=8192", "data.sequence_length=2048", "batch.sequences=16", "batch.micro_batch=16"),
+        (8192, 32768), 4,
+    ),
+}  # fmt: skip
+
+
+class Launched:
+    """A training run through DeepSpeed's launcher, on one process."""
+
+    def __init__(self, job: Job, name: str, ds_config: str, bits: int, kind: str) -> None:
+        self.job, self.name, self.kind = job, name, kind
+        self.folder = job.work / "runs" / name
+        size = job.size
+        steps = size.measured_steps if kind == "measured" else size.steps
+        self.steps, tokens = steps, size.tokens_per_step[kind == "measured"]
+        self.arguments = [
+            size.recipe, *(size.measured if kind == "measured" else size.small), f"name={name}",
+            f"output={job.work / 'runs'}", f"data.path={job.work / 'data'}", f"engine.ds_config={ds_config}",
+            f"tokens={steps * tokens}", f"qat.bits={bits}", "qat.scheme=fused", "qat.fraction=0.5",
+            f"schedule.warmup_tokens={steps * tokens // 10}", "schedule.cooldown_fraction=0.2",
+            f"checkpoint.interval={'null' if kind == 'measured' else steps // 6 * tokens}", "checkpoint.keep=1",
+            "optimizer.learning_rate=3e-4", "evaluation.interval=null", f"evaluation.tokens={8 * tokens}",
+            f"evaluation.ptq_bits=[{bits}]", "log_interval=1", "tracking.uri=none",
+        ]  # fmt: skip
+        self.output = job.work / f"{name}.log"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        programs = Path(sys.executable).parent  # the launcher starts `python` from the PATH
+        script = HERE / "deterministic.py" if self.kind == "deterministic" else ROOT / "launch" / "train.py"
+        command = [sys.executable, programs / "deepspeed", "--num_gpus", "1", "--master_port", str(port), script]
+        environment = os.environ | {
+            "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": self.job.threads,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "analysis")]),
+        }  # fmt: skip
+        environment |= {"DS_ACCELERATOR": "cpu"} if self.job.device == "cpu" else {}
+        with self.output.open("ab") as log:
+            return subprocess.Popen(
+                [*map(str, command), *self.arguments],
+                env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The launcher's exit code. Ends all of the job where it takes too long."""
+        try:
+            return process.wait(max(30.0, min(240.0, self.job.record.seconds_left + 30)))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def finish(self) -> Mapping[str, Any]:
+        """Train to the end; the last loss and what was complained about."""
+        code = self.wait(self.start())
+        if code or not (self.folder / "done.json").exists():
+            raise FailedCheckError(f"{self.name} ended with {code}:\n{self.tail()}")
+        losses = self.losses()
+        if self.job.size.recipe == "debug":  # learns next to nothing in so few steps
+            holds = len(losses) == self.steps
+        else:
+            holds = len(losses) == self.steps and losses[self.steps] < losses[1]
+        return require(holds, "steps are missing, or nothing was learnt", {"loss": losses[self.steps]})
+
+    def signalled(self, number: int, share: float) -> int:
+        """Train, and signal the training process once that share of the steps is done; the last step on record."""
+        process = self.start()
+        try:
+            while process.poll() is None and max(self.losses(), default=0) < share * self.steps:
+                time.sleep(0.01)
+            require(process.poll() is None, f"{self.name} ended before the signal:\n{self.tail()}", {})
+            os.kill(self.record("start", "resume")["process"]["pid"], number)
+        finally:
+            self.wait(process)
+        return max(self.losses())
+
+    def record(self, *events: str) -> dict[str, Any]:
+        """The last event of these kinds; KeyError where there is none."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        found = [event for event in map(json.loads, lines) if event["event"] in events]
+        if not found:
+            raise KeyError(f"{self.name} has no event {events}:\n{self.tail()}")
+        return found[-1]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        from qatscale.tracking.run_folder import RunFolder
+
+        return RunFolder(self.folder).records("metrics") if (self.folder / "metrics.jsonl").exists() else []
+
+    def losses(self) -> dict[int, float]:
+        return {event["step"]: event["loss"] for event in self.metrics()}
+
+    def tail(self) -> str:
+        log = self.folder / "logs" / "rank-0.log"
+        texts = [path.read_text(errors="replace")[-4000:] for path in (self.output, log) if path.exists()]
+        return "\n".join(texts)
+
+
+class Job:
+    def __init__(self, device: str, record: Record, work: Path) -> None:
+        self.device, self.record, self.work = device, record, work
+        self.size = SIZES[device]
+        self.threads = "1" if device == "cpu" else "4"
+
+    def run(self, name: str, ds_config: str, bits: int, kind: str = "ordinary") -> Launched:
+        return Launched(self, name, ds_config, bits, kind)
+
+    # --- checks ---
+
+    def data(self) -> Mapping[str, Any]:
+        """Token shards of a Markov chain: something to learn, the same everywhere, and no text needed."""
+        from qatscale.data.adopt import adopt
+        from qatscale.data.indexed import IndexedWriter
+
+        size = self.size
+        most = max(size.steps * size.tokens_per_step[0], size.measured_steps * size.tokens_per_step[1])
+        folder, counts = self.work / "data", {"train": most + 4096, "validation": 16 * max(size.tokens_per_step)}
+        folder.mkdir(parents=True)
+        for seed, (split, count) in enumerate(counts.items()):
+            tokens = markov_chains(size.vocabulary, 256, -(-count // 256), seed)
+            writer = IndexedWriter(folder / split, np.dtype(np.uint16))
+            for document in tokens:
+                writer.add(document, np.array([len(document)]))
+            writer.finish()
+        adopt(folder, train=["train"], validation=["validation"], vocab_size=size.vocabulary)
+        return {"tokens": counts["train"]}
+
+    def agree(self, runs: Sequence[Launched], tolerance: float) -> Mapping[str, Any]:
+        """Losses of every step of every run against the first run's."""
+        worst = {run.name: largest_difference(run.losses(), runs[0].losses()) for run in runs[1:]}
+        holds = all(difference <= tolerance for difference in worst.values())
+        return require(holds, f"losses part from {runs[0].name}'s by more than {tolerance}", worst)
+
+    def killed_and_resumed(self, run: Launched, whole: Launched, exactly: bool) -> Mapping[str, Any]:
+        """SIGKILL before the switch, then the same command again; against the run that nobody killed."""
+        from kill_points import differences
+
+        last = run.signalled(signal.SIGKILL, KILL)
+        require(not (run.folder / "done.json").exists(), "it was over before the kill", {})
+        run.finish()
+        if exactly and not (whole.folder / "done.json").exists():
+            whole.finish()
+        resumed = run.record("resume")["step"]
+        numbers = {"killed after step": last, "resumed from": resumed,
+                   "largest relative difference": largest_difference(run.losses(), whole.losses()),
+                   "bit for bit": not (found := differences(run.folder, whole.folder))}  # fmt: skip
+        require(last - resumed <= self.size.steps // 6, "more than one interval was lost", numbers)
+        if exactly:
+            return require(not found, "; ".join(found[:5]), numbers)
+        limit = TOLERANCE["bf16" if "bf16" in run.name else "fp32"]
+        return require(numbers["largest relative difference"] <= limit, f"more than {limit}", numbers)
+
+    def stopped_and_moved(self, run: Launched, moved: Launched, whole: Launched, limit: float) -> Mapping[str, Any]:
+        """SIGTERM after the switch saves; `moved` is the same run under another ZeRO stage and goes on from there."""
+        run.signalled(signal.SIGTERM, STOP)
+        stopped = run.record("stopped")["step"]
+        saved = (run.folder / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()
+        moved.finish()
+        numbers = {"stopped at": stopped, "resumed from": moved.record("resume")["step"],
+                   "largest relative difference": largest_difference(moved.losses(), whole.losses())}  # fmt: skip
+        holds = saved and numbers["resumed from"] == stopped and numbers["largest relative difference"] <= limit
+        return require(holds, f"not saved, not resumed from there, or more than {limit} apart", numbers)
+
+    def evaluated(self, run: Launched, bits: int, limit: float) -> Mapping[str, Any]:
+        """`qatscale evaluate` in three views against the run's own final evaluation."""
+        command = f"from qatscale.cli import main; main(['evaluate', {str(run.folder)!r}, '--ptq', '{bits}', '--json'])"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "analysis")])}
+        environment |= {"DS_ACCELERATOR": "cpu"} if self.device == "cpu" else {}
+        done = subprocess.run(
+            [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        require(done.returncode == 0, f"it ended with {done.returncode}:\n{done.stdout}\n{done.stderr[-4000:]}", {})
+        found = json.loads(done.stdout)
+        losses = {view: value["loss"] for view, value in found["views"].items()}
+        final = json.loads((run.folder / "done.json").read_text())["metrics"]
+        trained = {"fp": final["final/val_loss_fp_view"], "quantized": final["final/val_loss"],
+                   f"ptq{bits}": final[f"final/val_loss_ptq{bits}"]}  # fmt: skip
+        numbers = {**losses, "largest relative difference": max(abs(losses[v] / trained[v] - 1) for v in trained)}
+        return require(numbers["largest relative difference"] <= limit, f"more than {limit}: {trained}", numbers)
+
+    def measured(self, run: Launched) -> Mapping[str, Any]:
+        """Median speed and memory of both phases; the first tenth of the steps of each is left out."""
+        run.finish()
+        numbers: dict[str, Any] = {}
+        for phase in ("fp", "qat"):
+            events = [event for event in run.metrics() if event["phase"].startswith("qat_") == (phase == "qat")]
+            steady = events[len(events) // 10 :]
+            speeds = sorted(event["tokens_per_second"] for event in steady)
+            quarter = len(speeds) // 4
+            numbers[f"{phase} tokens/s"] = float(median(speeds))
+            numbers[f"{phase} quartiles"] = f"{speeds[quarter]:.4g} to {speeds[-1 - quarter]:.4g}"
+            numbers[f"{phase} GiB"] = float(median(event["memory_gib"] for event in steady))
+            mfu = [event["mfu"] for event in steady if event["mfu"] is not None]
+            numbers[f"{phase} MFU"] = float(median(mfu)) if mfu else "unknown peak"
+        numbers["qat over fp"] = numbers["qat tokens/s"] / numbers["fp tokens/s"]
+        return numbers
+
+    # --- the order of things ---
+
+    def everything(self) -> None:
+        self.record.check("token shards", self.data)
+        runs: dict[str, Launched] = {}
+        tasks: list[tuple[str, Callable[[], Mapping[str, Any]]]] = []
+
+        def train(name: str, *arguments: Any) -> None:
+            runs[name] = self.run(name, *arguments)
+            tasks.append((f"trains: {name}", runs[name].finish))
+
+        for bits in BITS:
+            for precision in PRECISIONS:
+                for stage in STAGES:
+                    train(f"z{stage}-{precision}-{bits}bit", f"zero{stage}_{precision}", bits)
+        train("z1-fp32-2bit-again", "zero1_fp32", 2)
+        train("z1-bf16-2bit-again", "zero1_bf16", 2)
+        train("z2-bf16-2bit-offload", "zero2_bf16_offload", 2)
+        for stage, precision in ((1, "fp32"), (3, "bf16")):
+            name, ds_config = f"z{stage}-{precision}", f"zero{stage}_{precision}"
+            killed = self.run(f"killed-{name}", ds_config, 2, "deterministic")
+            whole = self.run(f"whole-{name}", ds_config, 2, "deterministic")
+            check = partial(self.killed_and_resumed, killed, whole, True)
+            tasks.append((f"SIGKILL and resume, deterministic algorithms: {name}", check))
+        self._all(tasks)
+
+        for bits in BITS:
+            for precision in PRECISIONS:
+                alike = [runs[f"z{stage}-{precision}-{bits}bit"] for stage in STAGES]
+                check = partial(self.agree, alike, TOLERANCE[precision])
+                self.record.check(f"stages agree: {precision}, {bits} bits", check)
+        pairs = [("z1-fp32-2bit", "z1-fp32-2bit-again", "fp32"), ("z1-bf16-2bit", "z1-bf16-2bit-again", "bf16"),
+                 ("z2-bf16-2bit", "z2-bf16-2bit-offload", "bf16")]  # fmt: skip
+        for one, other, precision in pairs:
+            check = partial(self.agree, [runs[one], runs[other]], TOLERANCE[precision])
+            self.record.check(f"{other} agrees with {one}", check)
+        for bits in BITS:
+            pair = [runs[f"z1-fp32-{bits}bit"], runs[f"z1-bf16-{bits}bit"]]
+            self.record.check(f"bf16 agrees with fp32: {bits} bits", partial(self.agree, pair, BF16_AGAINST_FP32))
+
+        later: list[tuple[str, Callable[[], Mapping[str, Any]]]] = []
+        for precision, first, second in (("bf16", 1, 3), ("fp32", 3, 2)):
+            name = f"stopped-{precision}"
+            stopped, moved = (self.run(name, f"zero{stage}_{precision}", 4) for stage in (first, second))
+            whole = runs[f"z{second}-{precision}-4bit"]
+            check = partial(self.stopped_and_moved, stopped, moved, whole, TOLERANCE[precision])
+            later.append((f"SIGTERM under ZeRO-{first}, resume under ZeRO-{second}: {precision}", check))
+        killed = self.run("killed-ordinary-z1-bf16", "zero1_bf16", 2)
+        check = partial(self.killed_and_resumed, killed, runs["z1-bf16-2bit"], False)
+        later.append(("SIGKILL and resume, ordinary algorithms: z1-bf16", check))
+        for name, bits in (("z1-fp32-2bit", 2), ("z3-bf16-4bit", 4)):
+            limit = 1e-4 if "fp32" in name else 5e-3
+            later.append((f"three views: {name}", partial(self.evaluated, runs[name], bits, limit)))
+        self._all(later)
+
+        for stage in STAGES:
+            run = self.run(f"measured-z{stage}-bf16", f"zero{stage}_bf16", 4, "measured")
+            self.record.check(f"speed and memory: ZeRO-{stage}, bf16, 4 bits", partial(self.measured, run))
+        self.record.check("warnings", self.warnings)
+
+    def _all(self, tasks: Sequence[tuple[str, Callable[[], Mapping[str, Any]]]]) -> None:
+        with ThreadPoolExecutor(self.size.jobs) as pool:
+            list(pool.map(lambda task: self.record.check(*task), tasks))
+
+    def warnings(self) -> Mapping[str, Any]:
+        """What the runs complained about, each once: for whoever reads the record; never fails."""
+        lines = {line.strip()[:160] for path in self.work.glob("*.log") for line in path.read_text().splitlines()
+                 if "warning" in line.lower()}  # fmt: skip
+        return {str(index): line.replace("|", "/") for index, line in enumerate(sorted(lines)[:20], 1)}
+
+
+def largest_difference(one: Mapping[int, float], other: Mapping[int, float]) -> float:
+    """The largest relative difference of losses; infinite where the steps are not the same."""
+    if not one or one.keys() != other.keys():
+        return math.inf
+    return max(abs(one[step] / other[step] - 1) for step in one)
+
+
+def markov_chains(vocabulary: int, chains: int, length: int, seed: int) -> np.ndarray:
+    """uint16 [chains, length]: any token is followed by one of 8, the same for every seed."""
+    followers = np.random.default_rng(1000).integers(vocabulary, size=(vocabulary, 8), dtype=np.uint16)
+    choices = np.random.default_rng(seed).integers(8, size=(length, chains))
+    tokens = np.empty((length, chains), np.uint16)
+    tokens[0] = np.arange(chains) % vocabulary
+    for place in range(1, length):
+        tokens[place] = followers[tokens[place - 1], choices[place]]
+    return np.ascontiguousarray(tokens.T)
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=SIZES, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="for the record alone")
+    parser.add_argument("--seconds", type=float, default=540, help="begin no check after so many")
+    parser.add_argument(
+        "--work", type=Path, help="a new folder for data and runs, 20 GB on a GPU; else a temporary one"
+    )
+    parser.add_argument("--commit", help="where the code lies in no repository")
+    return parser.parse_args(given)
+
+
+def main() -> int:
+    options = arguments()
+    if options.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    about = about_here(options.device, options.commit)
+    record = Record(options.out, "main_job", f"The main job on {options.device}", about, options.seconds)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        Job(options.device, record, work).everything()
+    print(f"{len(record.failed)} of {len(record.checks)} checks failed")
+    return 1 if record.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
