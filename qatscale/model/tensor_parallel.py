@@ -202,7 +202,8 @@ def _gather(x: Tensor, parallel: TensorParallel) -> Tensor:
     mine = x.transpose(0, 1).contiguous()  # collectives join and cut the first dimension
     out = mine.new_empty((parallel.size * mine.shape[0], *mine.shape[1:]))
     dist.all_gather_into_tensor(out, mine, group=parallel.group)
-    return out.transpose(0, 1)
+    # contiguous: else each of the matrices that take it would make, and keep for backward, a copy of its own
+    return out.transpose(0, 1).contiguous()
 
 
 def _scatter(x: Tensor, parallel: TensorParallel) -> Tensor:
