@@ -35,9 +35,6 @@ class LlamaPipeline(PipelineModule):
         self.dynamic_shape = False
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
-            # The bf16 optimizer sets it with the first gradient. Of tied parameters DeepSpeed reads it always, and the
-            # table's scale has no gradient before the switch.
-            parameter._hp_grad = None
         self.tied_comms = self._tie_ends(model, topology) if model.config.tied_embedding else {}
 
     def _tie_ends(self, model: Llama, topology: Topology) -> dict[str, dict[str, Any]]:
