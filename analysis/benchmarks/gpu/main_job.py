@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 sys.path.append(str(HERE.parent))  # kill_points
 
+PARTS = ("compare", "stop", "speed")
 STAGES, PRECISIONS, BITS = (1, 2, 3), ("fp32", "bf16"), (2, 4)
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Relative, of losses under other stages, or resumed without deterministic algorithms."""
@@ -68,7 +70,7 @@ SIZES = {
         # 18M parameters: twenty runs' checkpoints fit on a disk, and fp32 is done in seconds
         ("model.vocab_size=8192", "model.hidden_size=512", "model.layers=4", "model.heads=8",
          "model.intermediate_size=1536", "data.sequence_length=512", "batch.sequences=16", "batch.micro_batch=8"),
-        300,
+        200,
         ("model.vocab_size=8192", "data.sequence_length=2048", "batch.sequences=16", "batch.micro_batch=16"),
         (8192, 32768), 4,
     ),
@@ -94,6 +96,7 @@ class Launched:
             f"evaluation.ptq_bits=[{bits}]", "log_interval=1", "tracking.uri=none",
         ]  # fmt: skip
         self.output = job.work / f"{name}.log"
+        self._lock = threading.Lock()
 
     def start(self) -> subprocess.Popen[bytes]:
         with socket.socket() as probe:
@@ -132,6 +135,13 @@ class Launched:
         else:
             holds = len(losses) == self.steps and losses[self.steps] < losses[1]
         return require(holds, "steps are missing, or nothing was learnt", {"loss": losses[self.steps]})
+
+    def needed(self) -> Launched:
+        """This run, done: trained now where no check before has trained it."""
+        with self._lock:
+            if not (self.folder / "done.json").exists():
+                self.finish()
+        return self
 
     def signalled(self, number: int, share: float) -> int:
         """Train, and signal the training process once that share of the steps is done; the last step on record."""
@@ -172,9 +182,16 @@ class Job:
         self.device, self.record, self.work = device, record, work
         self.size = SIZES[device]
         self.threads = "1" if device == "cpu" else "4"
+        self._runs: dict[str, Launched] = {}
 
     def run(self, name: str, ds_config: str, bits: int, kind: str = "ordinary") -> Launched:
         return Launched(self, name, ds_config, bits, kind)
+
+    def whole(self, stage: int, precision: str, bits: int, more: str = "") -> Launched:
+        """A run that goes through to its end; several checks look at the same one."""
+        name = f"z{stage}-{precision}-{bits}bit{more and '-'}{more}"
+        ds_config = f"zero{stage}_{precision}" + ("_offload" if more == "offload" else "")
+        return self._runs.setdefault(name, self.run(name, ds_config, bits))
 
     # --- checks ---
 
@@ -198,7 +215,8 @@ class Job:
 
     def agree(self, runs: Sequence[Launched], tolerance: float) -> Mapping[str, Any]:
         """Losses of every step of every run against the first run's."""
-        worst = {run.name: largest_difference(run.losses(), runs[0].losses()) for run in runs[1:]}
+        first = runs[0].needed().losses()
+        worst = {run.name: largest_difference(run.needed().losses(), first) for run in runs[1:]}
         holds = all(difference <= tolerance for difference in worst.values())
         return require(holds, f"losses part from {runs[0].name}'s by more than {tolerance}", worst)
 
@@ -209,8 +227,7 @@ class Job:
         last = run.signalled(signal.SIGKILL, KILL)
         require(not (run.folder / "done.json").exists(), "it was over before the kill", {})
         run.finish()
-        if exactly and not (whole.folder / "done.json").exists():
-            whole.finish()
+        whole.needed()
         resumed = run.record("resume")["step"]
         numbers = {"killed after step": last, "resumed from": resumed,
                    "largest relative difference": largest_difference(run.losses(), whole.losses()),
@@ -227,6 +244,7 @@ class Job:
         stopped = run.record("stopped")["step"]
         saved = (run.folder / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()
         moved.finish()
+        whole.needed()
         numbers = {"stopped at": stopped, "resumed from": moved.record("resume")["step"],
                    "largest relative difference": largest_difference(moved.losses(), whole.losses())}  # fmt: skip
         holds = saved and numbers["resumed from"] == stopped and numbers["largest relative difference"] <= limit
@@ -234,6 +252,7 @@ class Job:
 
     def evaluated(self, run: Launched, bits: int, limit: float) -> Mapping[str, Any]:
         """`qatscale evaluate` in three views against the run's own final evaluation."""
+        run.needed()
         command = f"from qatscale.cli import main; main(['evaluate', {str(run.folder)!r}, '--ptq', '{bits}', '--json'])"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "analysis")])}
         environment |= {"DS_ACCELERATOR": "cpu"} if self.device == "cpu" else {}
@@ -268,63 +287,58 @@ class Job:
 
     # --- the order of things ---
 
-    def everything(self) -> None:
+    def everything(self, parts: Sequence[str] = PARTS) -> None:
         self.record.check("token shards", self.data)
-        runs: dict[str, Launched] = {}
-        tasks: list[tuple[str, Callable[[], Mapping[str, Any]]]] = []
+        if "compare" in parts:
+            self.compare()
+        if "stop" in parts:
+            self.stop()
+        if "speed" in parts:
+            for stage in STAGES:
+                run = self.run(f"measured-z{stage}-bf16", f"zero{stage}_bf16", 4, "measured")
+                self.record.check(f"speed and memory: ZeRO-{stage}, bf16, 4 bits", partial(self.measured, run))
+        self.record.check("warnings", self.warnings)
 
-        def train(name: str, *arguments: Any) -> None:
-            runs[name] = self.run(name, *arguments)
-            tasks.append((f"trains: {name}", runs[name].finish))
-
+    def compare(self) -> None:
+        """Stages, precisions and repetitions."""
+        alike = {(precision, bits): [self.whole(stage, precision, bits) for stage in STAGES]
+                 for bits in BITS for precision in PRECISIONS}  # fmt: skip
+        pairs = [(self.whole(1, "fp32", 2), self.whole(1, "fp32", 2, "again"), "fp32"),
+                 (self.whole(1, "bf16", 2), self.whole(1, "bf16", 2, "again"), "bf16"),
+                 (self.whole(2, "bf16", 2), self.whole(2, "bf16", 2, "offload"), "bf16")]  # fmt: skip
+        runs = [*(run for stages in alike.values() for run in stages), *(other for _, other, _ in pairs)]
+        self._all([(f"trains: {run.name}", run.finish) for run in runs])
+        for (precision, bits), stages in alike.items():
+            check = partial(self.agree, stages, TOLERANCE[precision])
+            self.record.check(f"stages agree: {precision}, {bits} bits", check)
+        for one, other, precision in pairs:
+            check = partial(self.agree, [one, other], TOLERANCE[precision])
+            self.record.check(f"{other.name} agrees with {one.name}", check)
         for bits in BITS:
-            for precision in PRECISIONS:
-                for stage in STAGES:
-                    train(f"z{stage}-{precision}-{bits}bit", f"zero{stage}_{precision}", bits)
-        train("z1-fp32-2bit-again", "zero1_fp32", 2)
-        train("z1-bf16-2bit-again", "zero1_bf16", 2)
-        train("z2-bf16-2bit-offload", "zero2_bf16_offload", 2)
+            check = partial(self.agree, [alike["fp32", bits][0], alike["bf16", bits][0]], BF16_AGAINST_FP32)
+            self.record.check(f"bf16 agrees with fp32: {bits} bits", check)
+
+    def stop(self) -> None:
+        """SIGKILL and SIGTERM, resume under the same and another stage; evaluation of what was saved."""
+        tasks: list[tuple[str, Callable[[], Mapping[str, Any]]]] = []
         for stage, precision in ((1, "fp32"), (3, "bf16")):
             name, ds_config = f"z{stage}-{precision}", f"zero{stage}_{precision}"
             killed = self.run(f"killed-{name}", ds_config, 2, "deterministic")
             whole = self.run(f"whole-{name}", ds_config, 2, "deterministic")
             check = partial(self.killed_and_resumed, killed, whole, True)
             tasks.append((f"SIGKILL and resume, deterministic algorithms: {name}", check))
-        self._all(tasks)
-
-        for bits in BITS:
-            for precision in PRECISIONS:
-                alike = [runs[f"z{stage}-{precision}-{bits}bit"] for stage in STAGES]
-                check = partial(self.agree, alike, TOLERANCE[precision])
-                self.record.check(f"stages agree: {precision}, {bits} bits", check)
-        pairs = [("z1-fp32-2bit", "z1-fp32-2bit-again", "fp32"), ("z1-bf16-2bit", "z1-bf16-2bit-again", "bf16"),
-                 ("z2-bf16-2bit", "z2-bf16-2bit-offload", "bf16")]  # fmt: skip
-        for one, other, precision in pairs:
-            check = partial(self.agree, [runs[one], runs[other]], TOLERANCE[precision])
-            self.record.check(f"{other} agrees with {one}", check)
-        for bits in BITS:
-            pair = [runs[f"z1-fp32-{bits}bit"], runs[f"z1-bf16-{bits}bit"]]
-            self.record.check(f"bf16 agrees with fp32: {bits} bits", partial(self.agree, pair, BF16_AGAINST_FP32))
-
-        later: list[tuple[str, Callable[[], Mapping[str, Any]]]] = []
+        killed = self.run("killed-ordinary-z1-bf16", "zero1_bf16", 2)
+        check = partial(self.killed_and_resumed, killed, self.whole(1, "bf16", 2), False)
+        tasks.append(("SIGKILL and resume, ordinary algorithms: z1-bf16", check))
         for precision, first, second in (("bf16", 1, 3), ("fp32", 3, 2)):
             name = f"stopped-{precision}"
             stopped, moved = (self.run(name, f"zero{stage}_{precision}", 4) for stage in (first, second))
-            whole = runs[f"z{second}-{precision}-4bit"]
+            whole = self.whole(second, precision, 4)
             check = partial(self.stopped_and_moved, stopped, moved, whole, TOLERANCE[precision])
-            later.append((f"SIGTERM under ZeRO-{first}, resume under ZeRO-{second}: {precision}", check))
-        killed = self.run("killed-ordinary-z1-bf16", "zero1_bf16", 2)
-        check = partial(self.killed_and_resumed, killed, runs["z1-bf16-2bit"], False)
-        later.append(("SIGKILL and resume, ordinary algorithms: z1-bf16", check))
-        for name, bits in (("z1-fp32-2bit", 2), ("z3-bf16-4bit", 4)):
-            limit = 1e-4 if "fp32" in name else 5e-3
-            later.append((f"three views: {name}", partial(self.evaluated, runs[name], bits, limit)))
-        self._all(later)
-
-        for stage in STAGES:
-            run = self.run(f"measured-z{stage}-bf16", f"zero{stage}_bf16", 4, "measured")
-            self.record.check(f"speed and memory: ZeRO-{stage}, bf16, 4 bits", partial(self.measured, run))
-        self.record.check("warnings", self.warnings)
+            tasks.append((f"SIGTERM under ZeRO-{first}, resume under ZeRO-{second}: {precision}", check))
+        for run, bits, limit in ((self.whole(1, "fp32", 2), 2, 1e-4), (self.whole(3, "bf16", 4), 4, 5e-3)):
+            tasks.append((f"three views: {run.name}", partial(self.evaluated, run, bits, limit)))
+        self._all(tasks)
 
     def _all(self, tasks: Sequence[tuple[str, Callable[[], Mapping[str, Any]]]]) -> None:
         with ThreadPoolExecutor(self.size.jobs) as pool:
@@ -375,7 +389,7 @@ def main() -> int:
     record = Record(options.out, "main_job", f"The main job on {options.device}", about, options.seconds)
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
-        Job(options.device, record, work).everything()
+        Job(options.device, record, work).everything(options.parts)
     print(f"{len(record.failed)} of {len(record.checks)} checks failed")
     return 1 if record.failed else 0
 
