@@ -37,6 +37,7 @@ def test_arguments(scripts: tuple[ModuleType, ModuleType], capsys: pytest.Captur
     _, main_job = scripts
     options = main_job.arguments(["--device", "cuda", "--out", "records"])
     assert (options.device, options.out, options.seconds) == ("cuda", Path("records"), 540)
+    assert options.parts == ("compare", "stop", "speed")
     with pytest.raises(SystemExit):
         main_job.arguments(["--out", "records"])
     assert "--device" in capsys.readouterr().err

@@ -374,6 +374,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=SIZES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="for the record alone")
     parser.add_argument("--seconds", type=float, default=540, help="begin no check after so many")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
         "--work", type=Path, help="a new folder for data and runs, 20 GB on a GPU; else a temporary one"
     )
