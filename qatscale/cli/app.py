@@ -245,6 +245,33 @@ def export(
     run_export(checkpoint, out)
 
 
+@app.command(context_settings=_OVERRIDES_MAY_HAVE_DASHES)
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder; a universal checkpoint; a Hugging Face folder.")
+    ],
+    overrides: Overrides = None,
+    *,
+    to: Annotated[str, typer.Option(help="checkpoint (a run's folder to branch from), universal or hf.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="To a checkpoint from elsewhere: the recipe that it is to belong to.")
+    ] = None,
+    trained_tokens: Annotated[
+        str | None, typer.Option(help="From Hugging Face: tokens that the model has seen, 90B. [default: count from 0]")
+    ] = None,
+) -> None:
+    """Between a training checkpoint, DeepSpeed's universal layout and Hugging Face: from any of them to the others.
+
+    DeepSpeed reads the universal layout under ZeRO-1 and 2, with `"checkpoint": {"load_universal": true}`. Under ZeRO-3
+    it would give all parameter groups the settings of the first, so what it needs for that is not written. Runs of our
+    own need no conversion: their checkpoints fit every layout.
+    """
+    from qatscale.cli.convert import run_convert
+
+    run_convert(source, to, out, recipe, overrides or [], trained_tokens)
+
+
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("outputs/quickstart"),

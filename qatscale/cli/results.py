@@ -82,26 +82,11 @@ def run_sync(run: Path, uri: str | None) -> None:
 
 
 def run_export(checkpoint: str, out: Path) -> None:
-    from qatscale.config import load_run_config
-    from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, verify_files
-    from qatscale.model.hugging_face import export_hugging_face
+    from qatscale.engine.convert import tokenizer_folder, write_hugging_face
+    from qatscale.engine.training_state import read_checkpoint
 
-    folder = find_checkpoint(checkpoint)
-    config = load_run_config(folder.resolve().parent.parent / "recipe.yaml")
-    reader = CheckpointReader(folder)
-    verify_files(folder, reader.manifest)
-    weights = reader.weights()
-    state = {name: weight for name, weight in weights.items() if not name.endswith("weight_scale")}
-    tokenizer = _tokenizer_folder(config.data.path) if config.data.path else None
-    length = config.data.sequence_length
-    export_hugging_face(state, config.model, out, sequence_length=length, tokenizer_folder=tokenizer)
+    state = read_checkpoint(checkpoint)
+    write_hugging_face(state, out)
     print(f"{out}: the weights in full precision; load them with transformers' AutoModelForCausalLM.from_pretrained")
-    if tokenizer is None:
+    if tokenizer_folder(state) is None:
         print("without a tokenizer: the run's data folder holds none")
-
-
-def _tokenizer_folder(data: Path) -> Path | None:
-    from qatscale.data.manifest import Manifest
-
-    folder = Manifest.load(data).tokenizer.folder
-    return data / folder if folder else None

@@ -49,6 +49,11 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     return config
 
 
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """What a recipe says itself, unchecked: without defaults and overrides."""
+    return _read(_recipe_path(recipe))
+
+
 def resolved_yaml(config: RunConfig) -> str:
     """The whole configuration, defaults and all. Saved as a recipe it loads back to an equal one."""
     return to_yaml(config.model_dump(mode="json"))

@@ -7,7 +7,8 @@
 
 A slice is named `kind/parameter/start` (kind: weight, exp_avg, exp_avg_sq) and holds fp32 elements
 [start, start + n) of the flattened parameter; `kind/parameter/start/first-end`: of its columns [first, end), flattened.
-Any other division of the same parameters can be assembled from them. safetensors holds numbers alone: loading runs no
+Any other division of the same parameters can be assembled from them. Where Adam's count is 0, its moments are zero and
+may be left out: an imported model has none. safetensors holds numbers alone: loading runs no
 code from the file.
 
 A checkpoint is written into a hidden folder and renamed when it is whole; what can be seen is complete.
@@ -50,7 +51,7 @@ class Manifest:
     """Optimizer steps done."""
     tokens: int
     reason: str
-    """interval, boundary (also those of `checkpoint.keep_at`), signal or end."""
+    """interval, boundary (also those of `checkpoint.keep_at`), signal, end or imported."""
     kept: bool
     """Stays when interval checkpoints rotate."""
     recipe_hash: str
@@ -261,7 +262,10 @@ class CheckpointReader:
         """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
         out = torch.empty(numel, dtype=torch.float32)
         filled = 0
-        for saved in self._slices.get((kind, parameter), []):
+        slices = self._slices.get((kind, parameter), [])
+        if not slices and kind != "weight" and self.manifest.parameters[parameter].adam_steps == 0:
+            return out.zero_()
+        for saved in slices:
             if saved.columns == columns:
                 filled += self._copy(saved, start, out)
             else:
@@ -344,5 +348,8 @@ def _what_is_there(path: Path) -> str:
         return "The folder does not exist."
     if (path / "run.json").is_file():
         return "The run has none yet."
+    if (path / "config.json").is_file():
+        convert = f"qatscale convert {path} --to checkpoint --out runs/NAME --recipe RECIPE"
+        return f"It looks like a Hugging Face model; make it a run to branch from: {convert}"
     runs = sorted(str(file.parent) for file in path.glob("*/run.json"))
     return f"It holds runs; give one: {', '.join(runs[:5])}." if runs else "It holds no run.json."

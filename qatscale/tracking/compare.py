@@ -45,7 +45,7 @@ class RunRow:
     val_loss: float | None
     """The last one in the scheme's own view: full precision for fp, else quantized."""
     parent: str | None
-    """``name@step`` of the run it was branched from."""
+    """``name@step`` of the run it was branched from, or the folder that an imported one comes from."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _run_row(folder: RunFolder) -> RunRow:
     recipe, timeline, run = folder.recipe, folder.timeline, folder.run
     scheme, steps, switch = recipe["qat"]["scheme"], timeline["steps"], timeline["switch_step"]
     step = max((record["step"] for record in folder.records() if "step" in record), default=0)
-    parent = run["parent"]
+    parent, imported = run["parent"], folder.imported
     return RunRow(
         name=run["name"],
         scheme=scheme,
@@ -195,7 +195,7 @@ def _run_row(folder: RunFolder) -> RunRow:
         steps=steps,
         status=folder.status,
         val_loss=validation_losses(folder).get(own_view(folder)),
-        parent=f"{parent['name']}@{parent['step']}" if parent else None,
+        parent=f"{parent['name']}@{parent['step']}" if parent else imported and Path(imported).name,
     )
 
 

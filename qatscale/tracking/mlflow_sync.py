@@ -23,6 +23,7 @@ from qatscale.tracking.run_folder import RunFolder, Status
 from qatscale.tracking.store import artifact_location, database, quiet_mlflow, resolve_uri
 
 MLFLOW_STATUS: dict[Status, str] = {
+    "imported": "FINISHED",
     "created": "RUNNING",
     "running": "RUNNING",
     "running?": "RUNNING",
@@ -175,6 +176,8 @@ class Uploader:
         }
         if run["git_commit"]:
             tags["git_commit"] = tags["mlflow.source.git.commit"] = run["git_commit"]
+        if self.folder.imported:
+            tags["imported"] = self.folder.imported
         if run["parent"]:
             tags["parent"] = run["parent"]["name"]
             tags["parent_step"] = str(run["parent"]["step"])

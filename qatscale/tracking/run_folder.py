@@ -27,9 +27,10 @@ from qatscale.tracking.records import Appender, Record, Tail, live, read_json, w
 if TYPE_CHECKING:
     from qatscale.timeline.segments import Timeline
 
-Status = Literal["created", "running", "running?", "stopped", "failed", "killed", "done"]
-"""`created`: no step begun. `running?`: by a process of another machine, which only that machine can look for.
-`stopped`: by a signal, after saving. `failed`: by an error. `killed`: the process is gone without a word."""
+Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
+"""`imported`: never trained here, only branched from. `created`: no step begun. `running?`: by a process of another
+machine, which only that machine can look for. `stopped`: by a signal, after saving. `failed`: by an error. `killed`:
+the process is gone without a word."""
 
 EVENTS = ("start", "resume", "metrics", "validation", "switch", "checkpoint", "stopped", "failed", "final")
 _LIFE = ("start", "resume", "stopped", "failed")
@@ -58,11 +59,12 @@ class RunFolder:
         command: Sequence[str],
         parent: Mapping[str, Any] | None = None,
         hosts: Mapping[str, Sequence[int]] | None = None,
+        imported: str | None = None,
     ) -> Self:
         """Write the files that describe a run, run.json last, so that a folder with run.json has them all.
 
         `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from. `hosts`:
-        each host's ranks.
+        each host's ranks. `imported`: where the model comes from that the folder holds and did not train.
         Raises UserError where a run lies already.
         """
         self = cls(path)
@@ -93,6 +95,7 @@ class RunFolder:
             "id": uuid.uuid4().hex,
             "created": time.time(),
             "parent": {**parent, "folder": Path(parent["folder"]).resolve()} if parent else None,
+            "imported": imported,
             "n_params": n_params,
             "git_commit": around["git"]["commit"] if around["git"] else None,
             "command": list(command),
@@ -165,6 +168,11 @@ class RunFolder:
         return next((RunFolder(place) for place in places if (place / "run.json").exists()), None)
 
     @property
+    def imported(self) -> str | None:
+        """Where the model comes from that this run holds and did not train; None for one that trains."""
+        return self.run.get("imported")
+
+    @property
     def timeline(self) -> dict[str, Any]:
         """timeline.json: ``{"steps", "tokens_per_step", "switch_step", "segments"}``."""
         return read_json(self.path / "timeline.json")
@@ -197,7 +205,7 @@ class RunFolder:
             return "done"
         self._read_on()
         if self._last_sign is None:
-            return "created"
+            return "imported" if self.imported else "created"
         if self._last_sign["event"] in ("stopped", "failed"):
             return self._last_sign["event"]
         alive = process.is_alive(self._last_sign["process"])

@@ -61,6 +61,9 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
     if not folder.run_file.exists():
         _check_output(config.output)
         return _branch(config, timeline, branch_from) if branch_from else Start(None, None, False, None)
+    if folder.imported:
+        allowed = f"{folder.path} was imported from {folder.imported}; it is branched from, not trained."
+        raise UserError("name", config.name, allowed, f"qatscale branch {folder.path} name=NAME KEY=VALUE…")
     notices = _check_same_run(config, folder, branch_from)
     if folder.is_done:
         return None
@@ -159,6 +162,8 @@ def check_data(config: RunConfig, start: Start, fingerprint: str) -> tuple[str, 
     """
     if start.manifest is None or start.manifest.data == fingerprint:
         return ()
+    if not start.manifest.data:
+        return ("what the branch's parent was trained on is not known",)
     assert start.checkpoint is not None
     if _run_of(start.checkpoint) == config.folder.resolve():
         allowed = "holds other tokens than the run was trained on up to its checkpoint."

@@ -1,0 +1,214 @@
+"""A model in training, whole and free of any layout, read one tensor at a time: what every conversion passes on."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatscale.config import config_hash, load_run_config, resolved_yaml
+from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoint_files import (
+    CheckpointReader,
+    Manifest,
+    ParameterRecord,
+    commit,
+    find_checkpoint,
+    slice_name,
+    step_folder,
+    verify_files,
+    writing_folder,
+)
+from qatscale.engine.fragments import MOMENTS
+from qatscale.engine.initialize import optimizer_groups
+from qatscale.errors import UserError
+from qatscale.files import sha256_of, sync
+from qatscale.model.llama import Llama
+from qatscale.model.sizes import count_parameters
+from qatscale.quant.plugin import QatPlugin
+from qatscale.tensor_files import SHARD_BYTES, Shape, write_safetensors
+from qatscale.timeline import build_timeline
+from qatscale.tracking.run_folder import RunFolder
+
+KINDS = ("weight", *MOMENTS)
+UNKNOWN_DATA = ""
+"""The fingerprint of tokens that nobody can name."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a recipe's prepared model consists of, without its numbers."""
+
+    shapes: dict[str, Shape]
+    """Of every parameter, in the model's order; tied ones once, scales included."""
+    groups: list[dict[str, Any]]
+    """AdamW's parameter groups as `optimizer_groups` makes them; "params" holds names."""
+    plugin: dict[str, Any]
+    """The plugin's state before the switch."""
+
+    @property
+    def scales(self) -> list[str]:
+        return [name for name in self.shapes if name.endswith(".weight_scale")]
+
+
+def skeleton(config: RunConfig) -> Skeleton:
+    """Takes no memory for the parameters. UserError where the recipe's timeline or quantization cannot be."""
+    with torch.device("meta"):
+        model = Llama(config.model)
+        plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
+        plugin.prepare(model)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = optimizer_groups(model, plugin)
+    return Skeleton(
+        {name: tuple(p.shape) for p, name in names.items()},
+        [{**group, "params": [names[p] for p in group["params"]]} for group in groups],
+        plugin.state(),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands, wherever it is stored."""
+
+    config: RunConfig
+    source: str
+    """What it was read from, for people."""
+    step: int
+    """Optimizer steps done."""
+    data: str
+    """Fingerprint of the tokens it was trained on, or UNKNOWN_DATA."""
+    plugin: dict[str, Any]
+    shapes: Mapping[str, Shape]
+    adam_steps: Mapping[str, int]
+    """Parameter -> Adam's own count; 0 = its moments are zero."""
+    read: Callable[[str, str], Tensor]
+    """(kind, parameter) -> all of it, fp32, in its shape. Moments are asked for only where Adam's count is above 0."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of what is not in the source."""
+
+
+def read_checkpoint(what: str) -> TrainingState:
+    """A checkpoint of ours: RUN, RUN@STEP or its folder. UserError where it is damaged or its recipe not beside it."""
+    folder = find_checkpoint(what)
+    recipe = folder.resolve().parent.parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    reader = CheckpointReader(folder)
+    verify_files(folder, reader.manifest)
+    parameters = reader.manifest.parameters
+    return TrainingState(
+        config=load_run_config(recipe),
+        source=str(folder),
+        step=reader.manifest.step,
+        data=reader.manifest.data,
+        plugin=reader.manifest.plugin,
+        shapes={name: tuple(record.shape) for name, record in parameters.items()},
+        adam_steps={name: record.adam_steps for name, record in parameters.items()},
+        read=lambda kind, name: reader.parameter(name, kind),
+    )
+
+
+def check_new(out: Path) -> None:
+    """UserError where `out` holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("--out", str(out), "exists already and is not empty.", "Choose another folder.")
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A hidden folder of the same name to fill. When the block ends without an error it becomes `out`, by one rename;
+    else nothing is left of it."""
+    hidden = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder = hidden / out.name
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
+    try:
+        yield folder
+        sync(folder)
+        folder.replace(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def write_run(state: TrainingState, out: Path) -> None:
+    """A run's folder that holds one checkpoint, to branch from; it says that it was imported."""
+    config = _named(state.config, out)
+    timeline = build_timeline(config)
+    with appearing(out) as path:
+        folder = RunFolder.create(
+            path,
+            recipe=resolved_yaml(config),
+            ds_config={},  # no engine was at work here
+            timeline=timeline,
+            n_params=count_parameters(config.model).total,
+            command=sys.argv,
+            imported=str(Path(state.source).resolve()),
+        )
+        _write_checkpoint(state, folder.checkpoints, config)
+        shown = step_folder(out / folder.checkpoints.name, state.step)
+        folder.append("checkpoint", step=state.step, path=str(shown), reason="imported", kept=True)
+        folder.close()
+
+
+def _named(config: RunConfig, out: Path) -> RunConfig:
+    """A run is named by its folder."""
+    try:
+        return RunConfig.model_validate({**config.model_dump(mode="json"), "name": out.name, "output": out.parent})
+    except ValueError:
+        allowed = "is the run's name too: letters, digits and . _ = + -, beginning with a letter or digit."
+        raise UserError("--out", str(out), allowed) from None
+
+
+def _write_checkpoint(state: TrainingState, checkpoints: Path, config: RunConfig) -> None:
+    writing = writing_folder(checkpoints, state.step)
+    writing.mkdir(parents=True)
+    slices = {
+        slice_name(kind, name, 0, None): (kind, name)
+        for name in state.shapes
+        for kind in (KINDS if state.adam_steps[name] else KINDS[:1])
+    }
+    numels = {key: torch.Size(state.shapes[name]).numel() for key, (_, name) in slices.items()}
+    shards = _shards(numels)
+    files = {}
+    for index, keys in enumerate(shards):
+        path = writing / f"shard-{index:05d}-of-{len(shards):05d}.safetensors"
+        shapes = {key: (numels[key],) for key in keys}
+        write_safetensors(path, shapes, torch.float32, lambda key: state.read(*slices[key]).flatten())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest = Manifest(
+        step=state.step,
+        tokens=state.step * config.tokens_per_step,
+        reason="imported",
+        kept=True,
+        recipe_hash=config_hash(config),
+        data=state.data,
+        plugin=state.plugin,
+        parameters={n: ParameterRecord(list(state.shapes[n]), state.adam_steps[n]) for n in sorted(state.shapes)},
+        layout={},
+        files=files,
+    )
+    commit(checkpoints, manifest)
+
+
+def _shards(numels: Mapping[str, int]) -> list[list[str]]:
+    """Slices in order, as many to a file as SHARD_BYTES hold, and at least one."""
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for key, numel in numels.items():
+        if shards[-1] and 4 * numel > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(key)
+        room -= 4 * numel
+    return shards

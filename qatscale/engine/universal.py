@@ -1,0 +1,280 @@
+"""DeepSpeed's universal checkpoint: written so that DeepSpeed 0.19.8 reads it, and read without running code from it.
+
+::
+
+    FOLDER/latest_universal                             names the folder below; engine.load_checkpoint looks for it
+    FOLDER/step-00000120/
+        zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt   whole parameters: {"param": tensor, "cat_dim": how TP splits it}
+        zero/<parameter>/step.pt                        Adam's count
+        zero/optimizer_state.pt                         param_groups, for ZeRO-1 and 2
+        mp_rank_00_model_states.pt                      step counts, universal_checkpoint_info with the TP patterns
+        recipe.yaml  qatscale.json                      ours: what DeepSpeed does not know
+
+DeepSpeed reads it into a plain module under ZeRO-1 and 2, on any number of processes. Under ZeRO-3 it would give every
+parameter group the settings and the step count of the first (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`), so
+that norms and scales are decayed and scales learn at the weights' rate, without a word; what it needs for that is left
+out here, and it stops with a KeyError instead. Our own checkpoints know no such limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatscale.config import load_run_config, resolved_yaml
+from qatscale.config.schema import RunConfig
+from qatscale.data.manifest import Manifest
+from qatscale.engine.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, appearing, skeleton
+from qatscale.errors import UserError
+from qatscale.tensor_files import Shape
+from qatscale.timeline import build_timeline
+
+DEEPSPEED = "0.19.8"
+"""The release whose layout this is."""
+LATEST, OPTIMIZER, MODEL = "latest_universal", "optimizer_state.pt", "mp_rank_00_model_states.pt"
+RECIPE, SIDE_FILE = "recipe.yaml", "qatscale.json"
+FILES = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
+
+# --- which parameters tensor parallelism splits, and how ---
+
+
+def universal_checkpoint_info(config: RunConfig) -> dict[str, Any]:
+    """What DeepSpeed's converter and loader want to know of a model. Pass it on in the client_state of DeepSpeed's own
+    save_checkpoint, at any degree of tensor parallelism: without it a later split is silently wrong.
+
+    Patterns are matched from the start of a name (re.match), and each has to match something.
+    """
+    patterns: dict[str, list[str]] = {"replicated": [], "rows": [], "vocabulary": []}
+    for name, shape in skeleton(config).shapes.items():
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
+        for kind in _split(name, shape):
+            if pattern not in patterns[kind]:
+                patterns[kind].append(pattern)
+    return {
+        "universal_checkpoint_version": 0.4,
+        "original_vocab_size": config.model.vocab_size,
+        "tp_replicated_parameter_patterns": patterns["replicated"],
+        "parameter_with_row_parallelism_patterns": patterns["rows"],
+        "vocabulary_parameter_patterns": patterns["vocabulary"],
+    }
+
+
+def _split(name: str, shape: Shape) -> set[str]:
+    """`replicated`: whole on every process; `rows`: row-parallel, cut along dimension 1; `vocabulary`: its rows are
+    tokens, padded where they do not divide. Neither of the first two: cut along dimension 0."""
+    layer = name.rsplit(".", 2)[-2]
+    if layer in ("o", "down"):
+        return {"rows"} if len(shape) == 2 else {"replicated"}  # one scale a row: all processes share it
+    if layer in ("embed", "head"):
+        return {"vocabulary"} if name.endswith(".weight") else set()
+    return {"replicated"} if layer.endswith("norm") else set()
+
+
+# --- writing ---
+
+
+def write_universal(state: TrainingState, out: Path) -> None:
+    """One parameter at a time. The folder appears whole or not at all."""
+    with appearing(out) as folder:
+        inner = folder / f"step-{state.step:08d}"
+        for name, shape in state.shapes.items():
+            _write_parameter(state, name, shape, inner / "zero" / name)
+        _save({"ds_version": DEEPSPEED, "param_groups": _param_groups(state)}, inner / "zero" / OPTIMIZER)
+        _save(_model_states(state), inner / MODEL)
+        (inner / RECIPE).write_text(resolved_yaml(state.config))
+        known = {"format": 1, "source": state.source, "step": state.step, "data": state.data, "plugin": state.plugin}
+        (inner / SIDE_FILE).write_text(json.dumps(known, indent=1))
+        (folder / LATEST).write_text(inner.name)
+
+
+def _write_parameter(state: TrainingState, name: str, shape: Shape, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    split = _split(name, shape)
+    about: dict[str, Any] = {} if "replicated" in split else {"cat_dim": 1 if "rows" in split else 0}
+    if "vocabulary" in split:
+        about["vocab_tensor"] = True
+    for kind in KINDS:
+        known = kind == "weight" or state.adam_steps[name]
+        _save({**about, "param": state.read(kind, name) if known else torch.zeros(shape)}, folder / FILES[kind])
+    _save(torch.tensor(float(state.adam_steps[name])), folder / "step.pt")
+
+
+def _param_groups(state: TrainingState) -> list[dict[str, Any]]:
+    """AdamW's groups with the settings of the next step, which a loop that goes on without ours may rely on."""
+    config, timeline = state.config, build_timeline(state.config)
+    now = timeline.at(min(state.step, timeline.steps - 1))
+    return [
+        {
+            **{key: value for key, value in group.items() if key != "params"},
+            "lr": now.learning_rate * group["lr_ratio"],
+            "betas": now.betas,
+            "eps": config.optimizer.eps,
+            "weight_decay": now.weight_decay if group["decayed"] else 0.0,
+        }
+        for group in skeleton(config).groups
+    ]
+
+
+def _model_states(state: TrainingState) -> dict[str, Any]:
+    return {
+        "ds_version": DEEPSPEED,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "global_steps": state.step,
+        "global_samples": state.step * state.config.batch.sequences,
+        "skipped_steps": 0,
+        "lr_scheduler": None,
+        "universal_checkpoint_info": universal_checkpoint_info(state.config),
+    }
+
+
+def _save(content: Any, path: Path) -> None:
+    with path.open("wb") as file:  # torch would make a RuntimeError of an OSError
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- reading ---
+
+
+def find_universal(folder: Path) -> Path | None:
+    """The folder that holds zero/: `folder` itself, or the one that its latest_universal names. None: neither."""
+    if (folder / "zero").is_dir():
+        return folder
+    if (folder / LATEST).is_file():
+        named = folder / (folder / LATEST).read_text().strip()
+        if (named / "zero").is_dir():
+            return named
+    return None
+
+
+def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> TrainingState:
+    """Of the folder that holds zero/, ours or written by DeepSpeed's ds_to_universal from a plain module's checkpoint.
+
+    UserError where it is damaged, holds more than numbers, or is no state that the recipe's run can be in.
+    """
+    own = (folder / SIDE_FILE).is_file()
+    if own and (recipe is not None or overrides):
+        allowed = f"{folder} brings its own recipe and what else its run knew ({SIDE_FILE})."
+        raise UserError("--recipe", recipe or " ".join(overrides), allowed, "Leave it out, or say it when you branch.")
+    if not own and recipe is None:
+        allowed = "is needed: a universal checkpoint knows nothing of the run it is from."
+        raise UserError(
+            "--recipe", None, allowed, "Give that run's recipe.yaml, or a name and its key=value overrides."
+        )
+    config = load_run_config(folder / RECIPE) if own else load_run_config(str(recipe), overrides)
+    bones = skeleton(config)
+    reader = _Reader(folder, config, bones)
+    reader.check()
+    adam_steps = {name: reader.steps(name) for name in bones.shapes}
+    if own:
+        step, data, plugin = reader.known()
+    else:
+        step, plugin = _place(config, bones, adam_steps, reader)
+        data = UNKNOWN_DATA if config.data.path is None else Manifest.load(config.data.path).fingerprint
+    return TrainingState(config, str(folder), step, data, plugin, bones.shapes, adam_steps, reader.read)
+
+
+class _Reader:
+    """Whole parameters of a universal folder. Scales that are not there have not been switched on: they are 1."""
+
+    def __init__(self, folder: Path, config: RunConfig, bones: Skeleton) -> None:
+        self.folder, self.config, self.bones = folder, config, bones
+        self.there = {path.name for path in (folder / "zero").iterdir() if path.is_dir()}
+
+    def check(self) -> None:
+        """UserError unless it holds the parameters of the recipe's model, in their shapes."""
+        tied = {f"head.{name.partition('.')[2]}" for name in self.bones.shapes if name.startswith("embed.")}
+        expected = set(self.bones.shapes)
+        surplus = sorted(self.there - expected - (tied if self.config.model.tied_embedding else set()))
+        missing = sorted(expected - self.there - set(self.bones.scales))
+        if surplus or missing:
+            what = f"lacks {missing[:3]} of" if missing else f"holds {surplus[:3]}, which are not in"
+            count = len(missing or surplus)
+            raise self._error(f"{what} the recipe's model ({count} parameters).", "Is it the right recipe?")
+        for name in sorted(expected & self.there):
+            for kind in KINDS:
+                found = tuple(self._tensor(kind, name).shape)
+                if found != self.bones.shapes[name]:
+                    raise self._error(f"{kind} of {name} has shape {found}, in the recipe {self.bones.shapes[name]}.")
+
+    def known(self) -> tuple[int, str, dict[str, Any]]:
+        """(step, data, plugin) from our own file beside it."""
+        try:
+            known = json.loads((self.folder / SIDE_FILE).read_text())
+            return known["step"], known["data"], known["plugin"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._error(f"{SIDE_FILE} cannot be read ({error}).") from None
+
+    def steps(self, name: str) -> int:
+        if name not in self.there:
+            return 0
+        path = self.folder / "zero" / name / "step.pt"
+        if not path.is_file():
+            allowed = f"{name} has no step.pt: made from ZeRO-3, of which DeepSpeed keeps one count for all parameters."
+            raise self._error(allowed, "Save under ZeRO-1 or 2, or as a checkpoint of ours.")
+        return int(self._load(path))
+
+    def read(self, kind: str, name: str) -> Tensor:
+        return self._tensor(kind, name).float() if name in self.there else torch.ones(self.bones.shapes[name])
+
+    def _tensor(self, kind: str, name: str) -> Tensor:
+        path = self.folder / "zero" / name / FILES[kind]
+        content = self._load(path)
+        value = content.get("param") if isinstance(content, Mapping) else None
+        if not isinstance(value, Tensor):
+            told = f"{path.relative_to(self.folder)} holds no whole parameter: made from ZeRO-3, or from another model."
+            raise self._error(told, "Save under ZeRO-1 or 2, or as a checkpoint of ours.")
+        return value
+
+    def _load(self, path: Path) -> Any:
+        """Numbers alone: what would run code is refused by torch's weights-only reader."""
+        shown = path.relative_to(self.folder)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError:
+            raise self._error(f"{shown} is missing.") from None
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise self._error(f"{shown} is damaged, or holds more than numbers and is not read: {first}") from None
+
+    def _error(self, allowed: str, do: str = "") -> UserError:
+        return UserError("universal checkpoint", str(self.folder), allowed, do)
+
+
+def _place(
+    config: RunConfig, bones: Skeleton, adam_steps: Mapping[str, int], reader: _Reader
+) -> tuple[int, dict[str, Any]]:
+    """(optimizer steps done, the plugin's state) of a run of this recipe, from what Adam has counted.
+
+    A scale is 1 until the switch, which sets it and its count anew; the weights' count too where the recipe says so.
+    """
+    scales = bones.scales
+    counts = [{adam_steps[name] for name in group["params"]} for group in bones.groups]
+    if any(len(found) > 1 for found in counts):
+        raise reader._error("parameters of one optimizer group have taken different numbers of steps.")
+    of_weights = adam_steps[next(name for name in bones.shapes if name not in scales)]
+    switch = build_timeline(config).switch_step
+    if not any(bool((reader.read("weight", name) != 1).any()) for name in scales):
+        if switch is not None and of_weights > switch:
+            told = f"its scales are as before the switch, after {of_weights} steps; this recipe switches at {switch}."
+            raise reader._error(told, "Give the recipe it was trained with.")
+        return of_weights, bones.plugin
+    step = of_weights + (switch or 0 if config.qat.optimizer_state == "reset" else 0)
+    since = {adam_steps[name] for name in scales}
+    if switch is None or since != {step - switch}:
+        told = f"it has switched to QAT, with {of_weights} steps of the weights and {sorted(since)} of the scales; "
+        here = "this recipe never switches." if switch is None else f"this recipe switches at step {switch}."
+        raise reader._error(told + here, "Give the recipe it was trained with.")
+    # What the scales were right after the switch is unknown: an empty digest equals none.
+    at_switch = dict.fromkeys(bones.plugin["bits"], "")
+    return step, {**bones.plugin, "switched_at": switch, "scales_at_switch": at_switch}
