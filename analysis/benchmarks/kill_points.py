@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -46,7 +46,7 @@ BASE = [
 ]  # fmt: skip
 MOMENTS: dict[Moment, float] = {"starting": 0.1, "training": 0.35, "saving": 0.25, "file operation": 0.3}
 """Shares of the draws. Some of `saving` fall just behind the save, some of `training` into one."""
-KILLS_A_RUN = 8
+KILLS_A_RUN = 6
 
 
 @dataclass
@@ -94,10 +94,9 @@ class Experiment:
         end = time.monotonic() + seconds
         for layout in self.layouts:
             self._reference(layout)
-        for layout in cycle(self.layouts):
-            if len(self.kills) >= count or time.monotonic() > end:
-                return
-            self._kill_and_go_on(layout, count, end)
+        while len(self.kills) < count and time.monotonic() < end:
+            fewest = min(self.layouts, key=lambda layout: sum(kill.layout == layout for kill in self.kills))
+            self._kill_and_go_on(fewest, count, end)
 
     def _data(self) -> None:
         from qatscale.data.prepare import prepare
@@ -249,7 +248,7 @@ def record(experiment: Experiment, seed: int, seconds: float) -> str:
         f"| date | {time.strftime('%Y-%m-%d')} |",
         f"| command | `python analysis/benchmarks/kill_points.py --count {len(kills)} --seed {seed}` |",
         f"| commit | {commit} |",
-        f"| hardware | {cpu_model()}, no GPU |",
+        f"| hardware | {os.cpu_count()} cores of {cpu_model()}, no GPU |",
         f"| versions | {versions} |",
         f"| run | recipe `debug`, fp32, 2 bits, {STEPS} steps, switch to QAT half-way, a checkpoint every {INTERVAL} "
         "steps, the last two kept |",
@@ -259,13 +258,13 @@ def record(experiment: Experiment, seed: int, seconds: float) -> str:
         "found but unreadable | runs that ended otherwise |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for layout in experiment.layouts:
-        own = [kill for kill in kills if kill.layout == layout]
-        runs = [run for run in experiment.runs if run["run"].endswith(f"-{layout}")]
+    for layout in (*experiment.layouts, "all"):
+        own = [kill for kill in kills if layout in (kill.layout, "all")]
+        runs = [run for run in experiment.runs if layout == "all" or run["run"].endswith(f"-{layout}")]
         if not own:
             continue
         cells = [
-            f"{LAYOUTS[layout][0]} processes, {layout}",
+            layout if layout == "all" else f"{LAYOUTS[layout][0]} processes, {layout}",
             len(own),
             sum(kill.inside for kill in own),
             sum("rank" in kill.point for kill in own),
@@ -281,8 +280,8 @@ def record(experiment: Experiment, seed: int, seconds: float) -> str:
     lines += [
         "",
         f"After {torn} kills there was something half-written or half-removed, hidden and never taken for a checkpoint."
-        f" After {waited} a process that was still starting waited for the killed one; after {GRACE:.0f} s it was"
-        f" ended, as a launcher does. {experiment.missed} more draws came too late: their run was over.",
+        f" {waited} times a process that was still starting waited for the killed one for {GRACE:.0f} s and was ended, as "
+        f"launchers do. {experiment.missed} more draws came too late: their run was over.",
         "",
     ]
     lines += ["Wrong:", "", *(f"- {what}" for what in experiment.wrong)] if experiment.wrong else ["Wrong: nothing."]

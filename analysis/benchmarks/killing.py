@@ -45,7 +45,7 @@ class Point:
     share: float
     """Of the start-up time, of WINDOW, of a save's time or of its file operations: in [0, 1)."""
     save: int
-    """Which save of the launch, from 1. Of the last two moments."""
+    """Which save of the launch, from 1; a later one where that has fewer file operations. Of the last two moments."""
 
     def __str__(self) -> str:
         where = f" {self.save}" if self.moment in ("saving", "file operation") else ""
@@ -242,7 +242,8 @@ def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
     def audit(event: str, _: tuple[Any, ...]) -> None:
         if event in FILE_EVENTS and shared.in_a_save(rank):
             shared.operations[rank] += 1
-            if trap == (rank, shared.begun[rank], shared.operations[rank]):
+            # not every save has as many operations as the longest: then a later one is cut
+            if rank == trap[0] and shared.begun[rank] >= trap[1] > 0 and shared.operations[rank] == trap[2]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     BatchReader.batch = watched_batch  # type: ignore[method-assign, assignment]
