@@ -280,8 +280,8 @@ def record(experiment: Experiment, seed: int, seconds: float) -> str:
     lines += [
         "",
         f"After {torn} kills there was something half-written or half-removed, hidden and never taken for a checkpoint."
-        f" {waited} times a process that was still starting waited for the killed one for {GRACE:.0f} s and was ended, as "
-        f"launchers do. {experiment.missed} more draws came too late: their run was over.",
+        f" {waited} times a process that was still starting waited for the killed one for {GRACE:.0f} s and was ended, "
+        f"as launchers do. {experiment.missed} more draws came too late: their run was over.",
         "",
     ]
     lines += ["Wrong:", "", *(f"- {what}" for what in experiment.wrong)] if experiment.wrong else ["Wrong: nothing."]
