@@ -48,6 +48,7 @@ def initialize_engine(
     topology: None = every process holds the whole model.
     """
     import deepspeed
+    from deepspeed.utils import groups
 
     adam = torch.optim.AdamW(
         optimizer_groups(model, plugin),
@@ -69,6 +70,7 @@ def initialize_engine(
         assert isinstance(model, Llama)
         module, mpu = LlamaPipeline(model, topology), None  # it has the grid
         ds_config = {**ds_config, "pipeline": {"use_reentrant": False, **ds_config.get("pipeline", {})}}
+    groups.mpu = mpu  # DeepSpeed keeps that of an earlier engine of the same process
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False)
     masters = ZeroMasters(engine, names, copies)
     assert all(masters.steps_taken(p) == 0 for p in masters.by_partition()), "the optimizer stepped before training"
