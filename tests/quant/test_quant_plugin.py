@@ -400,7 +400,7 @@ def test_scales_move_and_a_still_one_is_an_error() -> None:
     frozen = model.blocks[1].attention.k.weight_scale
     frozen.requires_grad_(False)
     train(model, optimizer, 2)
-    with pytest.raises(NothingQuantizedError, match=r"1 of 15 layers .* 0: blocks\.1\.attention\.k\. Are they in"):
+    with pytest.raises(NothingQuantizedError, match=r"1 of 16 layers .* 0: blocks\.1\.attention\.k\. Are they in"):
         plugin.check_moving(masters)
     frozen.requires_grad_(True)
     train(model, optimizer, 1)
@@ -425,7 +425,7 @@ def test_state_survives_json_on_both_sides_of_the_switch() -> None:
     assert again.switched_at == 2
     assert resumed(*a_batch()).item() == expected
     assert again.after_step(5, resumed_masters) is None, "a resumed run does not switch twice"
-    with pytest.raises(NothingQuantizedError, match="15 of 15"):
+    with pytest.raises(NothingQuantizedError, match="16 of 16"):
         again.check_moving(resumed_masters)
     again.load_state(early)
     assert {module.mode for _, module in fake_quant_modules(resumed)} == {"off"}
