@@ -1,0 +1,335 @@
+"""Fitting a law to a table of runs.
+
+    result = fit(QAT_UNIFIED, read_table("runs.csv"))
+    result.law.optimal_fraction(396e6, 100e9, 4)
+
+R² of the loss says little about the optimal fraction, whose U-curves are shallow: judge a fit by
+`qatlaw.validation.fraction_errors` and by what `result.identifiability` says the data do not pin down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qatlaw.errors import LawError
+from qatlaw.identifiability import Identifiability, identify
+from qatlaw.laws.base import Law, LawForm
+from qatlaw.laws.points import Floats
+from qatlaw.problem import Problem
+from qatlaw.table import MIXED_SCHEMES, RunTable
+
+FIRST_DELTA = 5e-3
+"""Of the search, before the noise is known: losses of repeated pre-training runs differ by a few thousandths [ours]."""
+HUBER_EFFICIENT = 1.345
+"""Huber's constant: at that many standard deviations 95 % of least squares' efficiency is kept under normal noise."""
+LEAST_DELTA = 1e-5
+AGREEMENT = 1e-6
+"""Relative difference in cost below which two starts found the same optimum."""
+ENOUGH = 3
+"""Starts that agree on the best optimum before the search stops."""
+BATCH = 4
+"""Starts between two looks at whether they agree: fixed, so that the result does not depend on the workers."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a law meets measured losses. MAE in nats; sigma is the robust spread of the log residuals."""
+
+    runs: int
+    r2: float
+    mae: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What the cold starts found."""
+
+    tried: int
+    agreeing: int
+    """How many of them reached the best optimum."""
+    costs: tuple[float, ...]
+    """Of all that were tried, rising."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How the residuals are judged; see `fit`."""
+
+    delta: float | None = None
+    fp_weight: float = 1.0
+    curve_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A fitted law with what is needed to judge it."""
+
+    law: Law
+    table: RunTable
+    """The runs it was fitted on."""
+    left_out: dict[str, int]
+    """Why runs of the table given were not used, and how many."""
+    options: FitOptions
+    delta: float
+    """Of the pseudo-Huber loss, in log loss."""
+    cost: float
+    residuals: Floats
+    """log(predicted / measured loss) of `table`'s runs."""
+    quality: Quality
+    per_bits: dict[str, Quality]
+    """By bit width ("4"), and "fp" for full-precision runs."""
+    starts: Starts
+    identifiability: Identifiability
+    seed: int
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def theta(self) -> tuple[float, ...]:
+        return self.law.theta
+
+    @property
+    def r2(self) -> float:
+        return self.quality.r2
+
+    @property
+    def mae(self) -> float:
+        return self.quality.mae
+
+
+def fit(
+    form: LawForm,
+    table: RunTable,
+    *,
+    seed: int = 0,
+    starts: int = 32,
+    delta: float | None = None,
+    fp_weight: float = 1.0,
+    curve_noise: float = 0.0,
+    workers: int = 1,
+) -> FitResult:
+    """The form's coefficients that meet the table's losses best.
+
+    seed: of the cold starts; the same seed gives the same result, whatever `workers`.
+    starts: cold starts at most; the search ends when three agree on the best optimum.
+    delta: log loss up to which residuals are squared, beyond which they count linearly. None: 1.345 times the
+        residuals' own robust spread, which keeps 95 % of the efficiency of least squares and a deaf ear for outliers.
+    fp_weight: how often a full-precision run counts.
+    curve_noise: runs of one U-curve that share a trunk or data share noise, too: its standard deviation over that of a
+        run's own noise. Above 0 the shape of the U-curves weighs more than their height.
+    workers: processes. One start takes some hundredths of a second, a process half of one to begin: worth it for
+        thousands of runs or slow forms only.
+
+    LawError for what cannot be fitted: too few runs, sizes or token counts, a wrong number of bit widths, two schemes.
+    """
+    for name, value in (("starts", starts), ("workers", workers)):
+        if value < 1:
+            raise LawError(name, value, "1 or more.")
+    if delta is not None and not delta > 0:
+        raise LawError("delta", delta, "a log loss above 0, such as 0.001.")
+    if not fp_weight > 0:
+        raise LawError("fp_weight", fp_weight, "above 0.", "Leave full-precision runs out of the table instead.")
+    if not curve_noise >= 0:
+        raise LawError("curve_noise", curve_noise, "0 or more.")
+    options = FitOptions(delta, fp_weight, curve_noise)
+    used, left_out = usable(form, table)
+    _refuse_too_little(form, used, left_out)
+    problem = make_problem(form, used, options)
+    found, report = _search(problem, options.delta or FIRST_DELTA, seed, starts, workers)
+    found, final_delta = _polished(problem, found, options)
+    return _result(problem, found, final_delta, used, left_out, options, report, seed)
+
+
+def fit_per_bits(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:
+    """One fit per bit width, each on its own quantized runs and all full-precision runs. `options` as for `fit`."""
+    if not table.widths:
+        raise LawError(f"{table.source}: rows", len(table), "no run has QAT tokens.")
+    return {bits: fit(form, table.of_width(bits), **options) for bits in table.widths}
+
+
+def usable(form: LawForm, table: RunTable) -> tuple[RunTable, dict[str, int]]:
+    """The runs a form can be fitted on, and why how many others cannot."""
+    reasons: dict[str, NDArray[np.bool_]] = {
+        "quantized after training, which no law here describes": (table.frame["scheme"] == "ptq").to_numpy(),
+        f"not described by {form.name}: "
+        + ("it has no quantization" if not form.quantized else "QAT from scratch has no full-precision tokens"): (
+            ~form.describes(table.points)
+        ),
+    }
+    left = np.zeros(len(table), dtype=bool)
+    counts = {}
+    for reason, rows in reasons.items():
+        if new := int(np.count_nonzero(rows & ~left)):
+            counts[reason] = new
+        left |= rows
+    return table.where(~left), counts
+
+
+def make_problem(form: LawForm, table: RunTable, options: FitOptions) -> Problem:
+    return Problem(
+        form=form,
+        points=table.points,
+        loss=table.loss,
+        weights=np.where(table.quantized, 1.0, options.fp_weight),
+        curves=curve_numbers(table),
+        curve_noise=options.curve_noise,
+    )
+
+
+def curve_numbers(table: RunTable) -> NDArray[np.int64]:
+    """[runs]: equal for the quantized runs of one size, tokens, width and scheme; full-precision runs stand alone."""
+    key = table.frame[["n_params", "bits", "scheme"]].assign(tokens=table.tokens_total)
+    key["alone"] = np.where(table.quantized, -1, np.arange(len(table)))
+    return key.groupby(list(key.columns)).ngroup().to_numpy(np.int64)
+
+
+def quality(predicted: Floats, measured: Floats) -> Quality:
+    """R² of the loss; NaN for a single run."""
+    spread = float(np.sum((measured - measured.mean()) ** 2))
+    r2 = 1 - float(np.sum((predicted - measured) ** 2)) / spread if spread > 0 else float("nan")
+    return Quality(
+        runs=len(measured),
+        r2=r2,
+        mae=float(np.mean(np.abs(predicted - measured))),
+        sigma=robust_spread(np.log(predicted / measured)),
+    )
+
+
+def quality_per_bits(predicted: Floats, table: RunTable) -> dict[str, Quality]:
+    groups = {"fp": ~table.quantized}
+    groups |= {f"{bits:g}": table.quantized & (table.column("bits") == bits) for bits in table.widths}
+    return {name: quality(predicted[rows], table.loss[rows]) for name, rows in groups.items() if rows.any()}
+
+
+def robust_spread(residuals: Floats) -> float:
+    """The standard deviation of normal noise with this median absolute value."""
+    return float(1.4826 * np.median(np.abs(residuals)))
+
+
+def mapped(function: Callable[[Any], T], items: Sequence[Any], workers: int) -> list[T]:
+    """In order, over processes if several are asked for. Spawned: a fork of a process with threads can hang."""
+    if workers == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(function, items, chunksize=-(-len(items) // workers)))
+
+
+def _one_start(problem: Problem, delta: float, seed: int, number: int) -> tuple[float, Floats]:
+    solved = problem.solve(problem.start(np.random.default_rng([seed, number])), delta)
+    return float(solved.cost), solved.x
+
+
+def _search(problem: Problem, delta: float, seed: int, starts: int, workers: int) -> tuple[Floats, Starts]:
+    """The best optimum of the cold starts."""
+    found: list[tuple[float, Floats]] = []
+    while len(found) < starts:
+        numbers = range(len(found), min(len(found) + BATCH, starts))
+        found += mapped(partial(_one_start, problem, delta, seed), numbers, workers)
+        best = min(cost for cost, _ in found)
+        agreeing = sum(cost <= best * (1 + AGREEMENT) for cost, _ in found)
+        if agreeing >= ENOUGH:
+            break
+    found.sort(key=lambda pair: pair[0])
+    return found[0][1], Starts(len(found), agreeing, tuple(cost for cost, _ in found))
+
+
+def _polished(problem: Problem, variables: Floats, options: FitOptions) -> tuple[Any, float]:
+    """The optimum at the final delta. An unknown delta and the residuals it makes settle in a few rounds."""
+    delta = options.delta or FIRST_DELTA
+    for _ in range(1 if options.delta else 4):
+        if options.delta is None:
+            delta = max(HUBER_EFFICIENT * robust_spread(problem.residuals(variables)), LEAST_DELTA)
+        solved = problem.solve(variables, delta, tolerance=1e-14)
+        variables = solved.x
+    return solved, delta
+
+
+def _result(
+    problem: Problem,
+    solved: Any,
+    delta: float,
+    table: RunTable,
+    left_out: dict[str, int],
+    options: FitOptions,
+    report: Starts,
+    seed: int,
+) -> FitResult:
+    theta = np.clip(
+        problem.theta(solved.x), [p.low for p in problem.form.parameters], [p.high for p in problem.form.parameters]
+    )
+    law = Law(problem.form, tuple(theta.tolist()))
+    residuals = problem.errors(solved.x)
+    predicted = table.loss * np.exp(residuals)
+    identifiability = identify(problem, solved.x, robust_spread(problem.residuals(solved.x)))
+    warnings = list(identifiability.sentences)
+    if report.agreeing < 2:
+        warnings.append(
+            f"Only {report.agreeing} of {report.tried} cold starts reached the best optimum: ask for more starts."
+        )
+    return FitResult(
+        law=law,
+        table=table,
+        left_out=left_out,
+        options=options,
+        delta=delta,
+        cost=float(solved.cost),
+        residuals=residuals,
+        quality=quality(predicted, table.loss),
+        per_bits=quality_per_bits(predicted, table),
+        starts=report,
+        identifiability=identifiability,
+        seed=seed,
+        warnings=tuple(warnings),
+    )
+
+
+def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int]) -> None:
+    source = table.source
+    told = "".join(f" {count} left out: {reason}." for reason, count in left_out.items())
+    mixed = sorted(set(table.frame["scheme"]) & set(MIXED_SCHEMES))
+    if len(mixed) > 1:
+        raise LawError(
+            f"{source}: scheme",
+            mixed,
+            "one two-phase scheme a fit: their U-curves differ.",
+            'Fit table.of_scheme("sequential") and table.of_scheme("fused") each.',
+        )
+    widths = table.widths
+    if form.one_width and len(widths) > 1:
+        raise LawError(f"{source}: bits", widths, f"{form.name} describes one bit width.", "Use fit_per_bits.")
+    reads_bits = any("2^B" in term.features for term in form.terms)
+    if reads_bits and len(widths) < 2:
+        raise LawError(
+            f"{source}: bits",
+            widths,
+            f"{form.name} has terms in the bit width and needs runs of at least two.",
+            "Fit qat_per_bits, or add runs at another width.",
+        )
+    if form.quantized and not widths:
+        raise LawError(f"{source}: rows", len(table), f"{form.name} needs runs with QAT tokens.{told}")
+    if len(table) <= len(form.parameters):
+        raise LawError(
+            f"{source}: rows",
+            len(table),
+            f"{form.name} has {len(form.parameters)} parameters and needs more runs than that.{told}",
+            "Add runs, or fit a form with fewer parameters.",
+        )
+    for name, values in (("n_params", table.column("n_params")), ("tokens_total", table.tokens_total)):
+        if len(set(values.tolist())) < 3:
+            raise LawError(
+                f"{source}: {name}",
+                sorted(set(values.tolist())),
+                "a power law with an offset has three unknowns and needs three different values.",
+                "Add runs.",
+            )

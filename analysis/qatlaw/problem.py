@@ -1,0 +1,173 @@
+"""The least-squares problem behind a fit: its variables, residuals, Jacobian and cold starts.
+
+Three choices make it easy, and all were measured (analysis/benchmarks/fit_recovery.md):
+
+- **Centred variables.** A coefficient alone means nothing: beta is what the data term would be at one token, and moves
+  by orders of magnitude with gamma. The variable fitted in its place is the logarithm of what the term contributes at
+  the centre of the data, in nats; the exponents then turn the term about that centre.
+- **Starts by linear least squares.** With the exponents drawn, the coefficients are linear; non-negative least squares
+  gives the best ones, so that a cold start has the right size of every term from the first step.
+- **The residual is that of log loss**, so 0.2 % of noise is 0.002 at any loss, and it is judged by a pseudo-Huber
+  loss: squared up to `delta`, linear beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qatlaw.laws.base import LawForm, Term
+from qatlaw.laws.points import Floats, Points
+
+SMALLEST = 1e-8
+"""Nats that a term contributes at least, at the centre of the data: below, it is as good as gone."""
+FIRST_SIZE = 1e-2
+"""Nats at which a term starts that linear least squares leaves out: a lost term has no gradient to come back by."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Runs, and the form to fit to them. Variables: [parameters], see the module's first lines."""
+
+    form: LawForm
+    points: Points
+    loss: Floats
+    """[runs], nats."""
+    weights: Floats
+    """[runs]: how often each counts."""
+    curves: NDArray[np.int64]
+    """[runs]: which U-curve (same size, tokens, width) a run belongs to; a number of its own for those of none."""
+    curve_noise: float = 0.0
+    """Standard deviation of the noise that a curve's runs share, over that of each run's own."""
+
+    @cached_property
+    def centres(self) -> Mapping[str, Points]:
+        """By coefficient: the mean of the log features over the runs that its term describes, as one quantized run."""
+        found = {}
+        for term in self.form.terms:
+            used = self.points.quantized if term.quantized_only else np.ones(self.points.shape, dtype=bool)
+            found[term.coefficient] = Points(
+                log={name: np.array([values[used].mean()]) for name, values in self.points.log.items()},
+                quantized=np.array([True]),
+                from_scratch=np.array([False]),
+                bits=np.array([self.points.bits[used].mean()]),
+            )
+        return found
+
+    @cached_property
+    def bounds(self) -> tuple[Floats, Floats]:
+        largest = np.log(4 * self.loss.max())
+        low = [np.log(SMALLEST) if p.log else p.low for p in self.form.parameters]
+        high = [largest if p.log else p.high for p in self.form.parameters]
+        return np.array(low), np.array(high)
+
+    def theta(self, variables: Floats) -> Floats:
+        """The form's parameters in their natural units."""
+        theta = np.array(variables, dtype=np.float64)
+        values = self.form.values(theta)
+        for term in self.form.terms:
+            i = self.form.index[term.coefficient]
+            theta[i] = np.exp(variables[i] - self._centre_shape(term, values))
+        return theta
+
+    def variables(self, theta: Floats) -> Floats:
+        """The inverse of `theta`."""
+        variables = np.array(theta, dtype=np.float64)
+        values = self.form.values(theta)
+        for term in self.form.terms:
+            i = self.form.index[term.coefficient]
+            variables[i] = np.log(theta[i]) + self._centre_shape(term, values)
+        return variables
+
+    def errors(self, variables: Floats) -> Floats:
+        """log(predicted / measured loss), [runs]: what is reported."""
+        return np.log(self.form.loss_at(self.theta(variables), self.points) / self.loss)
+
+    def residuals(self, variables: Floats) -> Floats:
+        """The errors with the curves' shared noise weighed down, [runs]: what is fitted."""
+        return self._whitened(self.errors(variables))
+
+    def jacobian(self, variables: Floats) -> Floats:
+        """d residuals / d variables, [runs, parameters]."""
+        theta = self.theta(variables)
+        values = self.form.values(theta)
+        loss, gradient = self.form.loss_and_gradient_at(theta, self.points)
+        by_variable = gradient / loss[:, None]
+        for term in self.form.terms:
+            i = self.form.index[term.coefficient]
+            by_variable[:, i] *= theta[i]
+            # An exponent turns its term about the centre: the coefficient gives way so that the centre stays.
+            for name, slope in term.slopes(values, self.centres[term.coefficient]).items():
+                by_variable[:, self.form.index[name]] -= by_variable[:, i] * slope[0]
+        return self._whitened(by_variable)
+
+    def start(self, rng: np.random.Generator) -> Floats:
+        """A cold start: exponents drawn (log-uniform over their start ranges), coefficients by linear least squares."""
+        from scipy.optimize import nnls
+
+        variables = np.zeros(len(self.form.parameters))
+        for i, parameter in enumerate(self.form.parameters):
+            if not parameter.log:
+                variables[i] = np.exp(rng.uniform(*np.log(parameter.start)))
+        values = self.form.values(variables)
+        shapes = [
+            self.form.shape_of(term, values, self.points) / np.exp(self._centre_shape(term, values))
+            for term in self.form.terms
+        ]
+        # Relative to the measured loss, as the residuals are; weights count once, so their roots do here.
+        root = np.sqrt(self.weights)
+        sizes, _ = nnls(np.stack(shapes, axis=1) * (root / self.loss)[:, None], root)
+        for term, size in zip(self.form.terms, sizes, strict=True):
+            variables[self.form.index[term.coefficient]] = np.log(max(size, FIRST_SIZE))
+        return np.clip(variables, *self.bounds)
+
+    def solve(self, start: Floats, delta: float, tolerance: float = 1e-10) -> Any:
+        """SciPy's result of one descent: trust region with bounds, analytic Jacobian, pseudo-Huber at `delta`."""
+        from scipy.optimize import least_squares
+
+        def weighted_pseudo_huber(z: Floats) -> Floats:
+            root = np.sqrt(1 + z)
+            return np.stack([2 * (root - 1), 1 / root, -0.5 / root**3]) * self.weights
+
+        low, high = self.bounds
+        inside = np.clip(start, low + 1e-9 * (high - low), high - 1e-9 * (high - low))
+        return least_squares(
+            self.residuals,
+            inside,
+            self.jacobian,
+            bounds=(low, high),
+            loss=weighted_pseudo_huber,
+            f_scale=delta,
+            x_scale="jac",
+            max_nfev=300,
+            ftol=tolerance,
+            xtol=tolerance,
+            gtol=tolerance,
+        )
+
+    def _centre_shape(self, term: Term, values: Mapping[str, float]) -> float:
+        return float(term.log_shape(values, self.centres[term.coefficient])[0])
+
+    @cached_property
+    def _shares(self) -> tuple[NDArray[np.int64], Floats, Floats]:
+        """By run its curve; by curve its number of runs and how much of its mean is taken out of the residuals.
+
+        Runs that share noise of variance c^2 beside their own of variance 1 have the covariance 1 + c^2 J over a curve
+        of n runs; its inverse root takes the part 1 - 1/sqrt(1 + n c^2) of the curve's mean out of each residual.
+        """
+        _, curve, count = np.unique(self.curves, return_inverse=True, return_counts=True)
+        return curve, count.astype(np.float64), 1 - 1 / np.sqrt(1 + count * self.curve_noise**2)
+
+    def _whitened(self, values: Floats) -> Floats:
+        """values: [runs] or [runs, columns]."""
+        if self.curve_noise == 0:
+            return values
+        curve, count, taken = self._shares
+        columns = values.reshape(len(values), -1)
+        sums = np.stack([np.bincount(curve, column) for column in columns.T], axis=1)
+        return (columns - (sums * (taken / count)[:, None])[curve]).reshape(values.shape)
