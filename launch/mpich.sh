@@ -13,5 +13,5 @@ cd "$(dirname "$0")/.."
 source "$VENV/bin/activate"
 # Hydra forwards the whole environment.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
-exec deepspeed --launcher mpich --launcher_args "-iface $INTERFACE" --hostfile "$HOSTFILE" \
+exec deepspeed --launcher mpich --launcher_args " -iface $INTERFACE" --hostfile "$HOSTFILE" \
     --master_addr "$MASTER_ADDR" launch/train.py "$@"

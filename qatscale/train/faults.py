@@ -102,14 +102,15 @@ def job_faults(notes: Sequence[Mapping[str, Any]], missing: Mapping[int, Fault])
     """Everything that went wrong, from what the processes say of themselves and have seen of others.
 
     notes: per process that answered ``{"rank", "step", "fault", "seen", "waits", "collectives"}``. missing: rank → what
-    is to be said of it, for each that did not. A process's own word counts more than what others have seen of it.
+    is to be said of it, for each that did not. A process's own traceback counts more than what others have seen of it;
+    an answer without one proves nothing, for over a cut wire both sides write into a shared folder.
     """
     own = [Fault.from_dict(note["fault"]) for note in notes if note["fault"]]
-    answered = {fault.rank for fault in own}
+    confessed = {fault.rank for fault in own if fault.kind == "error"}
     seen = [Fault.from_dict(note["seen"]) for note in notes if note["seen"]]
     others = dict(missing)
     for fault in sorted(seen, key=lambda fault: -fault.time):  # the earliest wins
-        if fault.rank not in answered:
+        if fault.rank not in confessed:
             others[fault.rank] = fault
     faults = [*own, *others.values()]
     if any(fault.kind != "witness" for fault in faults):
