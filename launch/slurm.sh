@@ -20,9 +20,9 @@ VENV=${VENV:-.venv}                     # the same path on all hosts
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
 source "$VENV/bin/activate"
 export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-# srun forwards the whole environment, tells each task its number (launch/train.py reads it) and, with
-# --kill-on-bad-exit, ends all tasks when one has failed. The address is that of the step's first host.
-srun --kill-on-bad-exit=1 python -u launch/train.py "$@"
+# srun forwards the whole environment and tells each task its number and the hosts; launch/train.py reads them. Tasks end
+# each other by themselves: srun waits for all, for the codes of tasks that it killed would hide the 75.
+srun --kill-on-bad-exit=0 --wait=120 python -u launch/train.py "$@"
 code=$?
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"

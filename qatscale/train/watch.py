@@ -174,12 +174,11 @@ class Watch:
                 self._alarm_since = time.monotonic() if self._trouble() else None
                 continue
             since = time.monotonic() - self._alarm_since
-            if since > LAST_WORDS and self._settling.acquire(blocking=False):
-                self._settling.release()  # the main thread has nothing to say
+            if since > LAST_WORDS and not self._own:  # the main thread has nothing to say
                 self.settle(None)
                 self._end()
-            elif since > LAST_WORDS + 2 * GATHER:  # it began to, and did not come to an end
-                os._exit(EXIT_FAILED)
+            elif since > LAST_WORDS + 2 * GATHER:  # it began to, and does not come to an end
+                self._end()
 
     def _trouble(self) -> bool:
         """Whether the job has to end. What this process has seen of another is kept in `_seen`."""

@@ -113,6 +113,7 @@ def test_the_message_ends_with_the_first_failure_whole() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_a_rank_that_hangs_and_one_that_dies_end_the_job_and_the_same_command_goes_on(
     tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +125,7 @@ def test_a_rank_that_hangs_and_one_that_dies_end_the_job_and_the_same_command_go
         monkeypatch.setenv("FAULT", fault)
         job = processes.start(arguments, 2)
         try:
-            outputs = [process.communicate(timeout=200)[0] for process in job]
+            outputs = [process.communicate(timeout=400)[0] for process in job]
         finally:
             for process in job:
                 process.kill()
