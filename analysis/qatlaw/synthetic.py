@@ -61,6 +61,7 @@ def table(seed: int, noise: float = NOISE, drawn_from: Law | None = None) -> Run
     frame = settings()
     exact = (drawn_from or law()).loss(*(frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits")))
     frame["loss"] = exact * np.exp(noise * np.random.default_rng(seed).standard_normal(len(frame)))
+    frame["synthetic"] = True
     return RunTable.from_frame(frame, source=f"synthetic runs, seed {seed}")
 
 

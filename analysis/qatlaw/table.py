@@ -20,7 +20,7 @@ from qatlaw.errors import LawError
 from qatlaw.laws.points import Floats, Points
 
 COLUMNS = ("n_params", "bits", "tokens_fp", "tokens_qat", "loss", "scheme")
-"""What a table must have. Others (run_id, seed, loss_fp_view, loss_std...) are kept as they are."""
+"""What a table must have. Others (run_id, seed...) are kept; `synthetic` marks runs that nobody trained."""
 NUMBERS = COLUMNS[:-1]
 ALIASES = {"final/val_loss": "loss", "final/val_loss_fp_view": "loss_fp_view"}
 """Names as the tracking of qatscale writes them, with or without MLflow's `metrics.` and `params.` before them."""
@@ -101,6 +101,11 @@ class RunTable:
     def widths(self) -> list[float]:
         """Bit widths of its quantized runs, rising."""
         return sorted(set(self.column("bits")[self.quantized].tolist()))
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether any of its losses was drawn from a made-up law."""
+        return "synthetic" in self.frame.columns and bool(self.frame["synthetic"].any())
 
     @property
     def hash(self) -> str:
