@@ -69,12 +69,19 @@ def initialize_engine(
 
         assert isinstance(model, Llama)
         module, mpu = LlamaPipeline(model, topology), None  # it has the grid
-        ds_config = {**ds_config, "pipeline": {"use_reentrant": False, **ds_config.get("pipeline", {})}}
+        ds_config = {**ds_config, "pipeline": _pipeline_section(ds_config, topology)}
     groups.mpu = mpu  # DeepSpeed keeps that of an earlier engine of the same process
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False)
     masters = ZeroMasters(engine, names, copies)
     assert all(masters.steps_taken(p) == 0 for p in masters.by_partition()), "the optimizer stepped before training"
     return engine, masters
+
+
+def _pipeline_section(ds_config: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    """By default DeepSpeed has each process of a tensor-parallel group send its part of what all of them hold alike;
+    where the sequence is split they hold different things."""
+    alike = not topology.tensor.sequence
+    return {"pipe_partitioned": alike, "grad_partitioned": alike, **ds_config.get("pipeline", {})}
 
 
 def _copies(names: dict[nn.Parameter, str], topology: Topology) -> frozenset[str]:
