@@ -29,7 +29,7 @@ RUN = ["debug", "tracking.uri=none", "tokens=100M", "checkpoint.interval=1280"]
 
 
 def trainer(host: Host) -> int:
-    (process,) = host.processes("train.py", without="deepspeed.launcher")
+    (process,) = host.processes("train.py", without="deepspeed")  # launchers name both
     return process
 
 
@@ -70,7 +70,7 @@ def measure(name: str, hosts: tuple[Host, Host], folder: Path, data: Path, stall
     ended: dict[str, float] = {}
     while len(ended) < 2 and time.monotonic() - start < 300:
         for host in hosts:
-            if host.name not in ended and not host.processes("train.py", without="bin/deepspeed"):
+            if host.name not in ended and not host.processes("train.py", without="deepspeed"):
                 ended[host.name] = time.monotonic() - start
         time.sleep(0.1)
     hosts[1].wire("up")

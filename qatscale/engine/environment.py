@@ -44,7 +44,7 @@ SLURM = Words("Slurm", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOC
 
 
 def adopt(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables to add so that `environ` says all that torch.distributed asks for; none where a launcher of torch or
+    """The variables to add so that `environ` says what torch.distributed asks for; none where a launcher of torch or
     DeepSpeed has said it, and none for a process that nobody launched.
 
     MPI goes before Slurm: under `mpirun` inside a Slurm job Slurm's variables describe MPI's daemons. Raises UserError

