@@ -109,7 +109,7 @@ def about_here(device: str, commit: str | None) -> dict[str, str]:
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         hardware = f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB; {hardware}"
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
         versions.append(f"CUDA {torch.version.cuda}, NCCL {nccl}")
     return {"hardware": hardware, "versions": ", ".join(versions), "commit": commit or "unknown"}
 
