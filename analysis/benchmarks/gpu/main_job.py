@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -346,7 +347,8 @@ class Job:
 
     def warnings(self) -> Mapping[str, Any]:
         """What the runs complained about, each once: for whoever reads the record; never fails."""
-        lines = {line.strip()[:160] for path in self.work.glob("*.log") for line in path.read_text().splitlines()
+        stamp = re.compile(r"\x1b\[\d*m|^\[[\d :,-]+\]")
+        lines = {stamp.sub("", line).strip()[:160] for path in self.work.glob("*.log") for line in path.read_text().splitlines()
                  if "warning" in line.lower()}  # fmt: skip
         return {str(index): line.replace("|", "/") for index, line in enumerate(sorted(lines)[:20], 1)}
 
