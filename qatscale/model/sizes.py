@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qatscale.config.schema import ModelConfig
 
@@ -50,28 +51,46 @@ FLOPS_CONVENTION = "6 x matmul parameters + 12 x layers x width x sequence, per 
 """For the line that reports TFLOP/s and MFU."""
 
 
-# Dense bf16 tensor-core peaks in TFLOP/s from the vendors' data sheets; half the figure where a sheet gives only the
-# one with 2:4 sparsity. The names are those of torch.cuda.get_device_name, matched as a whole: a variant with other
+class _Device(NamedTuple):
+    names: tuple[str, ...]
+    teraflops: float
+    gigabytes: int
+
+
+# From the vendors' data sheets: dense bf16 tensor-core peaks, half the figure where a sheet gives only the one with 2:4
+# sparsity; and memory. The names are those of torch.cuda.get_device_name, matched as a whole: a variant with other
 # clocks or units (A100-SXM-64GB, H20, A10G) must not pass for its sibling, and a MIG slice is no whole device.
-_PEAKS = (
-    (r"A100-(SXM4|PCIE)-40GB|A100-SXM4-80GB|A100 80GB PCIe", 312.0),  # NVIDIA A100 data sheet: 312
-    (r"A800-SXM4-80GB|A800 80GB PCIe", 312.0),  # A800 data sheet: 312 (only NVLink is slower)
-    (r"A30", 165.0),  # A30 data sheet: 165
-    (r"A40", 149.7),  # A40 data sheet: 149.7
-    (r"A10", 125.0),  # A10 data sheet: 125
-    (r"H100 80GB HBM3", 989.0),  # H100 data sheet, SXM: 1,979 with sparsity
-    (r"H100 PCIe", 756.0),  # H100 data sheet, PCIe: 1,513 with sparsity
-    (r"H100 NVL", 835.0),  # H100 data sheet, NVL: 1,671 with sparsity
-    (r"H200", 989.0),  # H200 data sheet, SXM: 1,979 with sparsity
-    (r"H200 NVL", 835.0),  # H200 data sheet, NVL: 1,671 with sparsity
-    (r"GH200 (120GB|480GB|144G HBM3e)", 989.0),  # GH200 data sheet: 1,979 with sparsity
-    (r"L4", 121.0),  # L4 data sheet: 242 with sparsity
-    (r"L40", 181.0),  # L40 data sheet: 181.05
-    (r"L40S", 362.0),  # L40S data sheet: 362.05
-    (r"B200", 2250.0),  # HGX B200 data sheet: 4.5 PFLOP/s a GPU with sparsity
-    (r"MI300X", 1307.0),  # AMD Instinct MI300X data sheet: 1,307.4
-    (r"MI325X", 1307.0),  # AMD Instinct MI325X data sheet: 1,307.4
+_DEVICES = (
+    _Device(("A100-SXM4-40GB", "A100-PCIE-40GB"), 312.0, 40),  # NVIDIA A100 data sheet: 312
+    _Device(("A100-SXM4-80GB", "A100 80GB PCIe"), 312.0, 80),
+    _Device(("A800-SXM4-80GB", "A800 80GB PCIe"), 312.0, 80),  # A800 data sheet: 312 (only NVLink is slower)
+    _Device(("A30",), 165.0, 24),  # A30 data sheet: 165
+    _Device(("A40",), 149.7, 48),  # A40 data sheet: 149.7
+    _Device(("A10",), 125.0, 24),  # A10 data sheet: 125
+    _Device(("H100 80GB HBM3",), 989.0, 80),  # H100 data sheet, SXM: 1,979 with sparsity
+    _Device(("H100 PCIe",), 756.0, 80),  # H100 data sheet, PCIe: 1,513 with sparsity
+    _Device(("H100 NVL",), 835.0, 94),  # H100 data sheet, NVL: 1,671 with sparsity
+    _Device(("H200",), 989.0, 141),  # H200 data sheet, SXM: 1,979 with sparsity
+    _Device(("H200 NVL",), 835.0, 141),  # H200 data sheet, NVL: 1,671 with sparsity
+    _Device(("GH200 120GB", "GH200 480GB"), 989.0, 96),  # GH200 data sheet: 1,979 with sparsity (names: the CPU's GB)
+    _Device(("GH200 144G HBM3e",), 989.0, 144),
+    _Device(("L4",), 121.0, 24),  # L4 data sheet: 242 with sparsity
+    _Device(("L40",), 181.0, 48),  # L40 data sheet: 181.05
+    _Device(("L40S",), 362.0, 48),  # L40S data sheet: 362.05
+    _Device(("B200",), 2250.0, 180),  # HGX B200 data sheet: 4.5 PFLOP/s a GPU with sparsity, 1.44 TB of eight
+    _Device(("MI300X",), 1307.0, 192),  # AMD Instinct MI300X data sheet: 1,307.4
+    _Device(("MI325X",), 1307.0, 256),  # AMD Instinct MI325X data sheet: 1,307.4
 )
+
+
+def device_names() -> list[str]:
+    """Devices whose peak and memory are known."""
+    return sorted(name for device in _DEVICES for name in device.names)
+
+
+def _device(name: str) -> _Device | None:
+    short = re.sub(r"^(NVIDIA|AMD Instinct)\s+", "", name.strip())
+    return next((device for device in _DEVICES if short in device.names), None)
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -80,8 +99,14 @@ def peak_flops(device_name: str) -> float | None:
     device_name: as torch.cuda.get_device_name tells it, e.g. 'NVIDIA H100 80GB HBM3'. An MFU against it means
     something for bf16 runs alone.
     """
-    name = re.sub(r"^(NVIDIA|AMD Instinct)\s+", "", device_name.strip())
-    for pattern, teraflops in _PEAKS:
-        if re.fullmatch(pattern, name):
-            return teraflops * 1e12
-    return None
+    device = _device(device_name)
+    return device.teraflops * 1e12 if device else None
+
+
+def device_memory(device_name: str) -> int | None:
+    """Bytes of a device's memory as its data sheet gives it, with 10^9 a gigabyte; None for an unknown device.
+
+    What a driver reports is some 5 % more; that much goes to the CUDA context, NCCL and gaps between allocations.
+    """
+    device = _device(device_name)
+    return device.gigabytes * 10**9 if device else None

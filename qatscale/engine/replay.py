@@ -1,0 +1,333 @@
+"""An optimizer step of one process, replayed on paper: what forward keeps for backward, and what else is there then.
+
+The order of things is that of `qatscale.model.llama` and `qatscale.model.loss`; the sizes are of what autograd keeps:
+inputs of products, of the norms and of SiLU, the tensors of the attention kernel. Megatron's count (arXiv 2205.05198,
+section 4) is of another model (GeLU, dropout, unfused softmax), its way of counting is this one.
+
+Per token of a block, with width D, key-value width K, inner width I and bytes w of an element, all but the stream and
+the norms divided by the tensor-parallel processes:
+
+    2·D·w the stream before each norm      2·(D·w + 4) what the norms return, and 1/rms     4·heads log Σ exp
+    (2·D + 2·K)·w q, k, v, attended        4·I·w gate, SiLU(gate), up, their product
+
+With sequence parallelism the stream and 1/rms are divided too; what the norms return is kept gathered, so it is not.
+With activation checkpointing a block keeps its input, D·w, and makes the rest again before its backward. In QAT each
+product keeps a dense quantized weight from forward to backward (`F.linear` saves it).
+
+Kernels are those of CUDA: fused RMSNorm, flash or memory-efficient attention. On CPU, where the test measures, a norm
+keeps its normalised input in fp32 as well, and casts that CUDA does on the fly are copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qatscale.config.schema import RunConfig
+from qatscale.engine.layout import Layout
+from qatscale.engine.ledger import Ledger
+from qatscale.engine.share import Matrix, Share
+from qatscale.engine.zero_memory import zero_of
+from qatscale.engine.zero_plan import FP32, ZeroPlan
+
+Device = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Sizes of a micro-batch on one process: bytes of its tensors."""
+
+    tokens: int
+    stream: int
+    """Tokens of the residual stream: a share of them under sequence parallelism."""
+    width: int
+    weight: int
+    """Bytes of an element."""
+    device: Device
+    tensor: int
+    sequence: bool
+
+    def of(self, channels: int) -> int:
+        """[tokens, channels] in the weights' precision."""
+        return self.tokens * channels * self.weight
+
+    @property
+    def residual(self) -> int:
+        """[stream tokens, width]."""
+        return self.stream * self.width * self.weight
+
+    @property
+    def normed(self) -> int:
+        """What a norm keeps but its input: 1/rms, and its output as the products take it."""
+        kept = FP32 * self.stream + self.of(self.width)
+        if self.device == "cpu":  # the normalised input, and the input itself in fp32 instead of what it came in
+            kept += self.stream * self.width * (FP32 + FP32 - self.weight)
+        return kept
+
+
+def start_bytes(share: Share, plan: ZeroPlan) -> int:
+    """Before the first step: the share comes to the device whole and in fp32, and only then ZeRO divides it. In fp32
+    ZeRO-1 and 2 flatten a copy of a group; a cast to bf16 goes parameter by parameter."""
+    copied = max(map(sum, share.groups.values())) if plan.weight == FP32 and plan.stage < 3 else 0
+    return FP32 * (share.weights + share.scales + copied)
+
+
+class Step:
+    """A process's step on `micro_batches`, in one phase. Call `replay` once; the rest is its parts in order."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        share: Share,
+        plan: ZeroPlan,
+        *,
+        quantized: bool,
+        device: Device = "cuda",
+    ) -> None:
+        self.share, self.layout, self.quantized = share, layout, quantized
+        self.recompute = config.engine.activation_checkpointing
+        tokens = config.batch.micro_batch * config.data.sequence_length
+        stream = tokens // layout.tensor if config.engine.sequence_parallel else tokens
+        self.micro = Micro(
+            tokens, stream, share.width, plan.weight, device, layout.tensor, config.engine.sequence_parallel
+        )
+        self.micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
+        self.heads = config.model.heads // layout.tensor
+        self.ledger = Ledger()
+        self.zero = zero_of(self.ledger, share, plan, layout.pipeline > 1)
+        self.attention, self.mlp = share.block[:4], share.block[4:]
+        self.attended, self.keys, self.inner = share.block[0].rows, share.block[1].rows, share.block[4].rows
+
+    def replay(self) -> Ledger:
+        """The micro-batches in the order of the pipeline (one forward, one backward), then the optimizer."""
+        self.zero.resident()
+        self._pipeline_buffers()
+        ahead = min(self.layout.pipeline - self.share.stage.index, self.micro_batches)
+        # what repeats itself adds nothing: a second micro-batch finds the first one's gradients, then all are alike
+        shown = min(self.micro_batches, ahead + 2)
+        for index in range(shown + ahead - 1):
+            if index < shown:
+                self._forward()
+            if index >= ahead - 1:
+                self._backward(last=index == shown + ahead - 2)
+        self.ledger.moment = "optimizer step"
+        self.zero.step()
+        return self.ledger
+
+    def _pipeline_buffers(self) -> None:
+        """What PipelineEngine keeps between steps: a buffer to receive into from either side; the last stage also the
+        logits of its last two micro-batches (`pipe_buffers`)."""
+        if self.layout.pipeline == 1:
+            return
+        stage = self.share.stage
+        self.ledger.hold("buffers", self.micro.residual * ((not stage.is_first) + (not stage.is_last)))
+        if self.share.head:
+            self.ledger.hold("activations", min(2, self.micro_batches) * self.micro.of(self.share.head.rows))
+
+    # --- forward ---
+
+    def _forward(self) -> None:
+        self.ledger.moment = "forward"
+        if self.share.embed:
+            self._embed()
+        else:  # received, kept to send its gradient back, and copied for the forward pass
+            self.ledger.hold("activations", 2 * self.micro.residual)
+        for block in range(self.share.blocks):
+            if self.recompute:
+                self._block_without_keeping(block)
+            else:
+                self._block(block)
+            self.ledger.hold("activations", self.micro.residual)
+        if self.share.head:
+            self._head(self.share.head)
+
+    def _embed(self) -> None:
+        assert self.share.embed
+        self.zero.fetch(0, self._after(0))
+        self.ledger.hold("activations", self.micro.residual)
+        if self.micro.tensor > 1:  # masked rows, and the sum over the processes
+            self.ledger.touch("activations", 2 * self.micro.of(self.share.width))
+        if self._is_quantized(self.share.embed):
+            self.ledger.hold("quantized", self.micro.of(self.share.width))
+        self.zero.release(0, self._after(0))
+
+    def _block(self, block: int, *, again: bool = False) -> None:
+        """All that it keeps but its input and its output. `again`: just before its backward."""
+        micro, hold = self.micro, self.ledger.hold
+        end = self._index(block + 1, 0) if again else None
+        hold("activations", micro.normed)
+        for offset, matrix in enumerate(self.attention):
+            self._use(self._index(block, offset), matrix, end=end)
+        hold("activations", self._attended_bytes)
+        hold("activations", micro.residual)
+        hold("activations", micro.normed)
+        for offset, matrix in enumerate(self.mlp, start=len(self.attention)):
+            self._use(self._index(block, offset), matrix, end=end)
+        hold("activations", 4 * micro.of(self.inner))
+
+    def _block_without_keeping(self, block: int) -> None:
+        """One matrix after the other; at most the MLP's three inner tensors and what it takes and returns."""
+        for offset, matrix in enumerate(self.share.block):
+            self._use(self._index(block, offset), matrix, keep=False)
+        self.ledger.touch("activations", self.micro.normed + 3 * self.micro.of(self.inner) + 2 * self.micro.residual)
+
+    @property
+    def _attended_bytes(self) -> int:
+        """q, k, v, what attention returns (o's input), log Σ exp."""
+        return self.micro.of(2 * self.attended + 2 * self.keys) + FP32 * self.micro.tokens * self.heads
+
+    def _use(self, index: int, matrix: Matrix, *, keep: bool = True, end: int | None = None) -> None:
+        """A product's forward: its weight is gathered, quantized, and kept quantized. Before index `end` its backward
+        begins; None: at the end."""
+        ahead = self._after(index, end)
+        self.zero.fetch(index, ahead)
+        if self._is_quantized(matrix):
+            self.ledger.hold("quantized", matrix.numel * self.micro.weight)
+            if self.micro.weight != FP32:
+                self.ledger.touch("quantized", matrix.numel * FP32)
+            if not keep:
+                self.ledger.drop("quantized", matrix.numel * self.micro.weight)
+        self.zero.release(index, ahead)
+
+    def _head(self, head: Matrix) -> None:
+        micro, ledger = self.micro, self.ledger
+        ledger.hold("activations", micro.normed)
+        self._use(self._head_index, head)
+        ledger.moment = "loss"
+        elements = micro.tokens * head.rows
+        if self.layout.pipeline > 1:
+            ledger.touch("activations", elements * micro.weight)  # before it takes the place of earlier logits
+        logits = elements * micro.weight if self.layout.pipeline == 1 else 0
+        with ledger.meanwhile("activations", logits):
+            wide = FP32 if micro.weight != FP32 and (micro.tensor > 1 or micro.device == "cpu") else 0
+            shifted = FP32 if micro.tensor > 1 else 0  # logits - max, before exp
+            ledger.touch("activations", elements * (wide + shifted + FP32))
+            ledger.hold("activations", elements * FP32)  # the probabilities
+
+    # --- backward ---
+
+    def _backward(self, *, last: bool) -> None:
+        ledger, micro = self.ledger, self.micro
+        ledger.moment = "backward"
+        ledger.hold("activations", micro.residual)  # the stream's gradient
+        if self.share.head:
+            self._head_backward(self.share.head)
+        else:
+            ledger.drop("activations", micro.residual)  # the output that was sent on
+        for block in reversed(range(self.share.blocks)):
+            if self.recompute:
+                self._block(block, again=True)
+            self._block_backward(block)
+        ledger.drop("activations", micro.residual)
+        if self.share.embed:
+            self._embed_backward(self.share.embed)
+        else:
+            ledger.drop("activations", micro.residual)
+        ledger.moment = "reduction of gradients"
+        self.zero.backward_done(last)
+
+    def _head_backward(self, head: Matrix) -> None:
+        micro, ledger = self.micro, self.ledger
+        elements = micro.tokens * head.rows
+        if micro.weight != FP32:
+            ledger.hold("activations", elements * micro.weight)
+            ledger.drop("activations", elements * FP32)
+        with ledger.meanwhile("activations", micro.of(self.share.width)):
+            self._gradient(self._head_index, head, elements * micro.weight, arrives=not self.share.tied_here)
+        self._norm_backward()
+
+    def _block_backward(self, block: int) -> None:
+        """The MLP, then attention. The stream's gradient is held by whoever calls."""
+        micro, hold, drop = self.micro, self.ledger.hold, self.ledger.drop
+        one, wide = micro.of(self.inner), micro.of(self.share.width)
+        gathered = wide if micro.sequence else 0
+        gate, up, down = (self._index(block, offset) for offset in (4, 5, 6))
+        hold("activations", gathered)
+        hold("activations", one)  # of the product, whose value is not needed any more
+        self._gradient(down, self.mlp[2], one + gathered)
+        hold("activations", 2 * one)  # of SiLU(gate) and of up, which replace it and their values
+        drop("activations", 3 * one)
+        hold("activations", wide)
+        self._gradient(up, self.mlp[1], one)
+        hold("activations", one)  # of gate
+        drop("activations", 2 * one)
+        hold("activations", wide)
+        self._gradient(gate, self.mlp[0], one)
+        drop("activations", wide)
+        self._norm_backward(wide)
+
+        q, k, v, o = (self._index(block, offset) for offset in range(4))
+        hold("activations", gathered)
+        hold("activations", micro.of(self.attended))
+        self._gradient(o, self.attention[3], gathered)
+        hold("activations", micro.of(self.attended + 2 * self.keys))
+        drop("activations", self._attended_bytes + micro.of(self.attended))
+        with self.ledger.meanwhile("activations", wide):
+            for index, matrix in ((v, self.attention[2]), (k, self.attention[1]), (q, self.attention[0])):
+                self._gradient(index, matrix, micro.of(matrix.rows))
+        self._norm_backward()
+
+    def _norm_backward(self, incoming: int = 0) -> None:
+        """What it kept, its input, and `incoming` bytes of gradient that become the stream's."""
+        if self.micro.tensor > 1:
+            self.ledger.touch("activations", self.micro.of(self.share.width))
+        self.ledger.drop("activations", incoming + self.micro.normed + self.micro.residual)
+        self.ledger.hold("gradients", self.share.width * self.micro.weight)
+        self.zero.arrived("gradients", self.share.width)
+
+    def _embed_backward(self, embed: Matrix) -> None:
+        size = embed.numel * self.micro.weight
+        if self._is_quantized(embed):
+            self.ledger.touch("quantized", 3 * FP32 * self.micro.tokens * self.share.width)
+            self.ledger.drop("quantized", self.micro.of(self.share.width))
+            if not self.share.tied_here:
+                self._scales_arrive(embed)
+        self.ledger.hold("gradients", size)  # dense: every row, looked up or not
+        if self.share.tied_here:  # the head's has waited since; their sum is a third
+            self.ledger.touch("gradients", size)
+            self.ledger.drop("gradients", size)
+            if self._is_quantized(embed):
+                self._scales_arrive(embed)
+        self.zero.arrived("gradients", embed.numel)
+        self.zero.release(0, None)
+
+    def _gradient(self, index: int, matrix: Matrix, consumed: int, *, arrives: bool = True) -> None:
+        """A weight's gradient, then through its quantizer in QAT. `consumed`: bytes of activations that it was made of.
+
+        `_FakeQuantize.backward` holds three fp32 tensors of the weight's size (v, clipped, inside) and, in bf16, the
+        result; in fp32 the last of the three is the result. On CPU bf16 is also cast on its way in.
+        """
+        micro, ledger = self.micro, self.ledger
+        self.zero.fetch(index, range(index - 1, -1, -1))
+        ledger.hold("gradients", matrix.numel * micro.weight)
+        ledger.drop("activations", consumed)
+        if self._is_quantized(matrix):
+            ledger.drop("quantized", matrix.numel * micro.weight)
+            result = 0 if micro.weight == FP32 else FP32 if micro.device == "cpu" else micro.weight
+            ledger.touch("quantized", matrix.numel * (3 * FP32 + result))
+            if arrives:
+                self._scales_arrive(matrix)
+        if arrives:
+            self.zero.arrived("gradients", matrix.numel)
+        if arrives:  # else the embedding, the same tensor, is still to come
+            self.zero.release(index, None)
+
+    def _scales_arrive(self, matrix: Matrix) -> None:
+        self.ledger.hold("scales", matrix.scales * self.micro.weight)
+        self.zero.arrived("scales", matrix.scales)
+
+    # --- which matrix ---
+
+    def _is_quantized(self, matrix: Matrix) -> bool:
+        return self.quantized and matrix.bits is not None
+
+    def _index(self, block: int, offset: int) -> int:
+        return (1 if self.share.embed else 0) + block * len(self.share.block) + offset
+
+    def _after(self, index: int, end: int | None = None) -> range:
+        return range(index + 1, self._head_index + (self.share.head is not None) if end is None else end)
+
+    @property
+    def _head_index(self) -> int:
+        return self._index(self.share.blocks, 0)
