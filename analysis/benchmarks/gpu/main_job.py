@@ -348,8 +348,8 @@ class Job:
     def warnings(self) -> Mapping[str, Any]:
         """What the runs complained about, each once: for whoever reads the record; never fails."""
         stamp = re.compile(r"\x1b\[\d*m|^\[[\d :,-]+\]")
-        lines = {stamp.sub("", line).strip()[:160] for path in self.work.glob("*.log") for line in path.read_text().splitlines()
-                 if "warning" in line.lower()}  # fmt: skip
+        texts = "\n".join(path.read_text() for path in self.work.glob("*.log"))
+        lines = {stamp.sub("", line).strip()[:160] for line in texts.splitlines() if "warning" in line.lower()}
         return {str(index): line.replace("|", "/") for index, line in enumerate(sorted(lines)[:20], 1)}
 
 
