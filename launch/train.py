@@ -9,6 +9,7 @@ import os
 import sys
 
 from qatscale.cli import main
+from qatscale.cli.lasting import Lasting
 from qatscale.engine.environment import adopt
 from qatscale.errors import EXIT_BAD_INPUT, UserError
 
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     # torch's C++ side prints a stack of its own for every connection that breaks, below the failure that we tell
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     main(["train", *own])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import processes
 import pytest
 import torch.distributed as dist
 
+from qatscale.cli.lasting import Lasting
 from qatscale.engine.checkpoint_files import find_checkpoint, read_manifest
 from qatscale.errors import EXIT_FAILED
 from qatscale.tracking.run_folder import RunFolder
@@ -173,6 +175,21 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path: Path) -> None:
             assert of_child.gone()
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+def test_output_outlives_its_reader() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", buffering=1) as pipe:
+        stream = Lasting(pipe)
+        print("read", file=stream)
+        assert os.read(reader, 100) == b"read\n"
+        os.close(reader)
+        with pytest.raises(BrokenPipeError):
+            print("not read", file=pipe)
+        print("not read", file=stream, flush=True)
+        assert stream.encoding == pipe.encoding
+        with suppress(OSError):
+            pipe.close()  # what it still holds
 
 
 def test_the_guard_ends_a_process_that_is_stopped() -> None:
