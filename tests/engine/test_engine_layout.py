@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,7 @@ def test_every_rank_has_a_place_of_its_own_and_tensor_neighbours_are_next_to_eac
         (8, ["engine.pipeline_stages=8"], "zero1_fp32", ["more than model.layers = 4"]),
         (2, ["engine.pipeline_stages=2"], "zero2_fp32", ["ZeRO-1 alone", "stage 2"]),
         (2, ["engine.pipeline_stages=2"], "zero3_fp32", ["ZeRO-1 alone", "stage 3"]),
+        (2, ["engine.pipeline_stages=2"], "offload.json", ["offload_optimizer", "part of the gradient"]),
         (1, ["engine.sequence_parallel=true"], "zero1_fp32", ["no effect without tensor"]),
         (2, ["engine.tensor_parallel=2", "engine.sequence_parallel=true", "data.sequence_length=63"], "zero1_fp32",
          ["data.sequence_length = 63", "62 or 64"]),
@@ -52,8 +54,11 @@ def test_every_rank_has_a_place_of_its_own_and_tensor_neighbours_are_next_to_eac
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_reason(
-    processes: int, overrides: list[str], ds_config: str, told: list[str]
+    processes: int, overrides: list[str], ds_config: str, told: list[str], tmp_path: Path
 ) -> None:
+    if ds_config == "offload.json":
+        ds_config = str(tmp_path / ds_config)
+        Path(ds_config).write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}')
     with pytest.raises(UserError) as caught:
         plan(processes, *overrides, ds_config=ds_config)
     for part in told:

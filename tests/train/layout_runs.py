@@ -57,6 +57,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "bf16-one": (1, layout(precision="bf16")),
     "bf16-t2z1": (2, layout(2, precision="bf16")),
     "bf16-t2sz3": (2, layout(2, 1, "3", 2, "bf16", SEQUENCE)),
+    "bf16-t2z2offload": (2, layout(2, zero="2", precision="bf16_offload")),
     "bf16-p2": (2, layout(1, 2, precision="bf16")),
     "bf16-t2p2": (4, layout(2, 2, precision="bf16")),
 }

@@ -15,7 +15,7 @@ from qatscale.engine.checkpoint_files import read_manifest
 from qatscale.tracking.run_folder import RunFolder
 
 FP32 = 1e-5
-BF16 = 2e-3  # of one process: bf16 rounds every partial sum, so that where sums are cut shows in the third digit
+BF16 = 5e-4  # measured: 6e-5; bf16 rounds partial sums, so where sums are cut shows
 
 SPLIT = [name for name, (processes, _) in LAYOUTS.items() if processes > 1 and not name.startswith("bf16")]
 IN_SUITE = {
