@@ -39,9 +39,9 @@ FAULTS: dict[str, Callable[[Host, Host, subprocess.Popen[str]], None]] = {
     "stop": lambda _, b, __: os.kill(trainer(b), signal.SIGSTOP),
     "cut": lambda _, b, __: b.wire("down"),
     "term": lambda a, _, __: os.kill(runner(a), signal.SIGTERM),
-    "lost": lambda a, _, __: os.kill(runner(a), signal.SIGKILL),
+    "lost": lambda a, _, __: [os.kill(pid, signal.SIGKILL) for pid in a.processes("pdsh\0-S")],  # type: ignore[dict-item]
 }
-"""SIGKILL of rank 1 or 0, SIGSTOP of rank 1, the second host's interface down, SIGTERM and SIGKILL to the script."""
+"""SIGKILL of rank 1 or 0, SIGSTOP of rank 1, the second host's interface down, SIGTERM to the script, pdsh killed."""
 
 
 def runner(host: Host) -> int:
