@@ -114,8 +114,8 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
     if pipeline > 1 and zero.get("offload_optimizer", {}).get("device", "none") != "none":
         yield UserError(
             "zero_optimization.offload_optimizer", None,
-            "is wrong with pipeline stages: DeepSpeed 0.19.8 then loses a part of the gradient in bf16 (measured: a norm of "
-            "0.52 for 0.65), without a word.", "Leave it out, or use it with tensor parallelism.",
+            "is wrong with pipeline stages: DeepSpeed 0.19.8 loses a part of the gradient in bf16 (measured: a norm "
+            "of 0.52 for 0.65), without a word.", "Leave it out, or use it with tensor parallelism.",
         )  # fmt: skip
     if "pipeline" in ds and pipeline == 1:
         yield UserError("pipeline", None, "would have no effect with one stage.", "Set engine.pipeline_stages.")
