@@ -1,6 +1,6 @@
 """How long until a job on two hosts has ended everywhere after each kind of failure, and what it says. Needs root.
 
-    python analysis/benchmarks/faults.py [--stall 20] [--only kill stop cut term]
+    python analysis/benchmarks/faults.py [--stall 20] [--only kill kill0 stop cut term lost]
 
 The hosts are network namespaces (tests/launch/hosts.py), the job is started by launch/pdsh.sh on CPU. The table goes to
 faults.md beside this file, by hand.
@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,13 +32,13 @@ def trainer(host: Host) -> int:
     return process
 
 
-FAULTS: dict[str, Callable[[Host, Host, subprocess.Popen[str]], None]] = {
-    "kill": lambda _, b, __: os.kill(trainer(b), signal.SIGKILL),
-    "kill0": lambda a, _, __: os.kill(trainer(a), signal.SIGKILL),
-    "stop": lambda _, b, __: os.kill(trainer(b), signal.SIGSTOP),
-    "cut": lambda _, b, __: b.wire("down"),
-    "term": lambda a, _, __: os.kill(runner(a), signal.SIGTERM),
-    "lost": lambda a, _, __: [os.kill(pid, signal.SIGKILL) for pid in a.processes("pdsh\0-S")],  # type: ignore[dict-item]
+FAULTS: dict[str, Callable[[Host, Host], object]] = {
+    "kill": lambda _, b: os.kill(trainer(b), signal.SIGKILL),
+    "kill0": lambda a, _: os.kill(trainer(a), signal.SIGKILL),
+    "stop": lambda _, b: os.kill(trainer(b), signal.SIGSTOP),
+    "cut": lambda _, b: b.wire("down"),
+    "term": lambda a, _: os.kill(runner(a), signal.SIGTERM),
+    "lost": lambda a, _: [os.kill(pid, signal.SIGKILL) for pid in a.processes("pdsh\0-S")],
 }
 """SIGKILL of rank 1 or 0, SIGSTOP of rank 1, the second host's interface down, SIGTERM to the script, pdsh killed."""
 
@@ -66,7 +65,7 @@ def measure(name: str, hosts: tuple[Host, Host], folder: Path, data: Path, stall
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.1)
     start = time.monotonic()
-    FAULTS[name](*hosts, job)
+    FAULTS[name](*hosts)
     ended: dict[str, float] = {}
     while len(ended) < 2 and time.monotonic() - start < 300:
         for host in hosts:
