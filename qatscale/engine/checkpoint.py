@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,26 +111,27 @@ def _write_own_share(writing: Path, masters: ZeroMasters, runtime: Runtime) -> d
 
 @torch.no_grad()
 def load_checkpoint(
-    folder: Path, masters: ZeroMasters, runtime: Runtime, *, fresh: frozenset[str] = frozenset()
+    folder: Path, masters: ZeroMasters, runtime: Runtime, *, keep: Callable[[str], bool] | None = None
 ) -> Manifest:
     """Put a checkpoint's masters and Adam states into a fresh engine. Collective.
 
-    `fresh` names parameters that keep their initial value where the checkpoint's do not fit (scales of a branch that
-    are not yet in use). Raises UserError for a damaged checkpoint and for one of another model.
+    Parameters of which `keep` is true keep their initial value, whatever the checkpoint has of them (scales of a branch
+    that are not yet in use). Raises UserError for a damaged checkpoint and for one of another model.
     """
     reader = CheckpointReader(folder)
     _raise_everywhere(lambda: verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
     saved = reader.manifest.parameters
-    _check_same_model(folder, _whole_shapes(masters, runtime), saved, fresh)
+    loaded = {name: shape for name, shape in _whole_shapes(masters, runtime).items() if not (keep and keep(name))}
+    _check_same_model(folder, loaded, {name: record for name, record in saved.items() if not (keep and keep(name))})
     for partition, fragments in masters.by_partition().items():
         state = masters.adam_state(partition)
-        steps = {saved[f.name].adam_steps for f in fragments if f.name not in fresh}
+        steps = {saved[f.name].adam_steps for f in fragments if f.name in loaded}
         if not steps:
             continue
         assert len(steps) == 1, f"one optimizer group, several Adam step counts: {steps}"
         state["step"].fill_(steps.pop())
         for fragment in fragments:
-            if fragment.name in fresh:
+            if fragment.name not in loaded:
                 continue
             targets = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
             for kind, flat in targets.items():
@@ -147,14 +149,12 @@ def _whole_shapes(masters: ZeroMasters, runtime: Runtime) -> dict[str, torch.Siz
     return {name: shape for of_one in shapes for name, shape in of_one.items()}
 
 
-def _check_same_model(
-    folder: Path, shapes: dict[str, torch.Size], saved: dict[str, ParameterRecord], fresh: frozenset[str]
-) -> None:
-    expected = {name: list(shape) for name, shape in shapes.items() if name not in fresh}
+def _check_same_model(folder: Path, shapes: dict[str, torch.Size], saved: dict[str, ParameterRecord]) -> None:
+    expected = {name: list(shape) for name, shape in shapes.items()}
     missing = sorted(expected.keys() - saved.keys())
     if missing:
         raise UserError("checkpoint", str(folder), f"it lacks {len(missing)} parameters of this model: {missing[:3]}.")
-    surplus = sorted(saved.keys() - expected.keys() - fresh)
+    surplus = sorted(saved.keys() - expected.keys())
     if surplus:
         there = f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}."
         raise UserError("checkpoint", str(folder), there)

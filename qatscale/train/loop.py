@@ -7,29 +7,24 @@ from typing import Any, Literal
 
 import torch
 
-from qatscale.config import config_hash, load_ds_config, merge_ds_config, precision_of
+from qatscale.config import config_hash, precision_of
 from qatscale.config.schema import RunConfig
-from qatscale.data.reader import BatchReader, EvaluationReader
-from qatscale.engine.checkpoint import load_checkpoint, save_checkpoint
+from qatscale.engine.checkpoint import save_checkpoint
 from qatscale.engine.checkpoint_files import rotate
-from qatscale.engine.fragments import ZeroMasters
-from qatscale.engine.initialize import apply_settings, initialize_engine
-from qatscale.engine.layout import Layout, layout_notices, plan_layout
-from qatscale.engine.runtime import Runtime, job_size, start_runtime
+from qatscale.engine.initialize import apply_settings
+from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
-from qatscale.engine.topology import Topology, gather_stages, join_topology
-from qatscale.model.llama import Llama, initialise
+from qatscale.engine.topology import gather_stages
 from qatscale.model.sizes import count_parameters
-from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.report import merge_reports
 from qatscale.timeline import Timeline, build_timeline, kept_steps
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.evaluate import open_stream, open_validation, validation_losses
+from qatscale.train.evaluate import validation_losses
 from qatscale.train.final import final_metrics, final_views
+from qatscale.train.job import Job, Plan, assemble, plan_run
 from qatscale.train.meter import Meter
 from qatscale.train.run_log import RunLog
 from qatscale.train.signals import StopRequest
-from qatscale.train.start import Start, check_data, plan_start
 from qatscale.train.watch import Watch, collective_timeout
 
 
@@ -48,73 +43,26 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
     fresh, or from `branch_from` (a checkpoint folder, a run folder, `RUN@STEP`). UserError for whatever is wrong with
     the input, before the first step.
     """
-    timeline = build_timeline(config)
-    ds_config = load_ds_config(config.engine.ds_config)
-    start = plan_start(config, timeline, branch_from)
-    if start is None:
-        return Outcome("done", timeline.steps, RunFolder(config.folder).final)
-    layout = plan_layout(config, ds_config, job_size())
-    ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches = open_batches(config)
-    validation = open_validation(config)
-    data_notices = check_data(config, start, batches.stream.manifest.fingerprint)
-
+    plan = plan_run(config, branch_from)
+    if plan is None:
+        folder = RunFolder(config.folder)
+        return Outcome("done", build_timeline(config).steps, folder.final)
     runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
     with Watch(runtime, config.folder / "logs", config.engine.stall_timeout) as watch:
-        return train_in_job(
-            runtime, watch, config, timeline, layout, ds_config, start, batches, validation, data_notices
-        )
+        job = assemble(plan, runtime)
+        n_params = count_parameters(config.model).total
+        with RunLog(config, plan.timeline, plan.start, runtime, plan.ds_config, n_params, watch, plan.notices) as log:
+            try:
+                return run_steps(plan, job, log)
+            finally:
+                job.engine.destroy()
 
 
-def train_in_job(
-    runtime: Runtime,
-    watch: Watch,
-    config: RunConfig,
-    timeline: Timeline,
-    layout: Layout,
-    ds_config: dict[str, Any],
-    start: Start,
-    batches: BatchReader,
-    validation: EvaluationReader,
-    data_notices: tuple[str, ...],
-) -> Outcome:
-    """What `train` does from where the processes have met: whatever fails from here on ends all of them."""
-    topology = join_topology(config, layout, runtime)
-    model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
-    initialise(model, config.seed)
-    plugin = QatPlugin(config.qat, timeline.switch_step)
-    plugin.prepare(model)
-    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
-    if start.checkpoint is not None:
-        load_start(start, masters, plugin, runtime)
-    repetition = batches.repetition(timeline.steps)
-    notices = [
-        *timeline.warnings, *layout_notices(config, layout), *start.notices, *data_notices, *filter(None, [repetition])
-    ]  # fmt: skip
-    n_params = count_parameters(config.model).total
-    with RunLog(config, timeline, start, runtime, ds_config, n_params, watch, notices) as log:
-        try:
-            return run_steps(
-                config, timeline, start.step, runtime, topology, engine, masters, plugin, batches, validation, log
-            )
-        finally:
-            engine.destroy()
-
-
-def run_steps(
-    config: RunConfig,
-    timeline: Timeline,
-    first: int,
-    runtime: Runtime,
-    topology: Topology,
-    engine: Any,
-    masters: ZeroMasters,
-    plugin: QatPlugin,
-    batches: BatchReader,
-    validation: EvaluationReader,
-    log: RunLog,
-) -> Outcome:
-    """Optimizer steps [first, timeline.steps), then the final evaluation."""
+def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
+    """The optimizer steps from where the run starts to its end, then the final evaluation."""
+    config, timeline, first = plan.config, plan.timeline, plan.start.step
+    runtime, topology, engine, masters, plugin = job.runtime, job.topology, job.engine, job.masters, job.plugin
+    batches, validation = plan.batches, plan.validation
     due = Due(config, timeline)
     meter = Meter(config, runtime, precision_of(log.ds_config))
 
@@ -206,23 +154,3 @@ class Due:
 
     def validation(self, done: int) -> bool:
         return self._validate_every is not None and done % self._validate_every == 0 and done < self._steps
-
-
-def open_batches(config: RunConfig) -> BatchReader:
-    """The training batches of a run."""
-    stream, length = open_stream(config, "train"), config.data.sequence_length
-    return BatchReader(stream, length, config.batch.sequences, config.data.seed, config.data.shuffle_block)
-
-
-def load_start(start: Start, masters: ZeroMasters, plugin: QatPlugin, runtime: Runtime) -> None:
-    """Put the starting checkpoint into a fresh engine and plugin.
-
-    Scales not yet in use need not fit: a branch may quantize at other widths, more layers or fewer than its parent.
-    """
-    assert start.checkpoint is not None
-    assert start.manifest is not None
-    inert = start.manifest.plugin["switched_at"] is None
-    names = {*masters.shapes, *start.manifest.parameters} if inert else set()
-    fresh = frozenset(name for name in names if name.endswith(".weight_scale"))
-    load_checkpoint(start.checkpoint, masters, runtime, fresh=fresh)
-    plugin.load_state(start.manifest.plugin)
