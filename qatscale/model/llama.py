@@ -186,7 +186,7 @@ class Llama(nn.Module):
             else:
                 x = self.blocks[i](x, rotation)
         if not self.stage.is_last:
-            return x
+            return x.contiguous()  # it is sent as it lies in memory
         assert not self._ties or self.head.weight is self.embed.weight, "the tie has come undone"
         logits = self.head(self.parallel.enter(self.norm(x)))
         return logits if labels is None else self.loss(logits, labels)
