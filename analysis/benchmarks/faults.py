@@ -38,9 +38,9 @@ FAULTS: dict[str, Callable[[Host, Host], object]] = {
     "stop": lambda _, b: os.kill(trainer(b), signal.SIGSTOP),
     "cut": lambda _, b: b.wire("down"),
     "term": lambda a, _: os.kill(runner(a), signal.SIGTERM),
-    "lost": lambda a, _: [os.kill(pid, signal.SIGKILL) for pid in a.processes("pdsh\0-S")],
+    "lost": lambda a, _: [os.kill(pid, signal.SIGKILL) for pid in a.processes("ssh\0-o")],
 }
-"""SIGKILL of rank 1 or 0, SIGSTOP of rank 1, the second host's interface down, SIGTERM to the script, pdsh killed."""
+"""SIGKILL of rank 1 or 0, SIGSTOP of rank 1, the second host's interface down, SIGTERM to the script, ssh killed."""
 
 
 def runner(host: Host) -> int:

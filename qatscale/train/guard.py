@@ -58,9 +58,9 @@ class Launchers:
 
     def __init__(self, first: int | None = None) -> None:
         self._chain: list[tuple[int, int]] = []
-        """(process, its parent), upwards while the command is a launcher's: the last parent started the launcher."""
+        """(process, its parent), upwards as far as it is a launcher's doing."""
         process = os.getpid() if first is None else first
-        while (parent := parent_of(process)) and parent > 1 and _is_launcher(parent):
+        while (parent := parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
             self._chain.append((process, parent))
             process = parent
 
@@ -70,9 +70,19 @@ class Launchers:
 
 
 def _is_launcher(process: int) -> bool:
+    """`deepspeed`, `torchrun` and their parts. Who started such a command may leave it alone (nohup)."""
+    return any(word.rpartition("/")[2] in _LAUNCHERS for word in _command(process)) or _is_on_host(process)
+
+
+def _is_on_host(process: int) -> bool:
+    """DeepSpeed's launcher of one host, or the shell that ssh started for it: no person starts these, and whoever did
+    (the `deepspeed` command, sshd's session) has to stay."""
+    return any(_ON_A_HOST in word for word in _command(process))
+
+
+def _command(process: int) -> list[str]:
+    """The first words: python [options] SCRIPT or -m MODULE; behind them come the training's own arguments."""
     try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
     except OSError:
-        return False
-    # python [options] SCRIPT or -m MODULE; then come the training's own arguments. sshd's shell has all in one word
-    return any(word.rpartition("/")[2] in _LAUNCHERS for word in words[:5]) or _ON_A_HOST in " ".join(words[:3])
+        return []

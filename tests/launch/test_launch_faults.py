@@ -177,6 +177,24 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+def test_a_lost_ssh_session_is_noticed(tmp_path: Path) -> None:
+    """sshd's session starts a shell for DeepSpeed's launcher; when the connection is lost, the session alone ends."""
+    session = tmp_path / "session"
+    session.write_text("#!/bin/sh\nsh -c 'sleep 60 & echo $!; wait; : deepspeed.launcher.launch' &\nwait\n")
+    session.chmod(0o755)
+    with subprocess.Popen([session], stdout=subprocess.PIPE, text=True) as sshd:
+        assert sshd.stdout is not None
+        child = int(sshd.stdout.readline())
+        try:
+            of_child = Launchers(child)
+            assert not of_child.gone()
+            sshd.kill()
+            sshd.wait()
+            assert of_child.gone()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_output_outlives_its_reader() -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "w", buffering=1) as pipe:
