@@ -21,6 +21,8 @@ from qatlaw.laws.points import Floats
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
 UNKNOWNS = 3
+READING = 0.012
+"""What the reading above is off by on noise-free curves of the synthetic law, on average: part of every error bar."""
 DRAWS = 400
 """Of the noise, for the error bar of a minimum."""
 ONE_SIGMA = (0.1587, 0.8413)
@@ -41,7 +43,7 @@ class Curve:
     """Measured fraction of lowest loss; the outermost fraction where the curve has no minimum inside."""
     low: float
     high: float
-    """One standard error about `optimum`; NaN where the noise is unknown."""
+    """One standard error about `optimum`, noise and reading together; NaN where the noise is unknown."""
     inside: bool
     """Whether the minimum lies between the outermost fractions."""
 
@@ -141,7 +143,9 @@ def _curve(
     low = high = float("nan")
     if np.isfinite(noise):
         drawn = coefficients[:, None] + inverse @ (loss[:, None] * noise * rng.standard_normal((len(f), DRAWS)))
-        low, high = np.quantile(_minimum(f, drawn[1], drawn[2])[0], ONE_SIGMA).tolist()
+        ends = np.quantile(_minimum(f, drawn[1], drawn[2])[0], ONE_SIGMA)
+        down, up = np.hypot(np.maximum([1, -1] * (optimum - ends), 0), READING)
+        low, high = max(float(optimum[0] - down), 0.0), min(float(optimum[0] + up), 1.0)
     N, D_total, B, scheme = key
     return Curve(N, D_total, B, scheme, f, loss, float(optimum[0]), low, high, bool(inside[0]))
 

@@ -33,6 +33,8 @@ AGREEMENT = 1e-6
 """Relative difference in cost below which two starts found the same optimum."""
 ENOUGH = 3
 """Starts that agree on the best optimum before the search stops."""
+NOTABLY_SHARED = 1.0
+"""Shared noise as large as the runs' own, from which on a fit that does not know of it says so."""
 BATCH = 4
 """Starts between two looks at whether they agree: fixed, so that the result does not depend on the workers."""
 
@@ -89,6 +91,8 @@ class FitResult:
     """By bit width ("4"), and "fp" for full-precision runs."""
     starts: Starts
     identifiability: Identifiability
+    shared_noise: float
+    """What U-curves' residuals share, over what each run has of its own: an estimate of what `curve_noise` should be."""
     seed: int
     warnings: tuple[str, ...] = field(default=())
 
@@ -214,6 +218,22 @@ def robust_spread(residuals: Floats) -> float:
     return float(1.4826 * np.median(np.abs(residuals)))
 
 
+def shared_noise(residuals: Floats, curves: NDArray[np.int64]) -> float:
+    """Standard deviation of what curves' residuals share, over that of what each run has of its own.
+
+    Analysis of variance over the curves of two runs or more; 0 where nothing is shared or there is no such curve.
+    """
+    _, curve, count = np.unique(curves, return_inverse=True, return_counts=True)
+    means = np.bincount(curve, residuals) / count
+    several = count > 1
+    freedom = int(np.sum(count[several] - 1))
+    if freedom == 0:
+        return 0.0
+    own = float(np.sum(((residuals - means[curve]) ** 2)[several[curve]])) / freedom
+    between = float(np.mean(means[several] ** 2 - own / count[several]))
+    return float(np.sqrt(max(between, 0.0) / max(own, 1e-300)))
+
+
 def mapped(function: Callable[[Any], T], items: Sequence[Any], workers: int) -> list[T]:
     """In order, over processes if several are asked for. Spawned: a fork of a process with threads can hang."""
     if workers == 1 or len(items) < 2:
@@ -273,6 +293,12 @@ def _result(
     predicted = table.loss * np.exp(residuals)
     identifiability = identify(problem, solved.x, robust_spread(problem.residuals(solved.x)))
     warnings = list(identifiability.sentences)
+    shared = shared_noise(residuals, problem.curves)
+    if shared > max(2 * options.curve_noise, NOTABLY_SHARED):
+        warnings.append(
+            f"Runs of one U-curve err together ({shared:.2g} times what each errs alone): they share a trunk's noise, or "
+            f"the law is off there. curve_noise={shared:.1g} would weigh the curves' shape accordingly."
+        )
     if report.agreeing < 2:
         warnings.append(
             f"Only {report.agreeing} of {report.tried} cold starts reached the best optimum: ask for more starts."
@@ -289,6 +315,7 @@ def _result(
         per_bits=quality_per_bits(predicted, table),
         starts=report,
         identifiability=identifiability,
+        shared_noise=shared,
         seed=seed,
         warnings=tuple(warnings),
     )

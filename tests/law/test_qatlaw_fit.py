@@ -1,0 +1,326 @@
+"""Fits: what is found again, what stays the same, what is told, what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qatlaw import synthetic
+from qatlaw.errors import LawError
+from qatlaw.fit import FitOptions, curve_numbers, fit, fit_per_bits, make_problem
+from qatlaw.laws import CHEN_2025, CHINCHILLA, FORMS, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED, Law
+from qatlaw.table import RunTable
+
+
+def curves():
+    frame = synthetic.settings().query("tokens_qat > 0")
+    cells = frame.assign(D=frame["tokens_fp"] + frame["tokens_qat"])[["n_params", "D", "bits"]].drop_duplicates()
+    return [cells[name].to_numpy() for name in cells]
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    table = synthetic.table(1)
+    return fit(QAT_UNIFIED, table)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_law_is_found_again_from_cold_starts(seed):
+    """The bar of a good fit, in a few of the hundred seeds that analysis/benchmarks/fit_recovery.md has."""
+    law = fit(QAT_UNIFIED, synthetic.table(seed), seed=seed).law
+    truth, new = synthetic.law(), synthetic.held_out(seed)
+    assert np.mean(np.abs(law.optimal_fraction(*curves()) - truth.optimal_fraction(*curves()))) < 0.02
+    assert np.sqrt(np.mean((law.loss(*new) / truth.loss(*new) - 1) ** 2)) < synthetic.NOISE
+
+
+def test_without_noise_the_coefficients_themselves_come_back():
+    result = fit(QAT_UNIFIED, synthetic.table(0, noise=0.0))
+    for name, value in synthetic.COEFFICIENTS.items():
+        assert result.law.coefficients[name] == pytest.approx(value, rel=1e-4), name
+    assert result.r2 == pytest.approx(1, abs=1e-10)
+
+
+OTHERS = [
+    Law(CHINCHILLA, (1.7, 900.0, 0.33, 400.0, 0.31)),
+    Law(QAT_PER_BITS, (1.7, 900.0, 0.33, 400.0, 0.31, 0.05, 2.0, 0.1, 0.2, 5.0, 0.1, 0.5, 0.1)),
+    Law(CHEN_2025, (1.7, 900.0, 0.33, 400.0, 0.31, 5.0, 0.08, 0.25)),
+    Law(KUMAR_2024, (1.7, 900.0, 0.33, 400.0, 0.31, 2.0)),
+]
+
+
+@pytest.mark.parametrize("truth", OTHERS, ids=[law.form.name for law in OTHERS])
+def test_every_form_is_found_again(truth):
+    frame = synthetic.settings()
+    widths = [1.0, 2.0, 4.0, 6.0] if truth.form is KUMAR_2024 else [2.0] if truth.form.quantized else []
+    frame = frame[(frame["scheme"] == "fp") | frame["bits"].isin(widths)].reset_index(drop=True)
+    frame["loss"] = truth.loss(*(frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits")))
+    result = fit(truth.form, RunTable.from_frame(frame))
+    np.testing.assert_allclose(result.theta, truth.theta, rtol=2e-3)
+    assert {law.form for law in OTHERS} | {QAT_UNIFIED} == set(FORMS.values()), "a form without this test"
+
+
+def test_the_seed_decides_and_the_workers_do_not(noisy):
+    table = noisy.table
+    again = fit(QAT_UNIFIED, table)
+    spread = fit(QAT_UNIFIED, table, workers=2)
+    assert again.theta == noisy.theta == spread.theta
+    assert again.starts == noisy.starts == spread.starts
+    other = fit(QAT_UNIFIED, table, seed=5)
+    assert other.starts.costs != noisy.starts.costs  # other starts...
+    np.testing.assert_allclose(other.theta, noisy.theta, rtol=1e-5)  # ...to the same optimum
+
+
+def test_the_search_stops_when_starts_agree(noisy):
+    assert noisy.starts.tried < 32
+    assert noisy.starts.agreeing >= 3
+    assert list(noisy.starts.costs) == sorted(noisy.starts.costs)
+
+
+def test_the_jacobian_is_the_numerical_one():
+    table = synthetic.table(0)
+    for curve_noise in (0.0, 2.0):
+        problem = make_problem(QAT_UNIFIED, table, FitOptions(curve_noise=curve_noise))
+        at = problem.start(np.random.default_rng(3))
+        step = 1e-6
+        numerical = [
+            (problem.residuals(at + step * unit) - problem.residuals(at - step * unit)) / (2 * step)
+            for unit in np.eye(len(at))
+        ]
+        np.testing.assert_allclose(problem.jacobian(at), np.stack(numerical, axis=1), atol=1e-8)
+
+
+def test_variables_are_the_inverse_of_theta():
+    problem = make_problem(QAT_UNIFIED, synthetic.table(0), FitOptions())
+    theta = np.array(synthetic.law().theta)
+    np.testing.assert_allclose(problem.theta(problem.variables(theta)), theta, rtol=1e-12)
+
+
+def test_a_start_has_the_coefficients_that_linear_least_squares_gives():
+    """With the true exponents they are the true ones, because the losses are linear in them."""
+    table = synthetic.table(0, noise=0.0)
+    problem = make_problem(QAT_UNIFIED, table, FitOptions())
+    true = synthetic.law()
+
+    class Fixed:
+        def __init__(self):
+            self.values = iter([v for p, v in zip(true.form.parameters, true.theta, strict=True) if not p.log])
+
+        def uniform(self, low, high):  # noqa: ARG002 - as a generator has it
+            return np.log(next(self.values))
+
+    np.testing.assert_allclose(problem.theta(problem.start(Fixed())), true.theta, rtol=1e-6)
+
+
+def test_shared_noise_is_whitened():
+    """Against the inverse root of the covariance 1 + c² J per curve: the sum of squares is the same."""
+    table = synthetic.table(0)
+    problem = make_problem(QAT_UNIFIED, table, FitOptions(curve_noise=1.7))
+    variables = problem.variables(np.array(synthetic.law().theta) * 1.01)
+    errors, curve = problem.errors(variables), curve_numbers(table)
+    total = 0.0
+    for number in np.unique(curve):
+        part = errors[curve == number]
+        total += part @ np.linalg.solve(np.eye(len(part)) + 1.7**2, part)
+    assert np.sum(problem.residuals(variables) ** 2) == pytest.approx(total, rel=1e-10)
+
+
+def test_shared_noise_told_of_gives_better_fractions():
+    """Branches of one trunk err together; a fit that knows it reads their differences."""
+    gap = {0.0: [], 3.0: []}
+    for seed in range(3):
+        frame = synthetic.table(seed, noise=0.0006).frame
+        table = RunTable.from_frame(frame)
+        curve = curve_numbers(table)
+        shared = 0.004 * np.random.default_rng(seed).standard_normal(curve.max() + 1)[curve]
+        table = RunTable.from_frame(frame.assign(loss=frame["loss"] * np.exp(shared)))
+        for curve_noise, found in gap.items():
+            law = fit(QAT_UNIFIED, table, curve_noise=curve_noise).law
+            found.append(np.abs(law.optimal_fraction(*curves()) - synthetic.law().optimal_fraction(*curves())).mean())
+    assert np.mean(gap[3.0]) < np.mean(gap[0.0])
+
+
+def test_noise_that_curves_share_is_noticed(noisy):
+    assert noisy.shared_noise < 0.5
+    frame = synthetic.table(0, noise=0.001).frame
+    curve = curve_numbers(RunTable.from_frame(frame))
+    shared = 0.003 * np.random.default_rng(0).standard_normal(curve.max() + 1)[curve]
+    table = RunTable.from_frame(frame.assign(loss=frame["loss"] * np.exp(shared)))
+    unaware, aware = fit(QAT_UNIFIED, table), fit(QAT_UNIFIED, table, curve_noise=3.0)
+    assert unaware.shared_noise == pytest.approx(3.0, rel=0.25)
+    assert any("err together" in warning for warning in unaware.warnings)
+    assert aware.warnings == ()
+
+
+def test_outliers_do_not_move_the_fit_as_they_move_least_squares():
+    frame = synthetic.table(0).frame
+    frame.loc[::40, "loss"] *= 1.05
+    table, truth, new = RunTable.from_frame(frame), synthetic.law(), synthetic.held_out(0)
+
+    def error(**options):
+        return np.sqrt(np.mean((fit(QAT_UNIFIED, table, **options).law.loss(*new) / truth.loss(*new) - 1) ** 2))
+
+    assert error() < 0.5 * error(delta=1.0)
+    assert error() < synthetic.NOISE
+
+
+def test_full_precision_runs_are_met_better_if_they_weigh_more():
+    table = synthetic.table(4)
+    wrong = RunTable.from_frame(
+        table.frame.assign(
+            loss=table.loss * np.where(table.quantized, 1.0 + 0.002 * np.log(table.tokens_total / 1e11), 1)
+        )
+    )
+    light, heavy = fit(QAT_UNIFIED, wrong), fit(QAT_UNIFIED, wrong, fp_weight=30.0)
+    assert heavy.per_bits["fp"].mae < light.per_bits["fp"].mae
+    assert heavy.quality.mae > light.quality.mae
+
+
+def test_the_report_is_of_the_residuals(noisy):
+    table = noisy.table
+    predicted = noisy.law.form.loss_at(noisy.theta, table.points)
+    np.testing.assert_allclose(noisy.residuals, np.log(predicted / table.loss), atol=1e-12)
+    assert noisy.mae == pytest.approx(np.mean(np.abs(predicted - table.loss)))
+    assert noisy.r2 == pytest.approx(np.corrcoef(predicted, table.loss)[0, 1] ** 2, abs=1e-5)
+    assert noisy.quality.sigma == pytest.approx(synthetic.NOISE, rel=0.15)
+    assert {name: part.runs for name, part in noisy.per_bits.items()} == {
+        "fp": 37,
+        "1": 180,
+        "2": 180,
+        "4": 180,
+        "6": 180,
+    }
+    assert noisy.delta == pytest.approx(1.345 * noisy.quality.sigma, rel=0.02)
+
+
+# ---- identifiability ---------------------------------------------------------------------------------------------
+
+
+def test_standard_errors_are_those_of_repeated_noise():
+    """The spread of fits over noise, without the Jacobian, for the exponents of the Chinchilla part."""
+    full = synthetic.settings().query("scheme == 'fp'").reset_index(drop=True)
+    exact = synthetic.law().loss(full["n_params"], full["tokens_fp"], 0, 16)
+    found = []
+    for seed in range(40):
+        noise = np.exp(0.002 * np.random.default_rng(seed).standard_normal(len(full)))
+        found.append(fit(CHINCHILLA, RunTable.from_frame(full.assign(loss=exact * noise)), delta=1.0))
+    for name in ("gamma", "eta"):
+        spread = np.std([result.law.coefficients[name] for result in found])
+        told = np.median([result.identifiability.standard_errors[name] for result in found])
+        assert told == pytest.approx(spread, rel=0.35), name
+
+
+def test_what_the_data_leave_open_is_told_by_name():
+    """One width without full-precision runs: the irreducible error is a small part of one constant, alpha + theta."""
+    table = synthetic.table(0).of_width(1)
+    alone, together = fit(QAT_PER_BITS, table.where(table.quantized)), fit(QAT_PER_BITS, table)
+    assert any("do not pin down" in told and "theta" in told for told in alone.warnings)
+    assert alone.identifiability.condition > 1e3 * together.identifiability.condition
+
+
+def test_well_placed_runs_leave_nothing_open(noisy):
+    assert noisy.warnings == ()
+    assert noisy.identifiability.loose == ()
+    assert len(noisy.identifiability.singular_values) == 16
+
+
+def test_a_term_that_the_data_do_not_need_ends_on_its_bound():
+    frame = synthetic.settings()
+    flat = synthetic.law().form.bind({**synthetic.COEFFICIENTS, "lambda": 1e-6, "theta": 0.3})
+    frame["loss"] = flat.loss(*(frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits")))
+    frame["loss"] *= np.exp(0.002 * np.random.default_rng(0).standard_normal(len(frame)))
+    result = fit(QAT_UNIFIED, RunTable.from_frame(frame), starts=8)
+    told = " ".join(result.warnings)
+    assert {"lambda", "mu", "nu", "xi", "rho"} & {name for name in QAT_UNIFIED.names if name in told}
+
+
+# ---- per width, left out, refused --------------------------------------------------------------------------------
+
+
+def test_one_law_per_width():
+    table = synthetic.table(0)
+    found = fit_per_bits(QAT_PER_BITS, table)
+    assert list(found) == [1.0, 2.0, 4.0, 6.0]
+    N, D, B = curves()
+    one = B == 1
+    gap = found[1.0].law.optimal_fraction(N[one], D[one], 1) - synthetic.law().optimal_fraction(N[one], D[one], 1)
+    assert np.mean(np.abs(gap)) < 0.02
+    assert all(result.per_bits["fp"].runs == 37 for result in found.values())
+
+
+def test_runs_that_a_law_does_not_describe_are_left_out_and_counted():
+    frame = synthetic.table(0).frame
+    ends = pd.DataFrame(
+        [
+            {
+                "n_params": 86e6,
+                "bits": 4.0,
+                "tokens_fp": 0.0,
+                "tokens_qat": 2.3e9,
+                "loss": 3.6,
+                "scheme": "scratch",
+                "seed": 0,
+            },
+            {
+                "n_params": 86e6,
+                "bits": 4.0,
+                "tokens_fp": 2.3e9,
+                "tokens_qat": 0.0,
+                "loss": 4.2,
+                "scheme": "ptq",
+                "seed": 0,
+            },
+        ]
+    )
+    table = RunTable.from_frame(pd.concat([frame, ends], ignore_index=True))
+    result = fit(QAT_UNIFIED, table)
+    assert list(result.left_out.values()) == [1, 1]
+    assert result.theta == fit(QAT_UNIFIED, synthetic.table(0)).theta
+    assert sum(fit(CHINCHILLA, table).left_out.values()) == 722
+
+
+def few(**query):
+    table = synthetic.table(0)
+    keep = np.ones(len(table), dtype=bool)
+    for name, values in query.items():
+        keep &= table.frame[name].isin(values).to_numpy()
+    return table.where(keep)
+
+
+@pytest.mark.parametrize(
+    ("form", "table", "told"),
+    [
+        (QAT_UNIFIED, few(bits=[4.0, 16.0]), "needs runs of at least two"),
+        (KUMAR_2024, few(bits=[4.0, 16.0]), "Fit qat_per_bits"),
+        (QAT_PER_BITS, few(), "Use fit_per_bits"),
+        (QAT_UNIFIED, few(scheme=["fp"]), "at least two"),
+        (CHEN_2025, few(scheme=["fp"]), "needs runs with QAT tokens"),
+        (QAT_UNIFIED, few().where(np.arange(757) < 16), "16 parameters and needs more runs"),
+        (CHINCHILLA, few(scheme=["sequential"]), "left out: not described by chinchilla"),
+        (QAT_UNIFIED, few(n_params=[86e6, 2.2e9]), "n_params = .* three different values"),
+    ],
+)
+def test_too_little_is_refused_with_what_to_do(form, table, told):
+    with pytest.raises(LawError, match=told):
+        fit(form, table)
+
+
+def test_two_schemes_are_refused():
+    frame = synthetic.table(0).frame
+    fused = frame[frame["scheme"] == "sequential"].assign(scheme="fused")
+    with pytest.raises(LawError, match="one two-phase scheme"):
+        fit(QAT_UNIFIED, RunTable.from_frame(pd.concat([frame, fused], ignore_index=True)))
+
+
+@pytest.mark.parametrize(
+    "option", [{"starts": 0}, {"workers": 0}, {"delta": 0.0}, {"fp_weight": 0.0}, {"curve_noise": -1.0}]
+)
+def test_options_that_are_none_are_refused(option):
+    with pytest.raises(LawError, match=f"^{next(iter(option))} = "):
+        fit(QAT_UNIFIED, synthetic.table(0), **option)
+
+
+def test_a_single_start_is_no_agreement():
+    result = fit(QAT_UNIFIED, synthetic.table(0), starts=1)
+    assert dataclasses.asdict(result.starts)["tried"] == 1
+    assert any("ask for more starts" in warning for warning in result.warnings)
