@@ -24,7 +24,7 @@ def run_convert(
             print(f"at step {state.step:,}, {tokens} tokens; go on with: qatscale branch {out} name=NAME KEY=VALUE…")
         case "universal":
             print('DeepSpeed reads it under ZeRO-1 and 2: "checkpoint": {"load_universal": true} in the ds_config and')
-            print(f"engine.load_checkpoint({str(out)!r}); under ZeRO-3 it stops with KeyError, see convert --help")
+            print(f"engine.load_checkpoint({str(out)!r}); under ZeRO-3 it stops, see convert --help")
         case "hf":
             print("the weights in full precision; load them with transformers' AutoModelForCausalLM.from_pretrained")
     for note in state.notes:

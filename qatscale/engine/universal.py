@@ -13,7 +13,7 @@
 DeepSpeed reads it into a plain module under ZeRO-1 and 2, on any number of processes. Under ZeRO-3 it would give every
 parameter group the settings and the step count of the first (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`), so
 that norms and scales are decayed and scales learn at the weights' rate, without a word; what it needs for that is left
-out here, and it stops with a KeyError instead. Our own checkpoints know no such limit.
+out here, and it stops with an error instead. Our own checkpoints know no such limit.
 """
 
 from __future__ import annotations
@@ -137,8 +137,12 @@ def _model_states(state: TrainingState) -> dict[str, Any]:
 
 
 def _save(content: Any, path: Path) -> None:
-    with path.open("wb") as file:  # torch would make a RuntimeError of an OSError
-        torch.save(content, file)
+    """Raises OSError, e.g. for a full disk."""
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of an OSError when it closes its archive
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
 

@@ -27,6 +27,8 @@ WORLD = {
     ),
     ("thesis",): "a folder with something else in it",
     ("clash.json",): "a ds_config that sets the batch size",
+    ("llama",): "the configuration of a Hugging Face Llama of 2 layers of width 32",
+    ("llama-scaled", "llama-pickled"): "it, with scaled rotary positions, with weights in pytorch_model.bin",
     ("runs/trunk",): f"`qatscale {TRUNK}`: 5 steps in full precision, 5 in QAT; checkpoints at 5, 8 and 10",
     ("runs/fresh",): "it, before its first checkpoint",
     ("runs/cut", "runs/bent"): "it, the newest checkpoint eight bytes short, with two other bytes",
@@ -372,6 +374,81 @@ CASES: dict[str, list[Case]] = {
             ("runs/cut/checkpoints/step-00000010", "step-00000008"),
         ),
     ],
+    "convert": [
+        Case(
+            "no such run",
+            "convert nothing --to hf --out out",
+            ("checkpoint = 'nothing'", "no run folder", "The folder does not exist"),
+        ),
+        Case(
+            "a folder that is nothing of the kind",
+            "convert thesis --to hf --out out",
+            ("source = 'thesis'", "it holds thesis.txt", "RUN@STEP", "Hugging Face folder"),
+        ),
+        Case("an unknown format", "convert runs/trunk --to hg --out out", ("--to = 'hg'", "checkpoint, universal, hf")),
+        Case(
+            "the format it has",
+            "convert runs/trunk --to checkpoint --out out",
+            ("--to = 'checkpoint'", "runs/trunk is a training checkpoint already"),
+        ),
+        Case(
+            "a folder that is not empty",
+            "convert runs/trunk --to universal --out thesis",
+            ("--out = 'thesis'", "not empty", "Choose another folder"),
+        ),
+        Case(
+            "a truncated checkpoint",
+            "convert runs/cut --to universal --out out",
+            ("runs/cut/checkpoints/step-00000010", "step-00000008"),
+        ),
+        Case(
+            "a recipe for what has one",
+            "convert runs/trunk --to universal --out out --recipe debug",
+            ("--recipe = 'debug'", "has its own recipe", "Leave it out"),
+        ),
+        Case(
+            "no recipe for what has none",
+            "convert llama --to checkpoint --out out",
+            ("--recipe", "is needed", "data, batch, optimizer and schedule", "qatscale recipes"),
+        ),
+        Case(
+            "a recipe of another model",
+            "convert llama --to checkpoint --out out --recipe debug",
+            ("2 problems", "model.hidden_size = 64", "says 32", "Add model.intermediate_size=88"),
+        ),
+        Case(
+            "a quantized scheme for weights that are not",
+            "convert llama --to checkpoint --out out --recipe debug qat.scheme=scratch",
+            ("qat.scheme = 'scratch'", "full precision", "for the branches"),
+        ),
+        Case(
+            "a run named otherwise than its folder",
+            "convert llama --to checkpoint --out out --recipe debug name=fp",
+            ("name = 'fp'", "named by its folder, --out"),
+        ),
+        Case(
+            "more tokens seen than the recipe has",
+            "convert llama --to checkpoint --out out --recipe debug --trained-tokens 1B model.hidden_size=32 "
+            "model.intermediate_size=88",
+            ("tokens = 10240", "has seen 1B already", "Set tokens to what a branch is to reach"),
+        ),
+        Case(
+            "an architecture that ours is not",
+            "convert llama-scaled --to checkpoint --out out --recipe debug",
+            ("rope_parameters.rope_type = 'linear'", "only 'default'", "llama-scaled/config.json"),
+        ),
+        Case(
+            "weights that can hold code",
+            "convert llama-pickled --to checkpoint --out out --recipe debug model.hidden_size=32 "
+            "model.intermediate_size=88",
+            ("llama-pickled", "can hold code and are not read", "save_pretrained"),
+        ),
+        Case(
+            "a Hugging Face folder to branch from",
+            "branch llama name=x",
+            ("checkpoint = 'llama'", "Hugging Face", "qatscale convert llama --to checkpoint"),
+        ),
+    ],
 }
 
 
@@ -413,7 +490,17 @@ def _write_sources() -> None:
         "thesis/thesis.txt": b"mine\n",
         "clash.json": b'{"zero_optimization": {"stage": 1}, "train_batch_size": 8}\n',
     }
-    Path("thesis").mkdir()
+    llama = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    contents["llama/config.json"] = contents["llama-pickled/config.json"] = json.dumps(llama).encode()
+    contents["llama-pickled/pytorch_model.bin"] = b"PK"
+    contents["llama-scaled/config.json"] = json.dumps(
+        llama | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    ).encode()
+    for name in ("thesis", "llama", "llama-pickled", "llama-scaled"):
+        Path(name).mkdir()
     for name, content in contents.items():
         Path(name).write_bytes(content)
 

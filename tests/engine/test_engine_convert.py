@@ -1,0 +1,401 @@
+"""`qatscale convert`: nothing is lost on the way, and engines go on from what it writes as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run
+from safetensors import safe_open
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+from driving import BASE, SWITCH, assert_same_state, losses
+from fixed_tokens import write_fixed_tokens
+from trained_runs import LEARNING_RATE
+
+from qatscale.config import load_run_config
+from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
+from qatscale.engine.convert import convert
+from qatscale.engine.universal import read_universal, universal_checkpoint_info
+from qatscale.errors import UserError
+from qatscale.model.hugging_face import hugging_face_names
+from qatscale.timeline import build_timeline
+from qatscale.tracking.compare import list_runs
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.job import open_batches
+from qatscale.train.start import plan_start
+
+pytestmark = pytest.mark.timeout(1200)
+"""The first test that asks for `made` waits for both launches: a minute, and several on a busy machine."""
+
+DRIVER = Path(__file__).with_name("convert_driver.py")
+AT = 9
+"""A checkpoint two steps after the switch, at the cooldown's start; three steps follow."""
+MODEL = ["model.heads=4", "model.kv_heads=2", "model.intermediate_size=96"]
+"""Of the Hugging Face folders, where it is not recipe debug's."""
+QAT = [
+    "tokens=2048",
+    "schedule.warmup_tokens=512",
+    "qat.scheme=fused",
+    "qat.bits=2",
+    "qat.fraction=0.75",
+    "schedule.cooldown_fraction=0.25",
+]
+"""4 steps: one in full precision, three of QAT."""
+LAYOUTS = {
+    "tp2": ["engine.tensor_parallel=2"],
+    "pp2": ["engine.pipeline_stages=2"],
+}
+TIED = {"tied": True, "untied": False}
+
+
+@dataclass(frozen=True)
+class Made:
+    folder: Path
+    results: dict[int, dict[str, Any]]
+    """Processes -> what convert_driver.py saw on so many."""
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def tail(self, run: str) -> list[float]:
+        """The losses of the last three steps."""
+        return [loss for step, loss in losses(self.runs / run).items() if step > AT]
+
+
+def save_llama(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> None:
+    torch.manual_seed(tied)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+    model.to(dtype).save_pretrained(folder, max_shard_size="60kB" if dtype == torch.float32 else "30kB")
+
+
+def overrides(folder: Path) -> list[str]:
+    return [*BASE, LEARNING_RATE, f"data.path={folder}/data", f"output={folder}/runs", "optimizer.weight_decay=0.3"]
+
+
+def import_llama(source: Path, out: Path, *more: str, **options: Any) -> None:
+    said = [o for o in overrides(source.parent) if not o.startswith(("qat.", "output="))]
+    convert(str(source), "checkpoint", out, "debug", [*said, *MODEL, *more], **options)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """One launch on 1 process and one on 2: starting a process costs more than all that it does here."""
+    folder = tmp_path_factory.mktemp("converted")
+    write_fixed_tokens(folder / "data")
+    for name, tied in TIED.items():
+        save_llama(folder / name, tied)
+        import_llama(
+            folder / name, folder / "runs" / f"llama-{name}", *([] if tied else ["model.tied_embedding=false"])
+        )
+    branches = {
+        "1": [[f"{name}-p1", f"llama-{name}", QAT] for name in TIED],
+        "2": [
+            [f"{name}-{layout}", f"llama-{name}", [*QAT, *said]] for name in TIED for layout, said in LAYOUTS.items()
+        ],
+    }
+    asked = {"overrides": overrides(folder), "at": AT, "saved": {"1": [1], "2": [2]}, "branches": branches}
+    (folder / "asked.json").write_text(json.dumps(asked | {"overrides": [*overrides(folder), "name=plain"]}))
+    results = {}
+    for ranks in (1, 2):
+        finished = run([DRIVER, folder], ranks, cwd=folder, timeout=500)
+        assert finished.codes == [0] * ranks, finished.output
+        results[ranks] = json.loads((folder / f"result-{ranks}.json").read_text())
+    return Made(folder, results)
+
+
+# --- there and back ---
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("step", [SWITCH, AT])
+def test_universal_and_back_is_the_same_bit_for_bit(step: int, made: Made, tmp_path: Path) -> None:
+    convert(f"{made.runs}/whole@{step}", "universal", tmp_path / "uni")
+    convert(str(tmp_path / "uni"), "checkpoint", tmp_path / "back")
+    one, other = find_checkpoint(f"{made.runs}/whole@{step}"), find_checkpoint(tmp_path / "back")
+    assert_same_state(other, one)
+    before, after = read_manifest(one), read_manifest(other)
+    for key in ("step", "tokens", "data", "plugin"):
+        assert getattr(after, key) == getattr(before, key), key
+    assert {record.adam_steps for record in after.parameters.values()} == ({7} if step == SWITCH else {9, 2})
+    recipes = [load_run_config(folder / "recipe.yaml") for folder in (made.runs / "whole", tmp_path / "back")]
+    assert recipes[1] == recipes[0].model_copy(update={"name": "back", "output": tmp_path})
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", ["checkpoint", "universal"])
+def test_hugging_face_and_back_keeps_every_weight(way: str, made: Made, tmp_path: Path) -> None:
+    source = f"{made.runs}/whole@{AT}" if way == "checkpoint" else str(made.folder / "universal")
+    convert(source, "hf", tmp_path / "hf")
+    said = [o for o in overrides(made.folder) if not o.startswith(("qat.", "output="))]
+    convert(str(tmp_path / "hf"), "checkpoint", tmp_path / "back", "debug", said)
+    before, after = (CheckpointReader(find_checkpoint(w)) for w in (f"{made.runs}/whole@{AT}", tmp_path / "back"))
+    assert after.manifest.parameters.keys() == before.manifest.parameters.keys()
+    for name, record in after.manifest.parameters.items():
+        assert record.adam_steps == 0
+        assert not after.parameter(name, "exp_avg").any()
+        assert not after.parameter(name, "exp_avg_sq").any()
+        inert = name.endswith("weight_scale")
+        expected = torch.ones(record.shape) if inert else before.parameter(name)
+        assert torch.equal(after.parameter(name), expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_of_transformers_is_read_exactly(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    save_llama(tmp_path / "hf", tied, dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype == dtype
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    (tmp_path / "data").mkdir()
+    import_llama(tmp_path / "hf", tmp_path / "run", f"model.tied_embedding={str(tied).lower()}", "data.path=null")
+    reader = CheckpointReader(find_checkpoint(tmp_path / "run"))
+    config = load_run_config(tmp_path / "run/recipe.yaml")
+    for ours, name in hugging_face_names(config.model).items():
+        assert torch.equal(reader.parameter(ours), theirs.get_parameter(name).float()), name
+
+
+def test_shards_are_bounded_and_hold_every_slice_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qatscale.engine.training_state.SHARD_BYTES", 40_000)
+    save_llama(tmp_path / "hf", tied=True)
+    import_llama(tmp_path / "hf", tmp_path / "run", "data.path=null")
+    checkpoint = find_checkpoint(tmp_path / "run")
+    keys: list[str] = []
+    for name in read_manifest(checkpoint).files:
+        with safe_open(checkpoint / name, "pt") as file:
+            keys += file.keys()
+            held = [file.get_slice(key).get_shape()[0] * 4 for key in file.keys()]  # noqa: SIM118 - not a dict
+            assert sum(held) <= 40_000 or len(held) == 1
+    assert len(keys) == len(set(keys)) == len(read_manifest(checkpoint).parameters)
+
+
+# --- engines go on ---
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_deepspeed_reads_the_universal_layout_and_goes_on(ranks: int, stage: str, made: Made) -> None:
+    seen = made.results[ranks]["loaded"][stage]
+    assert seen["steps"] == AT
+    assert "parameter_with_row_parallelism_patterns" in seen["info"]
+    assert seen["losses"] == pytest.approx(made.tail("whole"), rel=1e-5)
+    now = build_timeline(load_run_config(made.runs / "whole/recipe.yaml")).at(AT)
+    for group in seen["groups"]:
+        assert group["lr"] == pytest.approx(now.learning_rate * group["lr_ratio"])
+        assert group["betas"] == list(now.betas)
+        assert group["weight_decay"] == (now.weight_decay if group["name"] == "matrices" else 0.0)
+    assert [group["name"] for group in seen["groups"]] == ["matrices", "norms", "scales_2bit", "scales_4bit"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "stage"), [(1, "1"), (2, "2")])
+def test_a_checkpoint_of_deepspeeds_own_becomes_ours(ranks: int, stage: str, made: Made) -> None:
+    """engine.save_checkpoint, DeepSpeed's ds_to_universal, convert: our loader goes on from it."""
+    assert made.results[ranks]["saved"][stage] == pytest.approx(made.tail("whole"), rel=1e-5)
+    back = made.runs / f"back-{ranks}-{stage}"
+    before, after = read_manifest(find_checkpoint(f"{made.runs}/whole@{AT}")), read_manifest(find_checkpoint(back))
+    assert_same_state(find_checkpoint(back), find_checkpoint(f"{made.runs}/whole@{AT}"))
+    assert (after.step, after.data, after.plugin["switched_at"]) == (AT, before.data, SWITCH)
+    assert made.tail(f"from-back-{ranks}-{stage}") == pytest.approx(made.tail("whole"), rel=1e-5)
+
+
+@pytest.mark.dist
+def test_deepspeeds_zero3_does_not_load_it_wrongly(made: Made) -> None:
+    assert made.results[1]["zero3"] == "AssertionError"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", TIED)
+def test_qat_from_a_hugging_face_folder_is_the_same_on_every_layout(name: str, made: Made) -> None:
+    alone = losses(made.runs / f"{name}-p1")
+    assert list(alone) == [1, 2, 3, 4]
+    assert [r["step"] for r in RunFolder(made.runs / f"{name}-p1").records("switch")] == [1]
+    for layout in LAYOUTS:
+        assert losses(made.runs / f"{name}-{layout}") == pytest.approx(alone, rel=1e-5), layout
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", TIED)
+def test_its_first_loss_is_that_of_transformers(name: str, made: Made) -> None:
+    config = load_run_config(made.runs / f"{name}-p1/recipe.yaml")
+    batch = torch.from_numpy(open_batches(config).batch(0))
+    theirs = AutoModelForCausalLM.from_pretrained(made.folder / name)
+    with torch.no_grad():
+        logits = theirs(input_ids=batch[:, :-1]).logits
+    expected = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
+    assert losses(made.runs / f"{name}-p1")[1] == pytest.approx(expected, rel=1e-5)
+
+
+# --- an imported run among others ---
+
+
+@pytest.mark.dist
+def test_an_imported_run_is_listed_as_one_and_not_trained(made: Made) -> None:
+    rows = {row.name: row for row in list_runs(made.runs)}
+    assert (rows["llama-tied"].status, rows["llama-tied"].parent) == ("imported", "tied")
+    assert rows["tied-p1"].parent == "llama-tied@0"
+    folder = RunFolder(made.runs / "llama-tied")
+    assert folder.imported == str(made.folder / "tied")
+    config = load_run_config(folder.path / "recipe.yaml")
+    with pytest.raises(UserError, match="is branched from, not trained"):
+        plan_start(config, build_timeline(config))
+
+
+def test_trained_tokens_are_steps_of_the_recipe(tmp_path: Path) -> None:
+    save_llama(tmp_path / "hf", tied=True)
+    import_llama(tmp_path / "hf", tmp_path / "run", "data.path=null", trained_tokens=2600)  # 5.08 steps of 512
+    assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000005"]
+    (row,) = list_runs(tmp_path)
+    assert (row.step, row.tokens) == (5, 2560)
+    with pytest.raises(UserError, match=r"has seen 6\.144K already"):
+        import_llama(tmp_path / "hf", tmp_path / "late", "data.path=null", trained_tokens=6144)
+
+
+def test_a_recipe_without_a_model_takes_the_folders(tmp_path: Path) -> None:
+    save_llama(tmp_path / "hf", tied=False)
+    text = (
+        "name: x\ntokens: 10K\ndata: {sequence_length: 128}\nbatch: {sequences: 4, micro_batch: 4}\n"
+        "optimizer: {learning_rate: 1e-3}\nqat: {scheme: fused, bits: 2, fraction: 0.5}\n"
+    )
+    (tmp_path / "mine.yaml").write_text(text)
+    state = convert(str(tmp_path / "hf"), "checkpoint", tmp_path / "run", str(tmp_path / "mine.yaml"))
+    config = load_run_config(tmp_path / "run/recipe.yaml")
+    model = config.model
+    assert (model.heads, model.kv_heads, model.tied_embedding, model.norm_eps) == (4, 2, False, 1e-5)
+    assert config.qat.scheme == "fp", "nothing has been quantized yet"
+    assert any("longer than the 64 positions" in note for note in state.notes)
+    with pytest.raises(UserError, match="is the run's name too"):
+        convert(str(tmp_path / "hf"), "checkpoint", tmp_path / ".hidden", str(tmp_path / "mine.yaml"))
+
+
+# --- what is refused ---
+
+
+class Evil:
+    """A pickle that would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def a_universal(made: Made, out: Path) -> Path:
+    """As from elsewhere: without what our own conversion writes beside it. The folder that holds zero/."""
+    convert(f"{made.runs}/whole@{AT}", "universal", out)
+    inner = out / f"step-{AT:08d}"
+    (inner / "qatscale.json").unlink()
+    return inner
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("file", ["fp32.pt", "exp_avg_sq.pt", "step.pt"])
+def test_a_universal_folder_is_read_without_running_its_code(file: str, made: Made, tmp_path: Path) -> None:
+    inner = a_universal(made, tmp_path / "uni")
+    path, victim = inner / "zero/blocks.1.mlp.up.weight" / file, tmp_path / "was here"
+    recipe = str(made.runs / "whole/recipe.yaml")
+    for write in (lambda e: torch.save({"param": e}, path), lambda e: path.write_bytes(pickle.dumps(e))):
+        write(Evil(victim))
+        with pytest.raises(UserError, match="holds more than numbers"):
+            convert(str(inner), "checkpoint", tmp_path / "out", recipe)
+        assert not victim.exists()
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("file", "told"), [("fp32.pt", "fp32.pt is missing"), ("step.pt", "made from ZeRO-3"), (None, "lacks")]
+)
+def test_a_universal_folder_that_lacks_something_is_told(
+    file: str | None, told: str, made: Made, tmp_path: Path
+) -> None:
+    inner = a_universal(made, tmp_path / "uni")
+    parameter = inner / "zero/blocks.0.attention.q.weight"
+    (parameter / file).unlink() if file else parameter.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=told):
+        convert(str(tmp_path / "uni"), "checkpoint", tmp_path / "out", str(made.runs / "whole/recipe.yaml"))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (["qat.scheme=fp", "qat.fraction=auto"], "this recipe never switches"),
+        (["qat.fraction=0.25"], "this recipe switches at step 9"),
+        (["model.layers=3"], "lacks .* Is it the right recipe"),
+        (["model.intermediate_size=256"], "has shape"),
+    ],
+)
+def test_a_recipe_that_cannot_be_the_right_one_is_told(said: list[str], told: str, made: Made, tmp_path: Path) -> None:
+    inner = a_universal(made, tmp_path / "uni")
+    with pytest.raises(UserError, match=told):
+        read_universal(inner, str(made.runs / "whole/recipe.yaml"), said)
+
+
+@pytest.mark.dist
+def test_where_a_run_stands_is_seen_from_its_scales_and_counts(made: Made, tmp_path: Path) -> None:
+    recipe = made.runs / "whole/recipe.yaml"
+    for step, switched in ((SWITCH, None), (AT, SWITCH)):
+        convert(f"{made.runs}/whole@{step}", "universal", tmp_path / str(step))
+        inner = tmp_path / f"{step}/step-{step:08d}"
+        (inner / "qatscale.json").unlink()
+        state = read_universal(inner, str(recipe))
+        assert (state.step, state.plugin["switched_at"]) == (step, switched)
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("to", ["universal", "hf", "checkpoint"])
+def test_a_full_disk_leaves_nothing(to: str, made: Made, tmp_path: Path) -> None:
+    source = str(made.folder / "universal") if to == "checkpoint" else f"{made.runs}/whole@{AT}"
+    with full_disk(30_000), pytest.raises(OSError, match="File too large"):
+        convert(source, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    convert(source, to, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_patterns_say_how_tensor_parallelism_splits_every_parameter() -> None:
+    info = universal_checkpoint_info(load_run_config("debug", ["model.tied_embedding=false", "qat.embedding_bits=8"]))
+    assert info["original_vocab_size"] == 512
+    assert set(info["parameter_with_row_parallelism_patterns"]) == {
+        r"blocks\.\d+\.attention\.o\.weight$", r"blocks\.\d+\.mlp\.down\.weight$",
+    }  # fmt: skip
+    assert set(info["vocabulary_parameter_patterns"]) == {r"embed\.weight$", r"head\.weight$"}
+    assert set(info["tp_replicated_parameter_patterns"]) == {
+        r"norm\.weight$", r"blocks\.\d+\.attention_norm\.weight$", r"blocks\.\d+\.mlp_norm\.weight$",
+        r"blocks\.\d+\.attention\.o\.weight_scale$", r"blocks\.\d+\.mlp\.down\.weight_scale$",
+    }  # fmt: skip
+    grouped = universal_checkpoint_info(load_run_config("debug", ["qat.group_size=32"]))
+    assert r"blocks\.\d+\.mlp\.down\.weight_scale$" in grouped["parameter_with_row_parallelism_patterns"]
