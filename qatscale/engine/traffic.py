@@ -9,6 +9,7 @@ DeepSpeed 0.19.8 (`runtime/zero`).
 from __future__ import annotations
 
 from qatscale.config.schema import RunConfig
+from qatscale.engine.gathering import gathered
 from qatscale.engine.layout import Layout, stages_of
 from qatscale.engine.share import Share, share_of
 from qatscale.engine.zero_plan import FP32, ZeroPlan
@@ -42,7 +43,7 @@ def traffic_of_stage(
     recompute = config.engine.activation_checkpointing
     return {
         "gradients over data": _gradients(share, plan, micro_batches, quantized=quantized),
-        "weights over data": _weights(share, plan, micro_batches),
+        "weights over data": _weights(share, plan, micro_batches, recompute=recompute),
         "activations over tensor": micro_batches
         * _tensor(share, layout, stream, tokens, sequence=config.engine.sequence_parallel, recompute=recompute),
         "gradients over tensor": micro_batches
@@ -61,20 +62,13 @@ def _gradients(share: Share, plan: ZeroPlan, micro_batches: int, *, quantized: b
     return times * _ring(size, plan.data)
 
 
-def _weights(share: Share, plan: ZeroPlan, micro_batches: int) -> int:
-    """ZeRO-1 and 2 gather the new weights once a step. ZeRO-3 gathers a matrix for every forward, and again for
-    backward where it was not kept; small parameters once a step."""
+def _weights(share: Share, plan: ZeroPlan, micro_batches: int, *, recompute: bool) -> int:
+    """ZeRO-1 and 2 gather the new weights once a step. ZeRO-3 gathers matrices in every micro-batch, once or more; what
+    stays whole once a step."""
     if plan.stage < 3:
         return _ring((share.weights + share.scales) * plan.weight, plan.data)
-    sizes = [matrix.numel for matrix in share.matrices()]
-    gathered, whole = 0, share.norms * share.width + share.scales
-    for index, size in enumerate(sizes):
-        if size <= plan.persists_up_to:
-            whole += size
-        else:
-            kept = 2 * sum(sizes[index + 1 :]) < plan.reuse_distance
-            gathered += size if kept else 2 * size
-    return _ring((micro_batches * gathered + whole) * plan.weight, plan.data)
+    whole = sum(size for numels in share.groups.values() for size in numels if size <= plan.persists_up_to)
+    return _ring((micro_batches * gathered(share, plan, recompute=recompute) + whole) * plan.weight, plan.data)
 
 
 def _tensor(share: Share, layout: Layout, stream: int, tokens: int, *, sequence: bool, recompute: bool) -> int:

@@ -12,9 +12,8 @@ there. What is there also follows from how DeepSpeed moves gradients, and differ
     them all until the last micro-batch, ZeRO-2 the parameters of its partition. In fp32 the step copies the partition
     once more; in bf16 (`compact`) it is accumulated in fp32 in place.
 `ZeroThree`
-    ZeRO-3 (`runtime/zero/stage3.py`): shards of everything; weights gathered around their use, and kept from forward to
-    backward where they are used again within `stage3_max_reuse_distance` elements
-    (`runtime/zero/partitioned_param_coordinator.py`).
+    ZeRO-3 (`runtime/zero/stage3.py`): shards of everything; weights gathered around their use, see
+    `qatscale.engine.gathering`. Gradients pass a bucket of `reduce_bucket_size` that is always there.
 
 Sizes are in elements unless they say bytes; masters and moments are fp32. Left out: lists of Python objects, and what a
 parameter costs that gets no gradient.
@@ -23,9 +22,9 @@ parameter costs that gets no gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import Protocol
 
+from qatscale.engine.gathering import Gathering, trace_of
 from qatscale.engine.ledger import Kind, Ledger
 from qatscale.engine.share import Share
 from qatscale.engine.zero_plan import FP32, ZeroPlan, partition
@@ -42,11 +41,11 @@ class Zero(Protocol):
     def resident(self) -> None:
         """What is held between steps, once one was taken."""
 
-    def fetch(self, index: int, ahead: range) -> None:
-        """Matrix `index` of the share is about to be used, those of `ahead` in this order after it."""
+    def fetch(self, tensor: int) -> None:
+        """Matrix `tensor` of the share is about to be used."""
 
-    def release(self, index: int, ahead: range | None) -> None:
-        """It was used, and will be again after those of `ahead` were twice, forward and backward; None: not again."""
+    def release(self, tensor: int) -> None:
+        """It was used."""
 
     def arrived(self, kind: Kind, size: int) -> None:
         """Backward made a gradient of `size` elements in the weights' precision, which the ledger has as `kind`."""
@@ -61,8 +60,9 @@ class Zero(Protocol):
 class _Groups:
     """Common to the three: a ledger, and where a group's numbers belong in it."""
 
-    def __init__(self, ledger: Ledger, share: Share, plan: ZeroPlan, pipelined: bool = False) -> None:
-        self.ledger, self.share, self.plan, self.pipelined = ledger, share, plan, pipelined
+    def __init__(self, ledger: Ledger, share: Share, plan: ZeroPlan, *, recompute: bool, pipelined: bool) -> None:
+        self.ledger, self.share, self.plan = ledger, share, plan
+        self.recompute, self.pipelined = recompute, pipelined
         self.groups = share.groups
 
     def kinds(self) -> Iterator[tuple[str, list[int], bool]]:
@@ -80,9 +80,9 @@ class _Groups:
         else:
             self.hold("optimizer", is_scale, 3 * FP32 * size)
 
-    def fetch(self, index: int, ahead: range) -> None: ...
+    def fetch(self, tensor: int) -> None: ...
 
-    def release(self, index: int, ahead: range | None) -> None: ...
+    def release(self, tensor: int) -> None: ...
 
 
 class Bf16ZeroOne(_Groups):
@@ -244,8 +244,8 @@ class ZeroThree(_Groups):
         self.shards = {n: sum(-(-size // plan.data) for size in numels) for n, numels in self.groups.items()}
         budget = plan.persists_in_all
         for name, numels, is_scale in self.kinds():
-            self.hold("weights", is_scale, self.shards[name] * plan.weight)
-            self.hold("gradients", is_scale, 0 if plan.offloads else self.shards[name] * plan.accumulated)
+            self.hold("host" if plan.offloads_weights else "weights", is_scale, self.shards[name] * plan.weight)
+            self.hold("host" if plan.offloads else "gradients", is_scale, self.shards[name] * plan.accumulated)
             self.hold_states(is_scale, self.shards[name])
             small = [size for size in numels if size <= plan.persists_up_to]
             whole = min(sum(small), max(budget, 0)) if plan.data > 1 else 0
@@ -253,42 +253,23 @@ class ZeroThree(_Groups):
             self.hold("weights", is_scale, whole * plan.weight)
         self.ledger.hold("buffers", plan.bucket * plan.reduced if plan.contiguous else 0)
         self.sizes = [matrix.numel for matrix in self.share.matrices()]
-        if self.share.tied_here:  # the head's place in the order, of a tensor that is there already
-            self.sizes.append(self.sizes[0])
-        self.before = [0, *accumulate(self.sizes)]
-        self.live: set[int] = set()
+        self.gathering = Gathering(trace_of(self.share, recompute=self.recompute), self.sizes, plan)
         self.bucketed: list[int] = []
         self.unbuffered: list[tuple[Kind, int]] = []
 
-    def _tensor(self, index: int) -> int:
-        return 0 if self.share.tied_here and index == len(self.sizes) - 1 else index
+    def fetch(self, tensor: int) -> None:
+        """What is gathered ahead arrives in one buffer, from which each is copied. One process has nothing to gather
+        (`runtime/zero/partition_parameters.py`, `NoGatherHandle`)."""
+        if self.plan.data > 1:
+            now, ahead = self.gathering.use(tensor)
+            self.ledger.hold("weights", sum(self.sizes[found] for found in (*now, *ahead)) * self.plan.weight)
+            self.ledger.touch(
+                "buffers", min(sum(map(self.sizes.__getitem__, ahead)), self.plan.prefetch) * self.plan.weight
+            )
 
-    def fetch(self, index: int, ahead: range) -> None:
-        """Gather it, and of those that follow another prefetch bucket, as long as not too many are there. One process
-        has nothing to gather (`partition_parameters.py`, `NoGatherHandle`)."""
-        if self.plan.data == 1:
-            return
-        wanted, prefetched = [index], 0
-        room = min(self.plan.prefetch, self.plan.most_live - sum(self.sizes[tensor] for tensor in self.live))
-        for other in ahead:
-            if prefetched >= room:
-                break
-            if self._tensor(other) not in self.live:
-                wanted.append(other)
-                prefetched += self.sizes[other]
-        for tensor in dict.fromkeys(map(self._tensor, wanted)):
-            if tensor not in self.live and self.sizes[tensor] > self.plan.persists_up_to:
-                self.live.add(tensor)
-                self.ledger.hold("weights", self.sizes[tensor] * self.plan.weight)
-        if prefetched:  # they arrive in one buffer, from which each is copied
-            self.ledger.touch("buffers", min(prefetched, self.plan.prefetch) * self.plan.weight)
-
-    def release(self, index: int, ahead: range | None) -> None:
-        tensor = self._tensor(index)
-        if ahead is not None and 2 * (self.before[ahead.stop] - self.before[ahead.start]) < self.plan.reuse_distance:
-            return
-        if tensor in self.live:
-            self.live.remove(tensor)
+    def release(self, tensor: int) -> None:
+        tied = self.share.tied_here and tensor == 0
+        if self.plan.data > 1 and not tied and self.gathering.done(tensor):
             self.ledger.drop("weights", self.sizes[tensor] * self.plan.weight)
 
     def arrived(self, kind: Kind, size: int) -> None:
@@ -313,9 +294,9 @@ class ZeroThree(_Groups):
     def backward_done(self, last: bool) -> None:  # noqa: ARG002 - every micro-batch is alike
         if self.bucketed:
             self._reduce()
-        for tensor in sorted(self.live):
+        for tensor in self.gathering.live:
             self.ledger.drop("weights", self.sizes[tensor] * self.plan.weight)
-        self.live = set()
+        self.gathering.start()
 
     def step(self) -> None:
         if not self.plan.offloads:
@@ -325,7 +306,9 @@ class ZeroThree(_Groups):
                 self.ledger.touch("gradients", min(shard, self.plan.sub_group) * FP32)
 
 
-def zero_of(ledger: Ledger, share: Share, plan: ZeroPlan, pipelined: bool) -> Bf16ZeroOne | ZeroOneTwo | ZeroThree:
+def zero_of(
+    ledger: Ledger, share: Share, plan: ZeroPlan, *, recompute: bool, pipelined: bool
+) -> Bf16ZeroOne | ZeroOneTwo | ZeroThree:
     """The optimizer that DeepSpeed takes for these settings."""
     kind = ZeroThree if plan.stage == 3 else Bf16ZeroOne if plan.keeps_fp32_gradients else ZeroOneTwo
-    return kind(ledger, share, plan, pipelined)
+    return kind(ledger, share, plan, recompute=recompute, pipelined=pipelined)

@@ -30,6 +30,8 @@ class ZeroPlan:
     buckets: int
     """Two where communication overlaps with backward, one after the other is filled."""
     offloads: bool
+    """Optimizer state to the host; with `offloads_weights` ZeRO-3's shards of the weights too."""
+    offloads_weights: bool
     prefetch: int
     most_live: int
     """ZeRO-3: elements gathered ahead with every use of a matrix, and up to how many in all."""
@@ -62,6 +64,7 @@ def zero_plan(ds: Mapping[str, Any], data: int) -> ZeroPlan:
         contiguous=zero.get("contiguous_gradients", True),
         buckets=2 if zero.get("overlap_comm", False) and zero["stage"] < 3 else 1,
         offloads=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offloads_weights=zero.get("offload_param", {}).get("device", "none") != "none",
         prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
         most_live=int(zero.get("stage3_max_live_parameters", 1e9)),
         persists_up_to=int(zero.get("stage3_param_persistence_threshold", 1e5)),

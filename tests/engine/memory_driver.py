@@ -94,7 +94,7 @@ def peaks(profiler: Any) -> dict[str, int]:
 
 def _is_gloos(event: Any) -> bool:
     while event is not None:
-        if event.name.startswith("c10d::"):
+        if event.name.startswith(("c10d::", "gloo:")):
             return True
         event = event.parent
     return False

@@ -60,31 +60,35 @@ RUNS = {
     "1 process, ZeRO-1 bf16, untied, groups of 32": Run(
         1, ("model.tied_embedding=false", "qat.group_size=32", "model.kv_heads=2"), _ds(1, "bf16")
     ),
-    **{f"2 data, ZeRO-{stage} {precision}": Run(2, _TWO_PASSES, _ds(stage, precision)) for stage in (1, 2, 3)
-       for precision in ("fp32", "bf16")},
-    "2 data, ZeRO-2 bf16, a bucket less than a matrix": Run(2, _TWO_PASSES, _ds(2, "bf16", reduce_bucket_size=30_000)),
-    "2 data, ZeRO-3 bf16, nothing kept gathered, recomputed": Run(
+    "2 data, ZeRO-1 bf16": Run(2, _TWO_PASSES, _ds(1, "bf16")),
+    "2 data, ZeRO-2 fp32": Run(2, _TWO_PASSES, _ds(2, "fp32")),
+    "2 data, ZeRO-2 bf16": Run(2, _TWO_PASSES, _ds(2, "bf16")),
+    "2 data, ZeRO-3 bf16": Run(2, _TWO_PASSES, _ds(3, "bf16")),
+    "2 data, ZeRO-3 bf16, prefetching one, recomputed": Run(
         2, _RECOMPUTE, _ds(3, "bf16", stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=1)
     ),
     "2 tensor, ZeRO-1 fp32": Run(2, _TENSOR, _ds(1, "fp32")),
     "2 tensor + sequence, ZeRO-2 bf16": Run(2, _SEQUENCE, _ds(2, "bf16")),
-    "2 tensor + sequence, ZeRO-1 bf16, recomputed": Run(2, (*_SEQUENCE, *_RECOMPUTE), _ds(1, "bf16")),
     "2 stages, ZeRO-1 fp32": Run(2, (*_PIPELINE, "batch.sequences=6"), _ds(1, "fp32")),
     "2 stages, ZeRO-1 bf16, untied, recomputed": Run(
         2, (*_PIPELINE, *_RECOMPUTE, "model.tied_embedding=false"), _ds(1, "bf16")
     ),
-}  # fmt: skip
+}
 """Those of the suite."""
 MORE = {
     "1 process, ZeRO-1 bf16": Run(1, (), _ds(1, "bf16")),
     "1 process, ZeRO-3 fp32, recomputed": Run(1, _RECOMPUTE, _ds(3, "fp32")),
+    "2 data, ZeRO-1 fp32": Run(2, _TWO_PASSES, _ds(1, "fp32")),
+    "2 data, ZeRO-1 bf16, recomputed": Run(2, (*_TWO_PASSES, *_RECOMPUTE), _ds(1, "bf16")),
     "2 data, ZeRO-2 fp32, one micro-batch": Run(2, (), _ds(2, "fp32")),
+    "2 data, ZeRO-2 bf16, a bucket less than a matrix": Run(2, _TWO_PASSES, _ds(2, "bf16", reduce_bucket_size=30_000)),
     "2 data, ZeRO-2 bf16, overlapping": Run(2, _TWO_PASSES, _ds(2, "bf16", overlap_comm=True)),
     "2 data, ZeRO-2 bf16, not contiguous": Run(2, _TWO_PASSES, _ds(2, "bf16", contiguous_gradients=False)),
     "2 data, ZeRO-2 bf16, offload": Run(2, _TWO_PASSES, _ds(2, "bf16", offload_optimizer={"device": "cpu"})),
-    "2 data, ZeRO-1 bf16, recomputed": Run(2, (*_TWO_PASSES, *_RECOMPUTE), _ds(1, "bf16")),
+    "2 data, ZeRO-3 fp32": Run(2, _TWO_PASSES, _ds(3, "fp32")),
     "2 tensor, ZeRO-1 bf16": Run(2, _TENSOR, _ds(1, "bf16")),
     "2 tensor, ZeRO-3 bf16": Run(2, _TENSOR, _ds(3, "bf16")),
+    "2 tensor + sequence, ZeRO-1 bf16, recomputed": Run(2, (*_SEQUENCE, *_RECOMPUTE), _ds(1, "bf16")),
     "2 tensor + sequence, ZeRO-3 fp32": Run(2, _SEQUENCE, _ds(3, "fp32")),
     "2 stages, ZeRO-1 bf16": Run(2, _PIPELINE, _ds(1, "bf16")),
     "2 stages, ZeRO-1 fp32, recomputed": Run(2, (*_PIPELINE, *_RECOMPUTE), _ds(1, "fp32")),

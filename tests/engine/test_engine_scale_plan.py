@@ -165,12 +165,13 @@ def test_offloaded_states_are_not_on_the_device() -> None:
         # of n parameters in fp32 on 4 processes, 2 micro-batches a step: 3/4 of 4n bytes a pass of a ring
         ({"stage": 1}, 2 + 1),  # all-reduce once, gather the new weights
         ({"stage": 2}, 2 * 2 + 1),  # all-reduce every micro-batch
-        ({"stage": 3, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}, 2 * (1 + 2)),
-        ({"stage": 3, "stage3_param_persistence_threshold": 0}, 2 * (1 + 1)),  # gathered once: 86M are kept
+        # reduce-scatter and gather every micro-batch, once for forward and once for backward: ZeRO's own 3
+        ({"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}, 2 * (1 + 2)),
+        ({"stage": 3}, 2 * (1 + 1)),  # 110M elements are kept from forward to backward
     ],
 )
 def test_traffic_over_data(zero: dict[str, Any], expected: int) -> None:
-    config = config_of("qat.scheme=fp", "batch.sequences=128", "qat.group_size=768")
+    config = config_of("qat.scheme=fp", "batch.sequences=128", "model.tied_embedding=false")
     layout = Layout(data=4)
     found = traffic(config, layout, zero_plan({"zero_optimization": zero}, 4), quantized=False)
     ring = 3 / 4 * 4 * count_parameters(config.model).total
