@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qatscale.errors import EXIT_REQUEUE
+from qatscale.errors import EXIT_REQUEUE, UserError
 
 app = typer.Typer(
     help="Plan, run and analyse compute-optimal quantization-aware pre-training on DeepSpeed.",
@@ -133,18 +133,33 @@ def train(
     branch_from: Annotated[
         str | None, typer.Option(help="Start from another run's checkpoint: RUN, RUN@STEP or a checkpoint folder.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the timeline in tokens and steps; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Show the timeline, and what a process of the layout would need; train nothing.")
+    ] = False,
     figure: Annotated[Path | None, typer.Option(help="With --dry-run: draw the timeline into this file.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: GPUs of the job. [default: WORLD_SIZE, or one model's]")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --dry-run: whether it fits into this device: H200, 'H100 80GB HBM3'.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="With --dry-run and --gpu: tokens/s at this share of the peak: 0.4.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON for programs.")] = False,
 ) -> None:
     """Train a run, or go on with it where it stopped. `deepspeed launch/train.py …` does the same on many processes."""
     from qatscale.config import load_run_config
 
     config = load_run_config(recipe, overrides or ())
     if dry_run:
-        from qatscale.cli.show import print_timeline
+        from qatscale.cli.scale import print_dry_run
 
-        print_timeline(config, figure)
+        print_dry_run(config, figure, processes, gpu, mfu, as_json)
     else:
+        for option, value in (("--processes", processes), ("--gpu", gpu), ("--mfu", mfu), ("--json", as_json or None)):
+            if value is not None:
+                raise UserError(option, None, "has no effect without --dry-run.", "Add it, or leave this out.")
         _train(config, branch_from)
 
 
