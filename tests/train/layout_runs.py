@@ -95,7 +95,7 @@ class LaidOut:
             runs = [self._spec(name) for name in names if LAYOUTS[self.layout_of(name)][0] == ranks]
             listed = self.folder / "runs.json"
             listed.write_text(json.dumps(runs))
-            finished = processes.finish(processes.start([DRIVER, listed], ranks, self.folder), timeout=1500)
+            finished = processes.finish(processes.start([DRIVER, listed], ranks, self.folder), timeout=3600)
             assert finished.codes == [0] * ranks, finished.output
 
     @staticmethod
