@@ -7,19 +7,23 @@ Every number that is not ours carries its source: [paper] stated in arXiv 2509.2
 second-hand note of that paper, [ours] a definition or deduction of this project.
 """
 
+from qatlaw.default import default_law
+from qatlaw.errors import LawError
 from qatlaw.fraction import (
     extrapolation_warning,
     is_extrapolated,
     optimal_fraction,
     tokens_per_parameter_byte,
 )
-from qatlaw.plan import FractionPlan, plan_fraction
+from qatlaw.plan import RunPlan, plan_run
 
 __all__ = [
-    "FractionPlan",
+    "LawError",
+    "RunPlan",
+    "default_law",
     "extrapolation_warning",
     "is_extrapolated",
     "optimal_fraction",
-    "plan_fraction",
+    "plan_run",
     "tokens_per_parameter_byte",
 ]

@@ -85,18 +85,18 @@ def extrapolation_warning(N: float, D: float, B: float) -> str | None:
         ("B", B, MEASURED_BITS),
     ):
         if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
-            outside.append(f"{name} = {_amount(value)} (measured {_amount(low)} to {_amount(high)})")
+            outside.append(f"{name} = {amount(value)} (measured {amount(low)} to {amount(high)})")
     if not outside:
         return None
     return f"the optimal QAT fraction is an extrapolation of its closed form: {', '.join(outside)}"
 
 
-def _amount(value: float) -> str:
-    """Three digits and a suffix: 2300000000.0 -> 2.3B."""
+def amount(value: float, digits: int = 3) -> str:
+    """Some digits and a suffix: 2300000000.0 -> 2.3B."""
     for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= unit:
-            return f"{value / unit:.3g}{suffix}"
-    return f"{value:.3g}"
+        if value >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
+            return f"{value / unit:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
 
 
 def _plain(values: Floats | np.float64) -> float | Floats:

@@ -6,13 +6,18 @@ over the paper's range). They were fitted on no runs and are no one's measuremen
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pandas as pd
 
 from qatlaw.laws.base import Law
 from qatlaw.laws.points import Floats
 from qatlaw.laws.qat import QAT_UNIFIED
-from qatlaw.table import RunTable
+
+if TYPE_CHECKING:  # a plan by the law alone answers without waiting for pandas
+    import pandas as pd
+
+    from qatlaw.table import RunTable
 
 COEFFICIENTS = {
     "alpha": 1.8172, "beta": 2085.43, "gamma": 0.3658, "zeta": 482.01, "eta": 0.3478,
@@ -45,6 +50,8 @@ def settings() -> pd.DataFrame:
     5 sizes x 6 token counts x 4 widths x 6 fractions = 720 QAT runs; the 30 full-precision runs of the same sizes and
     tokens; 7 of those again with a second seed, as one repeats runs to learn their noise.
     """
+    import pandas as pd
+
     rows = []
     for N in SIZES:
         for D in np.geomspace(TOKENS_PER_PARAMETER * N, LONGEST, TOKEN_COUNTS).round():
@@ -58,6 +65,8 @@ def settings() -> pd.DataFrame:
 
 def table(seed: int, noise: float = NOISE, drawn_from: Law | None = None) -> RunTable:
     """The grid's runs with losses of the synthetic law (or `drawn_from`), times exp(noise * normal)."""
+    from qatlaw.table import RunTable
+
     frame = settings()
     exact = (drawn_from or law()).loss(*(frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits")))
     frame["loss"] = exact * np.exp(noise * np.random.default_rng(seed).standard_normal(len(frame)))

@@ -43,7 +43,8 @@ def build_timeline(config: RunConfig) -> Timeline:
 def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
     """QAT's share of all tokens before rounding, and what is to be said about it.
 
-    `auto` is the closed form of qatlaw with N = all parameters (a tied embedding once), D = `tokens`, B = `qat.bits`.
+    `auto` is the planner's optimum with N = all parameters (a tied embedding once), D = `tokens`, B = `qat.bits`: what
+    `qatscale plan` answers.
     """
     qat = config.qat
     if qat.scheme in ("fp", "scratch"):
@@ -51,18 +52,18 @@ def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
     if qat.fraction != "auto":
         return qat.fraction, ()
     params = count_parameters(config.model).total
-    S = qatlaw.tokens_per_parameter_byte(params, config.tokens, qat.bits)
-    if S <= 1:
+    try:
+        plan = qatlaw.plan_run(params, config.tokens, qat.bits, law=qatlaw.default_law())
+    except qatlaw.LawError:
+        S = qatlaw.tokens_per_parameter_byte(params, config.tokens, qat.bits)
         raise UserError(
             "qat.fraction",
             "auto",
             f"{config.tokens} tokens over {params} parameters at {qat.bits:g} bits are {S:.3g} tokens per byte, "
             "and the planner's closed form needs more than 1.",
             "Set qat.fraction to a number, or train on more tokens.",
-        )
-    fraction = qatlaw.optimal_fraction(S)
-    outside = qatlaw.extrapolation_warning(params, config.tokens, qat.bits)
-    return fraction, (f"qat.fraction=auto is {fraction:.4f}, but {outside}",) if outside else ()
+        ) from None
+    return plan.fraction, tuple(f"qat.fraction=auto is {plan.fraction:.4f}, but {text}" for text in plan.warnings)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""Question 4: FLOPs or GPU-hours to tokens and their split, where a QAT token may cost more than a full-precision one.
+
+At the token-optimal fraction another QAT token in the place of a full-precision one gains nothing. If it costs more,
+the same budget buys more tokens at a smaller fraction, so that the *compute*-optimal fraction is smaller. With the
+costs c per token and the budget C,
+
+    minimise L(N, D_fp, D_qat, B)    where    c_fp D_fp + c_qat D_qat = C
+
+L is convex along that line (its terms are powers with negative exponents), so there is one minimum [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from qatlaw.default import PlannerLaw
+from qatlaw.errors import LawError
+from qatlaw.fraction import A, tokens_per_parameter_byte
+from qatlaw.laws.base import Law
+from qatlaw.laws.points import Floats
+from qatlaw.plan.run import warnings_of, written_fraction
+
+FLOPS_PER_PARAMETER = 6.0
+"""Of forward and backward per token: 2 + 4; the attention scores, which depend on the sequence length, are left out."""
+WIDEST_LOGIT = 16.0
+"""Shares of the budget from 1e-7 to 1 - 1e-7 are searched."""
+POINTS = 41
+ROUNDS = 6
+"""Each looks at POINTS splits and narrows the search 20 times; what is left is 2e-7 of the logit."""
+SIZES = (1e6, 1e13)
+"""Parameters between which the best size is looked for."""
+HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount to spend, and what a token of each phase costs of it."""
+
+    amount: float
+    unit: str
+    """FLOPs or GPU-hours."""
+    fp_cost: float
+    """Per token of the full-precision phase."""
+    qat_cost: float
+    """Per token of the QAT phase."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("amount", self.amount), ("fp_cost", self.fp_cost), ("qat_cost", self.qat_cost)):
+            if not (np.isfinite(value) and value > 0):
+                raise LawError(f"budget.{name}", value, "a positive finite number.")
+
+    @property
+    def overhead(self) -> float:
+        """Cost of a QAT token over that of a full-precision one."""
+        return self.qat_cost / self.fp_cost
+
+
+@dataclass(frozen=True)
+class BudgetSplit:
+    """One way to spend a budget."""
+
+    fraction: float
+    tokens: float
+    tokens_qat: float
+    loss: float | None
+    """Nats per token; None without a law."""
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    params: int
+    bits: float
+    budget: Budget
+    best_size: bool
+    """Whether the size was chosen too, for the lowest loss of this budget."""
+    compute_optimal: BudgetSplit | None
+    """None without a law."""
+    token_optimal: BudgetSplit | None
+    """The budget spent at the fraction that is optimal where tokens alone count; None without a law."""
+    closed_form: BudgetSplit | None
+    """The budget spent at the closed form's fraction; None where that is not defined."""
+    warnings: tuple[str, ...]
+
+    @property
+    def chosen(self) -> BudgetSplit:
+        found = self.compute_optimal or self.closed_form
+        assert found is not None, "plan_budget refuses what has neither"
+        return found
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        text = written_fraction(self.chosen.fraction)
+        return (
+            f"tokens={round(self.chosen.tokens)}",
+            f"qat.bits={self.bits:g}",
+            "qat.scheme=sequential",
+            f"qat.fraction={text}",
+        )
+
+
+def compute_optimal(
+    law: Law, N: ArrayLike, B: ArrayLike, amount: ArrayLike, fp_cost: ArrayLike, qat_cost: ArrayLike
+) -> tuple[Floats, Floats]:
+    """(f, D): the compute-optimal fraction and the tokens it buys; broadcasts, f to 1e-6.
+
+    amount: the budget. fp_cost, qat_cost: what a token of each phase costs of it.
+    """
+    arrays = (np.asarray(value, np.float64) for value in (N, B, amount, fp_cost, qat_cost))
+    N, B, amount, fp_cost, qat_cost = (value[..., None] for value in np.broadcast_arrays(*arrays))
+    center, half = np.zeros(amount.shape), WIDEST_LOGIT
+    grid = np.linspace(-1.0, 1.0, POINTS)
+    for _ in range(ROUNDS):
+        share = 1 / (1 + np.exp(-(center + half * grid)))  # of the budget, for QAT
+        loss = law.loss(N, (1 - share) * amount / fp_cost, share * amount / qat_cost, B)
+        center = center + half * grid[np.argmin(loss, axis=-1)][..., None]
+        half *= 2 / (POINTS - 1)
+    share = 1 / (1 + np.exp(-center))
+    D_fp, D_qat = ((1 - share) * amount / fp_cost)[..., 0], (share * amount / qat_cost)[..., 0]
+    return D_qat / (D_fp + D_qat), D_fp + D_qat
+
+
+def best_size(law: Law, B: float, amount: float, fp_cost: float, qat_cost: float) -> float:
+    """N with the lowest loss of a budget, at its compute-optimal split. Costs per token *and parameter*.
+
+    Along the sizes the loss is convex in log N, as every term is a power of N once the budget fixes the tokens.
+    """
+    center, half = np.log(SIZES).mean(), np.log(SIZES[1] / SIZES[0]) / 2
+    grid = np.linspace(-1.0, 1.0, POINTS)
+    for _ in range(ROUNDS):
+        N = np.exp(center + half * grid)
+        f, D = compute_optimal(law, N, B, amount, fp_cost * N, qat_cost * N)
+        center += half * grid[np.argmin(law.loss(N, (1 - f) * D, f * D, B))]
+        half *= 2 / (POINTS - 1)
+    return float(np.exp(center))
+
+
+def spend(budget: Budget, fraction_of: Callable[[float], float]) -> tuple[float, float]:
+    """(f, D) of a budget whose fraction follows a rule, f = fraction_of(D): D (c_fp (1-f) + c_qat f) = amount."""
+    costs = sorted((budget.fp_cost, budget.qat_cost))
+    low, high = budget.amount / costs[1], budget.amount / costs[0]
+    for _ in range(HALVINGS):
+        D = (low + high) / 2
+        f = fraction_of(D)
+        if D * (budget.fp_cost * (1 - f) + budget.qat_cost * f) > budget.amount:
+            high = D
+        else:
+            low = D
+    return fraction_of(low), low
+
+
+def plan_budget(
+    params: float, bits: float, budget: Budget, *, law: PlannerLaw | None = None, best_size: bool = False
+) -> BudgetPlan:
+    """The split of a budget for a model of `params` parameters at `bits` bits.
+
+    Without a law the compute-optimal fraction is unknown, and the closed form's, which counts tokens, is planned.
+    LawError where neither is defined.
+    """
+
+    def closed(D: float) -> float:
+        S = tokens_per_parameter_byte(params, D, bits)
+        return float(np.exp(-A / np.log(S))) if S > 1 else 0.0
+
+    f, D = spend(budget, closed)
+    S = tokens_per_parameter_byte(params, D, bits)
+    if law is None:
+        if S <= 1:
+            raise LawError(
+                "budget",
+                f"{budget.amount:g} {budget.unit}",
+                f"buys {D:.3g} tokens, {S:.3g} per parameter byte, and the closed form needs more than 1.",
+                "Take a smaller model or a larger budget.",
+            )
+        split = BudgetSplit(f, D, f * D, None)
+        return BudgetPlan(round(params), bits, budget, best_size, None, None, split, warnings_of(params, D, bits, None))
+    law.check_bits(bits)
+
+    def told(f: float, D: float) -> BudgetSplit:
+        return BudgetSplit(f, D, f * D, float(law.law.loss(params, (1 - f) * D, f * D, bits)))
+
+    best = compute_optimal(law.law, params, bits, budget.amount, budget.fp_cost, budget.qat_cost)
+    by_tokens = spend(budget, lambda D: float(law.law.optimal_fraction(params, D, bits)))
+    optimal = told(float(best[0]), float(best[1]))
+    return BudgetPlan(
+        params=round(params),
+        bits=bits,
+        budget=budget,
+        best_size=best_size,
+        compute_optimal=optimal,
+        token_optimal=told(*by_tokens),
+        closed_form=told(f, D) if S > 1 else None,
+        warnings=warnings_of(params, optimal.tokens, bits, law),
+    )

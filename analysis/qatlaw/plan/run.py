@@ -1,0 +1,181 @@
+"""Question 1: a model size, tokens and a bit width to the split of the tokens, and what it is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qatlaw.default import PlannerLaw
+from qatlaw.errors import LawError
+from qatlaw.fraction import extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
+from qatlaw.plan.waste import optimal_loss, split_loss, wasted_tokens
+
+RULE = 0.1
+"""The customary share of the tokens for QAT, to compare with."""
+DIGITS = 6
+"""Of a fraction in a recipe: 1e-6 of the tokens is less than an optimizer step of any but a very long run."""
+
+Basis = Literal["closed form", "loss law"]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the law says of one way to split the tokens."""
+
+    fraction: float
+    loss: float
+    """Nats per token."""
+    wasted: float
+    """Share of the tokens, see `qatlaw.plan.waste.WASTED`."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What needs a loss law. Losses in nats per token."""
+
+    loss: float
+    """At the planned fraction."""
+    full_precision_loss: float
+    """Of a full-precision run of the same tokens."""
+    rule: Split
+    """The rule of 10 %."""
+    closed_form: Split | None
+    """None where the closed form is not defined."""
+    asked: Split | None
+    """At the fraction that was asked about."""
+    level: float | None = None
+    """Share of the resampled laws inside the intervals; None where the law has none."""
+    fraction_interval: Interval | None = None
+    loss_interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a run of `tokens` should be split. tokens_fp + tokens_qat = tokens, exactly."""
+
+    params: int
+    tokens: int
+    bits: float
+    S: float
+    """Tokens per parameter byte."""
+    fraction: float
+    """QAT's share of the tokens, before it is rounded to whole tokens (here) or optimizer steps (in a run)."""
+    basis: Basis
+    """What `fraction` comes from."""
+    closed_form: float | None
+    """The closed form's fraction; None where it is not defined."""
+    tokens_fp: int
+    tokens_qat: int
+    steps: int | None
+    """Optimizer steps of the run; None where the batch is not known."""
+    switch_step: int | None
+    """The first step in QAT, 0-based."""
+    prediction: Prediction | None
+    """None without a loss law."""
+    warnings: tuple[str, ...]
+    """What a reader must know before trusting the numbers; empty inside the measured ranges."""
+    overrides: tuple[str, ...]
+    """`key=value` settings that put the plan into a recipe. The scheme is the classic sequential one."""
+
+
+def plan_run(
+    params: float,
+    tokens: float,
+    bits: float,
+    *,
+    law: PlannerLaw | None = None,
+    tokens_per_step: int | None = None,
+    fraction: float | None = None,
+) -> RunPlan:
+    """The plan for a model of `params` parameters (a tied embedding counted once), `tokens` tokens and `bits` bits.
+
+    law: its optimum is planned, and its losses are told; without one the closed form decides.
+    tokens_per_step: of an optimizer step, for the switch step.
+    fraction: one that is to be judged by the law, beside the planned one.
+
+    LawError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.optimal_fraction`).
+    """
+    S = tokens_per_parameter_byte(params, tokens, bits)
+    planned, basis = planned_fraction(params, tokens, bits, law)
+    params, tokens = round(params), round(tokens)
+    steps = None if tokens_per_step is None else max(1, round(tokens / tokens_per_step))
+    text = written_fraction(planned, steps)
+    tokens_qat = round(planned * tokens)
+    return RunPlan(
+        params=params,
+        tokens=tokens,
+        bits=bits,
+        S=S,
+        fraction=planned,
+        basis=basis,
+        closed_form=closed_form(S),
+        tokens_fp=tokens - tokens_qat,
+        tokens_qat=tokens_qat,
+        steps=steps,
+        switch_step=None if steps is None else switch_step(planned, steps),
+        prediction=None if law is None else _predict(law, params, tokens, bits, planned, fraction),
+        warnings=warnings_of(params, tokens, bits, law),
+        overrides=(f"tokens={tokens}", f"qat.bits={bits:g}", "qat.scheme=sequential", f"qat.fraction={text}"),
+    )
+
+
+def closed_form(S: float) -> float | None:
+    """The closed form's fraction, None where it has none (or, just above S = 1, one too small for a number)."""
+    return (optimal_fraction(S) or None) if S > 1 else None
+
+
+def planned_fraction(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[float, Basis]:
+    """The optimal fraction by the law, or else by the closed form. LawError where the closed form is not defined."""
+    if law is not None:
+        law.check_bits(bits)
+        return float(law.law.optimal_fraction(params, tokens, bits)), "loss law"
+    try:
+        return optimal_fraction(tokens_per_parameter_byte(params, tokens, bits)), "closed form"
+    except ValueError as error:
+        units = "Are --params and --tokens in the right units (396M, 100B)?"
+        raise LawError("plan", None, f"{error}.", units) from None
+
+
+def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[str, ...]:
+    """Which numbers of a plan lie outside the range of the data behind them."""
+    found = extrapolation_warning(params, tokens, bits) if law is None else law.warning(params, tokens, bits)
+    return (found,) if found else ()
+
+
+def switch_step(fraction: float, steps: int) -> int:
+    """The first QAT step of a recipe with this `qat.fraction`: as the timeline of a run rounds it."""
+    return round((1 - fraction) * steps)
+
+
+def written_fraction(fraction: float, steps: int | None = None) -> str:
+    """A fraction for a recipe, in as few digits, four or more, as give the same switch step."""
+    if steps is None:
+        return f"{fraction:.{DIGITS}g}"
+    same = (f"{fraction:.{digits}g}" for digits in range(4, 17))
+    return next(text for text in same if switch_step(float(text), steps) == switch_step(fraction, steps))
+
+
+def _predict(law: PlannerLaw, params: int, tokens: int, bits: float, planned: float, asked: float | None) -> Prediction:
+    fractions = [RULE, closed_form(tokens_per_parameter_byte(params, tokens, bits)), asked]
+    known = [fraction for fraction in fractions if fraction is not None]
+    losses = split_loss(law.law, params, tokens, known, bits)
+    wasted = wasted_tokens(law.law, params, tokens, known, bits)
+    splits = {f: Split(f, float(loss), float(share)) for f, loss, share in zip(known, losses, wasted, strict=True)}
+    intervals: dict[str, float | Interval] = {}
+    if law.bootstrap is not None:
+        low_f, high_f = law.bootstrap.fraction(params, tokens, bits)
+        low, high = law.bootstrap.loss(params, (1 - planned) * tokens, planned * tokens, bits)
+        intervals = {
+            "level": law.bootstrap.level,
+            "fraction_interval": (float(low_f), float(high_f)),
+            "loss_interval": (float(low), float(high)),
+        }
+    return Prediction(
+        loss=float(optimal_loss(law.law, params, tokens, bits)),
+        full_precision_loss=float(law.law.loss(params, tokens, 0.0, bits)),
+        rule=splits[RULE],
+        closed_form=splits.get(fractions[1]),  # type: ignore[arg-type]
+        asked=splits.get(asked),  # type: ignore[arg-type]
+        **intervals,  # type: ignore[arg-type]  # each its own
+    )

@@ -1,0 +1,113 @@
+"""What a split of the tokens costs in tokens.
+
+wasted tokens [ours]: a run of D tokens at fraction f has the loss that D' tokens at their optimal fraction have;
+1 - D'/D of its tokens were wasted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from qatlaw.errors import LawError
+from qatlaw.laws.base import Law
+from qatlaw.laws.points import Floats
+
+WASTED = "wasted: 1 - D'/D, where D' tokens at their optimal fraction reach the same loss"
+SAVED = "saved: 1 - D/D_u, where the sequential scheme needs D_u tokens at its optimal fraction for the fused loss"
+
+EPSILON = np.finfo(np.float64).eps
+FIRST_STEP = 0.125
+REACH = 32.0
+"""How far, in log tokens, a loss is looked for before it is called out of reach."""
+MOST_STEPS = 100
+TOLERANCE = 1e-13
+"""Of log tokens."""
+
+
+def split_loss(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike) -> Floats:
+    """Loss of D tokens, the share f of them in QAT."""
+    D, f = np.asarray(D, np.float64), np.asarray(f, np.float64)
+    return law.loss(N, (1 - f) * D, f * D, B)
+
+
+def optimal_loss(law: Law, N: ArrayLike, D: ArrayLike, B: ArrayLike) -> Floats:
+    """Loss of D tokens at their optimal fraction: the L*(N, D, B) below."""
+    f = np.minimum(law.optimal_fraction(N, D, B), 1 - EPSILON)  # of very many tokens all but a few are for QAT
+    return split_loss(law, N, D, f, B)
+
+
+def tokens_for_loss(law: Law, N: ArrayLike, loss: ArrayLike, B: ArrayLike, near: ArrayLike) -> Floats:
+    """D with L*(N, D, B) = loss; broadcasts. Infinite where no number of tokens reaches it, 0 where any does.
+
+    near: where to look first, in tokens. L* falls with D: an interval is widened until it holds the loss, and narrowed
+    by the Illinois form of regula falsi.
+    """
+    N, loss, B, near = np.broadcast_arrays(*(np.asarray(value, np.float64) for value in (N, loss, B, near)))
+
+    def gap(x: Floats) -> Floats:
+        return optimal_loss(law, N, np.exp(x), B) - loss
+
+    low, high = np.log(near) - FIRST_STEP, np.log(near)
+    at_low, at_high = gap(low), gap(high)
+    step = FIRST_STEP
+    while step < REACH and np.any((at_low <= 0) | (at_high > 0)):
+        step *= 2
+        low, high = np.where(at_low <= 0, low - step, low), np.where(at_high > 0, high + step, high)
+        at_low, at_high = gap(low), gap(high)
+    unreachable, any_does = at_high > 0, at_low <= 0
+    nowhere = unreachable | any_does
+    from_left = np.zeros(low.shape)  # +1 where the last point replaced the low end, -1 where the high one
+    for _ in range(MOST_STEPS):
+        x = low + (high - low) * np.where(nowhere, 0.0, at_low / np.where(nowhere, 1.0, at_low - at_high))
+        at_x = gap(x)
+        left = at_x > 0
+        moved = np.where(left, x - low, high - x)
+        at_high = np.where(left, at_high / np.where(from_left > 0, 2, 1), at_x)
+        at_low = np.where(left, at_x, at_low / np.where(from_left < 0, 2, 1))
+        low, high = np.where(left, x, low), np.where(left, high, x)
+        from_left = np.where(left, 1.0, -1.0)
+        if np.all((np.minimum(moved, high - low) < TOLERANCE) | nowhere):
+            break
+    return np.where(unreachable, np.inf, np.where(any_does, 0.0, np.exp(x)))
+
+
+def wasted_tokens(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike) -> Floats:
+    """Share of D that the fraction f wastes, in [0, 1); 0 at the optimal fraction. Broadcasts.
+
+    LawError where f is not inside (0, 1): at its ends there is no QAT run with two phases.
+    """
+    shares = np.asarray(f, np.float64)
+    if not np.all((shares > 0) & (shares < 1)):
+        raise LawError("fraction", shares.tolist(), "a QAT fraction lies between 0 and 1.")
+    loss = split_loss(law, N, D, f, B)
+    return np.maximum(0.0, 1 - tokens_for_loss(law, N, loss, B, D) / np.asarray(D, np.float64))
+
+
+@dataclass(frozen=True)
+class FusionSaving:
+    """What fusing QAT with the cooldown is worth in tokens."""
+
+    sequential_tokens: float
+    """D_u: L*(N, D_u, B) = L*(N, D, B) + fused loss - sequential loss."""
+    saved: float
+    """1 - D/D_u; below 0 where fusion loses."""
+
+
+def fusion_saving(law: Law, N: float, D: float, B: float, fused_loss: float, sequential_loss: float) -> FusionSaving:
+    """From the measured losses of a fused and a sequential run of the same N, D and B, in nats per token.
+
+    Only their difference is used: the law says what it is worth. LawError where no number of tokens is worth it.
+    """
+    target = optimal_loss(law, N, D, B) + fused_loss - sequential_loss
+    tokens = float(tokens_for_loss(law, N, target, B, D))
+    if not np.isfinite(tokens):
+        raise LawError(
+            "--fused-loss",
+            fused_loss,
+            f"is {sequential_loss - fused_loss:.4g} nats below the sequential loss, which by the law no number of "
+            f"tokens gains at this size and width.",
+        )
+    return FusionSaving(tokens, 1 - D / tokens)
