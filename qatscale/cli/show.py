@@ -1,9 +1,7 @@
-"""What is known before anything runs: the plan, the keys of a recipe, the recipes, a timeline."""
+"""What is known before anything runs: the keys of a recipe, the recipes, a timeline."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 from qatscale.cli.terminal import check_figure, console, plain_table
@@ -28,34 +26,6 @@ def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
         shown = int(bits) if bits == int(bits) else bits
         raise UserError(key, shown, f"one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
-
-
-def print_plan(params: str, tokens: str, bits: float, as_json: bool) -> None:
-    import qatlaw
-    from qatscale.config.amounts import format_amount
-
-    check_bits("--bits", bits)
-    n_params, n_tokens = amount("--params", params), amount("--tokens", tokens)
-    try:
-        found = qatlaw.plan_fraction(n_params, n_tokens, bits)
-    except ValueError as error:
-        raise UserError(
-            "plan", None, f"{error}.", "Are --params and --tokens in the right units (396M, 100B)?"
-        ) from None
-    if as_json:
-        print(json.dumps(asdict(found), indent=2))
-        return
-    title = f"{params} parameters, {tokens} tokens, {bits:g} bits"
-    table = plain_table("quantity", "value", right=("value",), title=title)
-    table.add_row("tokens per parameter byte", f"{found.S:,.4g}")
-    table.add_row("optimal QAT fraction (closed form)", f"{found.fraction:.1%}")
-    table.add_row("tokens in full precision", format_amount(found.tokens_fp))
-    table.add_row("tokens in QAT", format_amount(found.tokens_qat))
-    out = console()
-    out.print(table)
-    for warning in found.warnings:
-        out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    out.print(f"As overrides of a recipe: {' '.join(found.overrides)}", soft_wrap=True)
 
 
 def print_keys(prefix: str) -> None:

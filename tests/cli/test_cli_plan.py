@@ -1,0 +1,218 @@
+"""`qatscale plan`: what it prints runs. Its overrides make a recipe that switches where the plan says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from bad_inputs import run_command
+
+from qatlaw.plan.options import OPTIONS
+from qatscale.config import load_run_config
+from qatscale.model.sizes import count_parameters, flops_per_token
+from qatscale.timeline import build_timeline, first_difference
+from qatscale.timeline.segments import Timeline
+
+
+def planned(typed: str) -> dict[str, Any]:
+    code, out, error = run_command(["plan", *shlex.split(typed), "--json"])
+    assert code == 0, error
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "--params 396M --tokens 100B --bits 4",
+        "--recipe 396m",
+        "--recipe 2p2b --tokens 220B --bits 2 --law synthetic",
+        "--params 86M --tokens 2.3B --bits 6",
+        "--memory 500MB --tokens 100B --law synthetic",
+        "--memory 60MB --tokens 20B --bits 2",
+        "--tokens 100B --params 759M --compare fp --law synthetic",
+        "--gpu-hours 500 --gpu H200 --mfu 0.4 --bits 4 --params 396M",
+        "--gpu-hours 500 --gpu H200 --mfu 0.4 --qat-overhead 1.15 --recipe 396m --bits 4 --law synthetic",
+    ],
+)
+def test_the_overrides_run_the_plan(typed: str) -> None:
+    found = planned(typed)
+    program, verb, recipe, *overrides = found["command"]
+    assert (program, verb) == ("qatscale", "train")
+    assert overrides == found["overrides"]
+    code, out, error = run_command(["train", recipe, *overrides, "--dry-run"])
+    assert code == 0, error
+    config = load_run_config(recipe, overrides)
+    fraction = float(next(o for o in overrides if o.startswith("qat.fraction=")).removeprefix("qat.fraction="))
+    steps = round(config.tokens / config.tokens_per_step)
+    assert f"switch to QAT before step {round((1 - fraction) * steps):,} " in out
+    told = next(o for o in overrides if o.startswith("tokens=")).removeprefix("tokens=")
+    assert config.tokens == int(told)
+    if "memory" in typed:
+        row = found["plan"]["rows"][found["plan"]["best"]]
+        assert count_parameters(config.model).total == row["plan"]["params"] == row["shape"]["params"]
+    if "params 396M" in typed:
+        assert recipe == "396m", "397.9M parameters are 396M"
+
+
+@pytest.mark.parametrize(("tokens", "bits"), [("39.6B", 4), ("100B", 2), ("1T", 1.58)])
+def test_auto_in_a_recipe_is_the_plan_of_the_recipe(tokens: str, bits: float) -> None:
+    found = planned(f"--recipe 396m --tokens {tokens} --bits {bits}")["plan"]
+    overrides = [f"tokens={tokens}", f"qat.bits={bits}", "qat.scheme=sequential", "qat.fraction=auto"]
+    timeline = build_timeline(load_run_config("396m", overrides))
+    assert timeline.planned_fraction == found["fraction"]
+    assert (timeline.switch_step, timeline.steps) == (found["switch_step"], found["steps"])
+
+
+def test_a_recipe_brings_its_tokens_and_bits_where_they_are_not_given() -> None:
+    config = load_run_config("759m")
+    plan = planned("--recipe 759m")["plan"]
+    assert (plan["tokens"], plan["bits"]) == (config.tokens, config.qat.bits)
+    assert plan["params"] == count_parameters(config.model).total
+    assert len(planned("--recipe 759m --compare fp")["plan"]["rows"]) > 1
+    budget = planned("--recipe 759m --bits 4 --flops 1e21")["plan"]
+    cost = flops_per_token(config.model, config.data.sequence_length)
+    assert budget["chosen"]["tokens"] == pytest.approx(1e21 / cost, rel=1e-9)
+
+
+def test_a_gpu_is_its_peak() -> None:
+    by_name = planned("--gpu-hours 500 --gpu H200 --mfu 0.4 --params 396M --bits 4")
+    by_peak = planned("--gpu-hours 500 --peak-flops 989T --mfu 0.4 --params 396M --bits 4")
+    assert by_name == by_peak
+
+
+def test_no_recipe_of_another_size_is_named() -> None:
+    code, out, _ = run_command(shlex.split("plan --params 500M --tokens 100B --bits 4"))
+    assert code == 0
+    assert "qatscale train RECIPE tokens=100000000000 qat.bits=4" in out
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("--params 396M --tokens 100B --bits 4", ("33.9%", "66.08B", "33.92B", "need a loss law", "qatscale fit")),
+        ("--params 8B --tokens 100B --bits 4", ("warning: the optimal QAT fraction is an extrapolation", "N = 8B")),
+        ("--recipe 396m --law synthetic", ("predicted loss", "made-up law", "fitted on no runs", "1 - D'/D")),
+        ("--memory 500MB --tokens 100B", ("1792 x 24", "Give --bits", "No activations")),
+    ],
+)
+def test_what_people_read(typed: str, told: tuple[str, ...]) -> None:
+    code, out, error = run_command(["plan", *shlex.split(typed)])
+    assert code == 0, error
+    text = " ".join(out.split())
+    assert [part for part in told if part not in text] == [], out
+
+
+def test_both_doors_have_the_same_options() -> None:
+    from qatscale.cli.app import app
+
+    command = typer.main.get_command(app).commands["plan"]  # type: ignore[attr-defined]
+    names = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    assert names - {"--recipe", "--gpu", "--json", "--help"} == {option.flag for option in OPTIONS.values()}
+
+
+def test_an_answer_needs_neither_torch_nor_pandas() -> None:
+    """That is what keeps it under a second."""
+    code = (
+        "import sys; from qatscale.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'deepspeed', 'pandas', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    )
+    typed = "plan --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic"
+    done = subprocess.run([sys.executable, "-c", code, *typed.split()], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# --- from a checkpoint ---
+
+
+def pretend_run(folder: Path, timeline: Timeline, step: int, params: int, switched_at: int | None = None) -> str:
+    """What a plan reads of a run's folder, as a run writes it."""
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    files = {
+        "run.json": {"n_params": params},
+        "timeline.json": timeline.to_dict(),
+        f"checkpoints/{checkpoint.name}/manifest.json": {
+            "step": step, "tokens": step * timeline.tokens_per_step, "plugin": {"switched_at": switched_at},
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("cooldown", "scheme"), [("0", "fused"), ("0.2", "sequential")])
+@pytest.mark.parametrize("law", ["", "--law synthetic"])
+def test_a_branch_goes_on_from_where_the_trunk_is(tmp_path: Path, cooldown: str, scheme: str, law: str) -> None:
+    trunk = ["qat.scheme=fp", "tokens=20B", f"schedule.cooldown_fraction={cooldown}"]
+    parent = load_run_config("194m", trunk)
+    before = build_timeline(parent)
+    params = count_parameters(parent.model).total
+    run = pretend_run(tmp_path / "trunk", before, before.steps, params)
+    found = planned(f"--from-checkpoint {run} --bits 2 {law}")
+    assert found["plan"]["params"] == params
+    assert found["plan"]["tokens_fp"] == before.tokens
+    assert found["command"][:4] == ["qatscale", "branch", f"{run}@{before.steps}", "name=NAME"]
+    assert f"qat.scheme={scheme}" in found["overrides"]
+    after = build_timeline(load_run_config("194m", [*trunk, *found["overrides"]]))
+    assert after.switch_step == before.steps
+    assert after.tokens == found["plan"]["tokens"]
+    assert first_difference(before, after, before.steps) is None
+
+
+def test_a_real_trunk_is_branched_by_its_plan(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qatscale.cli.train import branch_config
+    from qatscale.train.start import plan_start
+
+    monkeypatch.chdir(world)
+    found = planned("--from-checkpoint runs/trunk@5 --bits 2 --law synthetic")
+    checkpoint, *overrides = found["command"][2:]
+    assert checkpoint == "runs/trunk@5"
+    config = branch_config(checkpoint, ["name=planned" if o == "name=NAME" else o for o in overrides])
+    timeline = build_timeline(config)
+    start = plan_start(config, timeline, checkpoint)
+    assert start is not None
+    assert (start.step, timeline.switch_step) == (5, 5)
+    assert start.notices == ()
+    assert config.qat.bits == 2
+
+
+def test_a_checkpoint_in_the_cooldown_is_warned_of(tmp_path: Path) -> None:
+    timeline = build_timeline(load_run_config("86m", ["qat.scheme=fp", "tokens=20B", "schedule.cooldown_fraction=0.2"]))
+    run = pretend_run(tmp_path / "run", timeline, round(timeline.steps * 0.9), 86_000_000)
+    assert any("inside of its run's cooldown" in warning for warning in planned(f"--from-checkpoint {run}")["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere", "The folder does not exist"),
+        ("empty", "It holds no run.json"),
+        ("run@7", "no checkpoint at step 7; there are: 100"),
+        ("new", "has no checkpoint yet"),
+        ("torn", "cannot be read"),
+        ("lacking", "lacks something"),
+        ("switched", "trained in QAT since step 60. Give an earlier one"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, told: str) -> None:
+    timeline = build_timeline(load_run_config("86m", ["qat.scheme=fp", "tokens=1B"]))
+    (tmp_path / "empty").mkdir()
+    for run in ("run", "torn", "lacking"):
+        pretend_run(tmp_path / run, timeline, 100, 86_000_000)
+    pretend_run(tmp_path / "switched", timeline, 100, 86_000_000, switched_at=60)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.json").write_text("{}")
+    (tmp_path / "torn" / "timeline.json").write_text("{")
+    (tmp_path / "lacking" / "run.json").write_text("{}")
+    code, out, error = run_command(["plan", "--from-checkpoint", str(tmp_path / name)])
+    assert (code, out) == (2, "")
+    assert re.match(r"error: --from-checkpoint = ", error)
+    assert told in error
