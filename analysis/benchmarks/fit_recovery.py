@@ -7,6 +7,8 @@ of the grid, and losses with its noise-free losses at 400 runs that are not in t
 are new). A seed passes with an f* MAE below 0.02 and a held-out error below the noise; how many seeds also took less
 than 20 s is told beside it, because a busy machine decides that, too.
 
+`--laws` asks whether the optimum beats the truth, also for laws that are drawn themselves; `--coverage` asks how often
+the bootstrap's intervals hold the true fractions.
 Variants (`--variants`) take away one choice of the fit at a time, or change the noise, over `--variant-seeds` seeds.
 """
 
@@ -25,6 +27,7 @@ from qatlaw.fit import FitOptions, fit, make_problem
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.laws.base import Law
 from qatlaw.table import RunTable
+from qatlaw.uncertainty import bootstrap
 
 LIMIT_F, LIMIT_SECONDS = 0.02, 20.0
 
@@ -131,28 +134,113 @@ VARIANTS: list[Case] = [
 ]
 
 
+COLUMNS: dict[str, Callable[[dict[str, np.ndarray]], str]] = {
+    f"under {LIMIT_SECONDS:.0f} s": lambda o: f"{np.sum(o['wall'] < LIMIT_SECONDS)}",
+    "f* MAE median": lambda o: f"{np.median(o['f_mae']):.4f}",
+    "95 %": lambda o: f"{np.quantile(o['f_mae'], 0.95):.4f}",
+    "max": lambda o: f"{o['f_mae'].max():.4f}",
+    "worst f*": lambda o: f"{o['f_worst'].max():.3f}",
+    "held-out median": lambda o: f"{np.median(o['held_out']):.3%}",
+    "max ": lambda o: f"{o['held_out'].max():.3%}",
+    "R² min": lambda o: f"{o['r2'].min():.5f}",
+    "CPU s median": lambda o: f"{np.median(o['cpu']):.2f}",
+    "max  ": lambda o: f"{o['cpu'].max():.2f}",
+    "wall s max": lambda o: f"{o['wall'].max():.1f}",
+}
+HEAD = f"| fit | passed | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|"
+
+
 def row(name: str, found: list[Outcome]) -> str:
-    f, held = (np.array([getattr(o, key) for o in found]) for key in ("f_mae", "held_out"))
-    wall, cpu = (np.array([getattr(o, key) for o in found]) for key in ("wall", "cpu"))
-    return (
-        f"| {name} | {sum(o.passed for o in found)}/{len(found)} | {sum(wall < LIMIT_SECONDS)} | {np.median(f):.4f} | {np.quantile(f, 0.95):.4f} | "
-        f"{f.max():.4f} | {max(o.f_worst for o in found):.3f} | {np.median(held):.2%} | {held.max():.2%} | "
-        f"{min(o.r2 for o in found):.5f} | {np.median(cpu):.2f} | {cpu.max():.2f} | {wall.max():.1f} |"
+    values = {key: np.array([getattr(one, key) for one in found]) for key in vars(found[0])}
+    told = " | ".join(tell(values) for tell in COLUMNS.values())
+    return f"| {name} | {sum(one.passed for one in found)}/{len(found)} | {told} |"
+
+
+def coverage(seeds: int) -> str:
+    """How often a 95 % interval of f* holds the truth."""
+    cells = curves()
+    truth = synthetic.law().optimal_fraction(*cells)
+    held = []
+    for seed in range(seeds):
+        low, high = bootstrap(fit(QAT_UNIFIED, synthetic.table(seed)), resamples=100, seed=seed).fraction(*cells)
+        held.append((low <= truth) & (truth <= high))
+    by_width = {f"{bits:g} bits": np.mean(np.array(held)[:, cells[2] == bits]) for bits in synthetic.BITS}
+    return f"95 % intervals of f* hold the truth: {np.mean(held):.1%}; " + ", ".join(
+        f"{name} {share:.1%}" for name, share in by_width.items()
     )
 
 
-HEAD = (
-    "| fit | passed | under 20 s | f* MAE median | 95 % | max | worst single f* | held-out RMS median | max | R² min | CPU s median "
-    "| max | wall s max |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
+def random_law(seed: int) -> Law:
+    """Exponents from the ranges that cold starts are drawn from, every term of 0.02 to 0.5 nats at the data's centre.
+
+    Drawn again until no run of the grid has a loss above 11 nats, which is what knowing nothing costs.
+    """
+    problem = make_problem(QAT_UNIFIED, synthetic.table(0), FitOptions())
+    rng = np.random.default_rng(40_000 + seed)
+    low, high = (np.array([p.start[i] or 1.0 for p in QAT_UNIFIED.parameters]) for i in (0, 1))
+    is_log = np.array([p.log for p in QAT_UNIFIED.parameters])
+    is_floor = np.array([p.name == "alpha" for p in QAT_UNIFIED.parameters])
+    while True:
+        sizes = np.log(np.where(is_floor, 1.5, rng.uniform(0.02, 0.5, len(low))))
+        variables = np.where(is_log, sizes, np.exp(rng.uniform(np.log(low), np.log(high))))
+        theta = problem.theta(variables)
+        if QAT_UNIFIED.loss_at(theta, problem.points).max() < 11:
+            return Law(QAT_UNIFIED, tuple(theta.tolist()))
+
+
+def against_the_truth(name: str, draw: Callable[[int], Law], count: int) -> str:
+    """Is the optimum found at least as good as the truth, at the objective that was minimised?"""
+    found, short, tried, seconds = 0, 0, [], []
+    for seed in range(count):
+        truth = draw(seed)
+        table = synthetic.table(seed, drawn_from=truth)
+        cpu = time.process_time()
+        result = fit(QAT_UNIFIED, table, seed=seed)
+        seconds.append(time.process_time() - cpu)
+        problem = make_problem(QAT_UNIFIED, result.table, result.options)
+        z = (problem.residuals(problem.variables(np.array(truth.theta))) / result.delta) ** 2
+        found += result.cost <= float(np.sum(np.sqrt(1 + z) - 1)) * result.delta**2
+        short += result.starts.agreeing < 3
+        tried.append(result.starts.tried)
+    return (
+        f"| {name} | {found}/{count} | {np.median(tried):.0f} | {max(tried)} | {short} | "
+        f"{np.median(seconds):.2f} | {max(seconds):.2f} |"
+    )
+
+
+def bound() -> str:
+    """The Cramér-Rao bound of f*: laws drawn with the least covariance that this noise allows about the true one."""
+    truth, cells, rng = synthetic.law(), curves(), np.random.default_rng(0)
+    problem = make_problem(QAT_UNIFIED, synthetic.table(0, noise=0.0), FitOptions())
+    at = problem.variables(np.array(truth.theta))
+    jacobian = problem.jacobian(at) / synthetic.NOISE
+    drawn = rng.multivariate_normal(at, np.linalg.inv(jacobian.T @ jacobian), 300)
+    f = truth.optimal_fraction(*cells)
+    gap = np.abs([QAT_UNIFIED.optimal_fraction(problem.theta(one), *cells) - f for one in drawn])
+    by_width = ", ".join(f"{bits:g} bits {gap[:, cells[2] == bits].mean():.4f}" for bits in synthetic.BITS)
+    return (
+        f"Cramér-Rao bound of the f* MAE: mean {gap.mean():.4f}, median {np.median(gap.mean(axis=1)):.4f}; {by_width}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--coverage", action="store_true", help="of the bootstrap's intervals, over --variant-seeds")
     parser.add_argument("--variant-seeds", type=int, default=20)
+    parser.add_argument("--laws", action="store_true", help="optimum against truth, of random laws, too; over --seeds")
     options = parser.parse_args()
+    if options.laws:
+        print(bound())
+        print("| law | optimum at least as good | starts tried, median | max | too few agreed | CPU s median | max |")
+        print("|---|---|---|---|---|---|---|")
+        print(against_the_truth("synthetic", lambda _: synthetic.law(), options.seeds), flush=True)
+        print(against_the_truth("random", random_law, options.seeds))
+        return
+    if options.coverage:
+        print(coverage(options.variant_seeds))
+        return
     print(HEAD, flush=True)
     if not options.variants:
         print(row("default", [outcome(ours(), synthetic.table(seed), seed) for seed in range(options.seeds)]))

@@ -92,7 +92,7 @@ class FitResult:
     starts: Starts
     identifiability: Identifiability
     shared_noise: float
-    """What U-curves' residuals share, over what each run has of its own: an estimate of what `curve_noise` should be."""
+    """What U-curves' residuals share, over what each run has of its own: what `curve_noise` should be."""
     seed: int
     warnings: tuple[str, ...] = field(default=())
 
@@ -296,8 +296,8 @@ def _result(
     shared = shared_noise(residuals, problem.curves)
     if shared > max(2 * options.curve_noise, NOTABLY_SHARED):
         warnings.append(
-            f"Runs of one U-curve err together ({shared:.2g} times what each errs alone): they share a trunk's noise, or "
-            f"the law is off there. curve_noise={shared:.1g} would weigh the curves' shape accordingly."
+            f"Runs of one U-curve err together ({shared:.2g} times what each errs alone): they share a trunk's noise, "
+            f"or the law is off there. curve_noise={shared:.1g} would weigh the curves' shape accordingly."
         )
     if report.agreeing < 2:
         warnings.append(

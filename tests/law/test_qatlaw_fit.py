@@ -25,13 +25,32 @@ def noisy():
     return fit(QAT_UNIFIED, table)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_law_is_found_again_from_cold_starts(seed):
-    """The bar of a good fit, in a few of the hundred seeds that analysis/benchmarks/fit_recovery.md has."""
+def found_again(seed):
+    """Whether the fit of noisy runs has f* to 0.02 and new losses to within the noise."""
     law = fit(QAT_UNIFIED, synthetic.table(seed), seed=seed).law
     truth, new = synthetic.law(), synthetic.held_out(seed)
-    assert np.mean(np.abs(law.optimal_fraction(*curves()) - truth.optimal_fraction(*curves()))) < 0.02
-    assert np.sqrt(np.mean((law.loss(*new) / truth.loss(*new) - 1) ** 2)) < synthetic.NOISE
+    gap = np.mean(np.abs(law.optimal_fraction(*curves()) - truth.optimal_fraction(*curves())))
+    return gap < 0.02 and np.sqrt(np.mean((law.loss(*new) / truth.loss(*new) - 1) ** 2)) < synthetic.NOISE
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_law_is_found_again_from_cold_starts(seed):
+    assert found_again(seed)
+
+
+@pytest.mark.slow
+def test_a_law_is_found_again_in_ninety_five_of_a_hundred_seeds():
+    """The record is analysis/benchmarks/fit_recovery.md."""
+    assert sum(found_again(seed) for seed in range(100)) >= 95
+
+
+def test_the_optimum_is_at_least_as_good_as_the_truth():
+    """Of the objective that was minimised: what a search that ended in a worse optimum could not say."""
+    for seed in range(3):
+        result = fit(QAT_UNIFIED, synthetic.table(seed))
+        problem = make_problem(QAT_UNIFIED, result.table, result.options)
+        z = (problem.residuals(problem.variables(np.array(synthetic.law().theta))) / result.delta) ** 2
+        assert result.cost <= np.sum(np.sqrt(1 + z) - 1) * result.delta**2
 
 
 def test_without_noise_the_coefficients_themselves_come_back():
