@@ -45,10 +45,13 @@ REFUSED = {
     f"{RUN} --compare ptq": ("--compare = 'ptq'", "fp"),
     f"{RUN} --bits 4 --tolerance 0.1": ("--tolerance", "--compare fp"),
     f"{RUN} --bits 4 --vocab-size 100": ("--vocab-size", "--memory"),
+    f"{RUN} --bits 4 --fraction 0.2": ("--fraction", "takes a loss law", "--law fit.json"),
+    f"{RUN} --compare fp --tolerance 0.1": ("--tolerance", "takes a loss law"),
+    "--flops 1e21 --params 396M --batch-tokens 1M": ("--batch-tokens", "has no effect with --flops"),
     f"{RUN} --bits 4 --mfu 0.4": ("--mfu", "--gpu-hours or --flops"),
     f"{RUN} --bits four": ("--bits = 'four'", "a number"),
     f"{RUN} --bits 40": ("--bits = 40.0", "1 or more"),
-    f"{RUN} --bits 4 --fraction 25": ("--fraction = 25.0", "between 0 and 1"),
+    f"{RUN} --bits 4 --fraction 25 --law synthetic": ("--fraction = 25.0", "between 0 and 1"),
     f"{RUN} --bits 4 --batch-tokens 1T": ("--batch-tokens", "more than all"),
     "--params 396X --tokens 100B --bits 4": ("--params = '396X'", "K, M, B or T", "2.3B"),
     "--params 396B --tokens 100M --bits 4": ("S > 1", "right units"),
@@ -107,6 +110,15 @@ def test_what_asks_nothing_is_refused(typed: str, told: tuple[str, ...], capsys:
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert [part for part in told if part not in error] == [], error
+
+
+def test_every_number_outside_its_range_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a law both it and the closed form are shown, and each has its own range."""
+    for typed in ("--params 8B --tokens 400B --bits 4", "--flops 2e22 --params 8B --bits 4 --qat-overhead 1.1"):
+        assert main([*shlex.split(typed), "--law", "synthetic"]) == 0
+        text = capsys.readouterr().out
+        assert "the loss law is extrapolated: N = 8B (its runs: 86M to 2.2B)" in text
+        assert "extrapolation of its closed form: N = 8B (measured 86M to 2.2B)" in text
 
 
 @pytest.mark.parametrize(

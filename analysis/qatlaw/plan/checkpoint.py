@@ -100,7 +100,7 @@ def plan_checkpoint(
     deserved = _total(full_precision_tokens, tokens_fp) - tokens_fp
     if law is None and tokens_per_parameter_byte(params, tokens_fp + deserved, bits) <= 1:
         raise LawError(
-            "--trained-tokens",
+            "trained tokens",
             tokens_fp,
             f"is less than a token per byte of {params:g} parameters at {bits:g} bits; the closed form needs more.",
             "Are --params and the tokens in the right units?",
@@ -136,7 +136,7 @@ def _total(full_precision_tokens: Callable[[float], float], tokens_fp: float) ->
             break
         high *= 2
     else:
-        raise LawError("tokens_fp", tokens_fp, "no number of tokens makes these the optimal full-precision share.")
+        raise LawError("trained tokens", tokens_fp, "no number of tokens makes these the optimal full-precision share.")
     low = tokens_fp
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -14,7 +14,7 @@ from qatlaw.plan.budget import Budget, BudgetPlan, BudgetSplit, best_size, plan_
 from qatlaw.plan.checkpoint import CheckpointPlan, plan_checkpoint
 from qatlaw.plan.memory import plan_memory
 from qatlaw.plan.request import Question, Request, budget_of, cost_rule, overhead_known, question_of
-from qatlaw.plan.run import RunPlan, Split, plan_run
+from qatlaw.plan.run import RunPlan, Split, plan_run, warnings_of
 from qatlaw.plan.run_folder import Trained
 from qatlaw.plan.shapes import DEEP, EMBEDDING_LEAST_BITS, SHALLOW, UNQUANTIZED_BITS, VOCABULARY
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
@@ -76,7 +76,7 @@ def _run(request: Request) -> Answer:
         params=plan.params,
         notes=notes,
         missing=_missing(request, "The predicted loss and the tokens that the 10 % rule wastes"),
-        warnings=plan.warnings,
+        warnings=tuple(dict.fromkeys((*plan.warnings, *warnings_of(params, tokens, bits, None)))),
         overrides=plan.overrides,
     )
 
@@ -202,6 +202,8 @@ def _budget(request: Request) -> Answer:
     if request.law and len(plans) > 1:
         notes.append("* the lowest predicted loss.")
     warnings = [warning for plan in plans for warning in plan.warnings]
+    if len(plans) == 1 and plans[0].closed_form:
+        warnings += warnings_of(plans[0].params, plans[0].closed_form.tokens, plans[0].bits, None)
     if not overhead_known(request):
         warnings.append(
             "a QAT token was taken to cost as much as a full-precision one: measure both phases "

@@ -94,7 +94,7 @@ _TAKES: dict[Question, set[str]] = {
     "memory": {"memory", "tokens", "vocab_size"},
     "compare": {"compare", "params", "tokens", "tolerance", "batch_tokens"},
     "budget": {"params", "flops", "gpu_hours", "gpus", "peak_flops", "mfu", "qat_mfu", "qat_overhead",
-               "tokens_per_second_fp", "tokens_per_second_qat", "batch_tokens"},
+               "tokens_per_second_fp", "tokens_per_second_qat"},
     "checkpoint": {"params", "from_checkpoint", "trained_tokens", "batch_tokens"},
     "fusion": {"params", "tokens", "fused_loss", "sequential_loss"},
 }  # fmt: skip
@@ -123,8 +123,9 @@ def question_of(request: Request) -> Question:
     question: Question = next(iter(triggers), "run")
     if question == "memory" and request.recipe is not None:
         raise LawError("--recipe", request.recipe, _WHY["memory", "recipe"], "Leave it out.")
+    told_by_recipe = {"batch_tokens"} if request.recipe is not None else set()
     for name in given:
-        if name not in _TAKES[question] | _ALWAYS:
+        if name not in _TAKES[question] | _ALWAYS | told_by_recipe:
             if not triggers:
                 raise LawError(option(name), None, f"belongs to {_owner(name)}.", "Add that, or leave this out.")
             why = _WHY.get((question, name), f"has no effect with {option(triggers[question])}.")
@@ -132,6 +133,9 @@ def question_of(request: Request) -> Question:
     for name, do in _NEEDS[question].items():
         if getattr(request, name) is None:
             raise LawError(option(name), None, "is needed.", do)
+    for name, what in (("fraction", "to judge a fraction"), ("tolerance", "to know what a width loses")):
+        if getattr(request, name) is not None and request.law is None:
+            raise LawError(option(name), None, f"takes a loss law {what}.", "Add --law fit.json, or leave this out.")
     _check_values(request)
     return question
 

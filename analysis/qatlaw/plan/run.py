@@ -138,7 +138,7 @@ def planned_fraction(params: float, tokens: float, bits: float, law: PlannerLaw 
 
 
 def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[str, ...]:
-    """Which numbers of a plan lie outside the range of the data behind them."""
+    """Which numbers of a plan lie outside the range of the data behind them: the law's, or the closed form's."""
     found = extrapolation_warning(params, tokens, bits) if law is None else law.warning(params, tokens, bits)
     return (found,) if found else ()
 
