@@ -9,7 +9,7 @@ from torch import nn
 
 from qatscale.config.schema import RunConfig
 from qatscale.engine.fragments import ZeroMasters
-from qatscale.engine.topology import Topology
+from qatscale.engine.topology import Topology, gather_stages
 from qatscale.model.llama import Llama, canonical_name
 from qatscale.model.tensor_parallel import shard_of
 from qatscale.quant.plugin import QatPlugin, scale_groups
@@ -50,8 +50,11 @@ def initialize_engine(
     import deepspeed
     from deepspeed.utils import groups
 
+    groups_of_parameters = optimizer_groups(model, plugin)
+    if topology is not None:
+        _equal_counts(groups_of_parameters, topology)
     adam = torch.optim.AdamW(
-        optimizer_groups(model, plugin),
+        groups_of_parameters,
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -75,6 +78,17 @@ def initialize_engine(
     masters = ZeroMasters(engine, names, copies)
     assert all(masters.steps_taken(p) == 0 for p in masters.by_partition()), "the optimizer stepped before training"
     return engine, masters
+
+
+def _equal_counts(groups_of_parameters: list[dict[str, Any]], topology: Topology) -> None:
+    """DeepSpeed sums the gradient norm over the stages group by group, and waits for ever for a stage that has fewer.
+
+    A stage without the embedding's scales gives single matrices a group of their own. Collective.
+    """
+    missing = max(gather_stages(len(groups_of_parameters), topology)) - len(groups_of_parameters)
+    matrices = groups_of_parameters[0]
+    for _ in range(missing):
+        groups_of_parameters.append({**matrices, "params": [matrices["params"].pop()]})
 
 
 def _pipeline_section(ds_config: dict[str, Any], topology: Topology) -> dict[str, Any]:
