@@ -214,9 +214,8 @@ class ZeroOneTwo(_Groups):
         else:
             self._reduce()
         self._drop_unbuffered()
-        if plan.buckets == 1:  # of two, none is let go before the step, as was measured
-            ledger.drop("buffers", self.buffer)
-            self.buffer = 0
+        ledger.drop("buffers", self.buffer)
+        self.buffer = 0
         if plan.stage == 2 and not self.compact:
             if self.carried:  # added to what earlier micro-batches left
                 ledger.drop("gradients", self.kept)
@@ -231,8 +230,7 @@ class ZeroOneTwo(_Groups):
             for part in self.parts.values():  # one group after the other, each flattened into a copy
                 ledger.touch("gradients", part.size * (FP32 if self.element == FP32 else FP32 + self.element))
             ledger.drop("gradients", kept)
-        ledger.drop("buffers", self.buffer)
-        self.buffer = self.kept = self.carried = 0
+        self.kept = self.carried = 0
         self.filled = False
 
 

@@ -125,14 +125,12 @@ def _watched(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         Sent.count(name, tensors, kwargs.get("group"))
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        before = [torch._C._storage_Use_Count(storage._cdata) for storage in storages]
+        before = [tensor._use_count() for tensor in tensors]
         work = collective(*args, **kwargs)
         if work is None:
             until = time.monotonic() + 20
             while time.monotonic() < until and any(
-                torch._C._storage_Use_Count(storage._cdata) > count
-                for storage, count in zip(storages, before, strict=True)
+                tensor._use_count() > count for tensor, count in zip(tensors, before, strict=True)
             ):
                 time.sleep(1e-4)
         return work

@@ -27,7 +27,7 @@ def test_the_fullest_moment_of_a_step(measured: Measured, name: str) -> None:
     for stage, phases in estimate(RUNS[name]).items():
         for phase, ledger in phases.items():
             found = fullest(measured[name], RUNS[name], stage, phase)
-            assert total(ledger) == pytest.approx(found, rel=0.1), f"stage {stage}, {phase}, {ledger.peak_at}"
+            assert total(ledger) == pytest.approx(found, rel=0.05), f"stage {stage}, {phase}, {ledger.peak_at}"
 
 
 @pytest.mark.parametrize("name", RUNS)
