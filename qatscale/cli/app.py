@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from qatscale.cli.fit import fit, report
+from qatscale.cli.plan import plan
+from qatscale.cli.study import study
 from qatscale.errors import EXIT_REQUEUE, UserError
 
 app = typer.Typer(
@@ -32,17 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 # --- plan ---
 
 
-@app.command()
-def plan(
-    params: Annotated[str, typer.Option(help="Parameters of the model: 396M.")],
-    tokens: Annotated[str, typer.Option(help="All training tokens: 100B.")],
-    bits: Annotated[float, typer.Option(help="Bits per quantized weight.")],
-    as_json: Json = False,
-) -> None:
-    """When to switch to QAT: the optimal fraction of the tokens, by the closed form."""
-    from qatscale.cli.show import print_plan
-
-    print_plan(params, tokens, bits, as_json)
+app.command()(plan)
 
 
 @app.command()
@@ -279,12 +272,20 @@ def convert(
     """Between a training checkpoint, DeepSpeed's universal layout and Hugging Face: from any of them to the others.
 
     DeepSpeed reads the universal layout under ZeRO-1 and 2, with `"checkpoint": {"load_universal": true}`. Under ZeRO-3
-    it would give all parameter groups the settings of the first, so what it needs for that is not written. Runs of our
-    own need no conversion: their checkpoints fit every layout.
+    it would give all parameter groups the settings of the first, without a word, so what it needs for that is not
+    written and it stops. Runs of our own need no conversion: their checkpoints fit every layout.
     """
     from qatscale.cli.convert import run_convert
 
     run_convert(source, to, out, recipe, overrides or [], trained_tokens)
+
+
+# --- law ---
+
+
+app.command()(fit)
+app.command()(report)
+app.add_typer(study, name="study")
 
 
 @app.command()

@@ -1,0 +1,149 @@
+"""How the figures look: told apart by colour-blind readers and in a grey print, and nothing drawn over anything else.
+
+A bit width has one colour, one marker and one dash pattern in every figure. Filled markers are measured, lines are
+laws; a line is thin and dotted where its law has left the ranges of the runs it was fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qatlaw.fraction import amount
+from qatlaw.laws.points import Floats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, GRID = "#222222", "#777777", "#E4E4E4"
+WIDTH = 7.4
+"""Inches: what a page of paper holds."""
+
+# Okabe and Ito's colours, told apart with every common form of colour blindness; the markers do it without colour.
+_WIDTHS: dict[float, tuple[str, str]] = {
+    1.0: ("#D55E00", "o"), 1.58: ("#CC79A7", "P"), 2.0: ("#E69F00", "s"), 3.0: ("#56B4E9", "v"),
+    4.0: ("#009E73", "^"), 5.0: ("#7F7F7F", "X"), 6.0: ("#0072B2", "D"), 8.0: ("#000000", "p"),
+}  # fmt: skip
+_OTHER = ("#CC79A7", "h")
+_DASHES: tuple[Any, ...] = (
+    "solid",
+    (0, (7, 1.5)),
+    (0, (3, 1.2, 1, 1.2)),
+    (0, (1.4, 1.2)),
+    (0, (8, 1.5, 1, 1.5, 1, 1.5)),
+    (0, (4, 2.5)),
+)
+_SERIES: tuple[tuple[str, str], ...] = (
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"),
+)  # fmt: skip
+SCHEME_MARKERS = {"sequential": "o", "fused": "D", "scratch": "X", "ptq": "s", "fp": "*"}
+
+
+def width_style(bits: float) -> tuple[str, str]:
+    """(colour, marker) of a bit width."""
+    return _WIDTHS.get(bits, _OTHER)
+
+
+def width_dash(bits: float, among: Sequence[float]) -> Any:
+    """A width's dash pattern: by its place among the widths of the figure, so that neighbours differ."""
+    return _DASHES[sorted(among).index(bits) % len(_DASHES)]
+
+
+def series_style(place: int) -> tuple[str, str, Any]:
+    """(colour, marker, dashes) of the series at this place, for what is not told apart by bit width."""
+    colour, marker = _SERIES[place % len(_SERIES)]
+    return colour, marker, _DASHES[place % len(_DASHES)]
+
+
+def memory(size: float) -> str:
+    """Bytes in the unit that a device is sold by: 4e8 -> 400 MB."""
+    for suffix, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= unit * 0.9995:
+            return f"{size / unit:.3g} {suffix}"
+    return f"{size:.3g} B"
+
+
+def bits_label(bits: float) -> str:
+    return f"{bits:g} bit" if bits == 1 else f"{bits:g} bits"
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """A figure without pyplot: no display, no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: str = "both") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.grid(True, axis=grid, color=GRID, linewidth=0.6)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, which="both")
+    if title:
+        axes.set_title(title, fontsize=9, loc="left", color=INK)
+    if x:
+        axes.set_xlabel(x, fontsize=8.5, color=INK)
+    if y:
+        axes.set_ylabel(y, fontsize=8.5, color=INK)
+
+
+def log_axis(axes: Axes, which: str, values: Floats) -> None:
+    """A logarithmic axis told in amounts. Over less than a decade the values themselves are its ticks."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    getattr(axes, f"set_{which}scale")("log")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+    low, high = float(np.min(values)), float(np.max(values))
+    if high < 10 * low:
+        distinct = thinned(sorted(set(np.asarray(values, np.float64).tolist())), 4)
+        axis.set_major_locator(FixedLocator(distinct))
+        axis.set_minor_locator(NullLocator())
+        pad = max(high / low, 1.5) ** 0.15
+        getattr(axes, f"set_{which}lim")(low / pad, high * pad)
+    else:
+        axis.set_major_locator(LogLocator(numticks=7))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def thinned(values: Sequence[float], most: int) -> list[float]:
+    """At most so many of them, evenly, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
+
+
+HANDLE, LETTER = 0.62, 0.062
+"""Inches that the mark of a legend's entry takes, and each letter of its label, about."""
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 5) -> None:
+    """One legend outside of the data, each entry once, in so many columns if they fit."""
+    entries: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        needed = HANDLE + LETTER * max(map(len, entries))
+        columns = min(columns, max(1, int(figure.get_size_inches()[0] / needed)))
+        figure.legend(
+            list(entries.values()), list(entries), loc="outside lower center", ncols=min(columns, len(entries)),
+            frameon=False, fontsize=8, handlelength=2.6, columnspacing=1.6,
+        )  # fmt: skip
+
+
+def draw_law(axes: Axes, x: Floats, y: Floats, inside: np.ndarray, label: str = "", **style: Any) -> None:
+    """A law's line: as styled where `inside` the data's ranges, thin and dotted beyond."""
+    axes.plot(x, np.where(inside, y, np.nan), label=label or "_", **style)
+    beyond = ~inside
+    beyond[1:] |= ~inside[:-1]
+    beyond[:-1] |= ~inside[1:]  # the two parts meet
+    thin = style | {"linewidth": 0.8, "linestyle": (0, (1, 2))}
+    axes.plot(x, np.where(beyond, y, np.nan), label="_", **thin)

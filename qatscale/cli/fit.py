@@ -1,0 +1,330 @@
+"""`qatscale fit` and `qatscale report`: from runs to a law, and to a page that shows both."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qatscale.errors import UserError
+
+if TYPE_CHECKING:
+    from qatlaw.figures import Laws
+    from qatlaw.runs import Collected, RunRecord
+    from qatlaw.summary import Rows, Summary
+
+_SOURCE = "Where the runs are (one of them)"
+
+Experiment = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=_SOURCE, metavar="NAME", help="Finished runs of an MLflow experiment: qatscale."),
+]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=_SOURCE,
+        help="A .csv or .parquet with n_params, bits, tokens_fp, tokens_qat, scheme and loss (or final/val_loss).",
+    ),
+]
+Runs = Annotated[Path | None, typer.Option(rich_help_panel=_SOURCE, help="A folder of run folders: runs.")]
+Uri = Annotated[
+    str | None, typer.Option(help="MLflow store of --experiment. [default: MLFLOW_TRACKING_URI, or ./mlflow.db]")
+]
+Form = Annotated[
+    str, typer.Option(help="qat_unified: one law for all bit widths. qat_per_bits: one each. Or a rival law by name.")
+]
+Scheme = Annotated[str | None, typer.Option(help="sequential or fused, where there are runs of both.")]
+Resamples = Annotated[int, typer.Option(help="Of the bootstrap behind the intervals; 0 = no intervals.")]
+Compare = Annotated[bool, typer.Option(help="Also fit the rival laws, and judge all by runs they were not fitted on.")]
+Workers = Annotated[int, typer.Option(help="Processes.")]
+
+
+def fit(
+    experiment: Experiment = None,
+    table: Table = None,
+    runs: Runs = None,
+    uri: Uri = None,
+    form: Form = "qat_unified",
+    scheme: Scheme = None,
+    out: Annotated[Path, typer.Option(help="Where the law is written; qat_per_bits: one file a width.")] = Path(
+        "fit.json"
+    ),
+    resamples: Resamples = 200,
+    compare: Compare = True,
+    delta: Annotated[
+        float | None, typer.Option(help="Log loss from which on a residual counts linearly. [default: from the noise]")
+    ] = None,
+    fp_weight: Annotated[float, typer.Option(help="How often a full-precision run counts.")] = 1.0,
+    curve_noise: Annotated[
+        float, typer.Option(help="Noise that runs of one U-curve share (a trunk, data), over a run's own.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the cold starts and the bootstrap.")] = 0,
+    starts: Annotated[int, typer.Option(help="Cold starts at most; it ends when three agree.")] = 32,
+    workers: Workers = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Fit the loss law to finished runs: coefficients with intervals, quality, rival laws; writes fit.json."""
+    with told_as_user_errors():
+        from qatlaw.summary import form_named, rivals, scheme_of, summarise, write_files
+
+        chosen = form_named(form)
+        collected, where = collect_runs(experiment, table, runs, uri)
+        kind = scheme_of(collected.table, scheme)
+        shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "curve_noise": curve_noise}
+        shared |= {"starts": starts, "seed": seed, "workers": workers}
+        with _working("fitting"):
+            summaries = summarise(chosen, collected.table, kind, resamples=resamples, **shared)
+        compared = []
+        if compare:
+            with _working("fitting the rival laws without the largest models and the longest runs"):
+                compared = rivals(collected.table, kind, **shared)
+        paths = write_files(summaries, out)
+    logged = [_log(where, summary, path) for summary, path in zip(summaries, paths, strict=True)] if where else []
+    if as_json:
+        left_out = [{"name": one.name, "reason": one.reason} for one in collected.left_out]
+        files = [json.loads(path.read_text()) for path in paths]
+        for file in files:
+            file.pop("bootstrap", None)
+        print(json.dumps({"fits": files, "files": list(map(str, paths)), "left_out": left_out}, indent=2))
+        return
+    _print_fit(collected, summaries, compared, paths, [run_id for run_id in logged if run_id])
+
+
+def report(
+    experiment: Experiment = None,
+    table: Table = None,
+    runs: Runs = None,
+    uri: Uri = None,
+    form: Form = "qat_unified",
+    scheme: Scheme = None,
+    law: Annotated[
+        str | None,
+        typer.Option(metavar="fit.json", help="A law to draw instead of fitting one; `synthetic`: a demonstration."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
+    resamples: Resamples = 200,
+    compare: Compare = True,
+    workers: Workers = 1,
+) -> None:
+    """One HTML page of what the runs say: the law, its figures, what was left out. Nothing is loaded from elsewhere."""
+    with told_as_user_errors():
+        from qatlaw.figures import Evidence
+        from qatlaw.report import Report, write_report
+        from qatlaw.summary import form_named, rivals, scheme_of
+
+        chosen = form_named(form)
+        collected, _ = collect_runs(experiment, table, runs, uri)
+        _say_left_out(collected)
+        laws, summaries, compared, no_law = None, [], [], ""
+        if law is not None:
+            laws = _given_law(law, scheme_of(collected.table, scheme, either=True))
+        else:
+            from qatlaw.errors import LawError
+            from qatlaw.summary import summarise
+
+            try:
+                kind = scheme_of(collected.table, scheme, either=True)
+                with _working("fitting"):
+                    summaries = summarise(chosen, collected.table, kind, resamples=resamples, workers=workers)
+                laws = _laws_of(summaries)
+            except LawError as error:
+                if scheme is not None and error.key == "--scheme":
+                    raise
+                no_law = str(error)
+        if compare and summaries:
+            with _working("fitting the rival laws without the largest models and the longest runs"):
+                compared = rivals(collected.table, summaries[0].scheme, workers=workers)
+        created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        whole = Report(
+            Evidence(collected.table, laws), created, summaries, compared, collected.left_out, collected.notices, no_law
+        )
+        with _working("drawing"):
+            page = write_report(whole, out)
+    for one in whole.drawn:
+        print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")
+    if no_law:
+        print(f"no loss law: {no_law}")
+    print(f"{page}  (figures as SVG and PNG in {page.parent / 'figures'})")
+
+
+# --- sources ---
+
+
+def collect_runs(
+    experiment: str | None, table: Path | None, runs: Path | None, uri: str | None
+) -> tuple[Collected, tuple[str, str] | None]:
+    """The runs, and (URI, experiment) where they come from MLflow."""
+    given = {"--experiment": experiment, "--table": table, "--runs": runs}
+    named = [option for option, value in given.items() if value is not None]
+    if len(named) != 1:
+        told = f"{' and '.join(named)} are given." if named else "nothing says where the runs are."
+        raise UserError("source", None, told, f"Give one of {', '.join(given)}.")
+    if uri is not None and experiment is None:
+        raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
+    if table is not None:
+        from qatlaw.runs import Collected
+        from qatlaw.table import read_table
+
+        return Collected(read_table(table), (), ()), None
+    from qatlaw.runs import collect
+
+    if runs is not None:
+        return collect(folder_records(runs), str(runs)), None
+    from qatlaw.mlflow_runs import mlflow_records
+    from qatscale.tracking.store import quiet_mlflow, resolve_uri
+
+    assert experiment is not None
+    resolved = resolve_uri(uri)
+    if resolved is None:
+        raise UserError("MLFLOW_TRACKING_URI", "none", "means no tracking.", "Give --uri, --runs or --table.")
+    with _working(f"reading experiment {experiment}"), quiet_mlflow():
+        records = mlflow_records(resolved, experiment)
+    return collect(records, f"experiment {experiment}"), (resolved, experiment)
+
+
+def folder_records(output: Path) -> list[RunRecord]:
+    """The runs of a folder of run folders, as MLflow would tell them. UserError where it holds none."""
+    from qatlaw.runs import RunRecord
+    from qatscale.tracking.compare import run_folders
+    from qatscale.tracking.mlflow_names import flatten
+
+    folders = run_folders(output)
+    if not folders:
+        raise UserError("--runs", str(output), "holds no runs.", "Name a folder of run folders.")
+    return [
+        RunRecord(
+            run_id=folder.run["id"],
+            name=folder.name,
+            status="FINISHED" if folder.is_done else folder.status,
+            final=folder.final or {},
+            recipe=flatten({key: value for key, value in folder.recipe.items() if key != "tracking"}),
+            created=folder.run["created"],
+            kind="imported" if folder.imported else "training",
+        )
+        for folder in folders
+    ]
+
+
+def _given_law(name: str, scheme: str) -> Laws:
+    from qatlaw.default import load_law
+    from qatlaw.figures import Laws
+
+    found = load_law(name)
+    own = {found.range["bits"][0]: found.law} if found.law.form.one_width else {}
+    unified = None if own else found.law
+    return Laws(own, unified, found.source, found.range, scheme, demonstration=found.synthetic)
+
+
+def _laws_of(summaries: list[Summary]) -> Laws | None:
+    """None for laws without an optimal fraction: most figures are about it."""
+    from qatlaw.figures import Laws
+
+    first = summaries[0]
+    if not first.result.law.form.has_fraction:
+        return None
+    told = f"{first.result.law.form.name}, fitted on these runs"
+    ranges = first.result.table.ranges
+    widths = [one.bits for one in summaries if one.bits is not None]
+    if widths:
+        ranges |= {"bits": (min(widths), max(widths))}
+    return Laws(
+        by_width={one.bits: one.result.law for one in summaries if one.bits is not None},
+        unified=first.result.law if first.bits is None else None,
+        told=told,
+        ranges=ranges,
+        scheme=first.scheme,
+        demonstration=first.result.table.synthetic,
+    )
+
+
+def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
+    """The MLflow run of the fit. What fails there costs no law: it is in its file."""
+    from qatlaw.mlflow_runs import log_fit
+    from qatscale.tracking.mlflow_sync import shown
+    from qatscale.tracking.store import quiet_mlflow
+
+    uri, experiment = where
+    try:
+        with quiet_mlflow():
+            return log_fit(uri, experiment, summary.file, path, f"fit {summary.label}")
+    except Exception as error:  # whatever MLflow, its store or the network raise
+        print(f"warning: {uri} did not take the fit: {shown(error)}", file=sys.stderr)
+        return None
+
+
+# --- printing ---
+
+
+def _print_fit(
+    collected: Collected, summaries: list[Summary], compared: list[Any], paths: list[Path], logged: list[str]
+) -> None:
+    from qatlaw.summary import coefficient_rows, comparison_rows, quality_rows
+    from qatscale.cli.terminal import console
+
+    out = console()
+    _say_left_out(collected)
+    for summary in summaries:
+        result = summary.result
+        title = f"{summary.label}: {len(result.table)} runs of {collected.table.source}, {summary.scheme}"
+        _print_rows(title, coefficient_rows(summary), right=("value",))
+        _print_rows("How it meets its runs", quality_rows(summary))
+        out.print(
+            f"{result.starts.agreeing} of {result.starts.tried} cold starts found this optimum; a run's noise is "
+            f"{result.quality.sigma:.2%} of its loss",
+            soft_wrap=True,
+        )
+        for line in result.warnings:
+            out.print(f"warning: {line}", style="yellow", soft_wrap=True)
+    if compared:
+        _print_rows("Laws compared on runs they were not fitted on", comparison_rows(compared))
+        for one in compared:
+            for reason in one.refused:
+                out.print(f"{one.form.name}: {reason}", soft_wrap=True)
+    for notice in collected.notices:
+        out.print(f"warning: {notice}", style="yellow", soft_wrap=True)
+    told = f", logged to MLflow as run {', '.join(logged)}" if logged else ""
+    out.print(f"{', '.join(map(str, paths))}{told}; `qatscale plan --law {paths[0]}` plans by it", soft_wrap=True)
+
+
+def _print_rows(title: str, rows: Rows, right: tuple[str, ...] | None = None) -> None:
+    from qatscale.cli.terminal import console, plain_table
+
+    headers, *body = rows
+    table = plain_table(*headers, right=headers[1:] if right is None else right, title=title)
+    for row in body:
+        table.add_row(*row)
+    console().print(table)
+
+
+def _say_left_out(collected: Collected) -> None:
+    from qatlaw.runs import counted
+
+    for reason, count in counted(collected.left_out).items():
+        names = [one.name for one in collected.left_out if one.reason.startswith(reason)]
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        print(f"left out: {count} {reason} ({shown})")
+
+
+@contextmanager
+def told_as_user_errors() -> Iterator[None]:
+    from qatlaw.errors import LawError
+
+    try:
+        yield
+    except LawError as error:
+        raise UserError(error.key, error.value, error.allowed, error.do) from error
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A line that says what takes so long, on a terminal only."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

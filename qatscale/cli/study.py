@@ -1,0 +1,265 @@
+"""`qatscale study plan`: the tree of runs that covers a study, what it costs, and what it would tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qatscale.cli.fit import Experiment, Runs, Table, Uri
+from qatscale.errors import UserError
+
+if TYPE_CHECKING:
+    from qatlaw.default import PlannerLaw
+    from qatlaw.study import Certainty, Tree
+    from qatlaw.study import Runs as LawRuns
+    from qatscale.study import Grid, Study, StudyRun
+
+study = typer.Typer(help="Studies: grids of runs that share their trunks.", no_args_is_help=True)
+
+
+@study.callback()
+def _several_commands() -> None:
+    """Running a study will be a command beside `plan`."""
+
+
+@study.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="A study: analysis/studies/small.yaml shows the format.")],
+    law: Annotated[
+        str | None,
+        typer.Option(metavar="fit.json", help="Law under which the runs' information is predicted; or `synthetic`."),
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Standard deviation of a run's log loss: 0.002 is 0.2 %.")] = 0.002,
+    experiment: Experiment = None,
+    table: Table = None,
+    runs: Runs = None,
+    uri: Uri = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """The cheapest tree of runs that covers a study: which run branches where, its tokens and FLOPs, what it adds.
+
+    With --law also the certainty of the law's coefficients and of the optimal fraction that the runs allow, beside that
+    of the runs there are already (--experiment, --table or --runs).
+    """
+    from qatlaw.study import cheapest_tree
+    from qatscale.study import grid, read_study
+
+    if not noise > 0:
+        raise UserError("--noise", noise, "a standard deviation above 0.")
+    found = read_study(file)
+    cells = grid(found)
+    tree = cheapest_tree([run.route for run in cells.runs])
+    known = any(value is not None for value in (experiment, table, runs))
+    if law is None and known:
+        raise UserError("--law", None, "is missing: runs there are already count only for the information.", "Add it.")
+    assumed, before, after = None, None, None
+    if law is not None:
+        assumed, before, after = _certainties(law, cells, noise, (experiment, table, runs, uri) if known else None)
+    if as_json:
+        print(json.dumps(_plain(found, cells, tree, assumed, noise, before, after), indent=2))
+        return
+    _print_tree(found, cells, tree)
+    if assumed is not None and after is not None:
+        _print_certainty(assumed, cells, noise, before, after)
+
+
+def _certainties(
+    name: str, cells: Grid, noise: float, known: tuple[Any, ...] | None
+) -> tuple[PlannerLaw, Certainty | None, Certainty]:
+    """The law, the certainty by the runs there are, and by them and the study's."""
+    from qatlaw.default import load_law
+    from qatlaw.study import Certainty, information
+    from qatlaw.study import Runs as LawRuns
+    from qatscale.cli.fit import collect_runs, told_as_user_errors
+
+    with told_as_user_errors():
+        assumed = load_law(name)
+        new = _runs_of(cells, one_width=assumed.range["bits"][0] if assumed.law.form.one_width else None)
+        fisher = information(assumed.law, new.described(assumed.law), noise)
+        before = None
+        if known is not None:
+            old_table = collect_runs(*known)[0].table
+            old_table = old_table.where((old_table.frame["scheme"] != "ptq").to_numpy())
+            columns = (old_table.column(key) for key in ("n_params", "tokens_fp", "tokens_qat", "bits"))
+            old = information(assumed.law, LawRuns(*columns).described(assumed.law), noise)
+            before = Certainty.of(assumed.law, old)
+            fisher = fisher + old
+        return assumed, before, Certainty.of(assumed.law, fisher)
+
+
+def _runs_of(cells: Grid, one_width: float | None = None) -> LawRuns:
+    """The study's runs for a law; of a law for one width, the runs of that width and of full precision."""
+    import numpy as np
+
+    from qatlaw.study import Runs as LawRuns
+    from qatscale.model.sizes import count_parameters
+
+    rows = []
+    for run in cells.runs:
+        tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
+        bits = float(run.config.qat.bits)
+        if one_width is None or tokens_qat == 0 or bits == one_width:
+            params = float(count_parameters(run.config.model).total)
+            rows.append((params, float(run.timeline.tokens - tokens_qat), float(tokens_qat), bits))
+    return LawRuns(*np.array(rows).T)
+
+
+def _fraction_errors(cells: Grid, certainty: Certainty) -> dict[float, list[float]]:
+    """By width the standard errors of f* at the study's sizes and token counts."""
+    from qatscale.model.sizes import count_parameters
+
+    points = {
+        (float(count_parameters(run.config.model).total), float(run.timeline.tokens), float(run.config.qat.bits))
+        for run in cells.runs
+        if run.config.qat.scheme in ("sequential", "fused")
+    }
+    found: dict[float, list[float]] = {}
+    for N, D, B in sorted(points):
+        found.setdefault(B, []).append(certainty.fraction(N, D, B))
+    return found
+
+
+# --- printing ---
+
+
+def _print_tree(found: Study, cells: Grid, tree: Tree) -> None:
+    from qatscale.cli.terminal import console, plain_table
+    from qatscale.config.amounts import format_amount
+
+    out = console()
+    numbers = ("steps", "new tokens")
+    headers = ("run", "branches from", *numbers, "checkpoints kept at steps")
+    table = plain_table(*headers, right=numbers, title=f"Study {found.name}")
+    for column in table.columns[:2]:
+        column.no_wrap = True  # names are there to be copied
+    for job in tree.jobs:
+        table.add_row(
+            job.route.name,
+            f"{job.parent}@{job.start}" if job.parent else "–",
+            f"{job.route.steps:,}",
+            format_amount(job.new_tokens),
+            ", ".join(map(str, tree.kept[job.route.name])),
+        )
+    out.print(table)
+    cost = plain_table("cost", "as a tree", "each run alone", "share", right=("as a tree", "each run alone", "share"))
+    cost.add_row("runs", f"{len(tree.jobs):,}", f"{len(tree.jobs):,}", "")
+    for name, whole, alone, told in (
+        ("tokens", tree.tokens, tree.tokens_alone, format_amount),
+        ("FLOPs", tree.flops, tree.flops_alone, lambda value: f"{value:.3g}"),
+    ):
+        cost.add_row(name, told(whole), told(alone), f"{whole / alone:.1%}")
+    out.print(cost)
+    for line in _left_out_lines(cells):
+        out.print(line, soft_wrap=True)
+    for warning in cells.warnings:
+        out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+
+
+def _left_out_lines(cells: Grid) -> list[str]:
+    if not cells.left_out:
+        return []
+    names = [name for name, _ in cells.left_out]
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return [f"left out: {len(names)} runs whose schedule does not fit ({shown}). The first: {cells.left_out[0][1]}"]
+
+
+def _print_certainty(
+    assumed: PlannerLaw, cells: Grid, noise: float, before: Certainty | None, after: Certainty
+) -> None:
+    from statistics import median
+
+    from qatlaw.figures.style import bits_label
+    from qatscale.cli.terminal import console, plain_table
+
+    out = console()
+    columns = (("before", before), ("after", after)) if before is not None else (("standard error", after),)
+    headers = tuple(name for name, _ in columns)
+    title = f"What the runs tell at best, at {noise:.2%} noise, if this law holds: {assumed.source}"
+    table = plain_table("of", *headers, right=headers, title=title)
+    certainties = [one for _, one in columns if one is not None]
+    for parameter in assumed.law.form.parameters:
+        errors = [one.parameters[parameter.name] for one in certainties]
+        table.add_row(parameter.name, *(_percent(error) if parameter.log else _absolute(error) for error in errors))
+    for bits in _fraction_errors(cells, after):
+        errors = [median(_fraction_errors(cells, one)[bits]) for one in certainties]
+        table.add_row(f"optimal fraction at {bits_label(bits)} (median)", *map(_absolute, errors))
+    out.print(table)
+    out.print(
+        "Standard errors, of coefficients in per cent; from the Fisher information of the runs, (1/s²) Σ g gᵀ with "
+        "g = d ln L / dθ, inverted (Cramér–Rao), and the delta method for the fraction. QAT from scratch and PTQ tell "
+        "nothing under a law that describes neither. Noise that branches share with their trunk is not counted.",
+        soft_wrap=True,
+    )
+
+
+def _percent(error: float) -> str:
+    return "not determined" if error == float("inf") else f"{error:.2%}" if error < 10 else "> 1000%"
+
+
+def _absolute(error: float) -> str:
+    return "not determined" if error == float("inf") else f"{error:.4f}" if error < 10 else "> 10"
+
+
+def _plain(
+    found: Study,
+    cells: Grid,
+    tree: Tree,
+    assumed: PlannerLaw | None,
+    noise: float,
+    before: Certainty | None,
+    after: Certainty | None,
+) -> dict[str, Any]:
+    """The plan for programs. A run is `qatscale train RECIPE OVERRIDES`, a branch adds `--branch-from`."""
+    runs: dict[str, StudyRun] = {run.route.name: run for run in cells.runs}
+    jobs = []
+    for job in tree.jobs:
+        run = runs[job.route.name]
+        parent = runs[job.parent].config.folder if job.parent else None
+        kept = [step * job.route.tokens_per_step for step in tree.kept[job.route.name]]
+        overrides = [*run.overrides, f"checkpoint.keep_at=[{', '.join(map(str, kept))}]"] if kept else [*run.overrides]
+        jobs.append(
+            {
+                "name": job.route.name,
+                "recipe": run.recipe,
+                "overrides": overrides,
+                "branch_from": f"{parent}@{job.start}" if parent else None,
+                "start": job.start,
+                "steps": job.route.steps,
+                "new_tokens": job.new_tokens,
+            }
+        )
+    plan: dict[str, Any] = {
+        "study": found.name,
+        "runs": jobs,
+        "left_out": [{"name": name, "reason": reason} for name, reason in cells.left_out],
+        "warnings": list(cells.warnings),
+        "tokens": tree.tokens,
+        "tokens_alone": tree.tokens_alone,
+        "flops": tree.flops,
+        "flops_alone": tree.flops_alone,
+    }
+    if assumed is not None and after is not None:
+        plan["information"] = {
+            "law": assumed.source,
+            "synthetic": assumed.synthetic,
+            "noise": noise,
+            "before": _plain_certainty(cells, before) if before else None,
+            "after": _plain_certainty(cells, after),
+        }
+    return plan
+
+
+def _plain_certainty(cells: Grid, certainty: Certainty) -> dict[str, Any]:
+    """Standard errors; null for what is not determined."""
+
+    def plain(error: float) -> float | None:
+        return None if error == float("inf") else error
+
+    fractions = _fraction_errors(cells, certainty)
+    return {
+        "parameters": {name: plain(error) for name, error in certainty.parameters.items()},
+        "fraction": {f"{bits:g}": [plain(error) for error in errors] for bits, errors in fractions.items()},
+    }

@@ -1,0 +1,122 @@
+"""Study files: what is wrong with one is told by key, value, what is allowed and the nearest name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qatscale.cli import main
+from qatscale.config import load_run_config
+from qatscale.errors import UserError
+from qatscale.study import read_study
+
+SMALL = Path(__file__).parents[2] / "analysis" / "studies" / "small.yaml"
+GOOD = {
+    "sizes": "[debug]", "tokens": "[100K]", "bits": "[2, 4]", "fractions": "[0, 0.3, 1]", "schemes": "[sequential]",
+}  # fmt: skip
+
+
+def written(folder: Path, **changes: str | None) -> Path:
+    """The good study with other values; None takes a key out."""
+    lines = {**GOOD, **changes}
+    file = folder / "study.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None))
+    return file
+
+
+WRONG = {
+    "an unknown key": ({"fraction": "[0.1]"}, ("fraction:", "no key of a study", "Did you mean 'fractions'?")),
+    "a missing key": ({"bits": None}, ("bits:", "is missing", "[2, 4]")),
+    "no tokens": ({"tokens": None}, ("tokens:", "tokens_per_parameter: [20, 80]")),
+    "tokens twice": ({"tokens_per_parameter": "[20]"}, ("tokens:", "says the same thing", "Keep one")),
+    "no amount": ({"tokens": "[2X]"}, ("tokens[0] = '2X'", "2.3B")),
+    "no such width": ({"bits": "[2, 7]"}, ("bits[1] = 7", "1, 1.58, 2, 3, 4, 5, 6, 8", "Nearest: 6")),
+    "per cent": ({"fractions": "[0, 30]"}, ("fractions[1] = 30", "0 (full precision) to 1", "Did you mean 0.3?")),
+    "a scheme's name": ({"schemes": "[sequentiel]"}, ("schemes[0] = 'sequentiel'", "Did you mean 'sequential'?")),
+    "a scheme without a split": ({"schemes": "[scratch]"}, ("schemes[0] = 'scratch'", "Put 1 into fractions")),
+    "twice the same": ({"fractions": "[0.3, 0.30]"}, ("fractions[1] = 0.3", "is there twice", "`seeds`")),
+    "nothing": ({"bits": "[]"}, ("bits = []", "is empty")),
+    "a truth value": ({"seeds": "[true]"}, ("seeds[0] = True", "whole number")),
+    "a recipe's name": ({"sizes": "[debgu]"}, ("sizes[0] = 'debgu'", "Did you mean 'debug'?")),
+    "a size's key": ({"sizes": "[{name: a, recipe: debug, sets: []}]"}, ("sizes[0].sets", "Did you mean 'set'?")),
+    "a size without a name": ({"sizes": "[{recipe: debug}]"}, ("sizes[0].name", "is missing")),
+    "two sizes of one name": ({"sizes": "[debug, {name: debug, recipe: quickstart}]"}, ("sizes", "two sizes")),
+    "an override of the grid": ({"set": "[qat.bits=4]"}, ("set[0] = 'qat.bits=4'", "the study's bits")),
+    "no override": ({"set": "[qat]"}, ("set[0] = 'qat'", "KEY=VALUE", "qatscale config")),
+    "several": (
+        {"bits": "[9]", "fractions": "[2]", "seed": "1"}, ("3 problems", "bits[0] = 9", "fractions[0] = 2", "'seeds'"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_study_is_refused(what: str, tmp_path: Path) -> None:
+    changes, tells = WRONG[what]
+    with pytest.raises(UserError) as told:
+        read_study(written(tmp_path, **changes))
+    for part in tells:
+        assert part in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"), [("no.yaml", "no such file"), ("bent.yaml", "bent.yaml"), ("empty.yaml", "holds no")]
+)
+def test_a_file_that_is_no_study_is_refused(what: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "bent.yaml").write_text("bits: [2")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match=told):
+        read_study(tmp_path / what)
+
+
+def test_errors_of_a_recipes_own_keys_come_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, set="[model.widht=3]")
+    assert run("study", "plan", str(file)) == 2
+    assert "model.widht" in capsys.readouterr().err
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_the_plan_for_programs_holds_runs_that_can_be_started(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("study", "plan", str(SMALL), "--json", "--law", "synthetic") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["tokens"] == sum(job["new_tokens"] for job in plan["runs"])
+    assert plan["tokens"] < 0.5 * plan["tokens_alone"]
+    folders = set()
+    for job in plan["runs"]:
+        config = load_run_config(job["recipe"], job["overrides"])
+        if job["branch_from"]:
+            folder, _, step = job["branch_from"].rpartition("@")
+            assert folder in folders, "its parent comes before it"
+            assert int(step) == job["start"]
+        assert job["new_tokens"] == (config.steps - job["start"]) * config.tokens_per_step
+        folders.add(str(config.folder))
+    information = plan["information"]
+    assert information["synthetic"]
+    assert information["before"] is None
+    assert 0 < information["after"]["parameters"]["gamma"] < 0.1
+
+
+def test_the_plan_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, tokens="[100K, 200K]")
+    assert run("study", "plan", str(file), "--law", "synthetic") == 0
+    said = capsys.readouterr().out
+    assert "debug-200K-fp" in said
+    assert "debug-100K-fp@" in said
+    assert "made up" in said or "synthetic" in said
+    assert "not determined" in said, "one size tells nothing of the size's exponent"
+
+
+def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(written(tmp_path))
+    assert run("study", "plan", file, "--runs", "runs") == 2
+    assert "--law" in capsys.readouterr().err
+    assert run("study", "plan", file, "--law", "nothing.json") == 2
+    assert "--law = 'nothing.json'" in capsys.readouterr().err
+    assert run("study", "plan", file, "--law", "synthetic", "--noise", "0") == 2
+    assert "--noise = 0.0" in capsys.readouterr().err

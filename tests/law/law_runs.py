@@ -1,0 +1,91 @@
+"""Run folders of finished runs whose losses follow a law, written by the project's own tracking code, untrained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from qatlaw.laws import Law
+from qatscale.cli import main
+from qatscale.config import load_run_config
+from qatscale.config.recipe import resolved_yaml
+from qatscale.model.sizes import count_parameters
+from qatscale.timeline import build_timeline
+from qatscale.tracking.mlflow_sync import track_sync
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.store import quiet_mlflow
+from qatscale.train.final import final_metrics
+
+PTQ_BITS = (2.0, 4.0)
+PTQ_LOSS = 0.5
+"""Nats that post-training quantization adds here, over the bits."""
+
+
+def finished(output: Path, name: str, recipe: str, law: Law, *overrides: str, loss: float | None = None) -> RunFolder:
+    """A run that ended with the law's loss, or with `loss`. All numbers but the loss are the trainer's own."""
+    config = load_run_config(recipe, [f"name={name}", f"output={output}", "evaluation.ptq_bits=[2, 4]", *overrides])
+    timeline = build_timeline(config)
+    n_params = count_parameters(config.model).total
+    folder = RunFolder.create(
+        output / name, recipe=resolved_yaml(config), ds_config={}, timeline=timeline, n_params=n_params,
+        command=["qatscale", "train", recipe],
+    )  # fmt: skip
+    folder.append("start", step=0)
+    tokens_qat = timeline.qat_steps * timeline.tokens_per_step
+    if loss is None:
+        loss = float(law.loss(n_params, timeline.tokens - tokens_qat, tokens_qat, config.qat.bits))
+    losses = {"fp": loss, "quantized": loss, **{f"ptq{bits:g}": loss + PTQ_LOSS / bits for bits in PTQ_BITS}}
+    if math.isnan(loss):
+        losses = dict.fromkeys(losses, loss)
+    folder.finish(timeline.steps, final_metrics(config, timeline, losses, folder))
+    folder.close()
+    return folder
+
+
+def finished_grid(
+    output: Path,
+    law: Law,
+    sizes: Sequence[str],
+    tokens_per_parameter: Sequence[float],
+    bits: Sequence[float],
+    fractions: Sequence[float],
+) -> list[RunFolder]:
+    """Sequential runs and full-precision ones over a grid."""
+    folders = []
+    for size in sizes:
+        params = count_parameters(load_run_config(size).model).total
+        for ratio in tokens_per_parameter:
+            tokens = f"tokens={round(params * ratio)}"
+            name = f"{size}-{ratio:g}x"
+            folders.append(finished(output, f"{name}-fp", size, law, tokens, "qat.scheme=fp"))
+            for width in bits:
+                for fraction in fractions:
+                    own = ["qat.scheme=sequential", f"qat.bits={width:g}", f"qat.fraction={fraction}"]
+                    folders.append(finished(output, f"{name}-{width:g}bit-f{fraction}", size, law, tokens, *own))
+    return folders
+
+
+def command(*arguments: str) -> int:
+    """Run a command line; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def upload(folders: Sequence[RunFolder], uri: str) -> None:
+    for folder in folders:
+        track_sync(folder, uri)
+
+
+def empty_store(folder: Path) -> str:
+    """The URI of an MLflow store in SQLite without a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with quiet_mlflow():
+        from mlflow.tracking import MlflowClient
+
+        MlflowClient(uri).search_experiments()
+    return uri
