@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from qatscale.cli.fit import fit, report
-from qatscale.cli.fit import fit, report
 from qatscale.cli.plan import plan
-from qatscale.cli.study import study
 from qatscale.cli.study import study
 from qatscale.errors import EXIT_REQUEUE, UserError
 
@@ -280,14 +278,6 @@ def convert(
     from qatscale.cli.convert import run_convert
 
     run_convert(source, to, out, recipe, overrides or [], trained_tokens)
-
-
-# --- law ---
-
-
-app.command()(fit)
-app.command()(report)
-app.add_typer(study, name="study")
 
 
 # --- law ---
