@@ -162,7 +162,7 @@ class Experiment:
 
 def _newest(folder: Path) -> int:
     """Step of the newest checkpoint; 0 where there is none."""
-    from qatscale.engine.checkpoint_files import list_checkpoints
+    from qatscale.engine.checkpoints.files import list_checkpoints
 
     found = list_checkpoints(folder / "checkpoints")
     return int(found[-1].name[-8:]) if found else 0
@@ -178,7 +178,7 @@ def _beginnings(folder: Path) -> list[int]:
 
 def _look(folder: Path, number: int, layout: str, point: str, ended: Ended) -> Kill:
     """What a kill has left; every checkpoint that can be found is read whole."""
-    from qatscale.engine.checkpoint_files import CheckpointReader, list_checkpoints, verify_files
+    from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints, verify_files
     from qatscale.errors import UserError
 
     checkpoints, wrong = folder / "checkpoints", []
@@ -205,7 +205,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
     """In what a run is not, bit for bit, the one that nobody killed; empty: in nothing."""
     import torch
 
-    from qatscale.engine.checkpoint_files import CheckpointReader, list_checkpoints
+    from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints
     from qatscale.tracking.run_folder import RunFolder
 
     one, other = RunFolder(folder), RunFolder(whole)

@@ -82,8 +82,8 @@ def run_sync(run: Path, uri: str | None) -> None:
 
 
 def run_export(checkpoint: str, out: Path) -> None:
-    from qatscale.engine.convert import tokenizer_folder, write_hugging_face
-    from qatscale.engine.training_state import read_checkpoint
+    from qatscale.engine.checkpoints.convert import tokenizer_folder, write_hugging_face
+    from qatscale.engine.checkpoints.training_state import read_checkpoint
 
     state = read_checkpoint(checkpoint)
     write_hugging_face(state, out)

@@ -10,8 +10,8 @@ from typing import Any
 
 from qatscale.cli.terminal import console, plain_table
 from qatscale.config.schema import RunConfig
-from qatscale.engine.ledger import ON_DEVICE, Kind
-from qatscale.engine.scale_plan import ScalePlan, plan_scale, refuse_what_cannot_fit
+from qatscale.engine.dry_run.ledger import ON_DEVICE, Kind
+from qatscale.engine.dry_run.scale_plan import ScalePlan, plan_scale, refuse_what_cannot_fit
 from qatscale.errors import UserError
 
 _SHOWN: dict[Kind, str] = {

@@ -16,7 +16,7 @@ from qatscale.config import load_ds_config, load_run_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Split
 from qatscale.data.reader import EvaluationReader, TokenStream
-from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, verify_files
+from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, verify_files
 from qatscale.engine.runtime import uses_gpu
 from qatscale.engine.step import evaluation_loss
 from qatscale.engine.topology import Topology

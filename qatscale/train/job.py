@@ -8,7 +8,7 @@ from typing import Any
 from qatscale.config import load_ds_config, merge_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import BatchReader, EvaluationReader
-from qatscale.engine.checkpoint import load_checkpoint
+from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, layout_notices, plan_layout

@@ -9,8 +9,8 @@ import torch
 
 from qatscale.config import config_hash, precision_of
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoint import save_checkpoint
-from qatscale.engine.checkpoint_files import rotate
+from qatscale.engine.checkpoints.files import rotate
+from qatscale.engine.checkpoints.save_load import save_checkpoint
 from qatscale.engine.initialize import apply_settings
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step

@@ -9,7 +9,7 @@ from typing import Any
 
 from qatscale.config import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoint_files import (
+from qatscale.engine.checkpoints.files import (
     Manifest,
     find_checkpoint,
     newest_checkpoint,

@@ -17,16 +17,16 @@ import torch.distributed as dist
 
 from qatscale.config import load_ds_config, load_run_config, merge_ds_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoint import load_checkpoint
-from qatscale.engine.checkpoint_files import read_manifest
-from qatscale.engine.convert import convert
+from qatscale.engine.checkpoints.convert import convert
+from qatscale.engine.checkpoints.files import read_manifest
+from qatscale.engine.checkpoints.save_load import load_checkpoint
+from qatscale.engine.checkpoints.universal import universal_checkpoint_info
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import join_topology
-from qatscale.engine.universal import universal_checkpoint_info
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
 from qatscale.timeline import build_timeline

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qatscale.config import load_run_config, merge_ds_config
-from qatscale.engine.checkpoint import load_checkpoint, save_checkpoint
-from qatscale.engine.checkpoint_files import find_checkpoint, list_checkpoints
+from qatscale.engine.checkpoints.files import find_checkpoint, list_checkpoints
+from qatscale.engine.checkpoints.save_load import load_checkpoint, save_checkpoint
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.runtime import start_runtime

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from processes import run
 
 from qatscale.config import load_run_config
+from qatscale.engine.dry_run.ledger import Ledger
+from qatscale.engine.dry_run.replay import Step
+from qatscale.engine.dry_run.share import share_of
+from qatscale.engine.dry_run.zero_plan import zero_plan
 from qatscale.engine.layout import Layout, plan_layout, stages_of
-from qatscale.engine.ledger import Ledger
-from qatscale.engine.replay import Step
-from qatscale.engine.share import share_of
-from qatscale.engine.zero_plan import zero_plan
 
 DRIVER = Path(__file__).with_name("memory_driver.py")
 BASE = [

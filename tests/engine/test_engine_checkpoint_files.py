@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatscale.engine.checkpoint_files import (
+from qatscale.engine.checkpoints.files import (
     CheckpointReader,
     Manifest,
     ParameterRecord,

@@ -27,9 +27,9 @@ from fixed_tokens import write_fixed_tokens
 from trained_runs import LEARNING_RATE
 
 from qatscale.config import load_run_config
-from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
-from qatscale.engine.convert import convert
-from qatscale.engine.universal import read_universal, universal_checkpoint_info
+from qatscale.engine.checkpoints.convert import convert
+from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
+from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.timeline import build_timeline

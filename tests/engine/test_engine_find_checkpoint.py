@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoint_files import MANIFEST, find_checkpoint, step_folder
+from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint, step_folder
 from qatscale.errors import UserError
 
 

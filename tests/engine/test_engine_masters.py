@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import run
 
-from qatscale.engine.checkpoint_files import CheckpointReader
+from qatscale.engine.checkpoints.files import CheckpointReader
 
 DRIVER = Path(__file__).with_name("masters_driver.py")
 LAYOUTS = [f"{stage}-{precision}-None" for stage in (1, 2) for precision in ("fp32", "bf16")] + [

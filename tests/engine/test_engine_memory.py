@@ -6,11 +6,11 @@ import pytest
 from memory_layouts import RUNS, estimate, fullest, layout_of, measure, total
 
 from qatscale.config import load_run_config
+from qatscale.engine.dry_run.replay import start_bytes
+from qatscale.engine.dry_run.share import share_of
+from qatscale.engine.dry_run.traffic import traffic_of_stage
+from qatscale.engine.dry_run.zero_plan import zero_plan
 from qatscale.engine.layout import stages_of
-from qatscale.engine.replay import start_bytes
-from qatscale.engine.share import share_of
-from qatscale.engine.traffic import traffic_of_stage
-from qatscale.engine.zero_plan import zero_plan
 
 pytestmark = pytest.mark.dist
 

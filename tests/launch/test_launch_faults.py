@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from qatscale.cli.lasting import Lasting
-from qatscale.engine.checkpoint_files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.errors import EXIT_FAILED
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.faults import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoint_files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.tracking.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]

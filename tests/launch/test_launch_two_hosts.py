@@ -16,7 +16,7 @@ import processes
 import pytest
 from hosts import CannotError, Host, two_hosts
 
-from qatscale.engine.checkpoint_files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.tracking.run_folder import RunFolder
 
 LAUNCH = Path(__file__).parents[2] / "launch"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qatscale.config import load_run_config
 from qatscale.data.reader import BatchReader
-from qatscale.engine import checkpoint
+from qatscale.engine.checkpoints import save_load as checkpoint
 from qatscale.train.loop import train
 
 READ, COMMIT = BatchReader.batch, checkpoint.commit

@@ -8,7 +8,7 @@ import pytest
 from driving import STEPS, SWITCH, assert_same_state, config, losses
 from trained_runs import REFERENCE, Trained
 
-from qatscale.engine.checkpoint_files import find_checkpoint
+from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.timeline import build_timeline
 from qatscale.tracking.run_folder import RunFolder

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from driving import STEPS, SWITCH, assert_same_state, drive, losses, spec
 
-from qatscale.engine.checkpoint_files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
+from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
 from qatscale.tracking.run_folder import RunFolder
 
 KILLS = [

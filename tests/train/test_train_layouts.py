@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 from layout_runs import AFTER, KINDS, LAYOUTS, SAVED, SAVED_AT, LaidOut, resumed_name
 
-from qatscale.engine.checkpoint_files import read_manifest
+from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.tracking.run_folder import RunFolder
 
 FP32 = 1e-5

@@ -11,7 +11,7 @@ import pytest
 from driving import SWITCH, assert_same_state, config, losses
 from trained_runs import REFERENCE, STOPPED_BF16, Trained
 
-from qatscale.engine.checkpoint_files import find_checkpoint
+from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.timeline import build_timeline
 from qatscale.tracking.run_folder import RunFolder

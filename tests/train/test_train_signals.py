@@ -13,7 +13,7 @@ import pytest
 from driving import assert_same_state, losses
 from trained_runs import Trained
 
-from qatscale.engine.checkpoint_files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from qatscale.engine.share import Share
-from qatscale.engine.zero_plan import ZeroPlan
+from qatscale.engine.dry_run.share import Share
+from qatscale.engine.dry_run.zero_plan import ZeroPlan
 
 
 class Use(NamedTuple):

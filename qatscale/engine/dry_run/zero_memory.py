@@ -13,7 +13,7 @@ there. What is there also follows from how DeepSpeed moves gradients, and differ
     once more; in bf16 (`compact`) it is accumulated in fp32 in place.
 `ZeroThree`
     ZeRO-3 (`runtime/zero/stage3.py`): shards of everything; weights gathered around their use, see
-    `qatscale.engine.gathering`. Gradients pass a bucket of `reduce_bucket_size` that is always there.
+    `qatscale.engine.dry_run.gathering`. Gradients pass a bucket of `reduce_bucket_size` that is always there.
 
 Sizes are in elements unless they say bytes; masters and moments are fp32. Left out: lists of Python objects, and what a
 parameter costs that gets no gradient.
@@ -24,10 +24,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from qatscale.engine.gathering import Gathering, trace_of
-from qatscale.engine.ledger import Kind, Ledger
-from qatscale.engine.share import Share
-from qatscale.engine.zero_plan import FP32, ZeroPlan, partition
+from qatscale.engine.dry_run.gathering import Gathering, trace_of
+from qatscale.engine.dry_run.ledger import Kind, Ledger
+from qatscale.engine.dry_run.share import Share
+from qatscale.engine.dry_run.zero_plan import FP32, ZeroPlan, partition
 
 NORM = 8
 """Gradient norms are taken in fp64 of one parameter at a time (`runtime/zero/utils.py`, `get_norm_dtype`)."""

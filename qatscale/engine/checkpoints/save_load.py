@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qatscale.engine.checkpoint_files import (
+from qatscale.engine.checkpoints.files import (
     CheckpointReader,
     Manifest,
     ParameterRecord,

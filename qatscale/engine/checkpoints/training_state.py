@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qatscale.config import config_hash, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoint_files import (
+from qatscale.engine.checkpoints.files import (
     CheckpointReader,
     Manifest,
     ParameterRecord,

@@ -16,7 +16,7 @@ from qatscale.config import load_run_config
 from qatscale.config.amounts import format_amount
 from qatscale.config.recipe import read_recipe
 from qatscale.config.schema import ModelConfig, RunConfig
-from qatscale.engine.training_state import UNKNOWN_DATA, TrainingState, skeleton
+from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, skeleton
 from qatscale.errors import UserError, UserErrors
 from qatscale.model.hugging_face import open_hugging_face, read_config, trained_length
 

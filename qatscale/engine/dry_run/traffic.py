@@ -9,10 +9,10 @@ DeepSpeed 0.19.8 (`runtime/zero`).
 from __future__ import annotations
 
 from qatscale.config.schema import RunConfig
-from qatscale.engine.gathering import gathered
+from qatscale.engine.dry_run.gathering import gathered
+from qatscale.engine.dry_run.share import Share, share_of
+from qatscale.engine.dry_run.zero_plan import FP32, ZeroPlan
 from qatscale.engine.layout import Layout, stages_of
-from qatscale.engine.share import Share, share_of
-from qatscale.engine.zero_plan import FP32, ZeroPlan
 
 NUMBER = FP32
 """Bytes of one of the three numbers a token that the vocabulary-parallel loss exchanges."""

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qatscale.config.schema import RunConfig
+from qatscale.engine.dry_run.ledger import Ledger
+from qatscale.engine.dry_run.share import Matrix, Share
+from qatscale.engine.dry_run.zero_memory import zero_of
+from qatscale.engine.dry_run.zero_plan import FP32, ZeroPlan
 from qatscale.engine.layout import Layout
-from qatscale.engine.ledger import Ledger
-from qatscale.engine.share import Matrix, Share
-from qatscale.engine.zero_memory import zero_of
-from qatscale.engine.zero_plan import FP32, ZeroPlan
 
 Device = Literal["cuda", "cpu"]
 
