@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qatscale.config.amounts import format_amount
 from qatscale.tracking.run_folder import RunFolder, Status
@@ -103,11 +103,21 @@ def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
     final = folder.final
     if final is not None:
         return final.get("tokens_per_second_fp"), final.get("tokens_per_second_qat")
-    speeds: dict[bool, list[float]] = {False: [], True: []}
-    for record in folder.records("metrics"):
-        speeds[record["phase"].startswith("qat_")].append(record["tokens_per_second"])
-    fp, qat = (median(values) if values else None for values in (speeds[False], speeds[True]))
-    return fp, qat
+    speeds = median_speeds(folder.records("metrics"))
+    return speeds["tokens_per_second_fp"], speeds["tokens_per_second_qat"]
+
+
+def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
+    """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events.
+
+    The first interval of each phase kind is left out where there are others: it holds allocation and warm-up.
+    """
+    speeds: dict[str, list[float]] = {"fp": [], "qat": []}
+    for record in records:
+        speeds["qat" if record["phase"].startswith("qat_") else "fp"].append(record["tokens_per_second"])
+    return {
+        f"tokens_per_second_{kind}": median(values[1:] or values) if values else None for kind, values in speeds.items()
+    }
 
 
 def compare(folders: Iterable[RunFolder]) -> list[ComparisonRow]:

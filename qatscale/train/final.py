@@ -8,9 +8,9 @@ import qatlaw
 from qatscale.config.schema import RunConfig
 from qatscale.model.sizes import count_parameters
 from qatscale.timeline import Timeline
+from qatscale.tracking.compare import median_speeds
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import ptq_view
-from qatscale.train.meter import median_speeds
 
 FULL_PRECISION_BITS = 16
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -106,16 +105,3 @@ class Meter:
 def _diverged(what: str) -> FloatingPointError:
     do = "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
     return FloatingPointError(f"{what}. {do}")
-
-
-def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events.
-
-    The first interval of each phase kind is left out where there are others: it holds allocation and warm-up.
-    """
-    speeds: dict[str, list[float]] = {"fp": [], "qat": []}
-    for record in records:
-        speeds["qat" if record["phase"].startswith("qat_") else "fp"].append(record["tokens_per_second"])
-    return {
-        f"tokens_per_second_{kind}": median(values[1:] or values) if values else None for kind, values in speeds.items()
-    }
