@@ -16,7 +16,7 @@ from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
 from qatlaw.laws.base import Law
 
 if TYPE_CHECKING:
-    from qatlaw.uncertainty import Bootstrap
+    from qatlaw.intervals import Bootstrap
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_WARNING = "every prediction here is of a made-up law, for demonstration: plan nothing by it"

@@ -10,14 +10,16 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qatlaw.errors import LawError
-from qatlaw.fit import FitResult
+from qatlaw.intervals import Bootstrap
 from qatlaw.laws.base import Law
-from qatlaw.uncertainty import Bootstrap
+
+if TYPE_CHECKING:
+    from qatlaw.fit import FitResult
 
 FORMAT = 1
 

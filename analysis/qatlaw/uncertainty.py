@@ -7,47 +7,16 @@ from the optimum: every resample has its own optimum near it. Where runs of one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from qatlaw.errors import LawError
 from qatlaw.fit import FitResult, curve_numbers, make_problem, mapped
-from qatlaw.laws.base import LawForm
+from qatlaw.intervals import Bootstrap
 from qatlaw.laws.points import Floats
 from qatlaw.problem import Problem
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """Laws fitted to resampled runs, and percentile intervals of what follows from them."""
-
-    form: LawForm
-    thetas: Floats
-    """[resamples, parameters]"""
-    level: float = 0.95
-    """Share of the resamples inside an interval."""
-
-    @cached_property
-    def coefficients(self) -> dict[str, tuple[float, float]]:
-        """By name its interval."""
-        low, high = self._interval(self.thetas)
-        return {name: (float(low[i]), float(high[i])) for i, name in enumerate(self.form.names)}
-
-    def fraction(self, N: ArrayLike, D_total: ArrayLike, B: ArrayLike) -> tuple[Floats, Floats]:
-        """Interval of the optimal fraction."""
-        return self._interval(np.stack([self.form.optimal_fraction(theta, N, D_total, B) for theta in self.thetas]))
-
-    def loss(self, N: ArrayLike, D_fp: ArrayLike, D_qat: ArrayLike, B: ArrayLike) -> tuple[Floats, Floats]:
-        """Interval of the law's loss in nats: of the law, without the noise that a single run adds."""
-        return self._interval(np.stack([self.form.loss(theta, N, D_fp, D_qat, B) for theta in self.thetas]))
-
-    def _interval(self, values: Floats) -> tuple[Floats, Floats]:
-        outside = (1 - self.level) / 2
-        low, high = np.quantile(values, [outside, 1 - outside], axis=0)
-        return low, high
 
 
 def bootstrap(

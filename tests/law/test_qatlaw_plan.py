@@ -213,7 +213,7 @@ class TestTheLaw:
         assert "fitted on no runs" in LAW.source
 
     def test_intervals_come_from_the_resampled_laws(self) -> None:
-        from qatlaw.uncertainty import Bootstrap
+        from qatlaw.intervals import Bootstrap
 
         thetas = np.array([LAW.law.theta] * 40)
         names = LAW.law.form.names
