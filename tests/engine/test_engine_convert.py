@@ -175,7 +175,7 @@ def test_a_folder_of_transformers_is_read_exactly(dtype: torch.dtype, tied: bool
 
 
 def test_shards_are_bounded_and_hold_every_slice_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatscale.engine.training_state.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("qatscale.engine.checkpoints.training_state.SHARD_BYTES", 40_000)
     save_llama(tmp_path / "hf", tied=True)
     import_llama(tmp_path / "hf", tmp_path / "run", "data.path=null")
     checkpoint = find_checkpoint(tmp_path / "run")
