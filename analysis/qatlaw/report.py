@@ -84,7 +84,7 @@ def write_report(report: Report, folder: Path) -> Path:
 
 
 def image(figure: Figure, ending: str) -> bytes:
-    """The same bytes for the same figure: no date, no random names."""
+    """The same bytes for the same runs: no date, no random names."""
     import matplotlib
 
     buffer = io.BytesIO()

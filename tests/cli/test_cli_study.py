@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qatlaw import synthetic
 from qatscale.cli import main
 from qatscale.config import load_run_config
 from qatscale.errors import UserError
@@ -110,6 +111,20 @@ def test_the_plan_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "debug-100K-fp@" in said
     assert "made up" in said or "synthetic" in said
     assert "not determined" in said, "one size tells nothing of the size's exponent"
+
+
+def test_runs_there_are_already_count_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The study of one tiny size adds to the synthetic grid's certainty, and alone has none of its size's exponent."""
+    synthetic.table(0).frame.to_csv(tmp_path / "known.csv", index=False)
+    file = written(tmp_path)
+    assert run("study", "plan", str(file), "--law", "synthetic", "--table", str(tmp_path / "known.csv"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)["information"]
+    before, after = (found[key]["parameters"] for key in ("before", "after"))
+    assert all(after[name] <= before[name] * (1 + 1e-9) for name in before), "more runs never know less"
+    assert after["gamma"] < 0.99 * before["gamma"], "short runs lie far from the others"
+    assert run("study", "plan", str(file), "--law", "synthetic", "--json") == 0
+    alone = json.loads(capsys.readouterr().out)["information"]["after"]["parameters"]
+    assert alone["eta"] is None
 
 
 def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

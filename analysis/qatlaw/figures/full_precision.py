@@ -55,7 +55,8 @@ def draw(evidence: Evidence) -> Drawn:
     for axes in panels.flat[len(widths) :]:
         axes.set_visible(False)
     for place, N in enumerate(sizes):
-        panels[0, 0].plot([], [], color=series_style(place)[0], linewidth=4, label=amount(N))
+        colour, _, dashes = series_style(place)
+        panels[0, 0].plot([], [], color=colour, linestyle=dashes, linewidth=1.4, label=amount(N))
     schemes = [s for s in (*QAT_MARKERS, "ptq") if len(evidence.rows(s))]
     for scheme in schemes:
         face = "white" if scheme == "ptq" else SOFT
@@ -80,6 +81,7 @@ def _has_gap(evidence: Evidence, cells: list[tuple[float, float]], bits: float) 
 def _draw_size(axes: Axes, evidence: Evidence, cells: list[tuple[float, float]], bits: float, place: int) -> None:
     """Measured gaps of one size over tokens, and the law's."""
     colour, _, dashes = series_style(place)
+    law = evidence.laws.of(bits) if evidence.laws is not None else None
     for scheme in (*QAT_MARKERS, "ptq"):
         points = []
         for N, D in cells:
@@ -96,7 +98,8 @@ def _draw_size(axes: Axes, evidence: Evidence, cells: list[tuple[float, float]],
                 x, y, marker, markersize=5.5, markerfacecolor=face, markeredgecolor=edge,
                 markeredgewidth=1.2 if face == "white" else 0.5, linestyle="none", zorder=5,
             )  # fmt: skip
-    law = evidence.laws.of(bits) if evidence.laws is not None else None
+            if law is None and len(x) > 1:  # without a law's line this one tells a size in a grey print
+                axes.plot(x, y, color=colour, linestyle=dashes, linewidth=0.9, zorder=3)
     if law is None or len(cells) < 2:
         return
     assert evidence.laws is not None
