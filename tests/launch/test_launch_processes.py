@@ -29,7 +29,7 @@ def start(launcher: str, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def end(process: subprocess.Popen[str], timeout: float = 150) -> str:
+def end(process: subprocess.Popen[str], timeout: float = 300) -> str:
     """What the job printed; nothing of it is left behind."""
     try:
         return process.communicate(timeout=timeout)[0]
