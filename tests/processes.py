@@ -18,6 +18,14 @@ class Finished:
     """Of all ranks, one after the other."""
 
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
+
+
+def unlaunched() -> dict[str, str]:
+    """This environment as a shell has it: a test that trains in this process leaves what torch asks for in it."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

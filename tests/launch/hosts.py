@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from processes import unlaunched
+
 PACKAGES = {"sshd": "openssh-server", "pdsh": "pdsh"}
 
 SSH_CONFIG = """Host *
@@ -71,7 +73,7 @@ class Host:
         inside = ["nsenter", "--target", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid"]
         return subprocess.Popen(
             # entering a mount namespace leads to its root
-            [*inside, "sh", "-c", 'cd "$0" && exec "$@"', str(cwd), *map(str, command)], env=os.environ | environment,
+            [*inside, "sh", "-c", 'cd "$0" && exec "$@"', str(cwd), *map(str, command)], env=unlaunched() | environment,
             text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import unlaunched
 
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.tracking.run_folder import RunFolder
@@ -22,7 +23,7 @@ LAUNCHERS = {"deepspeed": ["--num_gpus", "2"], "torchrun": ["--nproc_per_node", 
 def start(launcher: str, *arguments: str) -> subprocess.Popen[str]:
     """`deepspeed --num_gpus 2 launch/train.py …` in a process group of its own."""
     programs = Path(sys.executable).parent  # deepspeed starts `python` from the PATH
-    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = unlaunched() | {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, programs / launcher, *LAUNCHERS[launcher], TRAIN, *arguments]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
