@@ -30,7 +30,7 @@ from typing import Any
 
 from qatlaw.study import Piece, Route
 from qatscale.config import RunConfig, load_run_config, recipe_names
-from qatscale.config.amounts import format_amount, parse_amount
+from qatscale.config.amounts import format_amount, positive_amount
 from qatscale.config.schema import BIT_WIDTHS
 from qatscale.config.yaml_text import parse_yaml
 from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
@@ -120,7 +120,7 @@ def read_study(path: Path) -> Study:
         name=str(name),
         sizes=read("sizes", _size),
         overrides=read("set", _override, []),
-        tokens=read("tokens", _tokens, []),
+        tokens=read("tokens", positive_amount, []),
         tokens_per_parameter=read("tokens_per_parameter", _ratio, []),
         bits=read("bits", _bits),
         fractions=read("fractions", _fraction),
@@ -291,16 +291,6 @@ def _override(key: str, value: Any) -> str:
     if name in _GRID_KEYS:
         raise UserError(key, value, f"is the grid's to set: {name}.", f"Use the study's {_GRID_KEYS[name]}.")
     return value
-
-
-def _tokens(key: str, value: Any) -> int:
-    try:
-        amount = parse_amount(value)
-    except ValueError as error:
-        raise UserError(key, value, f"{error}.") from None
-    if amount < 1:
-        raise UserError(key, value, "an amount above 0.")
-    return amount
 
 
 def _ratio(key: str, value: Any) -> float:

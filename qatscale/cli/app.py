@@ -83,8 +83,8 @@ def prepare(
     restart: Annotated[bool, typer.Option(help="Throw away what an earlier start left in the folder.")] = False,
 ) -> None:
     """Text to token shards (Megatron .bin/.idx), with tokenizer, held-out split and manifest. Killed, it goes on."""
-    from qatscale.cli.show import amount
     from qatscale.cli.terminal import console
+    from qatscale.config.amounts import positive_amount
     from qatscale.data.prepare import prepare as prepare_data
 
     prepare_data(
@@ -96,7 +96,7 @@ def prepare(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
-        max_tokens=None if max_tokens is None else amount("--max-tokens", max_tokens),
+        max_tokens=None if max_tokens is None else positive_amount("--max-tokens", max_tokens),
         workers=workers,
         restart=restart,
         console=console(),

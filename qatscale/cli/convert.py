@@ -12,10 +12,10 @@ from qatscale.config.amounts import format_amount
 def run_convert(
     source: str, to: str, out: Path, recipe: str | None, overrides: Sequence[str], trained_tokens: str | None
 ) -> None:
-    from qatscale.cli.show import amount
+    from qatscale.config.amounts import positive_amount
     from qatscale.engine.checkpoints.convert import convert
 
-    seen = None if trained_tokens is None else amount("--trained-tokens", trained_tokens)
+    seen = None if trained_tokens is None else positive_amount("--trained-tokens", trained_tokens)
     state = convert(source, to, out, recipe, overrides, seen)
     tokens = format_amount(state.step * state.config.tokens_per_step)
     print(f"{out}: {state.source}, {sum(map(math.prod, state.shapes.values())):,} parameters with their scales")

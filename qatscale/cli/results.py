@@ -16,13 +16,14 @@ from qatscale.tracking.run_folder import RunFolder
 def print_evaluation(
     checkpoint: str, ptq: Sequence[float], data: Path | None, tokens: str | None, as_json: bool
 ) -> None:
-    from qatscale.cli.show import amount, check_bits
+    from qatscale.cli.show import check_bits
+    from qatscale.config.amounts import positive_amount
     from qatscale.tracking.compare import perplexity, view_label
     from qatscale.train.evaluate import evaluate_checkpoint
 
     for bits in ptq:
         check_bits("--ptq", bits)
-    limit = None if tokens is None else amount("--tokens", tokens)
+    limit = None if tokens is None else positive_amount("--tokens", tokens)
     found, counted, losses = evaluate_checkpoint(checkpoint, ptq, data, limit)
     if as_json:
         views = {view: {"loss": loss, "perplexity": perplexity(loss)} for view, loss in losses.items()}

@@ -9,19 +9,6 @@ from qatscale.config.schema import BIT_WIDTHS, RunConfig
 from qatscale.errors import UserError
 
 
-def amount(key: str, text: str) -> int:
-    """`2.3B` as a number. UserError that names the option."""
-    from qatscale.config.amounts import parse_amount
-
-    try:
-        units = parse_amount(text)
-    except ValueError as error:
-        raise UserError(key, text, f"{error}.") from None
-    if units < 1:
-        raise UserError(key, text, "an amount above 0.")
-    return units
-
-
 def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
         shown = int(bits) if bits == int(bits) else bits

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from qatscale.config.describe import Allowed
+from qatscale.errors import UserError
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _AMOUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([KMBGTkmbgt]?)\s*$")
@@ -32,6 +33,17 @@ def parse_amount(value: Any) -> int:
     if exact != exact.to_integral_value():
         raise ValueError(f"{value!r} is {exact} units, and an amount is a whole number of them")
     return int(exact)
+
+
+def positive_amount(key: str, value: Any) -> int:
+    """As `parse_amount`, above 0. UserError that names `key`, an option or the key of a file."""
+    try:
+        units = parse_amount(value)
+    except ValueError as error:
+        raise UserError(key, value, f"{error}.") from None
+    if units < 1:
+        raise UserError(key, value, "an amount above 0.")
+    return units
 
 
 def format_amount(units: float) -> str:
