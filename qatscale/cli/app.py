@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qatscale.cli.bench import bench
 from qatscale.cli.fit import fit, report
 from qatscale.cli.plan import plan
 from qatscale.cli.study import study
@@ -286,6 +287,12 @@ def convert(
 app.command()(fit)
 app.command()(report)
 app.add_typer(study, name="study")
+
+
+# --- cost ---
+
+
+app.add_typer(bench, name="bench")
 
 
 @app.command()
