@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "–"
+LEAST_STEPS = 50
+"""Steps that a speed of record is the median of, at least."""
 _STATUS_STYLES: dict[Status, str] = {
     "done": "green",
     "running": "cyan",
@@ -108,15 +110,22 @@ def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
 
 
 def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events.
+    """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events, in order.
 
-    The first interval of each phase kind is left out where there are others: it holds allocation and warm-up.
+    Intervals with warm-up steps are left out (evaluation and checkpoints are in none); None where fewer than
+    LEAST_STEPS are left, which is no speed to keep. An interval counts as often as it has steps.
     """
     speeds: dict[str, list[float]] = {"fp": [], "qat": []}
+    before, kinds = 0, set()
     for record in records:
-        speeds["qat" if record["phase"].startswith("qat_") else "fp"].append(record["tokens_per_second"])
+        kind = "qat" if record["phase"].startswith("qat_") else "fp"
+        if not record.get("warmup", kind not in kinds):  # runs of before there was the mark: each kind's first one
+            speeds[kind] += [record["tokens_per_second"]] * (record["step"] - before)
+        kinds.add(kind)
+        before = record["step"]
     return {
-        f"tokens_per_second_{kind}": median(values[1:] or values) if values else None for kind, values in speeds.items()
+        f"tokens_per_second_{kind}": median(values) if len(values) >= LEAST_STEPS else None
+        for kind, values in speeds.items()
     }
 
 

@@ -87,9 +87,11 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
 
     with StopRequest(runtime) as stop:
         for step in range(first, timeline.steps):
-            with meter.pause():
-                if report := plugin.after_step(step, masters):
-                    log.switched(merge_reports(gather_stages(report, topology)))
+            if step in (first, timeline.switch_step):  # a branch begins with it
+                with meter.pause():
+                    if report := plugin.after_step(step, masters):
+                        log.switched(merge_reports(gather_stages(report, topology)))
+                        meter.cold()
             settings = timeline.at(step)
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
             apply_settings(engine, settings)
@@ -106,12 +108,14 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             stopped_by = stop.agreed()
             if due.metrics(done) or stopped_by:
                 log.metrics(done, meter.read(done, settings, engine))
-            with meter.pause():
-                log.console.advance(done)
-                if reason := due.checkpoint(done) or ("signal" if stopped_by else None):
-                    save(done, reason)
-                if due.validation(done):
-                    log.validation(done, validation_losses(engine, ["current"], validation, topology))
+            log.console.advance(done)
+            reason = due.checkpoint(done) or ("signal" if stopped_by else None)
+            if reason or due.validation(done):
+                with meter.pause():
+                    if reason:
+                        save(done, reason)
+                    if due.validation(done):
+                        log.validation(done, validation_losses(engine, ["current"], validation, topology))
             if stopped_by and done < timeline.steps:
                 log.stopped(done, stopped_by)
                 return Outcome("stopped", done, None)

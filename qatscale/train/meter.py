@@ -16,6 +16,9 @@ from qatscale.engine.runtime import Runtime
 from qatscale.model.sizes import flops_per_token, peak_flops
 from qatscale.timeline import StepSettings
 
+WARMUP_STEPS = 10
+"""Steps after a start or the switch that no speed of record counts: compilation, first allocations, cold caches."""
+
 
 def total_peak(device_name: str, devices: int, precision: Literal["fp32", "bf16"]) -> float | None:
     """FLOP/s that the devices could do at most in this precision; None where that is not known: no MFU is better than a
@@ -32,6 +35,7 @@ class Meter:
         self._tokens_per_step = config.tokens_per_step
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._peak = total_peak(runtime.device_name, runtime.ranks, precision)
+        self._since_cold = 0
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -40,6 +44,7 @@ class Meter:
         self._steps = 0
         self._data_seconds = 0.0
         self._paused = 0.0
+        self._warmup = self._since_cold < WARMUP_STEPS
         self._started = time.perf_counter()
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -49,6 +54,7 @@ class Meter:
 
     def end_step(self) -> None:
         self._steps += 1
+        self._since_cold += 1
 
     @contextmanager
     def data(self) -> Iterator[None]:
@@ -57,9 +63,14 @@ class Meter:
         yield
         self._data_seconds += time.perf_counter() - start
 
+    def cold(self) -> None:
+        """From here on other things are computed than before: warm-up begins anew. Between two intervals."""
+        self._since_cold, self._warmup = 0, True
+
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is not training: checkpoints, validation, the switch."""
+        """Time that is not training: checkpoints, validation, the switch. Waits for the device on both sides, so open
+        it where there is something to do and not in every step."""
         self._wait()
         start = time.perf_counter()
         yield
@@ -74,7 +85,8 @@ class Meter:
         """The interval's record, `step` steps done. Collective.
 
         `loss` is the mean over every token of the interval's steps on all processes; the rest but the speeds is of its
-        last step. FloatingPointError where the loss or a gradient is not finite: what follows would be noise.
+        last step. `warmup`: WARMUP_STEPS were not done when it began, and speeds of record leave it out
+        (`tracking.compare.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows would be noise.
         """
         if self._runtime.ranks > 1:
             dist.all_reduce(self._loss)
@@ -97,6 +109,7 @@ class Meter:
             "mfu": flops / self._peak if self._peak else None,
             "memory_gib": self._runtime.memory_gib(),
             "data_seconds": self._data_seconds,
+            "warmup": self._warmup,
         }
         self._start_interval()
         return record

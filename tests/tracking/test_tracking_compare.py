@@ -17,6 +17,7 @@ from qatscale.tracking.compare import (
     compare,
     comparison_table,
     list_runs,
+    median_speeds,
     perplexity,
     runs_table,
     tokens_per_second,
@@ -101,18 +102,28 @@ def test_a_comparison_has_every_view_and_both_speeds(study: Study) -> None:
 
 
 def test_a_run_that_is_not_done_is_judged_by_its_last_validation(make_run: MakeRun) -> None:
-    folder = make_run(scheme="fused", steps=100, switch=50, cooldown=20)
+    folder = make_run(scheme="fused", steps=200, switch=80, cooldown=20)
     folder.append("start", step=0)
     assert validation_losses(folder) == {}
     assert tokens_per_second(folder) == (None, None)
-    log_metrics(folder, 0, 40)
+    log_metrics(folder, 0, 50)
+    assert tokens_per_second(folder) == (None, None), "40 steps after the warm-up are no speed of record"
+    log_metrics(folder, 50, 80)
     assert tokens_per_second(folder) == (8000, None)
-    log_metrics(folder, 40, 80)
+    log_metrics(folder, 80, 160)
     assert tokens_per_second(folder) == (8000, 5000)
-    for step, view, loss in ((40, "fp", 3.0), (80, "fp", 2.9), (80, "quantized", 2.7)):
+    for step, view, loss in ((80, "fp", 3.0), (160, "fp", 2.9), (160, "quantized", 2.7)):
         folder.append("validation", step=step, tokens=0, view=view, loss=loss, perplexity=math.exp(loss))
     assert validation_losses(folder) == {"fp": 2.9, "quantized": 2.7}
     assert list_runs(folder.path.parent)[0].val_loss == 2.7
+
+
+def test_speeds_leave_warm_up_out_and_count_steps_not_lines() -> None:
+    """Two intervals of warm-up, then 40 steps at 100, and 20, in more lines, at 400."""
+    steps = [(5, 1.0, True), (10, 2.0, True), (50, 100.0, False), *((50 + i, 400.0, False) for i in range(1, 21))]
+    records = [{"step": s, "phase": "stable", "tokens_per_second": v, "warmup": w} for s, v, w in steps]
+    assert median_speeds(records) == {"tokens_per_second_fp": 100.0, "tokens_per_second_qat": None}
+    assert median_speeds(records[:-11])["tokens_per_second_fp"] is None, "49 steps"
 
 
 def test_a_loss_that_no_float_can_raise_e_to() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from driving import config, spec
 from fixed_tokens import write_fixed_tokens
 
+from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
+from qatscale.timeline import StepSettings
 from qatscale.train.evaluate import open_stream
-from qatscale.train.meter import total_peak
+from qatscale.train.meter import Meter, total_peak
 
 
 def test_the_peak_is_that_of_all_devices_and_known_for_bf16_alone() -> None:
@@ -49,3 +54,40 @@ def test_every_process_looks_at_the_sizes(altered: Path, tmp_path: Path, monkeyp
     (altered / "train.bin").write_bytes((altered / "longer").read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train\.(bin|idx)"):
         open_stream(config(spec("run", tmp_path, altered)), "train")
+
+
+class _Engine:
+    skipped_steps = 0
+
+    @staticmethod
+    def get_global_grad_norm() -> float:
+        return 1.0
+
+
+@pytest.fixture
+def meter(tmp_path: Path) -> Meter:
+    return Meter(config(spec("run", tmp_path, tmp_path)), Runtime(0, 1, 0, torch.device("cpu")), "fp32")
+
+
+def steps(meter: Meter, count: int) -> dict[str, Any]:
+    """The record of an interval of so many steps."""
+    for _ in range(count):
+        meter.add_loss(torch.tensor(2.0))
+        meter.end_step()
+    return meter.read(count, StepSettings("stable", False, 1e-3, (0.9, 0.95), 0.1), _Engine())
+
+
+def test_the_first_ten_steps_and_those_after_the_switch_are_marked_as_warm_up(meter: Meter) -> None:
+    assert [steps(meter, 4)["warmup"] for _ in range(5)] == [True, True, True, False, False]
+    meter.cold()
+    assert [steps(meter, 10)["warmup"] for _ in range(3)] == [True, False, False]
+
+
+def test_a_pause_does_not_count(meter: Meter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 seconds of which 8 are a checkpoint: 2 steps of 512 tokens in 2 seconds."""
+    clock = iter([0.0, 1.0, 9.0, 10.0, 10.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    meter._start_interval()
+    with meter.pause():
+        pass
+    assert steps(meter, 2)["tokens_per_second"] == 512.0
