@@ -86,7 +86,8 @@ class Meter:
 
         `loss` is the mean over every token of the interval's steps on all processes; the rest but the speeds is of its
         last step. `warmup`: WARMUP_STEPS were not done when it began, and speeds of record leave it out
-        (`tracking.compare.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows would be noise.
+        (`tracking.compare.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows
+        would be noise.
         """
         if self._runtime.ranks > 1:
             dist.all_reduce(self._loss)
