@@ -6,7 +6,10 @@ import atexit
 import logging
 import os
 import socket
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -105,11 +108,31 @@ def _import_deepspeed_quietly() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch renames two collectives and tells every process so; nothing a user of ours can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed.ops
-    import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+    with _hidden("mlflow"):  # where it is installed DeepSpeed's autotuner imports it in every process
+        import deepspeed.ops
+        import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+        import deepspeed.runtime.compiler as compiler
 
+    # ZeRO imports Muon to ask whether our optimizer is one, and Muon's decorators would load torch's compiler.
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    import deepspeed.runtime.zero.muon.original_muon
+
+    compiler.compile = compile_
     # DeepSpeed would compile a shared-memory all-reduce on CPU (45 s, needs a compiler) that only its inference uses,
     # and that leaves 66 MiB a rank in /dev/shm at every launch.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It prints the memory at every start, asked or not, and resets the peak that we report.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """A context in which importing `module` raises ImportError; one that is imported already stays what it is."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]

@@ -1,0 +1,24 @@
+"""What a training process loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+STARTED = """
+import sys, torch
+from qatscale.engine.runtime import start_runtime
+start_runtime()
+import deepspeed
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
+assert is_zero_supported_optimizer(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]))
+print(*(name for name in ("mlflow", "pandas", "torch._inductor.compile_fx") if name in sys.modules))
+import mlflow  # hidden from DeepSpeed alone
+torch.compile(lambda x: x + 1, backend="inductor")
+"""
+
+
+def test_a_trainer_loads_neither_mlflow_nor_the_compiler_for_deepspeeds_sake() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
