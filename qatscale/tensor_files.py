@@ -19,7 +19,12 @@ State = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
 SHARD_BYTES = 4 * 10**9
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+Types = torch.dtype | Mapping[str, torch.dtype]
+"""One type for all tensors, or each tensor's own."""
+_TYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
+    torch.uint32: "U32",
+}  # fmt: skip
 
 
 class LazyState(Mapping[str, Tensor]):
@@ -53,9 +58,11 @@ def renamed(state: State, names: Mapping[str, str]) -> State:
     return {new: state[old] for new, old in names.items()}
 
 
-def write_safetensors(
-    path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, read: Callable[[str], Tensor]
-) -> None:
+def type_of(name: str, types: Types) -> torch.dtype:
+    return types if isinstance(types, torch.dtype) else types[name]
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, Shape], types: Types, read: Callable[[str], Tensor]) -> None:
     """Write a safetensors file of tensors `read(name)`, in the order of `shapes`, holding one at a time.
 
     The format (huggingface.co/docs/safetensors): the header's length as a little-endian 64-bit number, the header in
@@ -65,6 +72,7 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
+        dtype = type_of(name, types)
         begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -74,7 +82,7 @@ def write_safetensors(
         for name, shape in shapes.items():
             tensor = read(name)
             assert tuple(tensor.shape) == tuple(shape), f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
-            plain = tensor.detach().to("cpu", dtype).contiguous()
+            plain = tensor.detach().to("cpu", type_of(name, types)).contiguous()
             file.write(plain.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

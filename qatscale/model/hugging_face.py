@@ -17,7 +17,17 @@ from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
 from qatscale.model.llama import parameter_shapes
-from qatscale.tensor_files import SHARD_BYTES, LazyState, Shape, State, renamed, shapes_of, write_safetensors
+from qatscale.tensor_files import (
+    SHARD_BYTES,
+    LazyState,
+    Shape,
+    State,
+    Types,
+    renamed,
+    shapes_of,
+    type_of,
+    write_safetensors,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE_TYPES = ("F32", "BF16", "F16")
@@ -142,8 +152,6 @@ def export_hugging_face(
     process calls this, with full (not partitioned) weights. Raises UserError when `folder` holds something already or
     the weights do not fit.
     """
-    from transformers import GenerationConfig
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("export folder", str(folder), "exists already and is not empty.", "Choose another one.")
@@ -154,30 +162,45 @@ def export_hugging_face(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        special = export_tokenizer(tokenizer_folder, partial) if tokenizer_folder else SpecialIds(None, None)
-        hugging_face_config(config, sequence_length, special, written_as).save_pretrained(partial)
-        _add_plain_theta(partial / "config.json", config.rope_theta)
-        GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(partial)
+        write_config(partial, config, sequence_length, tokenizer_folder, written_as)
         save_safetensors(state, partial, written_as)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _add_plain_theta(path: Path, theta: float) -> None:
-    """`rope_theta` also where transformers before 5 and llama.cpp look for it; they take 10,000 where it is missing."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": theta}, indent=2, sort_keys=True) + "\n")
+def write_config(
+    folder: Path,
+    config: ModelConfig,
+    sequence_length: int,
+    tokenizer_folder: Path | None,
+    dtype: torch.dtype,
+    further: Mapping[str, Any] | None = None,
+) -> None:
+    """Everything of a Hugging Face folder but its weights: config.json, generation_config.json, tokenizer.
+
+    `further`: keys of config.json beyond `LlamaConfig`'s. `rope_theta` is also written where transformers before 5,
+    mlx-lm and llama.cpp look for it; they take 10,000 where it is missing.
+    """
+    from transformers import GenerationConfig
+
+    special = export_tokenizer(tokenizer_folder, folder) if tokenizer_folder else SpecialIds(None, None)
+    hugging_face_config(config, sequence_length, special, dtype).save_pretrained(folder)
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | {"rope_theta": config.rope_theta} | dict(further or {})
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(folder)
 
 
-def save_safetensors(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
+def save_safetensors(state: State, folder: Path, types: Types, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `state` as model.safetensors, or in shards with an index where it is larger than `shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     shapes = shapes_of(state)
-    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    sizes = {name: torch.empty(s, dtype=type_of(name, types), device="meta") for name, s in shapes.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
     for file, names in plan.filename_to_tensors.items():
-        write_safetensors(folder / file, {name: shapes[name] for name in names}, dtype, state.__getitem__)
+        write_safetensors(folder / file, {name: shapes[name] for name in names}, types, state.__getitem__)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
