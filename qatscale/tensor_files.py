@@ -5,6 +5,7 @@ A model that is only passed on from one format to another never has to be in mem
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -62,8 +63,9 @@ def type_of(name: str, types: Types) -> torch.dtype:
     return types if isinstance(types, torch.dtype) else types[name]
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, Shape], types: Types, read: Callable[[str], Tensor]) -> None:
-    """Write a safetensors file of tensors `read(name)`, in the order of `shapes`, holding one at a time.
+def write_safetensors(path: Path, shapes: Mapping[str, Shape], types: Types, read: Callable[[str], Tensor]) -> str:
+    """Write a safetensors file of tensors `read(name)`, in the order of `shapes`, holding one at a time; it is on the
+    disk when this returns. Returns its SHA-256, taken while it is written: reading a checkpoint back costs as much.
 
     The format (huggingface.co/docs/safetensors): the header's length as a little-endian 64-bit number, the header in
     JSON with each tensor's type, shape and [begin, end) in what follows, the tensors. Raises OSError, e.g. for a full
@@ -77,12 +79,20 @@ def write_safetensors(path: Path, shapes: Mapping[str, Shape], types: Types, rea
         header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+
+        def put(content: bytes | memoryview) -> None:
+            file.write(content)
+            digest.update(content)
+
+        put(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             tensor = read(name)
             assert tuple(tensor.shape) == tuple(shape), f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
             plain = tensor.detach().to("cpu", type_of(name, types)).contiguous()
-            file.write(plain.view(-1).view(torch.uint8).numpy().data)
+            flat = plain.as_strided((plain.numel(),), (1,))  # a single element is contiguous whatever its stride
+            put(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()

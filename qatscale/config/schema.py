@@ -263,6 +263,10 @@ class CheckpointConfig(Section):
     """How many of the interval checkpoints stay. Those at phase boundaries and in `keep_at` always stay."""
     keep_at: list[PositiveTokens] = []
     """Further points to branch from, in tokens from the start."""
+    background: bool = True
+    """Write them beside the steps from a copy in host memory: 12 bytes per parameter, over all processes. A job that is
+    killed goes on from the newest complete one: it loses what it did since, one interval and the time of a write at
+    most. false = no copy, and training stands still until a checkpoint is on disk."""
 
 
 class EvaluationConfig(Section):

@@ -9,8 +9,7 @@ import torch
 
 from qatscale.config import config_hash, precision_of
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import rotate
-from qatscale.engine.checkpoints.save_load import save_checkpoint
+from qatscale.engine.checkpoints.save_load import describe
 from qatscale.engine.initialize import apply_settings
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
@@ -24,6 +23,7 @@ from qatscale.train.final import final_metrics, final_views
 from qatscale.train.job import Job, Plan, assemble, plan_run
 from qatscale.train.meter import Meter
 from qatscale.train.run_log import RunLog
+from qatscale.train.saver import Saver
 from qatscale.train.signals import StopRequest
 from qatscale.train.watch import Watch, collective_timeout
 
@@ -67,25 +67,31 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
     meter = Meter(config, runtime, precision_of(log.ds_config))
 
     def save(step: int, reason: str) -> None:
-        folder, kept = log.folder.checkpoints, reason in ("boundary", "end")
-        path = save_checkpoint(
-            folder,
+        draft = describe(
             masters,
             runtime,
             step=step,
             tokens=step * config.tokens_per_step,
             reason=reason,
-            kept=kept,
+            kept=reason in ("boundary", "end"),
             recipe_hash=config_hash(config),
             data=batches.stream.manifest.fingerprint,
             plugin=plugin.state(),
             layout=asdict(topology.layout),
         )
-        log.checkpoint(step, path, reason, kept)
-        if runtime.is_main:
-            rotate(folder, config.checkpoint.keep)
+        saver.save(draft)
 
-    with StopRequest(runtime) as stop:
+    saver = Saver(
+        log.folder.checkpoints,
+        masters,
+        runtime,
+        background=config.checkpoint.background,
+        keep=config.checkpoint.keep,
+        saved=lambda manifest, path: log.checkpoint(manifest.step, path, manifest.reason, manifest.kept),
+        notice=log.console.notice,
+    )
+    log.watch.waits_for = saver.waited_for
+    with StopRequest(runtime) as stop, saver:
         for step in range(first, timeline.steps):
             if step in (first, timeline.switch_step):  # a branch begins with it
                 with meter.pause():
@@ -109,6 +115,7 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             if due.metrics(done) or stopped_by:
                 log.metrics(done, meter.read(done, settings, engine))
             log.console.advance(done)
+            saver.poll()
             reason = due.checkpoint(done) or ("signal" if stopped_by else None)
             if reason or due.validation(done):
                 with meter.pause():
@@ -117,6 +124,7 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
                     if due.validation(done):
                         log.validation(done, validation_losses(engine, ["current"], validation, topology))
             if stopped_by and done < timeline.steps:
+                saver.wait()
                 log.stopped(done, stopped_by)
                 return Outcome("stopped", done, None)
 

@@ -76,6 +76,8 @@ class Watch:
         self.on_failure: Callable[[Fault, Fault], None] | None = None
         """Called once with the job's first failure and what there is to say of this process, before it ends; from
         whichever thread notices."""
+        self.waits_for: Callable[[], int | None] = lambda: None
+        """The thread that the main one waits for at this moment, if it does: then that one hangs, or does not."""
         self._silence = min(SILENCE, stall_timeout or SILENCE)
         self._period = min(PERIOD, self._silence / 5)
         self._step, self._slow, self._progress = 0, True, time.monotonic()
@@ -315,7 +317,7 @@ class Watch:
 
     def _note(self) -> Note:
         self._count += 1
-        frames = _main_thread()
+        frames = _stack(self.waits_for()) or _stack(threading.main_thread().ident)
         return {
             "rank": self.runtime.rank,
             "job": self._job,
@@ -347,13 +349,14 @@ class Watch:
             told = traceback.format_exception_only(error)[-1].strip()
             return self._fault_here(kind, told, "".join(traceback.format_exception(error)))
         waited = f"no progress for {time.monotonic() - self._progress:.0f} s"
-        stack = "".join(["The main thread stood at\n", *traceback.format_list(_main_thread())])
+        stands = {"The main thread stood at\n": threading.main_thread().ident, "and waited for\n": self.waits_for()}
+        stack = "".join("".join([said, *traceback.format_list(_stack(at))]) for said, at in stands.items() if at)
         return self._fault_here("witness" if self._board is not None else "stalled", waited, stack)
 
 
-def _main_thread() -> list[traceback.FrameSummary]:
-    """The main thread's stack, outermost first, without reading any source file."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+def _stack(thread: int | None) -> list[traceback.FrameSummary]:
+    """A thread's stack, outermost first, without reading any source file; empty where there is no such thread."""
+    frame = sys._current_frames().get(thread or 0)
     return traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False)[::-1]
 
 

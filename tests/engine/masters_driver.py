@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qatscale.config import load_run_config, merge_ds_config
 from qatscale.engine.checkpoints.files import find_checkpoint, list_checkpoints
-from qatscale.engine.checkpoints.save_load import load_checkpoint, save_checkpoint
+from qatscale.engine.checkpoints.save_load import describe, load_checkpoint, slices_of, write_checkpoint
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.runtime import start_runtime
@@ -96,8 +96,7 @@ def adam(masters: ZeroMasters) -> dict[str, list[float]]:
 
 
 def save(folder: Path, step: int) -> Path:
-    return save_checkpoint(
-        folder,
+    draft = describe(
         masters,
         runtime,
         step=step,
@@ -108,6 +107,7 @@ def save(folder: Path, step: int) -> Path:
         data="",
         plugin=plugin.state(),
     )
+    return write_checkpoint(folder, draft, slices_of(masters), runtime)
 
 
 def observe_masters() -> dict[str, Any]:

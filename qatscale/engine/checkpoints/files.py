@@ -19,17 +19,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qatscale.errors import UserError
 from qatscale.files import sha256_of, sync
+from qatscale.tensor_files import write_safetensors
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -165,15 +166,16 @@ def writing_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f".writing-step-{step:08d}"
 
 
-def write_shard(folder: Path, rank: int, ranks: int, slices: dict[str, Tensor]) -> dict[str, Any]:
-    """Write one process's slices and return {"name", "bytes", "sha256"}. Raises OSError, e.g. for a full disk."""
+def write_shard(folder: Path, rank: int, ranks: int, slices: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one process's slices, flat and in fp32, and return {"name", "bytes", "sha256"}. They may lie on a GPU: one
+    at a time is copied. Raises OSError, e.g. for a full disk."""
     path = folder / f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
+    shapes = {name: tuple(value.shape) for name, value in slices.items()}
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in slices.items()}, path)
-    except SafetensorError as error:  # what the library makes of an OSError
-        raise OSError(f"{path}: {error}") from error
-    sync(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        sha256 = write_safetensors(path, shapes, torch.float32, slices.__getitem__)
+    except OSError as error:  # of a write, which does not know its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
 
 def commit(checkpoints: Path, manifest: Manifest) -> Path:

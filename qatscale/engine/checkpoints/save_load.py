@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qatscale.engine.checkpoints.files import (
     ParameterRecord,
     commit,
     slice_name,
+    step_folder,
     verify_files,
     write_shard,
     writing_folder,
@@ -27,8 +29,7 @@ from qatscale.errors import UserError
 from qatscale.quant.plugin import merge_states
 
 
-def save_checkpoint(
-    checkpoints: Path,
+def describe(
     masters: ZeroMasters,
     runtime: Runtime,
     *,
@@ -40,73 +41,96 @@ def save_checkpoint(
     data: str,
     plugin: dict[str, Any],
     layout: dict[str, int] | None = None,
-) -> Path:
-    """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
-
-    A failure of any process (a full disk, say) is raised on all of them and leaves the former checkpoints as they were.
-    """
-    writing = writing_folder(checkpoints, step)
-    outcome: dict[str, Any] = {}
-    if runtime.is_main:
-        try:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-        except OSError as error:  # not raised yet: the others are on their way to the barrier
-            outcome = {"error": f"process 0: {error}"}
-    dist.barrier()
-    if not outcome:
-        try:
-            outcome = _write_own_share(writing, masters, runtime) | {"plugin": plugin}
-        except OSError as error:
-            outcome = {"error": f"process {runtime.rank}: {error}"}
-
-    outcomes: list[Any] = [None] * runtime.ranks
-    dist.all_gather_object(outcomes, outcome)
-    errors = [o["error"] for o in outcomes if "error" in o]
-    if not errors and runtime.is_main:
-        parameters = {name: record for o in outcomes for name, record in o["parameters"].items()}
-        manifest = Manifest(
-            step=step,
-            tokens=tokens,
-            reason=reason,
-            kept=kept,
-            recipe_hash=recipe_hash,
-            data=data,
-            plugin=merge_states(o["plugin"] for o in outcomes),
-            parameters=dict(sorted(parameters.items())),
-            layout={"processes": runtime.ranks, "zero_stage": masters.stage, **(layout or {})},
-            files={o["file"].pop("name"): o["file"] for o in outcomes},
-        )
-        try:
-            commit(checkpoints, manifest)
-        except OSError as error:
-            errors = [f"process 0: {error}"]
-    agreed: list[Any] = [errors]
-    dist.broadcast_object_list(agreed, src=0)
-    if agreed[0]:
-        if runtime.is_main:
-            shutil.rmtree(writing, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {step} was not written: {'; '.join(agreed[0])}")
-    return checkpoints / f"step-{step:08d}"
-
-
-def _write_own_share(writing: Path, masters: ZeroMasters, runtime: Runtime) -> dict[str, Any]:
-    """Write what this process holds; returns what the manifest has to know of it."""
-    slices: dict[str, Tensor] = {}
-    for partition, fragments in masters.by_partition().items():
-        state = masters.adam_state(partition)
-        for fragment in (fragment for fragment in fragments if fragment.saved):
-            sources = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
-            for kind, flat in sources.items():
-                name = slice_name(kind, fragment.name, fragment.start, fragment.columns)
-                slices[name] = fragment.of(flat)
-    return {
-        "file": write_shard(writing, runtime.rank, runtime.ranks, slices),
-        "parameters": {
+) -> Manifest:
+    """The manifest of a checkpoint of this moment, as far as this process knows it alone."""
+    return Manifest(
+        step=step,
+        tokens=tokens,
+        reason=reason,
+        kept=kept,
+        recipe_hash=recipe_hash,
+        data=data,
+        plugin=plugin,
+        parameters={
             f.name: ParameterRecord(list(masters.shapes[f.name]), masters.steps_taken(f.partition))
             for f in masters.fragments
         },
-    }
+        layout={"processes": runtime.ranks, "zero_stage": masters.stage, **(layout or {})},
+    )
+
+
+def slices_of(masters: ZeroMasters) -> dict[str, Tensor]:
+    """What this process writes: slice name -> its elements, flat, fp32; views of the masters and of Adam's state."""
+    slices: dict[str, Tensor] = {}
+    for partition, fragments in masters.by_partition().items():
+        state = masters.adam_state(partition)
+        sources = {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
+        for kind, flat in sources.items():
+            for fragment in fragments:
+                if fragment.saved:
+                    name = slice_name(kind, fragment.name, fragment.start, fragment.columns)
+                    slices[name] = fragment.of(flat)
+    return slices
+
+
+def write_checkpoint(
+    checkpoints: Path,
+    draft: Manifest,
+    slices: Mapping[str, Tensor],
+    runtime: Runtime,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
+
+    draft, slices: what each process has of it, from `describe` and `slices_of`. group: all processes; one of its own
+    (gloo) where other threads communicate meanwhile; None = the default group.
+    A failure of any process (a full disk, say) is raised on all of them and leaves the former checkpoints as they were.
+    """
+    writing = writing_folder(checkpoints, draft.step)
+
+    def make_folder() -> None:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+
+    def write_own_share() -> dict[str, Any]:
+        file = write_shard(writing, runtime.rank, runtime.ranks, slices)
+        return {"file": file, "plugin": draft.plugin, "parameters": draft.parameters}
+
+    def commit_all() -> None:
+        parameters = {name: record for share in shares for name, record in share["parameters"].items()}
+        manifest = replace(
+            draft,
+            plugin=merge_states(share["plugin"] for share in shares),
+            parameters=dict(sorted(parameters.items())),
+            files={share["file"].pop("name"): share["file"] for share in shares},
+        )
+        commit(checkpoints, manifest)
+
+    try:
+        _together(make_folder if runtime.is_main else None, runtime, group)
+        shares = _together(write_own_share, runtime, group)
+        _together(commit_all if runtime.is_main else None, runtime, group)
+    except OSError as error:
+        if runtime.is_main:
+            shutil.rmtree(writing, ignore_errors=True)
+        raise OSError(f"the checkpoint of step {draft.step} was not written: {error}") from error
+    return step_folder(checkpoints, draft.step)
+
+
+def _together(work: Callable[[], Any] | None, runtime: Runtime, group: dist.ProcessGroup | None) -> list[Any]:
+    """Do it on this process; what it gives on each of them. An OSError of one is raised on all. Collective."""
+    own: tuple[Any, str] = (None, "")
+    try:
+        own = (work() if work else None, "")
+    except OSError as error:  # not raised yet: the others are on their way to hear of it
+        own = (None, f"process {runtime.rank}: {error}")
+    outcomes = [own]
+    if runtime.ranks > 1:
+        outcomes *= runtime.ranks
+        dist.all_gather_object(outcomes, own, group=group)
+    if errors := [error for _, error in outcomes if error]:
+        raise OSError("; ".join(errors))
+    return [given for given, _ in outcomes]
 
 
 @torch.no_grad()

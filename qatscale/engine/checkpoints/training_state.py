@@ -29,7 +29,7 @@ from qatscale.engine.checkpoints.files import (
 from qatscale.engine.fragments import MOMENTS
 from qatscale.engine.initialize import optimizer_groups
 from qatscale.errors import UserError
-from qatscale.files import sha256_of, sync
+from qatscale.files import sync
 from qatscale.model.llama import Llama
 from qatscale.model.sizes import count_parameters
 from qatscale.quant.plugin import QatPlugin
@@ -184,8 +184,8 @@ def _write_checkpoint(state: TrainingState, checkpoints: Path, config: RunConfig
     for index, keys in enumerate(shards):
         path = writing / f"shard-{index:05d}-of-{len(shards):05d}.safetensors"
         shapes = {key: (numels[key],) for key in keys}
-        write_safetensors(path, shapes, torch.float32, lambda key: state.read(*slices[key]).flatten())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        sha256 = write_safetensors(path, shapes, torch.float32, lambda key: state.read(*slices[key]).flatten())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
     manifest = Manifest(
         step=state.step,
         tokens=state.step * config.tokens_per_step,
