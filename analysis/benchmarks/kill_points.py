@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 """Name -> (processes, overrides). Whatever a run can be laid out as belongs here."""
 
 STEPS, INTERVAL = 60, 4
+MOST_LOST = 2 * INTERVAL
+"""Steps: a checkpoint is written while the next interval is trained, and the next one waits for it."""
 BASE = [
     f"tokens={STEPS * 256}",
     f"checkpoint.interval={INTERVAL * 256}",
@@ -196,8 +198,8 @@ def _look(folder: Path, number: int, layout: str, point: str, ended: Ended) -> K
     newest = int(found[-1].name[-8:]) if found else 0
     steps = max(ended.steps, newest)  # killed before its first step
     kill = Kill(number, layout, point, ended.inside, steps, newest, len(found), ended.hung, hidden, ended.codes, wrong)
-    if kill.lost > INTERVAL:
-        wrong.append(f"lost {kill.lost} steps, an interval is {INTERVAL}")
+    if kill.lost > MOST_LOST:
+        wrong.append(f"lost {kill.lost} steps, with an interval of {INTERVAL}")
     return kill
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ WINDOW = 1.0
 GRACE = 30.0
 """Seconds that those who were not killed have to end by themselves. A launcher would end them sooner."""
 FILE_EVENTS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "shutil.rmtree"})
-"""Audit events before which a save can be cut. safetensors' own writing raises none; `saving` cuts into that."""
+"""Audit events before which a save can be cut. Writing into an open file raises none; `saving` cuts into that."""
 
 FORK = multiprocessing.get_context("fork")
 
@@ -209,10 +210,11 @@ def _train(
 def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
     """Keep the counters of this process. trap: (rank, save, file operation of it) to die at; save 0: none."""
     from qatscale.data.reader import BatchReader
-    from qatscale.train import loop
+    from qatscale.train.saver import Saver
 
     forked = time.perf_counter()
-    batch, save, rotate = BatchReader.batch, loop.save_checkpoint, loop.rotate
+    batch, save, write = BatchReader.batch, Saver.save, Saver._write
+    writer = 0
 
     def watched_batch(self: Any, step: int, *ranks: int) -> Any:
         if shared.step[rank] < 0:
@@ -220,32 +222,29 @@ def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
         shared.step[rank] = step
         return batch(self, step, *ranks)
 
-    def watched_save(*arguments: Any, step: int, **more: Any) -> Path:
-        shared.step[rank], shared.operations[rank] = step, 0
+    def watched_save(self: Any, draft: Any) -> None:
+        shared.step[rank] = draft.step
+        save(self, draft)
+
+    def watched_write(*arguments: Any) -> Path:
+        """In the thread that writes; rotation included."""
+        nonlocal writer
+        writer, shared.operations[rank] = threading.get_ident(), 0
         shared.begun[rank] += 1
         began = time.perf_counter()
-        path = save(*arguments, step=step, **more)
+        path = write(*arguments)
         shared.saving[rank] = max(shared.saving[rank], time.perf_counter() - began)
-        if rank:
-            over()
-        return path
-
-    def watched_rotate(*arguments: Any) -> Any:
-        removed = rotate(*arguments)
-        over()
-        return removed
-
-    def over() -> None:
         shared.ended[rank] += 1
         shared.most[rank] = max(shared.most[rank], shared.operations[rank])
+        return path
 
     def audit(event: str, _: tuple[Any, ...]) -> None:
-        if event in FILE_EVENTS and shared.in_a_save(rank):
+        if event in FILE_EVENTS and shared.in_a_save(rank) and threading.get_ident() == writer:
             shared.operations[rank] += 1
             # not every save has as many operations as the longest: then a later one is cut
             if rank == trap[0] and shared.begun[rank] >= trap[1] > 0 and shared.operations[rank] == trap[2]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     BatchReader.batch = watched_batch  # type: ignore[method-assign, assignment]
-    loop.save_checkpoint, loop.rotate = watched_save, watched_rotate  # type: ignore[assignment]
+    Saver.save, Saver._write = watched_save, watched_write  # type: ignore[method-assign, assignment]
     sys.addaudithook(audit)

@@ -30,13 +30,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.dist
-def test_no_kill_costs_more_than_an_interval_and_every_run_ends_as_if_it_had_not_been_killed(out: Path) -> None:
+def test_no_kill_costs_more_than_an_interval_and_a_write_and_every_run_ends_as_if_it_had_not_been_killed(out: Path) -> None:
     found = json.loads((out / "kill_points.json").read_text())
     assert found["wrong"] == []
     assert len(found["kills"]) == COUNT
     assert sum(run["kills"] for run in found["runs"]) == COUNT
     assert sum(kill["inside"] for kill in found["kills"]) >= 2
-    assert all(0 <= kill["steps"] - kill["newest"] <= 4 for kill in found["kills"])
+    assert all(0 <= kill["steps"] - kill["newest"] <= 8 for kill in found["kills"])
     text = (out / "kill_points.md").read_text()
     assert f"# {COUNT} random kills" in text
     assert "Wrong: nothing." in text
@@ -68,6 +68,6 @@ def test_the_script_tells_unreadable_checkpoints_lost_steps_and_other_ends(
     for other in others:
         shutil.rmtree(other)
     kill = kill_points._look(copy, 1, "ZeRO-3", "a point", ended)
-    assert kill.wrong == [f"lost {kill_points.STEPS - int(oldest.name[-8:])} steps, an interval is 4"]
+    assert kill.wrong == [f"lost {kill_points.STEPS - int(oldest.name[-8:])} steps, with an interval of 4"]
     (copy / "done.json").unlink()
     assert kill_points.differences(copy, whole) == ["it did not come to its end"]
