@@ -24,15 +24,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qatscale.errors import UserError
+from qatscale.quant.kernels.dispatch import FakeQuantize
+from qatscale.quant.kernels.reference import ALPHA_FLOOR, decode_, encode, rows_of
 
-ALPHA_FLOOR = 1e-5
-"""The forward and backward pass use max(α, ALPHA_FLOOR), as released. The gradient still reaches an α below it."""
 SEQ_CLIP = 0.99
 
 PTQ_COARSE = 40
@@ -90,21 +90,29 @@ class Quantizer:
         in fp32 (float64 for float64 inputs). Autograd keeps references to w and α only, and recomputes the rest.
         """
         _check_shapes(w, alpha)
-        return _FakeQuantize.apply(w, alpha, self, grad_factor)
+        return FakeQuantize.apply(w, alpha, self, grad_factor, None)
+
+    def straight_through(self, w: Tensor, alpha: Tensor, quantized: Tensor, grad_factor: float = 1.0) -> Tensor:
+        """`fake_quantize(w, alpha, grad_factor)` where its value is there already, as `quantized`.
+
+        The result lies in the memory of `quantized`; gradients are computed from w and α.
+        """
+        _check_shapes(w, alpha)
+        return FakeQuantize.apply(w, alpha, self, grad_factor, quantized)
 
     @torch.no_grad()
     def codes(self, w: Tensor, alpha: Tensor) -> Tensor:
         """The integer code of every weight: int8, w's shape, values among `code_values`."""
         _check_shapes(w, alpha)
-        return _encode(self, *_rows(w, alpha)).to(torch.int8).reshape(w.shape)
+        return encode(self, *rows_of(w, alpha)).to(torch.int8).reshape(w.shape)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, alpha: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The weights that `codes` stand for. With dtype = w's (None: α's) exactly what `fake_quantize(w, α)` gives."""
         _check_shapes(codes, alpha)
         compute = torch.promote_types(torch.promote_types(dtype or alpha.dtype, alpha.dtype), torch.float32)
-        _, a = _rows(codes, alpha, compute)
-        values = _decode_(self, codes.to(compute).reshape(a.shape[0], -1), a)
+        _, a = rows_of(codes, alpha, compute)
+        values = decode_(self, codes.to(compute).reshape(a.shape[0], -1), a)
         return values.to(dtype or alpha.dtype).reshape(codes.shape)
 
     @torch.no_grad()
@@ -167,7 +175,8 @@ class Quantizer:
         return torch.where(better, alpha, best), torch.where(better, error, least)
 
     def _squared_error(self, target: Tensor, alpha: Tensor) -> Tensor:
-        return _decode_(self, *_encoded(self, target, alpha)).sub_(target).square_().sum(-1)
+        x, a = rows_of(target, alpha)
+        return decode_(self, encode(self, x, a), a).sub_(target).square_().sum(-1)
 
 
 def _lsq(bits: int) -> Quantizer:
@@ -208,91 +217,3 @@ def _check_shapes(w: Tensor, alpha: Tensor) -> None:
     per_group = alpha.dim() == w.dim() and alpha.shape[:-1] == w.shape[:-1]
     if not per_row and not (per_group and alpha.shape[-1] > 0 and w.shape[-1] % alpha.shape[-1] == 0):
         raise ValueError(f"a scale of shape {list(alpha.shape)} does not fit a weight of shape {list(w.shape)}")
-
-
-def _rows(w: Tensor, alpha: Tensor, compute: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """w as [rows, channels that share a scale], still in its dtype, and the floored α as [rows, 1] in fp32 or float64.
-
-    fp32 α against bf16 w: torch promotes element by element inside the next operation, so that no fp32 copy is made.
-    """
-    if compute is None:
-        compute = torch.promote_types(torch.promote_types(w.dtype, alpha.dtype), torch.float32)
-    shared = w.shape[-1] if alpha.dim() < w.dim() else w.shape[-1] // alpha.shape[-1]
-    return w.reshape(alpha.numel(), shared), alpha.reshape(-1, 1).to(compute).clamp_min(ALPHA_FLOOR)
-
-
-def _encode(quantizer: Quantizer, x: Tensor, a: Tensor) -> Tensor:
-    """Codes as floating-point numbers, in a tensor of their own. x: [rows, k], a: [rows, 1]."""
-    if quantizer.name == "binary":
-        return _sign_(x.to(a.dtype, copy=True))
-    return _round_(quantizer, (x / a).clamp_(quantizer.low, quantizer.high))
-
-
-def _sign_(x: Tensor) -> Tensor:
-    """+1 where x >= 0 (also -0.), else -1, in place."""
-    return x.ge_(0).mul_(2).sub_(1)
-
-
-def _encoded(quantizer: Quantizer, w: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    x, a = _rows(w, alpha)
-    return _encode(quantizer, x, a), a
-
-
-def _round_(quantizer: Quantizer, clipped: Tensor) -> Tensor:
-    """From v inside [low, high] to codes, in place. LSQ clips after rounding: the same, as its bounds are whole."""
-    if quantizer.steps != 1:
-        clipped.mul_(quantizer.steps)
-    if quantizer.shift:
-        clipped.sub_(quantizer.shift)
-    return clipped.round_()
-
-
-def _decode_(quantizer: Quantizer, codes: Tensor, a: Tensor) -> Tensor:
-    """(code + shift)·(α/steps), in place: to the bit ((code + shift)/steps)·α, for steps 1, 2 or codes -1, 0, 1."""
-    if quantizer.shift:
-        codes.add_(quantizer.shift)
-    return codes.mul_(a if quantizer.steps == 1 else a * (1 / quantizer.steps))
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Keeps (w, α) for backward: under ZeRO-3 these are the parameters, which are gathered again by then."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, alpha: Tensor, quantizer: Quantizer, grad_factor: float) -> Tensor:
-        ctx.save_for_backward(w, alpha)
-        ctx.quantizer, ctx.grad_factor = quantizer, grad_factor
-        return _decode_(quantizer, *_encoded(quantizer, w, alpha)).to(w.dtype).reshape(w.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        w, alpha = ctx.saved_tensors
-        quantizer: Quantizer = ctx.quantizer
-        x, a = _rows(w, alpha)
-        upstream = grad.reshape(x.shape)
-        v = x / a
-        clipped = v.clamp(quantizer.low, quantizer.high)
-        # 1. or 0.; boolean masks take ten times as long on CPUs.
-        inside = clipped.clone().eq_(v)
-
-        grad_w, grad_alpha = None, None
-        if ctx.needs_input_grad[1]:
-            slope = _slope_(quantizer, x, v, clipped, inside)
-            grad_alpha = slope.mul_(upstream).sum(-1).mul_(ctx.grad_factor).to(alpha.dtype).reshape(alpha.shape)
-        if ctx.needs_input_grad[0]:
-            grad_w = inside.mul_(upstream).to(w.dtype).reshape(w.shape)
-        return grad_w, grad_alpha, None, None
-
-
-def _slope_(quantizer: Quantizer, x: Tensor, v: Tensor, clipped: Tensor, inside: Tensor) -> Tensor:
-    """dŵ/dα of every weight: inside, q - v; outside, the outermost level. Overwrites `v` and `clipped`."""
-    if quantizer.name == "binary":
-        return _sign_(v.copy_(x))
-    slope = _round_(quantizer, clipped)
-    if quantizer.shift:
-        slope.add_(quantizer.shift)
-    if quantizer.name == "ternary":
-        # Outside, the released slope is ±1, the bare code c, and not the level ±2/3. Inside, c - (v + c/3) = q - v.
-        return slope.sub_(v.add_(slope, alpha=1 - 1 / quantizer.steps).mul_(inside))
-    if quantizer.steps != 1:
-        slope.mul_(1 / quantizer.steps)
-    return slope.sub_(v.mul_(inside))

@@ -1,0 +1,73 @@
+"""One autograd function for every quantizer, and which implementation computes its two passes.
+
+CUDA in fp32 or bf16: the Triton kernels, behind two operators that torch.compile takes as they are. CPU: blocks that
+stay in the cache; but inside a compiled region the plain arithmetic, which the compiler fuses into a loop of its own.
+All else (float64, other devices, tensors that only stand for others): the plain arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qatscale.quant.kernels import cpu, operators, reference
+
+if TYPE_CHECKING:
+    from qatscale.quant.quantizers import Quantizer
+
+
+class FakeQuantize(torch.autograd.Function):
+    """(w, α) to ŵ. Keeps w and α for backward: under ZeRO-3 these are the parameters, which are gathered again by then.
+
+    quantized: ŵ, where it is known already; then it is what forward returns, in the same memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, w: Tensor, alpha: Tensor, quantizer: Quantizer, grad_factor: float, quantized: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(w, alpha)
+        ctx.quantizer, ctx.grad_factor = quantizer, grad_factor
+        return quantize(quantizer, w, alpha) if quantized is None else quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        w, alpha = ctx.saved_tensors
+        grad_w, grad_alpha = gradients(ctx.quantizer, grads[0], w, alpha, ctx.grad_factor)
+        needs_w, needs_alpha, *_ = ctx.needs_input_grad
+        return grad_w if needs_w else None, grad_alpha if needs_alpha else None, None, None, None
+
+
+def quantize(quantizer: Quantizer, w: Tensor, alpha: Tensor) -> Tensor:
+    """ŵ by the implementation for these tensors."""
+    match _implementation(w, alpha):
+        case "triton":
+            return operators.quantize(w, alpha, quantizer.width)
+        case "cpu":
+            return cpu.quantize(quantizer, w, alpha)
+        case _:
+            return reference.quantize(quantizer, w, alpha)
+
+
+def gradients(
+    quantizer: Quantizer, grad: Tensor, w: Tensor, alpha: Tensor, grad_factor: float
+) -> tuple[Tensor, Tensor]:
+    """(dL/dw, dL/dα) by the implementation for these tensors."""
+    match _implementation(w, alpha):
+        case "triton":
+            return operators.gradients(grad, w, alpha, quantizer.width, grad_factor)
+        case "cpu":
+            return cpu.gradients(quantizer, grad, w, alpha, grad_factor)
+        case _:
+            return reference.gradients(quantizer, grad, w, alpha, grad_factor)
+
+
+def _implementation(w: Tensor, alpha: Tensor) -> Literal["triton", "cpu", "reference"]:
+    if reference.compute_dtype(w, alpha) != torch.float32:
+        return "reference"
+    if w.is_cuda:
+        return "triton"
+    plain = w.device.type == "cpu" and not torch.compiler.is_compiling() and type(w) in (Tensor, nn.Parameter)
+    return "cpu" if plain else "reference"
