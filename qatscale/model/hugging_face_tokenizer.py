@@ -106,7 +106,7 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
     shutil.copyfile(path, out / SENTENCEPIECE_FILE)
 
     exported = PreTrainedTokenizerFast.from_pretrained(out)
-    proto = _model_proto(path.read_bytes())
+    proto = model_proto(path.read_bytes())
     unusual = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED, p.UNUSED)]
     for text in (*PROBES, *(f"a{name} b" for name in unusual)):
         if exported.encode(text) != processor.encode(text):
@@ -115,7 +115,7 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
     return SpecialIds(*(index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id())))
 
 
-def _model_proto(model: bytes) -> Any:
+def model_proto(model: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2.ModelProto.FromString(model)
@@ -129,7 +129,7 @@ def fast_tokenizer(model: bytes) -> Tokenizer:
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
-    proto = _model_proto(model)
+    proto = model_proto(model)
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     if trainer.model_type != trainer.BPE:
         kind = trainer.ModelType.Name(trainer.model_type).lower()

@@ -1,0 +1,113 @@
+"""GGUF's quantized blocks, made from whole numbers and their unit: none of ggml's quantizers, which choose scales anew.
+
+Layouts are those of llama.cpp's ggml-common.h. A block is `width` neighbouring weights of a row with their fp16 scale d
+(= the unit of `Grid`); sub-block scales, where there are any, are set to constants:
+
+=====  ==========================================  ========================
+type   a weight is                                 so that integers are
+=====  ==========================================  ========================
+TQ2_0  d · (q - 1), q < 4                          -1, 0, 1
+Q2_K   d · sc · q - dmin · m, sc = 2, m = 3        2q - 3: ±1, ±3
+Q3_K   d · (sc - 32) · (q - 4), sc = 33            -4 ... 3
+Q4_0   d · (q - 8)                                 -8 ... 7
+Q5_0   d · (q - 16)                                -16 ... 15
+Q6_K   d · sc · (q - 32), sc = 1                   -32 ... 31
+Q8_0   d · q                                       -128 ... 127
+=====  ==========================================  ========================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Blocks = np.ndarray
+"""Integers as uint8 codes q or int8, [blocks, width]."""
+
+
+@dataclass(frozen=True)
+class BlockType:
+    name: str
+    number: int
+    """ggml_type."""
+    width: int
+    size: int
+    """Bytes of a block."""
+    low: int
+    high: int
+    """The integers it holds."""
+    file_type: int
+    """llama_ftype of a file that is mostly of this type."""
+    encode: Callable[[Blocks, np.ndarray], np.ndarray]
+    """(integers int16 [blocks, width], d as bytes [blocks, 2]) -> uint8 [blocks, size]."""
+
+
+def _nibbles(q: np.ndarray, run: int) -> np.ndarray:
+    """Of every 2·run codes, the first `run` in the low and the others in the high halves of `run` bytes."""
+    pair = (q & 0xF).reshape(len(q), -1, 2, run)
+    return (pair[:, :, 0] | (pair[:, :, 1] << 4)).reshape(len(q), -1)
+
+
+def _pairs(q: np.ndarray) -> np.ndarray:
+    """2 bits each: of every 128 codes, number 32·i + j in bits 2·i of byte j."""
+    four = (q & 3).reshape(len(q), -1, 4, 32)
+    return (four[:, :, 0] | (four[:, :, 1] << 2) | (four[:, :, 2] << 4) | (four[:, :, 3] << 6)).reshape(len(q), -1)
+
+
+def _constant(like: np.ndarray, values: list[int]) -> np.ndarray:
+    return np.tile(np.array(values, np.uint8), (len(like), 1))
+
+
+def _tq2_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.hstack([_pairs((n + 1).astype(np.uint8)), d])
+
+
+def _q2_k(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.hstack([_constant(n, [2 | 3 << 4] * 16), _pairs(((n + 3) // 2).astype(np.uint8)), d, d])
+
+
+def _q3_k(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    q = (n + 4).astype(np.uint8)
+    # bit i of byte j: the third bit of number 32·i + j; the sixteen 6-bit scales are all 33 = 0b10_0001
+    high = np.packbits((q >> 2).reshape(len(q), 8, 32).transpose(0, 2, 1), axis=-1, bitorder="little")
+    return np.hstack([high.reshape(len(q), 32), _pairs(q), _constant(n, [0x11] * 8 + [0xAA] * 4), d])
+
+
+def _q4_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.hstack([d, _nibbles((n + 8).astype(np.uint8), 16)])
+
+
+def _q5_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    q = (n + 16).astype(np.uint8)
+    return np.hstack([d, np.packbits(q >> 4, axis=-1, bitorder="little"), _nibbles(q, 16)])
+
+
+def _q6_k(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    q = (n + 32).astype(np.uint8)
+    return np.hstack([_nibbles(q, 64), _pairs(q >> 4), _constant(n, [1] * 16), d])
+
+
+def _q8_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.hstack([d, n.astype(np.int8).view(np.uint8)])
+
+
+TQ2_0 = BlockType("TQ2_0", 35, 256, 66, -1, 1, 37, _tq2_0)
+Q2_K = BlockType("Q2_K", 10, 256, 84, -3, 3, 10, _q2_k)
+Q3_K = BlockType("Q3_K", 11, 256, 110, -4, 3, 11, _q3_k)
+Q4_0 = BlockType("Q4_0", 2, 32, 18, -8, 7, 2, _q4_0)
+Q5_0 = BlockType("Q5_0", 6, 32, 22, -16, 15, 8, _q5_0)
+Q6_K = BlockType("Q6_K", 14, 256, 210, -32, 31, 18, _q6_k)
+Q8_0 = BlockType("Q8_0", 8, 32, 34, -128, 127, 7, _q8_0)
+
+
+def to_blocks(kind: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """integers: int8 [rows, in], d: float16 [rows, groups] -> uint8 [rows, bytes of a row]."""
+    rows, channels = integers.shape
+    assert kind.low <= integers.min() and integers.max() <= kind.high  # noqa: PT018 - one range
+    count = channels // kind.width
+    per_block = np.repeat(d.astype("<f2"), count // d.shape[1], axis=1).reshape(-1, 1).view(np.uint8)
+    blocks = kind.encode(integers.reshape(-1, kind.width).astype(np.int16), per_block)
+    assert blocks.shape == (rows * count, kind.size)
+    return blocks.reshape(rows, -1)

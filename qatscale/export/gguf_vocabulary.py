@@ -1,0 +1,111 @@
+"""A tokenizer as metadata of a GGUF file, which llama.cpp makes its own from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qatscale.errors import UserError
+from qatscale.model.hugging_face_tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, model_proto
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (np.int32(number) for number in range(1, 7))
+"""llama_token_type; SentencePiece numbers its pieces alike."""
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {_GPT2: "gpt-2", _LLAMA3: "llama-bpe"}
+"""How text is cut before pieces are merged -> llama.cpp's name of it, where it has one."""
+
+
+def vocabulary(folder: Path | None, rows: int) -> dict[str, Any]:
+    """Keys of a GGUF file for the tokenizer in `folder`, with as many tokens as the model has `rows`.
+
+    None: no tokenizer, ids only. UserError for one that llama.cpp does not have.
+    """
+    if folder is None:
+        return {"tokenizer.ggml.model": "no_vocab"}
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        return _sentencepiece((folder / SENTENCEPIECE_FILE).read_bytes(), rows)
+    return _byte_level(folder, rows)
+
+
+def _sentencepiece(model: bytes, rows: int) -> dict[str, Any]:
+    proto = model_proto(model)
+    spec, trainer = proto.normalizer_spec, proto.trainer_spec
+    if trainer.model_type != trainer.BPE:
+        raise _no_such(f"a SentencePiece {trainer.ModelType.Name(trainer.model_type).lower()} model")
+    if spec.remove_extra_whitespaces or spec.precompiled_charsmap:
+        raise _no_such("a tokenizer that normalises text")
+    pieces = [(piece.piece, piece.score, np.int32(piece.type)) for piece in proto.pieces]
+    special = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
+    tokens, scores, kinds = zip(*pieces, *_padding(len(pieces), rows), strict=True)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": list(tokens),
+        "tokenizer.ggml.scores": list(scores),
+        "tokenizer.ggml.token_type": list(kinds),
+        **{f"tokenizer.ggml.{name}_token_id": number for name, number in special.items() if number >= 0},
+        **_NOTHING_ADDED,
+        "tokenizer.ggml.add_space_prefix": bool(spec.add_dummy_prefix),
+    }
+
+
+_NOTHING_ADDED = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False}
+"""Documents were encoded without a token before them."""
+
+
+def _padding(count: int, rows: int) -> list[tuple[str, float, np.int32]]:
+    """Rows of the embedding that no piece belongs to."""
+    return [(f"[PAD{index}]", -1000.0, UNUSED) for index in range(count, rows)]
+
+
+def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
+    content = json.loads((folder / HUGGING_FACE_FILE).read_text())
+    split = _split_of(content)
+    if content["model"]["type"] != "BPE" or split not in _SPLITS or content["normalizer"] is not None:
+        raise _no_such(f"a {content['model']['type']} tokenizer that cuts and normalises text as this one does")
+    added = {token["id"]: token for token in content["added_tokens"]}
+    names = {number: piece for piece, number in content["model"]["vocab"].items()}
+    names |= {number: token["content"] for number, token in added.items()}
+    kinds = {number: CONTROL if token["special"] else USER_DEFINED for number, token in added.items()}
+    tokens = [names.get(number, f"[PAD{number}]") for number in range(rows)]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _SPLITS[split],
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [kinds.get(n, NORMAL) if n in names else UNUSED for n in range(rows)],
+        "tokenizer.ggml.merges": merges,
+        **_special_ids(folder),
+        **_NOTHING_ADDED,
+    }
+
+
+def _split_of(content: dict[str, Any]) -> str | None:
+    """The pattern by which a byte-level tokenizer cuts text; None for another kind."""
+    steps = content["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(steps) != len(patterns) + 1:
+        return None
+    if not patterns:
+        return _GPT2 if last.get("use_regex", True) else None
+    return patterns[0] if len(patterns) == 1 and not last.get("use_regex", True) else None
+
+
+def _special_ids(folder: Path) -> dict[str, int]:
+    from transformers import PreTrainedTokenizerFast
+
+    loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+    ids = {"bos": loaded.bos_token_id, "eos": loaded.eos_token_id, "unknown": loaded.unk_token_id}
+    return {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
+
+
+def _no_such(what: str) -> UserError:
+    do = "Add --tokenizer none for a file of ids only, with the tokenizer's files beside it; or choose another format."
+    return UserError("--format", "gguf", f"llama.cpp has no tokenizer like {what}.", do)

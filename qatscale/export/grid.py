@@ -1,0 +1,83 @@
+"""A quantized matrix as every format stores it: whole numbers times a unit.
+
+A level of `quantizers.py` is (code + shift)/steps in units of α. Written as `integer · unit`, with
+
+========  ==============  ===============
+bits      integers        unit
+========  ==============  ===============
+1         ±1              α
+1.58      -1, 0, 1        α · (1/1.5)
+2         ±1, ±3          α/4
+3 ... 8   -2^(b-1) ...    α
+========  ==============  ===============
+
+the product in fp32 is, to the bit, the weight that the forward pass computes in fp32: the factors of 2 are exact, and
+ternary levels are computed as code · (α · (1/1.5)) there too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qatscale.quant.quantizers import ALPHA_FLOOR, Quantizer
+
+
+def lowest_integer(quantizer: Quantizer) -> int:
+    return {"binary": -1, "ternary": -1, "seq": -3, "lsq": -quantizer.qn}[quantizer.name]
+
+
+def integer_step(quantizer: Quantizer) -> int:
+    """Distance of neighbouring integers: 2 where only odd ones occur."""
+    return 2 if quantizer.name in ("binary", "seq") else 1
+
+
+def signed_bits(quantizer: Quantizer) -> int:
+    """Bits of a two's complement number that holds every integer."""
+    return {"binary": 2, "ternary": 2, "seq": 3}.get(quantizer.name, quantizer.storage_bits)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One matrix."""
+
+    quantizer: Quantizer
+    codes: Tensor
+    """int8 [rows, in], as `Quantizer.codes` gives them."""
+    unit: Tensor
+    """fp32 [rows, groups]; each group is in/groups neighbouring input channels."""
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, codes: Tensor, alpha: Tensor) -> Grid:
+        """alpha: [rows] or [rows, groups], as the forward pass sees it, which raises it to ALPHA_FLOOR."""
+        scale = alpha.float().clamp_min(ALPHA_FLOOR).reshape(len(codes), -1)
+        if quantizer.name == "seq":
+            scale = scale / 4
+        elif quantizer.name == "ternary":
+            scale = scale * (1 / quantizer.steps)
+        return cls(quantizer, codes, scale)
+
+    @property
+    def integers(self) -> Tensor:
+        """int8 [rows, in]."""
+        return 2 * self.codes + 1 if self.quantizer.name == "seq" else self.codes
+
+    @property
+    def unsigned(self) -> Tensor:
+        """int8 [rows, in], 0 for the lowest level and one more for each next; 8 bits do not fit and wrap around."""
+        lowest, step = lowest_integer(self.quantizer), integer_step(self.quantizer)
+        return ((self.integers.to(torch.int16) - lowest) // step).to(torch.uint8).view(torch.int8)
+
+    def with_unit(self, unit: Tensor) -> Grid:
+        return replace(self, unit=unit)
+
+    def taking(self, rows: Tensor) -> Grid:
+        """The rows of these indices, with their scales."""
+        return replace(self, codes=self.codes[rows], unit=self.unit[rows])
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights, [rows, in]: the product in fp32, rounded to `dtype`."""
+        rows, groups = self.unit.shape
+        return (self.integers.float().view(rows, groups, -1) * self.unit.unsqueeze(-1)).view(rows, -1).to(dtype)

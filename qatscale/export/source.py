@@ -1,0 +1,203 @@
+"""The checkpoint that is exported: its recipe, and its parameters one at a time as the trained forward pass saw them.
+
+Codes are those of our own quantizer with the very scale of the forward pass: DeepSpeed's bf16 mode casts weights and
+scales to bf16, so both are rounded here before anything is computed from them. A checkpoint of any layout is read; at
+most one parameter is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatscale.config import load_ds_config, load_run_config, precision_of
+from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, verify_files
+from qatscale.errors import UserError
+from qatscale.export.grid import Grid
+from qatscale.model.llama import Llama, is_norm, parameter_shapes
+from qatscale.quant.quantizers import Quantizer, get_quantizer
+from qatscale.quant.selection import select
+from qatscale.timeline import build_timeline
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the model, and how training quantized it."""
+
+    name: str
+    """Ours; a tied head is the embedding."""
+    shape: tuple[int, ...]
+    quantizer: Quantizer | None
+    """None = stays in full precision."""
+    groups: int = 1
+    """Scales per row."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def group(self) -> int:
+        """Input channels that share a scale."""
+        return self.shape[-1] // self.groups
+
+    @property
+    def scales(self) -> int:
+        return self.shape[0] * self.groups if self.quantizer else 0
+
+    @property
+    def is_norm(self) -> bool:
+        return is_norm(self.name)
+
+    @property
+    def is_table(self) -> bool:
+        """Looked up by token: the embedding, also where it is the head too."""
+        return self.name == "embed.weight"
+
+    def __str__(self) -> str:
+        bits = f"{self.quantizer.width} bits, " if self.quantizer else ""
+        return f"{self.name} ({bits}{' x '.join(map(str, self.shape))})"
+
+
+@dataclass
+class Source:
+    """An opened checkpoint."""
+
+    folder: Path
+    config: RunConfig
+    dtype: torch.dtype
+    """Of weights and scales in training's forward pass: fp32 or bf16."""
+    manifest: Manifest
+    ptq_bits: float | None
+    """The scales are searched for now, by post-training quantization to so many bits; None = they were trained."""
+    parameters: list[Parameter]
+    reader: CheckpointReader = field(repr=False)
+    _last: tuple[str, Grid] | None = field(default=None, repr=False)
+
+    @property
+    def switched_at(self) -> int | None:
+        """Optimizer steps before the switch to QAT; None = there was none up to this checkpoint."""
+        return self.manifest.plugin["switched_at"]
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(parameter.quantizer for parameter in self.parameters)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return build_timeline(self.config).steps
+
+    @property
+    def is_imported(self) -> bool:
+        """Not trained by this run: its step says nothing about being finished."""
+        return self.manifest.reason == "imported"
+
+    @property
+    def is_unfinished(self) -> bool:
+        return not self.is_imported and self.manifest.step < self.steps
+
+    @property
+    def view(self) -> str:
+        """The name of what is exported among the views of `qatscale evaluate`."""
+        if self.ptq_bits is not None:
+            return f"ptq{self.ptq_bits:g}"
+        return "fp" if self.switched_at is None else "quantized"
+
+    def plain(self, parameter: Parameter) -> Tensor:
+        """The parameter itself in `dtype`. UserError where it holds NaN or infinity."""
+        value = self.reader.parameter(parameter.name).to(self.dtype)
+        _check_finite(value, parameter.name)
+        return value
+
+    def grid(self, parameter: Parameter) -> Grid:
+        """Codes and scales. The last one is kept, for formats that ask for both in turn."""
+        assert parameter.quantizer is not None
+        if self._last is None or self._last[0] != parameter.name:
+            self._last = None
+            weight = self.plain(parameter)
+            scale = self._scale(parameter, weight)
+            codes = parameter.quantizer.codes(weight, scale)
+            self._last = parameter.name, Grid.of(parameter.quantizer, codes, scale)
+        return self._last[1]
+
+    def _scale(self, parameter: Parameter, weight: Tensor) -> Tensor:
+        assert parameter.quantizer is not None
+        if self.ptq_bits is not None:
+            return parameter.quantizer.ptq_scale(weight, self.config.qat.group_size)
+        name = f"{parameter.name}_scale"
+        scale = self.reader.parameter(name).to(self.dtype)
+        _check_finite(scale, name)
+        return scale
+
+
+def _check_finite(value: Tensor, name: str) -> None:
+    if not torch.isfinite(value).all():
+        raise UserError("checkpoint", None, f"{name} holds NaN or infinity.", "Export an earlier checkpoint.")
+
+
+def open_source(
+    what: str, *, ptq_bits: float | None = None, unfinished: bool = False, data: Path | None = None
+) -> Source:
+    """Open a checkpoint, named as `find_checkpoint` takes it; every byte of it is checked.
+
+    ptq_bits: quantize now, to so many bits; only where nothing was trained quantized.
+    unfinished: accept a checkpoint from before the run's end.
+    data: prepared data instead of the run's own.
+    """
+    folder = find_checkpoint(what)
+    recipe = folder.resolve().parent.parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    config = load_run_config(recipe, [f"data.path={data}"] if data else [])
+    reader = CheckpointReader(folder)
+    verify_files(folder, reader.manifest)
+    precision = precision_of(load_ds_config(config.engine.ds_config))
+    source = Source(
+        folder=folder,
+        config=config,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        manifest=reader.manifest,
+        ptq_bits=ptq_bits,
+        parameters=_parameters(config, reader.manifest.plugin, ptq_bits),
+        reader=reader,
+    )
+    if source.is_unfinished and not unfinished:
+        at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not come down"
+        missing = ", and it has not switched to QAT" if _is_before_the_switch(source) else ""
+        do = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
+        raise UserError("checkpoint", what, f"{at}{missing}.", do)
+    return source
+
+
+def _is_before_the_switch(source: Source) -> bool:
+    return source.config.qat.scheme != "fp" and source.switched_at is None
+
+
+def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | None) -> list[Parameter]:
+    switched = plugin["switched_at"] is not None
+    if ptq_bits is not None:
+        if switched:
+            trained = "the checkpoint has scales that were trained; others would throw them away."
+            raise UserError("--ptq", ptq_bits, trained, "Leave it out.")
+        get_quantizer(ptq_bits)
+        with torch.device("meta"):
+            targets = select(Llama(config.model), config.qat).targets
+        bits = {target.name: target.rule.at(ptq_bits) for target in targets}
+        group_size = config.qat.group_size
+    else:
+        bits = plugin["bits"] if switched else {}
+        group_size = plugin["group_size"]
+    found = []
+    for name, shape in parameter_shapes(config.model).items():
+        width = bits.get(name.removesuffix(".weight"))
+        quantizer = None if width is None else get_quantizer(width)
+        groups = shape[-1] // group_size if quantizer and group_size else 1
+        found.append(Parameter(name, shape, quantizer, groups))
+    return found
