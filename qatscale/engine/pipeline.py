@@ -59,4 +59,4 @@ class LlamaPipeline(PipelineModule):
         return [(p, group) for p, group in tied if p.grad is not None or hasattr(p, "_hp_grad")]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        return self.model.stream(x)  # the head comes with the loss

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qatscale.config.schema import ModelConfig
-from qatscale.model.loss import cross_entropy
+from qatscale.model.loss import ChunkLoss, chunk_loss, head_loss
 from qatscale.model.stages import Stage, whole
 from qatscale.model.tensor_parallel import (
     ALONE,
@@ -150,6 +150,7 @@ class Llama(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.parallel = parallel
+        self.chunk_loss: ChunkLoss = chunk_loss
         self.stage = stage = stage or whole(config)
         if stage.is_first:
             self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
@@ -173,6 +174,13 @@ class Llama(nn.Module):
         over all b·t positions in nats, an fp32 scalar. A stage but the first takes the residual stream [b, t, D]; a
         stage but the last returns it.
         """
+        x = self.stream(x)
+        if not self.stage.is_last:
+            return x
+        return self.head(x) if labels is None else self.loss(x, labels)
+
+    def stream(self, x: Tensor) -> Tensor:
+        """The residual stream [b, t, D] behind this stage's blocks; on the last stage, what the head takes."""
         if self.stage.is_first:
             x = self.parallel.leave(look_up(self.embed, x, self.parallel, self.config.vocab_size))
         length = x.shape[1] * (self.parallel.size if self.parallel.sequence else 1)
@@ -188,12 +196,11 @@ class Llama(nn.Module):
         if not self.stage.is_last:
             return x.contiguous()  # it is sent as it lies in memory
         assert not self._ties or self.head.weight is self.embed.weight, "the tie has come undone"
-        logits = self.head(self.parallel.enter(self.norm(x)))
-        return logits if labels is None else self.loss(logits, labels)
+        return self.parallel.enter(self.norm(x))
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy in nats of logits [b, t, V] against labels [b, t], fp32."""
-        return cross_entropy(logits, labels, self.parallel.shard(0, self.config.vocab_size))
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy in nats of the last stage's stream [b, t, D] against labels [b, t], fp32."""
+        return head_loss(self.head, x, labels, self.parallel.shard(0, self.config.vocab_size), self.chunk_loss)
 
     @property
     def _ties(self) -> bool:

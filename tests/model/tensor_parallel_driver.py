@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.config.schema import ModelConfig, QatConfig
 from qatscale.model.llama import Llama, initialise
-from qatscale.model.loss import cross_entropy
+from qatscale.model.loss import cross_entropy, linear_cross_entropy
 from qatscale.model.tensor_parallel import ALONE, TensorParallel, shard_of
 from qatscale.quant.plugin import QatPlugin, view
 from qatscale.quant.selection import fake_quant_modules
@@ -66,6 +66,27 @@ def check_loss(parallel: TensorParallel) -> None:
     assert whole.grad is not None
     assert part.grad is not None
     close(part.grad, 7 * shard.take(whole.grad.movedim(-1, 0)).movedim(0, -1), "gradient of the logits")
+
+
+def check_loss_of_a_product(parallel: TensorParallel) -> None:
+    """Of several chunks, against PyTorch's in float64; padding has no gradient."""
+    shard, tokens, width = parallel.shard(0, VOCABULARY), 600, 16
+    generator = torch.Generator().manual_seed(4)
+    x, table = torch.randn(tokens, width, generator=generator), torch.randn(VOCABULARY, width, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+    wide = [tensor.double().requires_grad_() for tensor in (x, table)]
+    expected = F.cross_entropy(wide[0] @ wide[1].T, labels)
+    of_x, of_table = torch.autograd.grad(expected, wide)
+    x.requires_grad_()
+    part = shard.take(table).requires_grad_()
+    loss = linear_cross_entropy(x, part, labels, shard)
+    loss.backward()
+    close(loss.detach(), expected.detach().float(), "loss of a product", 1e-6)
+    assert part.grad is not None
+    close(part.grad, shard.take(of_table).float(), "gradient of the table")
+    assert part.grad[shard.size :].count_nonzero() == 0
+    assert x.grad is not None
+    close(parallel.all_reduce(x.grad.clone()), of_x.float(), "gradient of x, of which each process has a part")
 
 
 def build(config: ModelConfig, qat: QatConfig, parallel: TensorParallel) -> Llama:
@@ -117,5 +138,6 @@ for sequence in (False, True):
     for tied, (bits, group_size) in product((True, False), ((1, None), (2, None), (1.58, 8), (4, None), (6, 8))):
         check_model(split, tied=tied, bits=bits, group_size=group_size)
 check_loss(TensorParallel(RANK, SIZE, dist.group.WORLD))
+check_loss_of_a_product(TensorParallel(RANK, SIZE, dist.group.WORLD))
 dist.destroy_process_group()
 print("RANK", os.environ["RANK"], "ok")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qatscale.model.loss import cross_entropy
+from qatscale.model.chunks import chunk_rows
+from qatscale.model.loss import cross_entropy, fusible_chunk_loss, head_loss, linear_cross_entropy
 
 
 def reference(logits, labels):
@@ -70,17 +72,119 @@ def test_a_scaled_loss_scales_its_gradient():
     assert torch.equal(quarter, whole / 4)
 
 
-def test_one_fp32_tensor_of_the_logits_size_is_kept():
-    kept = []
-    logits = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        cross_entropy(logits, torch.zeros(2, 3, dtype=torch.int64))
-    assert [t.dtype for t in kept if t.numel() == logits.numel()] == [torch.float32]
+def product(n=300, v=131, d=24, dtype=torch.float32, seed=0):
+    """x [n, D], weight [V, D] and labels [n]: more than one chunk on CPU, the last one shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=generator).to(dtype).requires_grad_()
+    return x, weight, torch.randint(v, (n,), generator=generator)
+
+
+def product_reference(x, weight, labels):
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    loss = torch.nn.functional.cross_entropy(x @ weight.T, labels)
+    return loss.detach(), *torch.autograd.grad(loss, (x, weight))
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 300, 777])
+@pytest.mark.parametrize("form", [None, fusible_chunk_loss])
+def test_loss_of_a_product_in_chunks_equals_float64(n, form):
+    x, weight, labels = product(n)
+    expected, grad_x, grad_weight = product_reference(x, weight, labels)
+    loss = linear_cross_entropy(x, weight, labels, chunk=form)
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(x.grad.double(), 3 * grad_x, rtol=1e-5, atol=3e-5 / n)  # logits of 20 are off by 2e-6
+    torch.testing.assert_close(weight.grad.double(), 3 * grad_weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_weights_gradient_of_bf16_chunks_is_added_in_fp32():
+    """In bf16 sums the small gradients of late chunks would be lost beside the first ones': errors grow with chunks.
+    Here each is as good as one rounding of its operands makes it."""
+    x, weight, labels = product(256 * 16, dtype=torch.bfloat16)
+    expected, _, grad_weight = product_reference(x, weight, labels)
+    loss = linear_cross_entropy(x, weight, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)  # the logits are rounded to bf16
+    assert weight.grad.dtype == torch.bfloat16
+    error = (weight.grad.double() - grad_weight).norm() / grad_weight.norm()
+    assert error < 2**-8
+
+
+def test_chunks_are_few_and_alike():
+    assert [chunk_rows(n, 1024, "cpu") for n in (1, 256, 257, 1024)] == [1, 256, 129, 256]
+    assert chunk_rows(32_768, 32_000, "cuda") == 8192
+    assert chunk_rows(8192, 128_256, "cuda") == 4096
+    assert chunk_rows(100, 10**9, "cpu") == 50, "never fewer than the least but to make them alike"
+
+
+class Operations(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes, and the number of matrix products."""
+
+    largest = products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_no_tensor_has_all_logits():
+    x, weight, labels = product(n=2048, v=640)
+    with Operations() as operations:
+        linear_cross_entropy(x, weight, labels).backward()
+    assert operations.largest == 256 * 640
+    assert operations.products == 3 * 8, "nothing is computed twice"
+
+
+def test_without_gradients_none_is_made():
+    """Parameters ask for one all the time; validation does not."""
+    x, weight, labels = product(64)
+    with torch.no_grad(), Operations() as operations:
+        loss = linear_cross_entropy(x, weight, labels)
+    assert operations.products == 1
+    assert loss.item() == pytest.approx(product_reference(x, weight, labels)[0].item(), rel=1e-6)
+
+
+class OtherProduct(torch.nn.Linear):
+    """A head whose product is an autograd.Function's: what it computes inside must not be taken for the head's."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return torch.nn.functional.linear(x, weight)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)
+
+    def forward(self, x):
+        return self.Function.apply(x, self.weight)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, OtherProduct])
+def test_the_heads_own_forward_runs_once_with_its_hooks(kind):
+    x, weight, labels = product(600)
+    head, calls = kind(24, 131, bias=False), []
+    head.weight.data.copy_(weight.data)
+    head.register_forward_pre_hook(lambda *_: calls.append("before"))
+    head.register_forward_hook(lambda *_: calls.append("after"))
+    expected, grad_x, grad_weight = product_reference(x, weight, labels)
+    loss = head_loss(head, x.view(2, 300, 24), labels.view(2, 300))
+    loss.backward()
+    assert calls == ["before", "after"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(x.grad.double(), grad_x, rtol=1e-5, atol=5e-8)
+    torch.testing.assert_close(head.weight.grad.double(), grad_weight, rtol=1e-5, atol=1e-7)
 
 
 def test_a_second_backward_is_refused_not_wrong():
-    logits = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    loss = cross_entropy(logits, torch.zeros(1, 2, dtype=torch.int64))
+    loss = linear_cross_entropy(*product(10))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):
         loss.backward()

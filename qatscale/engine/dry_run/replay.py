@@ -31,6 +31,7 @@ from qatscale.engine.dry_run.share import Matrix, Share
 from qatscale.engine.dry_run.zero_memory import zero_of
 from qatscale.engine.dry_run.zero_plan import FP32, ZeroPlan
 from qatscale.engine.layout import Layout
+from qatscale.model.chunks import chunk_rows
 
 Device = Literal["cuda", "cpu"]
 
@@ -119,13 +120,13 @@ class Step:
 
     def _pipeline_buffers(self) -> None:
         """What PipelineEngine keeps between steps: a buffer to receive into from either side; the last stage also the
-        logits of its last two micro-batches (`pipe_buffers`)."""
+        outputs of its last two micro-batches (`pipe_buffers`), which are what the head takes."""
         if self.layout.pipeline == 1:
             return
         stage = self.share.stage
         self.ledger.hold("buffers", self.micro.residual * ((not stage.is_first) + (not stage.is_last)))
         if self.share.head:
-            self.ledger.hold("activations", min(2, self.micro_batches) * self.micro.of(self.share.head.rows))
+            self.ledger.hold("activations", min(2, self.micro_batches) * self.micro.of(self.share.width))
 
     # --- forward ---
 
@@ -191,19 +192,33 @@ class Step:
             self.zero.release(index)
 
     def _head(self, head: Matrix) -> None:
+        """Chunks of logits; at the end the gradient of what the head took has its place, and the weight's is there."""
         micro, ledger = self.micro, self.ledger
         ledger.hold("activations", micro.normed)
-        self._use(self._head_index, head)
+        self._use(self._head_index, head, release=False)
         ledger.moment = "loss"
-        elements = micro.tokens * head.rows
-        if self.layout.pipeline > 1:
-            ledger.touch("activations", elements * micro.weight)  # before it takes the place of earlier logits
-        logits = elements * micro.weight if self.layout.pipeline == 1 else 0
-        with ledger.meanwhile("activations", logits):
-            wide = FP32 if micro.weight != FP32 and (micro.tensor > 1 or micro.device == "cpu") else 0
-            shifted = FP32 if micro.tensor > 1 else 0  # logits - max, before exp
-            ledger.touch("activations", elements * (wide + shifted + FP32))
-            ledger.hold("activations", elements * FP32)  # the probabilities
+        ledger.hold("gradients", head.numel * self._head_gradient)
+        elements = self._chunk * head.rows
+        with ledger.meanwhile("activations", elements * micro.weight + micro.of(self.share.width)):
+            if micro.weight != FP32:
+                cast = FP32 if micro.device == "cpu" and micro.tensor == 1 else 0
+                ledger.touch("activations", elements * (FP32 + max(cast, micro.weight)))
+                if self._chunk < micro.tokens:  # a chunk's product, before it is added
+                    ledger.touch("gradients", elements * micro.weight + head.numel * micro.weight)
+        if self._is_quantized(head):
+            ledger.drop("quantized", head.numel * micro.weight)
+        self.zero.release(self._head_index)
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens of the loss's chunks."""
+        assert self.share.head
+        return chunk_rows(self.micro.tokens, self.share.head.rows, self.micro.device)
+
+    @property
+    def _head_gradient(self) -> int:
+        """Bytes of an element of the head's gradient while it waits for backward: chunks are added in fp32."""
+        return FP32 if self._chunk < self.micro.tokens else self.micro.weight
 
     # --- backward ---
 
@@ -229,13 +244,13 @@ class Step:
         self.zero.backward_done(last)
 
     def _head_backward(self, head: Matrix) -> None:
-        micro, ledger = self.micro, self.ledger
-        elements = micro.tokens * head.rows
-        if micro.weight != FP32:
-            ledger.hold("activations", elements * micro.weight)
-            ledger.drop("activations", elements * FP32)
-        with ledger.meanwhile("activations", micro.of(self.share.width)):
-            self._gradient(self._head_index, head, elements * micro.weight, arrives=not self.share.tied_here)
+        ledger, size = self.ledger, head.numel * self.micro.weight
+        if self._head_gradient != self.micro.weight:
+            ledger.touch("gradients", size)
+        ledger.drop("gradients", head.numel * self._head_gradient)
+        if self._is_quantized(head):
+            ledger.hold("quantized", size)  # `_gradient` lets it go; this one has gone already
+        self._gradient(self._head_index, head, 0, arrives=not self.share.tied_here)
         self._norm_backward()
 
     def _block_backward(self, block: int) -> None:
