@@ -13,7 +13,7 @@ from data_corpora import WORDS, documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qatscale.data.segments import segment_encoder
+from qatscale.data.segments import _cuts, segment_encoder
 from qatscale.data.tokenizer import (
     HUGGING_FACE_FILE,
     SENTENCEPIECE_FILE,
@@ -75,6 +75,8 @@ def library_ids(proto: bytes, text: str) -> list[int]:
 @example("  a")
 @example("a \n b  \n")
 @example("x" * 100)
+@example("f(x,  y)[0]...--name='a b',\n    ((日本)Ω42)\n")
+@example("a\x00  b\x00 c")
 def test_word_cache_gives_the_librarys_ids(name: str, text: str) -> None:
     encoder = CACHED.setdefault(name, segment_encoder(SAFE[name], SentencePieceTokenizer(SAFE[name]).dtype))
     assert encoder is not None
@@ -89,6 +91,12 @@ def test_word_cache_on_whole_documents(name: str) -> None:
     tokenizer = SentencePieceTokenizer(SAFE[name])
     assert tokenizer._fast is not None
     assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)] == [library_ids(SAFE[name], text) for text in TEXTS]
+
+
+def test_words_are_cut_where_no_piece_can_cross() -> None:
+    cuts = _cuts(["the", "he", "a", "().", "..", "ть"])
+    assert cuts.findall("the(a.)  .the\nтьth") == ["the", "(", "a", ".)", "  .", "the", "\n", "ть", "th"]
+    assert _cuts(["the", "e."]).findall("(the.he)") == ["(", "the.he", ")"], "a piece joins letters and points"
 
 
 @pytest.mark.parametrize("name", UNSAFE)
