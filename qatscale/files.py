@@ -7,11 +7,14 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from qatscale.errors import UserError
 
 PARTIAL = ".partial"
 """Ending of a file that is still being written."""
@@ -47,6 +50,32 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def write_json_atomic(path: Path, content: Any) -> None:
     write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def check_new(out: Path) -> None:
+    """UserError where `out` holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("--out", str(out), "exists already and is not empty.", "Choose another folder.")
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A hidden folder of the same name to fill. When the block ends without an error it becomes `out`, by one rename;
+    else nothing is left of it."""
+    hidden = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder = hidden / out.name
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
+    try:
+        yield folder
+        sync(folder)
+        folder.replace(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

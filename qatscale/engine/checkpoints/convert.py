@@ -11,9 +11,10 @@ from typing import Literal, get_args
 
 from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint
 from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
-from qatscale.engine.checkpoints.training_state import TrainingState, check_new, read_checkpoint, write_run
+from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint, write_run
 from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal
 from qatscale.errors import UserError, did_you_mean
+from qatscale.files import check_new
 from qatscale.model.hugging_face import export_hugging_face
 from qatscale.tensor_files import LazyState
 

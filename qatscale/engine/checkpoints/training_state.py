@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from qatscale.engine.checkpoints.files import (
 from qatscale.engine.fragments import MOMENTS
 from qatscale.engine.initialize import optimizer_groups
 from qatscale.errors import UserError
-from qatscale.files import sync
+from qatscale.files import appearing
 from qatscale.model.llama import Llama
 from qatscale.model.sizes import count_parameters
 from qatscale.quant.plugin import QatPlugin
@@ -113,32 +111,6 @@ def read_checkpoint(what: str) -> TrainingState:
         adam_steps={name: record.adam_steps for name, record in parameters.items()},
         read=lambda kind, name: reader.parameter(name, kind),
     )
-
-
-def check_new(out: Path) -> None:
-    """UserError where `out` holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("--out", str(out), "exists already and is not empty.", "Choose another folder.")
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A hidden folder of the same name to fill. When the block ends without an error it becomes `out`, by one rename;
-    else nothing is left of it."""
-    hidden = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder = hidden / out.name
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
-    try:
-        yield folder
-        sync(folder)
-        folder.replace(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_run(state: TrainingState, out: Path) -> None:

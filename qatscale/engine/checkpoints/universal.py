@@ -32,8 +32,9 @@ from torch import Tensor
 from qatscale.config import load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
-from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, appearing, skeleton
+from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, skeleton
 from qatscale.errors import UserError
+from qatscale.files import appearing
 from qatscale.tensor_files import Shape
 from qatscale.timeline import build_timeline
 
