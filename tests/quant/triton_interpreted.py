@@ -15,8 +15,8 @@ REASON = "needs Triton (pip install triton), whose interpreter runs the GPU kern
 def interpreted_kernels() -> ModuleType:
     """`qatscale.quant.kernels.triton`, interpreted. Skips where Triton is not installed.
 
-    The interpreter cuts fp32 off where it casts to bf16, and a GPU rounds to even (PTX cvt.rn): it gets that cast.
-    And `tl.sum`, itself a kernel, is for the GPU where torch has imported Triton before.
+    The interpreter's casts between bf16 and fp32 are repaired: it cuts off where a GPU rounds to even (PTX cvt.rn), and
+    takes denormals for 0. And `tl.sum`, itself a kernel, is for the GPU where torch has imported Triton before.
     """
     pytest.importorskip("triton", reason=REASON)
     before = os.environ.get("TRITON_INTERPRET")
@@ -31,13 +31,16 @@ def interpreted_kernels() -> ModuleType:
 
     cast = interpreter.InterpreterBuilder.cast_impl
 
-    def rounding_cast(builder, source, target):  # type: ignore[no-untyped-def]
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return cast(builder, source, target)
-        rounded = torch.from_numpy(np.array(source.data, np.float32)).bfloat16().view(torch.int16).numpy()
-        return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+    def exact_cast(builder, source, target):  # type: ignore[no-untyped-def]
+        casts = source.dtype.scalar, target.scalar
+        if casts == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.array(source.data, np.float32)).bfloat16().view(torch.int16).numpy()
+            return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+        if casts == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return cast(builder, source, target)
 
     tl.sum = lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine)
-    if cast.__name__ != "rounding_cast":
-        interpreter.InterpreterBuilder.cast_impl = rounding_cast
+    if cast.__name__ != "exact_cast":
+        interpreter.InterpreterBuilder.cast_impl = exact_cast
     return kernels

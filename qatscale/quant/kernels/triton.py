@@ -43,7 +43,7 @@ class Tile:
 
     def of(self, channels: int) -> tuple[int, int]:
         """(rows, channels) of a tile, both powers of 2, for rows of so many channels."""
-        across = min(triton.next_power_of_2(channels), self.weights)
+        across = min(triton.next_power_of_2(max(1, channels)), self.weights)
         return self.weights // across, across
 
 
