@@ -196,18 +196,67 @@ def _train(config: object, branch_from: str | None) -> None:
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder; with --harness also an export.")
+    ],
     ptq: Annotated[
         list[float] | None, typer.Option(help="Also after post-training quantization to so many bits.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Held-out tokens to use instead of the recipe's: 1M.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Instead: tasks of lm-evaluation-harness: arc_easy,hellaswag.")
+    ] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(help="With --harness: a folder of task definitions.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="With --harness: worked examples. [default: the task's]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --harness: questions of each task. [default: all]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --harness: texts at a time. [default: 8]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Validation loss and perplexity in full-precision, quantized and post-training-quantized view."""
+    """Validation loss and perplexity in full-precision, quantized and post-training-quantized view.
+
+    With --harness the scores of EleutherAI's lm-evaluation-harness, of a checkpoint (in its quantized view once it has
+    switched) or of an exported folder that transformers loads.
+    """
+    if harness is not None:
+        from qatscale.cli.inference import print_harness
+
+        for option, value in (("--ptq", ptq or None), ("--data", data), ("--tokens", tokens)):
+            if value is not None:
+                raise UserError(
+                    option, None, "has no effect with --harness, whose tasks bring their data.", "Leave it out."
+                )
+        print_harness(checkpoint, harness, tasks_folder, shots, limit, batch or 8, as_json)
+        return
     from qatscale.cli.results import print_evaluation
 
+    for option, given in (("--tasks-folder", tasks_folder), ("--shots", shots), ("--limit", limit), ("--batch", batch)):
+        if given is not None:
+            raise UserError(option, None, "has no effect without --harness.", "Add it, or leave this out.")
     print_evaluation(checkpoint, ptq or [], data, tokens, as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="RUN, RUN@STEP, a checkpoint folder, or an exported folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from standard input.")],
+    tokens: Annotated[int, typer.Option(help="At most so many; fewer where the model ends its text.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token, always the same.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Only among so many of the likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only among the likeliest with this probability together.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed, the same text.")] = 0,
+    view: Annotated[
+        str | None, typer.Option(help="Of a checkpoint: fp or quantized. [default: quantized once it has switched]")
+    ] = None,
+) -> None:
+    """What a model says: text that goes on from a prompt, as it comes."""
+    from qatscale.cli.inference import print_text
+
+    print_text(model, prompt, view, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 
 @app.command()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qatscale.errors import UserError, did_you_mean
 from qatscale.quant.layers import Mode
@@ -53,3 +54,16 @@ def view(model: nn.Module, kind: View, bits: float | None = None) -> Iterator[No
         for layer, mode, quantizer in before:
             layer.dynamic_quantizer = quantizer
             layer.mode = mode
+
+
+@torch.no_grad()
+def weights_in_view(model: nn.Module, kind: View, bits: float | None = None) -> dict[str, Tensor]:
+    """The state of the plain model that computes what `model` computes in a view, without scales; as `view` says."""
+    with view(model, kind, bits):
+        state = {name: value for name, value in model.state_dict().items() if not name.endswith(".weight_scale")}
+        for name, layer in fake_quant_modules(model):
+            if layer.mode == "learned":
+                state[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale)
+            elif layer.mode == "dynamic":
+                state[f"{name}.weight"] = layer.dynamic_quantizer.fake_quantize(layer.weight, layer.dynamic_scale())
+    return state

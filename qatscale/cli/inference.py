@@ -1,0 +1,64 @@
+"""What models say and what they score."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qatscale.cli.terminal import console, plain_table
+from qatscale.errors import UserError
+
+
+def print_text(model: str, prompt: str, view: str | None, **sampling: Any) -> None:
+    """The prompt and what follows on standard output; all else on standard error."""
+    from qatscale.inference.generate import Sampling, open_speaker, prompt_ids
+
+    settings = Sampling(**sampling)
+    if view not in (None, "fp", "quantized"):
+        raise UserError("--view", view, "fp or quantized.")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    speaker = open_speaker(model, view)
+    ids = prompt_ids(speaker, text, settings)
+    print(speaker.about, file=sys.stderr)
+    _write(text)
+    speaker.stream(ids, settings, _write)
+    _write("\n")
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()  # a person reads it as it comes
+
+
+def print_harness(
+    model: str, tasks: str, folder: Path | None, shots: int | None, limit: int | None, batch: int, as_json: bool
+) -> None:
+    from qatscale.inference.harness import open_tasks, run_harness
+    from qatscale.inference.transformers_model import open_transformers
+
+    named = [task.strip() for task in tasks.split(",") if task.strip()]
+    manager = open_tasks(named, folder)
+    judged = open_transformers(model)
+    scores = run_harness(judged, named, manager, shots=shots, limit=limit, batch=batch)
+    if as_json:
+        print(
+            json.dumps({"model": judged.about, "limit": limit, "scores": [asdict(score) for score in scores]}, indent=1)
+        )
+        return
+    numbers = ("score", "± standard error", "shots", "questions")
+    part = "" if limit is None else f", the first {limit} questions of each task: not the benchmark's score"
+    table = plain_table("task", "metric", *numbers, right=numbers, title=f"{judged.about}{part}")
+    for score in scores:
+        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        error = "" if score.error is None else f"{score.error:.4f}"
+        table.add_row(
+            score.task,
+            metric,
+            f"{score.value:.4f}",
+            error,
+            *("" if n is None else f"{n:,}" for n in (score.shots, score.questions)),
+        )
+    console().print(table)

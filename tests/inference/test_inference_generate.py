@@ -1,0 +1,150 @@
+"""What is generated is what the model computes: greedy text against our own forward pass, without a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qatscale.cli.app import app
+from qatscale.config import load_run_config
+from qatscale.data.manifest import Manifest
+from qatscale.data.tokenizer import load_tokenizer
+from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.errors import UserError
+from qatscale.inference.exported import Exported, find_export
+from qatscale.inference.generate import Detokenizer, Sampling, open_speaker, prompt_ids
+from qatscale.train.evaluate import load_checkpointed_model, open_view
+
+PROMPT = "def load(path):\n    return"
+
+
+def said(what: str, *options: str) -> str:
+    done = CliRunner().invoke(app, ["generate", what, "--prompt", PROMPT, *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.stdout.startswith(PROMPT)
+    return done.stdout
+
+
+@pytest.mark.parametrize("view", ["quantized", "fp"])
+def test_greedy_text_is_that_of_our_own_forward(run: Path, view: str) -> None:
+    config = load_run_config(run / "recipe.yaml")
+    model, _ = load_checkpointed_model(find_checkpoint(str(run)), config, torch.device("cpu"))
+    speaker = open_speaker(str(run), view)
+    ids = prompt_ids(speaker, PROMPT, Sampling(tokens=20))
+    following = list(ids)
+    with open_view(model, view), torch.no_grad():
+        for _ in range(20):
+            following.append(int(model(torch.tensor([following]))[0, -1].argmax()))
+    text: list[str] = []
+    speaker.stream(ids, Sampling(tokens=20, temperature=0), text.append)
+    decode = _decoder(config.data.path)
+    assert "".join(text) == decode(following)[len(decode(ids)) :]
+    assert said(str(run), "--tokens", "20", "--temperature", "0", "--view", view) == PROMPT + "".join(text) + "\n"
+
+
+def _decoder(data: Path | None):  # type: ignore[no-untyped-def]
+    assert data is not None
+    folder = Manifest.load(data).tokenizer.folder
+    assert folder is not None
+    return load_tokenizer(data / folder).decode
+
+
+def test_the_two_views_differ(run: Path) -> None:
+    texts = {
+        view: said(str(run), "--tokens", "20", "--temperature", "0", "--view", view) for view in ("fp", "quantized")
+    }
+    assert texts["fp"] != texts["quantized"]
+
+
+def test_a_checkpoint_before_the_switch_speaks_in_full_precision(run: Path) -> None:
+    steps = sorted(run.glob("checkpoints/step-*"))
+    assert "fp view" in open_speaker(str(steps[0])).about
+    assert "quantized view" in open_speaker(str(run)).about
+    with pytest.raises(UserError, match="not switched"):
+        open_speaker(str(steps[0]), "quantized")
+
+
+def test_the_seed_decides_the_text(run: Path) -> None:
+    one, same, other = (said(str(run), "--tokens", "30", "--seed", seed) for seed in ("1", "1", "2"))
+    assert one == same != other
+
+
+def test_an_exported_folder_says_what_the_checkpoint_says(run: Path, tmp_path: Path) -> None:
+    from qatscale.engine.checkpoints.convert import write_hugging_face
+    from qatscale.engine.checkpoints.training_state import read_checkpoint
+
+    write_hugging_face(read_checkpoint(str(run)), tmp_path / "hf")
+    greedy = ("--tokens", "20", "--temperature", "0")
+    assert said(str(tmp_path / "hf"), *greedy) == said(str(run), *greedy, "--view", "fp")
+    with pytest.raises(UserError, match="--view"):
+        open_speaker(str(tmp_path / "hf"), "fp")
+
+
+def test_a_text_longer_than_those_of_training_is_refused(run: Path) -> None:
+    speaker = open_speaker(str(run))
+    count = len(speaker.encode(PROMPT))
+    assert speaker.length is not None
+    fits = speaker.length - count
+    prompt_ids(speaker, PROMPT, Sampling(tokens=fits))
+    with pytest.raises(UserError, match=f"--tokens {fits} is the most"):
+        prompt_ids(speaker, PROMPT, Sampling(tokens=fits + 1))
+    with pytest.raises(UserError, match="--prompt"):
+        prompt_ids(speaker, "", Sampling())
+
+
+@pytest.mark.parametrize(
+    "text", ["The function returns a value.", "naïve café 🙂👩‍👩‍👧 中文字符", "a  b\n\n   c\t d", "x" * 40, " leading"]
+)
+def test_pieces_join_to_the_whole_text(prepared: Path, text: str) -> None:
+    tokenizer = load_tokenizer(prepared / str(Manifest.load(prepared).tokenizer.folder))
+    ids = tokenizer.encode_batch([text])[0].tolist()
+    for cut in range(1, len(ids)):
+        pieces = Detokenizer(tokenizer.decode, ids[:cut])
+        told = "".join([*map(pieces.add, ids[cut:]), pieces.rest()])
+        # a prompt may end within a character: what it shows of it then is no part of the text
+        assert tokenizer.decode(ids[:cut]).rstrip("�") + told == text or "�" in tokenizer.decode(ids[:cut])
+
+
+@pytest.mark.parametrize(
+    ("files", "format"),
+    [
+        ({"config.json": {}}, "hf"),
+        ({"config.json": {"quantization_config": {"quant_method": "compressed-tensors"}}}, "compressed-tensors"),
+        ({"config.json": {"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}}, "mlx"),
+        ({"config.json": {}, "model.gguf": {}}, "gguf"),
+        ({"recipe.yaml": {}}, None),
+    ],
+)
+def test_the_kind_of_an_export(tmp_path: Path, files: dict[str, object], format: str | None) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = find_export(tmp_path)
+    assert (found and found.format) == format
+    if format == "gguf":
+        assert find_export(tmp_path / "model.gguf") == Exported(tmp_path, "gguf", "model.gguf") == found
+
+
+def test_damaged_exports_are_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        find_export(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        open_speaker(str(tmp_path))
+
+
+BAD: Sequence[tuple[str, dict[str, float]]] = [
+    ("--tokens", {"tokens": 0}), ("--temperature", {"temperature": -1}), ("--top-k", {"top_k": -1}),
+    ("--top-p", {"top_p": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "setting"), BAD)
+def test_settings_out_of_range(option: str, setting: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=option):
+        Sampling(**setting)  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""Scores of lm-evaluation-harness on a task of our own, against our own log-likelihoods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qatscale.cli.app import app
+from qatscale.config import load_run_config
+from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.errors import UserError
+from qatscale.inference.harness import open_tasks
+from qatscale.inference.transformers_model import open_transformers
+from qatscale.train.evaluate import load_checkpointed_model, open_view
+
+QUESTIONS = [
+    {"text": "import", "choices": [" os", " zebra", " the"], "answer": 0},
+    {"text": "return self.", "choices": ["value", "qqq"], "answer": 0},
+    {"text": "for i in", "choices": [" range(10):", " def"], "answer": 1},
+    {"text": "class Foo", "choices": [":", " of", " xyz"], "answer": 0},
+]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+num_fewshot: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    for name, file in (("completions", folder / "questions.jsonl"), ("lost", folder / "nowhere.jsonl")):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=file))
+    return folder
+
+
+def answers(run: Path, view: str) -> list[int]:
+    """The likeliest choice of each question by our own forward pass."""
+    model, _ = load_checkpointed_model(
+        find_checkpoint(str(run)), load_run_config(run / "recipe.yaml"), torch.device("cpu")
+    )
+    encode = open_transformers(str(run)).encode
+    chosen = []
+    with open_view(model, view), torch.no_grad():
+        for question in QUESTIONS:
+            likelihoods = []
+            for choice in question["choices"]:  # type: ignore[attr-defined]
+                ids = encode(f"{question['text']}{choice}")
+                begin = len(encode(str(question["text"])))
+                scores = model(torch.tensor([ids]))[0].log_softmax(-1)
+                likelihoods.append(sum(float(scores[i - 1, ids[i]]) for i in range(begin, len(ids))))
+            chosen.append(max(range(len(likelihoods)), key=likelihoods.__getitem__))
+    return chosen
+
+
+def test_accuracy_is_that_of_our_own_likelihoods(run: Path, tasks: Path) -> None:
+    options = ["--harness", "completions", "--tasks-folder", str(tasks), "--json"]
+    done = CliRunner().invoke(app, ["evaluate", str(run), *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    (score,) = json.loads(done.stdout[done.stdout.index("{") :])["scores"]
+    right = [
+        chosen == question["answer"] for chosen, question in zip(answers(run, "quantized"), QUESTIONS, strict=True)
+    ]
+    assert (score["task"], score["metric"], score["questions"], score["shots"]) == ("completions", "acc", 4, 0)
+    assert score["value"] == sum(right) / len(right)
+
+
+def test_an_export_is_judged_and_a_part_says_so(run: Path, tasks: Path, tmp_path: Path) -> None:
+    from qatscale.engine.checkpoints.convert import write_hugging_face
+    from qatscale.engine.checkpoints.training_state import read_checkpoint
+
+    write_hugging_face(read_checkpoint(str(run)), tmp_path / "hf")
+    options = ["--harness", "completions", "--tasks-folder", str(tasks), "--limit", "2"]
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "hf"), *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "first 2 questions" in done.stdout
+    right = [chosen == question["answer"] for chosen, question in zip(answers(run, "fp"), QUESTIONS, strict=True)][:2]
+    assert f"{sum(right) / 2:.4f}" in done.stdout
+
+
+def test_what_cannot_be_judged_is_told(run: Path, tasks: Path) -> None:
+    with pytest.raises(UserError, match="completions"):
+        open_tasks(["completion"], tasks)
+    with pytest.raises(UserError, match="--tasks-folder"):
+        open_tasks(["completions"], tasks / "nowhere")
+    with pytest.raises(UserError, match="names tasks"):
+        open_tasks([], tasks)
+    with pytest.raises(UserError, match="data set"):
+        CliRunner().invoke(
+            app, ["evaluate", str(run), "--harness", "lost", "--tasks-folder", str(tasks)], catch_exceptions=False
+        )
+    with pytest.raises(UserError, match="--ptq"):
+        CliRunner().invoke(
+            app, ["evaluate", str(run), "--harness", "completions", "--ptq", "4"], catch_exceptions=False
+        )
+    with pytest.raises(UserError, match="--limit"):
+        CliRunner().invoke(app, ["evaluate", str(run), "--limit", "4"], catch_exceptions=False)
