@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qatscale.cli.bench import bench
+from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
 from qatscale.cli.plan import plan
 from qatscale.cli.study import study
@@ -292,15 +293,7 @@ def track_sync(
     run_sync(run, uri)
 
 
-@app.command()
-def export(
-    checkpoint: Annotated[str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
-) -> None:
-    """Write the full-precision weights as a Hugging Face model that transformers loads."""
-    from qatscale.cli.results import run_export
-
-    run_export(checkpoint, out)
+app.command()(export)
 
 
 @app.command(context_settings=_OVERRIDES_MAY_HAVE_DASHES)

@@ -80,14 +80,3 @@ def run_sync(run: Path, uri: str | None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     print(f"{run}: MLflow has all of it, as run {run_id}")
-
-
-def run_export(checkpoint: str, out: Path) -> None:
-    from qatscale.engine.checkpoints.convert import tokenizer_folder, write_hugging_face
-    from qatscale.engine.checkpoints.training_state import read_checkpoint
-
-    state = read_checkpoint(checkpoint)
-    write_hugging_face(state, out)
-    print(f"{out}: the weights in full precision; load them with transformers' AutoModelForCausalLM.from_pretrained")
-    if tokenizer_folder(state) is None:
-        print("without a tokenizer: the run's data folder holds none")

@@ -15,7 +15,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (np.int32(number) for num
 """llama_token_type; SentencePiece numbers its pieces alike."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = "|".join(
+    (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+     r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
+)  # fmt: skip
 _SPLITS = {_GPT2: "gpt-2", _LLAMA3: "llama-bpe"}
 """How text is cut before pieces are merged -> llama.cpp's name of it, where it has one."""
 

@@ -1,0 +1,189 @@
+"""Whether a client that loads an export computes what training's model computes.
+
+Three models stand side by side, all in fp32 arithmetic: training's own in the view that is exported, ours with the
+weights as the file stores them (its scales may have been rounded), and the client's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatscale.export.clients import Client, Kind, missing, version
+from qatscale.export.encoding import Plan
+from qatscale.model.hugging_face import hugging_face_names
+from qatscale.model.llama import Llama
+from qatscale.quant.selection import fake_quant_modules
+
+
+@dataclass
+class ClientReport:
+    """What one client makes of the export."""
+
+    client: str
+    """With versions."""
+    exact: int = 0
+    """Tensors that are, to the bit, what the file stores."""
+    tensors: int = 0
+    """Tensors that it shows at all."""
+    weight_error: float = 0.0
+    """Largest distance from the stored weights, relative to the tensor's largest."""
+    logit_error: float = 0.0
+    """Largest distance from our logits on the stored weights, relative to the largest logit."""
+    loss: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verification:
+    tokens: int
+    """Predicted, of the held-out split."""
+    trained_loss: float
+    """Of training's model in the exported view."""
+    stored_loss: float
+    """Of our model with the weights as they are stored."""
+    rounding: float
+    """Largest relative change of a scale by being stored."""
+    weight_change: float
+    """Largest distance of a stored weight from training's, relative to the tensor's largest."""
+    clients: list[ClientReport] = field(default_factory=list)
+    not_installed: dict[str, str] = field(default_factory=dict)
+    """Client -> the pip command that brings it."""
+    problems: list[str] = field(default_factory=list)
+    """Of the stored weights themselves."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and not any(client.problems for client in self.clients)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+@torch.no_grad()
+def materialised(model: Llama) -> Llama:
+    """A plain fp32 model with the weights that `model` computes with in its present view."""
+    state = {name: value.float() for name, value in model.state_dict().items() if not name.endswith("_scale")}
+    for name, layer in fake_quant_modules(model):
+        if layer.mode == "learned":
+            weight = layer.quantizer.fake_quantize(layer.weight, layer.learned_scale)
+        elif layer.mode == "dynamic":
+            weight = layer.dynamic_quantizer.fake_quantize(layer.weight, layer.dynamic_scale())
+        else:
+            continue
+        state[f"{name}.weight"] = weight.float()
+    plain = Llama(model.config)
+    plain.load_state_dict(state)
+    return plain.eval()
+
+
+@torch.no_grad()
+def stored_model(plan: Plan) -> Llama:
+    """A plain fp32 model with the weights as they are stored."""
+    model = Llama(plan.source.config.model)
+    named = dict(model.named_parameters())
+    for entry in plan.entries:
+        named[entry.parameter.name].copy_(plan.stored(entry))
+    return model.eval()
+
+
+def verify(plan: Plan, folder: Path, kinds: Sequence[Kind], trained: Llama, held_out: Sequence[Tensor]) -> Verification:
+    """Compare. trained: see `materialised`; held_out: sequences of token ids, [t + 1] each."""
+    stored = stored_model(plan)
+    report = Verification(
+        tokens=sum(len(sequence) - 1 for sequence in held_out),
+        trained_loss=_mean_loss(trained, held_out),
+        stored_loss=_mean_loss(stored, held_out),
+        rounding=plan.rounded,
+        weight_change=0.0,
+    )
+    _compare_stored(report, plan, trained, stored)
+    for kind in kinds:
+        if absent := missing(kind):
+            report.not_installed[kind.name] = "pip install " + " ".join(
+                f"'{name}'" if "[" in name else name for name in absent
+            )
+        else:
+            report.clients.append(_ask(kind, plan, folder, stored, held_out))
+    return report
+
+
+def _compare_stored(report: Verification, plan: Plan, trained: Llama, stored: Llama) -> None:
+    """Stored weights differ from training's by what their scales were rounded and by training's own type, no more."""
+    named = dict(stored.named_parameters())
+    own = 2.0**-8 if plan.source.dtype == torch.bfloat16 else 2.0**-22
+    for name, weight in trained.named_parameters():
+        other, largest = named[name], float(weight.abs().max())
+        if torch.equal(weight, other):
+            continue
+        off = float((weight - other).abs().max()) / largest
+        report.weight_change = max(report.weight_change, off)
+        allowed = plan.rounding.get(name, 0.0) + own
+        if name not in plan.rounding or off > allowed:
+            report.problems.append(
+                f"{name} is stored {off:.2g} off training's weights, where {allowed:.2g} is the bound"
+            )
+
+
+def _ask(kind: Kind, plan: Plan, folder: Path, stored: Llama, held_out: Sequence[Tensor]) -> ClientReport:
+    report = ClientReport(version(kind))
+    client = kind(folder)
+    _compare_weights(report, plan, client)
+    largest, total, ours = 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for sequence in held_out:
+            found, expected = client.logits(sequence[:-1]), stored(sequence[None, :-1])[0]
+            report.logit_error = max(report.logit_error, float((found - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+            total += float(F.cross_entropy(found, sequence[1:], reduction="sum"))
+            ours += float(F.cross_entropy(expected, sequence[1:], reduction="sum"))
+    tokens = sum(len(sequence) - 1 for sequence in held_out)
+    report.logit_error /= largest
+    report.loss = total / tokens
+    if not report.logit_error <= kind.logit_bound:  # also where it is no number
+        report.problems.append(
+            f"logits are {report.logit_error:.2g} off, more than {kind.logit_bound:g} of the largest"
+        )
+    if not abs(total - ours) / tokens <= kind.loss_bound:
+        report.problems.append(f"the loss is {abs(total - ours) / tokens:.2g} off, more than {kind.loss_bound:g}")
+    return report
+
+
+def _compare_weights(report: ClientReport, plan: Plan, client: Client) -> None:
+    names = hugging_face_names(plan.source.config.model)
+    entries = {names[entry.parameter.name]: entry for entry in plan.entries}
+    for name, weight in client.weights():
+        if name not in entries:
+            if not (name == "lm_head.weight" and plan.source.config.model.tied_embedding):
+                report.problems.append(f"it has {name}, which was not written")
+            continue
+        entry = entries.pop(name)
+        expected = plan.stored(entry).float()
+        report.tensors += 1
+        if torch.equal(weight.float(), expected):
+            report.exact += 1
+            continue
+        off = float((weight.float() - expected).abs().max() / expected.abs().max())
+        report.weight_error = max(report.weight_error, off)
+        if not off <= entry.encoding.tolerance:
+            report.problems.append(f"{name} is {off:.2g} off what is stored, more than {entry.encoding.tolerance:.2g}")
+    if entries and report.tensors:
+        report.problems.append(f"it has no {', '.join(entries)}")
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, held_out: Iterable[Tensor]) -> float:
+    losses = list(_losses(model, held_out))
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+
+
+def _losses(model: nn.Module, held_out: Iterable[Tensor]) -> Iterator[tuple[float, int]]:
+    for sequence in held_out:
+        logits = model(sequence[None, :-1])[0]
+        yield float(F.cross_entropy(logits, sequence[1:], reduction="sum")), len(sequence) - 1
