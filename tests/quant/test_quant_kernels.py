@@ -196,13 +196,14 @@ def spied(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[st
 
 def test_which_tensors_take_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, plain = spied(monkeypatch, cpu, "quantize"), spied(monkeypatch, reference, "quantize")
-    quantizer, w, alpha = get_quantizer(2), torch.randn(3, 8), torch.ones(3)
+    quantizer, w, alpha = get_quantizer(2), torch.randn(3, cpu.SMALL), torch.ones(3)
     dispatch.quantize(quantizer, w, alpha)
     dispatch.quantize(quantizer, w.bfloat16(), alpha)
     assert (len(fast), len(plain)) == (2, 0)
     dispatch.quantize(quantizer, w.double(), alpha)
-    assert dispatch.quantize(quantizer, w.to("meta"), alpha.to("meta")).shape == (3, 8)
-    assert (len(fast), len(plain)) == (2, 2)
+    assert dispatch.quantize(quantizer, w.to("meta"), alpha.to("meta")).shape == w.shape
+    dispatch.quantize(quantizer, w[:1], alpha[:1])
+    assert (len(fast), len(plain)) == (2, 3)
     torch.compile(lambda: dispatch.quantize(quantizer, w, alpha), backend="eager", fullgraph=True)()
     assert len(fast) == 2
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 18
 """Weights of a block: 1 MiB in fp32. In smaller ones, calling the operations costs more than what they do."""
+SMALL = 1 << 16
+"""Up to so many weights the plain arithmetic is as fast."""
 _SHARE = 1 << 15
 """Weights that torch gives a thread at least; with many threads a block grows so that each has some."""
 _LARGEST = 1 << 20
@@ -134,7 +136,8 @@ def _slope_(quantizer: Quantizer, x: Tensor, v: Tensor, bounds: list[float], out
         return
     _level_(quantizer, v, out)
     if quantizer.name == "ternary":  # the released slope outside is the code ±1; inside, code - (v + code/3) = q - v
-        _hardtanh_backward(torch.add(v, out, alpha=1 - 1 / quantizer.steps), v, *bounds, grad_input=v)
+        within = torch.add(v, out, alpha=1 - 1 / quantizer.steps, out=_buffer(3, v))
+        _hardtanh_backward(within, v, *bounds, grad_input=v)
     else:
         _hardtanh_backward(v, v, *bounds, grad_input=v)
     out.sub_(v)

@@ -1,8 +1,8 @@
 """One autograd function for every quantizer, and which implementation computes its two passes.
 
-CUDA in fp32 or bf16: the Triton kernels, behind two operators that torch.compile takes as they are. CPU: blocks that
-stay in the cache; but inside a compiled region the plain arithmetic, which the compiler fuses into a loop of its own.
-All else (float64, other devices, tensors that only stand for others): the plain arithmetic.
+CUDA in fp32 or bf16: the Triton kernels, behind two operators that torch.compile takes as they are. CPU: blocks of
+rows; but inside a compiled region the plain arithmetic, which the compiler fuses into a loop of its own. All else
+(float64, small matrices, other devices, tensors that only stand for others): the plain arithmetic.
 """
 
 from __future__ import annotations
@@ -69,5 +69,6 @@ def _implementation(w: Tensor, alpha: Tensor) -> Literal["triton", "cpu", "refer
         return "reference"
     if w.is_cuda:
         return "triton"
-    plain = w.device.type == "cpu" and not torch.compiler.is_compiling() and type(w) in (Tensor, nn.Parameter)
-    return "cpu" if plain else "reference"
+    if w.device.type != "cpu" or torch.compiler.is_compiling() or w.numel() <= cpu.SMALL:
+        return "reference"
+    return "cpu" if type(w) in (Tensor, nn.Parameter) else "reference"
