@@ -303,6 +303,29 @@ CASES: dict[str, list[Case]] = {
         ),
         Case("another model", "branch runs/trunk@5 name=x model.layers=3", ("model.layers = 3", "which is 2")),
     ],
+    "generate": [
+        Case("no such model", "generate nowhere --prompt a", ("'nowhere'", "no run folder", "does not exist")),
+        Case("a data set", "generate data --prompt a", ("'data'", "no checkpoint folder")),
+        Case("nothing to go on from", "generate runs/trunk --prompt ''", ("--prompt = ''", "it has no tokens")),
+        Case("no tokens", "generate runs/trunk --prompt a --tokens 0", ("--tokens = 0", "at least 1")),
+        Case(
+            "a longer text than those of training",
+            "generate runs/trunk --prompt a --tokens 500",
+            ("--tokens = 500", "sequences of 64 tokens", "--tokens 62 is the most"),
+        ),
+        Case("no such view", "generate runs/trunk --prompt a --view 2bit", ("--view = '2bit'", "fp or quantized")),
+        Case(
+            "the quantized view before the switch",
+            "generate runs/trunk@5 --prompt a --view quantized",
+            ("view = 'quantized'", "not switched to QAT"),
+        ),
+        Case("no probability", "generate runs/trunk --prompt a --top-p 0", ("--top-p = 0", "above 0, up to 1")),
+        Case(
+            "weights that are not there",
+            "generate llama --prompt a",
+            ("model = 'llama'", "transformers cannot load it", "model.safetensors"),
+        ),
+    ],
     "evaluate": [
         Case(
             "no such run", "evaluate nothing", ("checkpoint = 'nothing'", "no run folder", "The folder does not exist")
@@ -324,6 +347,16 @@ CASES: dict[str, list[Case]] = {
         Case("no such bit width", "evaluate runs/trunk --ptq 7", ("--ptq = 7", "1, 1.58, 2, 3, 4, 5, 6, 8")),
         Case("no such data", "evaluate runs/trunk --data nowhere", ("data.path = 'nowhere'", "no such folder")),
         Case("no tokens", "evaluate runs/trunk --tokens 0", ("--tokens = '0'", "above 0")),
+        Case(
+            "a setting of the harness without it",
+            "evaluate runs/trunk --limit 10",
+            ("--limit", "no effect without --harness", "Add it, or leave this out"),
+        ),
+        Case(
+            "held-out data of ours for the harness",
+            "evaluate runs/trunk --harness arc_easy --data data",
+            ("--data", "no effect with --harness", "tasks bring their data"),
+        ),
     ],
     "compare, runs, track-sync": [
         Case("a folder that is no run", "compare runs/trunk data", ("run = 'data'", "holds no run.json")),
