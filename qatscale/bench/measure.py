@@ -19,6 +19,8 @@ class Variant:
     run: Callable[[], object]
     amount: float = 1.0
     """Units (tokens, bytes, weights) that one call works through."""
+    after: Callable[[], object] | None = None
+    """Done after every call, and not timed."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def interleaved(variants: Sequence[Variant], rounds: int, warmup: int = 2) -> di
     assert len(set(names)) == len(names), f"two variants of one name: {names}"
     for _ in range(warmup):
         for variant in variants:
-            variant.run()
+            _seconds(variant)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collects = gc.isenabled()
     gc.disable()
@@ -49,19 +51,22 @@ def interleaved(variants: Sequence[Variant], rounds: int, warmup: int = 2) -> di
             gc.collect()
             turn = index % len(variants)
             for variant in (*variants[turn:], *variants[:turn]):
-                seconds[variant.name].append(_seconds(variant.run))
+                seconds[variant.name].append(_seconds(variant))
     finally:
         if collects:
             gc.enable()
     return seconds
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(variant: Variant) -> float:
     wait_for_device()
     start = time.perf_counter()
-    run()
+    variant.run()
     wait_for_device()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if variant.after is not None:
+        variant.after()
+    return seconds
 
 
 def wait_for_device() -> None:
