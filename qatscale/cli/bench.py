@@ -37,6 +37,22 @@ def quantizer(
     _show(run(peers=peers, threads=threads, quick=quick), out, as_json)
 
 
+@bench.command()
+def checkpoint(
+    recipe: Annotated[str, typer.Option(help="The size of the model. [default: 86m]")] = "",
+    folder: Annotated[Path, typer.Option(help="On the disk to be measured; left as it was.")] = Path(),
+    peers: Peers = False,
+    threads: Threads = None,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """How long training stands still for a checkpoint, until it is on disk, and how long loading takes."""
+    from qatscale.bench.checkpoint import run
+
+    _show(run(peers=peers, threads=threads, quick=quick, recipe=recipe or None, folder=folder), out, as_json)
+
+
 def _show(result: Result, out: Path | None, as_json: bool) -> None:
     from qatscale.cli.terminal import console
 
