@@ -153,7 +153,7 @@ class Bench:
 
 
 def run(
-    *, peers: bool, threads: int | None, quick: bool, recipe: str | None = None, folder: Path = Path(), rounds: int = 7
+    *, peers: bool, threads: int | None, quick: bool, recipe: str | None = None, folder: Path = Path(), rounds: int = 5
 ) -> Result:
     """recipe: None = 86m, quick: quickstart. folder: on the disk to be measured; a temporary folder in it is used.
 
