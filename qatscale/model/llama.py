@@ -132,6 +132,14 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+RunBlock = Callable[[nn.Module, Tensor, Rotation], Tensor]
+
+
+def run_block(block: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
+    """A `Block` on the stream x: [b, t, D]. A function, so that a compiled one can take its place for all blocks."""
+    return block(x, rotation)
+
+
 class Llama(nn.Module):
     """The language model. Give it its weights with `initialise` or `load_state_dict` before use.
 
@@ -150,7 +158,9 @@ class Llama(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.parallel = parallel
+        self.run_block: RunBlock = run_block
         self.chunk_loss: ChunkLoss = chunk_loss
+        """These two may be replaced by compiled forms, which are for training: without gradients the plain ones run."""
         self.stage = stage = stage or whole(config)
         if stage.is_first:
             self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
@@ -187,12 +197,13 @@ class Llama(nn.Module):
         rotation = rotation_tables(
             length, self.config.hidden_size // self.config.heads, self.config.rope_theta, x.device
         )
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        trains = torch.is_grad_enabled()
+        run = self.run_block if trains else run_block
         for i in self.stage.blocks:
-            if recompute:  # nothing in a block draws random numbers, so there is no generator state to keep
-                x = checkpoint(self.blocks[i], x, rotation, use_reentrant=False, preserve_rng_state=False)
+            if trains and self.activation_checkpointing:  # a block draws no random numbers: no generator state to keep
+                x = checkpoint(run, self.blocks[i], x, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self.blocks[i](x, rotation)
+                x = run(self.blocks[i], x, rotation)
         if not self.stage.is_last:
             return x.contiguous()  # it is sent as it lies in memory
         assert not self._ties or self.head.weight is self.embed.weight, "the tie has come undone"
@@ -200,7 +211,8 @@ class Llama(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy in nats of the last stage's stream [b, t, D] against labels [b, t], fp32."""
-        return head_loss(self.head, x, labels, self.parallel.shard(0, self.config.vocab_size), self.chunk_loss)
+        shard, chunk = self.parallel.shard(0, self.config.vocab_size), chunk_loss
+        return head_loss(self.head, x, labels, shard, self.chunk_loss if torch.is_grad_enabled() else chunk)
 
     @property
     def _ties(self) -> bool:

@@ -38,17 +38,17 @@ class TensorParallel:
         """Into a parallel region: [b, t, D] on every process; under `sequence` from its share [b, t/size, D]."""
         if self.size == 1:
             return x
-        return _GatherSequence.apply(x, self) if self.sequence else _SumGradient.apply(x, self)
+        return _apply(_GatherSequence if self.sequence else _SumGradient, x, self)
 
     def leave(self, x: Tensor) -> Tensor:
         """Out of a parallel region: the sum of the partial [b, t, D] of all processes, or this one's share of it."""
         if self.size == 1:
             return x
-        return _ScatterSequence.apply(x, self) if self.sequence else _Sum.apply(x, self)
+        return _apply(_ScatterSequence if self.sequence else _Sum, x, self)
 
     def shared(self, parameter: Tensor) -> Tensor:
         """A parameter that is the same on all processes, of which each sees a part of the gradient."""
-        return parameter if self.size == 1 else _SumGradient.apply(parameter, self)
+        return parameter if self.size == 1 else _apply(_SumGradient, parameter, self)
 
     def shard(self, dim: int, full: int) -> Shard:
         """This process's part of a dimension; sizes that do not divide are padded on the last ones."""
@@ -67,6 +67,17 @@ class TensorParallel:
 
 
 ALONE = TensorParallel()
+
+
+def _apply(exchange: type[torch.autograd.Function], x: Tensor, parallel: TensorParallel) -> Tensor:
+    return exchange.apply(x, parallel)
+
+
+def keep_out_of_graphs() -> None:
+    """From now on torch.compile ends a graph before an exchange and begins another behind it. (Not from the start:
+    to say so imports the compiler.)"""
+    global _apply
+    _apply = torch.compiler.disable(_apply)
 
 
 @dataclass(frozen=True)

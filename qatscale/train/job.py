@@ -9,6 +9,7 @@ from qatscale.config import load_ds_config, merge_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.save_load import load_checkpoint
+from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, layout_notices, plan_layout
@@ -45,6 +46,7 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
     if start is None:
         return None
     layout = plan_layout(config, ds_config, job_size())
+    plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
     batches, validation = open_batches(config), open_validation(config)
     repetition = batches.repetition(timeline.steps)
@@ -73,6 +75,7 @@ class Job:
     engine: Any
     masters: ZeroMasters
     plugin: QatPlugin
+    compilation: Compilation
 
 
 def assemble(plan: Plan, runtime: Runtime) -> Job:
@@ -84,7 +87,9 @@ def assemble(plan: Plan, runtime: Runtime) -> Job:
     plugin = QatPlugin(config.qat, plan.timeline.switch_step)
     plugin.prepare(model)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, plan.ds_config, topology)
-    job = Job(runtime, topology, engine, masters, plugin)
+    compiles = plan_compilation(config.engine, plan.ds_config)
+    compilation = Compiled(model) if compiles else Compilation()
+    job = Job(runtime, topology, engine, masters, plugin, compilation)
     _load_start(plan.start, job)
     return job
 

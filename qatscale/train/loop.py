@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
-
 from qatscale.config import config_hash, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.save_load import describe
@@ -20,8 +18,10 @@ from qatscale.timeline import Timeline, build_timeline, kept_steps
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import validation_losses
 from qatscale.train.final import final_metrics, final_views
+from qatscale.train.garbage import Garbage
 from qatscale.train.job import Job, Plan, assemble, plan_run
 from qatscale.train.meter import Meter
+from qatscale.train.prefetch import Prefetch
 from qatscale.train.run_log import RunLog
 from qatscale.train.saver import Saver
 from qatscale.train.signals import StopRequest
@@ -55,6 +55,7 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
             try:
                 return run_steps(plan, job, log)
             finally:
+                job.compilation.close()
                 job.engine.destroy()
 
 
@@ -91,9 +92,15 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
         notice=log.console.notice,
     )
     log.watch.waits_for = saver.waited_for
-    with StopRequest(runtime) as stop, saver:
+    upcoming = Prefetch(
+        lambda step: batches.batch(step, topology.data_rank, topology.data_ranks),
+        *(first, timeline.steps),
+        pin=runtime.device.type == "cuda",
+    )
+    with StopRequest(runtime) as stop, saver, upcoming, Garbage() as garbage:
         for step in range(first, timeline.steps):
-            if step in (first, timeline.switch_step):  # a branch begins with it
+            cold = step in (first, timeline.switch_step)  # compilation, and a branch begins with the switch
+            if cold:
                 with meter.pause():
                     if report := plugin.after_step(step, masters):
                         log.switched(merge_reports(gather_stages(report, topology)))
@@ -101,12 +108,12 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             settings = timeline.at(step)
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
             apply_settings(engine, settings)
-            log.watch.mark(step, slow=step == first)
+            log.watch.mark(step, slow=cold)
             with meter.data():
-                batch = torch.from_numpy(batches.batch(step, topology.data_rank, topology.data_ranks))
+                batch = upcoming.take(step)
             for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                 meter.add_loss(loss)
-                log.watch.mark(step, slow=step == first)
+                log.watch.mark(step, slow=cold)
             meter.end_step()
 
             done = step + 1
@@ -117,6 +124,9 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             log.console.advance(done)
             saver.poll()
             reason = due.checkpoint(done) or ("signal" if stopped_by else None)
+            if news := job.compilation.news():
+                log.console.notice(f"step {done}: {news}")
+            garbage.step(done, pauses=bool(reason) or due.validation(done))
             if reason or due.validation(done):
                 with meter.pause():
                     if reason:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.config.schema import ModelConfig, QatConfig
+from qatscale.engine.compilation import Compiled
 from qatscale.model.llama import Llama, initialise
 from qatscale.model.loss import cross_entropy, linear_cross_entropy
 from qatscale.model.tensor_parallel import ALONE, TensorParallel, shard_of
@@ -133,10 +134,30 @@ def check_model(parallel: TensorParallel, *, tied: bool, bits: float, group_size
             close(part(TOKENS, LABELS), whole(TOKENS, LABELS), f"loss after PTQ to {ptq_bits} bits", 1e-6)
 
 
+def check_compiled(parallel: TensorParallel) -> None:
+    """The exchanges lie between graphs, and the numbers are the plain ones."""
+    config = ModelConfig(vocab_size=VOCABULARY, hidden_size=48, layers=1, heads=4, kv_heads=2, intermediate_size=64)
+    plain, compiled = (build(config, QatConfig(scheme="fused", bits=2), parallel) for _ in range(2))
+    compilation = Compiled(compiled, "aot_eager")
+    losses = [model(TOKENS, LABELS) for model in (plain, compiled)]
+    close(losses[1].detach(), losses[0].detach(), "compiled loss", 1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        close(other.grad, one.grad, f"compiled gradient of {name}")
+    assert compilation.news()
+    compiled(TOKENS, LABELS)
+    assert compilation.news() is None, "the graphs of one step are not those of the next"
+    compilation.close()
+
+
 for sequence in (False, True):
     split = TensorParallel(RANK, SIZE, dist.group.WORLD, sequence)
     for tied, (bits, group_size) in product((True, False), ((1, None), (2, None), (1.58, 8), (4, None), (6, 8))):
         check_model(split, tied=tied, bits=bits, group_size=group_size)
+check_compiled(TensorParallel(RANK, SIZE, dist.group.WORLD))
 check_loss(TensorParallel(RANK, SIZE, dist.group.WORLD))
 check_loss_of_a_product(TensorParallel(RANK, SIZE, dist.group.WORLD))
 dist.destroy_process_group()
