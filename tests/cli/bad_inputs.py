@@ -453,7 +453,33 @@ CASES: dict[str, list[Case]] = {
         Case(
             "a folder that is not empty",
             "export runs/trunk --out thesis",
-            ("export folder = 'thesis'", "not empty", "Choose another one"),
+            ("--out = 'thesis'", "not empty", "Choose another folder"),
+        ),
+        Case("an unknown format", "export runs/trunk --format ggfu --out out", ("--format = 'ggfu'", "'gguf'")),
+        Case(
+            "a run that is not finished",
+            "export runs/trunk@8 --out out",
+            ("'runs/trunk@8'", "at step 8 of 10", "qatscale resume", "--unfinished"),
+        ),
+        Case(
+            "full precision in a format of quantized weights",
+            "export runs/trunk@5 --unfinished --format gguf --out out",
+            ("--format = 'gguf'", "has not switched to QAT", "--ptq 4", "--format hf"),
+        ),
+        Case(
+            "other scales for a model that has its own",
+            "export runs/trunk --ptq 4 --out out",
+            ("--ptq = 4", "scales that were trained", "Leave it out"),
+        ),
+        Case(
+            "a shape that a format does not hold",
+            "export runs/trunk --format compressed-tensors --out out",
+            ("embed.weight (4 bits, 512 x 64)", "Linear layers", "--fallback", "MiB more"),
+        ),
+        Case(
+            "no tokenizer",
+            "export runs/trunk --data nowhere --out out",
+            ("data.path = 'nowhere'", "--tokenizer FOLDER", "--tokenizer none"),
         ),
         Case(
             "no such run",

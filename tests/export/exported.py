@@ -1,0 +1,75 @@
+"""Training's model as the tests see it, independent of the export: loaded as `qatscale evaluate` loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qatscale.config import load_run_config
+from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.model.hugging_face import hugging_face_names
+from qatscale.model.llama import Llama
+from qatscale.quant.selection import fake_quant_modules
+from qatscale.train.evaluate import load_checkpointed_model
+
+MODULES = {"hf": [], "compressed-tensors": ["compressed_tensors"], "gguf": ["gguf", "accelerate"], "mlx": ["mlx_lm"]}
+
+
+def need(format: str) -> None:
+    """Skip where the format's client is not installed: the extra `clients`."""
+    for module in MODULES[format]:
+        pytest.importorskip(module)
+
+
+def trained(run: Path) -> Llama:
+    """In the precision that training's forward used, computing in the quantized view."""
+    config = load_run_config(run / "recipe.yaml")
+    model, _ = load_checkpointed_model(find_checkpoint(run), config, torch.device("cpu"))
+    return model.eval()
+
+
+def trained_weights(run: Path) -> dict[str, Tensor]:
+    """Hugging Face's name -> the weights of training's forward pass, by its own layers."""
+    model = trained(run)
+    names = hugging_face_names(model.config)
+    values = {name: value.detach() for name, value in model.named_parameters() if not name.endswith("_scale")}
+    for name, layer in fake_quant_modules(model):
+        if f"{name}.weight" in values:
+            values[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale).detach()
+    return {names[name]: value for name, value in values.items()}
+
+
+def plain_model(run: Path) -> Llama:
+    """fp32 arithmetic on these weights."""
+    config = load_run_config(run / "recipe.yaml").model
+    model = Llama(config)
+    values = trained_weights(run)
+    state = {ours: values[theirs].float() for ours, theirs in hugging_face_names(config).items()}
+    assert model.load_state_dict(state, strict=False).unexpected_keys == []
+    return model.eval()
+
+
+@torch.no_grad()
+def greedy(logits: Callable[[Tensor], Tensor], start: list[int], count: int) -> list[int]:
+    """The likeliest token that is not there yet, `count` times: models of so few steps would say one word for ever."""
+    tokens = list(start)
+    for _ in range(count):
+        scores = logits(torch.tensor([tokens]))[0, -1].clone()
+        scores[tokens] = -torch.inf
+        tokens.append(int(scores.argmax()))
+    return tokens[len(start) :]
+
+
+def snippets(folder: Path) -> list[str]:
+    """The Python code of a model card, block by block."""
+    text = (folder / "README.md").read_text()
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
+def described(folder: Path) -> dict:
+    return json.loads((folder / "export.json").read_text())
