@@ -1,0 +1,85 @@
+"""GGUF in llama.cpp. Building llama-cpp-python takes ten minutes, so these run with -m slow where it is installed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from export_runs import WIDTHS
+from exported import described, greedy, plain_model, snippets
+from torch import Tensor
+
+from qatscale.model.hugging_face_tokenizer import PROBES
+
+pytestmark = pytest.mark.slow
+llama_cpp = pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture(scope="module")
+def exports(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    from qatscale.cli import main
+
+    folder = tmp_path_factory.mktemp("gguf")
+
+    def export(run: str, *more: str) -> Path:
+        out = folder / "-".join([run, *more])
+        if not out.exists():
+            with pytest.raises(SystemExit) as stop:
+                main(shlex.split(f"export {runs / run} --format gguf --out {out} --fallback {' '.join(more)}"))
+            assert not stop.value.code
+        return out
+
+    return export
+
+
+def logits_of(model: llama_cpp.Llama, tokens: list[int]) -> Tensor:
+    model.reset()
+    model.eval(tokens)
+    return torch.from_numpy(model.scores[: len(tokens)].copy())
+
+
+@pytest.mark.parametrize("run", [*WIDTHS, "ternary", "three", "narrow"])
+def test_llama_cpp_is_near_what_was_trained(run: str, exports, runs: Path) -> None:
+    """It rounds activations to 8 bits before each product; its text agrees where logits are not that close."""
+    folder = exports(run)
+    asked = {report["client"].split()[0]: report for report in described(folder)["verification"]["clients"]}
+    assert asked["llama-cpp-python"]["logit_error"] < 0.05
+    assert asked["llama-cpp-python"]["loss"] == pytest.approx(asked["transformers"]["loss"], abs=0.01)
+    model = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    ours = plain_model(runs / run)
+    tokens = torch.randint(514, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        expected = ours(torch.tensor([tokens]))[0]
+    found = logits_of(model, tokens)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
+    top = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    assert float(top) >= 0.9
+    said = greedy(lambda t: logits_of(model, t[0].tolist())[None], [1, 17, 300, 45], 24)
+    agreed = greedy(ours, [1, 17, 300, 45], 24)
+    assert sum(a == b for a, b in zip(said[:4], agreed[:4], strict=True)) >= 3
+
+
+def test_its_tokenizer_gives_the_ids_of_training(exports, prepared: Path) -> None:
+    import sentencepiece
+
+    model = llama_cpp.Llama(str(exports("two") / "model.gguf"), vocab_only=True, verbose=False)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(prepared / "tokenizer" / "tokenizer.model"))
+    for text in PROBES:
+        if "\x00" in text:  # C ends its text there
+            continue
+        found = model.tokenize(text.encode(), add_bos=False, special=False)
+        assert found == processor.encode(text), repr(text)
+    assert (model.token_bos(), model.token_eos()) == (processor.bos_id(), processor.eos_id())
+
+
+@pytest.mark.parametrize("more", [(), ("--tokenizer", "none")])
+def test_the_snippet_of_the_card_runs(more: tuple[str, ...], exports, monkeypatch, capfd) -> None:
+    folder = exports("two", *more)
+    monkeypatch.chdir(folder)
+    code = snippets(folder)[1]
+    capfd.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    assert capfd.readouterr().out
