@@ -209,18 +209,18 @@ def _train(
 
 def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
     """Keep the counters of this process. trap: (rank, save, file operation of it) to die at; save 0: none."""
-    from qatscale.data.reader import BatchReader
+    from qatscale.train.prefetch import Prefetch
     from qatscale.train.saver import Saver
 
     forked = time.perf_counter()
-    batch, save, write = BatchReader.batch, Saver.save, Saver._write
+    take, save, write = Prefetch.take, Saver.save, Saver._write
     writer = 0
 
-    def watched_batch(self: Any, step: int, *ranks: int) -> Any:
+    def watched_take(self: Any, step: int) -> Any:
         if shared.step[rank] < 0:
             shared.starting[rank] = time.perf_counter() - forked
         shared.step[rank] = step
-        return batch(self, step, *ranks)
+        return take(self, step)
 
     def watched_save(self: Any, draft: Any) -> None:
         shared.step[rank] = draft.step
@@ -245,6 +245,6 @@ def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
             if rank == trap[0] and shared.begun[rank] >= trap[1] > 0 and shared.operations[rank] == trap[2]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    BatchReader.batch = watched_batch  # type: ignore[method-assign, assignment]
+    Prefetch.take = watched_take  # type: ignore[method-assign]
     Saver.save, Saver._write = watched_save, watched_write  # type: ignore[method-assign, assignment]
     sys.addaudithook(audit)

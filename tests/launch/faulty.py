@@ -10,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from qatscale.data.reader import BatchReader
+from torch import Tensor
 
-READ = BatchReader.batch
+from qatscale.train.prefetch import Prefetch
+
+TAKE = Prefetch.take
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 LAUNCH = Path(__file__).parents[2] / "launch" / "train.py"
 
 
-def batch(self: BatchReader, step: int, rank: int = 0, ranks: int = 1) -> object:
+def take(self: Prefetch, step: int) -> Tensor:
     if step == int(STEP) and int(os.environ.get("RANK", 0)) == int(RANK):
         if KIND == "error":
             raise ValueError("this rank was made to fail")
@@ -27,9 +29,9 @@ def batch(self: BatchReader, step: int, rank: int = 0, ranks: int = 1) -> object
             os.kill(os.getpid(), signal.SIGSTOP)
         elif KIND == "sleep":
             time.sleep(3600)
-    return READ(self, step, rank, ranks)
+    return TAKE(self, step)
 
 
-BatchReader.batch = batch  # type: ignore[method-assign]
+Prefetch.take = take  # type: ignore[method-assign]
 sys.argv[0] = str(LAUNCH)
 runpy.run_path(str(LAUNCH), run_name="__main__")

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from qatscale.config import load_run_config
-from qatscale.data.reader import BatchReader
 from qatscale.engine.checkpoints import save_load as checkpoint
 from qatscale.train.loop import train
+from qatscale.train.prefetch import Prefetch
 
-READ, COMMIT = BatchReader.batch, checkpoint.commit
+TAKE, COMMIT = Prefetch.take, checkpoint.commit
 
 
 def arm(run: dict) -> None:
@@ -26,19 +26,19 @@ def arm(run: dict) -> None:
     kill_at = run.get("kill_at", {"step": None, "where": None})
     stop_at = run.get("stop_at", {"step": None, "rank": None})
 
-    def batch(self, step, rank=0, ranks=1):
+    def take(self, step):
         if step == kill_at["step"] and kill_at["where"] == "batch":
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == stop_at["step"] and rank == stop_at["rank"]:
+        if step == stop_at["step"] and int(os.environ["RANK"]) == stop_at["rank"]:
             os.kill(os.getpid(), signal.Signals[stop_at["signal"]])
-        return READ(self, step, rank, ranks)
+        return TAKE(self, step)
 
     def commit(folder, manifest):
         if manifest.step == kill_at["step"] and kill_at["where"] == "commit":
             os.kill(os.getpid(), signal.SIGKILL)
         return COMMIT(folder, manifest)
 
-    BatchReader.batch, checkpoint.commit = batch, commit
+    Prefetch.take, checkpoint.commit = take, commit
 
 
 for run in json.loads(Path(sys.argv[1]).read_text()):
