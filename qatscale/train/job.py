@@ -15,7 +15,9 @@ from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, layout_notices, plan_layout
 from qatscale.engine.runtime import Runtime, job_size
 from qatscale.engine.topology import Topology, join_topology
+from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.model.llama import Llama, initialise
+from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
 from qatscale.timeline import Timeline, build_timeline
 from qatscale.train.evaluate import open_stream, open_validation
@@ -53,6 +55,7 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
     notices = (
         *timeline.warnings,
         *layout_notices(config, layout),
+        *weight_cache_notices(config, ds_config, layout),
         *start.notices,
         *check_data(config, start, batches.stream.manifest.fingerprint),
         *filter(None, [repetition]),
@@ -76,6 +79,7 @@ class Job:
     masters: ZeroMasters
     plugin: QatPlugin
     compilation: Compilation
+    weights: WeightCache
 
 
 def assemble(plan: Plan, runtime: Runtime) -> Job:
@@ -89,7 +93,8 @@ def assemble(plan: Plan, runtime: Runtime) -> Job:
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, plan.ds_config, topology)
     compiles = plan_compilation(config.engine, plan.ds_config)
     compilation = Compiled(model) if compiles else Compilation()
-    job = Job(runtime, topology, engine, masters, plugin, compilation)
+    weights = WeightCache(model, keeps_weights(config, plan.ds_config, plan.layout))
+    job = Job(runtime, topology, engine, masters, plugin, compilation, weights)
     _load_start(plan.start, job)
     return job
 

@@ -111,7 +111,7 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             log.watch.mark(step, slow=cold)
             with meter.data():
                 batch = upcoming.take(step)
-            for loss in train_step(engine, batch, config.batch.micro_batch, topology):
+            for loss in train_step(engine, batch, config.batch.micro_batch, topology, job.weights):
                 meter.add_loss(loss)
                 log.watch.mark(step, slow=cold)
             meter.end_step()

@@ -31,9 +31,12 @@ from qatscale.engine.dry_run.share import Matrix, Share
 from qatscale.engine.dry_run.zero_memory import zero_of
 from qatscale.engine.dry_run.zero_plan import FP32, ZeroPlan
 from qatscale.engine.layout import Layout
+from qatscale.engine.weight_cache import kept_bytes
 from qatscale.model.chunks import chunk_rows
 
 Device = Literal["cuda", "cpu"]
+_SMALL = 1 << 16
+"""`SMALL` of `qatscale.quant.kernels.cpu`, which imports torch."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,11 @@ class Step:
         plan: ZeroPlan,
         *,
         quantized: bool,
+        keeps_weights: bool = False,
         device: Device = "cuda",
     ) -> None:
         self.share, self.layout, self.quantized = share, layout, quantized
+        self.keeps_weights = quantized and keeps_weights
         self.recompute = config.engine.activation_checkpointing
         tokens = config.batch.micro_batch * config.data.sequence_length
         stream = tokens // layout.tensor if config.engine.sequence_parallel else tokens
@@ -105,6 +110,9 @@ class Step:
     def replay(self) -> Ledger:
         """The micro-batches in the order of the pipeline (one forward, one backward), then the optimizer."""
         self.zero.resident()
+        kept = kept_bytes(self.share, self.micro.weight) if self.keeps_weights else 0
+        self.ledger.moment = "quantization"
+        self.ledger.hold("quantized", kept)
         self._pipeline_buffers()
         ahead = min(self.layout.pipeline - self.share.stage.index, self.micro_batches)
         # what repeats itself adds nothing: a second micro-batch finds the first one's gradients, then all are alike
@@ -115,7 +123,11 @@ class Step:
             if index >= ahead - 1:
                 self._backward(last=index == shown + ahead - 2)
         self.ledger.moment = "optimizer step"
+        if self.layout.pipeline == 1:  # else DeepSpeed takes the whole step in one call
+            self.ledger.drop("quantized", kept)
         self.zero.step()
+        if self.layout.pipeline > 1:
+            self.ledger.drop("quantized", kept)
         return self.ledger
 
     def _pipeline_buffers(self) -> None:
@@ -182,12 +194,12 @@ class Step:
     def _use(self, index: int, matrix: Matrix, *, keep: bool = True, release: bool = True) -> None:
         """A product's forward: its weight is gathered, quantized, and kept quantized."""
         self.zero.fetch(index)
-        if self._is_quantized(matrix):
-            self.ledger.hold("quantized", matrix.numel * self.micro.weight)
-            if self.micro.weight != FP32:
-                self.ledger.touch("quantized", matrix.numel * FP32)
-            if not keep:
-                self.ledger.drop("quantized", matrix.numel * self.micro.weight)
+        copy = self._copy(matrix)
+        self.ledger.hold("quantized", copy)
+        if copy:
+            self.ledger.touch("quantized", self._workspace(matrix.numel, passes=1))
+        if not keep:
+            self.ledger.drop("quantized", copy)
         if release:
             self.zero.release(index)
 
@@ -205,8 +217,7 @@ class Step:
                 ledger.touch("activations", elements * (FP32 + max(cast, micro.weight)))
                 if self._chunk < micro.tokens:  # a chunk's product, before it is added
                     ledger.touch("gradients", elements * micro.weight + head.numel * micro.weight)
-        if self._is_quantized(head):
-            ledger.drop("quantized", head.numel * micro.weight)
+        ledger.drop("quantized", self._copy(head))
         self.zero.release(self._head_index)
 
     @property
@@ -248,8 +259,7 @@ class Step:
         if self._head_gradient != self.micro.weight:
             ledger.touch("gradients", size)
         ledger.drop("gradients", head.numel * self._head_gradient)
-        if self._is_quantized(head):
-            ledger.hold("quantized", size)  # `_gradient` lets it go; this one has gone already
+        ledger.hold("quantized", self._copy(head))  # `_gradient` lets it go; this one has gone already
         self._gradient(self._head_index, head, 0, arrives=not self.share.tied_here)
         self._norm_backward()
 
@@ -296,7 +306,8 @@ class Step:
         self.zero.fetch(0)
         size = embed.numel * self.micro.weight
         if self._is_quantized(embed):
-            self.ledger.touch("quantized", 3 * FP32 * self.micro.tokens * self.share.width)
+            elements = self.micro.tokens * self.share.width
+            self.ledger.touch("quantized", elements * self.micro.weight + self._workspace(elements, passes=3))
             self.ledger.drop("quantized", self.micro.of(self.share.width))
             if not self.share.tied_here:
                 self._scales_arrive(embed)
@@ -312,8 +323,7 @@ class Step:
     def _gradient(self, index: int, matrix: Matrix, consumed: int, *, arrives: bool = True, fetch: bool = True) -> None:
         """A weight's gradient, then through its quantizer in QAT. `consumed`: bytes of activations that it was made of.
 
-        `_FakeQuantize.backward` holds three fp32 tensors of the weight's size (v, clipped, inside) and, in bf16, the
-        result; in fp32 the last of the three is the result. On CPU bf16 is also cast on its way in.
+        The quantizer's backward makes the weight's gradient anew.
         """
         micro, ledger = self.micro, self.ledger
         if fetch:
@@ -321,9 +331,8 @@ class Step:
         ledger.hold("gradients", matrix.numel * micro.weight)
         ledger.drop("activations", consumed)
         if self._is_quantized(matrix):
-            ledger.drop("quantized", matrix.numel * micro.weight)
-            result = 0 if micro.weight == FP32 else FP32 if micro.device == "cpu" else micro.weight
-            ledger.touch("quantized", matrix.numel * (3 * FP32 + result))
+            ledger.drop("quantized", self._copy(matrix))
+            ledger.touch("quantized", matrix.numel * micro.weight + self._workspace(matrix.numel, passes=3))
             if arrives:
                 self._scales_arrive(matrix)
         if arrives:
@@ -335,6 +344,18 @@ class Step:
         self.zero.arrived("scales", matrix.scales)
 
     # --- which matrix ---
+
+    def _copy(self, matrix: Matrix) -> int:
+        """Bytes of its quantized copy that a micro-batch makes, where none is kept for the whole step."""
+        return matrix.numel * self.micro.weight if self._is_quantized(matrix) and not self.keeps_weights else 0
+
+    def _workspace(self, numel: int, passes: int) -> int:
+        """What quantizing makes on the way to its result: nothing, but for small matrices on CPU, which go through one
+        operation after the other (`qatscale.quant.kernels`). Of the last one's results in fp32 is the one that stays.
+        """
+        if self.micro.device == "cuda" or numel > _SMALL:
+            return 0
+        return numel * FP32 * (passes - (self.micro.weight == FP32))
 
     def _is_quantized(self, matrix: Matrix) -> bool:
         return self.quantized and matrix.bits is not None

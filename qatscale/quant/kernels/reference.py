@@ -33,10 +33,9 @@ def gradients(
     clipped = v.clamp(quantizer.low, quantizer.high)
     # 1. or 0.; boolean masks take ten times as long on CPUs.
     inside = clipped.clone().eq_(v)
-    grad_w = (inside * upstream).to(w.dtype).reshape(w.shape)
     slope = _slope_(quantizer, x, v, clipped, inside)
     grad_alpha = slope.mul_(upstream).sum(-1).mul_(grad_factor).to(alpha.dtype).reshape(alpha.shape)
-    return grad_w, grad_alpha
+    return inside.mul_(upstream).to(w.dtype).reshape(w.shape), grad_alpha
 
 
 def rows_of(w: Tensor, alpha: Tensor, compute: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
