@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ from qatscale.data.records import Batch
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
+_FEW = 6
+"""Batches, of 1 MB each."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,13 @@ def _encode_texts(texts: list[str], size: int, tokenizer: Tokenizer) -> EncodedS
 def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: float, workers: int) -> Iterator[Encoded]:
     """Encode batches in their order with the tokenizer saved in `folder`; at most 3 x workers are on their way.
 
-    One worker is this process itself. Raises UserError like `encode`, RuntimeError when a worker process dies.
+    One worker is this process itself, and so it is for few batches: starting others takes longer.
+    Raises UserError like `encode`, RuntimeError when a worker process dies.
     """
-    if workers == 1:
+    batches = iter(batches)
+    first = list(itertools.islice(batches, _FEW))
+    batches = itertools.chain(first, batches)
+    if workers == 1 or len(first) < _FEW:
         tokenizer = load_tokenizer(folder)
         yield from (encode(batch, tokenizer, validation_fraction) for batch in batches)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,7 +125,8 @@ class Manifest(_Part):
         counts = self.split(split)
         size = sum(shard.bin_bytes + shard.idx_bytes for shard in counts.shards)
         full = verify == "full" or (verify == "auto" and size < FULL_BELOW)
-        return [self._open_shard(folder, shard, full) for shard in counts.shards]
+        with ThreadPoolExecutor() as pool:  # checksums of several shards at once: hashing lets go of the interpreter
+            return list(pool.map(lambda shard: self._open_shard(folder, shard, full), counts.shards))
 
     def _open_shard(self, folder: Path, shard: Shard, full: bool) -> IndexedReader:
         reader = IndexedReader(folder / shard.name)

@@ -6,7 +6,9 @@ when training starts, and neighbouring sequences share one token.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +25,8 @@ class TokenStream:
     def __init__(self, manifest: Manifest, shards: Sequence[np.ndarray], name: str) -> None:
         """`shards`: the tokens of each, [tokens]; `name`: what an error calls it."""
         self.manifest, self.name = manifest, name
-        self._shards = list(shards)
-        self._ends = np.cumsum([len(shard) for shard in shards])
+        self._shards = [np.asarray(shard) for shard in shards]  # a slice of a np.memmap costs several times as much
+        self._ends = list(itertools.accumulate(map(len, shards)))
 
     @classmethod
     def open(cls, folder: Path | str, split: Split, verify: Verify = "auto") -> TokenStream:
@@ -36,7 +38,7 @@ class TokenStream:
 
     def __len__(self) -> int:
         """Tokens."""
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length), int64, across shards."""
@@ -47,8 +49,8 @@ class TokenStream:
 
     def _read(self, start: int, out: np.ndarray) -> None:
         filled = 0
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        offset = start - (int(self._ends[shard - 1]) if shard else 0)
+        shard = bisect.bisect_right(self._ends, start)
+        offset = start - (self._ends[shard - 1] if shard else 0)
         while filled < len(out):
             part = self._shards[shard][offset : offset + len(out) - filled]
             out[filled : filled + len(part)] = part
@@ -85,7 +87,7 @@ class ShuffledOrder:
         self._blocks = -(-sequences // self._block)
         self._last = sequences - (self._blocks - 1) * self._block  # sequences in the last block, maybe fewer
         self._block_order = functools.lru_cache(maxsize=2)(self._draw_block_order)
-        self._within = functools.lru_cache(maxsize=64)(self._draw_within)
+        self._within = functools.lru_cache(maxsize=2)(self._draw_within)  # an epoch comes to a block once
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Sequence index at each of `positions` [n], which count on through the epochs."""
@@ -127,20 +129,18 @@ class BatchReader:
     """Training batches: a pure function of (seed, step, rank). How many ranks there are changes nobody's sequences."""
 
     def __init__(
-        self, stream: TokenStream, sequence_length: int, sequences: int, seed: int, shuffle_block: int = 1024
+        self, stream: TokenStream, sequence_length: int, sequences: int, seed: int, shuffle_block: int
     ) -> None:
-        """`sequences`: of the global batch. Raises UserError where the stream cannot fill one batch."""
+        """`sequences`: of the global batch; `shuffle_block`: see `data.shuffle_block` of the recipe.
+
+        Raises UserError where the stream cannot fill one batch.
+        """
         self.stream, self.sequence_length, self.sequences = stream, sequence_length, sequences
         self.sequences_per_epoch = stream.sequences(sequence_length)
         if sequences > self.sequences_per_epoch:
             have = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
             raise UserError("batch.sequences", sequences, have, "Choose a smaller batch or prepare more text.")
         self._order = ShuffledOrder(self.sequences_per_epoch, shuffle_block, seed)
-
-    def indices(self, step: int) -> np.ndarray:
-        """The sequences of the global batch of 0-based `step`, [sequences]."""
-        first = step * self.sequences
-        return self._order(np.arange(first, first + self.sequences, dtype=np.int64))
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
@@ -150,7 +150,8 @@ class BatchReader:
             )
         assert 0 <= rank < ranks
         share = self.sequences // ranks
-        return self.stream.gather(self.indices(step)[rank * share : (rank + 1) * share], self.sequence_length)
+        first = step * self.sequences + rank * share
+        return self.stream.gather(self._order(np.arange(first, first + share)), self.sequence_length)
 
     def epoch(self, step: int) -> float:
         """Epochs read before 0-based `step`."""

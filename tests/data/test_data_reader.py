@@ -93,7 +93,7 @@ def test_ranks_only_split_the_batch(ranks: int) -> None:
 
 
 def test_epochs_run_on_through_a_batch() -> None:
-    reader = BatchReader(counting(71), 10, 3, seed=0)
+    reader = BatchReader(counting(71), 10, 3, seed=0, shuffle_block=4)
     starts = np.concatenate([reader.batch(step)[:, 0] for step in range(7)]) // 10
     for epoch in range(3):
         assert sorted(starts[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
@@ -101,7 +101,7 @@ def test_epochs_run_on_through_a_batch() -> None:
 
 
 def test_repetition_is_told() -> None:
-    reader = BatchReader(counting(101), 10, 5, seed=0)
+    reader = BatchReader(counting(101), 10, 5, 0, 4)
     assert reader.repetition(2) is None
     assert "1.50 epochs of 100 tokens" in str(reader.repetition(3))
     assert "4 epochs" in str(reader.repetition(9))
@@ -109,14 +109,14 @@ def test_repetition_is_told() -> None:
 
 def test_too_little_data() -> None:
     with pytest.raises(UserError, match="one sequence takes 11") as caught:
-        BatchReader(counting(10), 10, 1, seed=0)
+        BatchReader(counting(10), 10, 1, 0, 4)
     assert caught.value.key == "data.sequence_length"
-    assert BatchReader(counting(11), 10, 1, seed=0).sequences_per_epoch == 1
+    assert BatchReader(counting(11), 10, 1, 0, 4).sequences_per_epoch == 1
     with pytest.raises(UserError, match="holds 2 sequences of 10") as caught:
-        BatchReader(counting(21), 10, 3, seed=0)
+        BatchReader(counting(21), 10, 3, 0, 4)
     assert caught.value.key == "batch.sequences"
     with pytest.raises(UserError, match="does not divide among 4"):
-        BatchReader(counting(100), 10, 6, seed=0).batch(0, 0, 4)
+        BatchReader(counting(100), 10, 6, 0, 4).batch(0, 0, 4)
 
 
 @settings(deadline=None)
@@ -221,7 +221,7 @@ def test_opening_a_billion_tokens_takes_no_scan(tmp_path: Path) -> None:
         file.truncate(tokens * 2)
     start = time.perf_counter()
     shard = IndexedReader(prefix)
-    reader = BatchReader(stream(shard.tokens), 2048, 64, seed=0)
+    reader = BatchReader(stream(shard.tokens), 2048, 64, 0, shuffle_block=65_536)
     batch = reader.batch(7_000)
     assert time.perf_counter() - start < 0.5
     assert batch.shape == (64, 2049)
