@@ -193,5 +193,7 @@ def _print_verification(found: dict[str, Any] | None) -> None:
         weights = f"{client['weight_error']:.2g}" if client["tensors"] else "not shown"
         table.add_row(client["client"], f"{client['loss']:.6f}", weights, f"{client['logit_error']:.2g}")
     console().print(table)
+    if found["rounding"]:
+        print(f"storing the scales changed them by at most {found['rounding']:.2g} of their size")
     for client, pip in found["not_installed"].items():
         print(f"{client} is not installed and was not asked: {pip}")

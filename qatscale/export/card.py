@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import yaml
+
 from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
+from qatscale.config.schema import RunConfig
 from qatscale.export.encoding import Plan
 from qatscale.export.report import rows
 
@@ -62,9 +65,16 @@ def card(described: dict[str, Any], plan: Plan, has_tokenizer: bool) -> str:
         _losses(described),
         _verification(described["verification"]),
         _size(described, plan),
-        "## Recipe\n\n```yaml\n" + resolved_yaml(plan.source.config).strip() + "\n```\n",
+        "## Recipe\n\n" + _code("yaml", _recipe(plan.source.config)),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _recipe(config: RunConfig) -> str:
+    """The resolved recipe without what says where things lay on the machine that trained it."""
+    content = yaml.safe_load(resolved_yaml(config))
+    del content["output"], content["data"]["path"], content["tracking"]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _front(described: dict[str, Any]) -> str:
@@ -81,7 +91,8 @@ def _width(described: dict[str, Any]) -> str:
     if described["view"] == "fp":
         return "full precision"
     trained = "quantized after training" if described["view"].startswith("ptq") else "quantization-aware trained"
-    return f"{described['bits']:g} bits, {trained}"
+    bits = described["bits"]
+    return f"{bits:g} {'bit' if bits == 1 else 'bits'}, {trained}"
 
 
 def _about(described: dict[str, Any]) -> str:
@@ -175,6 +186,8 @@ def _verification(found: dict[str, Any] | None) -> str:
         "largest difference from ours on the stored weights, relative to the largest.\n\n"
     )
     text += _table(("", "loss", "weights", "logits"), body)
+    if found["rounding"]:
+        text += f"\nStoring the scales changed them by at most {found['rounding']:.2g} of their size.\n"
     for client, pip in found["not_installed"].items():
         text += f"\n{client} was not installed, and not asked: `{pip}`.\n"
     return text

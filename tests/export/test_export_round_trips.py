@@ -215,6 +215,7 @@ def test_the_model_card_holds_and_its_snippet_runs(format: str, exports, monkeyp
     ):
         assert told in card
     assert "Unfinished" not in card
+    assert str(folder.parent.parent) not in card, "where things lay on this machine is nobody's business"
     assert f"{described(folder)['verification']['trained_loss']:.6f}" in card
     monkeypatch.chdir(folder)
     code, *others = snippets(folder)
