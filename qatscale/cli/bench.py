@@ -53,6 +53,23 @@ def checkpoint(
     _show(run(peers=peers, threads=threads, quick=quick, recipe=recipe or None, folder=folder), out, as_json)
 
 
+@bench.command()
+def data(
+    text: Annotated[
+        str | None, typer.Option(help="Text to use, as `qatscale prepare` takes it: a file, a folder. [default: self]")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")] = None,
+    peers: Peers = False,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Text to tokens, tokens to batches, and how long opening a billion tokens takes."""
+    from qatscale.bench.data import run
+
+    _show(run(peers=peers, workers=workers, quick=quick, text=text), out, as_json)
+
+
 def _show(result: Result, out: Path | None, as_json: bool) -> None:
     from qatscale.cli.terminal import console
 
