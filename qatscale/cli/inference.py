@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from qatscale.errors import UserError
 
 def print_text(model: str, prompt: str, view: str | None, **sampling: Any) -> None:
     """The prompt and what follows on standard output; all else on standard error."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # clients draw bars while they load and unpack, amid the text
     from qatscale.inference.generate import Sampling, open_speaker, prompt_ids
 
     settings = Sampling(**sampling)
