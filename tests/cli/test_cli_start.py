@@ -1,0 +1,27 @@
+"""Light commands answer without the heavy libraries; that is what keeps them quick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+COMMANDS = (
+    "--help", "config", "recipes", "plan --help", "plan --memory 1GB --bits 4 --law synthetic", "runs .",
+    "study --help", "study plan --help", "fit --help", "report --help", "bench --help", "prepare --help",
+    "train --help",
+)  # fmt: skip
+SCRIPT = """
+import contextlib, io, shlex, sys
+from qatscale.cli import main
+for command in sys.argv[1:]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        main(shlex.split(command))
+    heavy = {"torch", "deepspeed", "transformers", "datasets", "pandas", "scipy", "matplotlib", "mlflow"}
+    print(command, sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_light_commands_import_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *COMMANDS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{command} []" for command in COMMANDS]
