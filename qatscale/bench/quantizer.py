@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PLAIN = "plain Linear"
 WIDTHS = (1, 1.58, 2, 4)
-CASES = (("fp32", 256, 40), ("bf16", 256, 40), ("fp32", 2048, 12), ("bf16", 2048, 12))
+CASES = (("fp32", 256, 50), ("bf16", 256, 50), ("fp32", 2048, 16))
 """(precision, tokens, rounds)."""
 BITS = 4
 """Of the peers; ParetoQ also at 2, its other arithmetic."""
@@ -46,6 +46,16 @@ def run(*, peers: bool, threads: int | None, quick: bool) -> Result:
         variants.append(Variant("qatscale, plain arithmetic, 4 bits", step(_reference), tokens))
         variants.append(Variant("qatscale, 4 bits, weight held", step(_held), tokens))
         skipped: list[Skipped] = []
+        if quick:
+            skipped.append(Skipped("torch.compile", "takes half a minute, and this is --quick"))
+        elif why := _no_compiler(device):
+            skipped.append(Skipped("torch.compile", why))
+        else:
+            torch._dynamo.reset()  # else the shapes of several tables would become one dynamic one
+            variants.append(Variant("plain Linear, compiled", step(partial(_compiled, make=_plain)), tokens))
+            for bits in (2, BITS):
+                make = partial(_compiled, make=partial(_ours, bits=bits))
+                variants.append(Variant(f"qatscale, {bits} bits, compiled", step(make), tokens))
         for name, layer_or_why in _peers(dtype) if peers else ():
             if isinstance(layer_or_why, Skipped):
                 skipped.append(layer_or_why)
@@ -111,6 +121,23 @@ def _held(linear: nn.Linear) -> nn.Module:
     layer = _ours(linear, BITS)
     layer.hold()
     return layer
+
+
+def _compiled(linear: nn.Linear, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """As in a block that torch.compile has compiled: on CPU its compiler fuses the quantizer's arithmetic."""
+    layer: Any = make(linear)
+    layer.compile()
+    return layer
+
+
+def _no_compiler(device: str) -> str | None:
+    """Why torch.compile cannot work here; None: it can."""
+    import os
+    import shutil
+
+    if device == "cuda" or shutil.which(os.environ.get("CXX", "g++")):
+        return None
+    return "needs a C++ compiler"
 
 
 def _reference(linear: nn.Linear) -> nn.Module:

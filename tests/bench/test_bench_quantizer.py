@@ -1,0 +1,42 @@
+"""`qatscale bench quantizer`: that it runs to its tables; that every layer in them computes what it is said to."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from qatscale.bench import quantizer as bench
+from qatscale.cli.app import app
+from qatscale.quant.quantizers import get_quantizer
+
+
+def test_quick_bench_gives_every_table(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    done = CliRunner().invoke(app, ["bench", "quantizer", "--quick", "--peers", "--threads", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert result["settings"]["quick"] is True
+    assert result["settings"]["threads"] == 1
+    assert [table["title"].split(", ")[1] for table in result["tables"]] == ["fp32", "bf16"]
+    for table in result["tables"]:
+        rows = {row["name"]: row for row in table["rows"]}
+        assert rows[bench.PLAIN]["ratio"] == 1.0
+        assert {f"qatscale, {bits:g} bits" for bits in bench.WIDTHS} <= set(rows)
+        told = set(rows) | {skipped["name"] for skipped in table["skipped"]}
+        assert set(bench.PEERS) <= told, "a peer is measured, or the reason is told"
+        assert all(row["seconds"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("make", [partial(bench._ours, bits=4), bench._reference, bench._held], ids=str)
+def test_every_way_of_ours_is_the_same_layer(make: object) -> None:
+    torch.manual_seed(1)
+    linear, x = nn.Linear(24, 16, bias=False), torch.randn(5, 24)
+    weight = linear.weight.detach().clone()
+    expected = x @ get_quantizer(4).fake_quantize(weight, get_quantizer(4).initial_scale(weight)).T
+    torch.testing.assert_close(make(linear)(x), expected)  # type: ignore[operator]
