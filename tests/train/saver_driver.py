@@ -3,9 +3,9 @@
     python saver_driver.py RUNS.json OUT_FOLDER
 
 RUNS.json: [{"overrides": […], "slow": {"rank": 0, "seconds": 0.2}, "signal_at": 5, "error_at": 5, "full_at": 3}]
-`slow`: a shard of that rank takes so long. `signal_at`: SIGTERM to rank 0 when it begins that step. `error_at`: an
-exception there, on every process. `full_at`: from there on, and when there is a checkpoint, the last rank's disk takes
-no file above 64 KiB.
+`slow`: a shard of that rank takes so long. `stall`: seconds that the watch gives a save, instead of half an hour.
+`signal_at`: SIGTERM to rank 0 when it begins that step. `error_at`: an exception there, on every process. `full_at`:
+from there on, and when there is a checkpoint, the last rank's disk takes no file above 64 KiB.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints import save_load
+from qatscale.train import watch
 from qatscale.train.loop import train
 from qatscale.train.watch import Watch
 
@@ -55,6 +56,8 @@ def observed(run: dict) -> dict:
         return file
 
     Watch.mark, save_load.write_shard = mark, write_shard
+    if "stall" in run:
+        watch.SLOW = run["stall"]
     found = {"writes": writes, "error": ""}
     try:
         found["status"] = train(config).status

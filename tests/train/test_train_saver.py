@@ -33,7 +33,8 @@ class Launch:
         ]  # fmt: skip
         (folder / "runs.json").write_text(json.dumps(listed))
         self.finished: Finished = run([DRIVER, folder / "runs.json", folder], ranks, cwd=folder)
-        self.seen = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(ranks)]
+        seen = [folder / f"seen-{rank}.json" for rank in range(ranks)]
+        self.seen = [json.loads(path.read_text()) if path.exists() else [] for path in seen]
 
     def of(self, name: str, rank: int = 0) -> dict[str, Any]:
         return self.seen[rank][self.names.index(name)]
@@ -149,3 +150,19 @@ def test_a_signal_during_a_write_completes_it_and_saves_where_the_run_stops(toge
     assert losses(run.path) == losses(together.run("whole").path)
     for name in ("step-00000003", f"step-{STEPS:08d}"):
         assert_same_state(run.checkpoints / name, together.run("whole").checkpoints / name)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_writer_that_hangs_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    """Both loops wait for the first checkpoint when the second is due; one thread hangs and the other waits for it."""
+    hung = {"slow": {"rank": 1, "seconds": 3600}, "stall": 20, "overrides": ["engine.stall_timeout=10"]}
+    launch = Launch(tmp_path, 2, hung=hung)
+    assert launch.finished.codes == [EXIT_FAILED, EXIT_FAILED], launch.finished.output
+    assert "rank 1 on host " in launch.finished.output
+    assert " hung at step 6: no progress for " in launch.finished.output
+    assert "and waited for\n" in launch.finished.output
+    assert "write_shard" in launch.finished.output.partition("and waited for\n")[2], "where the thread stood"
+    failed = launch.run("hung").records("failed")[-1]
+    assert (failed["rank"], failed["step"]) == (1, 6)
+    assert complete(launch.run("hung")) == []
