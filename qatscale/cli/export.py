@@ -35,6 +35,10 @@ def export(
     fallback: Annotated[
         bool, typer.Option(help="Store a tensor that the format's type cannot hold in the next that can.")
     ] = False,
+    q1_0: Annotated[
+        bool,
+        typer.Option("--q1-0", help="With gguf: 1 bit as Q1_0, half the size; read by llama.cpp, not by transformers."),
+    ] = False,
     tokenizer: Annotated[
         str | None, typer.Option(help="Its folder, or none. [default: that of the run's prepared data]")
     ] = None,
@@ -67,13 +71,11 @@ def export(
         raise UserError("--tokens", tokens, "has no effect with --no-verify.", "Leave one of them out.")
     check_new(out)
     source = open_source(checkpoint, ptq_bits=ptq, unfinished=unfinished, data=data)
-    make_plan(source, format, fallback)  # what is refused is refused before anything is loaded or written
+    plan = make_plan(source, format, fallback, q1_0)
     files = find_tokenizer(source, tokenizer)
     verifier = _verifier(source, tokens) if verify else None
     try:
-        described = export_to(
-            source, format, out, run=_run_of(source), fallback=fallback, tokenizer=files, verifier=verifier
-        )
+        described = export_to(plan, format, out, run=_run_of(source), tokenizer=files, verifier=verifier)
     except VerificationError as error:
         print(f"error: the export is not what was trained, and was removed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)

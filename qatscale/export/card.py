@@ -61,7 +61,7 @@ def card(described: dict[str, Any], plan: Plan, has_tokenizer: bool) -> str:
         _front(described),
         f"# {described['run']['name']}, {_width(described)}\n",
         _about(described),
-        _load(described["exported_as"], has_tokenizer),
+        _load(described, has_tokenizer),
         _losses(described),
         _verification(described["verification"]),
         _size(described, plan),
@@ -119,15 +119,21 @@ def _about(described: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n" + _table(("", ""), [fact for fact in facts if fact[1]])
 
 
-def _load(format: str, has_tokenizer: bool) -> str:
+def _load(described: dict[str, Any], has_tokenizer: bool) -> str:
+    format = described["exported_as"]
+    only_llama_cpp = any(tensor["stored_as"] == "Q1_0" for tensor in described["tensors"])
     install = {
         "hf": "pip install transformers",
         "compressed-tensors": "pip install transformers compressed-tensors",
         "gguf": "pip install transformers gguf accelerate",
         "mlx": "pip install mlx-lm        # on Linux without a GPU also: pip install 'mlx[cpu]'",
     }[format]
-    parts = ["## Loading\n\nIn this folder:\n", _code("sh", install)]
-    if format == "mlx":
+    parts = ["## Loading\n\nIn this folder:\n"]
+    if not only_llama_cpp:
+        parts.append(_code("sh", install))
+    if only_llama_cpp:
+        parts.append("The type Q1_0 is llama.cpp's, of 2026; transformers does not read it.\n")
+    elif format == "mlx":
         parts.append(_code("python", _MLX if has_tokenizer else _MLX_IDS))
     else:
         options = ', gguf_file="model.gguf"' if format == "gguf" else ""

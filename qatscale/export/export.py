@@ -47,14 +47,29 @@ def check_format(format: str) -> None:
         raise UserError("--format", format, f"one of {', '.join(FORMATS)}.", did_you_mean(format, FORMATS))
 
 
-def make_plan(source: Source, format: str, fallback: bool) -> Plan:
-    """UserError where the format cannot hold a parameter, and for a quantized format without anything quantized."""
+def make_plan(source: Source, format: str, fallback: bool, q1_0: bool = False) -> Plan:
+    """UserError where the format cannot hold a parameter, and for a quantized format without anything quantized.
+
+    q1_0: see `gguf.plan`.
+    """
     check_format(format)
+    if q1_0 and format != gguf.NAME:
+        raise UserError("--q1-0", None, f"is a type of gguf; {format} stores 1 bit in one way.", "Leave it out.")
     if not source.is_quantized and format != hf.NAME:
         why = "has not switched to QAT" if source.config.qat.scheme != "fp" else "was trained in full precision"
         do = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
         raise UserError("--format", format, f"stores quantized weights, and the checkpoint {why}.", do)
-    return FORMATS[format].plan(source, fallback)
+    if not q1_0:
+        return FORMATS[format].plan(source, fallback)
+    plan = gguf.plan(source, fallback, q1_0=True)
+    if not gguf.has_q1_0(plan):
+        raise UserError("--q1-0", None, "has no effect: no matrix of 1 bit fits it.", "Leave it out.")
+    return plan
+
+
+def clients_of(plan: Plan, format: str) -> Sequence[Kind]:
+    """The programs that read the export."""
+    return (LlamaCpp,) if gguf.has_q1_0(plan) else CLIENTS[format]
 
 
 def find_tokenizer(source: Source, given: str | None) -> Path | None:
@@ -83,21 +98,13 @@ def find_tokenizer(source: Source, given: str | None) -> Path | None:
 
 
 def export(
-    source: Source,
-    format: str,
-    out: Path,
-    *,
-    run: Run,
-    fallback: bool,
-    tokenizer: Path | None,
-    verifier: Verifier | None,
+    plan: Plan, format: str, out: Path, *, run: Run, tokenizer: Path | None, verifier: Verifier | None
 ) -> dict[str, Any]:
     """Write the folder `out` and return its export.json. Streams: the largest tensor bounds the memory of all but the
     verification, which loads models. VerificationError, UserError and OSError leave no folder."""
-    plan = make_plan(source, format, fallback)
     with appearing(out) as folder, torch.no_grad():
         FORMATS[format].write(plan, folder, tokenizer)
-        verification = verifier(plan, folder, CLIENTS[format]) if verifier else None
+        verification = verifier(plan, folder, clients_of(plan, format)) if verifier else None
         if verification and not verification.passed:
             raise VerificationError(verification)
         described = contents(plan, format, run, folder, verification)

@@ -78,15 +78,22 @@ def gguf_name(parameter: Parameter) -> str:
     return f"blk.{layer}.{_IN_BLOCK[inner]}.weight"
 
 
-def plan(source: Source, fallback: bool) -> Plan:
+def plan(source: Source, fallback: bool, q1_0: bool = False) -> Plan:
+    """q1_0: matrices of 1 bit in Q1_0, half the size of TQ2_0, which llama.cpp reads and transformers does not."""
     plain = Plain(source.dtype)
     choices: dict[str, list[Encoding]] = {}
     for p in source.parameters:
         if p.quantizer:
-            choices[p.name] = [*map(Block, CHOICES[p.quantizer.width]), plain]
+            kinds = CHOICES[p.quantizer.width]
+            kinds = (blocks.Q1_0, *kinds) if q1_0 and p.quantizer.bits == 1 else kinds
+            choices[p.name] = [*map(Block, kinds), plain]
         else:
             choices[p.name] = [Plain(torch.float32) if p.is_norm else plain]
     return choose(source, NAME, choices, fallback)
+
+
+def has_q1_0(plan: Plan) -> bool:
+    return any(isinstance(entry.encoding, Block) and entry.encoding.kind is blocks.Q1_0 for entry in plan.entries)
 
 
 def write(plan: Plan, folder: Path, tokenizer: Path | None) -> None:

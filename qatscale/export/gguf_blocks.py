@@ -6,6 +6,7 @@ Layouts are those of llama.cpp's ggml-common.h. A block is `width` neighbouring 
 =====  ==========================================  ========================
 type   a weight is                                 so that integers are
 =====  ==========================================  ========================
+Q1_0   d · (2q - 1), q < 2                         ±1
 TQ2_0  d · (q - 1), q < 4                          -1, 0, 1
 Q2_K   d · sc · q - dmin · m, sc = 2, m = 3        2q - 3: ±1, ±3
 Q3_K   d · (sc - 32) · (q - 4), sc = 33            -4 ... 3
@@ -60,6 +61,10 @@ def _constant(like: np.ndarray, values: list[int]) -> np.ndarray:
     return np.tile(np.array(values, np.uint8), (len(like), 1))
 
 
+def _q1_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.hstack([d, np.packbits(n > 0, axis=-1, bitorder="little")])
+
+
 def _tq2_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.hstack([_pairs((n + 1).astype(np.uint8)), d])
 
@@ -93,6 +98,7 @@ def _q8_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.hstack([d, n.astype(np.int8).view(np.uint8)])
 
 
+Q1_0 = BlockType("Q1_0", 41, 128, 18, -1, 1, 40, _q1_0)
 TQ2_0 = BlockType("TQ2_0", 35, 256, 66, -1, 1, 37, _tq2_0)
 Q2_K = BlockType("Q2_K", 10, 256, 84, -3, 3, 10, _q2_k)
 Q3_K = BlockType("Q3_K", 11, 256, 110, -4, 3, 11, _q3_k)

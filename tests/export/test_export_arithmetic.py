@@ -103,6 +103,17 @@ def test_blocks_hold_every_integer_of_their_type(kind: gguf_blocks.BlockType) ->
     assert (block, size, quants.GGMLQuantizationType[kind.name].value) == (kind.width, kind.size, kind.number)
 
 
+def test_blocks_of_one_bit() -> None:
+    """As llama.cpp's dequantize_row_q1_0 reads them: d where the bit is set, else -d; gguf 0.19 cannot."""
+    draw = np.random.default_rng(0)
+    integers, d = draw.choice(np.array([-1, 1], np.int8), (3, 256)), draw.uniform(0.01, 1, (3, 1)).astype(np.float16)
+    found = to_blocks(gguf_blocks.Q1_0, integers, d).reshape(3, 2, 18)
+    assert np.array_equal(found[..., :2].copy().view(np.float16)[..., 0], np.repeat(d, 2, axis=1))
+    for row, block, place in np.ndindex(3, 2, 128):
+        bit = found[row, block, 2 + place // 8] >> (place % 8) & 1
+        assert bit == (integers[row, 128 * block + place] > 0)
+
+
 @ALL
 def test_every_choice_of_gguf_has_room_for_the_integers(quantizer: Quantizer) -> None:
     integers = a_grid(quantizer)[0].integers

@@ -81,6 +81,8 @@ def test_other_bad_inputs(qatscale, runs: Path, tmp_path: Path) -> None:
     refused(qatscale, f"{two} --ptq 4", "--ptq = 4", "were trained", "Leave it out")
     refused(qatscale, f"export {runs}/full --out {tmp_path}/out --ptq 7", "--ptq = 7")
     refused(qatscale, f"{two} --tokens 1M --no-verify", "--tokens", "no effect")
+    refused(qatscale, f"{two} --q1-0", "--q1-0", "is a type of gguf", "Leave it out")
+    refused(qatscale, f"{two} --q1-0 --format gguf", "--q1-0", "no matrix of 1 bit")
     ct = f"{two} --format compressed-tensors"
     refused(qatscale, ct, "cannot hold embed.weight (4 bits, 514 x 256)", "Linear layers", "--fallback", "MiB more")
     narrow = f"export {runs}/narrow --out {tmp_path}/out --format gguf"

@@ -62,6 +62,25 @@ def test_llama_cpp_is_near_what_was_trained(run: str, exports, runs: Path) -> No
     assert sum(a == b for a, b in zip(said[:4], agreed[:4], strict=True)) >= 3
 
 
+def test_one_bit_in_half_the_bytes(exports) -> None:
+    """Q1_0 holds what TQ2_0 holds."""
+    half, whole = (exports("one", *more) for more in (("--q1-0",), ()))
+    sizes = [sum(t["bytes"] for t in described(f)["tensors"] if t["bits"] == 1) for f in (half, whole)]
+    assert sizes[0] * 8 / 1_179_648 == 1.125
+    assert sizes[1] * 8 / 1_179_648 == 2.0625
+    (client,) = described(half)["verification"]["clients"]
+    assert client["loss"] == pytest.approx(described(half)["verification"]["stored_loss"], abs=0.01)
+    tokens = list(range(40))
+    one, other = (
+        logits_of(llama_cpp.Llama(str(f / "model.gguf"), n_ctx=64, logits_all=True, verbose=False), tokens)
+        for f in (half, whole)
+    )
+    assert float((one - other).abs().max() / other.abs().max()) < 0.05
+    card = (half / "README.md").read_text()
+    assert "transformers does not read it" in card
+    assert len(snippets(half)) == 1
+
+
 def test_its_tokenizer_gives_the_ids_of_training(exports, prepared: Path) -> None:
     import sentencepiece
 
