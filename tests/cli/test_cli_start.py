@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 COMMANDS = (
-    "--help", "config", "recipes", "plan --help", "plan --memory 1GB --bits 4 --law synthetic", "runs .",
-    "study --help", "study plan --help", "fit --help", "report --help", "bench --help", "prepare --help",
+    "--help", "config", "recipes", "plan --help",
+    "plan --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic",
+    "runs .", "study --help", "study plan --help", "fit --help", "report --help", "bench --help", "prepare --help",
     "train --help",
 )  # fmt: skip
 SCRIPT = """
