@@ -93,8 +93,8 @@ def from_export(export: Exported) -> TransformersModel:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError("model", str(export.folder), f"transformers cannot load it: {told}") from None
-    with torch.no_grad():
-        model(torch.zeros((1, 1), dtype=torch.long))  # packed codes are unpacked at the first call: now, not amid a text
+    with torch.no_grad():  # packed codes are unpacked at the first call: now, not amid a text
+        model(torch.zeros((1, 1), dtype=torch.long))
     return TransformersModel(model, tokenizer, f"{export.folder}: {export.format}, with transformers")
 
 
