@@ -30,7 +30,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.dist
-def test_no_kill_costs_more_than_an_interval_and_a_write_and_every_run_ends_as_if_it_had_not_been_killed(out: Path) -> None:
+def test_no_kill_costs_more_than_an_interval_and_a_write_and_every_run_ends_as_if_it_had_not_been_killed(
+    out: Path,
+) -> None:
     found = json.loads((out / "kill_points.json").read_text())
     assert found["wrong"] == []
     assert len(found["kills"]) == COUNT
