@@ -120,7 +120,7 @@ def choose(source: Source, format: str, choices: Mapping[str, Sequence[Encoding]
         entries.append(Entry(parameter, other, reason))
     if refused and not fallback:
         parameter, reason = refused[0]
-        more = f" So are {len(refused) - 1} more." if len(refused) > 1 else ""
+        more = f" And {len(refused) - 1} more like it." if len(refused) > 1 else ""
         cost = sum(fallback_cost(entry, source.dtype) for entry in entries)
         do = f"Add --fallback to store such tensors in the next type that holds them exactly, {cost / 2**20:.2f} MiB"
         raise UserError("--format", format, f"cannot hold {parameter}: {reason}{more}", f"{do} more; or choose hf.")
