@@ -8,7 +8,7 @@ import sys
 COMMANDS = (
     "--help", "config", "recipes", "plan --help",
     "plan --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic",
-    "runs .", "study --help", "study plan --help", "fit --help", "report --help", "bench --help", "prepare --help",
+    "study --help", "study plan --help", "fit --help", "report --help", "bench --help", "prepare --help",
     "train --help",
 )  # fmt: skip
 SCRIPT = """
@@ -16,8 +16,13 @@ import contextlib, io, shlex, sys
 from qatscale.cli import main
 for command in sys.argv[1:]:
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        main(shlex.split(command))
+    code = 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main(shlex.split(command))
+        except SystemExit as exited:
+            code = exited.code
+    assert not code, said.getvalue()
     heavy = {"torch", "deepspeed", "transformers", "datasets", "pandas", "scipy", "matplotlib", "mlflow"}
     print(command, sorted(heavy & set(sys.modules)))
 """
