@@ -41,8 +41,8 @@ RUNS: dict[str, list[str]] = {
     "two": ["qat.bits=2", BF16],
     "four": ["qat.bits=4", UNTIED],
     "six": ["qat.bits=6", BF16],
-    "ternary": ["qat.bits=1.58", BF16, UNTIED],
-    "three": ["qat.bits=3", "qat.group_size=64", UNTIED],
+    "ternary": ["qat.bits=1.58", BF16, UNTIED, "qat.embedding_bits=5"],
+    "three": ["qat.bits=3", "qat.group_size=64", UNTIED, "qat.embedding_bits=8"],
     "narrow": ["qat.bits=2", *NARROW],  # rows of 96: no K-quant, and in MLX groups of 32
     "full": ["qat.scheme=fp", "qat.fraction=auto", "qat.bits=4", "checkpoint.keep_at=[2048]"],
     "unfinished": ["qat.bits=2"],

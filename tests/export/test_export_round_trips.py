@@ -238,12 +238,13 @@ def test_the_tokenizer_is_the_one_of_the_data(format: str, exports, prepared: Pa
 @pytest.mark.parametrize(
     ("run", "format", "stored_as", "fallbacks"),
     [
-        ("ternary", "compressed-tensors", {"int2"}, 0),
-        ("ternary", "gguf", {"TQ2_0"}, 0),
-        ("ternary", "mlx", {"affine2/128"}, 0),
-        ("three", "compressed-tensors", {"int3"}, 0),  # in groups of 64
-        ("three", "gguf", {"Q4_0"}, 7),  # Q3_K has one scale for 256
-        ("three", "mlx", {"affine3/64"}, 0),
+        # a head of 5 and of 8 bits is a Linear layer as others are, an embedding is none
+        ("ternary", "compressed-tensors", {"int2", "int5", "bfloat16"}, 1),
+        ("ternary", "gguf", {"TQ2_0", "Q5_0"}, 0),
+        ("ternary", "mlx", {"affine2/128", "affine5/128"}, 0),
+        ("three", "compressed-tensors", {"int3", "int8", "float32"}, 1),  # in groups of 64
+        ("three", "gguf", {"Q4_0", "Q8_0"}, 7),  # Q3_K has one scale for 256
+        ("three", "mlx", {"affine3/64", "affine8/64"}, 0),
         ("narrow", "gguf", {"Q4_0"}, 7),  # rows of 96 and 192
         ("narrow", "mlx", {"affine2/32", "affine2/64", "affine4/32"}, 0),
     ],
