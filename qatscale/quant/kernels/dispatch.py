@@ -68,7 +68,7 @@ def _implementation(w: Tensor, alpha: Tensor) -> Literal["triton", "cpu", "refer
     if reference.compute_dtype(w, alpha) != torch.float32:
         return "reference"
     if w.is_cuda:
-        return "triton"
+        return "triton" if operators.AVAILABLE else "reference"
     if w.device.type != "cpu" or torch.compiler.is_compiling() or w.numel() <= cpu.SMALL:
         return "reference"
     return "cpu" if type(w) in (Tensor, nn.Parameter) else "reference"

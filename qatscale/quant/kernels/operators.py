@@ -6,8 +6,15 @@ kernel. Autograd is the business of `dispatch.FakeQuantize`.
 
 from __future__ import annotations
 
+import warnings
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
+
+AVAILABLE = find_spec("triton") is not None
+if torch.version.cuda and not AVAILABLE:
+    warnings.warn("Triton is not installed: weights on the GPU are quantized in plain arithmetic, slowly", stacklevel=2)
 
 _LIBRARY = torch.library.Library("qatscale", "FRAGMENT")
 _LIBRARY.define("quantize(Tensor w, Tensor alpha, str width) -> Tensor")
