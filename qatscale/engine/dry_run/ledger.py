@@ -9,7 +9,7 @@ from typing import Literal, get_args
 Kind = Literal["weights", "gradients", "optimizer", "scales", "quantized", "activations", "buffers", "host"]
 """`weights`: those that forward reads, gathered ones included. `gradients`: of weights, all their copies. `optimizer`:
 fp32 masters and Adam's moments of the weights. `scales`: α, its gradients and its optimizer state. `quantized`: the
-fake-quantized copies that autograd keeps from forward to backward, and what quantizing needs meanwhile. `activations`:
+fake-quantized copies that autograd or the step keeps, and what quantizing needs meanwhile. `activations`:
 all else that a micro-batch makes. `buffers`: communication. `host`: offloaded, not on the device."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ON_DEVICE: tuple[Kind, ...] = KINDS[:-1]

@@ -12,7 +12,8 @@ the norms divided by the tensor-parallel processes:
 
 With sequence parallelism the stream and 1/rms are divided too; what the norms return is kept gathered, so it is not.
 With activation checkpointing a block keeps its input, D·w, and makes the rest again before its backward. In QAT each
-product keeps a dense quantized weight from forward to backward (`F.linear` saves it).
+product keeps a dense quantized weight from forward to backward (`F.linear` saves it): its own, or the one that is kept
+for all micro-batches of the step (`qatscale.engine.weight_cache`).
 
 Kernels are those of CUDA: fused RMSNorm, flash or memory-efficient attention. On CPU, where the test measures, a norm
 keeps its normalised input in fp32 as well, and casts that CUDA does on the fly are copies. Not counted: workspaces of
