@@ -70,6 +70,26 @@ def data(
     _show(run(peers=peers, workers=workers, quick=quick, text=text), out, as_json)
 
 
+@bench.command()
+def step(
+    recipe: Annotated[
+        str, typer.Option(help="The model, batch and optimizer: a recipe's name or file.")
+    ] = "quickstart",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model's blocks, as engine.compile=on.")
+    ] = False,
+    peers: Peers = False,
+    threads: Threads = None,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Training tokens per second: our step, a bare PyTorch loop, other models; full precision and QAT."""
+    from qatscale.bench.step import run
+
+    _show(run(peers=peers, threads=threads, quick=quick, recipe=recipe, compiled=compiled), out, as_json)
+
+
 def _show(result: Result, out: Path | None, as_json: bool) -> None:
     from qatscale.cli.terminal import console
 

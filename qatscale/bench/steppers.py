@@ -1,0 +1,191 @@
+"""Optimizer steps that are timed against each other: through the DeepSpeed engine, and in bare PyTorch loops.
+
+All take the same batch, in the same micro-batches, with AdamW of the same groups and settings and the same clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatscale.config import load_ds_config, merge_ds_config, precision_of
+from qatscale.config.schema import Phase, RunConfig
+from qatscale.engine.compilation import Compiled
+from qatscale.engine.initialize import apply_settings, initialize_engine, optimizer_groups
+from qatscale.engine.layout import Layout
+from qatscale.engine.runtime import Runtime
+from qatscale.engine.step import train_step
+from qatscale.engine.topology import join_topology
+from qatscale.engine.weight_cache import keeps_weights
+from qatscale.model.llama import Llama, initialise
+from qatscale.quant.cache import WeightCache
+from qatscale.quant.plugin import PlainMasters, QatPlugin
+from qatscale.timeline import StepSettings
+
+RATE = 1e-6
+"""Of AdamW: random tokens leave the weights about where they are, so that all steps are alike."""
+LossOf = Callable[[Tensor, Tensor], Tensor]
+"""(tokens [b, t], labels [b, t]) → their mean loss."""
+
+
+@dataclass
+class Stepper:
+    """Something that takes an optimizer step at a call, and gives the mean loss of its last micro-batch."""
+
+    name: str
+    step: Callable[[], Tensor]
+    close: Callable[[], None] = lambda: None
+
+
+def batch_of(config: RunConfig, device: torch.device) -> Tensor:
+    """One batch [sequences, t + 1] of random tokens, the same for all."""
+    shape = (config.batch.sequences, config.data.sequence_length + 1)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+
+
+def engine_stepper(
+    name: str, config: RunConfig, runtime: Runtime, *, quantized: bool, compiled: bool = False
+) -> Stepper:
+    """The step of a training run on one process: DeepSpeed under the recipe's ds_config."""
+    layout = Layout()
+    ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), 1)
+    topology = join_topology(config, layout, runtime)
+    model, plugin = _model(config)
+    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
+    compilation = Compiled(model) if compiled else None
+    weights = WeightCache(model, keeps_weights(config, ds_config, layout))
+    if quantized:
+        plugin.after_step(0, masters)
+    batch, settings = batch_of(config, runtime.device), _settings(config, quantized)
+
+    def step() -> Tensor:
+        apply_settings(engine, settings)
+        losses = [loss.detach() for loss in train_step(engine, batch, config.batch.micro_batch, topology, weights)]
+        return losses[-1]
+
+    def close() -> None:
+        if compilation is not None:
+            compilation.close()
+        engine.destroy()
+
+    return Stepper(name, step, close)
+
+
+def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: bool, compiled: bool = False) -> Stepper:
+    """The same model in a loop of a dozen lines, without DeepSpeed: the most that its step could give."""
+    model, plugin = _model(config)
+    model.to(runtime.device)
+    precision = precision_of(load_ds_config(config.engine.ds_config))
+    loop = BareLoop(model, optimizer_groups(model, plugin), config, batch_of(config, runtime.device), precision)
+    if quantized:
+        plugin.after_step(0, loop.masters)
+    compilation = Compiled(model) if compiled else None
+    weights = WeightCache(model, quantized and config.batch.sequences > config.batch.micro_batch)
+    return Stepper(name, partial(loop.step, model, weights), compilation.close if compilation else lambda: None)
+
+
+def _model(config: RunConfig) -> tuple[Llama, QatPlugin]:
+    model = Llama(config.model, config.engine.activation_checkpointing)
+    initialise(model, config.seed)
+    plugin = QatPlugin(config.qat.model_copy(update={"scheme": "scratch"}), 0)
+    plugin.prepare(model)
+    return model, plugin
+
+
+def _settings(config: RunConfig, quantized: bool) -> StepSettings:
+    optimizer = config.optimizer
+    phase: Phase = "qat_stable" if quantized else "stable"
+    return StepSettings(phase, quantized, RATE, optimizer.betas, optimizer.weight_decay)
+
+
+class BareLoop:
+    """Forward, backward, clipping and AdamW (fused) on a batch; bf16 weights over fp32 masters, as DeepSpeed has it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[dict[str, Any]],
+        config: RunConfig,
+        batch: Tensor,
+        precision: str,
+    ) -> None:
+        self.micro_batches = [
+            (p[:, :-1].contiguous(), p[:, 1:].contiguous()) for p in batch.split(config.batch.micro_batch)
+        ]
+        self.clipping = config.optimizer.gradient_clipping
+        self.weights = [p for group in groups for p in group["params"]]
+        self.own: list[Tensor] = self.weights
+        decay = config.optimizer.weight_decay
+        if precision == "bf16":
+            self.own = [nn.Parameter(p.detach().float()) for p in self.weights]
+            model.to(torch.bfloat16)
+        own = iter(self.own)
+        self.adam = torch.optim.AdamW(
+            [
+                {
+                    "params": [next(own) for _ in group["params"]],
+                    "lr": RATE * group["lr_ratio"],
+                    "weight_decay": decay if group["decayed"] else 0.0,
+                }
+                for group in groups
+            ],
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=True,
+        )
+        self.masters = _Masters(self)
+
+    def step(self, loss_of: LossOf, weights: WeightCache | None = None) -> Tensor:
+        """One optimizer step."""
+        if weights is None:
+            return self._step(loss_of, lambda: None)
+        with weights.filled():
+            return self._step(loss_of, weights.release)
+
+    def _step(self, loss_of: LossOf, before_update: Callable[[], None]) -> Tensor:
+        for tokens, labels in self.micro_batches:
+            loss = loss_of(tokens, labels)
+            (loss / len(self.micro_batches)).backward()
+            if self.own is not self.weights:
+                self._accumulate()
+        before_update()
+        if self.clipping:
+            nn.utils.clip_grad_norm_(self.own, self.clipping, foreach=True)
+        self.adam.step()
+        self.adam.zero_grad()
+        if self.own is not self.weights:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.own)
+        return loss.detach()
+
+    @torch.no_grad()
+    def _accumulate(self) -> None:
+        for weight, own in zip(self.weights, self.own, strict=True):
+            if weight.grad is not None:
+                own.grad = weight.grad.float() if own.grad is None else own.grad.add_(weight.grad)
+                weight.grad = None
+
+
+class _Masters(PlainMasters):
+    """Of a bare loop: in bf16 beside the weights."""
+
+    def __init__(self, loop: BareLoop) -> None:
+        super().__init__(loop.adam)
+        self._of = {id(weight): own for weight, own in zip(loop.weights, loop.own, strict=True)}
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        return self._of[id(parameter)].detach().float()
+
+    @torch.no_grad()
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        self._of[id(parameter)].copy_(value)
+        parameter.copy_(value)
+
+    def reset_state(self, parameters: Any) -> None:
+        """No step was taken: there is nothing to reset."""
