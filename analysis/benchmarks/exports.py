@@ -24,6 +24,7 @@ OUT = Path("outputs/exports")
 STEPS, SWITCH, TOKENS = 90, 60, 1024
 WIDTHS = {"fp32": (1, 1.58, 2, 3, 4, 5, 6, 8), "bf16": (1, 2, 4, 6)}
 FORMATS = ("hf", "compressed-tensors", "gguf", "mlx")
+MORE = ("--fallback", "--tokens", "4K")
 MODEL = [
     "model.vocab_size=2048", "model.hidden_size=256", "model.intermediate_size=768", "model.layers=2", "model.heads=4",
     "model.kv_heads=2", "data.sequence_length=128", "batch.sequences=8", "batch.micro_batch=8",
@@ -62,7 +63,7 @@ def export(config: RunConfig, format: str) -> dict:
     out = OUT / f"{config.name}-{format}"
     if not out.exists():
         try:
-            qatscale(["export", str(config.output / config.name), "--format", format, "--out", str(out), "--fallback"])
+            qatscale(["export", str(config.output / config.name), "--format", format, "--out", str(out), *MORE])
         except SystemExit as stop:
             if stop.code:
                 raise
