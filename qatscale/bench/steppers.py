@@ -53,6 +53,14 @@ def engine_stepper(
     name: str, config: RunConfig, runtime: Runtime, *, quantized: bool, compiled: bool = False
 ) -> Stepper:
     """The step of a training run on one process: DeepSpeed under the recipe's ds_config."""
+    step, close = training_step(config, runtime, quantized=quantized, compiled=compiled)
+    return Stepper(name, partial(step, batch_of(config, runtime.device)), close)
+
+
+def training_step(
+    config: RunConfig, runtime: Runtime, *, quantized: bool = True, compiled: bool = False
+) -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+    """(batch [sequences, t + 1] → loss of its last micro-batch, what ends it), through DeepSpeed on one process."""
     layout = Layout()
     ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), 1)
     topology = join_topology(config, layout, runtime)
@@ -62,9 +70,9 @@ def engine_stepper(
     weights = WeightCache(model, keeps_weights(config, ds_config, layout))
     if quantized:
         plugin.after_step(0, masters)
-    batch, settings = batch_of(config, runtime.device), _settings(config, quantized)
+    settings = _settings(config, quantized)
 
-    def step() -> Tensor:
+    def step(batch: Tensor) -> Tensor:
         apply_settings(engine, settings)
         losses = [loss.detach() for loss in train_step(engine, batch, config.batch.micro_batch, topology, weights)]
         return losses[-1]
@@ -74,7 +82,7 @@ def engine_stepper(
             compilation.close()
         engine.destroy()
 
-    return Stepper(name, step, close)
+    return step, close
 
 
 def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: bool, compiled: bool = False) -> Stepper:

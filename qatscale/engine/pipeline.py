@@ -7,6 +7,7 @@ checkpoints do not know about stages; what is left of PipelineModule is its comm
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from qatscale.engine.topology import Topology
 from qatscale.model.llama import Llama
+from qatscale.model.loss import DeferredHead
 
 
 class LlamaPipeline(PipelineModule):
@@ -23,7 +25,8 @@ class LlamaPipeline(PipelineModule):
     def __init__(self, model: Llama, topology: Topology) -> None:
         nn.Module.__init__(self)
         self.model = model
-        self.loss_fn = model.loss
+        self._head: DeferredHead = DeferredHead()
+        self.loss_fn = partial(model.loss, deferred=self._head)
         self._grid = topology.grid
         self._topo = topology.grid.topology()
         self.num_stages = topology.layout.pipeline
@@ -59,4 +62,5 @@ class LlamaPipeline(PipelineModule):
         return [(p, group) for p, group in tied if p.grad is not None or hasattr(p, "_hp_grad")]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model.stream(x)  # the head comes with the loss
+        x = self.model.stream(x)
+        return self._head.take(self.model.head, x) if self.model.stage.is_last else x

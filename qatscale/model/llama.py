@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qatscale.config.schema import ModelConfig
-from qatscale.model.loss import ChunkLoss, chunk_loss, head_loss
+from qatscale.model.loss import ChunkLoss, DeferredHead, chunk_loss, head_loss
 from qatscale.model.stages import Stage, whole
 from qatscale.model.tensor_parallel import (
     ALONE,
@@ -209,10 +209,16 @@ class Llama(nn.Module):
         assert not self._ties or self.head.weight is self.embed.weight, "the tie has come undone"
         return self.parallel.enter(self.norm(x))
 
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy in nats of the last stage's stream [b, t, D] against labels [b, t], fp32."""
-        shard, chunk = self.parallel.shard(0, self.config.vocab_size), chunk_loss
-        return head_loss(self.head, x, labels, shard, self.chunk_loss if torch.is_grad_enabled() else chunk)
+    def loss(self, x: Tensor, labels: Tensor, deferred: DeferredHead | None = None) -> Tensor:
+        """The mean cross-entropy in nats of the last stage's stream [b, t, D] against labels [b, t], fp32.
+
+        deferred: what the head's forward has been through, where it was called before.
+        """
+        shard = self.parallel.shard(0, self.config.vocab_size)
+        chunk: ChunkLoss = self.chunk_loss if torch.is_grad_enabled() else chunk_loss
+        if deferred is not None:
+            return deferred.loss(x, labels, shard, chunk)
+        return head_loss(self.head, x, labels, shard, chunk)
 
     @property
     def _ties(self) -> bool:

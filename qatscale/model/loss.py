@@ -10,7 +10,7 @@ backward pass are the gradients of x [n, D] and of the weight [V, D], for it to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -37,33 +37,84 @@ def head_loss(
     shard: the rows of the vocabulary that the head has, where every process has some; padding is left out.
     chunk: a faster `chunk_loss`; not used where the vocabulary is divided.
     """
-    takeover = _LossOfProduct(labels.flatten(), shard, chunk or chunk_loss)
+
+    def of_product(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(x.flatten(0, -2), weight, labels.flatten(), shard, chunk)
+
+    takeover = _Product(of_product)
     with takeover:
         out = head(x)
     return out if takeover.done else cross_entropy(out, labels, shard)  # a head that makes its product otherwise
 
 
-class _LossOfProduct(TorchFunctionMode):
-    """A context in which the first `F.linear` gives its cross-entropy."""
+class DeferredHead:
+    """`head_loss` in two calls, for an engine that calls the model, and then the loss on what the model has returned.
 
-    def __init__(self, labels: Tensor, shard: Shard | None, chunk: ChunkLoss) -> None:
+    DeepSpeed's pipeline, in bf16, clears all gradients when that of the model's output arrives, and would lose those
+    that the loss has given to parameters by then. So the head's forward runs in the first call, and what the loss
+    finds for its weight waits until the gradient of the output has passed. One call of each, then backward, in turns.
+    """
+
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+        """What the head multiplies with, without its history."""
+        self.grad: Tensor | None = None
+
+    def take(self, head: nn.Module, x: Tensor) -> Tensor:
+        """The stream x as it is, [b, t, D], behind which the head's weight waits for its gradient."""
+
+        def of_product(x: Tensor, weight: Tensor) -> Tensor:
+            self.weight = weight.detach()
+            return _Late.apply(x, weight, self)
+
+        takeover = _Product(of_product)
+        with takeover:
+            out = head(x)
+        assert takeover.done, f"{type(head).__name__} does not make its product by F.linear"
+        return out
+
+    def loss(self, x: Tensor, labels: Tensor, shard: Shard | None = None, chunk: ChunkLoss | None = None) -> Tensor:
+        """`head_loss` of what `take` gave last."""
+        assert self.weight is not None, "take comes before loss"
+        x, weight, labels, self.weight = x.flatten(0, -2), self.weight, labels.flatten(), None
+        if not torch.is_grad_enabled():
+            return linear_cross_entropy(x, weight, labels, shard, chunk)
+        return _DeferredCrossEntropy.apply(x, weight, labels, shard, chunk or chunk_loss, self)
+
+
+LINEAR = F.linear
+"""torch's own: for ZeRO-3 DeepSpeed puts another in its place, for all of the process and for good."""
+
+
+class _Product(TorchFunctionMode):
+    """A context in which the first `F.linear` gives `make(x, weight)` instead of its product."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.done = False
-        self._labels, self._shard, self._chunk = labels, shard, chunk
+        self._make = make
         self._differentiable = torch.is_grad_enabled()
+
+    def __enter__(self) -> Self:
+        self._replaced, F.linear = F.linear, LINEAR  # what stands in its place is no torch function, which a mode sees
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        F.linear = self._replaced
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         # inside an autograd.Function's forward the gradient is somebody else's: leave it alone
-        taken = func is F.linear and not self.done and torch.is_grad_enabled() == self._differentiable
+        taken = func is LINEAR and not self.done and torch.is_grad_enabled() == self._differentiable
         if not taken:
             return func(*args, **(kwargs or {}))
         x, weight, *bias = args
         assert not kwargs
         assert bias in ([], [None]), "a head has no bias"
         self.done = True
-        return linear_cross_entropy(x.flatten(0, -2), weight, self._labels, self._shard, self._chunk)
+        return self._make(x, weight)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, shard: Shard | None = None) -> Tensor:
@@ -149,32 +200,73 @@ class _CrossEntropy(torch.autograd.Function):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, chunk: ChunkLoss) -> Tensor:
-        table = weight if shard is None else weight[: shard.size]  # padding of the vocabulary takes part in nothing
-        chunk = _losses(shard, chunk)
-        tokens, rows = len(labels), chunk_rows(len(labels), len(table), x.device.type)
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        grad_x = torch.empty_like(x) if of_x else None
-        grad_table: Tensor | None = None
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        for start in range(0, tokens, rows):
-            part = x[start : start + rows]
-            loss, grad = chunk(part @ table.T, labels[start : start + rows], 1 / tokens)
-            total += loss
-            if grad_x is not None:
-                torch.mm(grad, table, out=grad_x[start : start + rows])
-            if of_weight:
-                grad_table = _accumulated(grad_table, grad, part, rows < tokens)
-        if grad_table is not None and len(table) < len(weight):
-            grad_table = F.pad(grad_table, (0, 0, 0, len(weight) - len(table)))
-        ctx.save_for_backward(grad_x, grad_table)
+        loss, *gradients = _with_gradients(x, weight, labels, shard, chunk, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
         ctx.dtype = weight.dtype
-        return total / tokens
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # in place: a second backward raises, because autograd sees that what was saved has changed
         grad_x, grad_table = (None if saved is None else saved.mul_(grads[0]) for saved in ctx.saved_tensors)
         return grad_x, None if grad_table is None else grad_table.to(ctx.dtype), None, None, None
+
+
+class _DeferredCrossEntropy(torch.autograd.Function):
+    """As above; the weight's gradient is left with `late`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, chunk: ChunkLoss, late: DeferredHead
+    ) -> Tensor:
+        loss, *gradients = _with_gradients(x, weight, labels, shard, chunk, True, True)
+        ctx.save_for_backward(*gradients)
+        ctx.dtype, ctx.late = weight.dtype, late
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        grad_x, grad_table = (saved.mul_(grads[0]) for saved in ctx.saved_tensors)
+        ctx.late.grad = grad_table.to(ctx.dtype)
+        return grad_x, None, None, None, None, None
+
+
+class _Late(torch.autograd.Function):
+    """Forward: x. Backward: its gradient as it is, and the weight's, which `late` has by then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, late: DeferredHead) -> Tensor:  # noqa: ARG004 - its gradient is
+        ctx.late = late
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        found, ctx.late.grad = ctx.late.grad, None
+        assert found is not None, "the gradient of the stream came before that of the loss"
+        return grads[0], found, None
+
+
+def _with_gradients(
+    x: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, chunk: ChunkLoss, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(loss, its gradient by x, by the weight), the latter in fp32 where it is a sum over chunks."""
+    table = weight if shard is None else weight[: shard.size]  # padding of the vocabulary takes part in nothing
+    chunk = _losses(shard, chunk)
+    tokens, rows = len(labels), chunk_rows(len(labels), len(table), x.device.type)
+    grad_x = torch.empty_like(x) if of_x else None
+    grad_table: Tensor | None = None
+    total = torch.zeros((), dtype=torch.float32, device=x.device)
+    for start in range(0, tokens, rows):
+        part = x[start : start + rows]
+        loss, grad = chunk(part @ table.T, labels[start : start + rows], 1 / tokens)
+        total += loss
+        if grad_x is not None:
+            torch.mm(grad, table, out=grad_x[start : start + rows])
+        if of_weight:
+            grad_table = _accumulated(grad_table, grad, part, rows < tokens)
+    if grad_table is not None and len(table) < len(weight):
+        grad_table = F.pad(grad_table, (0, 0, 0, len(weight) - len(table)))
+    return total / tokens, grad_x, grad_table
 
 
 def _accumulated(so_far: Tensor | None, grad: Tensor, x: Tensor, more: bool) -> Tensor:

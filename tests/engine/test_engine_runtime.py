@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from processes import unlaunched
+
 STARTED = """
 import sys, torch
 from qatscale.engine.runtime import start_runtime
@@ -19,6 +21,8 @@ torch.compile(lambda x: x + 1, backend="inductor")
 
 
 def test_a_trainer_loads_neither_mlflow_nor_the_compiler_for_deepspeeds_sake() -> None:
-    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED], env=unlaunched(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ""

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.model.chunks import chunk_rows
-from qatscale.model.loss import cross_entropy, fusible_chunk_loss, head_loss, linear_cross_entropy
+from qatscale.model.loss import DeferredHead, cross_entropy, fusible_chunk_loss, head_loss, linear_cross_entropy
 
 
 def reference(logits, labels):
@@ -188,3 +188,50 @@ def test_a_second_backward_is_refused_not_wrong():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):
         loss.backward()
+
+
+def head_and_batch():
+    head = torch.nn.Linear(16, 50, bias=False)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 5, 16, generator=generator).requires_grad_()
+    return head, x, torch.randint(50, (2, 5), generator=generator)
+
+
+def test_the_product_is_taken_over_where_deepspeed_has_replaced_linear():
+    """For ZeRO-3 it puts a Python function in the place of `F.linear`, for the whole process."""
+    head, x, labels = head_and_batch()
+    expected = head_loss(head, x, labels)
+    products = []
+
+    def replacement(x, weight):
+        products.append(x @ weight.T)
+        return products[-1]
+
+    original, torch.nn.functional.linear = torch.nn.functional.linear, replacement
+    try:
+        assert head_loss(head, x, labels).item() == expected.item()
+        assert products == [], "all logits were there"
+        assert torch.nn.functional.linear is replacement
+    finally:
+        torch.nn.functional.linear = original
+
+
+def test_a_deferred_head_gives_its_gradient_after_that_of_the_stream():
+    head, x, labels = head_and_batch()
+    expected = head_loss(head, x, labels)
+    grads = torch.autograd.grad(expected, (x, head.weight))
+    deferred = DeferredHead()
+    for _ in range(2):
+        head.weight.grad = x.grad = None
+        out = deferred.take(head, x)
+        seen = []
+        out.register_hook(lambda _, seen=seen: seen.append(head.weight.grad))
+        loss = deferred.loss(out, labels)
+        loss.backward()
+        assert seen == [None], "what is cleared when the stream's gradient arrives would be lost"
+        assert loss.item() == expected.item()
+        assert torch.equal(x.grad, grads[0])
+        assert torch.equal(head.weight.grad, grads[1])
+    with torch.no_grad():
+        assert deferred.loss(deferred.take(head, x), labels).item() == expected.item()
