@@ -19,7 +19,7 @@ bench = typer.Typer(
 
 Peers = Annotated[
     bool,
-    typer.Option("--peers", help="Beside other projects, where installed: pip install 'qatscale[peers]'."),
+    typer.Option("--peers", help="Beside other projects, where installed (the extra peers)."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of torch. [default: OMP_NUM_THREADS, or all cores]")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few rounds on small sizes: whether it runs, not what it costs.")]

@@ -44,9 +44,9 @@ def open_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
 
     if folder is not None and not folder.is_dir():
         raise UserError("--tasks-folder", str(folder), "a folder with task definitions (YAML).")
-    manager = TaskManager(include_path=str(folder) if folder else None)
     if not tasks:
         raise UserError("--harness", None, "names tasks, with commas between them: arc_easy,hellaswag.")
+    manager = TaskManager(include_path=str(folder) if folder else None)
     for task in tasks:
         if task not in manager.all_tasks:
             do = did_you_mean(task, manager.all_tasks) or "`lm-eval ls tasks` lists them."

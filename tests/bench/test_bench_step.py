@@ -81,6 +81,7 @@ def test_the_script_for_a_gpu_runs_on_toy_sizes(tmp_path: Path) -> None:
     assert set(targets["numbers"]) == {"engine over bare", "QAT over full precision"}
 
 
+@pytest.mark.slow  # analysis/benchmarks/cost_growth.md is its record
 def test_cost_over_growth_is_measured_and_drawn(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "analysis" / "benchmarks" / "cost_growth.py"
     command = [sys.executable, script, "--quick", "--out", tmp_path, "--threads", "1"]
