@@ -149,3 +149,9 @@ def _altered(path: Path, allowed: str) -> UserError:
 
 
 _PREPARE = "Make it: qatscale prepare SOURCE… --out FOLDER"
+
+
+def tokenizer_folder(data: Path | None) -> Path | None:
+    """Of prepared data; None where there is none with it. UserError for a folder that holds no prepared data."""
+    name = Manifest.load(data).tokenizer.folder if data else None
+    return data / name if data and name else None

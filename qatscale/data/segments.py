@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ _CACHE_ENTRIES = 400_000
 class _Cache(dict[str, bytes]):
     """Text -> its ids, as the bytes of an array; what is missing is encoded and, unless too long, kept."""
 
+    def __init__(self, encode: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._encode = encode
+
     def __missing__(self, text: str) -> bytes:
         ids = self._encode(text)
         if len(text) <= _CACHED_CHARACTERS:
@@ -42,35 +46,6 @@ class _Cache(dict[str, bytes]):
                 self.clear()
             self[text] = ids
         return ids
-
-    def _encode(self, text: str) -> bytes:
-        raise NotImplementedError
-
-
-class _Runs(_Cache):
-    """Spaces and the run after them -> ids, by the library."""
-
-    def __init__(self, processor: Any, dtype: np.dtype[Any]) -> None:
-        super().__init__()
-        self._processor, self._dtype = processor, dtype
-
-    def _encode(self, text: str) -> bytes:
-        return array(self._dtype.char, self._processor.encode(text)).tobytes()  # faster than NumPy on a few numbers
-
-
-class _Words(_Cache):
-    """What stands between spaces -> ids, those of the space before it included unless it starts a line."""
-
-    def __init__(self, runs: _Runs, cuts: re.Pattern[str]) -> None:
-        super().__init__()
-        self._runs, self._cuts = runs, cuts
-
-    def _encode(self, text: str) -> bytes:
-        return self.encode_start(text if text.startswith("\n") else f" {text}")
-
-    def encode_start(self, text: str) -> bytes:
-        """Ids of a word that has no other space before it than its own."""
-        return b"".join(map(self._runs.__getitem__, self._cuts.findall(text.replace(_MARK, " "))))
 
 
 class SegmentEncoder:
@@ -83,7 +58,9 @@ class SegmentEncoder:
         """
         self._dtype, self._processor = dtype, processor
         self._start = " " if dummy_prefix else ""
-        self._words = _Words(_Runs(processor, dtype), cuts)
+        self._cuts = cuts
+        self._runs = _Cache(self._encode_run)
+        self._words = _Cache(self._encode_word)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids [tokens] of `text`; no EOS."""
@@ -97,9 +74,21 @@ class SegmentEncoder:
         if "  " in text:  # of a run all spaces but the first become marks, so that splitting leaves them at the word
             text = text.replace("  ", " " + _MARK).replace(_MARK + " ", _MARK + _MARK)
         first, *words = text.replace("\n", " \n").split(" ")
-        parts = [self._words.encode_start(first)] if first else []
+        parts = [self._encode_start(first)] if first else []
         parts.extend(map(self._words.__getitem__, words))
         return np.frombuffer(b"".join(parts), dtype=self._dtype)
+
+    def _encode_word(self, text: str) -> bytes:
+        """What stands between spaces -> ids, those of the space before it included unless it starts a line."""
+        return self._encode_start(text if text.startswith("\n") else f" {text}")
+
+    def _encode_start(self, text: str) -> bytes:
+        """Ids of a word that has no other space before it than its own."""
+        return b"".join(map(self._runs.__getitem__, self._cuts.findall(text.replace(_MARK, " "))))
+
+    def _encode_run(self, text: str) -> bytes:
+        """Spaces and the run after them -> ids, by the library."""
+        return array(self._dtype.char, self._processor.encode(text)).tobytes()  # faster than NumPy on a few numbers
 
 
 def segment_encoder(model: bytes, dtype: np.dtype[Any]) -> SegmentEncoder | None:

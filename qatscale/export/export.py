@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qatscale.data.manifest import Manifest
+from qatscale.data.manifest import tokenizer_folder
 from qatscale.errors import UserError, did_you_mean
 from qatscale.export import compressed_tensors, gguf, hf, mlx
 from qatscale.export.card import card
@@ -77,12 +77,11 @@ def find_tokenizer(source: Source, given: str | None) -> Path | None:
     if given == NO_TOKENIZER:
         return None
     if given is not None:
-        folder = Path(given)
-        if not folder.is_dir():
+        if not Path(given).is_dir():
             raise UserError(
                 "--tokenizer", given, f"a folder with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
             )
-        return folder
+        return Path(given)
     data = source.config.data.path
     do = (
         f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or go without, --tokenizer {NO_TOKENIZER}."
@@ -91,10 +90,10 @@ def find_tokenizer(source: Source, given: str | None) -> Path | None:
         raise UserError(
             "data.path", str(data) if data else None, "the run's data, which hold the tokenizer, are gone.", do
         )
-    name = Manifest.load(data).tokenizer.folder
-    if name is None or not (data / name).is_dir():
+    folder = tokenizer_folder(data)
+    if folder is None or not folder.is_dir():
         raise UserError("tokenizer", None, f"{data} holds none.", do)
-    return data / name
+    return folder
 
 
 def export(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qatscale.config import load_ds_config, load_run_config, precision_of
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, verify_files
+from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, recipe_beside, verify_files
 from qatscale.errors import UserError
 from qatscale.export.grid import Grid
 from qatscale.model.llama import Llama, is_norm, parameter_shapes
@@ -152,9 +152,7 @@ def open_source(
     data: prepared data instead of the run's own.
     """
     folder = find_checkpoint(what)
-    recipe = folder.resolve().parent.parent / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    recipe = recipe_beside(folder, what)
     config = load_run_config(recipe, [f"data.path={data}"] if data else [])
     reader = CheckpointReader(folder)
     verify_files(folder, reader.manifest)

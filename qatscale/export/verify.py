@@ -19,7 +19,7 @@ from qatscale.export.clients import Client, Kind, missing, version
 from qatscale.export.encoding import Plan
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
-from qatscale.quant.selection import fake_quant_modules
+from qatscale.quant.views import computed_weights
 
 
 @dataclass
@@ -69,17 +69,8 @@ class Verification:
 @torch.no_grad()
 def materialised(model: Llama) -> Llama:
     """A plain fp32 model with the weights that `model` computes with in its present view."""
-    state = {name: value.float() for name, value in model.state_dict().items() if not name.endswith("_scale")}
-    for name, layer in fake_quant_modules(model):
-        if layer.mode == "learned":
-            weight = layer.quantizer.fake_quantize(layer.weight, layer.learned_scale)
-        elif layer.mode == "dynamic":
-            weight = layer.dynamic_quantizer.fake_quantize(layer.weight, layer.dynamic_scale())
-        else:
-            continue
-        state[f"{name}.weight"] = weight.float()
     plain = Llama(model.config)
-    plain.load_state_dict(state)
+    plain.load_state_dict(computed_weights(model))
     return plain.eval()
 
 

@@ -113,26 +113,26 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     import transformers
 
     from qatscale.config import load_run_config
-    from qatscale.data.manifest import Manifest
-    from qatscale.engine.checkpoints.files import find_checkpoint
+    from qatscale.data.manifest import tokenizer_folder
+    from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
     from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
     from qatscale.model.hugging_face_tokenizer import export_tokenizer
-    from qatscale.quant.views import weights_in_view
-    from qatscale.train.evaluate import load_checkpointed_model
+    from qatscale.quant.views import computed_weights
+    from qatscale.train.evaluate import load_checkpointed_model, open_view
 
     checkpoint = find_checkpoint(what)
-    config = load_run_config(checkpoint.resolve().parent.parent / "recipe.yaml")
+    config = load_run_config(recipe_beside(checkpoint, what))
     model, plugin = load_checkpointed_model(checkpoint, config, torch.device("cpu"))
     if view is None:
         view = "fp" if plugin.switched_at is None else "quantized"
-    state = weights_in_view(model, view)  # type: ignore[arg-type]  # refuses what it does not know
-    data = config.data.path
-    tokenizer_folder = Manifest.load(data).tokenizer.folder if data else None
-    if data is None or tokenizer_folder is None:
+    with open_view(model, view):
+        state = computed_weights(model)
+    tokens = tokenizer_folder(config.data.path)
+    if tokens is None:
         do = "Export it and lay a tokenizer into the folder, or name the data in the run's recipe."
         raise UserError("model", what, "there is no tokenizer with the data of its run.", do)
     with tempfile.TemporaryDirectory() as folder:
-        special = export_tokenizer(data / tokenizer_folder, Path(folder))
+        special = export_tokenizer(tokens, Path(folder))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     dtype = state["embed.weight"].dtype
     theirs = transformers.LlamaForCausalLM(

@@ -57,13 +57,12 @@ def view(model: nn.Module, kind: View, bits: float | None = None) -> Iterator[No
 
 
 @torch.no_grad()
-def weights_in_view(model: nn.Module, kind: View, bits: float | None = None) -> dict[str, Tensor]:
-    """The state of the plain model that computes what `model` computes in a view, without scales; as `view` says."""
-    with view(model, kind, bits):
-        state = {name: value for name, value in model.state_dict().items() if not name.endswith(".weight_scale")}
-        for name, layer in fake_quant_modules(model):
-            if layer.mode == "learned":
-                state[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale)
-            elif layer.mode == "dynamic":
-                state[f"{name}.weight"] = layer.dynamic_quantizer.fake_quantize(layer.weight, layer.dynamic_scale())
+def computed_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the plain model that computes what a prepared `model` does in its present view; without scales."""
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith(".weight_scale")}
+    for name, layer in fake_quant_modules(model):
+        if layer.mode == "learned":
+            state[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.learned_scale)
+        elif layer.mode == "dynamic":
+            state[f"{name}.weight"] = layer.dynamic_quantizer.fake_quantize(layer.weight, layer.dynamic_scale())
     return state

@@ -16,7 +16,7 @@ from qatscale.config import load_ds_config, load_run_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Split
 from qatscale.data.reader import EvaluationReader, TokenStream
-from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, verify_files
+from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, recipe_beside, verify_files
 from qatscale.engine.runtime import uses_gpu
 from qatscale.engine.step import evaluation_loss
 from qatscale.engine.topology import Topology
@@ -127,9 +127,7 @@ def evaluate_checkpoint(
     switched, and `ptqB` for each of `ptq_bits`.
     """
     checkpoint = find_checkpoint(what)
-    recipe = checkpoint.resolve().parent.parent / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    recipe = recipe_beside(checkpoint, what)
     overrides = [f"data.path={data}"] if data else []
     overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config = load_run_config(recipe, overrides)

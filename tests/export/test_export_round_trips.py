@@ -12,6 +12,7 @@ from export_runs import WIDTHS
 from exported import described, greedy, need, plain_model, snippets, trained_weights
 from torch import Tensor
 
+from qatscale.inference.generate import Sampling, open_speaker
 from qatscale.model.hugging_face import from_hugging_face
 from qatscale.model.hugging_face_tokenizer import PROBES
 
@@ -266,3 +267,18 @@ def test_nothing_of_a_one_bit_matrix_is_a_third_level(format: str, loaded) -> No
     weight = loaded("one", format).weights["model.layers.1.mlp.up_proj.weight"].float()
     assert max(len(set(row)) for row in weight.tolist()) == 2
     assert not (weight == 0).any()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("run", ["one", "four"])
+def test_generate_says_of_an_export_what_it_says_of_the_checkpoint(
+    run: str, format: str, runs: Path, exports: Callable[[str, str], Path]
+) -> None:
+    folder = exports(run, format)
+    texts = []
+    for what in (folder, runs / run):
+        speaker, text = open_speaker(str(what)), []
+        speaker.stream(speaker.encode("def load(path):"), Sampling(tokens=12, temperature=0), text.append)
+        texts.append("".join(text))
+        assert speaker.length is not None
+    assert texts[0] == texts[1] != ""

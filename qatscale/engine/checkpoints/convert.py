@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from qatscale.data.manifest import tokenizer_folder
 from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint
 from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
 from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint, write_run
@@ -110,14 +111,5 @@ def write_hugging_face(state: TrainingState, out: Path) -> None:
         model,
         out,
         sequence_length=state.config.data.sequence_length,
-        tokenizer_folder=tokenizer_folder(state),
+        tokenizer_folder=tokenizer_folder(state.config.data.path),
     )
-
-
-def tokenizer_folder(state: TrainingState) -> Path | None:
-    """Of the data that the run was trained on."""
-    from qatscale.data.manifest import Manifest
-
-    data = state.config.data.path
-    folder = Manifest.load(data).tokenizer.folder if data else None
-    return data / folder if data and folder else None

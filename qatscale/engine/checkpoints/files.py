@@ -316,6 +316,14 @@ class CheckpointReader:
         return {name: self.parameter(name) for name in self.manifest.parameters}
 
 
+def recipe_beside(checkpoint: Path, what: str) -> Path:
+    """The recipe of a checkpoint's run, whose folder it lies in. UserError, about `what` was asked for, without one."""
+    recipe = checkpoint.resolve().parent.parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    return recipe
+
+
 def find_checkpoint(what: str | Path) -> Path:
     """A checkpoint from how people name one: its folder, a run folder (its newest), or `RUN@STEP`.
 

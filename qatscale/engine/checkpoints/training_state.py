@@ -19,6 +19,7 @@ from qatscale.engine.checkpoints.files import (
     ParameterRecord,
     commit,
     find_checkpoint,
+    recipe_beside,
     slice_name,
     step_folder,
     verify_files,
@@ -95,9 +96,7 @@ class TrainingState:
 def read_checkpoint(what: str) -> TrainingState:
     """A checkpoint of ours: RUN, RUN@STEP or its folder. UserError where it is damaged or its recipe not beside it."""
     folder = find_checkpoint(what)
-    recipe = folder.resolve().parent.parent / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    recipe = recipe_beside(folder, what)
     reader = CheckpointReader(folder)
     verify_files(folder, reader.manifest)
     parameters = reader.manifest.parameters
