@@ -13,8 +13,9 @@ from qatscale.errors import UserError
 
 if TYPE_CHECKING:
     from qatlaw.default import PlannerLaw
-    from qatlaw.study import Certainty, Tree
-    from qatlaw.study import Runs as LawRuns
+    from qatlaw.information import Certainty
+    from qatlaw.information import Runs as LawRuns
+    from qatlaw.study import Tree
     from qatscale.study import Grid, Study, StudyRun
 
 study = typer.Typer(help="Studies: grids of runs that share their trunks.", no_args_is_help=True)
@@ -71,8 +72,8 @@ def _certainties(
 ) -> tuple[PlannerLaw, Certainty | None, Certainty]:
     """The law, the certainty by the runs there are, and by them and the study's."""
     from qatlaw.default import load_law
-    from qatlaw.study import Certainty, information
-    from qatlaw.study import Runs as LawRuns
+    from qatlaw.information import Certainty, information
+    from qatlaw.information import Runs as LawRuns
     from qatscale.cli.fit import collect_runs, told_as_user_errors
 
     with told_as_user_errors():
@@ -94,7 +95,7 @@ def _runs_of(cells: Grid, one_width: float | None = None) -> LawRuns:
     """The study's runs for a law; of a law for one width, the runs of that width and of full precision."""
     import numpy as np
 
-    from qatlaw.study import Runs as LawRuns
+    from qatlaw.information import Runs as LawRuns
     from qatscale.model.sizes import count_parameters
 
     rows = []
