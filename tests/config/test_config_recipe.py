@@ -138,7 +138,7 @@ def test_flatten_holds_every_value_once() -> None:
 
 
 def test_recipes_are_there() -> None:
-    assert recipe_names() == sorted(["debug", "quickstart", "86m", "194m", "396m", "759m", "2p2b", "8b"])
+    assert recipe_names() == sorted(["debug", "quickstart", "86k", "194k", "86m", "194m", "396m", "759m", "2p2b", "8b"])
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import re
 
 import pytest
 
-from qatscale.config import load_ds_config, load_run_config, precision_of, recipe_names
+from qatscale.config import flatten, load_ds_config, load_run_config, precision_of, recipe_names
 from qatscale.config.recipe import RECIPES
 from qatscale.model.sizes import count_parameters
 
 SIZES = {"86m": 86e6, "194m": 194e6, "396m": 396e6, "759m": 759e6, "2p2b": 2.2e9, "8b": 8.03e9}
+LADDER = {"86k": 86e3, "194k": 194e3}
+"""Recipes of the study's sizes divided by 1000."""
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -43,11 +45,32 @@ def test_the_learning_rate_falls_with_the_size() -> None:
     assert len(set(rates)) == len(rates)
 
 
-@pytest.mark.parametrize("name", ["debug", "quickstart"])
+@pytest.mark.parametrize("name", LADDER)
+def test_the_ladder_is_the_study_divided_by_1000(name: str) -> None:
+    config, model = load_run_config(name), load_run_config(name).model
+    large = load_run_config({"2p2m": "2p2b"}.get(name, name.replace("k", "m")))
+    assert count_parameters(model).total == pytest.approx(LADDER[name], rel=0.03)
+    assert config.tokens == large.tokens / 1000
+    assert (model.vocab_size, model.tied_embedding, model.hidden_size // model.heads) in (
+        (1024, True, 16), (1024, True, 32)
+    )  # fmt: skip
+    assert (config.tokens_per_step, config.batch.sequences) == (2048, config.batch.micro_batch)
+
+
+def test_runs_of_the_ladder_differ_in_size_tokens_and_rate_alone() -> None:
+    """Else a law fitted over sizes would measure the difference."""
+    free = {"name", "tokens", "optimizer.learning_rate"}
+    first, *others = (flatten(load_run_config(name)) for name in LADDER)
+    for other in others:
+        differ = {key for key in first if first[key] != other[key] and not key.startswith("model.")}
+        assert differ <= free
+
+
+@pytest.mark.parametrize("name", ["debug", "quickstart", *LADDER])
 def test_small_recipes_run_anywhere(name: str) -> None:
     config = load_run_config(name)
     assert precision_of(load_ds_config(config.engine.ds_config)) == "fp32"
-    assert count_parameters(config.model).total < 2e6
+    assert count_parameters(config.model).total < 3e6
 
 
 @pytest.mark.parametrize("name", recipe_names())
