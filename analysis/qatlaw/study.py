@@ -1,14 +1,19 @@
-"""A study: the cheapest tree of runs that covers a grid. `qatlaw.information`: what its runs would tell about a law.
+"""The cheapest tree of runs that covers a study, and the order in which several workers train it.
 
 A run prescribes settings for each of its steps. Two runs of the same model, data and seed are one and the
 same training up to the first step whose settings differ; what they share has to be trained once. The runs of a study
 so make a prefix tree over steps, and its edges are the least that must be trained: each is needed by some run, and no
 two edges are equal. Whoever reaches a fork first trains up to it and keeps a checkpoint; the others branch there.
+
+A worker that is free takes, of the runs that can start, the one with the longest path below it (R. L. Graham, Bounds on
+multiprocessing timing anomalies, SIAM Journal on Applied Mathematics 17, 1969, calls this list scheduling).
+`qatlaw.information` says what the runs of a study would reveal about a law.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import heapq
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,6 +58,22 @@ class Job:
     def new_tokens(self) -> int:
         return (self.route.steps - self.start) * self.route.tokens_per_step
 
+    @property
+    def flops(self) -> float:
+        return self.new_tokens * self.route.flops_per_token
+
+    def flops_until(self, step: int) -> float:
+        """FLOPs from the job's start to `step` of its run."""
+        return (step - self.start) * self.route.tokens_per_step * self.route.flops_per_token
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The checkpoints of a run that is trained already, or being trained: the only steps at which others may branch."""
+
+    route: Route
+    steps: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -67,7 +88,7 @@ class Tree:
 
     @property
     def flops(self) -> float:
-        return sum(job.new_tokens * job.route.flops_per_token for job in self.jobs)
+        return sum(job.flops for job in self.jobs)
 
     @property
     def tokens_alone(self) -> int:
@@ -84,7 +105,7 @@ class Tree:
         steps: dict[str, set[int]] = {job.route.name: set() for job in self.jobs}
         ends = {job.route.name: job.route.steps for job in self.jobs}
         for job in self.jobs:
-            if job.parent is not None and job.start < ends[job.parent]:
+            if job.parent in ends and job.start < ends[job.parent]:
                 steps[job.parent].add(job.start)
         return {name: tuple(sorted(found)) for name, found in steps.items()}
 
@@ -110,10 +131,11 @@ def _after(piece: Piece, rest: Iterator[Piece], step: int) -> Piece | None:
     return piece if step < piece.end else next(rest, None)
 
 
-def cheapest_tree(routes: Sequence[Route]) -> Tree:
+def cheapest_tree(routes: Sequence[Route], offers: Sequence[Offer] = ()) -> Tree:
     """Every run once, each branching off the run that has most of it already.
 
     Shorter runs first, so that a run which another one passes through on its way exists before that one starts.
+    `offers`: what an earlier part of the study left, which is not trained again and not in the tree.
     """
     names = [route.name for route in routes]
     assert len(set(names)) == len(names), "runs have names of their own"
@@ -121,10 +143,86 @@ def cheapest_tree(routes: Sequence[Route]) -> Tree:
     placed: dict[Hashable, list[Route]] = {}
     for route in sorted(routes, key=lambda route: (route.steps * route.tokens_per_step, names.index(route.name))):
         before = placed.setdefault(route.root, [])
+        found = [(offer.route, _offered(offer, route)) for offer in offers]
         # Of equally good parents the first one has trained the fork itself: an earlier one would share as much.
-        best, start = max(
-            ((old, shared_steps(old, route)) for old in before), key=lambda pair: pair[1], default=(None, 0)
-        )
+        found += [(old, shared_steps(old, route)) for old in before]
+        best, start = max(found, key=lambda pair: pair[1], default=(None, 0))
         jobs.append(Job(route, best.name if best is not None and start else None, start))
         before.append(route)
     return Tree(tuple(jobs))
+
+
+def _offered(offer: Offer, route: Route) -> int:
+    """The last checkpoint of `offer` that lies on `route`, 0 without one."""
+    shared = shared_steps(offer.route, route)
+    return max((step for step in offer.steps if step <= shared), default=0)
+
+
+# --- the order of training ---
+
+
+def longest_paths(jobs: Iterable[Job]) -> dict[str, float]:
+    """FLOPs from the start of each job to the end of the longest chain of runs below it, by name.
+
+    `jobs`: each after the one it branches from. The chain leaves a job where its child branches, not at its end.
+    """
+    longest: dict[str, float] = {}
+    below: dict[str, list[Job]] = {}
+    for job in reversed(list(jobs)):
+        children = below.get(job.route.name, [])
+        chains = (job.flops_until(child.start) + longest[child.route.name] for child in children)
+        longest[job.route.name] = max(job.flops, max(chains, default=0.0))
+        if job.parent is not None:
+            below.setdefault(job.parent, []).append(job)
+    return longest
+
+
+def next_job(ready: Iterable[str], longest: Mapping[str, float]) -> str | None:
+    """Of the jobs that can start the one with the longest path below it; of equals the first. None if none can."""
+    return max(ready, key=lambda name: longest[name], default=None)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """When a job is trained, in FLOPs of one worker since the study's beginning."""
+
+    job: Job
+    begin: float
+    end: float
+
+    def reaches(self, step: int) -> float:
+        """When a checkpoint at `step` exists."""
+        return self.begin + self.job.flops_until(step)
+
+
+def simulate(jobs: Sequence[Job], workers: int) -> list[Slot]:
+    """The order in which `workers` equally fast workers train the jobs, each taking `next_job` when it is free.
+
+    A job whose parent is not among `jobs` can start at once.
+    """
+    longest = longest_paths(jobs)
+    children: dict[str | None, list[Job]] = {}
+    names = {job.route.name for job in jobs}
+    for job in jobs:
+        children.setdefault(job.parent if job.parent in names else None, []).append(job)
+    ready = {job.route.name: job for job in children.get(None, [])}
+    coming: list[tuple[float, int, Job]] = []  # jobs whose parent is being trained, by when its checkpoint exists
+    free = [0.0] * workers
+    slots: list[Slot] = []
+    order = {job.route.name: i for i, job in enumerate(jobs)}
+    while ready or coming:
+        now = heapq.heappop(free)
+        while coming and coming[0][0] <= now:
+            job = heapq.heappop(coming)[2]
+            ready[job.route.name] = job
+        if not ready:
+            heapq.heappush(free, coming[0][0])
+            continue
+        name = next_job(sorted(ready, key=order.__getitem__), longest)
+        assert name is not None
+        slot = Slot(ready.pop(name), now, now + jobs[order[name]].flops)
+        slots.append(slot)
+        heapq.heappush(free, slot.end)
+        for child in children.get(name, []):
+            heapq.heappush(coming, (slot.reaches(child.start), order[child.route.name], child))
+    return slots

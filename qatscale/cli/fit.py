@@ -167,12 +167,13 @@ def collect_runs(
         raise UserError("source", None, told, f"Give one of {', '.join(given)}.")
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
-    if table is not None:
-        from qatlaw.runs import Collected
-        from qatlaw.table import read_table
+    from qatlaw.results import holds_results, read_results
+    from qatlaw.runs import Collected, collect
+    from qatlaw.table import read_table
 
-        return Collected(read_table(table), (), ()), None
-    from qatlaw.runs import collect
+    if table is not None:
+        collected = collect(read_results(table), str(table)) if holds_results(table) else None
+        return collected or Collected(read_table(table), (), ()), None
 
     if runs is not None:
         return collect(folder_records(runs), str(runs)), None
@@ -190,25 +191,12 @@ def collect_runs(
 
 def folder_records(output: Path) -> list[RunRecord]:
     """The runs of a folder of run folders, as MLflow would tell them. UserError where it holds none."""
-    from qatlaw.runs import RunRecord
-    from qatscale.tracking.compare import run_folders
-    from qatscale.tracking.mlflow_names import flatten
+    from qatscale.tracking.compare import run_folders, run_record
 
     folders = run_folders(output)
     if not folders:
         raise UserError("--runs", str(output), "holds no runs.", "Name a folder of run folders.")
-    return [
-        RunRecord(
-            run_id=folder.run["id"],
-            name=folder.name,
-            status="FINISHED" if folder.is_done else folder.status,
-            final=folder.final or {},
-            recipe=flatten({key: value for key, value in folder.recipe.items() if key != "tracking"}),
-            created=folder.run["created"],
-            kind="imported" if folder.imported else "training",
-        )
-        for folder in folders
-    ]
+    return [run_record(folder) for folder in folders]
 
 
 def _given_law(name: str, scheme: str) -> Laws:

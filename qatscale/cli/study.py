@@ -1,13 +1,15 @@
-"""`qatscale study plan`: the tree of runs that covers a study, what it costs, and what it would tell."""
+"""`qatscale study`: plan a grid of runs as a tree, train it with any number of workers, watch it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qatscale.cli import study_run
 from qatscale.cli.fit import Experiment, Runs, Table, Uri
 from qatscale.errors import UserError
 
@@ -17,13 +19,12 @@ if TYPE_CHECKING:
     from qatlaw.information import Runs as LawRuns
     from qatlaw.study import Tree
     from qatscale.study import Grid, Study, StudyRun
+    from qatscale.study.forecast import Forecast
 
 study = typer.Typer(help="Studies: grids of runs that share their trunks.", no_args_is_help=True)
-
-
-@study.callback()
-def _several_commands() -> None:
-    """Running a study will be a command beside `plan`."""
+study.command()(study_run.run)
+study.command()(study_run.work)
+study.command()(study_run.status)
 
 
 @study.command()
@@ -38,15 +39,20 @@ def plan(
     table: Table = None,
     runs: Runs = None,
     uri: Uri = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers, for the time and the disk it takes.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="Device of each worker, for the hours it takes: H200.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="With --gpu: share of its peak that runs reach: 0.4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """The cheapest tree of runs that covers a study: which run branches where, its tokens and FLOPs, what it adds.
+    """The cheapest tree of runs that covers a study: which run branches where, its tokens, FLOPs, time and disk.
 
     With --law also the certainty of the law's coefficients and of the optimal fraction that the runs allow, beside that
     of the runs there are already (--experiment, --table or --runs).
     """
     from qatlaw.study import cheapest_tree
+    from qatscale.model.sizes import count_parameters
     from qatscale.study import grid, read_study
+    from qatscale.study.forecast import forecast
 
     if not noise > 0:
         raise UserError("--noise", noise, "a standard deviation above 0.")
@@ -56,13 +62,17 @@ def plan(
     known = any(value is not None for value in (experiment, table, runs))
     if law is None and known:
         raise UserError("--law", None, "is missing: runs there are already count only for the information.", "Add it.")
+    parameters = {run.route.name: count_parameters(run.config.model).total for run in cells.runs}
+    cost = forecast(tree.jobs, parameters, workers)
+    speed = _flops_per_second(gpu, mfu)
     assumed, before, after = None, None, None
     if law is not None:
         assumed, before, after = _certainties(law, cells, noise, (experiment, table, runs, uri) if known else None)
     if as_json:
-        print(json.dumps(_plain(found, cells, tree, assumed, noise, before, after), indent=2))
+        plain = _plain(found, cells, tree, assumed, noise, before, after) | {"forecast": asdict(cost)}
+        print(json.dumps(plain, indent=2))
         return
-    _print_tree(found, cells, tree)
+    _print_tree(found, cells, tree, cost, speed)
     if assumed is not None and after is not None:
         _print_certainty(assumed, cells, noise, before, after)
 
@@ -126,37 +136,69 @@ def _fraction_errors(cells: Grid, certainty: Certainty) -> dict[float, list[floa
 # --- printing ---
 
 
-def _print_tree(found: Study, cells: Grid, tree: Tree) -> None:
+def _print_tree(found: Study, cells: Grid, tree: Tree, cost: Forecast, speed: float | None) -> None:
+    from rich.tree import Tree as Branches
+
     from qatscale.cli.terminal import console, plain_table
     from qatscale.config.amounts import format_amount
+    from qatscale.train.console import format_duration
 
     out = console()
-    numbers = ("steps", "new tokens")
-    headers = ("run", "branches from", *numbers, "checkpoints kept at steps")
-    table = plain_table(*headers, right=numbers, title=f"Study {found.name}")
-    for column in table.columns[:2]:
-        column.no_wrap = True  # names are there to be copied
+    root = Branches(f"Study {found.name}: run @ step it branches at, tokens to train")
+    branches: dict[str | None, Branches] = {None: root}
     for job in tree.jobs:
-        table.add_row(
-            job.route.name,
-            f"{job.parent}@{job.start}" if job.parent else "–",
-            f"{job.route.steps:,}",
-            format_amount(job.new_tokens),
-            ", ".join(map(str, tree.kept[job.route.name])),
-        )
-    out.print(table)
-    cost = plain_table("cost", "as a tree", "each run alone", "share", right=("as a tree", "each run alone", "share"))
-    cost.add_row("runs", f"{len(tree.jobs):,}", f"{len(tree.jobs):,}", "")
-    for name, whole, alone, told in (
+        at = f" @{job.start:,}" if job.parent else ""
+        own = f"{job.route.name}{at}  {format_amount(job.new_tokens)}"
+        branches[job.route.name] = branches[job.parent].add(own)
+    out.print(root, soft_wrap=True)
+    out.print()
+    table = plain_table("cost", "as a tree", "each run alone", "share", right=("as a tree", "each run alone", "share"))
+    table.add_row("runs", f"{len(tree.jobs):,}", f"{len(tree.jobs):,}", "")
+    for name, whole, alone, shown in (
         ("tokens", tree.tokens, tree.tokens_alone, format_amount),
         ("FLOPs", tree.flops, tree.flops_alone, lambda value: f"{value:.3g}"),
     ):
-        cost.add_row(name, told(whole), told(alone), f"{whole / alone:.1%}")
-    out.print(cost)
+        table.add_row(name, shown(whole), shown(alone), f"{whole / alone:.1%}")
+    out.print(table)
+    amount = f"{cost.makespan / cost.flops:.1%} of the work" if cost.workers > 1 else "all of the work"
+    taken = f", {format_duration(cost.makespan / speed)}" if speed else ""
+    longest = f", {format_duration(cost.longest / speed)}" if speed else ""
+    out.print(
+        f"time: {cost.workers} {'workers' if cost.workers > 1 else 'worker'}: {amount}{taken}; the longest chain of "
+        f"runs, which no number of workers shortens: {cost.longest / cost.flops:.1%}{longest}",
+        soft_wrap=True,
+    )
+    out.print(
+        f"disk: checkpoints take {_bytes(cost.disk)} at the fullest moment and {_bytes(cost.disk_at_end)} at the end, "
+        "when one a run is left",
+        soft_wrap=True,
+    )
     for line in _left_out_lines(cells):
         out.print(line, soft_wrap=True)
     for warning in cells.warnings:
         out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+
+
+def _bytes(count: int) -> str:
+    from qatscale.config.amounts import format_amount
+
+    return f"{format_amount(count).replace('K', ' k').replace('M', ' M').replace('B', ' G').replace('T', ' T')}B"
+
+
+def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
+    """What a worker computes; None where nobody says."""
+    from qatscale.model.sizes import device_names, peak_flops
+
+    if (gpu is None) != (mfu is None):
+        raise UserError("--gpu" if gpu is None else "--mfu", None, "is missing.", "Give both, or neither.")
+    if gpu is None or mfu is None:
+        return None
+    if not 0 < mfu <= 1:
+        raise UserError("--mfu", mfu, "a share of the device's peak, above 0 and at most 1, e.g. 0.4.")
+    peak = peak_flops(gpu)
+    if peak is None:
+        raise UserError("--gpu", gpu, "its peak is not known here.", f"Known: {', '.join(device_names())}.")
+    return peak * mfu
 
 
 def _left_out_lines(cells: Grid) -> list[str]:

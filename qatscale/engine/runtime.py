@@ -53,6 +53,13 @@ def job_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def free_port() -> int:
+    """A TCP port of this host that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start_runtime(timeout: float | None = None) -> Runtime:
     """Join the process group described by RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR, or make one of one process.
 
@@ -67,9 +74,7 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ["MASTER_PORT"] = str(free_port())
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
         # gloo looks up the host name otherwise, which a laptop or a container may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -10,10 +10,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qatscale.config.amounts import format_amount
+from qatscale.tracking.mlflow_names import flatten
 from qatscale.tracking.run_folder import RunFolder, Status
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from qatlaw.runs import RunRecord
 
 NONE = "–"
 LEAST_STEPS = 50
@@ -77,6 +80,21 @@ def run_folders(output: Path | str) -> list[RunFolder]:
     """The runs in a folder of run folders, oldest first; empty where it does not exist."""
     found = [RunFolder(file.parent) for file in Path(output).glob("*/run.json")]
     return sorted(found, key=lambda folder: (folder.run["created"], folder.name))
+
+
+def run_record(folder: RunFolder) -> RunRecord:
+    """A run's folder as MLflow would have the run."""
+    from qatlaw.runs import RunRecord
+
+    return RunRecord(
+        run_id=folder.run["id"],
+        name=folder.name,
+        status="FINISHED" if folder.is_done else folder.status,
+        final=folder.final or {},
+        recipe=flatten({key: value for key, value in folder.recipe.items() if key != "tracking"}),
+        created=folder.run["created"],
+        kind="imported" if folder.imported else "training",
+    )
 
 
 def list_runs(output: Path | str) -> list[RunRow]:

@@ -36,12 +36,13 @@ class Outcome:
     """Final metrics by their stable names; None where a signal stopped the run."""
 
 
-def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
+def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = True) -> Outcome:
     """Train the run that `config` describes, from wherever it stands. Every process of a job calls it.
 
     A run that is done is returned as it is; one whose folder exists goes on from its newest checkpoint; else it starts
     fresh, or from `branch_from` (a checkpoint folder, a run folder, `RUN@STEP`). UserError for whatever is wrong with
-    the input, before the first step.
+    the input, before the first step. `linger`: at the end draw the run's figures and wait for its upload to MLflow;
+    a worker of a study does not, and starts the next run at once.
     """
     plan = plan_run(config, branch_from)
     if plan is None:
@@ -51,7 +52,9 @@ def train(config: RunConfig, branch_from: str | None = None) -> Outcome:
     with Watch(runtime, config.folder / "logs", config.engine.stall_timeout) as watch:
         job = assemble(plan, runtime)
         n_params = count_parameters(config.model).total
-        with RunLog(config, plan.timeline, plan.start, runtime, plan.ds_config, n_params, watch, plan.notices) as log:
+        with RunLog(
+            config, plan.timeline, plan.start, runtime, plan.ds_config, n_params, watch, plan.notices, linger=linger
+        ) as log:
             try:
                 return run_steps(plan, job, log)
             finally:

@@ -52,9 +52,11 @@ class RunLog:
         n_params: int,
         watch: Watch,
         notices: Sequence[str] = (),
+        *,
+        linger: bool = True,
     ) -> None:
         self.config, self.timeline, self.start, self.runtime, self.watch = config, timeline, start, runtime, watch
-        self.ds_config, self.n_params, self.notices = ds_config, n_params, notices
+        self.ds_config, self.n_params, self.notices, self.linger = ds_config, n_params, notices, linger
         self.folder = RunFolder(config.folder)
         self.console = run_console(runtime.rank, timeline.steps, start.step)
         self.follower: Follower = NoFollower()
@@ -95,7 +97,8 @@ class RunLog:
             self.watch.settle(error)
         self.console.__exit__(kind, error, trace)
         if self.runtime.is_main:
-            if message := self.follower.finish(*([] if error is None else [FAILED_PATIENCE])):
+            patience = [] if error is None else [FAILED_PATIENCE]
+            if self.linger and (message := self.follower.finish(*patience)):
                 self.console.notice(message)
             self.folder.close()
         self.watch.on_failure = None
@@ -168,7 +171,8 @@ class RunLog:
 
     def finished(self, step: int, final: dict[str, Any]) -> None:
         if self.runtime.is_main:
-            self._draw()
+            if self.linger:
+                self._draw()
             self.folder.finish(step, final)
 
     def _draw(self) -> None:

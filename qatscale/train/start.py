@@ -74,7 +74,8 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
     if newest:
         return Start(newest, read_manifest(newest), True, parent, notices)
     if parent:  # stopped before its first own checkpoint: from the branch point again
-        origin = find_checkpoint(f"{parent['folder']}@{parent['step']}")
+        trunk = folder.parent  # it may have moved together with this run
+        origin = find_checkpoint(f"{trunk.path if trunk else parent['folder']}@{parent['step']}")
         return Start(origin, read_manifest(origin), True, parent, notices)
     return Start(None, None, True, None, notices)
 

@@ -11,7 +11,7 @@ from qatlaw import synthetic
 from qatscale.cli import main
 from qatscale.config import load_run_config
 from qatscale.errors import UserError
-from qatscale.study import read_study
+from qatscale.study import grid, read_study
 
 SMALL = Path(__file__).parents[2] / "analysis" / "studies" / "small.yaml"
 GOOD = {
@@ -45,6 +45,13 @@ WRONG = {
     "a size without a name": ({"sizes": "[{recipe: debug}]"}, ("sizes[0].name", "is missing")),
     "two sizes of one name": ({"sizes": "[debug, {name: debug, recipe: quickstart}]"}, ("sizes", "two sizes")),
     "an override of the grid": ({"set": "[qat.bits=4]"}, ("set[0] = 'qat.bits=4'", "the study's bits")),
+    "a key that no recipe has": ({"vary": "{qat.lr: [1]}"}, ("vary.qat.lr", "no key of a recipe")),
+    "a key that is an axis": ({"vary": "{qat.bits: [2]}"}, ("vary.qat.bits", "the study's bits")),
+    "values that are no mapping": ({"vary": "[1]"}, ("vary = [1]", "key: [values]")),
+    "a grid's key": ({"grids": "[{bit: [2]}]"}, ("grids[0].bit", "Did you mean 'bits'?")),
+    "a grid's value": ({"grids": "[{bits: [2]}, {bits: [9]}]"}, ("grids[1].bits[0] = 9", "Nearest: 8")),
+    "no grids": ({"grids": "[]"}, ("grids = []", "a list of mappings")),
+    "no processes": ({"sizes": "[{name: a, recipe: debug, processes: 0}]"}, ("sizes[0].processes = 0", "above 0")),
     "no override": ({"set": "[qat]"}, ("set[0] = 'qat'", "KEY=VALUE", "qatscale config")),
     "several": (
         {"bits": "[9]", "fractions": "[2]", "seed": "1"}, ("3 problems", "bits[0] = 9", "fractions[0] = 2", "'seeds'"),
@@ -59,6 +66,57 @@ def test_a_wrong_study_is_refused(what: str, tmp_path: Path) -> None:
         read_study(written(tmp_path, **changes))
     for part in tells:
         assert part in str(told.value)
+
+
+def names(file: Path) -> list[str]:
+    return [run.route.name for run in grid(read_study(file)).runs]
+
+
+def test_any_key_can_be_varied(tmp_path: Path) -> None:
+    """All combinations; a key of QAT makes no second full-precision run, any other key does."""
+    file = written(tmp_path, bits="[2]", fractions="[0, 0.5]", vary="{qat.learning_rate: [1e-3, 2e-3]}")
+    runs = {run.route.name: run.config for run in grid(read_study(file)).runs}
+    assert sorted(config.qat.scheme for config in runs.values()) == ["fp", "sequential", "sequential"]
+    assert {config.qat.learning_rate for config in runs.values() if config.qat.scheme != "fp"} == {1e-3, 2e-3}
+    file = written(
+        tmp_path, fractions="[0]", vary="{optimizer.betas: [[0.9, 0.95], [0.9, 0.99]], batch.micro_batch: [1, 2]}"
+    )
+    runs = {run.route.name: run.config for run in grid(read_study(file)).runs}
+    found = {(config.optimizer.betas, config.batch.micro_batch) for config in runs.values()}
+    assert found == {((0.9, beta), micro) for beta in (0.95, 0.99) for micro in (1, 2)}
+    assert len(runs) == 4, "each has a name of its own"
+
+
+def test_what_differs_from_the_first_step_shares_no_trunk(tmp_path: Path) -> None:
+    """Two batches, or two values of Adam's eps, are two trainings although their rates agree."""
+    for vary, roots in (("{optimizer.eps: [1e-8, 1e-6]}", 2), ("{qat.optimizer_state: [keep, reset]}", 1)):
+        file = written(tmp_path, bits="[2]", fractions="[0, 0.5]", vary=vary)
+        assert len({run.route.root for run in grid(read_study(file)).runs}) == roots
+
+
+def test_a_study_is_the_union_of_its_grids(tmp_path: Path) -> None:
+    """Each grid has its own values of some axes and the study's of the others; a run in two of them is one run, and a
+    full-precision run is evaluated at the widths of all."""
+    file = written(tmp_path, grids="[{fractions: [0, 0.3], bits: [2]}, {bits: [4], seeds: [0, 1]}]")
+    found = names(file)
+    assert len(found) == len(set(found))
+    two, four = ({name for name in found if f"{bits}bit" in name} for bits in (2, 4))
+    assert {name.rpartition("2bit")[2] for name in two} == {"-f0.3"}
+    assert {name.rpartition("4bit")[2] for name in four} == {"-f0.3", "", "-f0.3-seed1", "-seed1"}
+    full = {run.config.seed: run.config for run in grid(read_study(file)).runs if run.config.qat.scheme == "fp"}
+    assert full[0].evaluation.ptq_bits == [2, 4]
+    assert full[1].evaluation.ptq_bits == [4]
+
+
+def test_a_study_that_grows_keeps_the_names_of_its_runs(tmp_path: Path) -> None:
+    before = set(names(written(tmp_path)))
+    after = set(names(written(tmp_path, seeds="[0, 3]", fractions="[0, 0.15, 0.3, 1]", tokens="[100K, 123_457]")))
+    assert before < after
+
+
+def test_fractions_that_nearly_agree_are_two_runs(tmp_path: Path) -> None:
+    file = written(tmp_path, bits="[2]", fractions="[0.3048531, 0.3048532]")
+    assert {run.config.qat.fraction for run in grid(read_study(file)).runs} == {0.3048531, 0.3048532}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +166,7 @@ def test_the_plan_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run("study", "plan", str(file), "--law", "synthetic") == 0
     said = capsys.readouterr().out
     assert "debug-200K-fp" in said
-    assert "debug-100K-fp@" in said
+    assert "debug-200K-fp @313" in said, "it goes on from the shorter run before its cooldown"
     assert "made up" in said or "synthetic" in said
     assert "not determined" in said, "one size tells nothing of the size's exponent"
 

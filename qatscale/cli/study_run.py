@@ -1,0 +1,278 @@
+"""`qatscale study run`, `work` and `status`: train a study, take part in it, look at it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from qatscale.study.folder import StudyFolder
+    from qatscale.study.state import StudyState
+
+REFRESH = 2.0
+"""Seconds between two looks at a study."""
+_MOST_ROWS = 12
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="A study file, or the folder of a study that was begun.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder. [default: studies/NAME, by the study's name]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Workers on this machine; 0: others train. [default: one a GPU, or one a core]"),
+    ] = None,
+    workers_per_gpu: Annotated[
+        int | None, typer.Option(min=1, help="Workers that share a GPU: small models do not fill one.")
+    ] = None,
+    retry: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="Train a failed run again; `all`: all that failed.")
+    ] = None,
+) -> None:
+    """Train all runs of a study, then fit the law and write the report.
+
+    It may be stopped and started again at any time, and the study file may grow meanwhile: what is done stays. Other
+    hosts that share the folder take part with `qatscale study work FOLDER`.
+    """
+    from qatscale.study.folder import lay_out
+    from qatscale.study.results import record, unrecorded
+    from qatscale.study.run import LocalWorkers, default_workers
+    from qatscale.study.state import StudyState
+
+    file, folder = _places(study, out)
+    for note in lay_out(file, folder):
+        print(f"note: {note}")
+    state = StudyState(folder)
+    state.refresh()
+    _retry(folder, state, retry or [])
+    count = default_workers(folder, workers_per_gpu) if workers is None else workers
+    print(f"study folder: {folder.path}; {count} workers here, logs in {folder.logs}")
+    stopped: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
+        stopped.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    with LocalWorkers(folder, count, workers_per_gpu) as local, _Display(folder, state) as display:
+        while not stopped:
+            state.refresh()
+            display.show()
+            if not (local.tend() if count else state.may_go_on):
+                break
+            time.sleep(REFRESH)
+    state.refresh()
+    record(folder, *unrecorded(folder))
+    counts = state.counts()
+    if stopped:
+        print(f"stopped by {signal.Signals(stopped[0]).name}: {counts['done']} of {len(state.states)} runs are done; "
+              "the same command goes on from there")  # fmt: skip
+        sys.exit(EXIT_REQUEUE)
+    _print_failures(state)
+    _conclude(folder)
+    if counts["done"] < len(state.states):
+        sys.exit(EXIT_FAILED)
+
+
+def work(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study, laid out by `qatscale study run`.")],
+) -> None:
+    """Train runs of a study in this process, one after the other, until none is left: what Slurm or a person starts on
+    any host that shares the folder."""
+    from qatscale.study.folder import StudyFolder
+    from qatscale.study.worker import Worker
+
+    sys.exit(Worker(StudyFolder(folder)).work())
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
+    as_json: Json = False,
+) -> None:
+    """What is done, running, failed or blocked, and when it will end; a live table on a terminal (Ctrl-C leaves it)."""
+    from qatscale.cli.terminal import console
+    from qatscale.study.folder import StudyFolder
+    from qatscale.study.state import StudyState
+
+    state = StudyState(StudyFolder(folder))
+    state.refresh()
+    if as_json:
+        print(json.dumps(_plain_status(state), indent=2))
+        return
+    if not console().is_terminal:
+        console().print(_status(state))
+        return
+    with _Display(state.folder, state) as display:
+        try:
+            while state.may_go_on:
+                display.show()
+                time.sleep(REFRESH)
+                state.refresh()
+        except KeyboardInterrupt:
+            return
+        display.show()
+
+
+def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
+    """The study file and the folder of a study."""
+    from qatscale.study.file import read_study
+    from qatscale.study.folder import StudyFolder
+
+    if study.is_dir():
+        if out is not None:
+            raise UserError("--out", str(out), f"{study} is the folder already.", "Leave it out.")
+        folder = StudyFolder(study)
+        if not folder.study_file.is_file():
+            raise UserError("study", str(study), "holds no study.yaml.", "Give a study file, or a study's folder.")
+        return folder.study_file, folder
+    return study, StudyFolder(out or Path("studies") / read_study(study).name)
+
+
+def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
+    """Open the runs that failed for another attempt."""
+    failed = [name for name, one in state.states.items() if one.state == "failed"]
+    for name in names:
+        if name != "all" and name not in failed:
+            known = f"Failed: {', '.join(failed)}." if failed else "No run has failed."
+            raise UserError("--retry", name, "has not failed.", known)
+    for name in failed if "all" in names else names:
+        claim = folder.claims.take(name, state.states[name].attempt, "retry")
+        if claim is not None:
+            claim.close("released", "to be tried again")
+
+
+def _conclude(folder: StudyFolder) -> None:
+    """Fit a law to each scheme and write the report; what cannot be fitted yet is said."""
+    from qatlaw.results import read_results
+    from qatscale.cli.fit import fit, report
+
+    if not folder.results.exists():
+        return
+    schemes = {record.final["scheme"] for record in read_results(folder.results)} & {"sequential", "fused"}
+    for scheme in sorted(schemes):
+        try:
+            fit(table=folder.results, scheme=scheme, out=folder.path / f"fit-{scheme}.json")
+        except UserError as problem:
+            print(f"no law of {scheme} runs: {problem}")
+    try:
+        report(table=folder.results, out=folder.path / "report")
+    except UserError as problem:
+        print(f"no report: {problem}")
+
+
+# --- printing ---
+
+
+class _Display:
+    """A live table on a terminal; elsewhere a line whenever the number of finished runs changes."""
+
+    def __init__(self, folder: StudyFolder, state: StudyState) -> None:
+        from rich.live import Live
+
+        from qatscale.cli.terminal import console
+
+        self.folder, self.state = folder, state
+        self._console = console()
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._shown: tuple[int, ...] = ()
+
+    def __enter__(self) -> _Display:
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(*error)  # type: ignore[arg-type]
+
+    def show(self) -> None:
+        if self._live is not None:
+            self._live.update(_status(self.state), refresh=True)
+            return
+        counts = self.state.counts()
+        shown = (counts["done"], counts["failed"], counts["blocked"])
+        if shown != self._shown:
+            self._shown = shown
+            print(_headline(self.state), flush=True)
+
+
+def _headline(state: StudyState) -> str:
+    from qatscale.config.amounts import format_amount
+    from qatscale.study.progress import progress
+    from qatscale.train.console import format_duration
+
+    counts, now = state.counts(), progress(state.folder, state)
+    parts = [f"{counts['done']} of {len(state.states)} runs done"]
+    parts += [f"{counts[one]} {one}" for one in ("running", "ready", "waiting", "failed", "blocked") if counts[one]]
+    parts.append(f"{format_amount(now.tokens_done)} of {format_amount(now.tokens)} tokens")
+    if now.seconds_left is not None:
+        parts.append(f"about {format_duration(now.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _status(state: StudyState) -> RenderableType:
+    from rich.console import Group
+
+    from qatscale.cli.terminal import plain_table
+
+    rows: list[RenderableType] = [_headline(state)]
+    running = [name for name, one in state.states.items() if one.state == "running"]
+    if running:
+        table = plain_table("running", "worker", "step", "%", right=("step", "%"))
+        for name in running[:_MOST_ROWS]:
+            job, step = state.folder.jobs[name], state.step(name)
+            share = (step - job.start) / max(1, job.steps - job.start)
+            table.add_row(name, state.attempts[name].worker, f"{step:,}/{job.steps:,}", f"{share:.0%}")
+        rows.append(table)
+        if len(running) > _MOST_ROWS:
+            rows.append(f"and {len(running) - _MOST_ROWS} more")
+    failures = _failures(state)
+    if failures:
+        table = plain_table("failed", "why")
+        for name, reason in failures[:_MOST_ROWS]:
+            table.add_row(name, reason)
+        rows.append(table)
+    return Group(*rows)
+
+
+def _failures(state: StudyState) -> list[tuple[str, str]]:
+    return [(name, one.reason) for name, one in state.states.items() if one.state == "failed"]
+
+
+def _print_failures(state: StudyState) -> None:
+    for name, reason in _failures(state):
+        print(f"failed: {name}: {reason}")
+    blocked = state.counts()["blocked"]
+    if blocked:
+        print(f"blocked: {blocked} runs that branch from them. `qatscale study run {state.folder.path} --retry all`")
+
+
+def _plain_status(state: StudyState) -> dict[str, object]:
+    from qatscale.study.progress import progress
+
+    now = progress(state.folder, state)
+    return {
+        "counts": state.counts(),
+        "tokens_done": now.tokens_done,
+        "tokens": now.tokens,
+        "seconds_left": now.seconds_left,
+        "runs": [
+            {"name": name, "state": one.state, "attempts": one.attempt, "step": state.step(name),
+             "steps": state.folder.jobs[name].steps, "reason": one.reason}
+            for name, one in state.states.items()
+        ],
+    }  # fmt: skip

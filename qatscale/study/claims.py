@@ -1,0 +1,140 @@
+"""Who trains which run: claims in a shared folder, and the heartbeats of those who hold them.
+
+    claims/NAME~0001.json    {"worker", "process", "state", "reason", "started", "ended"}
+
+Each attempt at a run is a file of its own, numbered. Creating a file that must not exist yet is atomic on every file
+system that hosts share, so of several workers that want the same attempt one gets it. Its holder touches the file at
+every heartbeat. A claim whose holder is gone is superseded by the next number and never changed by others; whoever
+finds a higher number than its own has lost the run and must stop at once.
+
+Hosts' clocks are not compared: a holder counts as gone once its file has not changed for EXPIRY seconds on the
+*observer's* clock, or at once where the observer can see that the process has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qatscale.files import write_json_atomic
+from qatscale.tracking.process import identity, is_alive
+
+HEARTBEAT = 10.0
+"""Seconds between two signs of life of a holder."""
+EXPIRY = 120.0
+"""Seconds without one after which a holder on another host counts as gone; network disks show changes late."""
+
+State = Literal["running", "gone", "released", "failed", "done"]
+"""`gone`: the holder has vanished. `released`: it stopped after saving. The last three are the holder's own word."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One numbered attempt at a run, as an observer sees it."""
+
+    name: str
+    number: int
+    state: State
+    worker: str
+    reason: str
+    started: float
+    ended: float | None
+
+
+class Claims:
+    """The claims of a study, seen from one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: dict[Path, tuple[float, float]] = {}
+        """File → (its time of change, when this process first saw that on its own clock)."""
+
+    def attempts(self) -> dict[str, Attempt]:
+        """The latest attempt at each run that anybody has tried."""
+        latest: dict[str, int] = {}
+        if not self.folder.is_dir():
+            return {}
+        for entry in os.scandir(self.folder):
+            name, separator, number = entry.name.removesuffix(".json").rpartition("~")
+            if separator and entry.name.endswith(".json"):
+                latest[name] = max(latest.get(name, 0), int(number))
+        return {name: self._look(name, number) for name, number in latest.items()}
+
+    def history(self, name: str) -> list[Attempt]:
+        """All attempts at a run, oldest first."""
+        numbers = sorted(int(path.stem.rpartition("~")[2]) for path in self.folder.glob(f"{name}~*.json"))
+        return [self._look(name, number) for number in numbers]
+
+    def take(self, name: str, after: int, worker: str) -> Claim | None:
+        """Claim the attempt that follows number `after`; None if another worker was faster."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(name, after + 1)
+        content = {"worker": worker, "process": identity(), "state": "running", "started": time.time()}
+        try:
+            with path.open("x") as file:
+                json.dump(content, file)
+        except FileExistsError:
+            return None
+        return Claim(path, self._path(name, after + 2), content)
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / f"{name}~{number:04d}.json"
+
+    def _look(self, name: str, number: int) -> Attempt:
+        path = self._path(name, number)
+        try:
+            changed = path.stat().st_mtime
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):  # just being written; a holder that died in that moment is found by its silence
+            changed, content = 0.0, {}
+        state = content.get("state", "running")
+        if state == "running" and self._is_gone(path, changed, content.get("process")):
+            state = "gone"
+        return Attempt(
+            name, number, state, content.get("worker", "?"), content.get("reason", ""),
+            content.get("started", changed), content.get("ended"),
+        )  # fmt: skip
+
+    def _is_gone(self, path: Path, changed: float, process: dict[str, Any] | None) -> bool:
+        if process is not None and (alive := is_alive(process)) is not None:
+            return not alive
+        now = time.monotonic()
+        if self._seen.get(path, (None, 0.0))[0] != changed:
+            self._seen[path] = (changed, now)
+        return now - self._seen[path][1] > EXPIRY
+
+
+class Claim:
+    """A claim that this process holds. Use it as a context: inside, a thread gives signs of life."""
+
+    def __init__(self, path: Path, successor: Path, content: dict[str, Any]) -> None:
+        self.path, self.successor, self.content = path, successor, content
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def beat_until_closed(self, lost: Callable[[], None]) -> None:
+        """Start the heartbeat. `lost` is called from its thread if another worker has taken the run over."""
+
+        def beat() -> None:
+            while not self._closed.wait(HEARTBEAT):
+                if self.successor.exists():
+                    lost()
+                    return
+                os.utime(self.path)
+
+        self._thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self, state: State, reason: str = "") -> None:
+        """End the attempt with the holder's word on how it went."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        if not self.successor.exists():
+            write_json_atomic(self.path, {**self.content, "state": state, "reason": reason, "ended": time.time()})

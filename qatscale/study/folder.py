@@ -1,0 +1,221 @@
+"""The folder of a study, which any number of workers on any hosts share.
+
+::
+
+    study.yaml            the study file as it was laid out
+    tree.json             the runs in an order in which they can be trained: parent, steps, cost
+    jobs/NAME.yaml        the resolved recipe of each run
+    runs/NAME/            run folders
+    claims/               who trains what, see `qatscale.study.claims`
+    logs/                 one log a worker
+    results.csv           one row a finished run
+    fit-*.json  report/   what the runs say, when all are done
+
+A run is done when its folder holds done.json, or results.csv its row: what was trained elsewhere is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
+from qatscale.config import config_differences, load_run_config, resolved_yaml
+from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
+from qatscale.errors import UserError
+from qatscale.files import locked, write_atomic, write_json_atomic
+from qatscale.model.sizes import count_parameters
+from qatscale.study.claims import Claims
+from qatscale.study.file import read_study
+from qatscale.study.grid import StudyRun, grid
+from qatscale.tracking.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class StudyJob:
+    """One run of a study, as the folder's tree.json holds it."""
+
+    name: str
+    parent: str | None
+    """The run whose checkpoint it starts from; None: from initial weights."""
+    start: int
+    """Optimizer steps done at that checkpoint."""
+    steps: int
+    keep: tuple[int, ...]
+    """Steps before its end at which others branch off."""
+    tokens_per_step: int
+    flops_per_token: float
+    n_params: int
+    processes: int
+
+    @property
+    def new_tokens(self) -> int:
+        return (self.steps - self.start) * self.tokens_per_step
+
+    def as_tree_job(self) -> Job:
+        route = Route(self.name, None, (Piece(None, 0, self.steps),), self.tokens_per_step, self.flops_per_token)
+        return Job(route, self.parent, self.start)
+
+
+class StudyFolder:
+    """Paths and contents of a study's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.claims = Claims(path / "claims")
+
+    @property
+    def study_file(self) -> Path:
+        return self.path / "study.yaml"
+
+    @property
+    def tree_file(self) -> Path:
+        return self.path / "tree.json"
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.csv"
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.runs / name)
+
+    def recipe(self, name: str) -> Path:
+        return self.path / "jobs" / f"{name}.yaml"
+
+    def config(self, name: str) -> RunConfig:
+        return load_run_config(self.recipe(name), [f"output={self.runs}"])
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return step_folder(self.runs / name / "checkpoints", step)
+
+    @cached_property
+    def jobs(self) -> dict[str, StudyJob]:
+        """By name, each after the one it branches from. UserError where nothing was laid out yet."""
+        if not self.tree_file.is_file():
+            do = "Lay it out with `qatscale study run STUDY.yaml`."
+            raise UserError("study", str(self.path), "holds no tree.json.", do)
+        jobs = [StudyJob(**{**raw, "keep": tuple(raw["keep"])}) for raw in json.loads(self.tree_file.read_text())]
+        return {job.name: job for job in jobs}
+
+    def recorded(self) -> set[str]:
+        """The runs that results.csv has a row of."""
+        from qatlaw.results import read_results
+
+        return {record.name for record in read_results(self.results)} if self.results.exists() else set()
+
+
+def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
+    """Write or extend the tree of a study; returns notes for the user.
+
+    What is done or begun stays as it is: a larger study branches from the checkpoints that are left of it. UserError
+    where a run that was begun would become another one, and where workers are training.
+    """
+    with locked(folder.path / ".layout", wait=60):
+        study = read_study(study_file)
+        text = study_file.read_text(encoding="utf-8")
+        if folder.tree_file.exists() and folder.study_file.read_text(encoding="utf-8") == text:
+            return ()
+        cells = grid(study)
+        old = folder.jobs if folder.tree_file.exists() else {}
+        if old:
+            _refuse_while_training(folder)
+        recorded = folder.recorded()
+        begun = {name for name in old if name in recorded or folder.run(name).run_file.exists()}
+        configs = {run.route.name: _absolute(run.config) for run in cells.runs}
+        for name in begun & configs.keys():
+            _refuse_another_run(folder, name, configs[name])
+        fresh = [run for run in cells.runs if run.route.name not in begun]
+        routes = {run.route.name: run.route for run in cells.runs}
+        offers = [Offer(routes[name], _offered_steps(folder, old[name])) for name in begun & routes.keys()]
+        done = recorded & configs.keys() - begun  # trained elsewhere: nothing branches from them here
+        jobs = [old[name] for name in old if name in begun]
+        tree = cheapest_tree([run.route for run in fresh if run.route.name not in done], offers)
+        by_name = {run.route.name: run for run in cells.runs}
+        jobs += [_job(by_name[job.route.name], job, tree.kept[job.route.name]) for job in tree.jobs]
+        jobs += [_job(by_name[name], Job(routes[name], None, 0), ()) for name in sorted(done)]
+        for job in jobs:
+            if job.name in configs and job.name not in begun:
+                kept = [step * job.tokens_per_step for step in job.keep]
+                _write_recipe(folder, configs[job.name], kept)
+        write_atomic(folder.study_file, text.encode())
+        write_json_atomic(folder.tree_file, [asdict(job) for job in jobs])
+        folder.__dict__.pop("jobs", None)
+    notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
+    gone = [name for name in old if name in begun and name not in configs]
+    if gone:
+        notes.append(f"no longer in the study, and kept: {_listed(gone)}")
+    return (*notes, *cells.warnings)
+
+
+def _job(run: StudyRun, job: Job, kept: Iterable[int]) -> StudyJob:
+    return StudyJob(
+        name=job.route.name,
+        parent=job.parent,
+        start=job.start,
+        steps=job.route.steps,
+        keep=tuple(kept),
+        tokens_per_step=job.route.tokens_per_step,
+        flops_per_token=job.route.flops_per_token,
+        n_params=count_parameters(run.config.model).total,
+        processes=run.processes,
+    )
+
+
+def _offered_steps(folder: StudyFolder, job: StudyJob) -> tuple[int, ...]:
+    """The checkpoints of a run that was begun: those on disk that stay, and those it will still write."""
+    run = folder.run(job.name)
+    if not run.run_file.exists():
+        return ()  # trained elsewhere
+    there = {int(path.name.removeprefix("step-")) for path in list_checkpoints(run.checkpoints)}
+    if run.is_done:
+        return tuple(sorted(there))
+    reached = max(there, default=0)
+    return tuple(step for step in (*job.keep, job.steps) if step in there or step > reached)
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """With the data where they lie now: workers start in other folders."""
+    path = config.data.path
+    return config if path is None else config.model_copy(
+        update={"data": config.data.model_copy(update={"path": path.resolve()})}
+    )  # fmt: skip
+
+
+def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> None:
+    checkpoint = config.checkpoint.model_copy(update={"keep_at": kept})
+    path = folder.recipe(config.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, resolved_yaml(config.model_copy(update={"checkpoint": checkpoint})).encode())
+
+
+def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:
+    """A name stands for one configuration."""
+    passing = ("checkpoint.", "output", "data.path", "tracking.", "engine.", "log_interval")
+    differences = [one for one in config_differences(folder.config(name), config) if not one.key.startswith(passing)]
+    if differences:
+        first = differences[0]
+        problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."
+        raise UserError("study", str(folder.path), problem, "Use another folder, or give the sizes other names.")
+
+
+def _refuse_while_training(folder: StudyFolder) -> None:
+    running = [one for one in folder.claims.attempts().values() if one.state == "running"]
+    if running:
+        problem = f"{len(running)} runs are being trained, and the study file has changed."
+        raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,130 @@
+"""What each run of a study is doing, and which one a worker takes next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from qatlaw.study import longest_paths, next_job
+from qatscale.engine.checkpoints.files import MANIFEST
+from qatscale.study.claims import Attempt
+from qatscale.study.folder import StudyFolder, StudyJob
+
+MOST_DEATHS = 5
+"""Workers that may end without a word in the same run before the run counts as failed: it may be what kills them."""
+
+State = Literal["done", "running", "ready", "waiting", "failed", "blocked"]
+"""`ready`: can start or go on. `waiting`: for a checkpoint of its parent. `blocked`: its parent has failed before."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    state: State
+    attempt: int
+    """Number of the latest attempt, 0 without one."""
+    reason: str = ""
+    """Why it failed, or which run blocks it."""
+
+
+class StudyState:
+    """The states of all runs, read from the folder again by `refresh`."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self.folder = folder
+        self.states: dict[str, JobState] = {}
+        self._done: set[str] = set()
+        self._recorded: tuple[float, set[str]] = (-1.0, set())
+        self.attempts: dict[str, Attempt] = {}
+
+    @cached_property
+    def longest(self) -> dict[str, float]:
+        """FLOPs of the longest path below each run."""
+        return longest_paths([job.as_tree_job() for job in self.folder.jobs.values()])
+
+    def refresh(self) -> Mapping[str, JobState]:
+        jobs = self.folder.jobs
+        self.attempts = self.folder.claims.attempts()
+        self._done |= {name for name in jobs if name not in self._done and self.folder.run(name).is_done}
+        changed = self.folder.results.stat().st_mtime if self.folder.results.exists() else 0.0
+        if changed != self._recorded[0]:
+            self._recorded = (changed, self.folder.recorded())
+        states: dict[str, JobState] = {}
+        for name, job in jobs.items():  # parents come first
+            states[name] = self._state(job, states)
+        self.states = states
+        return states
+
+    def _state(self, job: StudyJob, before: Mapping[str, JobState]) -> JobState:
+        attempt = self.attempts.get(job.name)
+        number = attempt.number if attempt else 0
+        if job.name in self._done or job.name in self._recorded[1]:
+            return JobState("done", number)
+        if attempt is not None and attempt.state == "running":
+            return JobState("running", number)
+        if attempt is not None and attempt.state == "failed":
+            return JobState("failed", number, attempt.reason)
+        if attempt is not None and attempt.state == "gone" and self._deaths(job.name) >= MOST_DEATHS:
+            return JobState("failed", number, f"{MOST_DEATHS} workers ended in it without a word (out of memory?)")
+        if job.parent is None or self._has_checkpoint(job):
+            return JobState("ready", number)
+        parent = before.get(job.parent)
+        if parent is None or parent.state == "done":
+            reason = f"its parent's checkpoint {job.parent}@{job.start} is gone"
+            return JobState("blocked", number, reason)
+        if parent.state in ("failed", "blocked"):
+            return JobState("blocked", number, parent.reason if parent.state == "blocked" else f"{job.parent} failed")
+        return JobState("waiting", number)
+
+    def _has_checkpoint(self, job: StudyJob) -> bool:
+        """Whether it can start from its parent's checkpoint, or go on from its own."""
+        assert job.parent is not None
+        if (self.folder.checkpoint(job.parent, job.start) / MANIFEST).exists():
+            return True
+        return any((self.folder.runs / job.name / "checkpoints").glob(f"step-*/{MANIFEST}"))
+
+    def _deaths(self, name: str) -> int:
+        return sum(attempt.state == "gone" for attempt in self.folder.claims.history(name))
+
+    def next_job(self, processes: int | None = None) -> StudyJob | None:
+        """The run that a free worker takes; None if none can start now."""
+        jobs = self.folder.jobs
+        ready = [
+            name
+            for name, state in self.states.items()
+            if state.state == "ready" and (processes is None or jobs[name].processes <= processes)
+        ]
+        name = next_job(ready, self.longest)
+        return None if name is None else jobs[name]
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a worker that has nothing to do now may get something later."""
+        return any(state.state in ("ready", "waiting", "running") for state in self.states.values())
+
+    def counts(self) -> dict[State, int]:
+        counts: dict[State, int] = dict.fromkeys(("done", "running", "ready", "waiting", "failed", "blocked"), 0)
+        for state in self.states.values():
+            counts[state.state] += 1
+        return counts
+
+    def step(self, name: str) -> int:
+        """Optimizer steps that a run has done, as its folder says; where it starts before its first record."""
+        job = self.folder.jobs[name]
+        if self.states[name].state == "done":
+            return job.steps
+        file = self.folder.run(name).metrics_file
+        try:
+            with file.open("rb") as records:
+                records.seek(max(0, file.stat().st_size - 4096))
+                lines = records.read().decode("utf-8", "replace").splitlines()
+        except OSError:
+            return job.start
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                continue  # torn, or cut at its beginning
+        return job.start

@@ -1,0 +1,153 @@
+"""A worker: claims one run of a study after the other and trains it in this process.
+
+Start-up (imports, process group) is paid once. A run of several processes is started through the DeepSpeed launcher
+instead. A run that fails is marked with its reason, and the worker goes on with others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint
+from qatscale.engine.runtime import free_port
+from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from qatscale.study.claims import Claim
+from qatscale.study.folder import StudyFolder, StudyJob
+from qatscale.study.results import record
+from qatscale.study.state import StudyState
+
+POLL = 1.0
+"""Seconds between two looks for a run that can start; grows tenfold while nothing changes."""
+
+
+class Worker:
+    """Trains runs of a study until none is left that it could train."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, folder: StudyFolder, name: str | None = None, say: Callable[[str], None] = print) -> None:
+        self.folder = folder
+        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
+        self.say = say
+        self._stopped = False
+
+    def work(self) -> int:
+        """Returns the exit code: 0 when no run is left for it, 75 after a signal."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._on_signal)
+        state, pause = StudyState(self.folder), POLL
+        while not self._stopped:
+            state.refresh()
+            job = state.next_job()
+            if job is None:
+                if not state.may_go_on:
+                    return EXIT_OK
+                time.sleep(pause)
+                pause = min(pause * 1.2, 10 * POLL)
+                continue
+            pause = POLL
+            claim = self.folder.claims.take(job.name, state.states[job.name].attempt, self.name)
+            if claim is not None and not self._train(job, claim):
+                return EXIT_REQUEUE
+        return EXIT_REQUEUE
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the handler's signature
+        self._stopped = True
+
+    def _train(self, job: StudyJob, claim: Claim) -> bool:
+        """Train a claimed run and close the claim. False where a signal stopped it."""
+        claim.beat_until_closed(lambda: _lost(job.name))
+        begun = self.folder.run(job.name).run_file.exists()
+        branch_from = None if begun or job.parent is None else f"{self.folder.runs / job.parent}@{job.start}"
+        try:
+            done = self._launch(job, branch_from) if job.processes > 1 else self._train_here(job, branch_from)
+        except KeyboardInterrupt:
+            claim.close("released", "interrupted")
+            raise
+        except Exception as error:  # whatever ends one run must not end the others
+            logging.getLogger("qatscale").exception(job.name)
+            reason = f"{error}".strip() or type(error).__name__
+            self.say(f"{job.name} failed: {reason}")
+            claim.close("failed", reason)
+            return not self._stopped
+        if not done:
+            claim.close("released", "stopped by a signal")
+            return False
+        record(self.folder, job.name)
+        claim.close("done")
+        clear_checkpoints(self.folder, job.name)
+        return True
+
+    def _train_here(self, job: StudyJob, branch_from: str | None) -> bool:
+        from qatscale.train.loop import train
+
+        return train(self.folder.config(job.name), branch_from, linger=False).status == "done"
+
+    def _launch(self, job: StudyJob, branch_from: str | None) -> bool:
+        """Train through DeepSpeed's launcher, in a process group of its own that signals are passed on to."""
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command = [str(deepspeed), "--num_gpus", str(job.processes), "--master_port", str(free_port())]
+        command += ["--module", "qatscale", "train", str(self.folder.recipe(job.name)), f"output={self.folder.runs}"]
+        command += ["--branch-from", branch_from] if branch_from else []
+        child = subprocess.Popen(command, start_new_session=True)
+        while child.poll() is None:
+            if self._stopped:
+                os.killpg(child.pid, signal.SIGTERM)
+                child.wait()
+            time.sleep(0.1)
+        run = self.folder.run(job.name)
+        if run.is_done:
+            return True
+        if run.run_file.exists() and run.status == "stopped":
+            return False
+        failures = run.records("failed") if run.run_file.exists() else []
+        raise RuntimeError(failures[-1]["error"] if failures else f"the launcher ended with code {child.returncode}")
+
+
+def _lost(name: str) -> None:
+    """Another worker took the run over: this process must not write its folder any more."""
+    print(f"error: {name} was taken over by another worker, which found no sign of life of this one", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)
+
+
+def clear_checkpoints(folder: StudyFolder, name: str) -> None:
+    """Remove the checkpoints that `name`, which is done, leaves without a use: its own that no run branches from any
+    more, and its parent's where it was the last one to branch. The final checkpoint of a run stays."""
+    jobs = folder.jobs
+    waiting = {(job.parent, job.start) for job in jobs.values() if not folder.run(job.name).is_done}
+    job = jobs[name]
+    useless = [path for path in list_checkpoints(folder.run(name).checkpoints) if _step(path) != job.steps]
+    if job.parent is not None:
+        path = folder.checkpoint(job.parent, job.start)
+        if job.parent in jobs and job.start != jobs[job.parent].steps and path != _newest(path.parent):
+            useless.append(path)
+    for path in useless:
+        if (path.parent.parent.name, _step(path)) not in waiting:
+            hidden = path.with_name(f".old-{path.name}")  # half-removed must not look complete
+            try:
+                path.rename(hidden)
+            except OSError:
+                continue  # another worker was faster
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    try:
+        return newest_checkpoint(checkpoints)
+    except UserError:  # one that is half-removed
+        return None
