@@ -17,22 +17,24 @@ _ZOMBIE_OR_DEAD = {"Z", "X", "x"}
 
 
 def identity() -> dict[str, Any]:
-    """This process: ``{"host", "pid", "boot_id", "start_ticks"}``; the last two are null where there is no /proc."""
+    """This process: ``{"host", "pid", "boot_id", "namespace", "start_ticks"}``; null where there is no /proc."""
     stat = _stat(os.getpid())
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "boot_id": _boot_id(),
+        "namespace": _namespace(),
         "start_ticks": stat[1] if stat else None,
     }
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:
-    """Whether the process of `identity()` still runs; None when it belongs to another machine and nobody here can say.
+    """Whether the process of `identity()` still runs; None when it belongs to another machine, or to another container
+    of this one, and nobody here can say.
 
     A zombie (ended, not yet collected by its parent) counts as dead.
     """
-    if process["host"] != socket.gethostname():
+    if process["host"] != socket.gethostname() or process.get("namespace") not in (None, _namespace()):
         return None
     if process["boot_id"] is None:
         return _answers(process["pid"])
@@ -62,6 +64,14 @@ def _stat(pid: int) -> tuple[str, int, int] | None:
 def _boot_id() -> str | None:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _namespace() -> str | None:
+    """The process namespace: containers of one host may share its name and boot id, but not process ids."""
+    try:
+        return Path("/proc/self/ns/pid").readlink().name
     except OSError:
         return None
 

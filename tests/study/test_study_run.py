@@ -1,0 +1,226 @@
+"""Studies trained for real: workers that die, fail, stop, grow and come from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import unlaunched
+
+import studies
+from qatlaw.results import read_results
+from qatlaw.runs import collect
+from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.study.claims import Claims
+from qatscale.study.folder import StudyFolder
+from qatscale.study.state import StudyState
+from qatscale.tracking.compare import run_folders, run_record
+
+pytestmark = pytest.mark.dist
+
+
+def test_a_study_ends_with_a_row_for_each_run_a_table_and_a_report(tiny: Path) -> None:
+    jobs = json.loads((tiny / "tree.json").read_text())
+    rows = read_results(tiny / "results.csv")
+    assert [row.name for row in rows] == [job["name"] for job in jobs], "in the order of the tree"
+    assert len(rows) == 11
+    studies.trained_once(tiny)
+    assert (tiny / "report" / "report.html").is_file()
+
+
+def test_results_say_to_a_fit_what_the_run_folders_say(tiny: Path) -> None:
+    from_rows = collect(read_results(tiny / "results.csv"), "rows").table
+    from_folders = collect([run_record(folder) for folder in run_folders(tiny / "runs")], "folders").table
+    assert from_rows.hash == from_folders.hash
+    assert len(from_rows) == len(from_folders)
+
+
+def test_only_final_checkpoints_are_left(tiny: Path) -> None:
+    """What branches needed is gone with the last of them."""
+    for job in json.loads((tiny / "tree.json").read_text()):
+        left = list_checkpoints(tiny / "runs" / job["name"] / "checkpoints")
+        assert [path.name for path in left] == [f"step-{job['steps']:08d}"], job["name"]
+
+
+def test_a_run_equals_the_same_run_trained_alone(tiny: Path, tmp_path: Path) -> None:
+    """In a tree, in a process that trained others before, the losses are bit for bit those of a run of its own."""
+    name = next(job["name"] for job in json.loads((tiny / "tree.json").read_text()) if job["parent"])
+    command = [sys.executable, "-m", "qatscale", "train", str(tiny / "jobs" / f"{name}.yaml"), f"output={tmp_path}"]
+    subprocess.run(command, check=True, env=unlaunched(), capture_output=True)
+    alone, inside = (StudyFolder(tiny).run(name), run_folders(tmp_path)[0])
+    assert alone.final is not None
+    assert inside.final is not None
+    for key in ("final/val_loss", "final/val_loss_fp_view"):
+        assert alone.final[key] == inside.final[key]
+
+
+def disturbed(tiny: Path, folder: Path, kills: int, longest_pause: float) -> None:
+    """The study again with workers that are killed, and the same results to the byte."""
+    chance = random.Random(kills)
+    process = studies.study("run", tiny / "study.yaml", "--out", folder, "--workers", "2")
+    for _ in range(kills):
+        studies.kill_one(folder, chance.uniform(0, longest_pause))
+    code, output = studies.finish(process)
+    assert code == 0, output
+    studies.trained_once(folder)
+    assert (folder / "results.csv").read_bytes() == (tiny / "results.csv").read_bytes()
+
+
+def test_killed_workers_change_no_result(tiny: Path, tmp_path: Path) -> None:
+    disturbed(tiny, tmp_path / "study", kills=3, longest_pause=2)
+
+
+@pytest.mark.slow
+def test_ten_kills_in_32_runs_change_no_result(prepared: Path, tmp_path: Path) -> None:
+    file = studies.write_study(
+        tmp_path / "large.yaml", prepared, name="large", bits="[1, 2, 4]", tokens="[10_240, 20_480]"
+    )
+    undisturbed = tmp_path / "undisturbed"
+    code, output = studies.finish(studies.study("run", file, "--out", undisturbed, "--workers", "2"))
+    assert code == 0, output
+    assert len(read_results(undisturbed / "results.csv")) == 32
+    disturbed(undisturbed, tmp_path / "study", kills=10, longest_pause=4)
+
+
+def test_a_stopped_study_goes_on_and_trains_nothing_twice(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    process = studies.study("run", tiny / "study.yaml", "--out", folder, "--workers", "1")
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("runs/*/done.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, output = studies.finish(process)
+    assert code == 75, output
+    assert "goes on from there" in output
+    assert not studies.workers_of(folder)
+    code, output = studies.finish(studies.study("run", folder, "--workers", "1"))
+    assert code == 0, output
+    studies.trained_once(folder)
+    assert (folder / "results.csv").read_bytes() == (tiny / "results.csv").read_bytes()
+
+
+def test_a_failing_run_blocks_its_own_branches_alone(prepared: Path, tmp_path: Path) -> None:
+    """QAT from scratch at an absurd rate diverges at once, and the longer run that would branch from it never starts.
+    A sequential run diverges after the checkpoint that others need: they go on."""
+    file = studies.write_study(
+        tmp_path / "failing.yaml", prepared, tokens="[10_240, 20_480]", bits="[2, 4]", fractions="[0.5, 1]",
+        schemes="[sequential]", vary="{qat.learning_rate: [1e30, 3e-3]}",
+    )  # fmt: skip
+    folder = tmp_path / "study"
+    code, output = studies.finish(studies.study("run", file, "--out", folder, "--workers", "2"))
+    assert code == 1, output
+    state = StudyState(StudyFolder(folder))
+    found = {name: one.state for name, one in state.refresh().items()}
+    for name, one in found.items():
+        if "3e-03" in name or "0.003" in name:
+            assert one == "done", name
+        elif "scratch" in name and "20.48K" in name:
+            assert one == "blocked", name
+        else:
+            assert one == "failed", name
+            assert "loss" in state.states[name].reason or "gradient" in state.states[name].reason
+    assert "blocked: 2 runs" in output
+    victim = next(name for name, one in found.items() if one == "failed" and "sequential" in name)
+    code, output = studies.finish(studies.study("run", folder, "--workers", "1", "--retry", victim))
+    assert code == 1
+    tried = {name: len(Claims(folder / "claims").history(name)) for name in found}
+    assert tried[victim] == 3, "the failure, the retry's note, the second failure"
+    assert all(number <= 1 for name, number in tried.items() if name != victim)
+
+
+def test_a_study_that_grows_keeps_what_is_done(tiny: Path, prepared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(tiny, folder)
+    before = {row.name: row for row in read_results(folder / "results.csv")}
+    file = studies.write_study(tmp_path / "tiny.yaml", prepared, fractions="[0, 0.25, 0.5, 0.75, 1]", seeds="[0]")
+    code, output = studies.finish(studies.study("run", file, "--out", folder, "--workers", "1"))
+    assert code == 0, output
+    after = {row.name: row for row in read_results(folder / "results.csv")}
+    assert len(after) == len(before) + 4
+    assert all(after[name].final == before[name].final for name in before)
+    assert all(len(Claims(folder / "claims").history(name)) == 1 for name in after)
+
+
+def test_what_was_trained_elsewhere_is_not_trained_again(tiny: Path, tmp_path: Path) -> None:
+    """From results.csv alone, as a repository keeps it."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    shutil.copy(tiny / "results.csv", folder)
+    lines = (folder / "results.csv").read_text().splitlines(keepends=True)
+    (folder / "results.csv").write_text("".join(lines[:1] + lines[2:]))
+    missing = lines[1].split(",")[0]
+    code, output = studies.finish(studies.study("run", tiny / "study.yaml", "--out", folder, "--workers", "1"))
+    assert code == 0, output
+    assert [path.name for path in (folder / "runs").iterdir()] == [missing]
+    assert sorted((folder / "results.csv").read_text().splitlines()) == sorted("".join(lines).splitlines())
+
+
+def test_a_run_may_not_become_another_one(tiny: Path, prepared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(tiny, folder)
+    changed = studies.TINY["sizes"].replace("model.layers=1", "model.layers=2")
+    file = studies.write_study(tmp_path / "tiny.yaml", prepared, sizes=changed)
+    code, output = studies.finish(studies.study("run", file, "--out", folder))
+    assert code == 2
+    assert "model.layers = 1; the study now says 2" in output
+
+
+def test_status_counts_what_is_there(tiny: Path) -> None:
+    code, output = studies.finish(studies.study("status", tiny, "--json"))
+    assert code == 0
+    found = json.loads(output)
+    assert found["counts"] == {"done": 11, "running": 0, "ready": 0, "waiting": 0, "failed": 0, "blocked": 0}
+    assert found["tokens_done"] == found["tokens"]
+    code, output = studies.finish(studies.study("status", tiny))
+    assert "11 of 11 runs done" in output
+
+
+def test_runs_of_several_processes_go_through_the_launcher(tiny: Path, prepared: Path, tmp_path: Path) -> None:
+    """Two processes reach the losses of one to rounding, from a trunk and into a branch."""
+    sizes = studies.TINY["sizes"].replace("{name", "{processes: 2, name").replace("]}", ", batch.micro_batch=2]}")
+    file = studies.write_study(
+        tmp_path / "wide.yaml", prepared, sizes=sizes, fractions="[0, 0.5]", bits="[2]", schemes="[fused]"
+    )
+    file.write_text(file.read_text().replace(", batch.micro_batch=4", ""))
+    code, output = studies.finish(studies.study("run", file, "--out", tmp_path / "study", "--workers", "1"))
+    assert code == 0, output + "".join(path.read_text() for path in (tmp_path / "study" / "logs").iterdir())
+    single = {row.name: row for row in read_results(tiny / "results.csv")}
+    for row in read_results(tmp_path / "study" / "results.csv"):
+        run = StudyFolder(tmp_path / "study").run(row.name)
+        assert json.loads((run.path / "ds_config.json").read_text())["gradient_accumulation_steps"] == 1
+        assert row.final["final/val_loss"] == pytest.approx(single[row.name].final["final/val_loss"], rel=1e-4)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_a_worker_on_another_host_takes_part(tiny: Path, tmp_path: Path) -> None:
+    """Another host name and process namespace, and the folder mounted elsewhere. It goes on with a run whose worker
+    was killed on the first host, once that claim has rested."""
+    folder, mount = tmp_path / "study", tmp_path / "elsewhere"
+    mount.mkdir()
+    first = studies.study("run", tiny / "study.yaml", "--out", folder, "--workers", "1")
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("claims/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    there = (
+        f"hostname elsewhere && mount --bind {folder} {mount} && exec {sys.executable} -m qatscale study work {mount}"
+    )
+    second = subprocess.Popen(
+        ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", there],
+        env=unlaunched(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    codes = studies.finish(second), studies.finish(first)
+    assert [code for code, _ in codes] == [0, 0], codes
+    claims = Claims(folder / "claims").attempts().values()
+    hosts = {one.worker.rpartition("-")[0] for one in claims}
+    assert "elsewhere" in hosts
+    assert len(hosts) == 2
+    studies.trained_once(folder)
+    assert (folder / "results.csv").read_bytes() == (tiny / "results.csv").read_bytes()
