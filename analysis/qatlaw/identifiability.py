@@ -1,39 +1,44 @@
-"""What a table of runs does not pin down about a law.
+"""What a table of runs does not determine about a law.
 
-The Jacobian of the residuals at the optimum tells how the losses answer to the parameters. A direction in parameter
-space along which they hardly answer (a small singular value) is one the data leave open: coefficients may trade against
-each other there, and any one of them alone means little.
+The Jacobian of the residuals at the optimum shows how the losses respond to each parameter. Its columns are scaled to
+equal length, so that parameters are compared by what they change in the losses (nats) and not by their own size: a
+coefficient may go to zero. Parameters whose columns nearly depend on each other trade against each other, and any one
+of them alone means little (D. A. Belsley, E. Kuh, R. E. Welsch, Regression Diagnostics, 1980, chapter 3).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qatlaw.laws.base import Parameter
 from qatlaw.laws.points import Floats
+from qatlaw.problem import Problem
 
-if TYPE_CHECKING:
-    from qatlaw.problem import Problem
+OPEN = 1e-8
+"""Singular values of the scaled Jacobian over the largest: below, no loss responds to the direction."""
+NAMED = 1e-3
+"""Component along such a direction from which on a parameter is open."""
+DETERMINED = 0.3
+"""Standard error over the value up to which a parameter counts as determined."""
+SMALL_EXPONENT = 0.05
+"""Exponents below count as this large: a hundredfold of the feature changes their term by a quarter at most."""
+SHARED = 0.5
+"""Share of a parameter's variance (squared correlation) from which on another one is named as trading against it."""
 
-UNIT_LOG_SIZE = 1.0
-"""One unit of a coefficient is a factor e; one of an exponent is half the range that its cold starts are drawn from,
-which spans plausible laws. A direction unknown by as much is one the data say nothing about."""
-LOOSE = 0.5
-"""Units of standard deviation from which on a direction counts as not pinned down."""
-NOTICED = 0.3
-"""Share of a direction's largest component from which on a parameter is named as part of it."""
+
+def is_determined(parameter: Parameter, value: float, error: float) -> bool:
+    """Whether a standard error leaves something of a parameter; `error` is relative for coefficients."""
+    return error <= DETERMINED * (1.0 if parameter.log else max(abs(value), SMALL_EXPONENT))
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A combination of parameters, and how well it is known."""
+    """Parameters that the data do not determine separately."""
 
-    deviation: float
-    """Standard deviation along it, in the units above."""
     parts: dict[str, float]
-    """By parameter its component, the named ones only; the sign tells what moves with and what against what."""
+    """By parameter its correlation with the first one: the sign says what moves with it and what against it."""
 
     @property
     def sentence(self) -> str:
@@ -53,51 +58,60 @@ class Direction:
 
 @dataclass(frozen=True)
 class Identifiability:
-    """Singular values largest first, standard errors by parameter, and the open directions in words."""
+    """Standard errors by parameter, and what is open in words."""
 
-    singular_values: tuple[float, ...]
-    """Of the Jacobian in units of noise: residual standard deviations per unit of a direction."""
-    condition: float
     standard_errors: dict[str, float]
     """Coefficients: relative, at the data's centre; exponents: absolute. Linearised: the bootstrap's are better."""
     at_bound: tuple[str, ...]
     """Parameters that ended on a bound: the data would have them beyond it, or do not need their term."""
+    vanished: dict[str, tuple[str, ...]]
+    """Coefficients whose term changes the losses of all runs together by less than the noise, and its exponents."""
     loose: tuple[Direction, ...]
 
     @property
     def sentences(self) -> list[str]:
         told = [direction.sentence for direction in self.loose]
-        if self.at_bound:
-            told.append(f"On the bound of what is sound: {_listed(list(self.at_bound))}.")
+        for name, exponents in self.vanished.items():
+            rest = f" Without it {_listed(list(exponents))} mean nothing." if exponents else ""
+            told.append(f"The data do not need the term of {name}, which came out as zero.{rest}")
+        if bound := [name for name in self.at_bound if name not in self.vanished]:
+            told.append(f"On the bound of what is sound: {_listed(bound)}.")
         return told
 
 
 def identify(problem: Problem, variables: Floats, noise: float) -> Identifiability:
-    """At the optimum `variables`, given the residuals' standard deviation.
-
-    A parameter on its bound does not move, and is left out of the directions.
-    """
-    parameters = problem.form.parameters
+    """At the optimum `variables`, given the residuals' standard deviation."""
+    form = problem.form
     low, high = problem.bounds
     on_bound = (variables - low < 1e-5 * (high - low)) | (high - variables < 1e-5 * (high - low))
-    units = np.array([UNIT_LOG_SIZE if p.log else (p.start[1] - p.start[0]) / 2 for p in parameters])
-    free = np.flatnonzero(~on_bound)
-    scaled = problem.jacobian(variables) * np.sqrt(problem.weights)[:, None] * units / max(noise, 1e-12)
-    _, singular, directions = np.linalg.svd(scaled[:, free], full_matrices=False)
-    deviations = 1 / np.maximum(singular, 1e-300)
-    errors = np.sqrt(((directions * deviations[:, None]) ** 2).sum(axis=0))
+    jacobian = problem.jacobian(variables) * np.sqrt(problem.weights)[:, None] / max(noise, 1e-12)
+    # Standard deviations of the noise by which a factor e of a coefficient, or 1 of an exponent, moves all losses.
+    response = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
+    _, singular, directions = np.linalg.svd(jacobian / response, full_matrices=False)
+    floor = OPEN * singular[0]
+    covariance = (directions.T / np.maximum(singular, floor) ** 2) @ directions
+    spread = np.sqrt(np.diag(covariance))
+    is_open = (np.abs(directions[singular < floor]) > NAMED).any(axis=0)
+    errors = np.where(is_open, np.inf, spread / response)
+
+    vanished = {
+        term.coefficient: term.exponents
+        for term in form.terms
+        if response[form.index[term.coefficient]] < 1 and not is_open[form.index[term.coefficient]]
+    }
+    without_meaning = {name for coefficient, exponents in vanished.items() for name in (coefficient, *exponents)}
+    asked = [i for i, name in enumerate(form.names) if name not in without_meaning]
+    undetermined = [i for i in asked if not is_determined(form.parameters[i], variables[i], errors[i])]
     loose = []
-    for deviation, direction in zip(deviations[::-1], directions[::-1], strict=True):
-        if deviation < LOOSE:
-            break
-        direction = direction * np.sign(direction[np.argmax(np.abs(direction))])
-        named = np.flatnonzero(np.abs(direction) >= NOTICED * np.abs(direction).max())
-        loose.append(Direction(float(deviation), {parameters[free[i]].name: float(direction[i]) for i in named}))
+    while undetermined:
+        with_first = covariance[undetermined[0]] / (spread[undetermined[0]] * spread)
+        group = [i for i in asked if with_first[i] ** 2 >= SHARED]
+        loose.append(Direction({form.names[i]: float(with_first[i]) for i in group}))
+        undetermined = [i for i in undetermined if i not in group]
     return Identifiability(
-        singular_values=tuple(singular.tolist()),
-        condition=float(singular[0] / max(singular[-1], 1e-300)),
-        standard_errors={parameters[i].name: float(error * units[i]) for i, error in zip(free, errors, strict=True)},
-        at_bound=tuple(parameters[i].name for i in np.flatnonzero(on_bound)),
+        standard_errors=dict(zip(form.names, errors.tolist(), strict=True)),
+        at_bound=tuple(form.names[i] for i in np.flatnonzero(on_bound)),
+        vanished=vanished,
         loose=tuple(loose),
     )
 
