@@ -172,7 +172,7 @@ class ScheduleConfig(Section):
     warmup_tokens: Tokens | None = None
     """The warm-up's length in tokens."""
     cooldown_fraction: Fraction | None = None
-    """Neither this nor cooldown_tokens given = 20 % of the schedule; 0 = none (a trunk to branch from)."""
+    """Neither this nor cooldown_tokens given = 20 % of the schedule, less where less is left; 0 = none (a trunk)."""
     cooldown_tokens: Tokens | None = None
     """The cooldown's length in tokens."""
     shape: Shape = "1-sqrt"
@@ -210,7 +210,8 @@ class QatConfig(Section):
     bits: Bits = 4
     """Per weight of q, k, v, o, gate, up and down; 1.58 is ternary."""
     fraction: Fraction | Literal["auto"] = "auto"
-    """QAT's share of all tokens; `auto` = the planner's optimum. `fp` is always 0, `scratch` always 1."""
+    """QAT's share of all tokens; `auto` = the planner's optimum, or the nearest share that holds the scheme's warm-ups
+    and cooldowns. `fp` is always 0, `scratch` always 1."""
     group_size: Positive | None = None
     """Input channels that share a scale; null = one scale per output row."""
     embedding_bits: Literal["auto", 4, 5, 6, 8, 16] = "auto"
