@@ -16,6 +16,7 @@ from qatscale.timeline.lengths import (
     schedule_lengths,
     share_out,
 )
+from qatscale.timeline.rates import qat_peak, resolved_lr_ratio
 from qatscale.timeline.segments import Segment, Timeline, kept_steps
 from qatscale.timeline.shapes import cooldown_of
 
@@ -38,7 +39,8 @@ def build_timeline(config: RunConfig) -> Timeline:
     switch_step = next((schedule.start for schedule in schedules if schedule.quantized), None)
     cut = (note for schedule in schedules for note in schedule.notes)
     warnings = (*about_fraction, *cut, *warnings_of(config, segments, switch_step))
-    timeline = Timeline(segments, config.tokens_per_step, switch_step, planned, warnings)
+    ratio = None if switch_step is None else resolved_lr_ratio(config, planned)
+    timeline = Timeline(segments, config.tokens_per_step, switch_step, planned, ratio, warnings)
     kept_steps(timeline, config.checkpoint.keep_at)  # a point outside the run is told now, not when training begins
     return timeline
 
@@ -77,11 +79,11 @@ def _schedules(config: RunConfig, planned: float) -> list[_Schedule]:
         case "fp":
             return [_whole(config, config.optimizer.learning_rate, quantized=False)]
         case "scratch":
-            return [_whole(config, _qat_rate(config), quantized=True)]
+            return [_whole(config, qat_peak(config, planned), quantized=True)]
         case "sequential":
-            return _sequential(config, _switch_step(config, planned))
+            return _sequential(config, _switch_step(config, planned), qat_peak(config, planned))
         case "fused":
-            return _fused(config, _switch_step(config, planned))
+            return _fused(config, _switch_step(config, planned), qat_peak(config, planned))
 
 
 def _whole(config: RunConfig, peak: float, quantized: bool) -> _Schedule:
@@ -89,17 +91,17 @@ def _whole(config: RunConfig, peak: float, quantized: bool) -> _Schedule:
     return _Schedule(0, config.steps, warmup, cooldown, peak, quantized, tuple(notes))
 
 
-def _sequential(config: RunConfig, switch: int) -> list[_Schedule]:
+def _sequential(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
     qat_steps = config.steps - switch
     (warmup, cooldown), notes = share_out(full_precision_lengths(config, switch), switch, "the full-precision phase")
     (rewarmup, qat_cooldown), qat_notes = share_out(qat_lengths(config, qat_steps), qat_steps, "the QAT phase")
     return [
         _Schedule(0, switch, warmup, cooldown, config.optimizer.learning_rate, False, tuple(notes)),
-        _Schedule(switch, config.steps, rewarmup, qat_cooldown, _qat_rate(config), True, tuple(qat_notes)),
+        _Schedule(switch, config.steps, rewarmup, qat_cooldown, qat_rate, True, tuple(qat_notes)),
     ]
 
 
-def _fused(config: RunConfig, switch: int) -> list[_Schedule]:
+def _fused(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
     steps, qat_steps = config.steps, config.steps - switch
     share_out(schedule_lengths(config, steps), steps, "the run")  # what fits into no split is told first
     least, most = qat_bounds(config)
@@ -117,7 +119,7 @@ def _fused(config: RunConfig, switch: int) -> list[_Schedule]:
     )
     return [
         _Schedule(0, switch, warmup, 0, config.optimizer.learning_rate, False, tuple(notes)),
-        _Schedule(switch, steps, rewarmup, cooldown, _qat_rate(config), True, tuple(qat_notes)),
+        _Schedule(switch, steps, rewarmup, cooldown, qat_rate, True, tuple(qat_notes)),
     ]
 
 
@@ -146,7 +148,3 @@ def _switch_step(config: RunConfig, planned: float) -> int:
             f"The smallest possible is {round_up(1 / steps):g}, the largest is {round_down(1 - 1 / steps, 6):g}.",
         )
     return switch
-
-
-def _qat_rate(config: RunConfig) -> float:
-    return config.qat.learning_rate or config.optimizer.learning_rate

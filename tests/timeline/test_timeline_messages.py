@@ -125,6 +125,7 @@ def test_a_fraction_given_needs_no_such_warning():
     [
         ({"qat": {"bits": 2, "learning_rate": 1e-4}}, "qat.bits, qat.learning_rate have", "without quantization"),
         ({"qat": {"fraction": 0.3}}, "qat.fraction has", "without quantization"),
+        ({"qat": {"lr_ratio": 0.5}}, "qat.lr_ratio has", "without quantization"),
         ({"qat": {"scheme": "scratch", "optimizer_state": "reset"}}, "qat.optimizer_state has", "from step 0"),
         ({"qat": {"scheme": "scratch", "fraction": 0.5}}, "qat.fraction has", "from step 0"),
         ({"qat": {"scheme": "scratch", "warmup_fraction": 0.1}}, "qat.warmup_fraction has", "from step 0"),
@@ -167,8 +168,9 @@ def test_settings_with_an_effect_are_not(sections):
 
 
 def test_a_fused_run_with_another_qat_rate_jumps():
-    (warning,) = build_timeline(make_config(qat=TWO_PHASES[1] | {"learning_rate": 5e-4})).warnings
-    assert "jump from 0.001" in warning
+    for rate in ({"learning_rate": 5e-4}, {"lr_ratio": 0.5}):
+        (warning,) = build_timeline(make_config(qat=TWO_PHASES[1] | rate)).warnings
+        assert "jump from 0.001 to 0.0005" in warning
 
 
 def test_knots_that_end_above_the_floor():
