@@ -13,6 +13,8 @@ from qatscale.errors import UserError
 
 if TYPE_CHECKING:
     from qatlaw.plan.answer import Answer
+    from qatlaw.plan.run import Scheme
+    from qatscale.config import RunConfig
 
 NEAR = 0.05
 """A recipe of another size than the planned one is named only if it is no further off than this."""
@@ -97,8 +99,18 @@ def _answer(options: dict[str, Any], recipe: str | None, gpu: str | None) -> Ans
         raise UserError(error.key, error.value, error.allowed, error.do) from error
     if "RECIPE" in found.command and found.overrides:
         name = recipe or _nearest_recipe(found)
+        if recipe:
+            _check_runs(recipe, found)
         return replace(found, command=tuple(name if word == "RECIPE" else word for word in found.command))
     return found
+
+
+def _check_runs(recipe: str, found: Answer) -> None:
+    """UserError where settings of the recipe's own clash with the plan."""
+    from qatscale.config import load_run_config
+    from qatscale.timeline import build_timeline
+
+    build_timeline(load_run_config(recipe, found.overrides))
 
 
 def _of_recipe(recipe: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +134,7 @@ def _of_recipe(recipe: str | None, options: dict[str, Any]) -> dict[str, Any]:
         "params": float(count_parameters(config.model).total),
         "flops_per_token": float(flops_per_token(config.model, config.data.sequence_length)),
         "batch_tokens": float(config.tokens_per_step),
+        "scheme": _scheme_of(config),
     }
     budget = any(options[name] is not None for name in ("flops", "gpu_hours", "trained_tokens"))
     if not budget and options["tokens"] is None:
@@ -129,6 +142,20 @@ def _of_recipe(recipe: str | None, options: dict[str, Any]) -> dict[str, Any]:
     if not budget and options["compare"] is None and options["bits"] is None:
         known["bits"] = float(config.qat.bits)
     return known
+
+
+def _scheme_of(config: RunConfig) -> Scheme:
+    """The recipe's scheme; the classic one of a recipe without two phases."""
+    from qatlaw.plan.run import SEQUENTIAL, Scheme
+    from qatscale.timeline import nearest_fraction
+
+    if config.qat.scheme not in ("sequential", "fused"):
+        config = config.model_copy(update={"qat": config.qat.model_copy(update={"scheme": SEQUENTIAL.name})})
+
+    def nearest(fraction: float, tokens: float) -> float:
+        return nearest_fraction(config.model_copy(update={"tokens": round(tokens)}), fraction)
+
+    return Scheme(config.qat.scheme, nearest)
 
 
 def _of_gpu(gpu: str | None, options: dict[str, Any]) -> dict[str, float]:
@@ -146,7 +173,10 @@ def _of_gpu(gpu: str | None, options: dict[str, Any]) -> dict[str, float]:
 
 
 def _nearest_recipe(found: Answer) -> str:
-    """The recipe to put the overrides into: that of the planned size, or for a planned shape the nearest one."""
+    """The recipe to put the overrides into: that of the planned size, or for a planned shape the nearest one.
+
+    `RECIPE` where none is near, or where settings of the nearest clash with the plan.
+    """
     from qatscale.config import load_run_config, recipe_names
     from qatscale.model.sizes import count_parameters
 
@@ -154,7 +184,13 @@ def _nearest_recipe(found: Answer) -> str:
     off = {name: abs(math.log(size / found.params)) for name, size in sizes.items()}
     name = min(off, key=lambda name: off[name])
     has_shape = any(override.startswith("model.") for override in found.overrides)
-    return name if has_shape or off[name] <= NEAR else "RECIPE"
+    if not has_shape and off[name] > NEAR:
+        return "RECIPE"
+    try:
+        _check_runs(name, found)
+    except UserError:
+        return "RECIPE"
+    return name
 
 
 def _print(found: Answer) -> None:

@@ -131,5 +131,6 @@ def _timeline(config: RunConfig) -> dict[str, Any]:
         "tokens_per_step": timeline.tokens_per_step,
         "switch_step": timeline.switch_step,
         "qat_fraction": timeline.qat_fraction,
+        "qat_lr_ratio": timeline.qat_lr_ratio,
         "warnings": list(timeline.warnings),
     }

@@ -67,6 +67,8 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
         tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
         share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
         out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
+        rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
+        out.print(f"peak rate of the QAT phase: {rate}")
     for warning in timeline.warnings:
         out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if figure is not None:

@@ -172,7 +172,7 @@ class ScheduleConfig(Section):
     warmup_tokens: Tokens | None = None
     """The warm-up's length in tokens."""
     cooldown_fraction: Fraction | None = None
-    """Neither this nor cooldown_tokens given = 20 % of the schedule; 0 = none (a trunk to branch from)."""
+    """Neither this nor cooldown_tokens given = 20 % of the schedule, less where less is left; 0 = none (a trunk)."""
     cooldown_tokens: Tokens | None = None
     """The cooldown's length in tokens."""
     shape: Shape = "1-sqrt"
@@ -210,13 +210,16 @@ class QatConfig(Section):
     bits: Bits = 4
     """Per weight of q, k, v, o, gate, up and down; 1.58 is ternary."""
     fraction: Fraction | Literal["auto"] = "auto"
-    """QAT's share of all tokens; `auto` = the planner's optimum. `fp` is always 0, `scratch` always 1."""
+    """QAT's share of all tokens; `auto` = the planner's optimum, or the nearest share that holds the scheme's warm-ups
+    and cooldowns. `fp` is always 0, `scratch` always 1."""
     group_size: Positive | None = None
     """Input channels that share a scale; null = one scale per output row."""
     embedding_bits: Literal["auto", 4, 5, 6, 8, 16] = "auto"
     """Embedding and head, never below 4; `auto` = max(4, bits) when tied, else 16."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak rate of the QAT phase; null = optimizer.learning_rate."""
+    """Peak rate of the QAT phase; null = lr_ratio x optimizer.learning_rate."""
+    lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Peak rate of the QAT phase over optimizer.learning_rate, instead of learning_rate; `auto` = 1."""
     scale_lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Rate of the scales over that of the weights; `auto` = 1/Qp: a scale is a Qp-th of the largest weight."""
     scale_gradient_factor: bool = True
@@ -234,6 +237,12 @@ class QatConfig(Section):
     @model_validator(mode="after")
     def _fits_scheme(self) -> Self:
         _said_once(self, "qat", "warmup_fraction", "warmup_tokens")
+        if self.learning_rate is not None and self.lr_ratio != "auto":
+            raise ClashError(
+                "lr_ratio",
+                f"says the same thing as qat.learning_rate = {self.learning_rate:g}; keep one: qat.lr_ratio=auto or "
+                "qat.learning_rate=null",
+            )
         if self.scheme in ("sequential", "fused") and self.fraction in (0, 1):
             ends = "scratch" if self.fraction else "fp"
             raise ClashError("fraction", f"with scheme {self.scheme!r} is qat.scheme={ends}; say that instead")

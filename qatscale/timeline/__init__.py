@@ -1,5 +1,6 @@
 """The timeline of a run: a RunConfig becomes segments of steps with their rate, AdamW settings and precision."""
 
+from qatscale.timeline.fraction import nearest_fraction
 from qatscale.timeline.segments import (
     Segment,
     SettingsDifference,
@@ -22,4 +23,5 @@ __all__ = [
     "draw",
     "first_difference",
     "kept_steps",
+    "nearest_fraction",
 ]

@@ -37,7 +37,15 @@ def _qat_without_effect(config: RunConfig) -> list[str]:
     common = ["warmup_fraction", "warmup_tokens", "cooldown_fraction", "optimizer_state"]
     match qat.scheme:
         case "fp":
-            names = ["bits", "fraction", "learning_rate", "scale_lr_ratio", "scale_gradient_factor", *common]
+            names = [
+                "bits",
+                "fraction",
+                "learning_rate",
+                "lr_ratio",
+                "scale_lr_ratio",
+                "scale_gradient_factor",
+                *common,
+            ]
             keys = [key for key in _changed(qat, "qat", names) if not (key == "qat.fraction" and qat.fraction == 0)]
             return _no_effect(keys, "qat.scheme=fp trains without quantization; for QAT set qat.scheme")
         case "scratch":
@@ -68,12 +76,18 @@ def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> 
 
 
 def _rate_jump(config: RunConfig) -> list[str]:
-    before, after = config.optimizer.learning_rate, config.qat.learning_rate
-    if config.qat.scheme != "fused" or after is None or after == before:
+    qat, before = config.qat, config.optimizer.learning_rate
+    if qat.learning_rate is not None:
+        setting, after = f"qat.learning_rate={qat.learning_rate:g}", qat.learning_rate
+    elif qat.lr_ratio != "auto":
+        setting, after = f"qat.lr_ratio={qat.lr_ratio:g}", qat.lr_ratio * before
+    else:
+        return []
+    if qat.scheme != "fused" or after == before:
         return []
     return [
-        f"qat.learning_rate={after:g} makes the rate jump from {before:g} at the switch; a fused run as published "
-        "keeps the stable rate, and only then does its curve equal that of fp"
+        f"{setting} makes the rate jump from {before:g} to {after:g} at the switch; a fused run as published keeps the "
+        "stable rate, and only then does its curve equal that of fp"
     ]
 
 

@@ -1,12 +1,20 @@
-"""Lengths of warm-ups and cooldowns: from fractions and tokens to optimizer steps, and the errors about them."""
+"""Lengths of warm-ups and cooldowns: from fractions and tokens to optimizer steps, and how they share a phase.
+
+A length that a recipe or a person gives is kept or refused. A default takes what the given ones leave.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
+
+WARMUP, REWARMUP, COOLDOWN = 0.01, 0.02, 0.2
+"""Default shares: the warm-up of a schedule, the re-warm-up of a sequential QAT phase, the cooldown of a schedule."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +29,15 @@ class Length:
     whole: int
     """Steps of the schedule it belongs to."""
     tokens_per_step: int
+    is_default: bool
 
     @property
     def in_tokens(self) -> bool:
         return self.key.endswith("_tokens")
+
+    @property
+    def is_cooldown(self) -> bool:
+        return "cooldown" in self.key
 
     def setting_for(self, steps: int) -> str:
         """`key <= value`, the largest setting that makes it at most `steps` long."""
@@ -34,31 +47,101 @@ class Length:
         return f"{self.key} <= {largest}"
 
 
-def length_of(
-    key: str, fraction: float | None, tokens: int | None, default: float, whole: int, tokens_per_step: int
+def schedule_lengths(config: RunConfig, whole: int) -> tuple[Length, Length]:
+    """The warm-up and the cooldown of a schedule of `whole` steps."""
+    own = config.schedule
+    return (
+        _length("schedule.warmup", own.warmup_fraction, own.warmup_tokens, WARMUP, whole, config),
+        _length("schedule.cooldown", own.cooldown_fraction, own.cooldown_tokens, COOLDOWN, whole, config),
+    )
+
+
+def full_precision_lengths(config: RunConfig, steps: int) -> list[Length]:
+    """The warm-up of a full-precision phase of `steps` steps that QAT follows; and its cooldown, if it has one."""
+    if config.qat.scheme == "fused":
+        return [schedule_lengths(config, config.steps)[0]]
+    return [*schedule_lengths(config, steps)]
+
+
+def qat_lengths(config: RunConfig, qat_steps: int) -> list[Length]:
+    """The re-warm-up and the cooldown of a QAT phase of `qat_steps` steps that follows a full-precision one."""
+    own, fused = config.qat, config.qat.scheme == "fused"
+    default = 0.0 if fused else REWARMUP
+    rewarmup = _length("qat.warmup", own.warmup_fraction, own.warmup_tokens, default, qat_steps, config)
+    if fused:  # the one cooldown of the run, whose length does not depend on the switch
+        return [rewarmup, schedule_lengths(config, config.steps)[1]]
+    if own.cooldown_fraction is None:
+        return [rewarmup, schedule_lengths(config, qat_steps)[1]]
+    return [rewarmup, _length("qat.cooldown", own.cooldown_fraction, None, COOLDOWN, qat_steps, config)]
+
+
+def _length(
+    key: str, fraction: float | None, tokens: int | None, default: float, whole: int, config: RunConfig
 ) -> Length:
     """The length that `{key}_fraction` of `whole` steps, or `{key}_tokens`, or neither (`default`) asks for.
 
-    Rounded to the nearest step. UserError where something was asked for and nothing is left after rounding; only a
-    warm-up that nobody asked for by name may vanish so in a short run.
+    Rounded to the nearest step.
     """
+    per_step = config.tokens_per_step
     if tokens is not None:
-        length = Length(round(tokens / tokens_per_step), f"{key}_tokens", tokens, whole, tokens_per_step)
+        return Length(round(tokens / per_step), f"{key}_tokens", tokens, whole, per_step, False)
+    share = default if fraction is None else fraction
+    return Length(round(share * whole), f"{key}_fraction", share, whole, per_step, fraction is None)
+
+
+def share_out(
+    lengths: Sequence[Length], steps: int, where: str, other_mends: Sequence[str] = ()
+) -> tuple[list[int], list[str]]:
+    """The steps of each of `lengths` inside the `steps` of `where`, and notes about defaults that were cut.
+
+    UserError, with each setting that mends it, where lengths that were asked for are together longer than `steps`, or
+    where one of them rounds to no step.
+    """
+    asked = [length for length in lengths if not length.is_default]
+    for length in asked:
+        _check_rounding(length)
+    _check_fit(asked, steps, where, other_mends)
+    left = steps - sum(length.steps for length in asked)
+    found, notes = [], []
+    for length in lengths:
+        given = length.steps if not length.is_default else min(length.steps, left)
+        left -= given if length.is_default else 0
+        found.append(given)
+        if given < length.steps:
+            notes.append(
+                f"the default of {length.key}, {length.value:g} of {length.whole} steps, is cut to {given}: no more "
+                f"are left of the {steps} steps of {where}"
+            )
+        elif length.is_cooldown and not given and length.value:
+            notes.append(f"the default of {length.key}, {length.value:g}, rounds to no step of {length.whole}")
+    return found, notes
+
+
+def shortest_phase(lengths_at: Callable[[int], Sequence[Length]], most: int) -> int:
+    """Steps of the shortest phase of up to `most` steps that holds its lengths in full; `most` where none does.
+
+    lengths_at: the lengths of a phase of so many steps. What they leave never shrinks as the phase grows: bisect.
+    """
+
+    def holds(steps: int) -> bool:
+        lengths = lengths_at(steps)
+        vanishes = any(length.steps == 0 and length.value > 0 for length in lengths)
+        return not vanishes and sum(length.steps for length in lengths) <= steps
+
+    return 1 + bisect_left(range(1, most), True, key=holds)
+
+
+def _check_rounding(length: Length) -> None:
+    if length.steps > 0 or length.value == 0:
+        return
+    if length.in_tokens:
+        said, least = f"less than one optimizer step of {length.tokens_per_step} tokens.", str(length.tokens_per_step)
     else:
-        share = default if fraction is None else fraction
-        length = Length(round(share * whole), f"{key}_fraction", share, whole, tokens_per_step)
-    by_default_only = fraction is None and tokens is None
-    if length.steps == 0 and length.value > 0 and not (by_default_only and key.endswith("warmup")):
-        if length.in_tokens:
-            said, least = f"less than one optimizer step of {tokens_per_step} tokens.", str(tokens_per_step)
-        else:
-            said, least = f"rounds to no optimizer step of {whole}.", f"{round_up(1 / whole):g}"
-        raise UserError(length.key, length.value, said, f"Set {length.key}=0 for none, or at least {least}.")
-    return length
+        said, least = f"rounds to no optimizer step of {length.whole}.", f"{round_up(1 / length.whole):g}"
+    raise UserError(length.key, length.value, said, f"Set {length.key}=0 for none, or at least {least}.")
 
 
-def check_fit(lengths: Sequence[Length], steps: int, where: str, other_mends: Sequence[str] = ()) -> None:
-    """UserError where `lengths` together are longer than the `steps` of `where`, with each setting that mends it."""
+def _check_fit(lengths: Sequence[Length], steps: int, where: str, other_mends: Sequence[str]) -> None:
     total = sum(length.steps for length in lengths)
     if total <= steps:
         return

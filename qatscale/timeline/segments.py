@@ -84,6 +84,8 @@ class Timeline:
     """The first quantized step; 0 for QAT from scratch, None for no QAT."""
     planned_fraction: float
     """The QAT fraction asked for or planned, before rounding to steps."""
+    qat_lr_ratio: float | None = None
+    """Peak rate of the QAT phase over that of full precision; None for no QAT."""
     warnings: tuple[str, ...] = ()
     """What is allowed but probably not meant; for the console, one line each."""
 
@@ -133,6 +135,7 @@ class Timeline:
             "switch_step": self.switch_step,
             "planned_fraction": self.planned_fraction,
             "qat_fraction": self.qat_fraction,
+            "qat_lr_ratio": self.qat_lr_ratio,
             "boundaries": list(self.boundaries),
             "warnings": list(self.warnings),
             "segments": [

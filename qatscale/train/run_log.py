@@ -128,7 +128,8 @@ class RunLog:
         )
         if timeline.switch_step is not None:
             self.console.notice(
-                f"switch to QAT before step {timeline.switch_step:,}: {timeline.qat_fraction:.2%} of the tokens"
+                f"switch to QAT before step {timeline.switch_step:,}: {timeline.qat_fraction:.2%} of the tokens, "
+                f"at {timeline.qat_lr_ratio:.4g} x the full-precision rate"
             )
         if self.start.parent and not self.start.resumes:
             self.console.notice(f"branched from {self.start.parent['folder']}@{self.start.parent['step']}")

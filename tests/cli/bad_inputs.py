@@ -104,11 +104,6 @@ CASES: dict[str, list[Case]] = {
             ("qat.fraction = 0.001", "leaves no QAT step", "0.025", "0.975"),
         ),
         Case(
-            "the planner asked outside of its closed form",
-            f"{DRY} qat.fraction=auto",
-            ("qat.fraction = 'auto'", "0.147 tokens per byte", "more than 1", "Set qat.fraction to a number"),
-        ),
-        Case(
             "a checkpoint kept after the end",
             f"{DRY} checkpoint.keep_at=[20K]",
             ("checkpoint.keep_at = 20000", "10240 tokens"),

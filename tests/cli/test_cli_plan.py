@@ -15,7 +15,7 @@ import typer.main
 from bad_inputs import run_command
 
 from qatlaw.plan.options import OPTIONS
-from qatscale.config import load_run_config
+from qatscale.config import load_run_config, recipe_names
 from qatscale.model.sizes import count_parameters, flops_per_token
 from qatscale.timeline import build_timeline, first_difference
 from qatscale.timeline.segments import Timeline
@@ -59,6 +59,51 @@ def test_the_overrides_run_the_plan(typed: str) -> None:
         assert count_parameters(config.model).total == row["plan"]["params"] == row["shape"]["params"]
     if "params 396M" in typed:
         assert recipe == "396m", "397.9M parameters are 396M"
+
+
+@pytest.mark.parametrize("law", ["", " --law synthetic"])
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_plan_of_a_recipe_is_its_scheme_s(name: str, law: str) -> None:
+    """On Chinchilla's budget, where the cooldown is longer than the optimum, and on five times as many tokens."""
+    recipe = load_run_config(name)
+    params = count_parameters(recipe.model).total
+    asked = [f"--tokens {ratio * params} --bits {bits:g}" for ratio in (20, 100) for bits in (2, 4)]
+    asked += [f"--tokens {20 * params} --compare fp", f"--flops {6 * params * 25 * params} --bits 4"]
+    for typed in asked:
+        found = planned(f"--recipe {name} {typed}{law}")
+        assert "qat.scheme=fused" in found["overrides"] or not found["overrides"]
+        if not found["overrides"]:
+            continue
+        assert found["command"][:3] == ["qatscale", "train", name]
+        timeline = build_timeline(load_run_config(name, found["overrides"]))
+        if found["question"] == "run":
+            plan = found["plan"]
+            assert (timeline.switch_step, timeline.steps) == (plan["switch_step"], plan["steps"])
+            held = round(recipe.schedule.cooldown_fraction * timeline.steps)
+            optimum = timeline.steps - round((1 - plan["optimum"]) * timeline.steps)
+            assert timeline.qat_steps == max(held, optimum)
+            assert any(warning.startswith("planned is a QAT fraction") for warning in plan["warnings"]) == (
+                held > optimum
+            )
+            assert plan["tokens_qat"] == round(plan["fraction"] * plan["tokens"])
+            if not law:
+                auto = [f"tokens={plan['tokens']}", f"qat.bits={plan['bits']:g}", "qat.fraction=auto"]
+                assert build_timeline(load_run_config(name, auto)).planned_fraction == plan["fraction"]
+
+
+def test_a_budget_is_spent_at_the_fraction_that_the_scheme_holds() -> None:
+    plan = planned("--recipe 86m --flops 1e18 --qat-overhead 1.5 --bits 4 --law synthetic")["plan"]
+    budget, chosen, optimum = plan["budget"], plan["chosen"], plan["compute_optimal"]
+    assert optimum["fraction"] < 0.19 < chosen["fraction"] == pytest.approx(0.2, abs=1e-3)
+    cost = budget["fp_cost"] * (1 - chosen["fraction"]) + budget["qat_cost"] * chosen["fraction"]
+    assert chosen["tokens"] * cost == pytest.approx(1e18, rel=1e-3)
+    assert chosen["loss"] > optimum["loss"]
+
+
+def test_a_recipe_that_clashes_with_the_plan_is_told() -> None:
+    code, out, error = run_command(shlex.split("plan --recipe 86m --tokens 95M --bits 1"))
+    assert (code, out) == (2, "")
+    assert "schedule.warmup_tokens = 86000000" in error
 
 
 @pytest.mark.parametrize(("tokens", "bits"), [("39.6B", 4), ("100B", 2), ("1T", 1.58)])

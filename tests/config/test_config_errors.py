@@ -102,6 +102,10 @@ BAD_OVERRIDES = {
         "the other to null: schedule.cooldown_fraction=null or schedule.cooldown_tokens=null. "
         "(Given on the command line.)"
     ),
+    ("qat.learning_rate=1e-3", "qat.lr_ratio=0.5"): (
+        "qat.lr_ratio = 0.5: says the same thing as qat.learning_rate = 0.001; keep one: qat.lr_ratio=auto or "
+        "qat.learning_rate=null. (Given on the command line.)"
+    ),
     (
         "schedule.shape=exponential",
     ): "schedule.min_lr_ratio: shape 'exponential' never reaches 0; set it above 0, e.g. 0.01.",

@@ -93,11 +93,6 @@ def test_a_length_that_was_asked_for_does_not_vanish(schedule, key, least):
     assert error.do == f"Set {key}=0 for none, or at least {least}."
 
 
-def test_the_default_cooldown_does_not_vanish_either_but_the_default_warmup_may():
-    assert error_of(steps=2).key == "schedule.cooldown_fraction"
-    assert build_timeline(make_config(steps=10)).segments[0].phase == "stable"
-
-
 @pytest.mark.parametrize(("fraction", "phase"), [(0.004, "QAT"), (0.996, "full-precision")])
 def test_a_fraction_without_a_step_is_an_error_with_the_possible_ones(fraction, phase):
     error = error_of(qat={"scheme": "sequential", "fraction": fraction})
@@ -109,13 +104,6 @@ def test_a_fraction_without_a_step_is_an_error_with_the_possible_ones(fraction, 
 @pytest.mark.parametrize("qat", TWO_PHASES)
 def test_one_step_is_too_short_for_two_phases(qat):
     assert error_of(steps=1, qat=qat).key == "tokens"
-
-
-def test_auto_under_one_token_per_byte_is_an_error():
-    # 1,464 parameters at 8 bits are 1,464 bytes; one step has 1,000 tokens.
-    error = error_of(steps=1, qat={"scheme": "fused", "bits": 8})
-    assert (error.key, error.value) == ("qat.fraction", "auto")
-    assert f"{1000 / PARAMETERS:.3g} tokens per byte" in error.allowed
 
 
 def test_auto_outside_the_measured_range_is_used_and_said():
@@ -137,6 +125,7 @@ def test_a_fraction_given_needs_no_such_warning():
     [
         ({"qat": {"bits": 2, "learning_rate": 1e-4}}, "qat.bits, qat.learning_rate have", "without quantization"),
         ({"qat": {"fraction": 0.3}}, "qat.fraction has", "without quantization"),
+        ({"qat": {"lr_ratio": 0.5}}, "qat.lr_ratio has", "without quantization"),
         ({"qat": {"scheme": "scratch", "optimizer_state": "reset"}}, "qat.optimizer_state has", "from step 0"),
         ({"qat": {"scheme": "scratch", "fraction": 0.5}}, "qat.fraction has", "from step 0"),
         ({"qat": {"scheme": "scratch", "warmup_fraction": 0.1}}, "qat.warmup_fraction has", "from step 0"),
@@ -179,8 +168,9 @@ def test_settings_with_an_effect_are_not(sections):
 
 
 def test_a_fused_run_with_another_qat_rate_jumps():
-    (warning,) = build_timeline(make_config(qat=TWO_PHASES[1] | {"learning_rate": 5e-4})).warnings
-    assert "jump from 0.001" in warning
+    for rate in ({"learning_rate": 5e-4}, {"lr_ratio": 0.5}):
+        (warning,) = build_timeline(make_config(qat=TWO_PHASES[1] | rate)).warnings
+        assert "jump from 0.001 to 0.0005" in warning
 
 
 def test_knots_that_end_above_the_floor():

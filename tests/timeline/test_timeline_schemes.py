@@ -64,6 +64,30 @@ def test_scratch_takes_the_qat_rate():
     assert max(rates(scratch)) == 4e-4
 
 
+@pytest.mark.parametrize("scheme", ["sequential", "fused", "scratch"])
+def test_the_qat_rate_as_a_ratio(scheme):
+    fraction = {} if scheme == "scratch" else {"fraction": 0.5}
+    own = {"scheme": scheme, "bits": 2, **fraction}
+    timelines = [
+        build_timeline(make_config(qat=own | rate))
+        for rate in ({"lr_ratio": 0.25}, {"learning_rate": 2.5e-4}, {"lr_ratio": "auto"}, {})
+    ]
+    assert [max(rates(timeline)[timeline.switch_step :]) for timeline in timelines] == [2.5e-4, 2.5e-4, 1e-3, 1e-3]
+    assert [timeline.qat_lr_ratio for timeline in timelines] == [0.25, 0.25, 1, 1]
+    assert timelines[0].segments == timelines[1].segments
+    assert timelines[0].to_dict()["qat_lr_ratio"] == 0.25
+
+
+def test_auto_follows_the_rule(monkeypatch):
+    """Whatever the rule says of (scheme, bits, fraction) is the ratio, of the fraction that is run."""
+    asked = []
+    monkeypatch.setattr("qatscale.timeline.rates.qat_lr_ratio", lambda *of: asked.append(of) or 0.5)
+    timeline = build_timeline(make_config(steps=80, qat={"scheme": "fused", "bits": 8}))
+    assert set(asked) == {("fused", 8, 0.2)}, "the optimum, 0.186, does not hold the cooldown of a fifth"
+    assert max(rates(timeline)[64:]) == 5e-4
+    assert build_timeline(make_config()).qat_lr_ratio is None
+
+
 def test_sequential_is_two_schedules():
     qat = {"scheme": "sequential", "fraction": 0.4, "learning_rate": 5e-4, "warmup_fraction": 0.1}
     timeline = build_timeline(make_config(steps=200, schedule=LINEAR, qat=qat | {"cooldown_fraction": 0.5}))

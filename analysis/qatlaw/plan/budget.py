@@ -22,7 +22,7 @@ from qatlaw.errors import LawError
 from qatlaw.fraction import A, tokens_per_parameter_byte
 from qatlaw.laws.base import Law
 from qatlaw.laws.points import Floats
-from qatlaw.plan.run import warnings_of, written_fraction
+from qatlaw.plan.run import SEQUENTIAL, Scheme, overrides_of, warnings_of, written_fraction
 
 FLOPS_PER_PARAMETER = 6.0
 """Of forward and backward per token: 2 + 4; the attention scores, which depend on the sequence length, are left out."""
@@ -83,23 +83,11 @@ class BudgetPlan:
     """The budget spent at the fraction that is optimal where tokens alone count; None without a law."""
     closed_form: BudgetSplit | None
     """The budget spent at the closed form's fraction; None where that is not defined."""
+    chosen: BudgetSplit
+    """The compute-optimal split, without a law the closed form's; or the nearest that the scheme holds."""
+    overrides: tuple[str, ...]
+    """`key=value` settings that put the chosen split into a recipe."""
     warnings: tuple[str, ...]
-
-    @property
-    def chosen(self) -> BudgetSplit:
-        found = self.compute_optimal or self.closed_form
-        assert found is not None, "plan_budget refuses what has neither"
-        return found
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        text = written_fraction(self.chosen.fraction)
-        return (
-            f"tokens={round(self.chosen.tokens)}",
-            f"qat.bits={self.bits:g}",
-            "qat.scheme=sequential",
-            f"qat.fraction={text}",
-        )
 
 
 def compute_optimal(
@@ -153,45 +141,60 @@ def spend(budget: Budget, fraction_of: Callable[[float], float]) -> tuple[float,
 
 
 def plan_budget(
-    params: float, bits: float, budget: Budget, *, law: PlannerLaw | None = None, best_size: bool = False
+    params: float,
+    bits: float,
+    budget: Budget,
+    *,
+    law: PlannerLaw | None = None,
+    best_size: bool = False,
+    scheme: Scheme = SEQUENTIAL,
 ) -> BudgetPlan:
     """The split of a budget for a model of `params` parameters at `bits` bits.
 
     Without a law the compute-optimal fraction is unknown, and the closed form's, which counts tokens, is planned.
-    LawError where neither is defined.
+    `scheme` may move what is planned. LawError where neither is defined.
     """
 
     def closed(D: float) -> float:
         S = tokens_per_parameter_byte(params, D, bits)
         return float(np.exp(-A / np.log(S))) if S > 1 else 0.0
 
+    def told(f: float, D: float) -> BudgetSplit:
+        loss = None if law is None else float(law.law.loss(params, (1 - f) * D, f * D, bits))
+        return BudgetSplit(f, D, f * D, loss)
+
     f, D = spend(budget, closed)
     S = tokens_per_parameter_byte(params, D, bits)
-    if law is None:
-        if S <= 1:
-            raise LawError(
-                "budget",
-                f"{budget.amount:g} {budget.unit}",
-                f"buys {D:.3g} tokens, {S:.3g} per parameter byte, and the closed form needs more than 1.",
-                "Take a smaller model or a larger budget.",
-            )
-        split = BudgetSplit(f, D, f * D, None)
-        return BudgetPlan(round(params), bits, budget, best_size, None, None, split, warnings_of(params, D, bits, None))
-    law.check_bits(bits)
-
-    def told(f: float, D: float) -> BudgetSplit:
-        return BudgetSplit(f, D, f * D, float(law.law.loss(params, (1 - f) * D, f * D, bits)))
-
-    best = compute_optimal(law.law, params, bits, budget.amount, budget.fp_cost, budget.qat_cost)
-    by_tokens = spend(budget, lambda D: float(law.law.optimal_fraction(params, D, bits)))
-    optimal = told(float(best[0]), float(best[1]))
+    closed_form = told(f, D) if S > 1 else None
+    compute, by_tokens = None, None
+    if law is not None:
+        law.check_bits(bits)
+        best = compute_optimal(law.law, params, bits, budget.amount, budget.fp_cost, budget.qat_cost)
+        compute = told(float(best[0]), float(best[1]))
+        by_tokens = told(*spend(budget, lambda D: float(law.law.optimal_fraction(params, D, bits))))
+    optimum = compute or closed_form
+    if optimum is None:
+        raise LawError(
+            "budget",
+            f"{budget.amount:g} {budget.unit}",
+            f"buys {D:.3g} tokens, {S:.3g} per parameter byte, and the closed form needs more than 1.",
+            "Take a smaller model or a larger budget.",
+        )
+    chosen = optimum
+    if scheme.nearest(optimum.fraction, optimum.tokens) != optimum.fraction:
+        chosen = told(*spend(budget, lambda D: scheme.nearest(optimum.fraction, D)))
     return BudgetPlan(
         params=round(params),
         bits=bits,
         budget=budget,
         best_size=best_size,
-        compute_optimal=optimal,
-        token_optimal=told(*by_tokens),
-        closed_form=told(f, D) if S > 1 else None,
-        warnings=warnings_of(params, optimal.tokens, bits, law),
+        compute_optimal=compute,
+        token_optimal=by_tokens,
+        closed_form=closed_form,
+        chosen=chosen,
+        overrides=overrides_of(chosen.tokens, bits, scheme, written_fraction(chosen.fraction)),
+        warnings=(
+            *scheme.warnings(optimum.fraction, chosen.fraction),
+            *warnings_of(params, chosen.tokens, bits, law),
+        ),
     )

@@ -14,7 +14,7 @@ from qatlaw.plan.budget import Budget, BudgetPlan, BudgetSplit, best_size, plan_
 from qatlaw.plan.checkpoint import CheckpointPlan, plan_checkpoint
 from qatlaw.plan.memory import plan_memory
 from qatlaw.plan.request import Question, Request, budget_of, cost_rule, overhead_known, question_of
-from qatlaw.plan.run import RunPlan, Split, plan_run, warnings_of
+from qatlaw.plan.run import SEQUENTIAL, RunPlan, Split, plan_run, warnings_of
 from qatlaw.plan.run_folder import Trained
 from qatlaw.plan.shapes import DEEP, EMBEDDING_LEAST_BITS, SHALLOW, UNQUANTIZED_BITS, VOCABULARY
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
@@ -48,12 +48,15 @@ def _run(request: Request) -> Answer:
         law=request.law,
         tokens_per_step=_whole(request.batch_tokens),
         fraction=request.fraction,
+        scheme=request.scheme or SEQUENTIAL,
     )
     rows = [("tokens per parameter byte", f"{plan.S:,.4g}")]
     if plan.closed_form is not None:
         rows.append(("optimal QAT fraction (closed form)", f"{plan.closed_form:.1%}"))
     if request.law:
-        rows.append(("optimal QAT fraction (loss law)", f"{plan.fraction:.1%}" + _interval(plan, "fraction", "{:.1%}")))
+        rows.append(("optimal QAT fraction (loss law)", f"{plan.optimum:.1%}" + _interval(plan, "fraction", "{:.1%}")))
+    if plan.fraction != plan.optimum:
+        rows.append(("planned QAT fraction", f"{plan.fraction:.1%}"))
     rows += [("tokens in full precision", _tokens(plan.tokens_fp)), ("tokens in QAT", _tokens(plan.tokens_qat))]
     if plan.switch_step is not None:
         rows.append(("switch to QAT before step", f"{plan.switch_step:,} of {plan.steps:,}"))
@@ -136,6 +139,7 @@ def _compare(request: Request) -> Answer:
         law=request.law,
         tolerance=tolerance,
         tokens_per_step=_whole(request.batch_tokens),
+        scheme=request.scheme or SEQUENTIAL,
     )
     predicted = request.law is not None
     rows = [
@@ -183,6 +187,7 @@ def _budget(request: Request) -> Answer:
         ("compute-optimal", lambda plan: plan.compute_optimal),
         ("token-optimal", lambda plan: plan.token_optimal),
         ("closed form", lambda plan: plan.closed_form),
+        ("planned", lambda plan: None if plan.chosen in (plan.compute_optimal, plan.closed_form) else plan.chosen),
     ]
     for plan in plans:
         size = (_tokens(plan.params),) if plan.best_size else ()
@@ -226,7 +231,8 @@ def _budget(request: Request) -> Answer:
 
 def _budget_plan(request: Request, bits: float) -> BudgetPlan:
     if request.params is not None:
-        return plan_budget(request.params, bits, budget_of(request, request.params), law=request.law)
+        scheme = request.scheme or SEQUENTIAL
+        return plan_budget(request.params, bits, budget_of(request, request.params), law=request.law, scheme=scheme)
     amount_, unit, fp, qat, scales = cost_rule(request)
     if request.law is None or not scales:
         why = "measured tokens per second belong to one size." if not scales else "is needed."

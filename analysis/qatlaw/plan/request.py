@@ -8,6 +8,7 @@ from typing import Literal
 from qatlaw.default import PlannerLaw
 from qatlaw.errors import LawError
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget
+from qatlaw.plan.run import Scheme
 from qatlaw.plan.run_folder import Trained
 
 WIDTHS: tuple[float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
@@ -51,6 +52,8 @@ class Request:
     """A recipe that params and batch_tokens were taken from."""
     flops_per_token: float | None = None
     """Of the recipe's model; None: 6 N. No option."""
+    scheme: Scheme | None = None
+    """That of the recipe; None: sequential. No option."""
     law: PlannerLaw | None = None
 
     def given(self) -> list[str]:
@@ -67,7 +70,7 @@ class Request:
         return WIDTHS
 
 
-_ALWAYS = {"law", "bits", "recipe", "flops_per_token"}
+_ALWAYS = {"law", "bits", "recipe", "flops_per_token", "scheme"}
 _TRIGGERS: dict[str, Question] = {
     "memory": "memory",
     "compare": "compare",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,29 @@ DIGITS = 6
 
 Basis = Literal["closed form", "loss law"]
 Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a planned run trains."""
+
+    name: str = "sequential"
+    """As `qat.scheme` of a recipe."""
+    nearest: Callable[[float, float], float] = lambda fraction, _: fraction
+    """(fraction, tokens) -> the nearest fraction whose phases hold the scheme's warm-ups and cooldowns."""
+
+    def warnings(self, optimum: float, planned: float) -> tuple[str, ...]:
+        if planned == optimum:
+            return ()
+        bound = "least" if planned > optimum else "most"
+        return (
+            f"planned is a QAT fraction of {planned:.1%}, the {bound} that holds the warm-up and cooldown of scheme "
+            f"{self.name}; the optimum is {optimum:.1%}",
+        )
+
+
+SEQUENTIAL = Scheme()
+"""The classic scheme, whose lengths are shares of each phase."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +85,10 @@ class RunPlan:
     """Tokens per parameter byte."""
     fraction: float
     """QAT's share of the tokens, before it is rounded to whole tokens (here) or optimizer steps (in a run)."""
+    optimum: float
+    """The optimal share; `fraction` differs from it only where the scheme cannot hold it."""
     basis: Basis
-    """What `fraction` comes from."""
+    """What `optimum` comes from."""
     closed_form: float | None
     """The closed form's fraction; None where it is not defined."""
     tokens_fp: int
@@ -76,7 +102,7 @@ class RunPlan:
     warnings: tuple[str, ...]
     """What a reader must know before trusting the numbers; empty inside the measured ranges."""
     overrides: tuple[str, ...]
-    """`key=value` settings that put the plan into a recipe. The scheme is the classic sequential one."""
+    """`key=value` settings that put the plan into a recipe."""
 
 
 def plan_run(
@@ -87,18 +113,20 @@ def plan_run(
     law: PlannerLaw | None = None,
     tokens_per_step: int | None = None,
     fraction: float | None = None,
+    scheme: Scheme = SEQUENTIAL,
 ) -> RunPlan:
     """The plan for a model of `params` parameters (a tied embedding counted once), `tokens` tokens and `bits` bits.
 
-    law: its optimum is planned, and its losses are told; without one the closed form decides.
+    law: its optimum is planned, and its losses are told; without one the closed form decides. `scheme` may move it.
     tokens_per_step: of an optimizer step, for the switch step.
     fraction: one that is to be judged by the law, beside the planned one.
 
     LawError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.optimal_fraction`).
     """
     S = tokens_per_parameter_byte(params, tokens, bits)
-    planned, basis = planned_fraction(params, tokens, bits, law)
+    optimum, basis = optimum_of(params, tokens, bits, law)
     params, tokens = round(params), round(tokens)
+    planned = scheme.nearest(optimum, tokens)
     steps = None if tokens_per_step is None else max(1, round(tokens / tokens_per_step))
     text = written_fraction(planned, steps)
     tokens_qat = round(planned * tokens)
@@ -108,16 +136,22 @@ def plan_run(
         bits=bits,
         S=S,
         fraction=planned,
+        optimum=optimum,
         basis=basis,
         closed_form=closed_form(S),
         tokens_fp=tokens - tokens_qat,
         tokens_qat=tokens_qat,
         steps=steps,
         switch_step=None if steps is None else switch_step(planned, steps),
-        prediction=None if law is None else _predict(law, params, tokens, bits, planned, fraction),
-        warnings=warnings_of(params, tokens, bits, law),
-        overrides=(f"tokens={tokens}", f"qat.bits={bits:g}", "qat.scheme=sequential", f"qat.fraction={text}"),
+        prediction=None if law is None else _predict(law, params, tokens, bits, optimum, planned, fraction),
+        warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law)),
+        overrides=overrides_of(tokens, bits, scheme, text),
     )
+
+
+def overrides_of(tokens: float, bits: float, scheme: Scheme, fraction: str) -> tuple[str, ...]:
+    """The `key=value` settings of a planned run."""
+    return (f"tokens={round(tokens)}", f"qat.bits={bits:g}", f"qat.scheme={scheme.name}", f"qat.fraction={fraction}")
 
 
 def closed_form(S: float) -> float | None:
@@ -125,7 +159,7 @@ def closed_form(S: float) -> float | None:
     return (optimal_fraction(S) or None) if S > 1 else None
 
 
-def planned_fraction(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[float, Basis]:
+def optimum_of(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[float, Basis]:
     """The optimal fraction by the law, or else by the closed form. LawError where the closed form is not defined."""
     if law is not None:
         law.check_bits(bits)
@@ -156,7 +190,10 @@ def written_fraction(fraction: float, steps: int | None = None) -> str:
     return next(text for text in same if switch_step(float(text), steps) == switch_step(fraction, steps))
 
 
-def _predict(law: PlannerLaw, params: int, tokens: int, bits: float, planned: float, asked: float | None) -> Prediction:
+def _predict(
+    law: PlannerLaw, params: int, tokens: int, bits: float, optimum: float, planned: float, asked: float | None
+) -> Prediction:
+    best = optimal_loss(law.law, params, tokens, bits)
     fractions = [RULE, closed_form(tokens_per_parameter_byte(params, tokens, bits)), asked]
     known = [fraction for fraction in fractions if fraction is not None]
     losses = split_loss(law.law, params, tokens, known, bits)
@@ -172,7 +209,7 @@ def _predict(law: PlannerLaw, params: int, tokens: int, bits: float, planned: fl
             "loss_interval": (float(low), float(high)),
         }
     return Prediction(
-        loss=float(optimal_loss(law.law, params, tokens, bits)),
+        loss=float(best if planned == optimum else split_loss(law.law, params, tokens, planned, bits)),
         full_precision_loss=float(law.law.loss(params, tokens, 0.0, bits)),
         rule=splits[RULE],
         closed_form=splits.get(fractions[1]),  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qatlaw.default import PlannerLaw
 from qatlaw.fraction import tokens_per_parameter_byte
-from qatlaw.plan.run import RunPlan, plan_run
+from qatlaw.plan.run import SEQUENTIAL, RunPlan, Scheme, plan_run
 
 TOLERANCE = 0.01
 """Nats per token: about 1 % of the perplexity."""
@@ -45,11 +45,15 @@ def compare_widths(
     law: PlannerLaw | None = None,
     tolerance: float = TOLERANCE,
     tokens_per_step: int | None = None,
+    scheme: Scheme = SEQUENTIAL,
 ) -> Comparison:
-    """QAT at its optimal fraction, at each of `widths`, against a full-precision run of the same tokens."""
+    """QAT at its optimal fraction, at each of `widths`, against a full-precision run of the same tokens.
+
+    Or at the nearest fraction that `scheme` holds.
+    """
     rows = []
     for bits in widths:
-        plan = plan_run(params, tokens, bits, law=law, tokens_per_step=tokens_per_step)
+        plan = plan_run(params, tokens, bits, law=law, tokens_per_step=tokens_per_step, scheme=scheme)
         gap = plan.prediction.loss - plan.prediction.full_precision_loss if plan.prediction else None
         rows.append(WidthRow(bits, tokens_per_parameter_byte(params, tokens, bits), plan, gap))
     within = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= tolerance]
