@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from processes import unlaunched
 
@@ -33,12 +33,17 @@ def write_study(file: Path, data: Path, **changes: str) -> Path:
     return file
 
 
-def study(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+def study(*arguments: str | Path) -> subprocess.Popen[str]:
     """Start `qatscale study …`."""
-    command = [sys.executable, "-m", "qatscale", "study", *map(str, arguments)]
-    environment = unlaunched() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return start([sys.executable, "-m", "qatscale", "study", *arguments])
+
+
+def start(
+    command: Sequence[str | Path], env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    environment = unlaunched() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | (env or {})
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=cwd
     )
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from qatlaw.results import read_results
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.study.claims import Claims
-from qatscale.study.folder import StudyFolder
+from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.state import StudyState
 from qatscale.tracking.compare import run_folders, run_record
 
 pytestmark = pytest.mark.dist
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_study_ends_with_a_row_for_each_run_a_table_and_a_report(tiny: Path) -> None:
@@ -91,20 +93,33 @@ def test_ten_kills_in_32_runs_change_no_result(prepared: Path, tmp_path: Path) -
 
 
 def test_a_stopped_study_goes_on_and_trains_nothing_twice(tiny: Path, tmp_path: Path) -> None:
+    """First through the script of a Slurm array, whose signal before the end of the job reaches the worker."""
     folder = tmp_path / "study"
-    process = studies.study("run", tiny / "study.yaml", "--out", folder, "--workers", "1")
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("runs/*/done.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    lay_out(tiny / "study.yaml", StudyFolder(folder))
+    process = studies.start([ROOT / "launch" / "slurm_study.sh", folder], env={"VENV": sys.prefix}, cwd=ROOT)
+    until(lambda: len(list(folder.glob("runs/*/done.json"))) >= 1)
+    process.send_signal(signal.SIGUSR1)
+    code, output = studies.finish(process)
+    assert code == 75, output
+    assert not studies.workers_of(folder)
+    process = studies.study("run", folder, "--workers", "1")
+    until(lambda: len(list(folder.glob("runs/*/done.json"))) >= 3)
     process.send_signal(signal.SIGTERM)
     code, output = studies.finish(process)
     assert code == 75, output
     assert "goes on from there" in output
     assert not studies.workers_of(folder)
-    code, output = studies.finish(studies.study("run", folder, "--workers", "1"))
+    code, output = studies.finish(studies.study("run", folder, "--workers", "2"))
     assert code == 0, output
     studies.trained_once(folder)
     assert (folder / "results.csv").read_bytes() == (tiny / "results.csv").read_bytes()
+
+
+def until(holds: Callable[[], bool], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.05)
 
 
 def test_a_failing_run_blocks_its_own_branches_alone(prepared: Path, tmp_path: Path) -> None:
@@ -150,17 +165,24 @@ def test_a_study_that_grows_keeps_what_is_done(tiny: Path, prepared: Path, tmp_p
 
 
 def test_what_was_trained_elsewhere_is_not_trained_again(tiny: Path, tmp_path: Path) -> None:
-    """From results.csv alone, as a repository keeps it."""
-    folder = tmp_path / "study"
-    folder.mkdir()
-    shutil.copy(tiny / "results.csv", folder)
-    lines = (folder / "results.csv").read_text().splitlines(keepends=True)
-    (folder / "results.csv").write_text("".join(lines[:1] + lines[2:]))
+    """From results.csv alone, as a repository keeps it; by the script that takes a study to a GPU."""
+    work, records = tmp_path / "work", tmp_path / "records"
+    work.mkdir()
+    records.mkdir()
+    lines = (tiny / "results.csv").read_text().splitlines(keepends=True)
+    (records / "results.csv").write_text("".join(lines[:1] + lines[2:]))
     missing = lines[1].split(",")[0]
-    code, output = studies.finish(studies.study("run", tiny / "study.yaml", "--out", folder, "--workers", "1"))
-    assert code == 0, output
-    assert [path.name for path in (folder / "runs").iterdir()] == [missing]
-    assert sorted((folder / "results.csv").read_text().splitlines()) == sorted("".join(lines).splitlines())
+    script = ROOT / "analysis" / "benchmarks" / "gpu" / "study.py"
+    (work / "data").mkdir()
+    (work / "data" / "corpus").symlink_to(StudyFolder(tiny).config(missing).data.path)  # type: ignore[arg-type]
+    command = [sys.executable, str(script), "--device", "cpu", "--study", str(tiny / "study.yaml")]
+    command += ["--work", str(work), "--out", str(records)]
+    done = subprocess.run(command, env=unlaunched(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in (work / "study" / "runs").iterdir()] == [missing]
+    assert sorted((records / "results.csv").read_text().splitlines()) == sorted("".join(lines).splitlines())
+    record = json.loads((records / "study.json").read_text())
+    assert record["checks"][1]["numbers"]["runs done here"] == 1
 
 
 def test_a_run_may_not_become_another_one(tiny: Path, prepared: Path, tmp_path: Path) -> None:
@@ -206,9 +228,7 @@ def test_a_worker_on_another_host_takes_part(tiny: Path, tmp_path: Path) -> None
     folder, mount = tmp_path / "study", tmp_path / "elsewhere"
     mount.mkdir()
     first = studies.study("run", tiny / "study.yaml", "--out", folder, "--workers", "1")
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("claims/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: bool(list(folder.glob("claims/*.json"))))
     there = (
         f"hostname elsewhere && mount --bind {folder} {mount} && exec {sys.executable} -m qatscale study work {mount}"
     )
