@@ -229,7 +229,7 @@ def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) 
     master = masters.full(weight)
     if not torch.isfinite(master).all():
         raise FloatingPointError(f"{names[0]}.weight holds NaN or infinity at the switch")
-    alpha = quantizer.initial_scale(master, layer.group_size)
+    alpha = quantizer.initial_scale(master, layer.group_size, scale.dtype)
     masters.assign(scale, alpha)
     # In bf16 forward sees both rounded; a weight that rounding alone changed is not a quantized one.
     working = master.to(weight.dtype)
