@@ -9,7 +9,7 @@ reach the optimizer state of the first group only under ZeRO-1/2, and never Adam
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,24 +122,36 @@ class ZeroMasters:
 
     # --- the three verbs of quant.plugin.Masters ---
 
-    @torch.no_grad()
     def full(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 master, on every process that holds some of it. Collective."""
-        name, shard = self.names[id(parameter)], shard_of(parameter)
-        whole = torch.zeros(self.shapes[name], dtype=torch.float32, device=self.device)
+        return self.full_all([parameter])[0]
+
+    @torch.no_grad()
+    def full_all(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What `full` gives for each of several parameters, in one exchange. Collective."""
+        names = [self.names[id(p)] for p in parameters]
+        shards = {name: shard for name, p in zip(names, parameters, strict=True) if (shard := shard_of(p))}
+        in_turn = sorted(names, key=lambda name: name not in shards)
+        sizes = [self.shapes[name].numel() for name in in_turn]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        wholes = {n: part.view(self.shapes[n]) for n, part in zip(in_turn, flat.split(sizes), strict=True)}
         for fragment in self.fragments:
-            if fragment.name == name:
-                own = fragment.of(fragment.partition)
-                if fragment.columns is None:
-                    fragment.of_whole(whole).copy_(own)
-                else:
-                    block = whole[:, slice(*fragment.columns)]
-                    flat = torch.zeros(block.numel(), dtype=whole.dtype, device=whole.device)
-                    flat.narrow(0, fragment.start, fragment.numel).copy_(own)
-                    block.copy_(flat.view(block.shape))
+            if fragment.name not in wholes:
+                continue
+            whole, own = wholes[fragment.name], fragment.of(fragment.partition)
+            if fragment.columns is None:
+                fragment.of_whole(whole).copy_(own)
+            else:
+                block = whole[:, slice(*fragment.columns)]
+                part = torch.zeros(block.numel(), dtype=whole.dtype, device=whole.device)
+                part.narrow(0, fragment.start, fragment.numel).copy_(own)
+                block.copy_(part.view(block.shape))
         # Every element is held by exactly one process of these groups: a sum with zeros is exact.
-        torch.distributed.all_reduce(whole, group=self.zero.dp_process_group)
-        return whole if shard is None else shard.parallel.all_reduce(whole)
+        torch.distributed.all_reduce(flat, group=self.zero.dp_process_group)
+        if shards:
+            shard = next(iter(shards.values()))
+            shard.parallel.all_reduce(flat[: sum(self.shapes[name].numel() for name in shards)])
+        return [wholes[name] for name in names]
 
     @torch.no_grad()
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:

@@ -113,7 +113,7 @@ class QatPlugin:
         """
         if self.switch_step is None or self.switched_at is not None or step < self.switch_step:
             return None
-        reports = tuple(_calibrate(names, layer, masters) for names, layer in _matrices(self._prepared()))
+        reports = tuple(_calibrate(names, layer, masters) for names, layer in matrices(self._prepared()))
         if not any(report.squared_error > 0 for report in reports):
             raise NothingQuantizedError(f"the switch at step {step} changes none of {len(reports)} weight matrices")
         groups = scale_groups(self._prepared())
@@ -183,7 +183,7 @@ class QatPlugin:
 
     def _digests(self, masters: Masters) -> dict[str, str]:
         found: dict[str, str] = {}
-        for names, layer in _matrices(self._prepared()):
+        for names, layer in matrices(self._prepared()):
             found |= dict.fromkeys(names, _digest(masters.full(layer.weight_scale)))
         return found
 
@@ -210,12 +210,12 @@ def scale_groups(model: nn.Module) -> dict[float, list[nn.Parameter]]:
     Scales get no weight decay, and `QatPlugin.scale_lr_ratio(bits)` times the weights' learning rate.
     """
     groups: dict[float, list[nn.Parameter]] = {}
-    for _, layer in _matrices(model):
+    for _, layer in matrices(model):
         groups.setdefault(layer.quantizer.bits, []).append(layer.weight_scale)
     return dict(sorted(groups.items()))
 
 
-def _matrices(model: nn.Module) -> list[tuple[tuple[str, ...], FakeQuantLayer]]:
+def matrices(model: nn.Module) -> list[tuple[tuple[str, ...], FakeQuantLayer]]:
     """Every quantized weight matrix once: the names of the layers that share it, and the first of them."""
     found: dict[int, tuple[list[str], FakeQuantLayer]] = {}
     for name, layer in fake_quant_modules(model):
@@ -229,7 +229,7 @@ def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) 
     master = masters.full(weight)
     if not torch.isfinite(master).all():
         raise FloatingPointError(f"{names[0]}.weight holds NaN or infinity at the switch")
-    alpha = quantizer.initial_scale(master, layer.group_size)
+    alpha = quantizer.initial_scale(master, layer.group_size, scale.dtype)
     masters.assign(scale, alpha)
     # In bf16 forward sees both rounded; a weight that rounding alone changed is not a quantized one.
     working = master.to(weight.dtype)

@@ -116,26 +116,26 @@ class Quantizer:
         return values.to(dtype or alpha.dtype).reshape(codes.shape)
 
     @torch.no_grad()
-    def initial_scale(self, w: Tensor, group_size: int | None = None) -> Tensor:
-        """α at the switch: mean|w| for 1 bit, max|w| for 1.58 and 2, max|w|/Qp above; never below ALPHA_FLOOR.
+    def initial_scale(self, w: Tensor, group_size: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """α at the switch: mean|w| for 1 bit, max|w|/Qp above; never below ALPHA_FLOOR.
 
-        w: [..., in] -> α: [...] or [..., in/group_size], in w's dtype (at least fp32).
+        w: [..., in] -> α: [...] or [..., in/group_size], in w's dtype (at least fp32). dtype: the type in which the
+        forward pass holds w and α; None: that of the result.
 
-        max|w|/Qp is rounded up where rounding down would put the row's largest weight above Qp: whether a weight that
-        lies on the edge is clipped decides its gradient and most of its scale's, and must not hang on w's last bit.
+        α is rounded up where forward would otherwise see the row's largest weight above Qp, in `dtype`: whether a
+        weight on the edge is clipped decides its gradient and most of its scale's, and must not hang on a last bit.
         """
         size = w.abs().to(torch.promote_types(w.dtype, torch.float32))
         if group_size is not None:
             size = size.unflatten(-1, (-1, group_size))
         if self.name == "binary":
-            alpha = size.mean(-1)
-        elif self.name == "lsq":
-            largest = size.amax(-1)
-            alpha = largest / self.qp
-            alpha = torch.where(largest / alpha > self.qp, alpha.nextafter(torch.full_like(alpha, math.inf)), alpha)
-        else:
-            alpha = size.amax(-1)
-        return alpha.clamp_min(ALPHA_FLOOR)
+            return size.mean(-1).clamp_min(ALPHA_FLOOR)
+        dtype = dtype or size.dtype
+        largest = size.amax(-1).to(dtype).to(size.dtype)
+        alpha = (largest / self.qp).to(dtype)
+        outside = largest / alpha.to(size.dtype) > self.qp
+        alpha = torch.where(outside, alpha.nextafter(torch.full_like(alpha, math.inf)), alpha)
+        return alpha.to(size.dtype).clamp_min(ALPHA_FLOOR)
 
     @torch.no_grad()
     def ptq_scale(self, w: Tensor, group_size: int | None = None) -> Tensor:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def format_metrics(record: Mapping[str, Any], total_steps: int) -> str:
     """One line for a `metrics` record of metrics.jsonl. Values are named, so that a line reads alone and greps well;
-    the MFU is left out where the device's peak is unknown, the ETA where there is no speed to tell it from."""
+    the MFU is left out where the device's peak is unknown, the ETA where there is no speed to tell it from, the share
+    of scales at their floor where it is 0."""
     step = record["step"]
     parts = [
         f"step {step:>{len(str(total_steps))}}/{total_steps}",
@@ -27,6 +28,7 @@ def format_metrics(record: Mapping[str, Any], total_steps: int) -> str:
         f"loss {record['loss']:.4f}",
         f"lr {record['learning_rate']:.2e}",
         f"grad norm {record['grad_norm']:.3f}",
+        *([f"floored {record['scales_floored']:.1%}"] if record.get("scales_floored") else []),
         f"{format_amount(record['tokens_per_second'])} tok/s",
         f"{record['tflops']:.3g} TFLOP/s",
     ]

@@ -22,15 +22,20 @@ def final_views(config: RunConfig) -> list[str]:
 
 
 def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float], folder: RunFolder) -> dict[str, Any]:
-    """`final/val_loss` is that of the weights as they would be used: quantized, or full precision for scheme fp."""
+    """`final/val_loss` is that of the weights as they would be used: quantized, or full precision for scheme fp.
+
+    `final/scales_floored` is the share of scales at or under their floor after the last step; None for scheme fp.
+    """
     n_params = count_parameters(config.model).total
     scheme = config.qat.scheme
     bits = FULL_PRECISION_BITS if scheme == "fp" else config.qat.bits
     tokens_qat = timeline.qat_steps * timeline.tokens_per_step
+    metrics = folder.records("metrics")
     return {
         "final/val_loss": losses["fp" if scheme == "fp" else "quantized"],
         "final/val_loss_fp_view": losses["fp"],
         **{f"final/val_loss_{view}": loss for view, loss in losses.items() if view.startswith("ptq")},
+        "final/scales_floored": metrics[-1].get("scales_floored") if metrics else None,
         "n_params": n_params,
         "bits": bits,
         "scheme": scheme,
@@ -40,5 +45,5 @@ def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float
         "qat_fraction": timeline.qat_fraction,
         "switch_step": timeline.switch_step,
         "tokens_per_parameter_byte": qatlaw.tokens_per_parameter_byte(n_params, timeline.tokens, bits),
-        **median_speeds(folder.records("metrics")),
+        **median_speeds(metrics),
     }

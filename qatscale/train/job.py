@@ -13,10 +13,12 @@ from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, layout_notices, plan_layout
+from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, job_size
 from qatscale.engine.topology import Topology, join_topology
 from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.model.llama import Llama, initialise
+from qatscale.model.sizes import count_parameters
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
 from qatscale.timeline import Timeline, build_timeline
@@ -80,6 +82,7 @@ class Job:
     plugin: QatPlugin
     compilation: Compilation
     weights: WeightCache
+    qat_metrics: QatMetrics
 
 
 def assemble(plan: Plan, runtime: Runtime) -> Job:
@@ -94,7 +97,8 @@ def assemble(plan: Plan, runtime: Runtime) -> Job:
     compiles = plan_compilation(config.engine, plan.ds_config)
     compilation = Compiled(model) if compiles else Compilation()
     weights = WeightCache(model, keeps_weights(config, plan.ds_config, plan.layout))
-    job = Job(runtime, topology, engine, masters, plugin, compilation, weights)
+    qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
+    job = Job(runtime, topology, engine, masters, plugin, compilation, weights, qat_metrics)
     _load_start(plan.start, job)
     return job
 

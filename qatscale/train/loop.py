@@ -112,6 +112,8 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
             apply_settings(engine, settings)
             log.watch.mark(step, slow=cold)
+            if settings.quantized and due.metrics(step + 1):
+                job.qat_metrics.before_step()
             with meter.data():
                 batch = upcoming.take(step)
             for loss in train_step(engine, batch, config.batch.micro_batch, topology, job.weights):
@@ -123,7 +125,8 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             log.watch.mark(done, slow=True)
             stopped_by = stop.agreed()
             if due.metrics(done) or stopped_by:
-                log.metrics(done, meter.read(done, settings, engine))
+                counts = job.qat_metrics.counts() if settings.quantized else None
+                log.metrics(done, meter.read(done, settings, engine, counts))
             log.console.advance(done)
             saver.poll()
             reason = due.checkpoint(done) or ("signal" if stopped_by else None)

@@ -1,4 +1,4 @@
-"""What the metrics line says: losses averaged over all processes, speed, arithmetic, memory, time spent on data."""
+"""The metrics record: losses averaged over all processes, speed, arithmetic, memory, quantizers, time spent on data."""
 
 from __future__ import annotations
 
@@ -81,17 +81,25 @@ class Meter:
         if self._runtime.device.type == "cuda":
             torch.cuda.synchronize(self._runtime.device)
 
-    def read(self, step: int, settings: StepSettings, engine: Any) -> dict[str, Any]:
+    def read(
+        self, step: int, settings: StepSettings, engine: Any, qat_counts: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         """The interval's record, `step` steps done. Collective.
 
         `loss` is the mean over every token of the interval's steps on all processes; the rest but the speeds is of its
         last step. `warmup`: WARMUP_STEPS were not done when it began, and speeds of record leave it out
         (`tracking.compare.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows
         would be noise.
+
+        qat_counts: of `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the
+        floor, and `code_flips`, the share of quantized weights whose code changed in the interval's last step. A signal
+        that ends an interval early leaves the second out.
         """
+        sums = self._loss.view(1) if qat_counts is None else torch.cat([self._loss.view(1), qat_counts])
         if self._runtime.ranks > 1:
-            dist.all_reduce(self._loss)
-        loss = self._loss.item() / (self._micro_batches * self._runtime.ranks)  # waits for the device
+            dist.all_reduce(sums)
+        total, *counts = sums.tolist()  # waits for the device
+        loss = total / (self._micro_batches * self._runtime.ranks)
         if not math.isfinite(loss):
             raise _diverged(f"the loss is {loss} in the {self._steps} steps up to step {step}")
         if engine.skipped_steps:  # what DeepSpeed does then, without a word: the loss stays where it is
@@ -112,6 +120,11 @@ class Meter:
             "data_seconds": self._data_seconds,
             "warmup": self._warmup,
         }
+        if counts:
+            floored, scales, flipped, compared = counts
+            record["scales_floored"] = floored / scales
+            if compared:
+                record["code_flips"] = flipped / compared
         self._start_interval()
         return record
 

@@ -26,6 +26,8 @@ from qatscale.train.faults import Fault
 from qatscale.train.start import Start
 from qatscale.train.watch import Watch
 
+SCALES_FLOORED_WARNING = 0.01
+"""Share of scales at their floor above which a run warns."""
 FAILED_PATIENCE = 5.0
 """Seconds that a run which failed waits for its upload; launchers kill what is left of a job after 30."""
 
@@ -62,6 +64,7 @@ class RunLog:
         self.follower: Follower = NoFollower()
         self._step = start.step
         """Steps done, as far as told: where an error is placed."""
+        self._warned = False
         self._file: logging.FileHandler | None = None
 
     def __enter__(self) -> Self:
@@ -144,6 +147,13 @@ class RunLog:
         self._step = step
         if self.runtime.is_main:
             self.console.metrics(self.folder.append("metrics", step=step, **record))
+            floored = record.get("scales_floored", 0)
+            if floored > SCALES_FLOORED_WARNING and not self._warned:
+                self._warned = True
+                self.console.notice(
+                    f"warning: {floored:.1%} of the quantizer scales lie at their floor, where a row's weights are all "
+                    "clipped and do not train. Lower qat.scale_lr_ratio and branch from before the switch."
+                )
 
     def switched(self, report: SwitchReport) -> None:
         if self.runtime.is_main:

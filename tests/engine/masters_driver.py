@@ -17,6 +17,7 @@ from qatscale.engine.checkpoints.files import find_checkpoint, list_checkpoints
 from qatscale.engine.checkpoints.save_load import describe, load_checkpoint, slices_of, write_checkpoint
 from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
+from qatscale.engine.qat_metrics import SAMPLE, QatMetrics
 from qatscale.engine.runtime import start_runtime
 from qatscale.errors import UserError
 from qatscale.quant.plugin import QatPlugin, scale_groups
@@ -135,6 +136,19 @@ def observe_masters() -> dict[str, Any]:
     return seen
 
 
+def observe_codes() -> dict[str, list[float]]:
+    """Counts between two sets of random masters, some scales negative, of a model twice as large as SAMPLE."""
+    metrics = QatMetrics(masters, engine.module, 2 * SAMPLE)
+    by_name = dict(engine.module.named_parameters())
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in masters.shapes.items():
+            masters.assign(by_name[name], torch.randn(shape, generator=generator) + 0.5 * name.endswith("_scale"))
+        if seed == 1:
+            metrics.before_step()
+    return {"compared": metrics.counts().tolist(), "alone": metrics.counts().tolist()}
+
+
 def failing_saves(folder: Path) -> dict[str, Any]:
     """A disk that is full for rank 1, for rank 0, and a folder that cannot be made."""
     save(folder, 1)
@@ -185,7 +199,7 @@ runtime = start_runtime()
 result: dict[str, Any] = {"masters": {}, "cross": {}}
 for layout in LAYOUTS:
     engine, masters, plugin = build(*layout)
-    result["masters"]["-".join(map(str, layout))] = observe_masters()
+    result["masters"]["-".join(map(str, layout))] = observe_masters() | {"codes": observe_codes()}
 
 for precision in ("fp32", "bf16"):
     engine, masters, plugin = build(1, precision, None)

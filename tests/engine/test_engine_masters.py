@@ -11,6 +11,7 @@ import torch
 from processes import run
 
 from qatscale.engine.checkpoints.files import CheckpointReader
+from qatscale.quant.quantizers import get_quantizer
 
 DRIVER = Path(__file__).with_name("masters_driver.py")
 LAYOUTS = [f"{stage}-{precision}-None" for stage in (1, 2) for precision in ("fp32", "bf16")] + [
@@ -79,6 +80,34 @@ def test_reset_state_is_for_the_scales_alone(layout: str, seen: list[dict[str, A
             assert (steps, moments) == ((0, 0) if name in SCALES else tuple(found["adam after"][name]))
             assert name in SCALES or moments > 0
     assert held == SHAPES.keys(), "every parameter is on some process"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scales_at_the_floor_and_codes_that_flip_are_counted_on_whole_matrices(
+    layout: str, seen: list[dict[str, Any]]
+) -> None:
+    """Over both processes; the codes on the middle half of the rows: 2 of 5 from the second, 2 of 3 from the first."""
+    dtype = torch.bfloat16 if "bf16" in layout else torch.float32
+    drawn = []
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        order = seen[0]["masters"][layout]["shapes"]
+        drawn.append({n: torch.randn(SHAPES[n], generator=generator) + 0.5 * n.endswith("_scale") for n in order})
+    codes = [
+        [
+            get_quantizer(3).codes(values[f"{name}.weight"].to(dtype), values[f"{name}.weight_scale"].to(dtype))[rows]
+            for name, rows in (("up", slice(1, 3)), ("down", slice(0, 2)))
+        ]
+        for values in drawn
+    ]
+    flips = sum(int((new != old).sum()) for old, new in zip(*codes, strict=True))
+    floored = sum(int((drawn[1][name] <= 1e-5).sum()) for name in SCALES)
+    assert 0 < floored < 8
+    assert 0 < flips < 2 * 7 + 2 * 5
+    for key, expected in {"compared": [flips, 2 * 7 + 2 * 5], "alone": [0, 0]}.items():
+        counts = torch.tensor([rank["masters"][layout]["codes"][key] for rank in seen])
+        assert counts.sum(0).tolist() == [floored, 8, *expected]
 
 
 @pytest.mark.dist

@@ -162,20 +162,32 @@ def test_a_row_of_zeros_starts_at_the_floor(bits: float) -> None:
     assert torch.isfinite(get_quantizer(bits).ptq_scale(torch.zeros(2, 8))).all()
 
 
-@pytest.mark.parametrize("bits", [b for b in BITS if b >= 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [b for b in BITS if b > 1])
 @pytest.mark.parametrize("group_size", [None, 8])
-def test_rounding_never_puts_the_largest_weight_beyond_the_highest_level(bits: float, group_size: int | None) -> None:
-    """w/(w/Qp) is Qp or, for some floats w, the float above Qp, which would be clipped: no gradient for the weight, and
-    Qp instead of nothing for its scale. Runs that agree but for the last bit would part at the switch."""
+def test_no_weight_lies_beyond_the_outermost_level_at_the_switch(
+    bits: float, group_size: int | None, dtype: torch.dtype
+) -> None:
+    """In the type that forward uses. w/(w/Qp) is Qp or, for some w, the number above Qp, which would be clipped: no
+    gradient for the weight, and Qp instead of nothing for its scale. Runs that agree but for the last bit would part at
+    the switch."""
     w = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
     w[:, 3], w[:, 11] = 10 + w[:, 3].abs(), 10 + w[:, 11].abs()
     quantizer = get_quantizer(bits)
-    alpha = quantizer.initial_scale(w, group_size)
-    largest = w.unflatten(-1, (-1, group_size or 16)).amax(-1)
-    naive = largest / quantizer.qp
-    assert (largest / naive > quantizer.qp).any() or bits == 3, "the sample holds such floats; for Qp = 3 there is none"
-    assert (largest / alpha.reshape(largest.shape) <= quantizer.qp).all()
-    assert (alpha.reshape(largest.shape) / naive - 1).abs().max() <= torch.finfo(torch.float32).eps
+    alpha = quantizer.initial_scale(w, group_size, dtype)
+    assert alpha.dtype == torch.float32
+    assert torch.equal(alpha, alpha.to(dtype).float()), "forward sees the master's very value"
+
+    working = w.to(dtype)
+    largest = working.unflatten(-1, (-1, group_size or 16)).abs().amax(-1).float().reshape(alpha.shape)
+    naive = (largest / quantizer.qp).to(dtype).float()
+    if not (quantizer.qp == 1 or (quantizer.qp == 3 and dtype == torch.float32)):
+        assert (largest / naive > quantizer.qp).any(), "the sample holds weights that rounding to nearest clips"
+    assert (largest / alpha <= quantizer.qp).all()
+    assert (alpha / naive - 1).abs().max() <= torch.finfo(dtype).eps
+    if quantizer.name == "lsq":  # SEQ gives |v| > .99 no gradient, as released
+        slope_w = run(bits, working, alpha.to(dtype), torch.ones_like(working))[1]
+        assert slope_w.eq(1).all(), "every weight keeps its gradient"
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -130,7 +130,7 @@ class LaidOut:
         own, other = RunFolder(self.runs / name).final, RunFolder(self.runs / reference).final
         assert own is not None
         assert other is not None
-        parts += [abs(own[key] / other[key] - 1) for key in own if key.startswith("final/")]
+        parts += [abs(own[key] / other[key] - 1) for key in own if key.startswith("final/val_loss")]
         return max(parts)
 
     def gradient_norm_difference(self, name: str, reference: str) -> float:

@@ -5,6 +5,8 @@
 `kill_at`: SIGKILL on all processes. `where`: `batch` = when step `step` asks for its data, after the checkpoint and the
 switch that belong before it; `commit` = when the checkpoint of step `step` is written but not yet committed.
 `stop_at`: {"step": 5, "rank": 1, "signal": "SIGUSR1"} = that signal, to that process alone, when it asks for step 5.
+
+Every run checks what its first forward pass after the switch sees: no weight lies beyond its quantizer's levels.
 """
 
 import json
@@ -15,10 +17,34 @@ from pathlib import Path
 
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints import save_load as checkpoint
+from qatscale.quant.kernels.reference import ALPHA_FLOOR
+from qatscale.quant.plugin import QatPlugin
+from qatscale.quant.selection import fake_quant_modules
 from qatscale.train.loop import train
 from qatscale.train.prefetch import Prefetch
 
-TAKE, COMMIT = Prefetch.take, checkpoint.commit
+TAKE, COMMIT, AFTER_STEP = Prefetch.take, checkpoint.commit, QatPlugin.after_step
+
+
+def after_step(plugin, step, masters):
+    """Lets the switched layers check, in their first forward pass, the weights and scales that they compute with."""
+    report = AFTER_STEP(plugin, step, masters)
+    for name, layer in fake_quant_modules(plugin._model) if report else ():
+        if layer.quantizer.name != "binary":
+
+            def check(layer, _, name=name):
+                hooks.pop(name).remove()
+                scale = layer.weight_scale.detach().float().clamp_min(ALPHA_FLOOR)
+                groups = layer.weight.detach().float().unflatten(-1, (-1, layer.group_size or layer.weight.shape[1]))
+                largest = (groups / scale.view(*groups.shape[:2], 1)).abs().max().item()
+                assert largest <= layer.quantizer.qp, f"{name}: a weight of {largest} scales at the switch"
+
+            hooks[name] = layer.register_forward_pre_hook(check)
+    return report
+
+
+hooks = {}
+QatPlugin.after_step = after_step
 
 
 def arm(run: dict) -> None:
@@ -44,4 +70,5 @@ def arm(run: dict) -> None:
 for run in json.loads(Path(sys.argv[1]).read_text()):
     arm(run)
     outcome = train(load_run_config(run.get("recipe", "debug"), run["overrides"]), run.get("branch_from"))
+    assert not hooks, f"layers that computed nothing after the switch: {sorted(hooks)}"
     assert outcome.status == ("stopped" if "stop_at" in run else "done"), outcome

@@ -43,6 +43,11 @@ def test_the_mfu_is_there_when_it_is_known_and_only_then() -> None:
     assert "  MFU 41.5%  " in format_metrics(RECORD | {"mfu": 0.4149}, 1000)
 
 
+def test_scales_at_their_floor_are_shown_where_there_are_some() -> None:
+    assert "floored" not in format_metrics(RECORD | {"scales_floored": 0.0, "code_flips": 0.01}, 1000)
+    assert "  floored 7.1%  " in format_metrics(RECORD | {"scales_floored": 0.0712}, 1000)
+
+
 def test_the_eta_is_tokens_left_over_tokens_per_second() -> None:
     # 750 steps of 512 tokens at 6,400 tokens/s
     assert eta_seconds(RECORD, 1000) == 750 * 512 / 6400 == 60.0

@@ -76,6 +76,9 @@ def test_losses_do_not_depend_on_the_layout(name: str, laid_out: LaidOut, record
     record_property("difference", difference)  # type: ignore[operator]
     assert difference < FP32
     assert laid_out.gradient_norm_difference(name, reference) < FP32
+    for own, other in zip(records(laid_out.runs / name), records(laid_out.runs / reference), strict=True):
+        assert own.get("scales_floored") == other.get("scales_floored")
+        assert own.get("code_flips") == pytest.approx(other.get("code_flips"), abs=2e-5)  # some of 0.2M codes
     (switch,), (expected,) = (RunFolder(laid_out.runs / run).records("switch") for run in (name, reference))
     assert switch["step"] == expected["step"]
     for key in ("layers", "weights", "bytes", "left_out"):

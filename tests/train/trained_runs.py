@@ -34,6 +34,11 @@ ON_TWO = [
     "fused2-p2-z1-m1", "fused2-p2-z2-m4", "fused2-p2-z3sharded-m2", "seq1-p2-z3-m2", "seq1-p2-z1-m4",
     "scratch4-p2-z3-m4", "fused4-p2-z2-m1", "fused2e16-p2-z2-m4",
 ]  # fmt: skip
+FLOORED = [
+    "qat.bits=1", "qat.scale_lr_ratio=100",
+    "checkpoint.interval=512", "checkpoint.keep=12", "checkpoint.background=false",
+]  # fmt: skip
+"""Scales that AdamW moves by 0.03 a step, more than they are; and a checkpoint after every step."""
 REFERENCE = "fused2-p1-z1-m8"
 BF16 = ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero2_bf16_offload"]
 STOPPED_BF16 = {"zero1_bf16": SWITCH - 2, "zero3_bf16": SWITCH + 1, "zero2_bf16_offload": SWITCH - 4}
@@ -84,6 +89,7 @@ class Trained:
             *map(self.laid_out, ON_ONE),
             self.spec("long", *self.long),
             self.spec("trunk", *reference, *trunk),
+            self.spec("floored", *reference, *FLOORED),
             self.spec("branch", *reference, branch_from=fork),
             self.spec("branch-e16", *KINDS["fused2e16"], *reference, branch_from=fork),
             self.spec("branch-seed", *reference, "data.seed=1", branch_from=fork),
@@ -95,6 +101,7 @@ class Trained:
     def _on_two(self) -> list[dict[str, Any]]:
         runs = [
             *map(self.laid_out, ON_TWO),
+            self.spec("floored-p2", *self.layout("z3", "m2"), *FLOORED),
             self.spec("branch-p2", *self.layout("z3", "m2"), branch_from=f"{self.runs}/trunk@{SWITCH}"),
             self.spec("moved", *self.layout("z3", "m2")),
         ]

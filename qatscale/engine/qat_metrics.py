@@ -1,0 +1,108 @@
+"""How the quantizers train: the share of scales at their floor, and the share of codes that flip in a step.
+
+Both are counted on the fp32 masters, each process on those it holds, so they do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qatscale.engine.fragments import Fragment, ZeroMasters
+from qatscale.quant.kernels.reference import ALPHA_FLOOR
+from qatscale.quant.plugin import FakeQuantLayer, matrices
+from qatscale.quant.quantizers import Quantizer
+
+SAMPLE = 1 << 20
+"""Weights of a model whose codes are compared, about; of a larger model the middle rows of every matrix."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements [low, high) of what the flattened matrix is to its fragment, which this process holds."""
+
+    fragment: Fragment
+    low: int
+    high: int
+
+    def weights(self) -> Tensor:
+        start = self.low - self.fragment.start
+        return self.fragment.of(self.fragment.partition)[start : start + self.high - self.low]
+
+    def scales(self, scale: Tensor, channels: int) -> Tensor:
+        """The scale of each weight. scale: [rows] or [rows, groups], of a matrix [rows, channels]."""
+        by_group = scale.view(scale.shape[0], -1).to(self.fragment.partition.device)
+        first, end = self.fragment.columns or (0, channels)
+        size = channels // by_group.shape[1]
+        block = by_group[:, first // size : -(-end // size)]
+        shared = (end - first) // block.shape[1]
+        start = self.low // shared
+        spread = block.flatten()[start : -(-self.high // shared)].unsqueeze(-1).expand(-1, shared).flatten()
+        return spread[self.low - start * shared :][: self.high - self.low]
+
+
+class QatMetrics:
+    """Counts over the quantized matrices of a prepared `model`. n_params: of the whole model."""
+
+    def __init__(self, masters: ZeroMasters, model: nn.Module, n_params: int) -> None:
+        self._masters = masters
+        self._layers = [layer for _, layer in matrices(model)]
+        scales = {id(layer.weight_scale) for layer in self._layers}
+        self._scales = [f for f in masters.fragments if f.saved and id(f.parameter) in scales]
+        share = min(1.0, SAMPLE / n_params)
+        self._pieces = [self._pieces_of(layer, share) for layer in self._layers]
+        self._before: list[Tensor] | None = None
+
+    def _pieces_of(self, layer: FakeQuantLayer, share: float) -> list[_Piece]:
+        rows, channels = self._masters.shapes[self._masters.names[id(layer.weight)]]
+        count = max(1, round(rows * share))
+        skipped = (rows - count) // 2
+        pieces = []
+        for fragment in self._masters.fragments:
+            if fragment.parameter is layer.weight and fragment.saved:
+                first, end = fragment.columns or (0, channels)
+                low = max(fragment.start, skipped * (end - first))
+                high = min(fragment.start + fragment.numel, (skipped + count) * (end - first))
+                if low < high:
+                    pieces.append(_Piece(fragment, low, high))
+        return pieces
+
+    def before_step(self) -> None:
+        """Keeps the codes of the sample, to be compared after the optimizer step. Collective."""
+        self._before = self._codes()
+
+    def counts(self) -> Tensor:
+        """[scales at or under the floor, scales, codes that differ from those before the step, codes compared].
+
+        Those of this process, in float64: their sums over all processes are the model's. The last two are 0 without
+        `before_step`. Collective.
+        """
+        scales = [fragment.of(fragment.partition) for fragment in self._scales]
+        floored = sum(int((scale <= ALPHA_FLOOR).sum()) for scale in scales)
+        flipped = compared = 0
+        if self._before is not None:
+            after = self._codes()
+            flipped = sum(int((new != old).sum()) for new, old in zip(after, self._before, strict=True))
+            compared = sum(codes.numel() for codes in after)
+            self._before = None
+        found = [floored, sum(scale.numel() for scale in scales), flipped, compared]
+        return torch.tensor(found, dtype=torch.float64, device=self._masters.device)
+
+    @torch.no_grad()
+    def _codes(self) -> list[Tensor]:
+        """The codes of this process's part of the sample, as forward has them; one tensor per bit width."""
+        found: dict[Quantizer, list[tuple[Tensor, Tensor]]] = {}
+        scales = self._masters.full_all([layer.weight_scale for layer in self._layers])
+        for layer, scale, pieces in zip(self._layers, scales, self._pieces, strict=True):
+            for piece in pieces:
+                channels = self._masters.shapes[piece.fragment.name][1]
+                found.setdefault(layer.quantizer, []).append((piece.weights(), piece.scales(scale, channels)))
+        dtype = self._layers[0].weight.dtype
+        return [
+            quantizer.codes(
+                torch.cat([w for w, _ in pairs]).to(dtype).unsqueeze(-1), torch.cat([a for _, a in pairs]).to(dtype)
+            )
+            for quantizer, pairs in found.items()
+        ]

@@ -1,0 +1,55 @@
+"""What a run records of its quantizers, against its own checkpoints."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from driving import STEPS, SWITCH, records
+from trained_runs import Trained
+
+from qatscale.engine.checkpoints.files import CheckpointReader
+from qatscale.quant.quantizers import get_quantizer
+from qatscale.tracking.run_folder import RunFolder
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["floored", "floored-p2"])
+def test_scales_at_the_floor_and_flipping_codes_are_those_of_the_checkpoints(name: str, trained: Trained) -> None:
+    folder = RunFolder(trained.runs / name)
+    floored, codes = {}, {}
+    for step in range(SWITCH + 1, STEPS + 1):
+        reader = CheckpointReader(folder.checkpoints / f"step-{step:08d}")
+        scales = {n: reader.parameter(n, "weight") for n in reader.manifest.parameters if n.endswith("weight_scale")}
+        floored[step] = (torch.cat(list(scales.values())) <= 1e-5).double().mean().item()
+        codes[step] = torch.cat([
+            get_quantizer(4 if n.startswith("embed") else 1)
+            .codes(reader.parameter(n.removesuffix("_scale"), "weight"), scale)
+            .flatten()
+            for n, scale in scales.items()
+        ])  # fmt: skip
+    flips = {after: (codes[after] != codes[before]).double().mean().item() for before, after in pairwise(codes)}
+    assert min(floored.values()) > 0.1
+    assert min(flips.values()) > 0
+
+    found = {record["step"]: record for record in records(folder.path)}
+    assert all("scales_floored" not in found[step] for step in range(1, SWITCH + 1))
+    assert {step: found[step]["scales_floored"] for step in floored} == pytest.approx(floored, rel=1e-12)
+    assert {step: found[step]["code_flips"] for step in flips} == pytest.approx(flips, rel=1e-12)
+    assert folder.final is not None
+    assert folder.final["final/scales_floored"] == found[STEPS]["scales_floored"]
+
+
+@pytest.mark.dist
+def test_a_run_warns_once_of_scales_at_their_floor(trained: Trained) -> None:
+    for ranks in (1, 2):
+        assert trained.output[ranks].count("of the quantizer scales lie at their floor") == 1
+
+
+@pytest.mark.dist
+def test_a_run_without_quantization_has_neither(trained: Trained) -> None:
+    trunk = RunFolder(trained.runs / "trunk")
+    assert not any("scales_floored" in record or "code_flips" in record for record in records(trunk.path))
+    assert trunk.final is not None
+    assert trunk.final["final/scales_floored"] is None
