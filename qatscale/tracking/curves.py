@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qatscale.config.amounts import format_amount
+from qatscale.tracking.averages import Averages
 from qatscale.tracking.compare import own_view, validation_losses, view_label
 from qatscale.tracking.records import Record
 from qatscale.tracking.run_folder import RunFolder
@@ -44,9 +45,9 @@ class Curve:
     asked_for: bool
     """False: drawn because a branch hangs on it."""
     tokens: np.ndarray
-    """[points], of the logged steps"""
+    """[points], tokens at the end of each point's steps"""
     loss: np.ndarray
-    """[points], as logged"""
+    """[points], means over half a logging interval at least (`tracking.averages`)"""
     x: np.ndarray
     """[points, + 1 for a branch: it starts at its parent's last point], tokens of the smoothed curve"""
     y: np.ndarray
@@ -63,19 +64,23 @@ class Curve:
         return float(self.y[max(0, int(np.searchsorted(self.x, tokens, side="right")) - 1)])
 
 
-def smoothed(values: np.ndarray, window: int, switch: int | None = None) -> np.ndarray:
+def smoothed(values: np.ndarray, weights: np.ndarray, window: int, switch: int | None = None) -> np.ndarray:
     """Moving mean over `window` (odd) points around each, over fewer at the ends, and never over both sides of the
     index `switch`. It looks no further ahead than back, so that the start of a steep fall is not drawn too low. NaN
-    where a window has no finite value."""
+    where a window has no finite value.
+
+    weights: of the points in a mean, their numbers of steps.
+    """
     out = np.full(len(values), np.nan)
     for index in range(len(values)):
         start, end = (0, len(values)) if switch is None else (0, switch) if index < switch else (switch, len(values))
         back = min(window // 2, index - start)
         ahead = min(back, end - 1 - index)
-        part = values[index - back : index + ahead + 1]
-        finite = part[np.isfinite(part)]
-        if len(finite):
-            out[index] = finite.mean()
+        around = slice(index - back, index + ahead + 1)
+        finite = np.isfinite(values[around])
+        if finite.any():
+            shares = weights[around][finite] / weights[around][finite].sum()
+            out[index] = shares @ values[around][finite]
     return out
 
 
@@ -111,23 +116,25 @@ def _curve(folder: RunFolder, asked_for: bool, until: int | None, width: float) 
     first = parent["step"] if parent else 0
     last = own[-1]["step"] if own else 0
     # what came before the branch belongs into the mean of its first points
-    before = _steps_and_losses(_before(folder))
-    steps, loss = _steps_and_losses(own)
-    all_steps = np.concatenate([before[0], steps])
+    before = _before(folder)
+    averages = Averages(folder.recipe["log_interval"], 0 if before else first)
+    all_steps, all_losses, weights = _points([*before, *own], averages)
+    branch = int(np.searchsorted(all_steps, first, side="right"))
+    steps, loss = all_steps[branch:], all_losses[branch:]
     spacing = float(np.median(np.diff(steps))) * per_step if len(steps) > 1 else width
     window = max(1, round(width / spacing)) // 2 * 2 + 1
     # a record of step s tells of the steps done, the last of them s - 1: quantized from s > switch_step on
     switch_index = None if switch_step is None else int(np.searchsorted(all_steps, switch_step, side="right"))
-    smooth = smoothed(np.concatenate([before[1], loss]), window, switch_index)
+    smooth = smoothed(all_losses, weights, window, switch_index)
     starts = [s["start"] for s in timeline["segments"] if s["phase"].endswith("cooldown")]
-    attached = len(before[0]) > 0
+    attached = min(branch, 1)
     return Curve(
         folder=folder,
         asked_for=asked_for,
         tokens=steps * float(per_step),
         loss=loss,
-        x=np.concatenate([before[0][-1:], steps]) * float(per_step),
-        y=smooth[len(before[0]) - attached :],
+        x=all_steps[branch - attached :] * float(per_step),
+        y=smooth[branch - attached :],
         switch=_tokens(folder, switch_step) if switch_step is not None and first <= switch_step < last else None,
         cooldowns=tuple(_tokens(folder, start) for start in starts if first <= start < last),
         width=window * spacing if window > 1 else 0.0,
@@ -142,8 +149,14 @@ def _before(folder: RunFolder) -> list[Record]:
     return [record for record in records if record["step"] <= folder.run["parent"]["step"]]
 
 
-def _steps_and_losses(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([r["step"] for r in records], dtype=int), np.array([r["loss"] for r in records], dtype=float)
+def _points(records: Sequence[Record], averages: Averages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(step, loss, steps that no earlier point holds), each [points]."""
+    found = [point for record in records if (point := averages.add(record))]
+    return (
+        np.array([record["step"] for _, record in found], dtype=int),
+        np.array([record["loss"] for _, record in found], dtype=float),
+        np.array([fresh for fresh, _ in found], dtype=float),
+    )
 
 
 def draw_loss_curves(folders: Iterable[RunFolder], path: Path | str) -> None:

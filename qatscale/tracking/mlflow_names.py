@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from qatscale.tracking.records import Record, encode
 
 _PERF = {"tokens_per_second", "tflops", "mfu", "memory_gib", "data_seconds"}
-_NOT_METRICS = {"event", "time", "step", "phase", "warmup"}
+_NOT_METRICS = {"event", "time", "step", "steps", "phase", "warmup"}
 _MAX_PARAM = 6000
 """MLflow's limit on the length of a parameter's value."""
 

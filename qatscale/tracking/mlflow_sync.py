@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from qatscale.files import HeldError, locked
+from qatscale.tracking.averages import Averages
 from qatscale.tracking.mlflow_names import Point, flatten, points
 from qatscale.tracking.records import Record, Tail, encode, live, read_json, write_json
 from qatscale.tracking.run_folder import RunFolder, Status
@@ -87,6 +88,7 @@ class Uploader:
         self._connected = False
         self._superseded: set[tuple[str, int, float]] = set()
         """(key, step, value) of uploaded points that a resume took back."""
+        self._averages: Averages | None = None
         with self._schema_lock():
             self.client = MlflowClient(uri)
 
@@ -187,14 +189,17 @@ class Uploader:
 
     def _upload_records(self) -> None:
         tail = Tail(self.folder.metrics_file, self.cursor.offset)
+        if self._averages is None:
+            self._averages = self._new_averages()
+            _points_of(self._uploaded(), self._averages)
         while chunk := tail.read(_CHUNK):
             if any(record["event"] == "resume" for record in chunk):
                 self._note_superseded(chunk)
             new = live(chunk)
             fresh = [
                 point
-                for record in new
-                for point in points(record)
+                for _, shown in _points_of(new, self._averages)
+                for point in shown
                 # a resumed run repeats its steps exactly: the same value at the same step is no second point
                 if (point.key, point.step, point.value) not in self._superseded
             ]
@@ -213,15 +218,23 @@ class Uploader:
             self.cursor.offset = tail.offset
             self.cursor.save(self.folder)
 
-    def _note_superseded(self, chunk: list[Record]) -> None:
-        """Remember the points that are uploaded already and that a resume in `chunk` takes back."""
-        uploaded: list[Record] = []
+    def _new_averages(self) -> Averages:
+        parent = self.folder.run["parent"]
+        return Averages(self.recipe["log_interval"], parent["step"] if parent else 0)
+
+    def _uploaded(self) -> list[Record]:
+        records: list[Record] = []
         tail = Tail(self.folder.metrics_file)
         while tail.offset < self.cursor.offset:
-            uploaded += tail.read(min(_CHUNK, self.cursor.offset - tail.offset))
+            records += tail.read(min(_CHUNK, self.cursor.offset - tail.offset))
+        return records
+
+    def _note_superseded(self, chunk: list[Record]) -> None:
+        """Remember the points that are uploaded already and that a resume in `chunk` takes back."""
+        uploaded = self._uploaded()
         kept = {id(record) for record in live([*uploaded, *chunk])}
-        gone = (record for record in uploaded if id(record) not in kept)
-        self._superseded |= {(point.key, point.step, point.value) for record in gone for point in points(record)}
+        gone = (shown for record, shown in _points_of(uploaded, self._new_averages()) if id(record) not in kept)
+        self._superseded |= {(point.key, point.step, point.value) for shown in gone for point in shown}
 
     def _upload_switch(self, record: Record) -> None:
         self.log(tags={"switch_step": str(record["step"])})
@@ -289,6 +302,18 @@ class Uploader:
         self.log(tags={"run_status": status})
         self.cursor.status = status
         self.cursor.save(self.folder)
+
+
+def _points_of(records: Iterable[Record], averages: Averages) -> list[tuple[Record, list[Point]]]:
+    """Each record with its points in MLflow; a metrics record with its point of a curve, if it has one."""
+    found = []
+    for record in records:
+        shown: Record | None = record
+        if record["event"] == "metrics":
+            point = averages.add(record)
+            shown = point[1] if point else None
+        found.append((record, list(points(shown)) if shown else []))
+    return found
 
 
 class TrackingError(RuntimeError):

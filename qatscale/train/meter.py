@@ -86,8 +86,8 @@ class Meter:
     ) -> dict[str, Any]:
         """The interval's record, `step` steps done. Collective.
 
-        `loss` is the mean over every token of the interval's steps on all processes; the rest but the speeds is of its
-        last step. `warmup`: WARMUP_STEPS were not done when it began, and speeds of record leave it out
+        `loss` is the mean over every token of the interval's `steps` on all processes; the rest but the speeds is of
+        its last step. `warmup`: WARMUP_STEPS were not done when it began, and speeds of record leave it out
         (`tracking.compare.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows
         would be noise.
 
@@ -109,6 +109,7 @@ class Meter:
         flops = tokens_per_second * self._flops_per_token
         record = {
             "tokens": step * self._tokens_per_step,
+            "steps": self._steps,
             "phase": settings.phase,
             "loss": loss,
             "learning_rate": settings.learning_rate,

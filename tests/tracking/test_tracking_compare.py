@@ -188,15 +188,20 @@ def test_marks_lie_where_the_timeline_says(study: Study) -> None:
 
 
 def test_smoothing_is_a_mean_that_keeps_lines_and_does_not_cross_the_switch() -> None:
-    line = np.arange(20.0)
-    np.testing.assert_allclose(smoothed(line, 5)[:18], line[:18])
+    line, even = np.arange(20.0), np.full(20, 4.0)
+    np.testing.assert_allclose(smoothed(line, even, 5)[:18], line[:18])
     jump = np.array([1.0] * 10 + [5.0] * 10)
-    np.testing.assert_array_equal(smoothed(jump, 5, switch=10), jump)
-    assert smoothed(jump, 5)[10] == pytest.approx((2 * 1 + 3 * 5) / 5)
-    np.testing.assert_array_equal(smoothed(line, 1), line)
-    holes = smoothed(np.array([1.0, np.nan, 3.0, np.inf, np.nan, np.nan, np.nan]), 3)
+    np.testing.assert_allclose(smoothed(jump, even, 5, switch=10), jump, rtol=1e-15)
+    assert smoothed(jump, even, 5)[10] == pytest.approx((2 * 1 + 3 * 5) / 5)
+    np.testing.assert_array_equal(smoothed(line, even, 1), line)
+    holes = smoothed(np.array([1.0, np.nan, 3.0, np.inf, np.nan, np.nan, np.nan]), even[:7], 3)
     assert holes[1] == 2.0
     assert np.isnan(holes[5])
+
+
+def test_a_point_counts_as_often_as_it_has_steps() -> None:
+    values, steps = np.array([3.0, 9.0, 3.0]), np.array([20.0, 2.0, 18.0])
+    assert smoothed(values, steps, 3)[1] == pytest.approx((20 * 3 + 2 * 9 + 18 * 3) / 40)
 
 
 def test_the_curve_is_the_logged_loss_where_points_are_few(make_run: MakeRun) -> None:
