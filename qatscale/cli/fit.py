@@ -168,10 +168,10 @@ def collect_runs(
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
     if table is not None:
-        from qatlaw.runs import Collected
+        from qatlaw.runs import best_trials
         from qatlaw.table import read_table
 
-        return Collected(read_table(table), (), ()), None
+        return best_trials(read_table(table)), None
     from qatlaw.runs import collect
 
     if runs is not None:
