@@ -145,6 +145,7 @@ def fit(
         raise LawError("curve_noise", curve_noise, "0 or more.")
     options = FitOptions(delta, fp_weight, curve_noise)
     used, left_out = usable(form, table)
+    used.check_text()
     _refuse_too_little(form, used, left_out)
     problem = make_problem(form, used, options)
     found, report = _search(problem, options.delta or FIRST_DELTA, seed, starts, workers)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qatlaw.errors import LawError
 from qatlaw.fit_file import FitFile
-from qatlaw.runs import RunRecord
+from qatlaw.runs import TEXTS, RunRecord
 
 KIND_TAG = "qatlaw.kind"
 """`fit` marks the MLflow run of a fitted law, so that nobody takes it for a training run."""
@@ -76,8 +76,7 @@ def _record(run: Any) -> RunRecord:
     tags: Mapping[str, str] = run.data.tags
     recipe: dict[str, str] = dict(run.data.params)
     final: dict[str, Any] = dict(run.data.metrics)
-    if "scheme" in recipe:
-        final["scheme"] = recipe.pop("scheme")
+    final |= {name: recipe.pop(name) for name in TEXTS if name in recipe}
     return RunRecord(
         run_id=run.info.run_id,
         name=run.info.run_name or run.info.run_id,

@@ -1,29 +1,48 @@
 """From the records of finished runs to a table to fit on: what is used, what is left out and why.
 
 A record is what tracking keeps of a run: its final numbers by their stable names (`final/val_loss`, `n_params`, `bits`,
-`tokens_fp`, `tokens_qat`, `scheme`) and its recipe as flat text. `qatlaw.mlflow_runs` reads them from MLflow.
+`tokens_fp`, `tokens_qat`, `scheme`, `validation_fingerprint` ...) and its recipe as flat text. `qatlaw.mlflow_runs`
+reads them from MLflow.
+
+**Points and trials.** A law is about points: model size, bits, tokens of both phases, scheme, seed, held-out text and
+every other setting of the recipe. Runs that differ in the optimizer's settings alone (`TRIAL_SETTINGS`) are trials of
+one point. The one with the lowest loss stands for it. Runs that differ in a setting which is none of the optimizer's
+are different points, also where no law here knows that setting.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from qatlaw.errors import LawError
-from qatlaw.table import COLUMNS, RunTable
+from qatlaw.table import POINT, RunTable
 
 LOSS, PTQ_LOSS = "final/val_loss", "final/val_loss_ptq"
 NEEDED = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme", LOSS)
+TEXTS = ("scheme", "data_fingerprint", "validation_fingerprint")
+"""Final values that are text, which MLflow keeps as parameters."""
 LARGEST = 1e300
 """MLflow's SQL stores keep an infinite number as the largest float."""
+
+TRIAL_SETTINGS = (
+    "optimizer.", "schedule.phases", "schedule.warmup_",
+    "qat.learning_rate", "qat.lr_ratio", "qat.optimizer_state", "qat.scale_", "qat.warmup_",
+)  # fmt: skip
+"""The optimizer's settings, as beginnings of recipe keys: rates, betas, decay, eps, clipping, warm-ups, moments."""
+NO_SETTINGS = (
+    "name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch", "n_params",
+    "tokens", "seed", "data.seed", "data.path", "qat.scheme", "qat.bits", "qat.fraction",
+)  # fmt: skip
+"""Beginnings of keys that change no result, or that the final numbers, the seed and the data stand for."""
 SAME_IN_ALL = (
-    "data.path", "data.sequence_length", "model.vocab_size", "schedule.shape", "schedule.cooldown_fraction",
-    "schedule.cooldown_tokens", "qat.group_size", "qat.embedding_bits", "qat.cooldown_fraction", "qat.optimizer_state",
+    "data.path", "data_fingerprint", "data.sequence_length", "model.vocab_size", "schedule.shape",
+    "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size", "qat.embedding_bits",
+    "qat.cooldown_fraction", "qat.optimizer_state",
 )  # fmt: skip
 """Settings that no law here knows: runs that differ in them are comparable only if that does not matter."""
 
@@ -57,16 +76,14 @@ class Collected:
     """Runs to fit on."""
 
     table: RunTable
+    """One row a point, and one for each post-training quantization of an `fp` run."""
     left_out: tuple[LeftOut, ...]
     notices: tuple[str, ...]
     """What a reader has to know about the runs that were used."""
 
 
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
-    """The table of the runs that ended soundly, with one row for each post-training quantization of an `fp` run.
-
-    LawError where none is left.
-    """
+    """The points of the runs that ended soundly, each by its best trial. LawError where none is left."""
     training = [record for record in records if record.kind != "fit"]
     left_out, sound = [], []
     for record in training:
@@ -75,13 +92,35 @@ def collect(records: Iterable[RunRecord], source: str) -> Collected:
             left_out.append(LeftOut(record.name, reason))
         else:
             sound.append(record)
-    used, again = _once_each(sound)
-    left_out += again
-    if not used:
+    if not sound:
         told = "; ".join(f"{count} {reason}" for reason, count in counted(left_out).items()) or "it holds none"
         raise LawError("runs", source, f"no finished run to fit on: {told}.", "Train some, or name another source.")
-    rows = [row for record in used for row in _rows(record)]
-    return Collected(RunTable.from_frame(pd.DataFrame(rows), source), tuple(left_out), _notices(used))
+    knows_data = all(record.final.get("data_fingerprint") for record in sound)
+    rows, again, unlike = _rows(sound, knows_data)
+    best = best_trials(RunTable.from_frame(pd.DataFrame(rows), source))
+    by_id = {record.run_id: record for record in sound}
+    points = [(row, by_id[row["run_id"]]) for row in best.table.frame.to_dict("records")]
+    ptq = [row for point, record in points for row in _ptq_rows(point, record)]
+    table = RunTable.from_frame(pd.DataFrame([*(point for point, _ in points), *ptq]), source)
+    notices = _notices([record for _, record in points], knows_data, unlike)
+    return Collected(table, (*left_out, *again, *best.left_out), notices)
+
+
+def best_trials(table: RunTable) -> Collected:
+    """Each point of a table by the row with the lowest loss; column `trial` says what rows of one point differ in."""
+    if "trial" not in table.frame.columns:
+        return Collected(table, (), ())
+    frame = table.frame.fillna({"trial": ""})
+    key = [name for name in POINT if name in frame.columns]
+    point = frame.groupby(key, dropna=False, sort=False).ngroup()
+    best = point.map(frame.groupby(point)["loss"].idxmin())
+    names = frame["name"] if "name" in frame.columns else frame.index.to_series().map("row {}".format)
+    left_out = [
+        LeftOut(str(names[i]), f"a trial with a higher loss: {frame['trial'][i]}; the best is {names[best[i]]}")
+        for i in frame.index
+        if best[i] != i
+    ]
+    return Collected(table.where((best == frame.index).to_numpy()), tuple(left_out), ())
 
 
 def counted(left_out: Sequence[LeftOut]) -> dict[str, int]:
@@ -118,50 +157,108 @@ def _cooldowns(record: RunRecord) -> list[str]:
     return [*keys, "qat.cooldown_fraction"] if record.final["scheme"] == "sequential" else keys
 
 
-def _once_each(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list[LeftOut]]:
-    """One record for each setting that a law knows, and seed: of the same run the latest, of a sweep the best.
+def trial_settings(record: RunRecord) -> dict[str, str]:
+    """The optimizer's settings of a run."""
+    return _settings(record, lambda key: key.startswith(TRIAL_SETTINGS))
 
-    Runs that differ in nothing but, say, the learning rate are trials of one point; a law is about the best of them.
-    """
+
+def point_settings(record: RunRecord) -> dict[str, str]:
+    """All other settings that may change the result, and that the final numbers do not stand for."""
+    return _settings(record, lambda key: not key.startswith((*TRIAL_SETTINGS, *NO_SETTINGS)) and _is_science(key))
+
+
+def _is_science(key: str) -> bool:
+    """Layouts change no result; a ds_config holds the precision."""
+    return not key.startswith("engine.") or key == "engine.ds_config"
+
+
+def _settings(record: RunRecord, wanted: Callable[[str], bool]) -> dict[str, str]:
+    """Without those that have no effect under the run's scheme."""
+    scheme = record.final["scheme"]
+    idle = ("qat.",) if scheme == "fp" else () if scheme == "sequential" else ("qat.cooldown_fraction",)
+    return {key: value for key, value in record.recipe.items() if wanted(key) and not key.startswith(idle)}
+
+
+def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str, Any]], list[LeftOut], list[str]]:
+    """A row a run; the runs that were trained again with the same settings, of which the latest counts; the settings
+    that runs which are one point to any law differ in."""
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
+    for record in sorted(records, key=lambda record: record.created):
+        groups.setdefault((*(record.final[name] for name in NEEDED[:-1]), _seed(record)), []).append(record)
+    texts = _validation_texts(records)
+    rows: dict[str, dict[str, Any]] = {}
+    left_out, unlike = [], set()
+    for law_point, group in groups.items():
+        settings = [_data_setting(record, knows_data) | point_settings(record) for record in group]
+        trials = [trial_settings(record) for record in group]
+        # A setting that some lack belongs to a newer version; an optimizer's may be of one phase alone.
+        keys = _differing(settings, missing_differs=False)
+        unlike.update(keys)
+        trial_keys = _differing(trials, missing_differs=True)
+        latest: dict[tuple[Any, ...], RunRecord] = {}
+        for record, own, trial in zip(group, settings, trials, strict=True):
+            same = (*texts[record.run_id], _told(own, keys), _told(trial, trial_keys))
+            if same in latest:
+                left_out.append(LeftOut(latest[same].name, f"trained again: as {record.name}, which is later"))
+                del rows[latest[same].run_id]
+            latest[same] = record
+            columns = ("validation_fingerprint", "validation_tokens", "settings", "trial")
+            rows[record.run_id] = {
+                **dict(zip(NEEDED[:-1], law_point[:-1], strict=True)),
+                "loss": float(record.final[LOSS]),
+                **{"run_id": record.run_id, "name": record.name, "seed": law_point[-1]},
+                **dict(zip(columns, same, strict=True)),
+            }
+    order = [rows[record.run_id] for record in records if record.run_id in rows]
+    return order, left_out, sorted(unlike)
+
+
+def _differing(settings: Sequence[Mapping[str, str]], missing_differs: bool) -> list[str]:
+    """The keys whose values are not all alike."""
+    found = []
+    for key in sorted({key for one in settings for key in one}):
+        values = {one.get(key) for one in settings}
+        if len(values if missing_differs else values - {None}) > 1:
+            found.append(key)
+    return found
+
+
+def _told(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}={settings[key]}" for key in keys if key in settings)
+
+
+def _data_setting(record: RunRecord, knows_data: bool) -> dict[str, str]:
+    """What the run was trained on: by its content where all runs say that, else by the path."""
+    if knows_data:
+        return {"data_fingerprint": record.final["data_fingerprint"]}
+    return {"data.path": record.recipe["data.path"]} if "data.path" in record.recipe else {}
+
+
+def _validation_texts(records: Sequence[RunRecord]) -> dict[str, tuple[str, float | None]]:
+    """By run the fingerprint of its held-out split and the tokens read of it.
+
+    Older versions kept neither. Their runs have the fingerprint of a newer run on the same path ('' without one), and
+    all runs beside them count the tokens that the recipe asked for.
+    """
+    exact = all(record.final.get("validation_tokens") is not None for record in records)
+    of_path = {record.recipe.get("data.path"): record.final.get("validation_fingerprint") for record in records
+               if record.final.get("validation_fingerprint")}  # fmt: skip
+    texts = {}
     for record in records:
-        key = tuple(record.final[name] for name in NEEDED[:-1])
-        groups.setdefault((*key, _seed(record)), []).append(record)
-    used, left_out = [], []
-    for group in groups.values():
-        latest: dict[str, RunRecord] = {}
-        for record in sorted(group, key=lambda record: record.created):
-            recipe = json.dumps({k: v for k, v in record.recipe.items() if k not in ("name", "output")}, sort_keys=True)
-            if recipe in latest:
-                left_out.append(LeftOut(latest[recipe].name, f"trained again: as {record.name}, which is later"))
-            latest[recipe] = record
-        best = min(latest.values(), key=lambda record: float(record.final[LOSS]))
-        used.append(best)
-        for record in latest.values():
-            if record is not best:
-                reason = f"a trial with a higher loss: {_difference(record, best)}; the best is {best.name}"
-                left_out.append(LeftOut(record.name, reason))
-    return used, left_out
+        fingerprint = record.final.get("validation_fingerprint") or of_path.get(record.recipe.get("data.path"), "")
+        asked = _number(record.recipe.get("evaluation.tokens"))
+        texts[record.run_id] = str(fingerprint), float(record.final["validation_tokens"]) if exact else asked
+    return texts
 
 
-def _difference(record: RunRecord, best: RunRecord) -> str:
-    keys = [key for key in record.recipe if key not in ("name", "output", "n_params")]
-    differing = [key for key in keys if record.recipe[key] != best.recipe.get(key)]
-    return ", ".join(f"{key}={record.recipe[key]}" for key in differing[:3]) or "another recipe"
-
-
-def _rows(record: RunRecord) -> list[dict[str, Any]]:
-    final = record.final
-    own = {name: final[name] for name in NEEDED[:-1]}
-    shared = {"name": record.name, "seed": _seed(record)}
-    rows = [{**own, "loss": float(final[LOSS]), "run_id": record.run_id, **shared}]
-    if own["scheme"] == "fp":
-        for name, loss in final.items():
-            if name.startswith(PTQ_LOSS) and loss is not None and math.isfinite(loss) and abs(loss) < LARGEST:
-                bits = float(name.removeprefix(PTQ_LOSS))
-                ptq = {"bits": bits, "scheme": "ptq", "loss": float(loss), "run_id": f"{record.run_id}/ptq{bits:g}"}
-                rows.append({**own, **ptq, **shared})
-    assert all(name in rows[0] for name in COLUMNS)
+def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any]]:
+    """A row for each post-training quantization of a full-precision run."""
+    rows = []
+    for name, loss in record.final.items() if point["scheme"] == "fp" else ():
+        if name.startswith(PTQ_LOSS) and loss is not None and math.isfinite(loss) and abs(loss) < LARGEST:
+            bits = float(name.removeprefix(PTQ_LOSS))
+            ptq = {"bits": bits, "scheme": "ptq", "loss": float(loss), "run_id": f"{record.run_id}/ptq{bits:g}"}
+            rows.append({**point, **ptq})
     return rows
 
 
@@ -170,10 +267,15 @@ def _seed(record: RunRecord) -> str:
     return f"{record.recipe.get('seed', '0')}/{record.recipe.get('data.seed', '0')}"
 
 
-def _notices(records: Sequence[RunRecord]) -> tuple[str, ...]:
+def _notices(records: Sequence[RunRecord], knows_data: bool, unlike: Sequence[str]) -> tuple[str, ...]:
+    """`unlike`: settings that runs which are one point to any law differ in."""
+    settings = [
+        {key: value for key, value in record.recipe.items() if key != "data.path"} | _data_setting(record, knows_data)
+        for record in records
+    ]
     notices = []
-    for key in SAME_IN_ALL:
-        values = {record.recipe[key] for record in records if key in record.recipe}
+    for key in dict.fromkeys((*SAME_IN_ALL, *unlike)):
+        values = {one[key] for one in settings if key in one}
         if len(values) > 1:
             shown = ", ".join(sorted(values)[:4]) + (", …" if len(values) > 4 else "")
             notices.append(f"the runs differ in {key} ({shown}), which the law does not know")

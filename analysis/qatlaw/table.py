@@ -20,8 +20,15 @@ from qatlaw.errors import LawError
 from qatlaw.laws.points import Floats, Points
 
 COLUMNS = ("n_params", "bits", "tokens_fp", "tokens_qat", "loss", "scheme")
-"""What a table must have. Others (run_id, seed...) are kept; `synthetic` marks runs that nobody trained."""
+"""What a table must have. Others (run_id, name...) are kept; `synthetic` marks runs that nobody trained."""
 NUMBERS = COLUMNS[:-1]
+TEXT = ("validation_fingerprint", "validation_tokens")
+"""The held-out text that a loss was measured on: hash of the split, tokens read of it; empty where not known."""
+POINT = (*(name for name in COLUMNS if name != "loss"), "seed", *TEXT, "settings")
+"""What tells points apart, as far as a table has it. `settings`: of the recipe, those that no law knows. Rows of one
+point differ in `trial`, the optimizer's settings."""
+SAME_COUNT = 1.02
+"""Ratio of token counts up to which the held-out text is the same: counts are cut to whole sequences."""
 ALIASES = {"final/val_loss": "loss", "final/val_loss_fp_view": "loss_fp_view"}
 """Names as the tracking of qatscale writes them, with or without MLflow's `metrics.` and `params.` before them."""
 SCHEMES = {
@@ -129,6 +136,28 @@ class RunTable:
             raise LawError("scheme", scheme, f"one of {', '.join(MIXED_SCHEMES)}.")
         return self.where(self.frame["scheme"].isin(["fp", scheme]).to_numpy())
 
+    def check_text(self) -> None:
+        """LawError where runs are known to be validated on different text: their losses do not compare."""
+        if any(name not in self.frame.columns for name in TEXT):
+            return
+        names = self.frame[TEXT[0]].fillna("").astype(str)
+        counts = pd.to_numeric(self.frame[TEXT[1]], errors="coerce")
+        if names[names != ""].nunique() < 2 and not counts.max() > SAME_COUNT * counts.min():
+            return
+        runs = self.frame["name"] if "name" in self.frame.columns else self.frame.index.to_series().map("row {}".format)
+        told = []
+        groups = runs.groupby([names, counts], dropna=False)
+        for (name, count), group in sorted(groups, key=lambda pair: -len(pair[1])):
+            shown = ", ".join(map(str, group[:3])) + (", …" if len(group) > 3 else "")
+            amount = "an unknown number of" if np.isnan(count) else f"{count:,.0f}"
+            told.append(f"{len(group)} on {amount} tokens of {f'split {name[:8]}' if name else 'one split'} ({shown})")
+        raise LawError(
+            f"{self.source}: held-out text",
+            None,
+            f"the runs were validated on different text, so their losses do not compare: {'; '.join(told)}.",
+            "Name a folder, an experiment or a table with the runs of one text alone.",
+        )
+
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """(low, high) of what a law fitted on it has seen; `s_total` over its quantized runs."""
@@ -214,10 +243,10 @@ def _check_magnitudes(frame: pd.DataFrame, source: str) -> None:
 def _check_duplicates(frame: pd.DataFrame, source: str) -> None:
     if "run_id" in frame.columns and (again := frame["run_id"].duplicated().to_numpy()).any():
         _refuse_rows(source, "run_id", frame["run_id"], again, "a run is counted once.", "Keep one row of each.")
-    key = [*(name for name in COLUMNS if name != "loss"), *(["seed"] if "seed" in frame.columns else [])]
+    key = [name for name in (*POINT, "trial") if name in frame.columns]
     again = frame.duplicated(key).to_numpy()
     if again.any():
-        first = frame.loc[again, key].iloc[0].to_dict()
+        first = frame.loc[again, [name for name in COLUMNS if name != "loss"]].iloc[0].to_dict()
         raise LawError(
             f"{source}: rows",
             first,

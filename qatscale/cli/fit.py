@@ -168,12 +168,12 @@ def collect_runs(
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
     from qatlaw.results import holds_results, read_results
-    from qatlaw.runs import Collected, collect
+    from qatlaw.runs import best_trials, collect
     from qatlaw.table import read_table
 
     if table is not None:
-        collected = collect(read_results(table), str(table)) if holds_results(table) else None
-        return collected or Collected(read_table(table), (), ()), None
+        of_study = holds_results(table)
+        return collect(read_results(table), str(table)) if of_study else best_trials(read_table(table)), None
 
     if runs is not None:
         return collect(folder_records(runs), str(runs)), None

@@ -77,7 +77,11 @@ class Manifest(_Part):
     @property
     def fingerprint(self) -> str:
         """sha256 of the tokens of all splits, in order: two folders with the same one hold the same data."""
-        shards = [[split, s.tokens, s.bin_sha256] for split, counts in self.splits.items() for s in counts.shards]
+        return self.fingerprint_of(*self.splits)
+
+    def fingerprint_of(self, *splits: Split) -> str:
+        """sha256 of the tokens of these splits, in order."""
+        shards = [[split, s.tokens, s.bin_sha256] for split in splits for s in self.splits[split].shards]
         return hashlib.sha256(json.dumps([self.dtype, shards]).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:

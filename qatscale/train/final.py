@@ -6,6 +6,8 @@ from typing import Any
 
 import qatlaw
 from qatscale.config.schema import RunConfig
+from qatscale.data.manifest import Manifest
+from qatscale.data.reader import EvaluationReader
 from qatscale.model.sizes import count_parameters
 from qatscale.timeline import Timeline
 from qatscale.tracking.compare import median_speeds
@@ -46,4 +48,13 @@ def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float
         "switch_step": timeline.switch_step,
         "tokens_per_parameter_byte": qatlaw.tokens_per_parameter_byte(n_params, timeline.tokens, bits),
         **median_speeds(metrics),
+    }
+
+
+def data_metrics(data: Manifest, validation: EvaluationReader) -> dict[str, Any]:
+    """The data of a run by content, and the held-out text of its losses: losses on other text do not compare."""
+    return {
+        "data_fingerprint": data.fingerprint,
+        "validation_fingerprint": validation.stream.manifest.fingerprint_of("validation"),
+        "validation_tokens": validation.tokens,
     }

@@ -17,7 +17,7 @@ from qatscale.quant.report import merge_reports
 from qatscale.timeline import Timeline, build_timeline, kept_steps
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import validation_losses
-from qatscale.train.final import final_metrics, final_views
+from qatscale.train.final import data_metrics, final_metrics, final_views
 from qatscale.train.garbage import Garbage
 from qatscale.train.job import Job, Plan, assemble, plan_run
 from qatscale.train.meter import Meter
@@ -149,6 +149,7 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
     losses = validation_losses(engine, final_views(config), validation, topology)
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder)
+    final |= data_metrics(batches.stream.manifest, validation)
     log.finished(timeline.steps, final)
     return Outcome("done", timeline.steps, final)
 

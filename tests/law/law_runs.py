@@ -40,7 +40,13 @@ def finished(output: Path, name: str, recipe: str, law: Law, *overrides: str, lo
     losses = {"fp": loss, "quantized": loss, **{f"ptq{bits:g}": loss + PTQ_LOSS / bits for bits in PTQ_BITS}}
     if math.isnan(loss):
         losses = dict.fromkeys(losses, loss)
-    folder.finish(timeline.steps, final_metrics(config, timeline, losses, folder))
+    length = config.data.sequence_length
+    data = {
+        "data_fingerprint": "d" * 64,
+        "validation_fingerprint": "e" * 64,
+        "validation_tokens": config.evaluation.tokens // length * length,
+    }
+    folder.finish(timeline.steps, final_metrics(config, timeline, losses, folder) | data)
     folder.close()
     return folder
 

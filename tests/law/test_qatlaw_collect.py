@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from law_runs import PTQ_BITS, PTQ_LOSS, command, empty_store, finished, finished_grid, upload
+from pydantic import BaseModel
 
 from qatlaw import synthetic
 from qatlaw.errors import LawError
+from qatlaw.fit import fit
 from qatlaw.fit_file import read_fit
+from qatlaw.laws import QAT_PER_BITS
 from qatlaw.mlflow_runs import KIND_TAG, mlflow_records
 from qatlaw.runs import RunRecord, collect, counted
-from qatscale.cli.fit import folder_records
+from qatlaw.table import POINT
+from qatscale.cli.fit import collect_runs, folder_records
+from qatscale.config import load_run_config
+from qatscale.config.schema import RunConfig
+from qatscale.model.sizes import count_parameters
 from qatscale.tracking.run_folder import RunFolder
 
 LAW = synthetic.law()
@@ -38,6 +49,12 @@ def test_mlflow_and_run_folders_tell_the_same_table(runs: tuple[Path, str]) -> N
     assert of_mlflow.table.hash == of_folders.table.hash
     assert of_mlflow.left_out == of_folders.left_out == ()
     frame = of_mlflow.table.frame
+    columns = [*POINT, "trial", "name"]
+    pd.testing.assert_frame_equal(
+        frame[columns].sort_values(columns, ignore_index=True),
+        of_folders.table.frame[columns].sort_values(columns, ignore_index=True),
+    )
+    assert set(frame["validation_fingerprint"]) == {"e" * 64}
     assert dict(frame["scheme"].value_counts()) == {"sequential": 36, "ptq": 9 * len(PTQ_BITS), "fp": 9}
     quantized = frame[frame["scheme"] == "sequential"]
     law = LAW.loss(*(quantized[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits")))
@@ -110,9 +127,13 @@ def test_what_is_no_point_of_a_law_is_left_out_with_the_reason(tmp_path: Path) -
     assert counted(found.left_out)["diverged"] == 2
 
 
-def record(name: str, loss: float, created: float, **recipe: str) -> RunRecord:
+RATE = "optimizer.learning_rate"
+
+
+def record(name: str, loss: float, created: float, tokens_qat: float = 1e9, **recipe: str) -> RunRecord:
     final = {
-        "n_params": 1e8, "bits": 4.0, "tokens_fp": 1e9, "tokens_qat": 1e9, "scheme": "fused", "final/val_loss": loss,
+        "n_params": 1e8, "bits": 4.0, "tokens_fp": 2e9 - tokens_qat, "tokens_qat": tokens_qat, "scheme": "fused",
+        "final/val_loss": loss,
     }  # fmt: skip
     return RunRecord(name, name, "FINISHED", final, {"seed": "0", "name": name, **recipe}, created)
 
@@ -121,9 +142,130 @@ def test_a_run_that_was_trained_twice_counts_once_and_a_sweep_by_its_best() -> N
     twice = collect([record("first", 3.0, 1.0), record("second", 3.1, 2.0)], "")
     assert list(twice.table.frame["name"]) == ["second"], "of the same recipe the later one, better or not"
     assert twice.left_out[0].reason == "trained again: as second, which is later"
-    sweep = collect([record(f"lr{lr}", loss, 0.0, lr=lr) for lr, loss in (("1", 3.2), ("2", 3.0), ("3", 3.1))], "")
+    rates = (("1", 3.2), ("2", 3.0), ("3", 3.1))
+    sweep = collect([record(f"lr{rate}", loss, 0.0, **{RATE: rate}) for rate, loss in rates], "")
     assert list(sweep.table.frame["loss"]) == [3.0]
+    assert list(sweep.table.frame["trial"]) == [f"{RATE}=2"]
     assert [one.name for one in sweep.left_out] == ["lr1", "lr3"]
+    assert sweep.left_out[0].reason == f"a trial with a higher loss: {RATE}=1; the best is lr2"
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe, as MLflow names it."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+TRIALS = {
+    "optimizer.learning_rate", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay",
+    "optimizer.gradient_clipping", "schedule.phases", "schedule.warmup_fraction", "schedule.warmup_tokens",
+    "qat.learning_rate", "qat.lr_ratio", "qat.optimizer_state", "qat.scale_lr_ratio", "qat.scale_gradient_factor",
+    "qat.warmup_fraction", "qat.warmup_tokens",
+}  # fmt: skip
+NOT_SCIENCE = ("name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch")
+BY_NUMBERS = {"tokens", "seed", "data.seed", "qat.scheme", "qat.bits", "qat.fraction"}
+
+
+@pytest.mark.parametrize("key", list(leaves(RunConfig)))
+def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str) -> None:
+    """Of a recipe's keys the optimizer's make trials, those of the job and of reports nothing, the rest points."""
+    runs = (record(name, loss, at) for name, loss, at in (("a", 3.0, 1.0), ("b", 3.1, 2.0)))
+    one, other = (replace(run, recipe={**run.recipe, key: run.name}) for run in runs)
+    found = collect([one, other], "")
+    used, reasons = list(found.table.frame["name"]), [left.reason for left in found.left_out]
+    if key in TRIALS:
+        assert (used, reasons) == (["a"], [f"a trial with a higher loss: {key}=b; the best is a"])
+    elif key in ("seed", "data.seed"):
+        assert (used, reasons, found.notices) == (["a", "b"], [], ()), "a repeat"
+    elif key in BY_NUMBERS or (key.startswith((*NOT_SCIENCE, "engine.")) and key != "engine.ds_config"):
+        assert (used, reasons) == (["b"], ["trained again: as b, which is later"])
+    elif key == "qat.cooldown_fraction":
+        assert used == ["b"], "of sequential runs only, and this one is fused"
+    else:
+        assert (used, reasons) == (["a", "b"], []), "two points"
+        assert f"the runs differ in {key} (a, b), which the law does not know" in found.notices
+
+
+def test_settings_of_quantization_do_not_part_full_precision_runs() -> None:
+    full = {"scheme": "fp", "bits": 16.0, "tokens_qat": 0.0}
+    runs = [record(name, 3.0, at, **{"qat.group_size": name}) for name, at in (("32", 1.0), ("64", 2.0))]
+    found = collect([replace(run, final={**run.final, **full}) for run in runs], "")
+    assert list(found.table.frame["name"]) == ["64"]
+
+
+def on_text(run: RunRecord, fingerprint: str, tokens: float) -> RunRecord:
+    text = {"validation_fingerprint": fingerprint, "validation_tokens": tokens, "data_fingerprint": "same"}
+    return replace(run, final={**run.final, **text})
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(("text", 1e6), ("text", 150e3)), (("text", 1e6), ("other", 1e6))], ids=["tokens", "split"]
+)
+def test_runs_on_different_text_are_no_trials_and_no_fit(first: tuple[str, float], second: tuple[str, float]) -> None:
+    """The easier text would win as the better trial. A fit of both is refused, naming the runs."""
+    grid = [on_text(record(f"f{q:g}", 3.0 + q / 1e10, 0.0, tokens_qat=q), *first) for q in np.linspace(1e8, 9e8, 20)]
+    easier = on_text(record("easier", 2.7, 0.0, tokens_qat=1e8, **{RATE: "2"}), *second)
+    found = collect([*grid, easier], "runs")
+    assert found.left_out == ()
+    assert len(found.table) == 21
+    with pytest.raises(
+        LawError, match=r"20 on 1,000,000 tokens of split text \(f1e\+08, .*1 on .* \(easier\)"
+    ) as raised:
+        fit(QAT_PER_BITS, found.table)
+    assert raised.value.key == "runs: held-out text"
+
+
+def test_whole_sequences_of_the_same_text_are_the_same_text() -> None:
+    """1M tokens are 488 sequences of 2,048 or 244 of 4,096; models of both lengths are of one study."""
+    runs = [on_text(record(str(n), 3.0, 0.0, seed=str(n)), "text", n) for n in (999_424.0, 998_400.0)]
+    collect(runs, "").table.check_text()
+
+
+def test_runs_of_older_versions_say_less_and_are_read() -> None:
+    """Without fingerprints the recipe tells: another path is another point, other tokens are other text."""
+    old = record("old", 3.0, 0.0, **{"data.path": "a", "evaluation.tokens": "1000000"})
+    elsewhere = record("elsewhere", 2.9, 1.0, **{"data.path": "b", "evaluation.tokens": "1000000"})
+    found = collect([old, elsewhere], "")
+    assert len(found.table) == 2
+    assert found.notices == ("the runs differ in data.path (a, b), which the law does not know",)
+    found.table.check_text()
+    short = record("short", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "150000"})
+    with pytest.raises(LawError, match="1 on 150,000 tokens of one split"):
+        collect([old, short], "").table.check_text()
+    new = on_text(record("new", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "1000000"}), "text", 400_000.0)
+    assert len(collect([old, new], "").table) == 1, "the split may be shorter than what was asked for"
+
+
+def test_trials_in_a_table_are_told_apart_as_those_of_runs_are(tmp_path: Path) -> None:
+    """A table with a row a run, as a study writes it: the best trial of each point is used."""
+    sweep = [record(f"lr{rate}", loss, 0.0, **{RATE: rate}) for rate, loss in (("1", 3.2), ("2", 3.0))]
+    rows = [{**run.final, "name": run.name, "seed": "0", "trial": f"{RATE}={run.recipe[RATE]}"} for run in sweep]
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    found, _ = collect_runs(None, tmp_path / "results.csv", None, None)
+    of_runs = collect(sweep, "")
+    assert found.table.hash == of_runs.table.hash
+    assert found.left_out == of_runs.left_out
+
+
+def test_fit_refuses_run_folders_that_were_validated_on_different_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [(p, r, b, f) for p in ("86m", "194m", "396m") for r in (20, 60, 200) for b in (2, 4) for f in (0.2, 0.6)]
+    for size, ratio, bits, fraction in cells:
+        own = [f"qat.bits={bits}", "qat.scheme=sequential", f"qat.fraction={fraction}"]
+        tokens = f"tokens={round(count_parameters(load_run_config(size).model).total * ratio)}"
+        finished(tmp_path, f"{size}-{ratio}x-{bits}bit-f{fraction}", size, LAW, tokens, *own)
+    again = ["evaluation.tokens=150K", "optimizer.learning_rate=1e-3", "qat.bits=2", "qat.fraction=0.2"]
+    tokens = f"tokens={round(count_parameters(load_run_config('86m').model).total * 20)}"
+    finished(tmp_path, "easier", "86m", LAW, tokens, "qat.scheme=sequential", *again, loss=2.0)
+    assert command("fit", "--runs", str(tmp_path), "--out", str(tmp_path / "fit.json")) == 2
+    said = capsys.readouterr().err
+    assert "validated on different text" in said
+    assert "(easier)" in said
+    assert not (tmp_path / "fit.json").exists()
 
 
 def test_an_infinite_loss_as_mlflow_keeps_it_is_diverged() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from driving import SWITCH
 from trained_runs import REFERENCE, Trained
 
+from qatscale.data.manifest import Manifest
 from qatscale.errors import UserError
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import evaluate_checkpoint
@@ -33,6 +36,22 @@ def test_a_checkpoint_evaluates_to_what_its_run_reported(name: str, trained: Tra
         rel=1e-6,
     )
     assert len({round(loss, 6) for loss in losses.values()}) == 3, "three views, three losses"
+
+
+@pytest.mark.dist
+def test_a_finished_run_says_which_text_its_losses_are_of(trained: Trained) -> None:
+    """The reference for the fingerprint is a hash of the split's own bytes, in the order of its shards."""
+    final = RunFolder(trained.runs / REFERENCE).final
+    assert final is not None
+    assert final["validation_tokens"] == 1024
+    manifest = Manifest.load(trained.data)
+    assert final["data_fingerprint"] == manifest.fingerprint
+    hashes = [hashlib.sha256((trained.data / f"{shard.name}.bin").read_bytes()).hexdigest()
+              for shard in manifest.splits["validation"].shards]  # fmt: skip
+    counts = [shard.tokens for shard in manifest.splits["validation"].shards]
+    shards = [["validation", count, digest] for count, digest in zip(counts, hashes, strict=True)]
+    expected = hashlib.sha256(json.dumps([manifest.dtype, shards]).encode()).hexdigest()
+    assert final["validation_fingerprint"] == expected
 
 
 @pytest.mark.dist
