@@ -29,7 +29,6 @@ OURS = "qatscale prepare"
 _SLICES = "slices of a memory map"
 _SEQUENCE, _ROWS = 1024, 16
 """Tokens a sequence and sequences a batch, of the tables that read."""
-_SHUFFLE_BLOCK = 65_536
 _VOCABULARY, _QUICK_VOCABULARY, _SAMPLE = 32_000, 300, 8_000_000
 
 
@@ -46,6 +45,7 @@ def run(*, peers: bool, workers: int | None, quick: bool, text: str | None = Non
         tables = [
             _prepare(folder, workers, rounds, peers),
             *_read(folder / OURS.replace(" ", "-"), 2 if quick else 20, peers),
+            _read_cold(folder / "cold", 10**6 if quick else 10**9, rounds),
             _open(folder / "billion", 10**7 if quick else 10**9, 2 if quick else 7),
         ]
     settings = {"text": Path(text).name if text else "self", "MB": written / 1e6, "processes": workers, "quick": quick}
@@ -151,7 +151,7 @@ def _read(folder: Path, rounds: int, peers: bool) -> list[Table]:
     """Batches in order of the steps, and at steps drawn at random."""
     stream = TokenStream.open(folder, "train", "size")
     rows = min(_ROWS, stream.sequences(_SEQUENCE))
-    reader = BatchReader(stream, _SEQUENCE, rows, seed=0, shuffle_block=_SHUFFLE_BLOCK)
+    reader = BatchReader(stream, _SEQUENCE, rows, seed=0)
     steps = min(100, reader.sequences_per_epoch // rows)
     counts = Manifest.load(folder).splits["train"]
     flat = np.memmap(folder / f"{counts.shards[0].name}.bin", dtype=Manifest.load(folder).dtype, mode="r")
@@ -207,6 +207,41 @@ def _rows_of(dataset: object, rows: np.ndarray, in_order: bool) -> None:
         dataset[batch]  # type: ignore[index]
 
 
+def _read_cold(folder: Path, tokens: int, rounds: int) -> Table:
+    """Random batches of a file of which nothing is in the page cache, as of a corpus larger than the memory."""
+    _write_empty(folder, tokens, shards=1)
+    path = folder / "train-00000.bin"
+    draw = np.random.default_rng(0)
+    with path.open("r+b") as file:
+        for _ in range(tokens // 10**6):
+            file.write(draw.integers(0, _VOCABULARY, 10**6, np.uint16).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    batches = 50
+    starts = draw.integers(0, tokens // _SEQUENCE - 1, (batches, _ROWS)) * _SEQUENCE
+
+    def ours() -> None:
+        _evict(path)
+        reader = BatchReader(TokenStream.open(folder, "train", "size"), _SEQUENCE, _ROWS, seed=0)
+        _batches(reader, np.arange(batches))
+
+    def plain() -> None:
+        _evict(path)
+        _slices(np.memmap(path, dtype="<u2", mode="r"), starts)
+
+    amount = batches * _ROWS * _SEQUENCE
+    variants = [Variant("BatchReader", ours, amount), Variant(_SLICES, plain, amount)]
+    notes = [f"{batches} batches of {_ROWS} sequences of {_SEQUENCE} of {tokens:,} tokens; opening is included."]
+    return Table.of("Tokens to batches, at random, from the disk", "tokens", variants,
+                    interleaved(variants, rounds, warmup=1), reference=_SLICES, notes=notes)  # fmt: skip
+
+
+def _evict(path: Path) -> None:
+    """Drop a file that nobody maps from the page cache; a file system in memory keeps it."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 # --- opening ---
 
 
@@ -217,7 +252,7 @@ def _open(folder: Path, tokens: int, rounds: int) -> Table:
 
     def ours(verify: Verify) -> None:
         stream = TokenStream.open(folder, "train", verify)
-        BatchReader(stream, _SEQUENCE, _ROWS, seed=0, shuffle_block=_SHUFFLE_BLOCK).batch(300)
+        BatchReader(stream, _SEQUENCE, _ROWS, seed=0).batch(300)
 
     before = process.memory_full_info().uss
     ours("size")

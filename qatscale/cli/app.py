@@ -80,7 +80,9 @@ def prepare(
     split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
     text_unit: Annotated[str, typer.Option(help="A document of a text file: file, paragraph or line.")] = "file",
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out, by their hash.")] = 0.01,
-    max_tokens: Annotated[str | None, typer.Option(help="Stop after so many training tokens: 10B.")] = None,
+    max_tokens: Annotated[
+        str | None, typer.Option(help="Stop after so many training tokens, the first ones of the sources: 10B.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     restart: Annotated[bool, typer.Option(help="Throw away what an earlier start left in the folder.")] = False,
 ) -> None:

@@ -19,6 +19,10 @@ from qatscale.config.settings import sections, settings, suggest
 from qatscale.config.yaml_text import parse_yaml, to_yaml
 from qatscale.errors import UserError, UserErrors, did_you_mean
 
+RETIRED = ("data.shuffle_block",)
+"""Keys of former versions. Recipes that runs of theirs recorded are still read, without them; no other recipe is."""
+_RECORDS = ("run.json", "qatscale.json")
+"""What lies beside a recipe that qatscale recorded: in a run folder, in a universal checkpoint."""
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -34,6 +38,8 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     """
     path = _recipe_path(recipe)
     raw = _read(path)
+    if any((path.parent / name).is_file() for name in _RECORDS):
+        _drop_retired(raw)
     given = _apply(raw, overrides)
 
     def origin(key: str) -> str:
@@ -127,6 +133,13 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError("recipe", str(path), f"holds a {type(raw).__name__}, not `key: value` lines.")
     return raw
+
+
+def _drop_retired(raw: dict[str, Any]) -> None:
+    for key in RETIRED:
+        section, _, name = key.rpartition(".")
+        if isinstance(values := lookup(raw, section), dict):
+            values.pop(name, None)
 
 
 def _refuse_idle_fraction(config: RunConfig, given: Sequence[str]) -> None:

@@ -124,9 +124,8 @@ class DataConfig(Section):
     sequence_length: Positive
     """Tokens the model sees at once; chosen here, not when the data is prepared."""
     seed: int = 0
-    """Order of the training data. A branch with another seed sees its tail in another order."""
-    shuffle_block: Positive = 65_536
-    """Sequences shuffled together: large is a better shuffle, small reads the disk more in order."""
+    """Order of the training data: a random permutation of all its sequences, another one in every epoch. A branch with
+    its parent's seed continues its parent's order, with another seed it sees its tail in another order."""
 
 
 class BatchConfig(Section):

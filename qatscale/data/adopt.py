@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import qatscale
-from qatscale.data.indexed import IndexedReader
+from qatscale.data.indexed import WRITE_AGAIN, IndexedReader
 from qatscale.data.manifest import NAME, Manifest, Shard, Split, SplitCounts, TokenizerCard
 from qatscale.errors import UserError
 
@@ -35,7 +35,7 @@ def adopt(
     if (folder / NAME).exists():
         raise UserError("folder", str(folder), f"has a {NAME} already.")
     names: dict[Split, Sequence[str]] = {"train": train, "validation": validation}
-    readers = {name: IndexedReader(folder / name) for split in names.values() for name in split}
+    readers = {name: IndexedReader(folder / name, WRITE_AGAIN) for split in names.values() for name in split}
     if not train:
         raise UserError("train", None, "name at least one shard.", "Without its ending, relative to the folder.")
     first = readers[train[0]]

@@ -17,6 +17,7 @@ Megatron-LM, GPT-NeoX and NeMo read and write it. In shards written here a seque
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
 _CODE_OF = {dtype: code for code, dtype in DTYPE_CODES.items()}
 SMALL_VOCABULARY = 65_500
 """Vocabularies below this are stored in 16 bits; Megatron-LM draws the line at the same size."""
+
+
+PREPARE_AGAIN = "Copy it anew, or run `qatscale prepare` again with --restart."
+WRITE_AGAIN = "Copy both files anew, or write them again with the tool that made them."
+"""For shards from elsewhere, which `qatscale prepare` cannot make."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -123,21 +129,23 @@ class IndexedReader:
     index, and a `.bin` whose size is not what the index says.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: Path, cure: str = PREPARE_AGAIN) -> None:
+        """`cure`: what an error advises, PREPARE_AGAIN or WRITE_AGAIN."""
+        self.prefix, self._cure = prefix, cure
         self.bin_path, self.idx_path = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise UserError("shard", str(path), "this file is missing.", _PREPARE_AGAIN)
+                raise UserError("shard", str(path), "this file is missing.", self._cure)
         self.dtype, sequences, documents = self._header()
         index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
         bounds = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * documents])
         self.lengths = index[bounds[0] : bounds[1]].view("<i4")
         self.pointers = index[bounds[1] : bounds[2]].view("<i8")
         self.documents = index[bounds[2] : bounds[3]].view("<i8")
-        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
-        _check_size(self.bin_path, expected, "its index")
-        self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+        self._check_bin_size()
+        with self.bin_path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.tokens = np.frombuffer(self._map, self.dtype)  # a slice of a np.memmap costs several times as much
 
     def _header(self) -> tuple[np.dtype[Any], int, int]:
         with self.idx_path.open("rb") as file:
@@ -145,7 +153,7 @@ class IndexedReader:
         if not raw.startswith(MAGIC):
             raise UserError("shard", str(self.idx_path), f"starts with {raw[:9]!r}, an index with {MAGIC!r}.")
         if len(raw) < HEADER.size:
-            raise UserError("shard", str(self.idx_path), "cut off within its header.", _PREPARE_AGAIN)
+            raise UserError("shard", str(self.idx_path), "cut off within its header.", self._cure)
         _, version, code, sequences, documents = HEADER.unpack(raw)
         if version != VERSION:
             raise UserError("shard", str(self.idx_path), f"index version {version}; this reads version {VERSION}.")
@@ -153,10 +161,35 @@ class IndexedReader:
         if dtype is None or dtype.kind == "f":
             kinds = ", ".join(f"{c} = {d.name}" for c, d in DTYPE_CODES.items() if d.kind != "f")
             raise UserError("shard", str(self.idx_path), f"dtype code {code}; tokens are one of {kinds}.")
-        _check_size(self.idx_path, HEADER.size + 12 * sequences + 8 * documents, "its header")
+        size, expected = self.idx_path.stat().st_size, HEADER.size + 12 * sequences + 8 * documents
+        if size != expected:
+            problem = f"{size:,} bytes, and its header says {expected:,}."
+            raise UserError("shard", str(self.idx_path), problem, self._cure)
         if sequences == 0:
             raise UserError("shard", str(self.idx_path), "holds no documents.")
         return dtype, sequences, documents
+
+    def _check_bin_size(self) -> None:
+        size = self.bin_path.stat().st_size
+        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        if expected == 0:
+            raise UserError("shard", str(self.idx_path), "holds no tokens.")
+        if size == expected:
+            return
+        tokens, rest = divmod(abs(size - expected), self.dtype.itemsize)
+        apart = f"{abs(size - expected):,} bytes" if rest else f"{tokens:,} token{'s' * (tokens != 1)}"
+        problem = f"index and data disagree by {apart}: it has {size:,} bytes, and its index says {expected:,}."
+        if size > expected and not rest and tokens == len(self.documents) - 1:
+            cause = " It is one token a document: probably the index leaves out end-of-document tokens, as a version of"
+            problem += f"{cause} Megatron-LM's preprocess_data.py did (its issue 431)."
+            raise UserError("shard", str(self.bin_path), problem, "Tokenize again with a later version of the tool.")
+        raise UserError("shard", str(self.bin_path), problem, self._cure)
+
+    def prefetch(self, start: int, count: int) -> None:
+        """Ask the system to read tokens [start, start + count) from the disk, and do not wait for them."""
+        first, end = start * self.dtype.itemsize, min((start + count) * self.dtype.itemsize, len(self._map))
+        page = first - first % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
 
     def check_contiguous(self) -> None:
         """Raise UserError unless the sequences fill the `.bin` in order, as a flat token stream needs it."""
@@ -181,11 +214,3 @@ class IndexedReader:
             bin_sha256=sha256_of(self.bin_path),
             idx_sha256=sha256_of(self.idx_path),
         )
-
-
-def _check_size(path: Path, expected: int, who: str) -> None:
-    if (size := path.stat().st_size) != expected:
-        raise UserError("shard", str(path), f"{size} bytes, and {who} says {expected}.", _PREPARE_AGAIN)
-
-
-_PREPARE_AGAIN = "Copy it anew, or run `qatscale prepare` again with --restart."

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qatscale.data.indexed import DTYPE_CODES, IndexedReader, ShardFiles
+from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, ShardFiles
 from qatscale.errors import UserError
 from qatscale.files import sha256_of, write_json_atomic
 
@@ -133,23 +133,22 @@ class Manifest(_Part):
             return list(pool.map(lambda shard: self._open_shard(folder, shard, full), counts.shards))
 
     def _open_shard(self, folder: Path, shard: Shard, full: bool) -> IndexedReader:
-        reader = IndexedReader(folder / shard.name)
+        cure = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
+        reader = IndexedReader(folder / shard.name, cure)
         for path, size in ((reader.bin_path, shard.bin_bytes), (reader.idx_path, shard.idx_bytes)):
             if path.stat().st_size != size:
-                raise _altered(path, f"{path.stat().st_size} bytes, and the manifest says {size}.")
+                raise UserError("shard", str(path), f"{path.stat().st_size} bytes, and the manifest says {size}.", cure)
         if reader.dtype.name != self.dtype or len(reader.tokens) != shard.tokens:
-            raise _altered(reader.idx_path, f"{len(reader.tokens)} tokens of {reader.dtype.name}, and the manifest "
-                                            f"says {shard.tokens} of {self.dtype}.")  # fmt: skip
+            found = f"{len(reader.tokens)} tokens of {reader.dtype.name}"
+            problem = f"{found}, and the manifest says {shard.tokens} of {self.dtype}."
+            raise UserError("shard", str(reader.idx_path), problem, cure)
         if full:
             for path, checksum in ((reader.bin_path, shard.bin_sha256), (reader.idx_path, shard.idx_sha256)):
                 if sha256_of(path) != checksum:
-                    raise _altered(path, "its checksum is not the one in the manifest: the file was altered.")
+                    problem = "its checksum is not the one in the manifest: the file was altered."
+                    raise UserError("shard", str(path), problem, cure)
             reader.check_contiguous()
         return reader
-
-
-def _altered(path: Path, allowed: str) -> UserError:
-    return UserError("shard", str(path), allowed, "Copy it anew, or run `qatscale prepare` again with --restart.")
 
 
 _PREPARE = "Make it: qatscale prepare SOURCE… --out FOLDER"

@@ -66,7 +66,7 @@ def prepare(
     sample_bytes: text that it is trained on, taken evenly from the sources and their files, held-out documents not.
     validation_fraction: share of the documents that is held out, chosen by a hash of their text; 0 = none.
     shard_tokens: tokens after which a shard ends.
-    max_tokens: stop soon after this many training tokens; None = read everything.
+    max_tokens: stop soon after this many training tokens, the first ones of the sources; None = read everything.
     workers: tokenizing processes; None = one per core.
     restart: discard what an earlier call left in `out`, finished or not.
     console: where to show progress; None = nowhere.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from qatscale.data.indexed import IndexedReader
 from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.errors import UserError
 
@@ -22,19 +24,18 @@ from qatscale.errors import UserError
 class TokenStream:
     """The tokens of a split, shard after shard, memory-mapped: any position without a scan."""
 
-    def __init__(self, manifest: Manifest, shards: Sequence[np.ndarray], name: str) -> None:
-        """`shards`: the tokens of each, [tokens]; `name`: what an error calls it."""
+    def __init__(self, manifest: Manifest, shards: Sequence[IndexedReader], name: str) -> None:
+        """`name`: what an error calls it."""
         self.manifest, self.name = manifest, name
-        self._shards = [np.asarray(shard) for shard in shards]  # a slice of a np.memmap costs several times as much
-        self._ends = list(itertools.accumulate(map(len, shards)))
+        self._shards = shards
+        self._ends = list(itertools.accumulate(len(shard.tokens) for shard in shards))
 
     @classmethod
     def open(cls, folder: Path | str, split: Split, verify: Verify = "auto") -> TokenStream:
         """Raises UserError for a missing folder or split and for a missing, truncated or altered shard."""
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        shards = manifest.open_shards(folder, split, verify)
-        return cls(manifest, [shard.tokens for shard in shards], f"{folder} ({split})")
+        return cls(manifest, manifest.open_shards(folder, split, verify), f"{folder} ({split})")
 
     def __len__(self) -> int:
         """Tokens."""
@@ -44,15 +45,18 @@ class TokenStream:
         """Tokens [start, start + length), int64, across shards."""
         assert 0 <= start <= start + length <= len(self), (start, length, len(self))
         out = np.empty(length, np.int64)
-        self._read(start, out)
+        self._read(*self._locate(start), out)
         return out
 
-    def _read(self, start: int, out: np.ndarray) -> None:
+    def _locate(self, position: int) -> tuple[int, int]:
+        """(shard, offset within it) of a token."""
+        shard = bisect.bisect_right(self._ends, position)
+        return shard, position - (self._ends[shard - 1] if shard else 0)
+
+    def _read(self, shard: int, offset: int, out: np.ndarray) -> None:
         filled = 0
-        shard = bisect.bisect_right(self._ends, start)
-        offset = start - (self._ends[shard - 1] if shard else 0)
         while filled < len(out):
-            part = self._shards[shard][offset : offset + len(out) - filled]
+            part = self._shards[shard].tokens[offset : offset + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled, shard, offset = filled + len(part), shard + 1, 0
 
@@ -70,77 +74,77 @@ class TokenStream:
     def gather(self, indices: np.ndarray, sequence_length: int) -> np.ndarray:
         """Sequences `indices` [n] as int64 [n, sequence_length + 1]."""
         out = np.empty((len(indices), sequence_length + 1), np.int64)
-        for row, index in zip(out, indices.tolist(), strict=True):
-            self._read(index * sequence_length, row)
+        places = [self._locate(index * sequence_length) for index in indices.tolist()]
+        for shard, offset in places:  # all before the first is read, so that a disk serves them at the same time
+            self._shards[shard].prefetch(offset, sequence_length + 1)
+        for row, place in zip(out, places, strict=True):
+            self._read(*place, row)
         return out
 
 
 class ShuffledOrder:
-    """Every epoch an order of its own over n sequences: blocks are permuted, and sequences within each block.
+    """A pseudo-random permutation of n sequences for every (seed, epoch).
 
-    Keys come from Philox, whose raw stream NumPy keeps the same for good (its `permutation` may change), counted by
-    (seed, epoch, block): any position is found without the ones before it.
+    A Feistel network on a square grid that holds n cells: a round shifts each column by a random number of rows, then
+    each row by a random number of columns. A cell beyond n is permuted again until it lies within n, which leaves a
+    permutation of n ("cycle walking", Black and Rogaway 2002). So any position is found without the ones before it,
+    from tables of about 8 sqrt(n) numbers: 2 MB for a billion sequences.
+
+    The shifts come from Philox, whose raw stream NumPy keeps the same for good (its `permutation` may change).
     """
 
-    def __init__(self, sequences: int, block: int, seed: int) -> None:
-        self._n, self._block, self._seed = sequences, min(block, sequences), seed % 2**64
-        self._blocks = -(-sequences // self._block)
-        self._last = sequences - (self._blocks - 1) * self._block  # sequences in the last block, maybe fewer
-        self._block_order = functools.lru_cache(maxsize=2)(self._draw_block_order)
-        self._within = functools.lru_cache(maxsize=2)(self._draw_within)  # an epoch comes to a block once
+    _ROUNDS = 4
+    """With 3, the orders of a dozen sequences are measurably not all equally likely; with 4 they are."""
 
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Sequence index at each of `positions` [n], which count on through the epochs."""
-        epochs, places = np.divmod(positions, self._n)
-        out = np.empty(len(positions), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            out[here] = self._in_epoch(int(epoch), places[here])
-        return out
+    def __init__(self, sequences: int, seed: int) -> None:
+        self._n, self._seed = sequences, seed % 2**64
+        self._side = max(4, math.isqrt(sequences - 1) + 1)  # a smaller grid has too few shifts to mix
+        self._shifts = functools.lru_cache(maxsize=2)(self._draw_shifts)
+
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """Sequence at each of the positions [first, first + count), which run on through the epochs; int64 [count]."""
+        parts = []
+        while count:
+            epoch, place = divmod(first, self._n)
+            taken = min(count, self._n - place)
+            parts.append(self._in_epoch(epoch, np.arange(place, place + taken)))
+            first, count = first + taken, count - taken
+        return np.concatenate(parts)
 
     def _in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        order, short = self._block_order(epoch)
-        # Behind the short block every place is counted as if that block were full.
-        padded = places + np.where(places >= short * self._block + self._last, self._block - self._last, 0)
-        slots, offsets = np.divmod(padded, self._block)
-        out = np.empty(len(places), np.int64)
-        for slot in np.unique(slots).tolist():
-            here = slots == slot
-            block = int(order[slot])
-            out[here] = block * self._block + self._within(epoch, block)[offsets[here]]
-        return out
+        places = self._permute(epoch, places)
+        while (beyond := places >= self._n).any():
+            places[beyond] = self._permute(epoch, places[beyond])
+        return places
 
-    def _draw_block_order(self, epoch: int) -> tuple[np.ndarray, int]:
-        """The blocks in the epoch's order, and the slot that the short last block got."""
-        order = self._permutation(epoch, 0, self._blocks)
-        return order, int(np.flatnonzero(order == self._blocks - 1)[0])
+    def _permute(self, epoch: int, cells: np.ndarray) -> np.ndarray:
+        row, column = np.divmod(cells, self._side)
+        for down, right in self._shifts(epoch):
+            row = (row + down[column]) % self._side
+            column = (column + right[row]) % self._side
+        return row * self._side + column
 
-    def _draw_within(self, epoch: int, block: int) -> np.ndarray:
-        size = self._last if block == self._blocks - 1 else self._block
-        return self._permutation(epoch, 1 + block, size)
-
-    def _permutation(self, epoch: int, stream: int, size: int) -> np.ndarray:
-        counter = np.array([0, 0, stream, 0], np.uint64)
-        keys = np.random.Philox(key=np.array([self._seed, epoch], np.uint64), counter=counter).random_raw(size)
-        return np.argsort(keys, kind="stable")
+    def _draw_shifts(self, epoch: int) -> np.ndarray:
+        """int64 [rounds, 2, side], each in [0, side)."""
+        bits = np.random.Philox(key=np.array([self._seed, epoch], np.uint64)).random_raw(self._ROUNDS * 2 * self._side)
+        return (bits % np.uint64(self._side)).astype(np.int64).reshape(self._ROUNDS, 2, self._side)
 
 
 class BatchReader:
-    """Training batches: a pure function of (seed, step, rank). How many ranks there are changes nobody's sequences."""
+    """Training batches: a pure function of (seed, step, rank). How many ranks there are changes nobody's sequences.
 
-    def __init__(
-        self, stream: TokenStream, sequence_length: int, sequences: int, seed: int, shuffle_block: int
-    ) -> None:
-        """`sequences`: of the global batch; `shuffle_block`: see `data.shuffle_block` of the recipe.
+    Any steps in a row are a random sample, without replacement within an epoch, of the sequences of the entire stream:
+    how its sources and documents are ordered has no effect on what a short run sees.
+    """
 
-        Raises UserError where the stream cannot fill one batch.
-        """
+    def __init__(self, stream: TokenStream, sequence_length: int, sequences: int, seed: int) -> None:
+        """`sequences`: of the global batch. Raises UserError where the stream cannot fill one batch."""
         self.stream, self.sequence_length, self.sequences = stream, sequence_length, sequences
         self.sequences_per_epoch = stream.sequences(sequence_length)
         if sequences > self.sequences_per_epoch:
             have = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
             raise UserError("batch.sequences", sequences, have, "Choose a smaller batch or prepare more text.")
-        self._order = ShuffledOrder(self.sequences_per_epoch, shuffle_block, seed)
+        self._order = ShuffledOrder(self.sequences_per_epoch, seed)
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
@@ -151,7 +155,7 @@ class BatchReader:
         assert 0 <= rank < ranks
         share = self.sequences // ranks
         first = step * self.sequences + rank * share
-        return self.stream.gather(self._order(np.arange(first, first + share)), self.sequence_length)
+        return self.stream.gather(self._order(first, share), self.sequence_length)
 
     def epoch(self, step: int) -> float:
         """Epochs read before 0-based `step`."""
@@ -179,11 +183,14 @@ class EvaluationBatch(NamedTuple):
 
 
 class EvaluationReader:
-    """The first sequences of a split, in order, the same ones for every number of ranks.
+    """Sequences spread evenly over a split, the same ones for every run and every number of ranks.
 
-    They are cut into micro-batches, of which the last may be smaller; none is dropped. Micro-batch i goes to rank
-    i mod ranks, and a rank that has one fewer gets a filler of weight 0, because a sharded model's forward pass takes
-    all ranks. The exact mean over tokens is sum(weight x mean loss) / sum(weight), both sums over all ranks.
+    The split is cut into as many equal parts as there are sequences to take, and a fixed draw takes one of each part.
+    (Sequences at equal distances would all be alike in a split whose documents alternate at that distance.)
+
+    The sequences taken are cut into micro-batches, of which the last may be smaller; none is dropped. Micro-batch i
+    goes to rank i mod ranks, and a rank that has one fewer gets a filler of weight 0, because a sharded model's forward
+    pass takes all ranks. The exact mean over tokens is sum(weight x mean loss) / sum(weight), both sums over all ranks.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, tokens: int, micro_batch: int) -> None:
@@ -192,7 +199,11 @@ class EvaluationReader:
         Raises UserError where the stream is shorter than a sequence.
         """
         self.stream, self.sequence_length, self.micro_batch = stream, sequence_length, micro_batch
-        self.sequences = min(max(1, tokens // sequence_length), stream.sequences(sequence_length))
+        available = stream.sequences(sequence_length)
+        self.sequences = min(max(1, tokens // sequence_length), available)
+        bounds = np.arange(self.sequences + 1) * available // self.sequences
+        draws = np.random.Philox(key=0).random_raw(self.sequences) % np.diff(bounds).astype(np.uint64)
+        self._indices = bounds[:-1] + draws.astype(np.int64)
 
     @property
     def tokens(self) -> int:
@@ -210,5 +221,5 @@ class EvaluationReader:
         """Batch `index` of a rank; reads only this one."""
         first = (index * ranks + rank) * self.micro_batch
         weight = max(0, min(self.micro_batch, self.sequences - first))
-        rows = np.arange(first, first + weight) if weight else np.arange(1)
-        return EvaluationBatch(self.stream.gather(rows, self.sequence_length), weight)
+        indices = self._indices[first : first + weight] if weight else self._indices[:1]
+        return EvaluationBatch(self.stream.gather(indices, self.sequence_length), weight)

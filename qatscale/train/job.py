@@ -68,7 +68,7 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
 def open_batches(config: RunConfig) -> BatchReader:
     """The training batches of a run."""
     stream, length = open_stream(config, "train"), config.data.sequence_length
-    return BatchReader(stream, length, config.batch.sequences, config.data.seed, config.data.shuffle_block)
+    return BatchReader(stream, length, config.batch.sequences, config.data.seed)
 
 
 @dataclass(frozen=True)

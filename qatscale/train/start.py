@@ -67,6 +67,10 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
     notices = _check_same_run(config, folder, branch_from)
     if folder.is_done:
         return None
+    if _reads_a_former_order(folder):
+        problem = f"{folder.path} was begun by a version that read the training data in another order."
+        do = "Finish it with that version, or branch from its checkpoint, which goes on in this version's order."
+        raise UserError("name", config.name, problem, do)
     if folder.status == "running":
         raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
     parent = folder.run["parent"]
@@ -107,6 +111,11 @@ def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | Non
             do = "Give this run another name."
             raise UserError("branch", branch_from, f"{folder.path} holds a run already, which {began}.", do)
     return tuple(f"changed for the rest of the run: {line}" for line in notices)
+
+
+def _reads_a_former_order(folder: RunFolder) -> bool:
+    """Whether a run was begun when sequences were shuffled within blocks: its recipe records how large they were."""
+    return "shuffle_block" in folder.recipe["data"]
 
 
 def _run_of(checkpoint: Path) -> Path:
@@ -151,6 +160,8 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
         notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")
     if parent.data.seed != config.data.seed:
         notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
+    if _reads_a_former_order(RunFolder(run)):
+        notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
     return Start(
         checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices)
     )

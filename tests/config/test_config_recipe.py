@@ -17,6 +17,7 @@ from qatscale.config import (
 )
 from qatscale.config.amounts import format_amount, parse_amount
 from qatscale.config.schema import BIT_WIDTHS, PhaseOverride
+from qatscale.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -183,3 +184,17 @@ def test_amounts_write_short(units: float, text: str) -> None:
 @given(st.integers(0, 10**15))
 def test_a_written_amount_is_right_to_four_digits(units: int) -> None:
     assert parse_amount(format_amount(units)) == pytest.approx(units, rel=5e-4)
+
+
+def test_a_key_of_a_former_version_is_dropped_from_what_a_run_recorded(tmp_path: Path) -> None:
+    config = load_run_config("debug", ["seed=3"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(resolved_yaml(config).replace("data:\n", "data:\n  shuffle_block: 65536\n"))
+    with pytest.raises(UserError, match=r"data\.shuffle_block"):
+        load_run_config(recipe)
+    for record in ("run.json", "qatscale.json"):
+        (tmp_path / record).write_text("{}")
+        assert load_run_config(recipe) == config
+        with pytest.raises(UserError, match=r"data\.shuffle_block"):
+            load_run_config(recipe, ["data.shuffle_block=4"])
+        (tmp_path / record).unlink()

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from qatscale.data.indexed import IndexedReader, encode_index
 from qatscale.data.manifest import Manifest, Shard, SplitCounts, TokenizerCard
 from qatscale.data.reader import TokenStream
 
@@ -58,7 +60,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def stream(*shards: np.ndarray) -> TokenStream:
-    """A stream over tokens in memory."""
+    """A stream over these tokens, each array a shard that is one document."""
     none = dict.fromkeys(("documents", "tokens", "bin_bytes", "idx_bytes"), 0) | dict.fromkeys(
         ("bin_sha256", "idx_sha256"), ""
     )
@@ -71,4 +73,12 @@ def stream(*shards: np.ndarray) -> TokenStream:
         empty_documents=0,
         splits={"train": SplitCounts(documents=0, tokens=0, text_bytes=0, shards=[Shard(name="train-0", **none)])},
     )
-    return TokenStream(manifest, shards, "memory")
+    with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
+        readers = [_shard(Path(folder) / str(number), tokens) for number, tokens in enumerate(shards)]
+    return TokenStream(manifest, readers, "memory")
+
+
+def _shard(prefix: Path, tokens: np.ndarray) -> IndexedReader:
+    prefix.with_suffix(".bin").write_bytes(tokens.astype("<i4").tobytes())
+    prefix.with_suffix(".idx").write_bytes(encode_index(np.array([len(tokens)]), np.dtype("<i4")))
+    return IndexedReader(prefix)

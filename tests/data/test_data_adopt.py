@@ -33,8 +33,33 @@ def test_what_cannot_be_adopted(tmp_path: Path) -> None:
         adopt(tmp_path, train=["a", "b"])
     with pytest.raises(UserError, match="negative id -2"):
         adopt(tmp_path, train=["c"])
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="missing") as caught:
         adopt(tmp_path, train=["d"])
+    assert "prepare" not in caught.value.do, "which makes no shards of others"
     with pytest.raises(UserError, match="at least one shard"):
         adopt(tmp_path, train=[])
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_index_and_data_that_disagree_are_told_apart(tmp_path: Path) -> None:
+    """As Megatron-LM's preprocess_data.py once wrote them: the index counts no end-of-document token."""
+    megatron_pair(tmp_path / "a", 8, "H", [*TOKENS, 1, 1, 1], LENGTHS)
+    with pytest.raises(
+        UserError, match=r"disagree by 3 tokens: .*22 bytes.* 16\. It is one token a document"
+    ) as caught:
+        adopt(tmp_path, train=["a"])
+    assert "later version" in caught.value.do
+    megatron_pair(tmp_path / "b", 8, "H", TOKENS[:-2], LENGTHS)
+    with pytest.raises(UserError, match=r"disagree by 2 tokens: .*12 bytes.* 16\.") as caught:
+        adopt(tmp_path, train=["b"])
+    assert "document" not in str(caught.value)
+    assert "prepare" not in caught.value.do
+
+
+def test_adopted_shards_that_were_damaged_later_are_not_to_be_prepared(tmp_path: Path) -> None:
+    megatron_pair(tmp_path / "a", 8, "H", TOKENS, LENGTHS)
+    adopt(tmp_path, train=["a"])
+    megatron_pair(tmp_path / "a", 8, "H", TOKENS[::-1], LENGTHS)
+    with pytest.raises(UserError, match="checksum") as caught:
+        TokenStream.open(tmp_path, "train")
+    assert "prepare" not in caught.value.do

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
+import os
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qatscale.data.indexed import IndexedReader, IndexedWriter, token_dtype
+from qatscale.data.indexed import IndexedReader, IndexedWriter, encode_index, token_dtype
 from qatscale.errors import UserError
 
 LENGTHS = [3, 1, 4]
@@ -96,3 +100,31 @@ def test_refuses_sequences_out_of_order_as_a_stream(tmp_path: Path) -> None:
     overwrite(tmp_path / "x.idx", 34 + 12, struct.pack("<2q", 6, 0))
     with pytest.raises(UserError, match="one after another"):
         IndexedReader(tmp_path / "x").check_contiguous()
+
+
+def resident(path: Path) -> set[int]:
+    """Pages of a file that are in memory, by mincore(2)."""
+    mapped = np.memmap(path, np.uint8, "r")
+    pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+    address, out = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_void_p(pages.ctypes.data)
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapped)), out) == 0
+    return set(np.flatnonzero(pages & 1).tolist())
+
+
+def test_prefetch_reads_these_pages_and_no_others(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE // 2  # in tokens
+    count = 4096 * page + 100
+    (tmp_path / "x.bin").write_bytes(np.arange(count, dtype="<u2").tobytes())
+    (tmp_path / "x.idx").write_bytes(encode_index(np.array([count]), np.dtype("<u2")))
+    with (tmp_path / "x.bin").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(tmp_path / "x.bin"):
+        pytest.skip("this file system lies in memory")
+    reader = IndexedReader(tmp_path / "x")
+    for start, length in ((page - 1, 2), (1000 * page + 5, 2 * page), (4096 * page - 1, 1000)):
+        reader.prefetch(start, length)
+    wanted, deadline = {0, 1, 1000, 1001, 1002, 4095, 4096}, time.monotonic() + 20
+    while resident(tmp_path / "x.bin") != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert resident(tmp_path / "x.bin") == wanted

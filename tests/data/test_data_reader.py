@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from data_corpora import documents, stream, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from qatscale.data.indexed import IndexedWriter
 from qatscale.data.manifest import Manifest
@@ -37,46 +39,53 @@ def test_window_is_a_slice_across_shards(sizes: list[int], data: st.DataObject) 
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.integers(1, 60), st.integers(1, 70), st.integers(-3, 2**70))
-def test_every_epoch_is_a_permutation(sequences: int, block: int, seed: int) -> None:
-    order = ShuffledOrder(sequences, block, seed)
+@given(st.integers(1, 300), st.integers(-3, 2**70), st.data())
+def test_every_epoch_is_a_permutation(sequences: int, seed: int, data: st.DataObject) -> None:
+    order = ShuffledOrder(sequences, seed)
+    seen = order(0, 3 * sequences)
     for epoch in range(3):
-        seen = order(np.arange(epoch * sequences, (epoch + 1) * sequences))
-        assert sorted(seen.tolist()) == list(range(sequences))
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 60), st.integers(1, 20))
-def test_blocks_stay_together(sequences: int, block: int) -> None:
-    seen = ShuffledOrder(sequences, block, 7)(np.arange(sequences)) // min(block, sequences)
-    runs = [key for key, _ in itertools.groupby(seen.tolist())]
-    assert len(runs) == len(set(runs)) == -(-sequences // min(block, sequences))
+        assert sorted(seen[epoch * sequences : (epoch + 1) * sequences].tolist()) == list(range(sequences))
+    first = data.draw(st.integers(0, 3 * sequences - 1))
+    count = data.draw(st.integers(1, 3 * sequences - first))
+    assert (ShuffledOrder(sequences, seed)(first, count) == seen[first : first + count]).all(), "found on its own"
 
 
 def test_seeds_and_epochs_differ_and_shuffle() -> None:
-    orders = [ShuffledOrder(1000, 100, seed)(np.arange(2000)) for seed in (0, 1)]
+    orders = [ShuffledOrder(1000, seed)(0, 2000) for seed in (0, 1)]
     parts = [order[half] for order in orders for half in (slice(0, 1000), slice(1000, 2000))]
     for a, b in itertools.combinations([*parts, np.arange(1000)], 2):
         # Random permutations agree in one place on average.
         assert (a == b).sum() < 15
 
 
+@pytest.mark.parametrize(("sequences", "positions"), [(2, 2), (4, 4), (5, 5), (12, 2), (16, 2)])
+def test_all_orders_are_equally_likely(sequences: int, positions: int) -> None:
+    """What the first positions hold, over 100 seeds for each possible outcome, against the uniform distribution."""
+    outcomes = list(itertools.permutations(range(sequences), positions))
+    seeds = range(100 * len(outcomes))
+    counts = Counter(tuple(ShuffledOrder(sequences, seed)(0, positions).tolist()) for seed in seeds)
+    assert chisquare([counts[outcome] for outcome in outcomes]).pvalue > 1e-3
+
+
 def test_the_order_is_written_down() -> None:
-    """The definition once more, by Philox's own counters and Python's sort, for one short epoch."""
-    sequences, block, seed, epoch = 10, 4, 3, 1
+    """The definition once more, in Python's integers, for one short epoch."""
+    sequences, side, seed, epoch = 19, 5, 3, 1
+    bits = iter(np.random.Philox(key=[seed, epoch]).random_raw(4 * 2 * side).tolist())
+    rounds = [([next(bits) % side for _ in range(side)], [next(bits) % side for _ in range(side)]) for _ in range(4)]
 
-    def permutation(number: int, size: int) -> list[int]:
-        bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, number, 0])
-        keys = [int(bits.random_raw()) for _ in range(size)]
-        return sorted(range(size), key=keys.__getitem__)
+    def permute(cell: int) -> int:
+        row, column = divmod(cell, side)
+        for down, right in rounds:
+            row = (row + down[column]) % side
+            column = (column + right[row]) % side
+        cell = row * side + column
+        return cell if cell < sequences else permute(cell)
 
-    blocks = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    expected = [blocks[b][i] for b in permutation(0, 3) for i in permutation(1 + b, len(blocks[b]))]
-    assert ShuffledOrder(sequences, block, seed)(np.arange(10, 20)).tolist() == expected
+    assert ShuffledOrder(sequences, seed)(19, 19).tolist() == [permute(place) for place in range(sequences)]
 
 
 def test_batches_are_windows_of_the_stream() -> None:
-    reader = BatchReader(counting(101, 33, 34), sequence_length=10, sequences=5, seed=1, shuffle_block=4)
+    reader = BatchReader(counting(101, 33, 34), sequence_length=10, sequences=5, seed=1)
     assert reader.sequences_per_epoch == 10
     seen = np.concatenate([reader.batch(step) for step in range(2)])
     assert seen.shape == (10, 11)
@@ -86,14 +95,14 @@ def test_batches_are_windows_of_the_stream() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_ranks_only_split_the_batch(ranks: int) -> None:
-    one = BatchReader(counting(1000, 400), 7, 6, seed=5, shuffle_block=16)
+    one = BatchReader(counting(1000, 400), 7, 6, seed=5)
     for step in (0, 22, 23, 24, 500):  # the epoch ends within step 23: 142 sequences, 6 a step
-        parts = [BatchReader(counting(1000, 400), 7, 6, 5, 16).batch(step, rank, ranks) for rank in range(ranks)]
+        parts = [BatchReader(counting(1000, 400), 7, 6, 5).batch(step, rank, ranks) for rank in range(ranks)]
         assert (np.concatenate(parts) == one.batch(step)).all()
 
 
 def test_epochs_run_on_through_a_batch() -> None:
-    reader = BatchReader(counting(71), 10, 3, seed=0, shuffle_block=4)
+    reader = BatchReader(counting(71), 10, 3, seed=0)
     starts = np.concatenate([reader.batch(step)[:, 0] for step in range(7)]) // 10
     for epoch in range(3):
         assert sorted(starts[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
@@ -101,7 +110,7 @@ def test_epochs_run_on_through_a_batch() -> None:
 
 
 def test_repetition_is_told() -> None:
-    reader = BatchReader(counting(101), 10, 5, 0, 4)
+    reader = BatchReader(counting(101), 10, 5, 0)
     assert reader.repetition(2) is None
     assert "1.50 epochs of 100 tokens" in str(reader.repetition(3))
     assert "4 epochs" in str(reader.repetition(9))
@@ -109,14 +118,14 @@ def test_repetition_is_told() -> None:
 
 def test_too_little_data() -> None:
     with pytest.raises(UserError, match="one sequence takes 11") as caught:
-        BatchReader(counting(10), 10, 1, 0, 4)
+        BatchReader(counting(10), 10, 1, 0)
     assert caught.value.key == "data.sequence_length"
-    assert BatchReader(counting(11), 10, 1, 0, 4).sequences_per_epoch == 1
+    assert BatchReader(counting(11), 10, 1, 0).sequences_per_epoch == 1
     with pytest.raises(UserError, match="holds 2 sequences of 10") as caught:
-        BatchReader(counting(21), 10, 3, 0, 4)
+        BatchReader(counting(21), 10, 3, 0)
     assert caught.value.key == "batch.sequences"
     with pytest.raises(UserError, match="does not divide among 4"):
-        BatchReader(counting(100), 10, 6, 0, 4).batch(0, 0, 4)
+        BatchReader(counting(100), 10, 6, 0).batch(0, 0, 4)
 
 
 @settings(deadline=None)
@@ -125,8 +134,9 @@ def test_evaluation_weighs_every_sequence_once(sequences: int, micro_batch: int,
     reader = EvaluationReader(counting(401, 77), 10, sequences * 10 + 3, micro_batch)
     per_rank = [reader.batches(rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1
-    counted = [b.tokens[: b.weight, 0] for batches in per_rank for b in batches]
-    assert sorted(np.concatenate(counted).tolist()) == [10 * i for i in range(sequences)]
+    counted = np.concatenate([b.tokens[: b.weight, 0] for batches in per_rank for b in batches])
+    whole = EvaluationReader(counting(401), 10, sequences * 10, 40).batches()[0].tokens
+    assert sorted(counted.tolist()) == whole[:, 0].tolist(), "the same ones for every number of ranks"
     for batch in itertools.chain(*per_rank):
         assert batch.tokens.shape in {(batch.weight, 11), (1, 11)}
         assert batch.weight <= micro_batch
@@ -136,7 +146,7 @@ def test_evaluation_weighs_every_sequence_once(sequences: int, micro_batch: int,
         return float(np.sin(rows[:, 1:]).mean())
 
     total = sum(b.weight * loss(b.tokens) for b in itertools.chain(*per_rank))
-    expected = np.sin(np.arange(sequences * 10) + 1.0).mean()
+    expected = loss(whole)
     assert total / reader.sequences == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
@@ -221,7 +231,7 @@ def test_opening_a_billion_tokens_takes_no_scan(tmp_path: Path) -> None:
         file.truncate(tokens * 2)
     start = time.perf_counter()
     shard = IndexedReader(prefix)
-    reader = BatchReader(stream(shard.tokens), 2048, 64, 0, shuffle_block=65_536)
+    reader = BatchReader(TokenStream(stream(np.zeros(1)).manifest, [shard], "sparse"), 2048, 64, 0)
     batch = reader.batch(7_000)
     assert time.perf_counter() - start < 0.5
     assert batch.shape == (64, 2049)

@@ -15,6 +15,7 @@ from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.timeline import build_timeline
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.evaluate import evaluate_checkpoint
 from qatscale.train.loop import train
 from qatscale.train.start import Start, plan_start
 
@@ -157,3 +158,22 @@ def test_a_run_that_another_process_trains_is_refused_as_long_as_that_process_li
     start = plan(trained, "unfinished", here)
     assert start is not None
     assert start.step == SWITCH + 1
+
+
+@pytest.mark.dist
+def test_runs_of_a_version_with_another_order_of_data(tmp_path: Path, trained: Trained) -> None:
+    """They are read and branched from; what could only go on in another order is not resumed."""
+    for name in ("unfinished", REFERENCE):
+        shutil.copytree(trained.runs / name, tmp_path / name)
+        recipe = tmp_path / name / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("data:\n", "data:\n  shuffle_block: 65536\n"))
+    former = f"output={tmp_path}"
+    assert evaluate_checkpoint(str(tmp_path / REFERENCE))[1:] == evaluate_checkpoint(str(trained.runs / REFERENCE))[1:]
+    assert plan(trained, REFERENCE, former) is None, "done"
+    with pytest.raises(UserError, match="in another order") as caught:
+        plan(trained, "unfinished", former)
+    assert "branch" in caught.value.do
+    for runs, notices in ((tmp_path, 1), (trained.runs, 0)):
+        branch = plan(trained, "new", former, branch_from=str(runs / "unfinished"))
+        assert branch is not None
+        assert sum("another order of data" in notice for notice in branch.notices) == notices
