@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
@@ -67,6 +66,8 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.claims = Claims(path / "claims")
+        self._tree: tuple[int, dict[str, StudyJob]] = (0, {})
+        """(time of change of tree.json, its jobs)."""
 
     @property
     def study_file(self) -> Path:
@@ -100,14 +101,19 @@ class StudyFolder:
     def checkpoint(self, name: str, step: int) -> Path:
         return step_folder(self.runs / name / "checkpoints", step)
 
-    @cached_property
+    @property
     def jobs(self) -> dict[str, StudyJob]:
-        """By name, each after the one it branches from. UserError where nothing was laid out yet."""
-        if not self.tree_file.is_file():
+        """By name, each after the one it branches from; the same object until the study grows. UserError where nothing
+        was laid out yet."""
+        try:
+            changed = self.tree_file.stat().st_mtime_ns
+        except OSError:
             do = "Lay it out with `qatscale study run STUDY.yaml`."
-            raise UserError("study", str(self.path), "holds no tree.json.", do)
-        jobs = [StudyJob(**{**raw, "keep": tuple(raw["keep"])}) for raw in json.loads(self.tree_file.read_text())]
-        return {job.name: job for job in jobs}
+            raise UserError("study", str(self.path), "holds no tree.json.", do) from None
+        if changed != self._tree[0]:
+            jobs = [StudyJob(**{**raw, "keep": tuple(raw["keep"])}) for raw in json.loads(self.tree_file.read_text())]
+            self._tree = changed, {job.name: job for job in jobs}
+        return self._tree[1]
 
     def recorded(self) -> set[str]:
         """The runs that results.csv has a row of."""
@@ -151,7 +157,6 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
                 _write_recipe(folder, configs[job.name], kept)
         write_atomic(folder.study_file, text.encode())
         write_json_atomic(folder.tree_file, [asdict(job) for job in jobs])
-        folder.__dict__.pop("jobs", None)
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
     gone = [name for name in old if name in begun and name not in configs]
     if gone:

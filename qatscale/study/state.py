@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from qatlaw.study import longest_paths, next_job
@@ -38,14 +37,14 @@ class StudyState:
         self._done: set[str] = set()
         self._recorded: tuple[float, set[str]] = (-1.0, set())
         self.attempts: dict[str, Attempt] = {}
-
-    @cached_property
-    def longest(self) -> dict[str, float]:
+        self._jobs: dict[str, StudyJob] = {}
+        self._longest: dict[str, float] = {}
         """FLOPs of the longest path below each run."""
-        return longest_paths([job.as_tree_job() for job in self.folder.jobs.values()])
 
     def refresh(self) -> Mapping[str, JobState]:
         jobs = self.folder.jobs
+        if jobs is not self._jobs:
+            self._jobs, self._longest = jobs, longest_paths([job.as_tree_job() for job in jobs.values()])
         self.attempts = self.folder.claims.attempts()
         self._done |= {name for name in jobs if name not in self._done and self.folder.run(name).is_done}
         changed = self.folder.results.stat().st_mtime if self.folder.results.exists() else 0.0
@@ -88,16 +87,11 @@ class StudyState:
     def _deaths(self, name: str) -> int:
         return sum(attempt.state == "gone" for attempt in self.folder.claims.history(name))
 
-    def next_job(self, processes: int | None = None) -> StudyJob | None:
+    def next_job(self) -> StudyJob | None:
         """The run that a free worker takes; None if none can start now."""
-        jobs = self.folder.jobs
-        ready = [
-            name
-            for name, state in self.states.items()
-            if state.state == "ready" and (processes is None or jobs[name].processes <= processes)
-        ]
-        name = next_job(ready, self.longest)
-        return None if name is None else jobs[name]
+        ready = [name for name, state in self.states.items() if state.state == "ready"]
+        name = next_job(ready, self._longest)
+        return None if name is None else self._jobs[name]
 
     @property
     def may_go_on(self) -> bool:

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +27,8 @@ from qatscale.study.state import StudyState
 
 POLL = 1.0
 """Seconds between two looks for a run that can start; grows tenfold while nothing changes."""
+MOST_REASON = 500
+"""Characters of an error that a claim keeps; the log has all."""
 
 
 class Worker:
@@ -35,10 +36,9 @@ class Worker:
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, folder: StudyFolder, name: str | None = None, say: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: StudyFolder) -> None:
         self.folder = folder
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
-        self.say = say
+        self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._stopped = False
 
     def work(self) -> int:
@@ -76,9 +76,12 @@ class Worker:
             raise
         except Exception as error:  # whatever ends one run must not end the others
             logging.getLogger("qatscale").exception(job.name)
-            reason = f"{error}".strip() or type(error).__name__
-            self.say(f"{job.name} failed: {reason}")
+            reason = (f"{error}".strip() or type(error).__name__)[:MOST_REASON]
+            print(f"{job.name} failed: {reason}", flush=True)
             claim.close("failed", reason)
+            if not _device_works():
+                print("the device answers no more: this worker starts anew", flush=True)
+                os.execv(sys.executable, [sys.executable, "-m", "qatscale", "study", "work", str(self.folder.path)])
             return not self._stopped
         if not done:
             claim.close("released", "stopped by a signal")
@@ -112,6 +115,18 @@ class Worker:
             return False
         failures = run.records("failed") if run.run_file.exists() else []
         raise RuntimeError(failures[-1]["error"] if failures else f"the launcher ended with code {child.returncode}")
+
+
+def _device_works() -> bool:
+    """A failed kernel makes every later call to a GPU fail, for as long as the process lives."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return True
+    try:
+        return int(torch.ones(1, device="cuda").sum()) == 1
+    except RuntimeError:
+        return False
 
 
 def _lost(name: str) -> None:
