@@ -17,7 +17,7 @@ A run is done when its folder holds done.json, or results.csv its row: what was 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -146,22 +146,32 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
         routes = {run.route.name: run.route for run in cells.runs}
         offers = [Offer(routes[name], _offered_steps(folder, old[name])) for name in begun & routes.keys()]
         done = recorded & configs.keys() - begun  # trained elsewhere: nothing branches from them here
-        jobs = [old[name] for name in old if name in begun]
+        kept = _needed(old, begun & configs.keys(), begun)
+        jobs = [old[name] for name in old if name in kept]
         tree = cheapest_tree([run.route for run in fresh if run.route.name not in done], offers)
         by_name = {run.route.name: run for run in cells.runs}
         jobs += [_job(by_name[job.route.name], job, tree.kept[job.route.name]) for job in tree.jobs]
         jobs += [_job(by_name[name], Job(routes[name], None, 0), ()) for name in sorted(done)]
         for job in jobs:
             if job.name in configs and job.name not in begun:
-                kept = [step * job.tokens_per_step for step in job.keep]
-                _write_recipe(folder, configs[job.name], kept)
+                _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in job.keep])
         write_atomic(folder.study_file, text.encode())
         write_json_atomic(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
-    gone = [name for name in old if name in begun and name not in configs]
+    gone = [name for name in old if name in begun and name not in kept]
     if gone:
-        notes.append(f"no longer in the study, and kept: {_listed(gone)}")
+        notes.append(f"no longer in the study, their folders stay: {_listed(gone)}")
     return (*notes, *cells.warnings)
+
+
+def _needed(jobs: Mapping[str, StudyJob], names: Set[str], begun: Set[str]) -> set[str]:
+    """These runs, and those begun from which they branch. `jobs`: each after the one it branches from."""
+    needed = set(names)
+    for name in reversed(list(jobs)):
+        parent = jobs[name].parent
+        if name in needed and parent is not None and parent in begun:
+            needed.add(parent)
+    return needed
 
 
 def _job(run: StudyRun, job: Job, kept: Iterable[int]) -> StudyJob:

@@ -162,6 +162,11 @@ def test_a_study_that_grows_keeps_what_is_done(tiny: Path, prepared: Path, tmp_p
     assert len(after) == len(before) + 4
     assert all(after[name].final == before[name].final for name in before)
     assert all(len(Claims(folder / "claims").history(name)) == 1 for name in after)
+    lay_out(studies.write_study(file, prepared, bits="[2]", fractions="[0.5]"), StudyFolder(folder))
+    left = StudyFolder(folder).jobs
+    assert {name for name in left if "f0.5" in name} == {name for name in after if "2bit-f0.5" in name}
+    assert len(left) == 3, "and the full-precision run that they branch from"
+    assert len(list((folder / "runs").iterdir())) == len(after), "no folder is removed"
 
 
 def test_what_was_trained_elsewhere_is_not_trained_again(tiny: Path, tmp_path: Path) -> None:
