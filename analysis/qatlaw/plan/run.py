@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,11 +167,9 @@ def _predict(law: PlannerLaw, params: int, tokens: int, bits: float, planned: fl
     if law.bootstrap is not None:
         low_f, high_f = law.bootstrap.fraction(params, tokens, bits)
         low, high = law.bootstrap.loss(params, (1 - planned) * tokens, planned * tokens, bits)
-        intervals = {
-            "level": law.bootstrap.level,
-            "fraction_interval": (float(low_f), float(high_f)),
-            "loss_interval": (float(low), float(high)),
-        }
+        intervals = {"level": law.bootstrap.level, "fraction_interval": (float(low_f), float(high_f))}
+        if math.isfinite(low):
+            intervals["loss_interval"] = float(low), float(high)
     return Prediction(
         loss=float(optimal_loss(law.law, params, tokens, bits)),
         full_precision_loss=float(law.law.loss(params, tokens, 0.0, bits)),
