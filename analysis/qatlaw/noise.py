@@ -18,11 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import chdtri
 
 from qatlaw.laws.points import Floats
 
 OUTLYING = 4.0
 """Robust standard deviations beyond which a residual counts as that many: one outlier is no trunk."""
+CHANCE = 0.05
+"""Share of tables without trunk noise in which it is weighed all the same, which makes the level less exact."""
 LEAST_FREEDOM = 2
 """With a single degree of freedom the interval of a level is 13 standard errors to each side."""
 
@@ -47,8 +50,10 @@ class Noise:
 
     @property
     def ratio(self) -> float:
-        """What a trunk's runs share, over what each has of its own."""
-        return self.trunk / self.own if self.trunk else 0.0
+        """What a trunk's runs share, over what each has of its own; 0 where the trunks' scatter may be chance."""
+        if self.trunk == 0 or self.between * self.freedom <= self.own**2 * chdtri(self.freedom, CHANCE):
+            return 0.0
+        return self.trunk / self.own
 
     def draw(self, rng: np.random.Generator) -> float:
         """A trunk's standard deviation as far as it is known; 0 where it is not."""
