@@ -35,6 +35,8 @@ class PlannerLaw:
     """Made up, or fitted on made-up runs: a demonstration."""
     bootstrap: Bootstrap | None = None
     """Resampled laws, for intervals."""
+    sizes: tuple[float, ...] = ()
+    """N of the runs behind it; empty where they are not known."""
 
     def warning(self, N: float, D: float, B: float | None = None) -> str | None:
         """One sentence naming what of the plan lies outside the range of the law's runs; None where nothing does.
@@ -49,7 +51,11 @@ class PlannerLaw:
             low, high = self.range.get(key, (0.0, float("inf")))
             if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
                 outside.append(f"{symbol} = {amount(value)} (its runs: {amount(low)} to {amount(high)})")
-        return f"the loss law is extrapolated: {', '.join(outside)}" if outside else None
+        told = [f"the loss law is extrapolated: {', '.join(outside)}"] if outside else []
+        if len(self.sizes) == 2 and all(abs(N / size - 1) > ROUNDING for size in self.sizes):
+            known = " and ".join(map(amount, self.sizes))
+            told.append(f"runs of two sizes ({known}) do not determine losses at another: trust the fractions alone")
+        return "; ".join(told) or None
 
     def check_bits(self, bits: float) -> None:
         """LawError where a law of one bit width is asked about another."""
@@ -91,6 +97,7 @@ def load_law(name: str) -> PlannerLaw:
         range=file.range,
         synthetic=bool(file.data.get("synthetic")),
         bootstrap=file.bootstrap,
+        sizes=tuple(file.data.get("sizes", ())),
     )
 
 

@@ -10,7 +10,7 @@ R² of the loss says little about the optimal fraction, whose U-curves are shall
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from qatlaw.errors import LawError
 from qatlaw.identifiability import Identifiability, identify
 from qatlaw.laws.base import Law, LawForm
 from qatlaw.laws.points import Floats
+from qatlaw.noise import Noise, estimate_noise, own_errors
 from qatlaw.problem import Problem
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
@@ -34,7 +35,9 @@ AGREEMENT = 1e-6
 ENOUGH = 3
 """Starts that agree on the best optimum before the search stops."""
 NOTABLY_SHARED = 1.0
-"""Shared noise as large as the runs' own, from which on a fit that does not know of it says so."""
+"""What the runs of one U-curve err together, over what each errs alone, from which on a fit says so."""
+ROUNDS = 4
+"""In which the noise and the optimum settle."""
 BATCH = 4
 """Starts between two looks at whether they agree: fixed, so that the result does not depend on the workers."""
 
@@ -68,7 +71,6 @@ class FitOptions:
 
     delta: float | None = None
     fp_weight: float = 1.0
-    curve_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ class FitResult:
     """By bit width ("4"), and "fp" for full-precision runs."""
     starts: Starts
     identifiability: Identifiability
-    shared_noise: float
-    """What U-curves' residuals share, over what each run has of its own: what `curve_noise` should be."""
+    noise: Noise
     seed: int
     warnings: tuple[str, ...] = field(default=())
 
@@ -117,7 +118,6 @@ def fit(
     starts: int = 32,
     delta: float | None = None,
     fp_weight: float = 1.0,
-    curve_noise: float = 0.0,
     workers: int = 1,
 ) -> FitResult:
     """The form's coefficients that meet the table's losses best.
@@ -127,8 +127,6 @@ def fit(
     delta: log loss up to which residuals are squared, beyond which they count linearly. None: 1.345 times the
         residuals' own robust spread, which keeps 95 % of the efficiency of least squares and a deaf ear for outliers.
     fp_weight: how often a full-precision run counts.
-    curve_noise: runs of one U-curve that share a trunk or data share noise, too: its standard deviation over that of a
-        run's own noise. Above 0 the shape of the U-curves weighs more than their height.
     workers: processes. One start takes some hundredths of a second, a process half of one to begin: worth it for
         thousands of runs or slow forms only.
 
@@ -141,16 +139,14 @@ def fit(
         raise LawError("delta", delta, "a log loss above 0, such as 0.001.")
     if not fp_weight > 0:
         raise LawError("fp_weight", fp_weight, "above 0.", "Leave full-precision runs out of the table instead.")
-    if not curve_noise >= 0:
-        raise LawError("curve_noise", curve_noise, "0 or more.")
-    options = FitOptions(delta, fp_weight, curve_noise)
+    options = FitOptions(delta, fp_weight)
     used, left_out = usable(form, table)
     used.check_text()
     _refuse_too_little(form, used, left_out)
     problem = make_problem(form, used, options)
     found, report = _search(problem, options.delta or FIRST_DELTA, seed, starts, workers)
-    found, final_delta = _polished(problem, found, options)
-    return _result(problem, found, final_delta, used, left_out, options, report, seed)
+    problem, solved, final_delta = _polished(problem, found, used, options)
+    return _result(problem, solved, final_delta, used, left_out, options, report, seed)
 
 
 def fit_per_bits(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:
@@ -178,14 +174,14 @@ def usable(form: LawForm, table: RunTable) -> tuple[RunTable, dict[str, int]]:
     return table.where(~left), counts
 
 
-def make_problem(form: LawForm, table: RunTable, options: FitOptions) -> Problem:
+def make_problem(form: LawForm, table: RunTable, options: FitOptions, trunk_noise: float = 0.0) -> Problem:
     return Problem(
         form=form,
         points=table.points,
         loss=table.loss,
         weights=np.where(table.quantized, 1.0, options.fp_weight),
-        curves=curve_numbers(table),
-        curve_noise=options.curve_noise,
+        trunks=table.trunks,
+        trunk_noise=trunk_noise,
     )
 
 
@@ -265,15 +261,22 @@ def _search(problem: Problem, delta: float, seed: int, starts: int, workers: int
     return found[0][1], Starts(len(found), agreeing, tuple(cost for cost, _ in found))
 
 
-def _polished(problem: Problem, variables: Floats, options: FitOptions) -> tuple[Any, float]:
-    """The optimum at the final delta. An unknown delta and the residuals it makes settle in a few rounds."""
+def _polished(problem: Problem, variables: Floats, table: RunTable, options: FitOptions) -> tuple[Problem, Any, float]:
+    """The optimum at the final delta, under the trunks' noise. An unknown delta, that noise and the residuals they make
+    settle in a few rounds."""
     delta = options.delta or FIRST_DELTA
-    for _ in range(1 if options.delta else 4):
+    for _ in range(ROUNDS):
+        noise = _noise(problem, variables, table)
+        problem = replace(problem, trunk_noise=noise.ratio)
         if options.delta is None:
             delta = max(HUBER_EFFICIENT * robust_spread(problem.residuals(variables)), LEAST_DELTA)
         solved = problem.solve(variables, delta, tolerance=1e-14)
         variables = solved.x
-    return solved, delta
+    return problem, solved, delta
+
+
+def _noise(problem: Problem, variables: Floats, table: RunTable) -> Noise:
+    return estimate_noise(problem.errors(variables), table.trunks, table.column("n_params"), len(variables))
 
 
 def _result(
@@ -294,11 +297,11 @@ def _result(
     predicted = table.loss * np.exp(residuals)
     identifiability = identify(problem, solved.x, robust_spread(problem.residuals(solved.x)))
     warnings = list(identifiability.sentences)
-    shared = shared_noise(residuals, problem.curves)
-    if shared > max(2 * options.curve_noise, NOTABLY_SHARED):
+    noise = _noise(problem, solved.x, table)
+    shared = shared_noise(own_errors(residuals, table.trunks, noise), curve_numbers(table))
+    if shared > NOTABLY_SHARED and noise.own > LEAST_DELTA:
         warnings.append(
-            f"Runs of one U-curve err together ({shared:.2g} times what each errs alone): they share a trunk's noise, "
-            f"or the law is off there. curve_noise={shared:.1g} would weigh the curves' shape accordingly."
+            f"Runs of one U-curve err together ({shared:.2g} times what each errs alone): the law is off there."
         )
     if report.agreeing < 2:
         warnings.append(
@@ -316,7 +319,7 @@ def _result(
         per_bits=quality_per_bits(predicted, table),
         starts=report,
         identifiability=identifiability,
-        shared_noise=shared,
+        noise=noise,
         seed=seed,
         warnings=tuple(warnings),
     )
@@ -353,11 +356,11 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
             f"{form.name} has {len(form.parameters)} parameters and needs more runs than that.{told}",
             "Add runs, or fit a form with fewer parameters.",
         )
-    for name, values in (("n_params", table.column("n_params")), ("tokens_total", table.tokens_total)):
-        if len(set(values.tolist())) < 3:
-            raise LawError(
-                f"{source}: {name}",
-                sorted(set(values.tolist())),
-                "a power law with an offset has three unknowns and needs three different values.",
-                "Add runs.",
-            )
+    for name, values, needed, why in (
+        # Sizes of a law with an optimal fraction may be two: the fraction does not depend on the power law in N.
+        ("n_params", table.column("n_params"), 2 if form.has_fraction else 3, "a power law in the parameters"),
+        ("tokens_total", table.tokens_total, 3, "a power law with an offset"),
+    ):
+        found = sorted(set(values.tolist()))
+        if len(found) < needed:
+            raise LawError(f"{source}: {name}", found, f"{why} needs {needed} different values.", "Add runs.")

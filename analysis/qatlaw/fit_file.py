@@ -36,7 +36,7 @@ class FitFile:
     range: dict[str, tuple[float, float]]
     """(low, high) of the runs: n_params, tokens, bits, s_total."""
     data: dict[str, Any]
-    """hash, runs, source, left_out, and synthetic: whether the runs were drawn from a made-up law."""
+    """hash, runs, sizes, source, left_out, and synthetic: whether the runs were drawn from a made-up law."""
     quality: dict[str, Any]
     """r2, mae, sigma, per_bits, warnings, and fraction_mae where U-curves were measured."""
     created: str
@@ -61,6 +61,7 @@ def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: A
         data={
             "hash": result.table.hash,
             "runs": len(result.table),
+            "sizes": sorted(set(result.table.column("n_params").tolist())),
             "source": result.table.source,
             "left_out": result.left_out,
             "synthetic": result.table.synthetic,
@@ -71,6 +72,7 @@ def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: A
             "sigma": result.quality.sigma,
             "per_bits": {bits: vars(found) for bits, found in result.per_bits.items()},
             "standard_errors": result.identifiability.standard_errors,
+            "noise": {"own": result.noise.own, "trunk": result.noise.trunk if result.noise.trunk_is_known else None},
             "warnings": list(result.warnings),
             **quality,
         },
@@ -89,7 +91,11 @@ def write_fit(path: str | Path, file: FitFile) -> None:
         "created": file.created,
     }
     if file.bootstrap:
-        content["bootstrap"] = {"level": file.bootstrap.level, "thetas": file.bootstrap.thetas.tolist()}
+        drawn = file.bootstrap
+        content["bootstrap"] = {
+            "level": drawn.level, "thetas": drawn.thetas.tolist(), "unknown": drawn.unknown,
+            "loss_sizes": drawn.loss_sizes,
+        }  # fmt: skip
     # NaN is no JSON: what is unknown is null.
     Path(path).write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
 
@@ -109,10 +115,20 @@ def read_fit(path: str | Path) -> FitFile:
         raise LawError("fit", str(path), f"lacks {', '.join(missing)}.", "Fit again.")
     law = Law.from_dict(content)
     drawn = content.get("bootstrap")
+    if drawn:
+        # Files of versions that did not know of trunks have intervals of the loss that are too narrow: none are given.
+        sizes = drawn.get("loss_sizes", ())
+        drawn = Bootstrap(
+            form=law.form,
+            thetas=np.array(drawn["thetas"], np.float64),
+            level=drawn["level"],
+            unknown=tuple(drawn.get("unknown", law.form.level_parameters)),
+            loss_sizes=None if sizes is None else tuple(sizes),
+        )
     return FitFile(
         law=law,
         intervals={name: (low, high) for name, (low, high) in content["intervals"].items()},
-        bootstrap=Bootstrap(law.form, np.array(drawn["thetas"], np.float64), drawn["level"]) if drawn else None,
+        bootstrap=drawn,
         range={name: (low, high) for name, (low, high) in content["range"].items()},
         data=content["data"],
         quality=content["quality"],

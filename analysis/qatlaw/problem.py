@@ -40,10 +40,10 @@ class Problem:
     """[runs], nats."""
     weights: Floats
     """[runs]: how often each counts."""
-    curves: NDArray[np.int64]
-    """[runs]: which U-curve (same size, tokens, width) a run belongs to; a number of its own for those of none."""
-    curve_noise: float = 0.0
-    """Standard deviation of the noise that a curve's runs share, over that of each run's own."""
+    trunks: NDArray[np.int64]
+    """[runs]: equal for runs that share a trunk."""
+    trunk_noise: float = 0.0
+    """Standard deviation of the noise that a trunk's runs share, over that of each run's own."""
 
     @cached_property
     def centres(self) -> Mapping[str, Points]:
@@ -89,7 +89,7 @@ class Problem:
         return np.log(self.form.loss_at(self.theta(variables), self.points) / self.loss)
 
     def residuals(self, variables: Floats) -> Floats:
-        """The errors with the curves' shared noise weighed down, [runs]: what is fitted."""
+        """The errors with the trunks' shared noise weighed down, [runs]: what is fitted."""
         return self._whitened(self.errors(variables))
 
     def jacobian(self, variables: Floats) -> Floats:
@@ -155,19 +155,19 @@ class Problem:
 
     @cached_property
     def _shares(self) -> tuple[NDArray[np.int64], Floats, Floats]:
-        """By run its curve; by curve its number of runs and how much of its mean is taken out of the residuals.
+        """By run its trunk; by trunk its number of runs and how much of its mean is taken out of the residuals.
 
-        Runs that share noise of variance c^2 beside their own of variance 1 have the covariance 1 + c^2 J over a curve
-        of n runs; its inverse root takes the part 1 - 1/sqrt(1 + n c^2) of the curve's mean out of each residual.
+        Runs that share noise of variance c^2 beside their own of variance 1 have the covariance 1 + c^2 J over a trunk
+        of n runs; its inverse root takes the part 1 - 1/sqrt(1 + n c^2) of the trunk's mean out of each residual.
         """
-        _, curve, count = np.unique(self.curves, return_inverse=True, return_counts=True)
-        return curve, count.astype(np.float64), 1 - 1 / np.sqrt(1 + count * self.curve_noise**2)
+        _, trunk, count = np.unique(self.trunks, return_inverse=True, return_counts=True)
+        return trunk, count.astype(np.float64), 1 - 1 / np.sqrt(1 + count * self.trunk_noise**2)
 
     def _whitened(self, values: Floats) -> Floats:
         """values: [runs] or [runs, columns]."""
-        if self.curve_noise == 0:
+        if self.trunk_noise == 0:
             return values
-        curve, count, taken = self._shares
+        trunk, count, taken = self._shares
         columns = values.reshape(len(values), -1)
-        sums = np.stack([np.bincount(curve, column) for column in columns.T], axis=1)
-        return (columns - (sums * (taken / count)[:, None])[curve]).reshape(values.shape)
+        sums = np.stack([np.bincount(trunk, column) for column in columns.T], axis=1)
+        return (columns - (sums * (taken / count)[:, None])[trunk]).reshape(values.shape)

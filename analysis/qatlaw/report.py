@@ -149,11 +149,11 @@ def _figure(one: Drawn, svg: bytes | None) -> str:
 def _fit(summary: Summary) -> str:
     result = summary.result
     form, starts = result.law.form, result.starts
-    warnings = "".join(f'<div class="warning">{escape(line)}</div>' for line in result.warnings)
+    warnings = "".join(f'<div class="warning">{escape(line)}</div>' for line in summary.warnings)
     told = (
         f"L = {form.formula}. {form.source}; coefficients fitted here on {len(result.table)} runs, {summary.scheme} "
-        f"and full precision. {starts.agreeing} of {starts.tried} cold starts found this optimum; a run's noise is "
-        f"{result.quality.sigma:.2%} of its loss. R² and MAE in sample."
+        f"and full precision. {starts.agreeing} of {starts.tried} cold starts found this optimum. {summary.noise} "
+        "R² and MAE in sample."
     )
     return (
         f"<section><h2>The law: {escape(summary.label)}</h2><p>{escape(told)}</p>{warnings}"

@@ -15,10 +15,11 @@ from qatlaw.errors import LawError
 from qatlaw.figures.style import bits_label
 from qatlaw.fit import FitResult, fit, fit_per_bits
 from qatlaw.fit_file import FitFile, fit_file, write_fit
+from qatlaw.intervals import Bootstrap
 from qatlaw.laws import FORMS
 from qatlaw.laws.base import LawForm
 from qatlaw.table import MIXED_SCHEMES, RunTable
-from qatlaw.uncertainty import Bootstrap, bootstrap
+from qatlaw.uncertainty import bootstrap, interval_notes
 from qatlaw.validation import AXES, Comparison, compare
 
 NONE = "–"
@@ -39,11 +40,27 @@ class Summary:
     """By width and 'all'; empty without usable U-curves, or for a law without an optimal fraction."""
 
     @property
+    def warnings(self) -> list[str]:
+        """What a reader of the coefficients and of their intervals has to know."""
+        return [*self.result.warnings, *(interval_notes(self.result) if self.bootstrap else [])]
+
+    @property
     def file(self) -> FitFile:
         told = {bits: asdict(errors) for bits, errors in self.fractions.items()}
         whole = self.fractions.get("all")
-        mae = {"fraction_mae": whole.mae} if whole else {}
-        return fit_file(self.result, self.bootstrap, scheme=self.scheme, fraction_errors=told, **mae)
+        more: dict[str, Any] = {"fraction_mae": whole.mae} if whole else {}
+        more |= {"scheme": self.scheme, "fraction_errors": told, "warnings": self.warnings}
+        return fit_file(self.result, self.bootstrap, **more)
+
+    @property
+    def noise(self) -> str:
+        """The noise of its runs in a sentence."""
+        noise = self.result.noise
+        told = f"A run's own noise is {noise.own:.2%} of its loss"
+        if noise.shared == 0:
+            return f"{told}; no two runs share a trunk."
+        known = f"{noise.trunk:.2%}, by {noise.freedom} degrees of freedom" if noise.trunk_is_known else "not known"
+        return f"{told}, that of a trunk (size and seed) {known}."
 
 
 def scheme_of(table: RunTable, asked: str | None, *, either: bool = False) -> str:

@@ -6,6 +6,8 @@ over the paper's range). They were fitted on no runs and are no one's measuremen
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +74,34 @@ def table(seed: int, noise: float = NOISE, drawn_from: Law | None = None) -> Run
     frame["loss"] = exact * np.exp(noise * np.random.default_rng(seed).standard_normal(len(frame)))
     frame["synthetic"] = True
     return RunTable.from_frame(frame, source=f"synthetic runs, seed {seed}")
+
+
+def ladder(
+    draw: int,
+    sizes: Sequence[float],
+    tokens: Sequence[float],
+    bits: Sequence[float],
+    fractions: Sequence[float],
+    seeds: int,
+    own: float,
+    trunk: float,
+) -> RunTable:
+    """A study's grid with its full-precision runs, under the synthetic law: each run errs by `own`, and all runs of a
+    size and seed by another error of standard deviation `trunk` (both in log loss). `draw`: of the noise."""
+    import pandas as pd
+
+    from qatlaw.table import RunTable
+
+    rows = []
+    for N, seed, D in itertools.product(sizes, range(seeds), tokens):
+        rows.append((N, 16.0, D, 0.0, "fp", seed))
+        rows += [(N, B, D * (1 - f), D * f, "sequential", seed) for B in bits for f in fractions]
+    frame = pd.DataFrame(rows, columns=["n_params", "bits", "tokens_fp", "tokens_qat", "scheme", "seed"])
+    rng = np.random.default_rng([draw, seeds])
+    trunks = frame.groupby(["n_params", "seed"]).ngroup().to_numpy()
+    noise = own * rng.standard_normal(len(frame)) + trunk * rng.standard_normal(trunks.max() + 1)[trunks]
+    exact = law().loss(*(frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits")))
+    return RunTable.from_frame(frame.assign(loss=exact * np.exp(noise), synthetic=True), f"synthetic ladder {draw}")
 
 
 def held_out(seed: int, runs: int = 400) -> tuple[Floats, Floats, Floats, Floats]:

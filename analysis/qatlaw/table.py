@@ -109,6 +109,16 @@ class RunTable:
         """Bit widths of its quantized runs, rising."""
         return sorted(set(self.column("bits")[self.quantized].tolist()))
 
+    @cached_property
+    def trunks(self) -> NDArray[np.int64]:
+        """[runs]: equal for runs of one size and seed, which share a trunk; without a column `seed`, of one size."""
+        key = ["n_params", "seed"] if self.has_seeds else ["n_params"]
+        return self.frame.groupby(key, dropna=False).ngroup().to_numpy(np.int64)
+
+    @property
+    def has_seeds(self) -> bool:
+        return "seed" in self.frame.columns
+
     @property
     def synthetic(self) -> bool:
         """Whether any of its losses was drawn from a made-up law."""

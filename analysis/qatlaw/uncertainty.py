@@ -1,8 +1,13 @@
 """How far a fit can be trusted: bootstrap intervals of coefficients, losses and optimal fractions.
 
-Runs are drawn with replacement within each bit width (and within the full-precision runs), and the law is fitted again,
-from the optimum: every resample has its own optimum near it. Where runs of one U-curve share noise (`curve_noise` above
-0), whole curves are drawn: runs that err together are no independent evidence.
+The grid of a study is fixed, so its residuals are drawn and not its runs (B. Efron, Annals of Statistics 7, 1979): each
+resample has the losses of the fitted law with errors drawn with replacement within each bit width (and within the
+full-precision runs), and with one more error for each trunk. The law is fitted again, from the optimum: every resample
+has its own optimum near it.
+
+The trunks' error is drawn from the noise that trunks of one size show (`qatlaw.noise`), which takes several seeds.
+With one seed a size no interval of the loss can be given: the trunk's error is part of what looks like the size's loss.
+Differences within a trunk, and so the optimal fraction, have an interval all the same.
 """
 
 from __future__ import annotations
@@ -10,12 +15,12 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qatlaw.errors import LawError
-from qatlaw.fit import FitResult, curve_numbers, make_problem, mapped
+from qatlaw.fit import FitResult, make_problem, mapped
 from qatlaw.intervals import Bootstrap
 from qatlaw.laws.points import Floats
+from qatlaw.noise import Noise, own_errors
 from qatlaw.problem import Problem
 
 
@@ -27,13 +32,39 @@ def bootstrap(
         raise LawError("resamples", resamples, "20 or more: the ends of an interval come from its outermost ones.")
     if not 0 < level < 1:
         raise LawError("level", level, "between 0 and 1, such as 0.95.")
-    problem = make_problem(result.law.form, result.table, result.options)
-    strata = np.where(result.table.quantized, result.table.column("bits"), 0.0)
-    groups = curve_numbers(result.table) if result.options.curve_noise else np.arange(len(result.table))
-    once = partial(
-        _refit, problem, problem.variables(np.array(result.theta)), result.delta, strata, groups.astype(np.int64), seed
-    )
-    return Bootstrap(result.law.form, np.stack(mapped(once, range(resamples), workers)), level)
+    table, noise = result.table, result.noise
+    problem = make_problem(result.law.form, table, result.options, noise.ratio)
+    # A law with p parameters takes p of n degrees of freedom out of its residuals.
+    inflation = np.sqrt(len(table) / max(len(table) - len(result.theta), 1))
+    own = inflation * own_errors(result.residuals, table.trunks, noise)
+    strata = np.where(table.quantized, table.column("bits"), 0.0)
+    start = problem.variables(np.array(result.theta))
+    once = partial(_refit, problem, start, result.delta, strata, own, noise, seed)
+    drawn = np.stack(mapped(once, range(resamples), workers))
+    form = result.law.form
+    unknown = {name for name, error in result.identifiability.standard_errors.items() if np.isinf(error)}
+    # Two sizes have a loss each, and no power law between them.
+    loss_sizes = tuple(sorted(set(table.column("n_params").tolist()))) if unknown & set(form.level_parameters) else None
+    if not noise.trunk_is_known:
+        unknown |= set(form.level_parameters)
+        loss_sizes = ()
+    return Bootstrap(form, drawn, level, tuple(name for name in form.names if name in unknown), loss_sizes)
+
+
+def interval_notes(result: FitResult) -> list[str]:
+    """What a reader of a fit's intervals has to know of the trunks behind its runs."""
+    notes = []
+    if not result.table.has_seeds:
+        notes.append("The table has no column seed: runs of one size are taken to share a trunk, and its noise.")
+    if not result.noise.trunk_is_known:
+        names = ", ".join(result.law.form.level_parameters)
+        seeds = "a second seed at one size alone" if result.noise.freedom else "one seed a size"
+        notes.append(
+            f"No interval of the loss can be given, nor of {names}: with {seeds}, the noise of a trunk cannot be told "
+            "from the loss of its size. More seeds at each size would give one. The optimal fraction is a difference "
+            "within a trunk and has its interval."
+        )
+    return notes
 
 
 def _refit(
@@ -41,25 +72,27 @@ def _refit(
     start: Floats,
     delta: float,
     strata: Floats,
-    groups: NDArray[np.int64],
+    own: Floats,
+    noise: Noise,
     seed: int,
     number: int,
 ) -> Floats:
-    """theta of one resample; resampling is weighting each run by how often it was drawn."""
+    """theta of one resample."""
     rng = np.random.default_rng([seed, number])
-    drawn = np.zeros(len(strata))
+    errors = np.empty_like(own)
     for stratum in np.unique(strata):
-        inside = strata == stratum
-        _, member = np.unique(groups[inside], return_inverse=True)
-        count = int(member.max()) + 1
-        drawn[inside] = np.bincount(rng.integers(0, count, count), minlength=count)[member]
+        inside = np.flatnonzero(strata == stratum)
+        errors[inside] = rng.choice(own[inside], len(inside))
+    _, trunk = np.unique(problem.trunks, return_inverse=True)
+    errors += (noise.draw(rng) * rng.standard_normal(trunk.max() + 1))[trunk]
+    predicted = problem.loss * np.exp(problem.errors(start))
     resampled = Problem(
         form=problem.form,
         points=problem.points,
-        loss=problem.loss,
-        weights=problem.weights * drawn,
-        curves=problem.curves,
-        curve_noise=problem.curve_noise,
+        loss=predicted * np.exp(-errors),
+        weights=problem.weights,
+        trunks=problem.trunks,
+        trunk_noise=problem.trunk_noise,
     )
     theta = resampled.theta(resampled.solve(start, delta).x)
     bounds = [p.low for p in problem.form.parameters], [p.high for p in problem.form.parameters]

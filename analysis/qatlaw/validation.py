@@ -78,6 +78,11 @@ def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> Lea
     values = table.tokens_total if axis == "tokens_total" else table.column("n_params")
     above = _split(values, table, axis)
     rest, ends = table.where(values <= above), table.where((values > above) & table.quantized)
+    sizes = sorted(set(rest.column("n_params").tolist()))
+    if axis == "n_params" and len(sizes) < 3:
+        raise LawError(
+            f"{table.source}: {axis}", sizes, "two sizes say nothing of the loss of a third: too few are left to fit."
+        )
     found = predicted(laws_for(form, rest, **options), ends)
     known = np.isfinite(found)
     if not known.any():

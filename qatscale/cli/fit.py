@@ -61,9 +61,6 @@ def fit(
         float | None, typer.Option(help="Log loss from which on a residual counts linearly. [default: from the noise]")
     ] = None,
     fp_weight: Annotated[float, typer.Option(help="How often a full-precision run counts.")] = 1.0,
-    curve_noise: Annotated[
-        float, typer.Option(help="Noise that runs of one U-curve share (a trunk, data), over a run's own.")
-    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the cold starts and the bootstrap.")] = 0,
     starts: Annotated[int, typer.Option(help="Cold starts at most; it ends when three agree.")] = 32,
     workers: Workers = 1,
@@ -76,8 +73,8 @@ def fit(
         chosen = form_named(form)
         collected, where = collect_runs(experiment, table, runs, uri)
         kind = scheme_of(collected.table, scheme)
-        shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "curve_noise": curve_noise}
-        shared |= {"starts": starts, "seed": seed, "workers": workers}
+        shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "starts": starts}
+        shared |= {"seed": seed, "workers": workers}
         with _working("fitting"):
             summaries = summarise(chosen, collected.table, kind, resamples=resamples, **shared)
         compared = []
@@ -263,11 +260,10 @@ def _print_fit(
         _print_rows(title, coefficient_rows(summary), right=("value",))
         _print_rows("How it meets its runs", quality_rows(summary))
         out.print(
-            f"{result.starts.agreeing} of {result.starts.tried} cold starts found this optimum; a run's noise is "
-            f"{result.quality.sigma:.2%} of its loss",
+            f"{result.starts.agreeing} of {result.starts.tried} cold starts found this optimum. {summary.noise}",
             soft_wrap=True,
         )
-        for line in result.warnings:
+        for line in summary.warnings:
             out.print(f"warning: {line}", style="yellow", soft_wrap=True)
     if compared:
         _print_rows("Laws compared on runs they were not fitted on", comparison_rows(compared))

@@ -51,8 +51,8 @@ def test_intervals_hold_the_fit_and_the_truth(result, drawn):
     run = (4e8, 7e10, 3e10, 4)
     low, high = drawn.loss(*run)
     assert low < result.law.loss(*run) < high
-    # Of a law fitted to 757 runs, not of one run: a tenth of a run's noise.
-    assert high - low < synthetic.NOISE * result.law.loss(*run)
+    # Seven repeats in all do not exclude that the trunk of a size errs as much as a run does.
+    assert high - low < 2 * synthetic.NOISE * result.law.loss(*run)
     for name, (low, high) in drawn.coefficients.items():
         assert low < result.law.coefficients[name] < high, name
 
@@ -60,20 +60,6 @@ def test_intervals_hold_the_fit_and_the_truth(result, drawn):
 def test_the_seed_decides_the_intervals_and_the_workers_do_not(result, drawn):
     np.testing.assert_array_equal(bootstrap(result, resamples=20, workers=2).thetas, drawn.thetas[:20])
     assert not np.array_equal(bootstrap(result, resamples=20, seed=1).thetas, drawn.thetas[:20])
-
-
-def test_shared_noise_draws_whole_curves():
-    """Under noise shared by curves, runs drawn singly pass for more evidence than they are."""
-    frame = synthetic.table(0, noise=0.0005).frame
-    curve = frame.groupby(["n_params", "bits", frame["tokens_fp"] + frame["tokens_qat"]]).ngroup().to_numpy()
-    shared = 0.004 * np.random.default_rng(0).standard_normal(curve.max() + 1)[curve]
-    table = RunTable.from_frame(frame.assign(loss=frame["loss"] * np.exp(shared)))
-    width = {}
-    for curve_noise in (0.0, 1e-9):  # the second fits the same law, and draws curves
-        drawn = bootstrap(fit(QAT_UNIFIED, table, curve_noise=curve_noise), resamples=60)
-        low, high = drawn.coefficients["gamma"]
-        width[curve_noise] = high - low
-    assert width[1e-9] > 1.3 * width[0.0]
 
 
 def test_bootstrap_refuses_what_makes_no_interval(result):
@@ -209,6 +195,7 @@ def test_a_fit_survives_its_file(tmp_path, result, drawn):
     assert read.range == result.table.ranges
     assert read.data == {
         "hash": result.table.hash, "runs": 757, "source": "synthetic runs, seed 0", "left_out": {}, "synthetic": True,
+        "sizes": [86e6, 194e6, 396e6, 759e6, 2.2e9],
     }  # fmt: skip
     assert read.quality["note"] == "x"
     assert read.quality["per_bits"]["4"]["runs"] == 180

@@ -114,6 +114,12 @@ class LawForm:
     def index(self) -> Mapping[str, int]:
         return {name: i for i, name in enumerate(self.names)}
 
+    @cached_property
+    def level_parameters(self) -> tuple[str, ...]:
+        """Of the terms that are the same for all runs of one size: no difference between these runs tells them."""
+        constant = [term for term in self.terms if not term.quantized_only and set(term.features) <= {"N"}]
+        return tuple(name for term in constant for name in (term.coefficient, *term.exponents))
+
     def loss(self, theta: ArrayLike, N: ArrayLike, D_fp: ArrayLike, D_qat: ArrayLike, B: ArrayLike) -> Floats:
         """Loss in nats per token; the four broadcast. D_qat = 0 is a full-precision run, whatever B.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -203,11 +204,9 @@ def _predict(
     if law.bootstrap is not None:
         low_f, high_f = law.bootstrap.fraction(params, tokens, bits)
         low, high = law.bootstrap.loss(params, (1 - planned) * tokens, planned * tokens, bits)
-        intervals = {
-            "level": law.bootstrap.level,
-            "fraction_interval": (float(low_f), float(high_f)),
-            "loss_interval": (float(low), float(high)),
-        }
+        intervals = {"level": law.bootstrap.level, "fraction_interval": (float(low_f), float(high_f))}
+        if math.isfinite(low):
+            intervals["loss_interval"] = float(low), float(high)
     return Prediction(
         loss=float(best if planned == optimum else split_loss(law.law, params, tokens, planned, bits)),
         full_precision_loss=float(law.law.loss(params, tokens, 0.0, bits)),
