@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qatlaw.errors import LawError
 from qatlaw.identifiability import Identifiability, identify
+from qatlaw.information import Certainty, information
 from qatlaw.laws.base import Law, LawForm
 from qatlaw.laws.points import Floats
 from qatlaw.noise import Noise, estimate_noise, own_errors
@@ -94,6 +95,8 @@ class FitResult:
     starts: Starts
     identifiability: Identifiability
     noise: Noise
+    certainty: Certainty
+    """Standard errors, linearised: the bootstrap's intervals are better."""
     seed: int
     warnings: tuple[str, ...] = field(default=())
 
@@ -320,6 +323,7 @@ def _result(
         starts=report,
         identifiability=identifiability,
         noise=noise,
+        certainty=Certainty.of(law, information(law, problem.points, max(noise.own, 1e-12), problem.whitened)),
         seed=seed,
         warnings=tuple(warnings),
     )

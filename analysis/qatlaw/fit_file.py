@@ -71,7 +71,7 @@ def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: A
             "mae": result.mae,
             "sigma": result.quality.sigma,
             "per_bits": {bits: vars(found) for bits, found in result.per_bits.items()},
-            "standard_errors": result.identifiability.standard_errors,
+            "standard_errors": result.certainty.parameters,
             "noise": {"own": result.noise.own, "trunk": result.noise.trunk if result.noise.trunk_is_known else None},
             "warnings": list(result.warnings),
             **quality,

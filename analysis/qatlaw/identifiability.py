@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qatlaw.laws.base import Parameter
+from qatlaw.information import is_determined
 from qatlaw.laws.points import Floats
 from qatlaw.problem import Problem
 
@@ -20,17 +20,8 @@ OPEN = 1e-8
 """Singular values of the scaled Jacobian over the largest: below, no loss responds to the direction."""
 NAMED = 1e-3
 """Component along such a direction from which on a parameter is open."""
-DETERMINED = 0.3
-"""Standard error over the value up to which a parameter counts as determined."""
-SMALL_EXPONENT = 0.05
-"""Exponents below count as this large: a hundredfold of the feature changes their term by a quarter at most."""
 SHARED = 0.5
 """Share of a parameter's variance (squared correlation) from which on another one is named as trading against it."""
-
-
-def is_determined(parameter: Parameter, value: float, error: float) -> bool:
-    """Whether a standard error leaves something of a parameter; `error` is relative for coefficients."""
-    return error <= DETERMINED * (1.0 if parameter.log else max(abs(value), SMALL_EXPONENT))
 
 
 @dataclass(frozen=True)
@@ -58,10 +49,10 @@ class Direction:
 
 @dataclass(frozen=True)
 class Identifiability:
-    """Standard errors by parameter, and what is open in words."""
+    """What the data leave open, by name and in words."""
 
-    standard_errors: dict[str, float]
-    """Coefficients: relative, at the data's centre; exponents: absolute. Linearised: the bootstrap's are better."""
+    open: tuple[str, ...]
+    """Parameters along which no loss changes at all, if others change with them."""
     at_bound: tuple[str, ...]
     """Parameters that ended on a bound: the data would have them beyond it, or do not need their term."""
     vanished: dict[str, tuple[str, ...]]
@@ -109,7 +100,7 @@ def identify(problem: Problem, variables: Floats, noise: float) -> Identifiabili
         loose.append(Direction({form.names[i]: float(with_first[i]) for i in group}))
         undetermined = [i for i in undetermined if i not in group]
     return Identifiability(
-        standard_errors=dict(zip(form.names, errors.tolist(), strict=True)),
+        open=tuple(form.names[i] for i in np.flatnonzero(is_open)),
         at_bound=tuple(form.names[i] for i in np.flatnonzero(on_bound)),
         vanished=vanished,
         loose=tuple(loose),

@@ -1,4 +1,6 @@
-"""What the runs of a study would tell about a law: Fisher information and the standard errors it allows.
+"""What runs tell about a law: Fisher information and the standard errors it allows.
+
+Of a fit it is taken at the fitted law, of a study at the law that is assumed. One estimator serves both.
 
 Local design theory (H. Chernoff, Locally optimal designs for estimating parameters, Annals of
 Mathematical Statistics 24, 1953): under a law L(theta) and independent normal noise of standard deviation s on log
@@ -7,20 +9,26 @@ loss, n runs carry the Fisher information
     I = (1 / s^2) * sum over runs of  g g^T,        g = d ln L / d theta,
 
 and no unbiased estimate has a smaller covariance than its inverse (Cramer-Rao). The optimal fraction follows by the
-delta method: var f* = h^T I^-1 h with h = d f* / d theta. Runs of other studies add their own I. It is an answer under
-the law that is assumed, and for fits that use all runs alike: branches of one trunk share some of their noise, which
-makes levels less certain than this says, and differences between branches more.
+delta method: var f* = h^T I^-1 h with h = d f* / d theta. It is an answer under the law that is assumed. Branches of
+one trunk share some of their noise. A fit weighs it down as far as it is known. A study knows nothing of it: levels are
+less certain than this says, and differences between branches more.
+
+A law is fitted to the runs of one two-phase scheme and those in full precision, each point by one run (`qatlaw.runs`).
+A study is judged in the same way: `certainties`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
-from qatlaw.laws.base import Law
+from qatlaw.laws.base import Law, Parameter
 from qatlaw.laws.points import Floats, Points
+from qatlaw.table import MIXED_SCHEMES
 
 OPEN = 1e-9
 """Of the scaled information's eigenvalues over the largest: below, a direction is not determined in float64."""
@@ -28,6 +36,16 @@ NAMED = 1e-3
 """A parameter (or f*) that moves that much along such a direction is not determined either."""
 STEP = 1e-5
 """Of the central differences of f*, in relative units of a parameter."""
+DETERMINED = 0.3
+"""Standard error over the value up to which a parameter counts as determined; of f*, the error itself."""
+SMALL_EXPONENT = 0.05
+"""Exponents below count as this large: a hundredfold of the feature changes their term by a quarter at most."""
+NOT_DETERMINED = "not determined"
+
+
+def is_determined(parameter: Parameter, value: float, error: float) -> bool:
+    """Whether a standard error leaves something of a parameter; `error` is relative for coefficients."""
+    return error <= DETERMINED * (1.0 if parameter.log else max(abs(value), SMALL_EXPONENT))
 
 
 @dataclass(frozen=True)
@@ -46,21 +64,32 @@ class Runs:
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("N", "D_fp", "D_qat", "B"))
         return Runs(*(np.concatenate(pair) for pair in pairs))
 
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> Runs:
+        """Of a table's rows."""
+        columns = (frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits"))
+        return cls(*(column.to_numpy(np.float64) for column in columns))
+
+    @property
+    def points(self) -> Points:
+        return Points.of(self.N, self.D_fp, self.D_qat, self.B)
+
     def described(self, law: Law) -> Runs:
         """Those that the law says something of."""
-        keep = law.form.describes(Points.of(self.N, self.D_fp, self.D_qat, self.B))
+        keep = law.form.describes(self.points)
         return Runs(self.N[keep], self.D_fp[keep], self.D_qat[keep], self.B[keep])
 
 
-def information(law: Law, runs: Runs, noise: float) -> Floats:
+def information(law: Law, points: Points, noise: float, weighed: Callable[[Floats], Floats] | None = None) -> Floats:
     """[parameters, parameters]: Fisher information of the runs' losses, see the module's first lines.
 
     Coefficients count by their logarithm, so that an error of one is relative; exponents as they are.
-    noise: standard deviation of a run's log loss.
+    noise: standard deviation of a run's log loss. weighed: takes the noise that runs share out of columns of [runs].
     """
-    points = Points.of(runs.N, runs.D_fp, runs.D_qat, runs.B)
     loss, gradient = law.form.loss_and_gradient_at(law.theta, points)
     slopes = gradient / loss[:, None] * _units(law)
+    if weighed is not None:
+        slopes = weighed(slopes)
     return slopes.T @ slopes / noise**2
 
 
@@ -91,9 +120,20 @@ class Certainty:
         names = self.law.form.names
         return {name: self._error(np.eye(len(names))[i]) for i, name in enumerate(names)}
 
+    @property
+    def determined(self) -> dict[str, float | None]:
+        """`parameters`, with None for those that are not determined."""
+        pairs = zip(self.law.form.parameters, self.law.theta, self.parameters.values(), strict=True)
+        return {one.name: error if is_determined(one, value, error) else None for one, value, error in pairs}
+
     def fraction(self, N: float, D: float, B: float) -> float:
         """Standard error of the optimal fraction at one size, token count and width."""
         return self._error(_fraction_slope(self.law, N, D, B))
+
+    def determined_fraction(self, N: float, D: float, B: float) -> float | None:
+        """`fraction`, or None where it is not determined."""
+        error = self.fraction(N, D, B)
+        return error if error <= DETERMINED else None
 
     def _error(self, slope: Floats) -> float:
         """Of a quantity with this gradient in the parameters."""
@@ -102,6 +142,45 @@ class Certainty:
         if norm and self.undetermined.size and np.linalg.norm(self.undetermined.T @ scaled) > NAMED * norm:
             return float("inf")
         return math.sqrt(max(float(slope @ self.covariance @ slope), 0.0))
+
+
+def certainties(
+    law: Law, planned: pd.DataFrame, noise: float, known: pd.DataFrame | None = None, width: float | None = None
+) -> dict[str, tuple[Certainty | None, Certainty]]:
+    """By two-phase scheme of the planned runs: the certainty by the runs that are known (None without any), and by them
+    and the planned ones. `fp` stands for all where no run has two phases.
+
+    planned, known: a row a point, with the columns of a table but the loss. A planned run whose point is known already
+    adds nothing. width: of a law for one bit width.
+    """
+
+    def by(rows: pd.DataFrame, scheme: str) -> Certainty:
+        own = rows[rows["scheme"].isin(["fp", scheme])]
+        if width is not None:
+            own = own[(own["tokens_qat"] == 0) | (own["bits"] == width)]
+        return Certainty.of(law, information(law, Runs.of(own).described(law).points, noise))
+
+    both = planned.assign(point=_named(planned))
+    if known is not None:
+        both = pd.concat([known.assign(point=_named(known)), both[~both["point"].isin(_named(known))]])
+    schemes = [name for name in MIXED_SCHEMES if (planned["scheme"] == name).any()] or ["fp"]
+    return {name: (None if known is None else by(known, name), by(both, name)) for name in schemes}
+
+
+def _named(rows: pd.DataFrame) -> pd.Series:
+    """By run what a law and a repeat know of it, as text. A table without seeds holds the default one."""
+    seed = rows["seed"].astype(str) if "seed" in rows.columns else pd.Series("0", rows.index)
+    bits = rows["bits"].where(rows["tokens_qat"] > 0, 0)
+    numbers = (rows["n_params"], bits, rows["tokens_fp"], rows["tokens_qat"])
+    texts = [column.astype(float).map("{:.9g}".format) for column in numbers]
+    return texts[0].str.cat([*texts[1:], rows["scheme"].astype(str), seed], sep=" ")
+
+
+def error_text(parameter: Parameter | None, error: float | None) -> str:
+    """A standard error for a table: of coefficients relative, of exponents and of f* (parameter None) absolute."""
+    if error is None:
+        return NOT_DETERMINED
+    return f"{error:.2%}" if parameter is not None and parameter.log else f"{error:.4f}"
 
 
 def _units(law: Law) -> Floats:

@@ -90,7 +90,7 @@ class Problem:
 
     def residuals(self, variables: Floats) -> Floats:
         """The errors with the trunks' shared noise weighed down, [runs]: what is fitted."""
-        return self._whitened(self.errors(variables))
+        return self.whitened(self.errors(variables))
 
     def jacobian(self, variables: Floats) -> Floats:
         """d residuals / d variables, [runs, parameters]."""
@@ -104,7 +104,7 @@ class Problem:
             # An exponent turns its term about the centre: the coefficient gives way so that the centre stays.
             for name, slope in term.slopes(values, self.centres[term.coefficient]).items():
                 by_variable[:, self.form.index[name]] -= by_variable[:, i] * slope[0]
-        return self._whitened(by_variable)
+        return self.whitened(by_variable)
 
     def start(self, rng: np.random.Generator) -> Floats:
         """A cold start: exponents drawn (log-uniform over their start ranges), coefficients by linear least squares."""
@@ -163,8 +163,8 @@ class Problem:
         _, trunk, count = np.unique(self.trunks, return_inverse=True, return_counts=True)
         return trunk, count.astype(np.float64), 1 - 1 / np.sqrt(1 + count * self.trunk_noise**2)
 
-    def _whitened(self, values: Floats) -> Floats:
-        """values: [runs] or [runs, columns]."""
+    def whitened(self, values: Floats) -> Floats:
+        """Values with the trunks' shared noise weighed down: [runs] or [runs, columns]."""
         if self.trunk_noise == 0:
             return values
         trunk, count, taken = self._shares

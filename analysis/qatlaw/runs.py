@@ -123,6 +123,12 @@ def best_trials(table: RunTable) -> Collected:
     return Collected(table.where((best == frame.index).to_numpy()), tuple(left_out), ())
 
 
+def planned_points(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """A row a point of runs that are still to be trained: trials of one point are one row, as they are one in a fit."""
+    frame = pd.DataFrame(_rows(records, knows_data=False)[0])
+    return frame.drop_duplicates([name for name in POINT if name in frame.columns], ignore_index=True)
+
+
 def counted(left_out: Sequence[LeftOut]) -> dict[str, int]:
     """Reason to number of runs, most first; what differs from run to run (after a colon) left away."""
     counts: dict[str, int] = {}
@@ -205,7 +211,7 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
             columns = ("validation_fingerprint", "validation_tokens", "settings", "trial")
             rows[record.run_id] = {
                 **dict(zip(NEEDED[:-1], law_point[:-1], strict=True)),
-                "loss": float(record.final[LOSS]),
+                "loss": float(record.final.get(LOSS, math.nan)),
                 **{"run_id": record.run_id, "name": record.name, "seed": law_point[-1]},
                 **dict(zip(columns, same, strict=True)),
             }
@@ -263,8 +269,9 @@ def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any
 
 
 def _seed(record: RunRecord) -> str:
-    """Of weights and data: two runs with another of either are repeats, not the same run."""
-    return f"{record.recipe.get('seed', '0')}/{record.recipe.get('data.seed', '0')}"
+    """Of weights and data, one number where they are equal: runs with another of either are repeats."""
+    weights, data = record.recipe.get("seed", "0"), record.recipe.get("data.seed", "0")
+    return weights if weights == data else f"{weights}/{data}"
 
 
 def _notices(records: Sequence[RunRecord], knows_data: bool, unlike: Sequence[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from qatlaw.errors import LawError
 from qatlaw.figures.style import bits_label
 from qatlaw.fit import FitResult, fit, fit_per_bits
 from qatlaw.fit_file import FitFile, fit_file, write_fit
+from qatlaw.information import error_text
 from qatlaw.intervals import Bootstrap
 from qatlaw.laws import FORMS
 from qatlaw.laws.base import LawForm
@@ -150,13 +151,17 @@ Rows = list[tuple[str, ...]]
 
 
 def coefficient_rows(summary: Summary) -> Rows:
+    """A value that no run determines is not printed: it is where the search happened to stop."""
     level = f"{summary.bootstrap.level:.0%} interval" if summary.bootstrap else "interval"
-    rows: Rows = [("parameter", "value", level, "meaning")]
-    intervals = summary.bootstrap.coefficients if summary.bootstrap else {}
-    for parameter, value in zip(summary.result.law.form.parameters, summary.result.theta, strict=True):
+    rows: Rows = [("parameter", "value", "standard error", level, "meaning")]
+    result, intervals = summary.result, summary.bootstrap.coefficients if summary.bootstrap else {}
+    errors = result.certainty.determined
+    for parameter, value in zip(result.law.form.parameters, result.theta, strict=True):
         interval = intervals.get(parameter.name)
         told = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else NONE
-        rows.append((parameter.name, f"{value:.5g}", told, parameter.meaning))
+        shown = NONE if parameter.name in result.identifiability.open else f"{value:.5g}"
+        error = error_text(parameter, errors[parameter.name])
+        rows.append((parameter.name, shown, error, told, parameter.meaning))
     return rows
 
 

@@ -42,7 +42,7 @@ def bootstrap(
     once = partial(_refit, problem, start, result.delta, strata, own, noise, seed)
     drawn = np.stack(mapped(once, range(resamples), workers))
     form = result.law.form
-    unknown = {name for name, error in result.identifiability.standard_errors.items() if np.isinf(error)}
+    unknown = set(result.identifiability.open)
     # Two sizes have a loss each, and no power law between them.
     loss_sizes = tuple(sorted(set(table.column("n_params").tolist()))) if unknown & set(form.level_parameters) else None
     if not noise.trunk_is_known:

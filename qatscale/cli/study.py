@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +17,13 @@ from qatscale.errors import UserError
 if TYPE_CHECKING:
     from qatlaw.default import PlannerLaw
     from qatlaw.information import Certainty
-    from qatlaw.information import Runs as LawRuns
+    from qatlaw.runs import RunRecord
     from qatlaw.study import Tree
     from qatscale.study import Grid, Study, StudyRun
     from qatscale.study.forecast import Forecast
+
+    Certainties = dict[str, tuple[Certainty | None, Certainty]]
+    """By scheme, before and after the study."""
 
 study = typer.Typer(help="Studies: grids of runs that share their trunks.", no_args_is_help=True)
 study.command()(study_run.run)
@@ -65,60 +69,52 @@ def plan(
     parameters = {run.route.name: count_parameters(run.config.model).total for run in cells.runs}
     cost = forecast(tree.jobs, parameters, workers)
     speed = _flops_per_second(gpu, mfu)
-    assumed, before, after = None, None, None
+    assumed: PlannerLaw | None = None
+    certainties: Certainties = {}
     if law is not None:
-        assumed, before, after = _certainties(law, cells, noise, (experiment, table, runs, uri) if known else None)
+        assumed, certainties = _certainties(law, cells, noise, (experiment, table, runs, uri) if known else None)
     if as_json:
-        plain = _plain(found, cells, tree, assumed, noise, before, after) | {"forecast": asdict(cost)}
+        plain = _plain(found, cells, tree, assumed, noise, certainties) | {"forecast": asdict(cost)}
         print(json.dumps(plain, indent=2))
         return
     _print_tree(found, cells, tree, cost, speed)
-    if assumed is not None and after is not None:
-        _print_certainty(assumed, cells, noise, before, after)
+    if assumed is not None:
+        _print_certainty(assumed, cells, noise, certainties)
 
 
-def _certainties(
-    name: str, cells: Grid, noise: float, known: tuple[Any, ...] | None
-) -> tuple[PlannerLaw, Certainty | None, Certainty]:
-    """The law, the certainty by the runs there are, and by them and the study's."""
+def _certainties(name: str, cells: Grid, noise: float, known: tuple[Any, ...] | None) -> tuple[PlannerLaw, Certainties]:
+    """The law, and by scheme the certainty by the runs that exist, and by them and the study's."""
     from qatlaw.default import load_law
-    from qatlaw.information import Certainty, information
-    from qatlaw.information import Runs as LawRuns
+    from qatlaw.information import certainties
+    from qatlaw.runs import planned_points
     from qatscale.cli.fit import collect_runs, told_as_user_errors
 
     with told_as_user_errors():
         assumed = load_law(name)
-        new = _runs_of(cells, one_width=assumed.range["bits"][0] if assumed.law.form.one_width else None)
-        fisher = information(assumed.law, new.described(assumed.law), noise)
-        before = None
-        if known is not None:
-            old_table = collect_runs(*known)[0].table
-            old_table = old_table.where((old_table.frame["scheme"] != "ptq").to_numpy())
-            columns = (old_table.column(key) for key in ("n_params", "tokens_fp", "tokens_qat", "bits"))
-            old = information(assumed.law, LawRuns(*columns).described(assumed.law), noise)
-            before = Certainty.of(assumed.law, old)
-            fisher = fisher + old
-        return assumed, before, Certainty.of(assumed.law, fisher)
+        width = assumed.range["bits"][0] if assumed.law.form.one_width else None
+        existing = collect_runs(*known)[0].table.frame if known is not None else None
+        planned = planned_points([_as_record(run) for run in cells.runs])
+        return assumed, certainties(assumed.law, planned, noise, existing, width)
 
 
-def _runs_of(cells: Grid, one_width: float | None = None) -> LawRuns:
-    """The study's runs for a law; of a law for one width, the runs of that width and of full precision."""
-    import numpy as np
-
-    from qatlaw.information import Runs as LawRuns
+def _as_record(run: StudyRun) -> RunRecord:
+    """What tracking would keep of the run, but its loss."""
+    from qatlaw.runs import RunRecord
     from qatscale.model.sizes import count_parameters
+    from qatscale.tracking.mlflow_names import flatten
 
-    rows = []
-    for run in cells.runs:
-        tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
-        bits = float(run.config.qat.bits)
-        if one_width is None or tokens_qat == 0 or bits == one_width:
-            params = float(count_parameters(run.config.model).total)
-            rows.append((params, float(run.timeline.tokens - tokens_qat), float(tokens_qat), bits))
-    return LawRuns(*np.array(rows).T)
+    tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
+    final = {
+        "n_params": float(count_parameters(run.config.model).total),
+        "bits": float(run.config.qat.bits),
+        "tokens_fp": float(run.timeline.tokens - tokens_qat),
+        "tokens_qat": float(tokens_qat),
+        "scheme": run.config.qat.scheme,
+    }
+    return RunRecord(run.config.name, run.config.name, "PLANNED", final, flatten(run.config.model_dump(mode="json")))
 
 
-def _fraction_errors(cells: Grid, certainty: Certainty) -> dict[float, list[float]]:
+def _fraction_errors(cells: Grid, certainty: Certainty) -> dict[float, list[float | None]]:
     """By width the standard errors of f* at the study's sizes and token counts."""
     from qatscale.model.sizes import count_parameters
 
@@ -127,9 +123,9 @@ def _fraction_errors(cells: Grid, certainty: Certainty) -> dict[float, list[floa
         for run in cells.runs
         if run.config.qat.scheme in ("sequential", "fused")
     }
-    found: dict[float, list[float]] = {}
+    found: dict[float, list[float | None]] = {}
     for N, D, B in sorted(points):
-        found.setdefault(B, []).append(certainty.fraction(N, D, B))
+        found.setdefault(B, []).append(certainty.determined_fraction(N, D, B))
     return found
 
 
@@ -209,41 +205,37 @@ def _left_out_lines(cells: Grid) -> list[str]:
     return [f"left out: {len(names)} runs whose schedule does not fit ({shown}). The first: {cells.left_out[0][1]}"]
 
 
-def _print_certainty(
-    assumed: PlannerLaw, cells: Grid, noise: float, before: Certainty | None, after: Certainty
-) -> None:
+def _print_certainty(assumed: PlannerLaw, cells: Grid, noise: float, found: Certainties) -> None:
     from statistics import median
 
     from qatlaw.figures.style import bits_label
+    from qatlaw.information import error_text
     from qatscale.cli.terminal import console, plain_table
 
     out = console()
-    columns = (("before", before), ("after", after)) if before is not None else (("standard error", after),)
-    headers = tuple(name for name, _ in columns)
-    title = f"What the runs tell at best, at {noise:.2%} noise, if this law holds: {assumed.source}"
-    table = plain_table("of", *headers, right=headers, title=title)
-    certainties = [one for _, one in columns if one is not None]
-    for parameter in assumed.law.form.parameters:
-        errors = [one.parameters[parameter.name] for one in certainties]
-        table.add_row(parameter.name, *(_percent(error) if parameter.log else _absolute(error) for error in errors))
-    for bits in _fraction_errors(cells, after):
-        errors = [median(_fraction_errors(cells, one)[bits]) for one in certainties]
-        table.add_row(f"optimal fraction at {bits_label(bits)} (median)", *map(_absolute, errors))
-    out.print(table)
+    for scheme, (before, after) in found.items():
+        columns = (("before", before), ("after", after)) if before is not None else (("standard error", after),)
+        headers = tuple(name for name, _ in columns)
+        title = f"What the {scheme} runs tell at best, at {noise:.2%} noise, if this law holds: {assumed.source}"
+        table = plain_table("of", *headers, right=headers, title=title)
+        certainties = [one for _, one in columns if one is not None]
+        for parameter in assumed.law.form.parameters:
+            errors = [one.determined[parameter.name] for one in certainties]
+            table.add_row(parameter.name, *(error_text(parameter, error) for error in errors))
+        for bits in _fraction_errors(cells, after):
+            by_cell = [_fraction_errors(cells, one)[bits] for one in certainties]
+            middle = [median(math.inf if error is None else error for error in errors) for errors in by_cell]
+            told = (error_text(None, None if math.isinf(error) else error) for error in middle)
+            table.add_row(f"optimal fraction at {bits_label(bits)} (median)", *told)
+        out.print(table)
     out.print(
         "Standard errors, of coefficients in per cent; from the Fisher information of the runs, (1/s²) Σ g gᵀ with "
-        "g = d ln L / dθ, inverted (Cramér–Rao), and the delta method for the fraction. QAT from scratch and PTQ tell "
-        "nothing under a law that describes neither. Noise that branches share with their trunk is not counted.",
+        "g = d ln L / dθ, inverted (Cramér–Rao), and the delta method for the fraction. Each scheme counts with the "
+        "full-precision runs, as it is fitted; an error above 30 % leaves a coefficient not determined. QAT from "
+        "scratch and PTQ tell nothing under a law that describes neither. Noise that branches share with their trunk "
+        "is not counted.",
         soft_wrap=True,
     )
-
-
-def _percent(error: float) -> str:
-    return "not determined" if error == float("inf") else f"{error:.2%}" if error < 10 else "> 1000%"
-
-
-def _absolute(error: float) -> str:
-    return "not determined" if error == float("inf") else f"{error:.4f}" if error < 10 else "> 10"
 
 
 def _plain(
@@ -252,8 +244,7 @@ def _plain(
     tree: Tree,
     assumed: PlannerLaw | None,
     noise: float,
-    before: Certainty | None,
-    after: Certainty | None,
+    certainties: Certainties,
 ) -> dict[str, Any]:
     """The plan for programs. A run is `qatscale train RECIPE OVERRIDES`, a branch adds `--branch-from`."""
     runs: dict[str, StudyRun] = {run.route.name: run for run in cells.runs}
@@ -284,25 +275,24 @@ def _plain(
         "flops": tree.flops,
         "flops_alone": tree.flops_alone,
     }
-    if assumed is not None and after is not None:
-        plan["information"] = {
-            "law": assumed.source,
-            "synthetic": assumed.synthetic,
-            "noise": noise,
-            "before": _plain_certainty(cells, before) if before else None,
-            "after": _plain_certainty(cells, after),
+    if assumed is not None:
+        schemes = {
+            scheme: {
+                "before": _plain_certainty(cells, before) if before else None,
+                "after": _plain_certainty(cells, after),
+            }
+            for scheme, (before, after) in certainties.items()
         }
+        plan["information"] = {
+            "law": assumed.source, "synthetic": assumed.synthetic, "noise": noise, "schemes": schemes,
+        }  # fmt: skip
     return plan
 
 
 def _plain_certainty(cells: Grid, certainty: Certainty) -> dict[str, Any]:
     """Standard errors; null for what is not determined."""
-
-    def plain(error: float) -> float | None:
-        return None if error == float("inf") else error
-
     fractions = _fraction_errors(cells, certainty)
     return {
-        "parameters": {name: plain(error) for name, error in certainty.parameters.items()},
-        "fraction": {f"{bits:g}": [plain(error) for error in errors] for bits, errors in fractions.items()},
+        "parameters": certainty.determined,
+        "fraction": {f"{bits:g}": errors for bits, errors in fractions.items()},
     }

@@ -10,6 +10,7 @@ from qatlaw import synthetic
 from qatlaw.errors import LawError
 from qatlaw.fit import FitOptions, curve_numbers, fit, fit_per_bits, make_problem
 from qatlaw.identifiability import identify
+from qatlaw.information import Certainty, information
 from qatlaw.laws import CHEN_2025, CHINCHILLA, FORMS, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED, Law
 from qatlaw.table import RunTable
 
@@ -212,7 +213,7 @@ def test_standard_errors_are_those_of_repeated_noise():
         found.append(fit(CHINCHILLA, RunTable.from_frame(full.assign(loss=exact * noise)), delta=1.0))
     for name in ("gamma", "eta"):
         spread = np.std([result.law.coefficients[name] for result in found])
-        told = np.median([result.identifiability.standard_errors[name] for result in found])
+        told = np.median([result.certainty.parameters[name] for result in found])
         assert told == pytest.approx(spread, rel=0.35), name
 
 
@@ -227,7 +228,8 @@ def test_what_the_data_leave_open_is_told_by_name(one_width):
     result = fit(QAT_PER_BITS, one_width)
     (told,) = result.warnings
     assert told.startswith("The data do not pin down alpha and theta separately")
-    errors = result.identifiability.standard_errors
+    assert result.identifiability.open == ("alpha", "theta")
+    errors = result.certainty.parameters
     assert {name for name, error in errors.items() if np.isinf(error)} == {"alpha", "theta"}
     assert fit(QAT_PER_BITS, synthetic.table(0).of_width(1)).warnings == ()
 
@@ -242,15 +244,15 @@ def test_what_is_open_does_not_depend_on_where_the_fit_stopped(one_width, alpha)
     found = identify(problem, problem.variables(np.array(list(moved.values()))), result.quality.sigma)
     assert [set(direction.parts) for direction in found.loose] == [{"alpha", "theta"}]
     assert found.vanished == {}
-    errors = result.identifiability.standard_errors
-    others = {name: error for name, error in errors.items() if name not in ("alpha", "theta")}
-    assert {name: found.standard_errors[name] for name in others} == pytest.approx(others, rel=0.02)
+    law = QAT_PER_BITS.bind(moved)
+    errors = Certainty.of(law, information(law, one_width.points, result.noise.own)).parameters
+    assert errors == pytest.approx(result.certainty.parameters, rel=0.02)
 
 
 def test_well_placed_runs_leave_nothing_open(noisy):
     assert noisy.warnings == ()
     assert noisy.identifiability.loose == ()
-    assert all(np.isfinite(error) for error in noisy.identifiability.standard_errors.values())
+    assert None not in noisy.certainty.determined.values()
 
 
 def test_a_term_that_the_data_do_not_need_is_told_with_its_exponents():

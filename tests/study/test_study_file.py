@@ -157,8 +157,10 @@ def test_the_plan_for_programs_holds_runs_that_can_be_started(capsys: pytest.Cap
         folders.add(str(config.folder))
     information = plan["information"]
     assert information["synthetic"]
-    assert information["before"] is None
-    assert 0 < information["after"]["parameters"]["gamma"] < 0.1
+    assert set(information["schemes"]) == {"sequential", "fused"}
+    for certainty in information["schemes"].values():
+        assert certainty["before"] is None
+        assert 0 < certainty["after"]["parameters"]["gamma"] < 0.1
 
 
 def test_the_plan_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,13 +178,42 @@ def test_runs_there_are_already_count_too(tmp_path: Path, capsys: pytest.Capture
     synthetic.table(0).frame.to_csv(tmp_path / "known.csv", index=False)
     file = written(tmp_path)
     assert run("study", "plan", str(file), "--law", "synthetic", "--table", str(tmp_path / "known.csv"), "--json") == 0
-    found = json.loads(capsys.readouterr().out)["information"]
+    found = json.loads(capsys.readouterr().out)["information"]["schemes"]["sequential"]
     before, after = (found[key]["parameters"] for key in ("before", "after"))
     assert all(after[name] <= before[name] * (1 + 1e-9) for name in before), "more runs never know less"
     assert after["gamma"] < 0.99 * before["gamma"], "short runs lie far from the others"
     assert run("study", "plan", str(file), "--law", "synthetic", "--json") == 0
-    alone = json.loads(capsys.readouterr().out)["information"]["after"]["parameters"]
+    alone = json.loads(capsys.readouterr().out)["information"]["schemes"]["sequential"]["after"]["parameters"]
     assert alone["eta"] is None
+
+
+def test_schemes_are_certain_each_for_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A study of both says of each what a study of it alone says."""
+
+    def certainty(schemes: str) -> dict[str, object]:
+        file = written(
+            tmp_path, sizes="[86m, 194m, 396m]", tokens="[4B, 16B, 64B]", fractions="[0, 0.25, 0.5, 0.75]",
+            bits="[1, 2, 4]", schemes=schemes,
+        )  # fmt: skip
+        assert run("study", "plan", str(file), "--law", "synthetic", "--json") == 0
+        return json.loads(capsys.readouterr().out)["information"]["schemes"]
+
+    both = certainty("[sequential, fused]")
+    assert both == {**certainty("[sequential]"), **certainty("[fused]")}
+
+
+def test_what_the_runs_hardly_tell_is_not_determined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tenfold noise takes the coefficients beyond 30 %, and nothing is printed as 50 or 1000 %."""
+    file = written(
+        tmp_path, sizes="[86m, 194m, 396m]", tokens="[4B, 16B, 64B]", fractions="[0, 0.25, 0.75]", bits="[1, 2, 4]"
+    )
+    assert run("study", "plan", str(file), "--law", "synthetic", "--noise", "0.02") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    told = {line[0]: " ".join(line[1:]) for line in lines if line[0] in synthetic.COEFFICIENTS}
+    assert told["phi"] == told["lambda"] == told["theta"] == "not determined"
+    shares = [float(error[:-1]) for error in told.values() if error.endswith("%")]
+    assert shares
+    assert max(shares) <= 30
 
 
 def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
