@@ -18,10 +18,14 @@ import numpy as np
 
 from qatlaw.errors import LawError
 from qatlaw.fit import FitResult, make_problem, mapped
+from qatlaw.identifiability import OPEN
 from qatlaw.intervals import Bootstrap
 from qatlaw.laws.points import Floats
 from qatlaw.noise import Noise, own_errors
 from qatlaw.problem import Problem
+
+MOST_LEVERAGE = 0.9
+"""A run that decides a parameter alone has no residual to speak of."""
 
 
 def bootstrap(
@@ -34,11 +38,9 @@ def bootstrap(
         raise LawError("level", level, "between 0 and 1, such as 0.95.")
     table, noise = result.table, result.noise
     problem = make_problem(result.law.form, table, result.options, noise.ratio)
-    # A law with p parameters takes p of n degrees of freedom out of its residuals.
-    inflation = np.sqrt(len(table) / max(len(table) - len(result.theta), 1))
-    own = inflation * own_errors(result.residuals, table.trunks, noise)
-    strata = np.where(table.quantized, table.column("bits"), 0.0)
     start = problem.variables(np.array(result.theta))
+    own = own_errors(result.residuals, table.trunks, noise) / np.sqrt(1 - _leverage(problem, start))
+    strata = np.where(table.quantized, table.column("bits"), 0.0)
     once = partial(_refit, problem, start, result.delta, strata, own, noise, seed)
     drawn = np.stack(mapped(once, range(resamples), workers))
     form = result.law.form
@@ -49,6 +51,12 @@ def bootstrap(
         unknown |= set(form.level_parameters)
         loss_sizes = ()
     return Bootstrap(form, drawn, level, tuple(name for name in form.names if name in unknown), loss_sizes)
+
+
+def _leverage(problem: Problem, variables: Floats) -> Floats:
+    """[runs]: how much of its own error each run takes out of its residual, by pulling the law."""
+    left, singular, _ = np.linalg.svd(problem.jacobian(variables), full_matrices=False)
+    return np.minimum((left[:, singular > OPEN * singular[0]] ** 2).sum(axis=1), MOST_LEVERAGE)
 
 
 def interval_notes(result: FitResult) -> list[str]:

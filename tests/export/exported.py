@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,17 +51,6 @@ def plain_model(run: Path) -> Llama:
     state = {ours: values[theirs].float() for ours, theirs in hugging_face_names(config).items()}
     assert model.load_state_dict(state, strict=False).unexpected_keys == []
     return model.eval()
-
-
-@torch.no_grad()
-def greedy(logits: Callable[[Tensor], Tensor], start: list[int], count: int) -> list[int]:
-    """The likeliest token that is not there yet, `count` times: models of so few steps would say one word for ever."""
-    tokens = list(start)
-    for _ in range(count):
-        scores = logits(torch.tensor([tokens]))[0, -1].clone()
-        scores[tokens] = -torch.inf
-        tokens.append(int(scores.argmax()))
-    return tokens[len(start) :]
 
 
 def snippets(folder: Path) -> list[str]:

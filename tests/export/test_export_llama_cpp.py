@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from export_runs import WIDTHS
-from exported import described, greedy, plain_model, snippets
+from exported import described, plain_model, snippets
+from greedy_text import assert_same_text
 from torch import Tensor
 
 from qatscale.model.hugging_face_tokenizer import PROBES
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp")
+BOUND = 0.05
+"""Of the error of a logit, in units of the largest: activations in 8 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +46,11 @@ def logits_of(model: llama_cpp.Llama, tokens: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("run", [*WIDTHS, "ternary", "three", "narrow"])
 def test_llama_cpp_is_near_what_was_trained(run: str, exports, runs: Path) -> None:
-    """It rounds activations to 8 bits before each product; its text agrees where logits are not that close."""
+    """It rounds activations to 8 bits before each product, by kernels of its own on every CPU: its logits are near, and
+    its likeliest tokens are ours where the lead is larger than that."""
     folder = exports(run)
     asked = {report["client"].split()[0]: report for report in described(folder)["verification"]["clients"]}
-    assert asked["llama-cpp-python"]["logit_error"] < 0.05
+    assert asked["llama-cpp-python"]["logit_error"] < BOUND
     assert asked["llama-cpp-python"]["loss"] == pytest.approx(asked["transformers"]["loss"], abs=0.01)
     model = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
     ours = plain_model(runs / run)
@@ -54,12 +58,12 @@ def test_llama_cpp_is_near_what_was_trained(run: str, exports, runs: Path) -> No
     with torch.no_grad():
         expected = ours(torch.tensor([tokens]))[0]
     found = logits_of(model, tokens)
-    assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
-    top = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-    assert float(top) >= 0.9
-    said = greedy(lambda t: logits_of(model, t[0].tolist())[None], [1, 17, 300, 45], 24)
-    agreed = greedy(ours, [1, 17, 300, 45], 24)
-    assert sum(a == b for a, b in zip(said[:4], agreed[:4], strict=True)) >= 3
+    largest = expected.abs().max()
+    assert float((found - expected).abs().max()) < BOUND * float(largest)
+    best = expected.topk(2).values
+    is_decided = best[:, 0] - best[:, 1] > 2 * BOUND * largest
+    assert torch.equal(found.argmax(-1)[is_decided], expected.argmax(-1)[is_decided])
+    assert_same_text(lambda t: logits_of(model, t[0].tolist())[None], ours, [1, 17, 300, 45], 24, BOUND)
 
 
 def test_one_bit_in_half_the_bytes(exports) -> None:
@@ -75,7 +79,7 @@ def test_one_bit_in_half_the_bytes(exports) -> None:
         logits_of(llama_cpp.Llama(str(f / "model.gguf"), n_ctx=64, logits_all=True, verbose=False), tokens)
         for f in (half, whole)
     )
-    assert float((one - other).abs().max() / other.abs().max()) < 0.05
+    assert float((one - other).abs().max() / other.abs().max()) < BOUND
     card = (half / "README.md").read_text()
     assert "transformers does not read it" in card
     assert len(snippets(half)) == 1
