@@ -114,9 +114,10 @@ def best_trials(table: RunTable) -> Collected:
     key = [name for name in POINT if name in frame.columns]
     point = frame.groupby(key, dropna=False, sort=False).ngroup()
     best = point.map(frame.groupby(point)["loss"].idxmin())
-    names = frame["name"] if "name" in frame.columns else frame.index.to_series().map("row {}".format)
     left_out = [
-        LeftOut(str(names[i]), f"a trial with a higher loss: {frame['trial'][i]}; the best is {names[best[i]]}")
+        LeftOut(
+            str(table.names[i]), f"a trial with a higher loss: {frame['trial'][i]}; the best is {table.names[best[i]]}"
+        )
         for i in frame.index
         if best[i] != i
     ]
