@@ -7,4 +7,5 @@ export OMP_NUM_THREADS=1 # two cores, several processes: more threads only get i
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+# Two at a time: tests of one process leave the second core idle. A file stays on one worker, with its fixtures.
+pytest -n 2 --dist loadfile "$@"

@@ -6,10 +6,10 @@ of them are fewer than n measurements of the law's level. With r the residual of
     r = u(trunk) + e(run),    u ~ N(0, trunk^2),    e ~ N(0, own^2),
 
 `own` follows from the scatter within trunks and `trunk` from that between the trunks of one size (analysis of variance;
-S. R. Searle, G. Casella, C. E. McCulloch, Variance Components, 1992, chapter 3). Between sizes it cannot be told from
-the law, so one seed a size says nothing of it. It is known by T - K degrees of freedom, few as a rule: `draw` gives
-standard deviations as uncertain as that (generalized pivotal quantity; S. Weerahandi, JASA 88, 1993), so that intervals
-widen as Student's do.
+S. R. Searle, G. Casella, C. E. McCulloch, Variance Components, 1992, chapter 3). Between sizes it cannot be separated
+from the law, so one seed a size says nothing of it. It is known by T - K degrees of freedom, few as a rule: `draw`
+gives standard deviations as uncertain as that (generalized pivotal quantity; S. Weerahandi, JASA 88, 1993), so that
+intervals widen as Student's do.
 """
 
 from __future__ import annotations

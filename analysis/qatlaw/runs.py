@@ -110,11 +110,10 @@ def best_trials(table: RunTable) -> Collected:
     """Each point of a table by the row with the lowest loss; column `trial` says what rows of one point differ in."""
     if "trial" not in table.frame.columns:
         return Collected(table, (), ())
-    frame = table.frame.fillna({"trial": ""})
+    frame, names = table.frame.fillna({"trial": ""}), table.names
     key = [name for name in POINT if name in frame.columns]
     point = frame.groupby(key, dropna=False, sort=False).ngroup()
     best = point.map(frame.groupby(point)["loss"].idxmin())
-    names = frame["name"] if "name" in frame.columns else frame.index.to_series().map("row {}".format)
     left_out = [
         LeftOut(str(names[i]), f"a trial with a higher loss: {frame['trial'][i]}; the best is {names[best[i]]}")
         for i in frame.index
@@ -215,8 +214,8 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
                 **{"run_id": record.run_id, "name": record.name, "seed": law_point[-1]},
                 **dict(zip(columns, same, strict=True)),
             }
-    order = [rows[record.run_id] for record in records if record.run_id in rows]
-    return order, left_out, sorted(unlike)
+    ids = dict.fromkeys(record.run_id for record in records)  # a copied folder has the id of its original
+    return [rows[run_id] for run_id in ids if run_id in rows], left_out, sorted(unlike)
 
 
 def _differing(settings: Sequence[Mapping[str, str]], missing_differs: bool) -> list[str]:

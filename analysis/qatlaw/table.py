@@ -116,6 +116,13 @@ class RunTable:
         return self.frame.groupby(key, dropna=False).ngroup().to_numpy(np.int64)
 
     @property
+    def names(self) -> pd.Series:
+        """What to call the runs: their names, or else their rows, counted from 1."""
+        return (
+            self.frame["name"] if "name" in self.frame.columns else pd.Series(self.frame.index + 1).map("row {}".format)
+        )
+
+    @property
     def has_seeds(self) -> bool:
         return "seed" in self.frame.columns
 
@@ -154,9 +161,8 @@ class RunTable:
         counts = pd.to_numeric(self.frame[TEXT[1]], errors="coerce")
         if names[names != ""].nunique() < 2 and not counts.max() > SAME_COUNT * counts.min():
             return
-        runs = self.frame["name"] if "name" in self.frame.columns else self.frame.index.to_series().map("row {}".format)
         told = []
-        groups = runs.groupby([names, counts], dropna=False)
+        groups = self.names.groupby([names, counts], dropna=False)
         for (name, count), group in sorted(groups, key=lambda pair: -len(pair[1])):
             shown = ", ".join(map(str, group[:3])) + (", …" if len(group) > 3 else "")
             amount = "an unknown number of" if np.isnan(count) else f"{count:,.0f}"

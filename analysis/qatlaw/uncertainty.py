@@ -68,9 +68,9 @@ def interval_notes(result: FitResult) -> list[str]:
         names = ", ".join(result.law.form.level_parameters)
         seeds = "a second seed at one size alone" if result.noise.freedom else "one seed a size"
         notes.append(
-            f"No interval of the loss can be given, nor of {names}: with {seeds}, the noise of a trunk cannot be told "
-            "from the loss of its size. More seeds at each size would give one. The optimal fraction is a difference "
-            "within a trunk and has its interval."
+            f"No interval of the loss can be given, nor of {names}: with {seeds}, the noise of a trunk cannot be "
+            "separated from the loss of its size. More seeds at each size would give one. The optimal fraction is a "
+            "difference within a trunk and has its interval."
         )
     return notes
 

@@ -114,14 +114,16 @@ def _as_record(run: StudyRun) -> RunRecord:
     return RunRecord(run.config.name, run.config.name, "PLANNED", final, flatten(run.config.model_dump(mode="json")))
 
 
-def _fraction_errors(cells: Grid, certainty: Certainty) -> dict[float, list[float | None]]:
-    """By width the standard errors of f* at the study's sizes and token counts."""
+def _fraction_errors(assumed: PlannerLaw, cells: Grid, certainty: Certainty) -> dict[float, list[float | None]]:
+    """By width that the law describes, the standard errors of f* at the study's sizes and token counts."""
     from qatscale.model.sizes import count_parameters
+
+    one = assumed.range["bits"][0] if assumed.law.form.one_width else None
 
     points = {
         (float(count_parameters(run.config.model).total), float(run.timeline.tokens), float(run.config.qat.bits))
         for run in cells.runs
-        if run.config.qat.scheme in ("sequential", "fused")
+        if run.config.qat.scheme in ("sequential", "fused") and one in (None, run.config.qat.bits)
     }
     found: dict[float, list[float | None]] = {}
     for N, D, B in sorted(points):
@@ -222,8 +224,8 @@ def _print_certainty(assumed: PlannerLaw, cells: Grid, noise: float, found: Cert
         for parameter in assumed.law.form.parameters:
             errors = [one.determined[parameter.name] for one in certainties]
             table.add_row(parameter.name, *(error_text(parameter, error) for error in errors))
-        for bits in _fraction_errors(cells, after):
-            by_cell = [_fraction_errors(cells, one)[bits] for one in certainties]
+        for bits in _fraction_errors(assumed, cells, after):
+            by_cell = [_fraction_errors(assumed, cells, one)[bits] for one in certainties]
             middle = [median(math.inf if error is None else error for error in errors) for errors in by_cell]
             told = (error_text(None, None if math.isinf(error) else error) for error in middle)
             table.add_row(f"optimal fraction at {bits_label(bits)} (median)", *told)
@@ -278,8 +280,8 @@ def _plain(
     if assumed is not None:
         schemes = {
             scheme: {
-                "before": _plain_certainty(cells, before) if before else None,
-                "after": _plain_certainty(cells, after),
+                "before": _plain_certainty(assumed, cells, before) if before else None,
+                "after": _plain_certainty(assumed, cells, after),
             }
             for scheme, (before, after) in certainties.items()
         }
@@ -289,9 +291,9 @@ def _plain(
     return plan
 
 
-def _plain_certainty(cells: Grid, certainty: Certainty) -> dict[str, Any]:
+def _plain_certainty(assumed: PlannerLaw, cells: Grid, certainty: Certainty) -> dict[str, Any]:
     """Standard errors; null for what is not determined."""
-    fractions = _fraction_errors(cells, certainty)
+    fractions = _fraction_errors(assumed, cells, certainty)
     return {
         "parameters": certainty.determined,
         "fraction": {f"{bits:g}": errors for bits, errors in fractions.items()},

@@ -142,6 +142,8 @@ def test_a_run_that_was_trained_twice_counts_once_and_a_sweep_by_its_best() -> N
     twice = collect([record("first", 3.0, 1.0), record("second", 3.1, 2.0)], "")
     assert list(twice.table.frame["name"]) == ["second"], "of the same recipe the later one, better or not"
     assert twice.left_out[0].reason == "trained again: as second, which is later"
+    copied = collect([record("first", 3.0, 1.0), replace(record("copy", 3.0, 1.0), run_id="first")], "")
+    assert len(copied.table) == 1, "a copied folder is the same run"
     rates = (("1", 3.2), ("2", 3.0), ("3", 3.1))
     sweep = collect([record(f"lr{rate}", loss, 0.0, **{RATE: rate}) for rate, loss in rates], "")
     assert list(sweep.table.frame["loss"]) == [3.0]

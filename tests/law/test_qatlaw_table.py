@@ -112,6 +112,15 @@ def test_what_is_no_table_is_refused(tmp_path):
         RunTable.from_frame(rows({}).head(0))
 
 
+def test_rows_on_different_text_are_named_by_their_numbers():
+    """A table without names: rows count from 1, as in all that is said of a table."""
+    text = {"validation_fingerprint": ["a", "a", "b"], "validation_tokens": [1e6, 1e6, 1e6]}
+    with pytest.raises(LawError, match=r"2 on 1,000,000 tokens of split a \(row 1, row 2\); 1 on .* \(row 3\)"):
+        RunTable.from_frame(rows({}, {}, {}).assign(**text), "runs.csv").check_text()
+    unknown = {"validation_fingerprint": ["a", None, ""], "validation_tokens": [1e6, None, "many"]}
+    RunTable.from_frame(rows({}, {}, {}).assign(**unknown)).check_text()
+
+
 def test_the_hash_is_of_the_runs_and_not_of_their_order():
     table = synthetic.table(0)
     shuffled = RunTable.from_frame(table.frame.sample(frac=1, random_state=1), "elsewhere")

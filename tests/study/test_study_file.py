@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from qatlaw import synthetic
+from qatlaw.fit import fit
+from qatlaw.fit_file import fit_file, write_fit
+from qatlaw.laws import QAT_PER_BITS
 from qatscale.cli import main
 from qatscale.config import load_run_config
 from qatscale.errors import UserError
@@ -214,6 +217,18 @@ def test_what_the_runs_hardly_tell_is_not_determined(tmp_path: Path, capsys: pyt
     shares = [float(error[:-1]) for error in told.values() if error.endswith("%")]
     assert shares
     assert max(shares) <= 30
+
+
+def test_a_law_for_one_width_is_certain_of_that_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says nothing of the optimal fraction at another."""
+    table = synthetic.table(0, noise=5e-4)
+    result = fit(QAT_PER_BITS, table.where(table.column("n_params") < 5e8).of_width(2))
+    write_fit(tmp_path / "two.json", fit_file(result))
+    file = written(tmp_path, sizes="[86m, 194m, 396m]", tokens="[4B, 16B, 64B]", fractions="[0, 0.25, 0.5, 0.75]")
+    assert run("study", "plan", str(file), "--law", str(tmp_path / "two.json"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)["information"]["schemes"]["sequential"]["after"]
+    assert list(found["fraction"]) == ["2"]
+    assert len(found["fraction"]["2"]) == 9
 
 
 def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

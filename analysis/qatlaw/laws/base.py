@@ -116,7 +116,7 @@ class LawForm:
 
     @cached_property
     def level_parameters(self) -> tuple[str, ...]:
-        """Of the terms that are the same for all runs of one size: no difference between these runs tells them."""
+        """Of the terms that are the same for all runs of one size: no difference between these runs depends on them."""
         constant = [term for term in self.terms if not term.quantized_only and set(term.features) <= {"N"}]
         return tuple(name for term in constant for name in (term.coefficient, *term.exponents))
 
