@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ class Finished:
     """Of all ranks, one after the other."""
 
 
+GRACE = 15.0
+"""Launchers give the others 30 seconds."""
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 
 
@@ -55,12 +58,15 @@ def start(command: Sequence[str | Path], ranks: int = 1, cwd: Path | None = None
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> Finished:
-    """Wait for all; when one fails, the others are killed, as a launcher would."""
+    """Wait for all; when one fails, the others are killed after GRACE seconds, as a launcher would."""
     outputs = []
     try:
         for process in processes:
             outputs.append(process.communicate(timeout=timeout)[0])
             if process.returncode != 0:
+                ends = time.monotonic() + GRACE
+                while time.monotonic() < ends and any(other.poll() is None for other in processes):
+                    time.sleep(0.1)
                 for other in processes:
                     other.kill()
     finally:

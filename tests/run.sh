@@ -7,5 +7,8 @@ export OMP_NUM_THREADS=1 # two cores, several processes: more threads only get i
 ruff check .
 ruff format --check .
 mypy
-# Two at a time: tests of one process leave the second core idle. A file stays on one worker, with its fixtures.
-pytest -n 2 --dist loadfile "$@"
+# Tests of one process leave the second core idle: two at a time, the tests of a file on one worker, with its fixtures.
+# Those that start several processes, of which some watch the clock, run alone.
+run() { pytest "$@" || [ $? -eq 5 ]; } # 5: the arguments select none of these tests
+run -n 2 --dist loadfile -m "not slow and not dist" "$@"
+run -m "dist and not slow" "$@"
