@@ -29,7 +29,7 @@ Table = Annotated[
     Path | None,
     typer.Option(
         rich_help_panel=_SOURCE,
-        help="A .csv or .parquet with n_params, bits, tokens_fp, tokens_qat, scheme and loss (or final/val_loss).",
+        help="A .csv or .parquet: n_params, bits, tokens_fp, tokens_qat, scheme, loss (or final/val_loss), and seed.",
     ),
 ]
 Runs = Annotated[Path | None, typer.Option(rich_help_panel=_SOURCE, help="A folder of run folders: runs.")]
