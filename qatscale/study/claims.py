@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -47,6 +48,11 @@ class Attempt:
     ended: float | None
 
 
+def worker_name(pid: int) -> str:
+    """A worker on this host."""
+    return f"{socket.gethostname()}-{pid}"
+
+
 class Claims:
     """The claims of a study, seen from one process."""
 
@@ -70,6 +76,10 @@ class Claims:
         """All attempts at a run, oldest first."""
         numbers = sorted(int(path.stem.rpartition("~")[2]) for path in self.folder.glob(f"{name}~*.json"))
         return [self._look(name, number) for number in numbers]
+
+    def has_claimed(self, worker: str) -> bool:
+        """Whether a worker has ever claimed a run."""
+        return any(f'"worker": "{worker}"' in path.read_text() for path in self.folder.glob("*.json"))
 
     def take(self, name: str, after: int, worker: str) -> Claim | None:
         """Claim the attempt that follows number `after`; None if another worker was faster."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
+from qatscale.study.claims import worker_name
 from qatscale.study.folder import StudyFolder
 
 SHORT_LIFE = 30.0
-"""Seconds; a worker that ends sooner without a run of its own has a fault that starting it again does not cure."""
+"""Seconds; a worker that ends sooner and has claimed no run has a fault that starting it again does not cure."""
 MOST_SHORT_LIVES = 3
 
 
@@ -73,7 +74,8 @@ class LocalWorkers:
                 seat.finished = True
                 continue
             short = time.monotonic() - seat.started < SHORT_LIFE
-            seat.short_lives = seat.short_lives + 1 if short else 0
+            idle = short and not self.folder.claims.has_claimed(worker_name(seat.process.pid))
+            seat.short_lives = seat.short_lives + 1 if idle else 0
             if code == EXIT_BAD_INPUT or seat.short_lives >= MOST_SHORT_LIVES:
                 raise WorkerFailedError(f"worker {seat.number} ended with code {code}; see {self._log(seat)}")
             self._start(seat)

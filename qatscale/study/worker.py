@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from types import FrameType
 from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
-from qatscale.study.claims import Claim
+from qatscale.study.claims import Claim, worker_name
 from qatscale.study.folder import StudyFolder, StudyJob
 from qatscale.study.results import record
 from qatscale.study.state import StudyState
@@ -38,7 +37,7 @@ class Worker:
 
     def __init__(self, folder: StudyFolder) -> None:
         self.folder = folder
-        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self.name = worker_name(os.getpid())
         self._stopped = False
 
     def work(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -74,13 +75,13 @@ def workers_of(folder: Path) -> list[int]:
     return [int(one.worker.rpartition("-")[2]) for one in running]
 
 
-def kill_one(folder: Path, after: float, timeout: float = 120) -> None:
+def kill_one(folder: Path, after: float, chance: random.Random, timeout: float = 120) -> None:
     """SIGKILL a worker that holds a claim, `after` seconds from now at the earliest."""
     time.sleep(after)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if victims := workers_of(folder):
-            os.kill(victims[0], signal.SIGKILL)
+            os.kill(chance.choice(victims), signal.SIGKILL)
             return
         time.sleep(0.05)
     raise TimeoutError("no worker holds a claim")

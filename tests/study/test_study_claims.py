@@ -47,7 +47,10 @@ def test_a_claim_that_is_held_is_nobody_elses(tmp_path: Path) -> None:
     assert Claims(tmp_path).take("run", 0, "other") is None
     seen = Claims(tmp_path).attempts()["run"]
     assert (seen.number, seen.state, seen.worker) == (1, "running", "me")
+    assert Claims(tmp_path).has_claimed("me")
+    assert not Claims(tmp_path).has_claimed("m")
     claim.close("failed", "diverged")
+    assert Claims(tmp_path).has_claimed("me")
     seen = Claims(tmp_path).attempts()["run"]
     assert (seen.state, seen.reason) == ("failed", "diverged")
     assert seen.ended is not None
