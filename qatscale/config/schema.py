@@ -220,7 +220,8 @@ class QatConfig(Section):
     lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate of the QAT phase over optimizer.learning_rate, instead of learning_rate; `auto` = 1."""
     scale_lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Rate of the scales over that of the weights; `auto` = 1/Qp: a scale is a Qp-th of the largest weight."""
+    """Rate of the scales over that of the weights; `auto` = 1/Qp (a scale is a Qp-th of the largest
+    weight), and 0.1 at 1 bit, where rows die at 1."""
     scale_gradient_factor: bool = True
     """Multiply the gradient of the scales by LSQ's g = 1/sqrt(numel(W) x Qp), as ParetoQ does. AdamW's update does not
     depend on it, but the global gradient norm, and so clipping, does."""

@@ -21,7 +21,7 @@ def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]
 
     `lr_ratio` is the group's rate over the schedule's. A scale of b bits is about 1/Qp of the row's largest weight, and
     Adam moves every parameter by about the rate: at the weights' rate a scale of 8 bits would be gone in one step. So
-    it is `plugin.scale_lr_ratio`, 1/Qp unless the recipe says else.
+    it is `plugin.scale_lr_ratio`, the quantizer's unless the recipe says else.
     """
     scales = scale_groups(model)
     of_scales = {id(p) for group in scales.values() for p in group}

@@ -103,7 +103,7 @@ class QatPlugin:
 
     def scale_lr_ratio(self, bits: float) -> float:
         """The learning rate of the scales of `bits` over that of the weights."""
-        return 1 / get_quantizer(bits).qp if self.qat.scale_lr_ratio == "auto" else self.qat.scale_lr_ratio
+        return get_quantizer(bits).scale_lr_ratio if self.qat.scale_lr_ratio == "auto" else self.qat.scale_lr_ratio
 
     def after_step(self, step: int, masters: Masters) -> SwitchReport | None:
         """Call it with the number of optimizer steps done, once before training and after every step.

@@ -5,13 +5,15 @@ Sources: ParetoQ (arXiv 2502.02631) and its released code; LSQ (arXiv 1902.08153
 ========  ====================  ===================================  ==================  =========================
 bits      name                  forward                              dL/dw kept where    dL/dα before g
 ========  ====================  ===================================  ==================  =========================
-1         elastic binarization  sign(w)·α, sign(0) = +1              abs(v) <= 1         sign(w)
+1         elastic binarization  sign(w)·α, sign(0) = +1              everywhere          sign(w)
 1.58      SEQ ternary           round(1.5·clip(v, ±.99))/1.5·α       abs(v) <= .99       inside: q−v; outside: ±1
 2         SEQ                   (round(2·clip(v, ±.99)−.5)+.5)/2·α   abs(v) <= .99       inside: q−v; outside: ±.75
 3 ... 8   LSQ                   clamp(round(v), −Qn, Qp)·α           −Qn <= v <= Qp      inside: q−v; outside: −Qn, Qp
 ========  ====================  ===================================  ==================  =========================
 
 q is the level that v takes. dL/dα is summed over the row or group, then multiplied by g = 1/sqrt(numel(W)·Qp).
+At 1 bit the reference keeps dL/dw where abs(v) <= 1 alone. There a row whose α falls has ever fewer weights that train,
+and hardly one comes back; with dL/dw everywhere no row stays behind (analysis/benchmarks/one_bit_scales.md).
 The clip is ±0.99 as released: with the printed formula's ±1, v = 1 would give a fifth level. Rounding is half to even.
 The reference stops at 4 bits; 5, 6 and 8 follow LSQ's pattern.
 
@@ -34,6 +36,8 @@ from qatscale.quant.kernels.dispatch import FakeQuantize
 from qatscale.quant.kernels.reference import ALPHA_FLOOR, decode_, encode, rows_of
 
 SEQ_CLIP = 0.99
+BINARY_SCALE_LR_RATIO = 0.1
+"""Measured (analysis/benchmarks/one_bit_scales.md): at 1, up to a fifth of all rows ends with α at ALPHA_FLOOR."""
 
 PTQ_COARSE = 40
 PTQ_FINE = 20
@@ -54,7 +58,7 @@ class Quantizer:
     qn: int
     """The lowest code is -qn."""
     qp: int
-    """The highest code; Qp in g and in the learning rate of the scales."""
+    """The highest code; Qp in g and, above 1 bit, in the learning rate of the scales."""
     steps: float
     """Levels per α."""
     shift: float
@@ -78,6 +82,14 @@ class Quantizer:
     def levels(self) -> tuple[float, ...]:
         """Every value a weight can take, in units of α, ascending."""
         return tuple((code + self.shift) / self.steps for code in self.code_values)
+
+    @property
+    def scale_lr_ratio(self) -> float:
+        """The learning rate of α over that of the weights: α is about a Qp-th of its largest weight.
+
+        At 1 bit BINARY_SCALE_LR_RATIO: α is the mean of abs(w) there, which AdamW crosses in few steps at their rate.
+        """
+        return BINARY_SCALE_LR_RATIO if self.name == "binary" else 1 / self.qp
 
     def grad_factor(self, numel: int) -> float:
         """LSQ's g = 1/sqrt(numel·Qp). `numel` counts the whole matrix, also where a process holds only a part of it."""
@@ -185,7 +197,7 @@ def _lsq(bits: int) -> Quantizer:
 
 
 QUANTIZERS: dict[float, Quantizer] = {
-    1: Quantizer(1, "binary", 1, 1, steps=1, shift=0, low=-1, high=1, storage_bits=1),
+    1: Quantizer(1, "binary", 1, 1, steps=1, shift=0, low=-math.inf, high=math.inf, storage_bits=1),
     1.58: Quantizer(1.58, "ternary", 1, 1, steps=1.5, shift=0, low=-SEQ_CLIP, high=SEQ_CLIP, storage_bits=2),
     2: Quantizer(2, "seq", 2, 1, steps=2, shift=0.5, low=-SEQ_CLIP, high=SEQ_CLIP, storage_bits=2),
     **{bits: _lsq(bits) for bits in (3, 4, 5, 6, 8)},

@@ -13,7 +13,7 @@ def value_and_slopes(w: float, alpha: float, bits: float) -> tuple[float, float,
     v = w / a
     if bits == 1:
         sign = 1.0 if w >= 0 else -1.0
-        return sign * a, float(abs(v) <= 1), sign
+        return sign * a, 1.0, sign
     if bits in (1.58, 2):
         clipped = min(max(v, -0.99), 0.99)
         q = round(1.5 * clipped) / 1.5 if bits == 1.58 else (round(2 * clipped - 0.5) + 0.5) / 2

@@ -186,7 +186,7 @@ def test_scale_groups_and_their_learning_rates() -> None:
     assert list(groups) == [2, 4]
     assert [id(p) for p in groups[2]] == [id(dict(fake_quant_modules(model))[name].weight_scale) for name in LAYERS]
     assert [id(p) for p in groups[4]] == [id(model.embed.weight_scale)]
-    assert [plugin.scale_lr_ratio(bits) for bits in (1, 2, 3, 4, 8)] == [1, 1, 1 / 3, 1 / 7, 1 / 127]
+    assert [plugin.scale_lr_ratio(bits) for bits in (1, 2, 3, 4, 8)] == [0.1, 1, 1 / 3, 1 / 7, 1 / 127]
     assert QatPlugin(QatConfig(scale_lr_ratio=0.5), None).scale_lr_ratio(4) == 0.5
 
 

@@ -46,7 +46,8 @@ def test_forward_and_gradients_are_the_tables(bits: float) -> None:
     alpha = an_alpha(bits, w)
     upstream = a_weight().flip(0).cos()
     value, slope_w, slope_alpha = by_hand(w, alpha, bits)
-    assert 0 < slope_w.sum() < slope_w.numel(), "the example has weights on both sides of the range"
+    if bits > 1:
+        assert 0 < slope_w.sum() < slope_w.numel(), "the example has weights on both sides of the range"
 
     out, grad_w, grad_alpha = run(bits, w, alpha, upstream, factor=0.25)
 
@@ -60,12 +61,12 @@ def test_gradients_are_those_of_the_straight_through_surrogate(bits: float) -> N
     """Finite differences of the function whose derivative the straight-through estimator is.
 
     Inside the range ŵ = w + α·r, with the rounding residual r = q - v held; outside ŵ = α·(outermost level).
-    For 1 bit ŵ has two surrogates: clip(w, -α, α) for w and α·sign(w) for α.
+    For 1 bit ŵ has two surrogates: w for w and α·sign(w) for α.
     """
     w, h = a_weight(), 1e-6
     alpha = an_alpha(bits, w)
     outermost = {1.58: (-1, 1), 2: (-0.75, 0.75)}.get(bits) or (-(qp_of(bits) + 1), qp_of(bits))
-    edge = {1: (-1, 1), 1.58: (-0.99, 0.99), 2: (-0.99, 0.99)}.get(bits) or outermost
+    edge = {1.58: (-0.99, 0.99), 2: (-0.99, 0.99)}.get(bits) or outermost
     scale = alpha.unsqueeze(-1)
     v = w / scale
     residual = by_hand(w, alpha, bits)[0] / scale - v
@@ -75,7 +76,7 @@ def test_gradients_are_those_of_the_straight_through_surrogate(bits: float) -> N
         return torch.where(v < edge[0], scale * outermost[0], torch.where(v > edge[1], scale * outermost[1], inside))
 
     def for_weight(w: Tensor, scale: Tensor) -> Tensor:
-        return w.clamp(-scale, scale) if bits == 1 else surrogate(w, scale)
+        return w if bits == 1 else surrogate(w, scale)
 
     def for_scale(w: Tensor, scale: Tensor) -> Tensor:
         return scale * w.sign() if bits == 1 else surrogate(w, scale)
@@ -123,14 +124,21 @@ def test_ties_go_to_even() -> None:
     assert get_quantizer(1.58).codes(thirds, one.double()).tolist() == [[0, 0]]
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", BITS[1:])
 def test_the_range_is_closed(bits: float) -> None:
     """A weight exactly on the edge keeps its gradient; the next float64 beyond it does not."""
-    edges = {1: (-1.0, 1.0), 1.58: (-0.99, 0.99), 2: (-0.99, 0.99)}.get(bits) or (-(qp_of(bits) + 1.0), qp_of(bits))
+    edges = {1.58: (-0.99, 0.99), 2: (-0.99, 0.99)}.get(bits) or (-(qp_of(bits) + 1.0), qp_of(bits))
     beyond = [math.nextafter(edges[0], -math.inf), math.nextafter(edges[1], math.inf)]
     w = torch.tensor([[*edges, *beyond]], dtype=torch.float64)
     _, grad_w, _ = run(bits, w, torch.ones(1, dtype=torch.float64), torch.ones_like(w))
     assert grad_w.tolist() == [[1, 1, 0, 0]]
+
+
+def test_at_one_bit_every_weight_trains_however_far_from_its_scale() -> None:
+    w = torch.tensor([[-1e6, -1.0, -1e-9, 0.0, 0.5, 1e6]])
+    for alpha in (0.0, 1e-3, 1.0):
+        _, grad_w, _ = run(1, w, torch.full((1,), alpha), torch.ones_like(w))
+        assert torch.equal(grad_w, torch.ones_like(w))
 
 
 @pytest.mark.parametrize("bits", BITS)

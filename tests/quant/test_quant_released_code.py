@@ -1,6 +1,7 @@
 """Against ParetoQ's released code, as torchao 0.18.0 carries it (`pip install -e .[peers]`).
 
-Known differences, left out here: sign(0) is +1 for us and 0 there; a scale under 1e-5 passes its gradient in both.
+Known differences, left out here: sign(0) is +1 for us and 0 there. At 1 bit the released code stops the gradient of a
+weight beyond its scale, and we do not.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def test_forward_and_gradients_equal_the_released_ones(bits: float, shrink: floa
     theirs.backward(upstream)
 
     assert torch.equal(ours, theirs)
-    assert torch.equal(ours_w.grad, theirs_w.grad)
+    trains = (w.abs() <= alpha.clamp_min(1e-5).unsqueeze(-1)) | (bits > 1)
+    assert torch.equal(ours_w.grad * trains, theirs_w.grad)
     # The same products summed in another order, or rounded once more on the way: relative to their absolute sum.
     slack = 4e-6 * max(1, get_quantizer(bits).qn) * upstream.abs().sum(-1) / w.numel() ** 0.5
     assert ((ours_alpha.grad - theirs_alpha.grad.squeeze(-1)).abs() <= slack).all()
