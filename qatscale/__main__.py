@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from qatscale.cli import main
 from qatscale.cli.lasting import Lasting
-from qatscale.engine.environment import adopt
 from qatscale.errors import EXIT_BAD_INPUT, UserError
+from qatscale.supervise.launchers import adopt
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""

@@ -209,8 +209,8 @@ def _train(
 
 def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
     """Keep the counters of this process. trap: (rank, save, file operation of it) to die at; save 0: none."""
+    from qatscale.train.checkpointing import Saver
     from qatscale.train.prefetch import Prefetch
-    from qatscale.train.saver import Saver
 
     forked = time.perf_counter()
     take, save, write = Prefetch.take, Saver.save, Saver._write

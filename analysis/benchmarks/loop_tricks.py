@@ -22,8 +22,8 @@ from qatscale.bench.steppers import training_step
 from qatscale.config import load_run_config
 from qatscale.engine.runtime import start_runtime
 from qatscale.train.garbage import Garbage
-from qatscale.train.job import open_batches
 from qatscale.train.prefetch import Prefetch
+from qatscale.train.setup import open_batches
 
 
 def main() -> None:

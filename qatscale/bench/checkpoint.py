@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qatscale.engine.checkpoints.files import Manifest
-    from qatscale.train.saver import Saver
+    from qatscale.train.checkpointing import Saver
 
 SEQUENCE = 128
 """Tokens of the one sequence that a step trains on: the step only has to be there."""
@@ -90,7 +90,7 @@ class Bench:
             self.done += 1
 
     def _saver(self, name: str) -> Saver:
-        from qatscale.train.saver import Saver
+        from qatscale.train.checkpointing import Saver
 
         return Saver(
             self.folder / name, self.masters, self.runtime, background=name == BACKGROUND, keep=1,

@@ -25,7 +25,7 @@ from qatscale.engine.weight_cache import keeps_weights
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import PlainMasters, QatPlugin
-from qatscale.timeline import StepSettings
+from qatscale.schedule import StepSettings
 
 RATE = 1e-6
 """Of AdamW: random tokens leave the weights about where they are, so that all steps are alike."""

@@ -21,7 +21,7 @@ from qatscale.cli.terminal import console
 from qatscale.config import load_run_config
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 
 SCHEMES = ("fp", "sequential", "fused")
 CORPUS = "self:12M"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qatscale.engine.fragments import Fragment, ZeroMasters
+from qatscale.engine.zero_masters import Fragment, ZeroMasters
 from qatscale.quant.kernels.reference import ALPHA_FLOOR
 from qatscale.quant.plugin import FakeQuantLayer, matrices
 from qatscale.quant.quantizers import Quantizer

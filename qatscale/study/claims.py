@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qatscale.files import write_json_atomic
-from qatscale.tracking.process import identity, is_alive
+from qatscale.supervise.process import identity, is_alive
 
 HEARTBEAT = 10.0
 """Seconds between two signs of life of a holder."""

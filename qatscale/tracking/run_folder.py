@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qatscale.errors import UserError
-from qatscale.tracking import process
+from qatscale.supervise import process
 from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live, read_json, write_json, write_text
 
 if TYPE_CHECKING:
-    from qatscale.timeline.segments import Timeline
+    from qatscale.schedule.segments import Timeline
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: by a process of another

@@ -25,7 +25,7 @@ from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.quantizers import get_quantizer
 from qatscale.quant.views import view
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 
 
 def ptq_view(bits: float) -> str:

@@ -9,7 +9,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader
 from qatscale.model.sizes import count_parameters
-from qatscale.timeline import Timeline
+from qatscale.schedule import Timeline
 from qatscale.tracking.compare import median_speeds
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import ptq_view

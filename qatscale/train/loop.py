@@ -14,18 +14,18 @@ from qatscale.engine.step import train_step
 from qatscale.engine.topology import gather_stages
 from qatscale.model.sizes import count_parameters
 from qatscale.quant.report import merge_reports
-from qatscale.timeline import Timeline, build_timeline, kept_steps
+from qatscale.schedule import Timeline, build_timeline, kept_steps
+from qatscale.supervise.signals import StopRequest
+from qatscale.supervise.watchdog import Watch, collective_timeout
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.checkpointing import Saver
 from qatscale.train.evaluate import validation_losses
 from qatscale.train.final import data_metrics, final_metrics, final_views
 from qatscale.train.garbage import Garbage
-from qatscale.train.job import Job, Plan, assemble, plan_run
-from qatscale.train.meter import Meter
+from qatscale.train.metrics import Meter
 from qatscale.train.prefetch import Prefetch
 from qatscale.train.run_log import RunLog
-from qatscale.train.saver import Saver
-from qatscale.train.signals import StopRequest
-from qatscale.train.watch import Watch, collective_timeout
+from qatscale.train.setup import Job, Plan, assemble, plan_run
 
 
 @dataclass(frozen=True)

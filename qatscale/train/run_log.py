@@ -17,14 +17,14 @@ from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import Runtime
 from qatscale.quant.plugin import SwitchReport
-from qatscale.timeline import Timeline
+from qatscale.schedule import Timeline
+from qatscale.supervise.failure_report import Fault
+from qatscale.supervise.watchdog import Watch
 from qatscale.tracking.compare import perplexity
 from qatscale.tracking.follower import Follower, NoFollower, start_follower
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.console import run_console
-from qatscale.train.faults import Fault
-from qatscale.train.start import Start
-from qatscale.train.watch import Watch
+from qatscale.train.resume import Start
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
@@ -188,7 +188,7 @@ class RunLog:
 
     def _draw(self) -> None:
         """timeline.png and loss.png in the run's figures. A figure that fails must not cost the run its end."""
-        from qatscale.timeline import draw
+        from qatscale.schedule import draw
         from qatscale.tracking.curves import draw_loss_curves
 
         try:

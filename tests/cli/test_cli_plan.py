@@ -17,8 +17,8 @@ from bad_inputs import run_command
 from qatlaw.plan.options import OPTIONS
 from qatscale.config import load_run_config, recipe_names
 from qatscale.model.sizes import count_parameters, flops_per_token
-from qatscale.timeline import build_timeline, first_difference
-from qatscale.timeline.segments import Timeline
+from qatscale.schedule import build_timeline, first_difference
+from qatscale.schedule.segments import Timeline
 
 
 def planned(typed: str) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def test_a_branch_goes_on_from_where_the_trunk_is(tmp_path: Path, cooldown: str,
 
 def test_a_real_trunk_is_branched_by_its_plan(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qatscale.cli.train import branch_config
-    from qatscale.train.start import plan_start
+    from qatscale.train.resume import plan_start
 
     monkeypatch.chdir(world)
     found = planned("--from-checkpoint runs/trunk@5 --bits 2 --law synthetic")

@@ -21,17 +21,17 @@ from qatscale.engine.checkpoints.convert import convert
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info
-from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import join_topology
+from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
-from qatscale.timeline import build_timeline
-from qatscale.train.job import open_batches
+from qatscale.schedule import build_timeline
 from qatscale.train.loop import train
+from qatscale.train.setup import open_batches
 
 folder = Path(sys.argv[1])
 asked = json.loads((folder / "asked.json").read_text())

@@ -25,18 +25,18 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qatscale.config import load_run_config, merge_ds_config
-from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.layout import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import join_topology
 from qatscale.engine.weight_cache import keeps_weights
+from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.kernels import cpu
 from qatscale.quant.plugin import QatPlugin
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 
 SWITCH, STEPS = 2, 4
 

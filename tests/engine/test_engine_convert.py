@@ -32,11 +32,11 @@ from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint,
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 from qatscale.tracking.compare import list_runs
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.job import open_batches
-from qatscale.train.start import plan_start
+from qatscale.train.resume import plan_start
+from qatscale.train.setup import open_batches
 
 pytestmark = pytest.mark.timeout(1200)
 """The first test that asks for `made` waits for both launches: a minute, and several on a busy machine."""

@@ -14,7 +14,7 @@ import yaml
 from synthetic_runs import MakeRun, finish, log_metrics
 
 from qatscale.errors import UserError
-from qatscale.tracking import process
+from qatscale.supervise import process
 from qatscale.tracking.environment import environment, git_state
 from qatscale.tracking.run_folder import RunFolder
 

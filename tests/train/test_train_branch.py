@@ -10,9 +10,9 @@ from trained_runs import REFERENCE, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.start import Start, plan_start
+from qatscale.train.resume import Start, plan_start
 
 AFTER = range(SWITCH + 1, STEPS + 1)
 

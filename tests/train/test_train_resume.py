@@ -13,11 +13,11 @@ from trained_runs import REFERENCE, STOPPED_BF16, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import evaluate_checkpoint
 from qatscale.train.loop import train
-from qatscale.train.start import Start, plan_start
+from qatscale.train.resume import Start, plan_start
 
 
 def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> Start | None:

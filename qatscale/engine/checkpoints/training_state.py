@@ -25,15 +25,15 @@ from qatscale.engine.checkpoints.files import (
     verify_files,
     writing_folder,
 )
-from qatscale.engine.fragments import MOMENTS
 from qatscale.engine.initialize import optimizer_groups
+from qatscale.engine.zero_masters import MOMENTS
 from qatscale.errors import UserError
 from qatscale.files import appearing
 from qatscale.model.llama import Llama
 from qatscale.model.sizes import count_parameters
 from qatscale.quant.plugin import QatPlugin
+from qatscale.schedule import build_timeline
 from qatscale.tensor_files import SHARD_BYTES, Shape, write_safetensors
-from qatscale.timeline import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 
 KINDS = ("weight", *MOMENTS)

@@ -15,7 +15,7 @@ from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints
 from qatscale.errors import EXIT_FAILED
 from qatscale.tracking.run_folder import RunFolder
 
-DRIVER = Path(__file__).with_name("saver_driver.py")
+DRIVER = Path(__file__).with_name("checkpointing_driver.py")
 EVERY = 3
 BESIDE, BETWEEN = "checkpoint.background=true", "checkpoint.background=false"
 

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 
 from qatscale.config.schema import ScheduleConfig
 from qatscale.errors import UserError
-from qatscale.timeline.shapes import Cooldown, cooldown_of
+from qatscale.schedule.shapes import Cooldown, cooldown_of
 
 progress = st.floats(0, 1)
 

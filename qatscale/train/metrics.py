@@ -14,7 +14,7 @@ import torch.distributed as dist
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import Runtime
 from qatscale.model.sizes import flops_per_token, peak_flops
-from qatscale.timeline import StepSettings
+from qatscale.schedule import StepSettings
 
 WARMUP_STEPS = 10
 """Steps after a start or the switch that no speed of record counts: compilation, first allocations, cold caches."""

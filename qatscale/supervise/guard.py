@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qatscale.tracking.process import parent_of
+from qatscale.supervise.process import parent_of
 
 # Ends the process PID unless a byte comes at least every LIMIT seconds; leaves when the process does (end of file).
 _GUARD = """

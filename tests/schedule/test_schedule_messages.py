@@ -3,10 +3,10 @@
 import math
 
 import pytest
-from timeline_configs import PARAMETERS, TOKENS_PER_STEP, make_config
+from schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 from qatscale.errors import UserError
-from qatscale.timeline import build_timeline, kept_steps
+from qatscale.schedule import build_timeline, kept_steps
 
 TWO_PHASES = [{"scheme": "sequential", "fraction": 0.5}, {"scheme": "fused", "fraction": 0.5}]
 

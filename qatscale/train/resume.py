@@ -16,7 +16,7 @@ from qatscale.engine.checkpoints.files import (
     read_manifest,
 )
 from qatscale.errors import UserError
-from qatscale.timeline import Timeline, build_timeline, first_difference
+from qatscale.schedule import Timeline, build_timeline, first_difference
 from qatscale.tracking.run_folder import RunFolder
 
 MAY_CHANGE = (

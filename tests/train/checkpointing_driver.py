@@ -1,6 +1,6 @@
 """Trains runs whose checkpoints are slow to write, or fail; tells what happened while they were written.
 
-    python saver_driver.py RUNS.json OUT_FOLDER
+    python checkpointing_driver.py RUNS.json OUT_FOLDER
 
 RUNS.json: [{"overrides": […], "slow": {"rank": 0, "seconds": 0.2}, "signal_at": 5, "error_at": 5, "full_at": 3}]
 `slow`: a shard of that rank takes so long. `stall`: seconds that the watch gives a save, instead of half an hour.
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints import save_load
-from qatscale.train import watch
+from qatscale.supervise import watchdog
+from qatscale.supervise.watchdog import Watch
 from qatscale.train.loop import train
-from qatscale.train.watch import Watch
 
 MARK, WRITE = Watch.mark, save_load.write_shard
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -57,7 +57,7 @@ def observed(run: dict) -> dict:
 
     Watch.mark, save_load.write_shard = mark, write_shard
     if "stall" in run:
-        watch.SLOW = run["stall"]
+        watchdog.SLOW = run["stall"]
     found = {"writes": writes, "error": ""}
     try:
         found["status"] = train(config).status

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from timeline_configs import PARAMETERS, TOKENS_PER_STEP, make_config
+from schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 from qatscale.config.recipe import load_run_config, recipe_names
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 
 LINEAR = {"warmup_fraction": 0.1, "cooldown_fraction": 0.2, "shape": "linear"}
 
@@ -81,7 +81,7 @@ def test_the_qat_rate_as_a_ratio(scheme):
 def test_auto_follows_the_rule(monkeypatch):
     """Whatever the rule says of (scheme, bits, fraction) is the ratio, of the fraction that is run."""
     asked = []
-    monkeypatch.setattr("qatscale.timeline.rates.qat_lr_ratio", lambda *of: asked.append(of) or 0.5)
+    monkeypatch.setattr("qatscale.schedule.rates.qat_lr_ratio", lambda *of: asked.append(of) or 0.5)
     timeline = build_timeline(make_config(steps=80, qat={"scheme": "fused", "bits": 8}))
     assert set(asked) == {("fused", 8, 0.2)}, "the optimum, 0.186, does not hold the cooldown of a fifth"
     assert max(rates(timeline)[64:]) == 5e-4
@@ -203,7 +203,7 @@ def test_no_step_outside_the_run(step):
 
 def test_import_needs_no_torch_and_no_matplotlib():
     code = (
-        "import sys, qatscale.timeline\n"
+        "import sys, qatscale.schedule\n"
         "print(sorted({'torch', 'matplotlib', 'scipy', 'deepspeed', 'transformers'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

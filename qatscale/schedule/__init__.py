@@ -1,7 +1,7 @@
 """The timeline of a run: a RunConfig becomes segments of steps with their rate, AdamW settings and precision."""
 
-from qatscale.timeline.fraction import nearest_fraction
-from qatscale.timeline.segments import (
+from qatscale.schedule.fraction import nearest_fraction
+from qatscale.schedule.segments import (
     Segment,
     SettingsDifference,
     StepSettings,
@@ -9,8 +9,8 @@ from qatscale.timeline.segments import (
     first_difference,
     kept_steps,
 )
-from qatscale.timeline.show import COLUMNS, describe, draw
-from qatscale.timeline.timeline import build_timeline
+from qatscale.schedule.show import COLUMNS, describe, draw
+from qatscale.schedule.timeline import build_timeline
 
 __all__ = [
     "COLUMNS",

@@ -5,10 +5,10 @@ import re
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from timeline_configs import TOKENS_PER_STEP, make_config
+from schedule_configs import TOKENS_PER_STEP, make_config
 
 from qatscale.errors import UserError
-from qatscale.timeline import build_timeline, first_difference
+from qatscale.schedule import build_timeline, first_difference
 
 # Many drawn lengths do not fit: that most examples are refused is meant, and no reason to fail by the luck of the seed.
 holds = settings(

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from timeline_configs import TOKENS_PER_STEP, make_config
+from schedule_configs import TOKENS_PER_STEP, make_config
 
-from qatscale.timeline import COLUMNS, build_timeline, describe, draw, first_difference
-from qatscale.timeline.show import rate_curve
+from qatscale.schedule import COLUMNS, build_timeline, describe, draw, first_difference
+from qatscale.schedule.show import rate_curve
 
 SEQUENTIAL = {"scheme": "sequential", "fraction": 0.4, "bits": 2, "learning_rate": 5e-4}
 TRUNK = {"warmup_tokens": 5 * TOKENS_PER_STEP, "cooldown_fraction": 0}
@@ -74,8 +74,8 @@ def test_drawing_leaves_no_global_state(tmp_path):
 import sys
 sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
 from pathlib import Path
-from timeline_configs import make_config
-from qatscale.timeline import build_timeline, draw
+from schedule_configs import make_config
+from qatscale.schedule import build_timeline, draw
 config = make_config()
 draw(build_timeline(config), config, Path({str(tmp_path)!r}) / "timeline.svg")
 print("matplotlib.pyplot" in sys.modules)

@@ -14,9 +14,9 @@ from fixed_tokens import write_fixed_tokens
 
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
-from qatscale.timeline import StepSettings
+from qatscale.schedule import StepSettings
 from qatscale.train.evaluate import open_stream
-from qatscale.train.meter import Meter, total_peak
+from qatscale.train.metrics import Meter, total_peak
 
 
 def test_the_peak_is_that_of_all_devices_and_known_for_bf16_alone() -> None:

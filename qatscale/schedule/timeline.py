@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from qatscale.config.schema import Phase, PhaseOverride, RunConfig
 from qatscale.errors import UserError
-from qatscale.timeline.checks import warnings_of
-from qatscale.timeline.fraction import check_two_phases, planned_fraction, qat_bounds
-from qatscale.timeline.lengths import (
+from qatscale.schedule.checks import warnings_of
+from qatscale.schedule.fraction import check_two_phases, planned_fraction, qat_bounds
+from qatscale.schedule.lengths import (
     full_precision_lengths,
     qat_lengths,
     round_down,
@@ -16,9 +16,9 @@ from qatscale.timeline.lengths import (
     schedule_lengths,
     share_out,
 )
-from qatscale.timeline.rates import qat_peak, resolved_lr_ratio
-from qatscale.timeline.segments import Segment, Timeline, kept_steps
-from qatscale.timeline.shapes import cooldown_of
+from qatscale.schedule.rates import qat_peak, resolved_lr_ratio
+from qatscale.schedule.segments import Segment, Timeline, kept_steps
+from qatscale.schedule.shapes import cooldown_of
 
 
 def build_timeline(config: RunConfig) -> Timeline:

@@ -10,20 +10,20 @@ from qatscale.config.schema import RunConfig
 from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
-from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, job_size
 from qatscale.engine.topology import Topology, join_topology
 from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
+from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.model.sizes import count_parameters
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
-from qatscale.timeline import Timeline, build_timeline
+from qatscale.schedule import Timeline, build_timeline
 from qatscale.train.evaluate import open_stream, open_validation
-from qatscale.train.start import Start, check_data, plan_start
+from qatscale.train.resume import Start, check_data, plan_start
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import qatlaw
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 from qatscale.model.sizes import count_parameters
-from qatscale.timeline.lengths import Length, full_precision_lengths, qat_lengths, shortest_phase
+from qatscale.schedule.lengths import Length, full_precision_lengths, qat_lengths, shortest_phase
 
 
 def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:

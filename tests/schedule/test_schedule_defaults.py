@@ -3,13 +3,13 @@
 import math
 
 import pytest
-from timeline_configs import TOKENS_PER_STEP, make_config
+from schedule_configs import TOKENS_PER_STEP, make_config
 
 from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import BIT_WIDTHS
 from qatscale.errors import UserError
 from qatscale.model.sizes import count_parameters
-from qatscale.timeline import build_timeline
+from qatscale.schedule import build_timeline
 
 A = 6.7297
 """The closed form's constant."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qatscale.engine.environment import adopt, expand_hosts
 from qatscale.errors import UserError
+from qatscale.supervise.launchers import adopt, expand_hosts
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {

@@ -24,9 +24,9 @@ from torch import Tensor
 from qatscale.engine.checkpoints.files import Manifest, rotate
 from qatscale.engine.checkpoints.host_copy import HostCopy
 from qatscale.engine.checkpoints.save_load import slices_of, write_checkpoint
-from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.runtime import Runtime
-from qatscale.train.faults import is_consequence
+from qatscale.engine.zero_masters import ZeroMasters
+from qatscale.supervise.failure_report import is_consequence
 
 _TIMEOUT = timedelta(days=1)
 """Of the group: processes wait for the slowest writer. The watch knows sooner who hangs."""

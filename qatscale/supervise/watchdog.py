@@ -35,10 +35,18 @@ import torch.distributed as dist
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json_atomic
-from qatscale.tracking.process import identity, is_alive
-from qatscale.train.board import Board, Note
-from qatscale.train.faults import Fault, Kind, first_fault, in_communication, is_consequence, job_faults, message
-from qatscale.train.guard import Guard, Launchers
+from qatscale.supervise.failure_report import (
+    Fault,
+    Kind,
+    first_fault,
+    in_communication,
+    is_consequence,
+    job_faults,
+    message,
+)
+from qatscale.supervise.guard import Guard, Launchers
+from qatscale.supervise.heartbeat import Board, Note
+from qatscale.supervise.process import identity, is_alive
 
 SLOW = 1800.0
 """Seconds on top of stall_timeout for what may take long: start and first step (compilation), saving, evaluation."""

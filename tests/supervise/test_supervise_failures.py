@@ -18,8 +18,7 @@ import torch.distributed as dist
 from qatscale.cli.lasting import Lasting
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.errors import EXIT_FAILED
-from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.faults import (
+from qatscale.supervise.failure_report import (
     Fault,
     Kind,
     Standing,
@@ -30,7 +29,8 @@ from qatscale.train.faults import (
     job_faults,
     message,
 )
-from qatscale.train.guard import Launchers
+from qatscale.supervise.guard import Launchers
+from qatscale.tracking.run_folder import RunFolder
 
 FAULTY = Path(__file__).with_name("faulty.py")
 
@@ -211,7 +211,9 @@ def test_output_outlives_its_reader() -> None:
 
 
 def test_the_guard_ends_a_process_that_is_stopped() -> None:
-    code = "import time; from qatscale.train.guard import Guard; g = Guard(1.0); print(flush=True)\nwhile 1: g.alive()"
+    code = (
+        "import time; from qatscale.supervise.guard import Guard; g = Guard(1.0); print(flush=True)\nwhile 1: g.alive()"
+    )
     with subprocess.Popen([sys.executable, "-c", code + "; time.sleep(0.1)"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
