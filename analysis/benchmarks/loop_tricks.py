@@ -20,10 +20,10 @@ from qatscale.bench.measure import Variant, interleaved, use_threads
 from qatscale.bench.result import Table
 from qatscale.bench.steppers import training_step
 from qatscale.config import load_run_config
+from qatscale.data.open import open_batches
 from qatscale.engine.runtime import start_runtime
 from qatscale.train.garbage import Garbage
 from qatscale.train.prefetch import Prefetch
-from qatscale.train.setup import open_batches
 
 
 def main() -> None:

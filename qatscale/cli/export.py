@@ -109,8 +109,9 @@ def _verifier(source: Source, tokens: str | None) -> Verifier:
     import torch
 
     from qatscale.config.amounts import positive_amount
+    from qatscale.engine.checkpoints.load_model import load_checkpointed_model
     from qatscale.export.verify import materialised, verify
-    from qatscale.train.evaluate import load_checkpointed_model, open_view
+    from qatscale.train.evaluate import open_view
 
     limit = (
         min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else positive_amount("--tokens", tokens)
@@ -131,7 +132,7 @@ def _held_out(source: Source, tokens: int) -> Sequence[Tensor]:
     """Sequences of token ids, [sequence_length + 1] each."""
     import torch
 
-    from qatscale.train.evaluate import open_validation
+    from qatscale.data.open import open_validation
 
     evaluation = source.config.evaluation.model_copy(update={"tokens": tokens})
     try:

@@ -115,10 +115,11 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     from qatscale.config import load_run_config
     from qatscale.data.manifest import tokenizer_folder
     from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
+    from qatscale.engine.checkpoints.load_model import load_checkpointed_model
     from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
     from qatscale.model.hugging_face_tokenizer import export_tokenizer
     from qatscale.quant.views import computed_weights
-    from qatscale.train.evaluate import load_checkpointed_model, open_view
+    from qatscale.train.evaluate import open_view
 
     checkpoint = find_checkpoint(what)
     config = load_run_config(recipe_beside(checkpoint, what))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,20 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qatscale.config import load_ds_config, load_run_config, precision_of
-from qatscale.config.schema import RunConfig
-from qatscale.data.manifest import Split
-from qatscale.data.reader import EvaluationReader, TokenStream
-from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, recipe_beside, verify_files
+from qatscale.config import load_run_config
+from qatscale.data.open import open_validation
+from qatscale.data.reader import EvaluationReader
+from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.engine.step import evaluation_loss
 from qatscale.engine.topology import Topology
-from qatscale.errors import UserError
-from qatscale.model.llama import Llama
-from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.quantizers import get_quantizer
 from qatscale.quant.views import view
-from qatscale.schedule import build_timeline
 
 
 def ptq_view(bits: float) -> str:
@@ -82,40 +77,6 @@ def summed_loss(
         total += float(loss) * batch.weight * reader.sequence_length
         count += batch.weight * reader.sequence_length
     return total, count
-
-
-def open_validation(config: RunConfig) -> EvaluationReader:
-    """The held-out batches of a run. UserError for data that is missing, damaged or not of this model."""
-    held_out = open_stream(config, "validation")
-    return EvaluationReader(held_out, config.data.sequence_length, config.evaluation.tokens, config.batch.micro_batch)
-
-
-def open_stream(config: RunConfig, split: Split) -> TokenStream:
-    """A split of the run's data, its checksums and its vocabulary checked. One process reads the bytes, all look at the
-    sizes: a job of many processes that reads the whole corpus once each would spend its first minutes on it."""
-    if config.data.path is None:
-        do = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
-        raise UserError("data.path", None, "no data is given.", do)
-    is_main = int(os.environ.get("RANK", 0)) == 0  # before there is a process group
-    stream = TokenStream.open(config.data.path, split, verify="auto" if is_main else "size")
-    stream.manifest.check_vocabulary(config.model.vocab_size)
-    return stream
-
-
-@torch.no_grad()
-def load_checkpointed_model(checkpoint: Path, config: RunConfig, device: torch.device) -> tuple[Llama, QatPlugin]:
-    """The model of a checkpoint of any layout, on one process, in the precision that training's forward used."""
-    reader = CheckpointReader(checkpoint)
-    verify_files(checkpoint, reader.manifest)
-    model = Llama(config.model)
-    timeline = build_timeline(config)
-    plugin = QatPlugin(config.qat, timeline.switch_step)
-    plugin.prepare(model)
-    model.load_state_dict(reader.weights(), strict=False)  # tied weights are there once; names were checked on saving
-    plugin.load_state(reader.manifest.plugin)
-    if precision_of(load_ds_config(config.engine.ds_config)) == "bf16":
-        model.to(torch.bfloat16)  # scales and weights as the forward pass saw them
-    return model.to(device), plugin
 
 
 def evaluate_checkpoint(

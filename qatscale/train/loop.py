@@ -20,9 +20,8 @@ from qatscale.supervise.watchdog import Watch, collective_timeout
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.checkpointing import Saver
 from qatscale.train.evaluate import validation_losses
-from qatscale.train.final import data_metrics, final_metrics, final_views
 from qatscale.train.garbage import Garbage
-from qatscale.train.metrics import Meter
+from qatscale.train.metrics import Meter, data_metrics, final_metrics, final_views
 from qatscale.train.prefetch import Prefetch
 from qatscale.train.run_log import RunLog
 from qatscale.train.setup import Job, Plan, assemble, plan_run

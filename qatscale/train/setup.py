@@ -7,6 +7,7 @@ from typing import Any
 
 from qatscale.config import load_ds_config, merge_ds_config
 from qatscale.config.schema import RunConfig
+from qatscale.data.open import open_batches, open_validation
 from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
@@ -22,7 +23,6 @@ from qatscale.model.sizes import count_parameters
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule import Timeline, build_timeline
-from qatscale.train.evaluate import open_stream, open_validation
 from qatscale.train.resume import Start, check_data, plan_start
 
 
@@ -63,12 +63,6 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
         *filter(None, [repetition]),
     )
     return Plan(config, timeline, start, layout, ds_config, batches, validation, notices)
-
-
-def open_batches(config: RunConfig) -> BatchReader:
-    """The training batches of a run."""
-    stream, length = open_stream(config, "train"), config.data.sequence_length
-    return BatchReader(stream, length, config.batch.sequences, config.data.seed)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from qatscale.config import load_ds_config, load_run_config, merge_ds_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.convert import convert
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info
@@ -30,8 +30,8 @@ from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule import build_timeline
+from qatscale.tracking.convert import convert
 from qatscale.train.loop import train
-from qatscale.train.setup import open_batches
 
 folder = Path(sys.argv[1])
 asked = json.loads((folder / "asked.json").read_text())

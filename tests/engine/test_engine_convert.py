@@ -27,16 +27,16 @@ from fixed_tokens import write_fixed_tokens
 from trained_runs import LEARNING_RATE
 
 from qatscale.config import load_run_config
-from qatscale.engine.checkpoints.convert import convert
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.schedule import build_timeline
 from qatscale.tracking.compare import list_runs
+from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.resume import plan_start
-from qatscale.train.setup import open_batches
 
 pytestmark = pytest.mark.timeout(1200)
 """The first test that asks for `made` waits for both launches: a minute, and several on a busy machine."""

@@ -16,10 +16,11 @@ from qatscale.config import load_run_config
 from qatscale.data.manifest import Manifest
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.inference.exported import Exported, find_export
 from qatscale.inference.generate import Detokenizer, Sampling, open_speaker, prompt_ids
-from qatscale.train.evaluate import load_checkpointed_model, open_view
+from qatscale.train.evaluate import open_view
 
 PROMPT = "def load(path):\n    return"
 ROUNDING = 1e-5
@@ -75,8 +76,8 @@ def test_the_seed_decides_the_text(run: Path) -> None:
 
 
 def test_an_exported_folder_says_what_the_checkpoint_says(run: Path, tmp_path: Path) -> None:
-    from qatscale.engine.checkpoints.convert import write_hugging_face
     from qatscale.engine.checkpoints.training_state import read_checkpoint
+    from qatscale.tracking.convert import write_hugging_face
 
     write_hugging_face(read_checkpoint(str(run)), tmp_path / "hf")
     exported, checkpoint = open_speaker(str(tmp_path / "hf")), open_speaker(str(run), "fp")

@@ -12,10 +12,10 @@ import torch
 from driving import config, spec
 from fixed_tokens import write_fixed_tokens
 
+from qatscale.data.open import open_stream
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
 from qatscale.schedule import StepSettings
-from qatscale.train.evaluate import open_stream
 from qatscale.train.metrics import Meter, total_peak
 
 

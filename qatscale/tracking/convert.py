@@ -12,12 +12,13 @@ from typing import Literal, get_args
 from qatscale.data.manifest import tokenizer_folder
 from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint
 from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
-from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint, write_run
+from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint
 from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import check_new
 from qatscale.model.hugging_face import export_hugging_face
 from qatscale.tensor_files import LazyState
+from qatscale.tracking.import_run import write_run
 
 Format = Literal["checkpoint", "universal", "hf"]
 _SHOWN: dict[Format, str] = {
