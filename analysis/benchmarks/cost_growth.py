@@ -55,8 +55,8 @@ def measure(axis: str, width: int, micro: int, length: int, bits: int, rounds: i
     from qatscale.bench.measure import Variant, interleaved
     from qatscale.bench.steppers import engine_stepper
     from qatscale.config import load_run_config
+    from qatscale.config.sizes import count_parameters
     from qatscale.engine.runtime import start_runtime
-    from qatscale.model.sizes import count_parameters
 
     layers = 8 if on_gpu else 4
     config = load_run_config("quickstart", [

@@ -29,8 +29,8 @@ def run(*, peers: bool, threads: int | None, quick: bool, recipe: str = "quickst
     """Two tables, full precision and QAT. compiled: whether our model's blocks are (its peers' are never)."""
     from qatscale.bench.steppers import bare_stepper, engine_stepper
     from qatscale.config import load_run_config
+    from qatscale.config.sizes import FLOPS_CONVENTION, flops_per_token, peak_flops
     from qatscale.engine.runtime import start_runtime
-    from qatscale.model.sizes import FLOPS_CONVENTION, flops_per_token, peak_flops
 
     threads = use_threads(threads)
     runtime = start_runtime()

@@ -118,7 +118,7 @@ def _of_recipe(recipe: str | None, options: dict[str, Any]) -> dict[str, Any]:
     if recipe is None:
         return {}
     from qatscale.config import load_run_config
-    from qatscale.model.sizes import count_parameters, flops_per_token
+    from qatscale.config.sizes import count_parameters, flops_per_token
 
     for name, why in (
         ("params", "says the same thing as --recipe."),
@@ -161,7 +161,7 @@ def _scheme_of(config: RunConfig) -> Scheme:
 def _of_gpu(gpu: str | None, options: dict[str, Any]) -> dict[str, float]:
     if gpu is None:
         return {}
-    from qatscale.model.sizes import device_names, peak_flops
+    from qatscale.config.sizes import device_names, peak_flops
 
     if options["peak_flops"] is not None:
         raise UserError("--peak-flops", options["peak_flops"], "is told by --gpu.", "Leave one of them out.")
@@ -178,7 +178,7 @@ def _nearest_recipe(found: Answer) -> str:
     `RECIPE` where none is near, or where settings of the nearest clash with the plan.
     """
     from qatscale.config import load_run_config, recipe_names
-    from qatscale.model.sizes import count_parameters
+    from qatscale.config.sizes import count_parameters
 
     sizes = {name: count_parameters(load_run_config(name).model).total for name in recipe_names()}
     off = {name: abs(math.log(size / found.params)) for name, size in sizes.items()}

@@ -27,7 +27,7 @@ def print_keys(prefix: str) -> None:
 def print_recipes() -> None:
     from qatscale.config import load_run_config, recipe_names
     from qatscale.config.amounts import format_amount
-    from qatscale.model.sizes import count_parameters
+    from qatscale.config.sizes import count_parameters
 
     numbers = ("parameters", "width", "layers", "sequence", "batch (tokens)", "tokens")
     table = plain_table("recipe", *numbers, "ds_config", right=numbers)

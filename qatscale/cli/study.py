@@ -54,7 +54,7 @@ def plan(
     of the runs there are already (--experiment, --table or --runs).
     """
     from qatlaw.study import cheapest_tree
-    from qatscale.model.sizes import count_parameters
+    from qatscale.config.sizes import count_parameters
     from qatscale.study import grid, read_study
     from qatscale.study.forecast import forecast
 
@@ -100,7 +100,7 @@ def _certainties(name: str, cells: Grid, noise: float, known: tuple[Any, ...] | 
 def _as_record(run: StudyRun) -> RunRecord:
     """What tracking would keep of the run, but its loss."""
     from qatlaw.runs import RunRecord
-    from qatscale.model.sizes import count_parameters
+    from qatscale.config.sizes import count_parameters
     from qatscale.tracking.mlflow_names import flatten
 
     tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
@@ -116,7 +116,7 @@ def _as_record(run: StudyRun) -> RunRecord:
 
 def _fraction_errors(assumed: PlannerLaw, cells: Grid, certainty: Certainty) -> dict[float, list[float | None]]:
     """By width that the law describes, the standard errors of f* at the study's sizes and token counts."""
-    from qatscale.model.sizes import count_parameters
+    from qatscale.config.sizes import count_parameters
 
     one = assumed.range["bits"][0] if assumed.law.form.one_width else None
 
@@ -185,7 +185,7 @@ def _bytes(count: int) -> str:
 
 def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
     """What a worker computes; None where nobody says."""
-    from qatscale.model.sizes import device_names, peak_flops
+    from qatscale.config.sizes import device_names, peak_flops
 
     if (gpu is None) != (mfu is None):
         raise UserError("--gpu" if gpu is None else "--mfu", None, "is missing.", "Give both, or neither.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import qatlaw
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.errors import UserError
-from qatscale.model.sizes import count_parameters
 from qatscale.schedule.lengths import Length, full_precision_lengths, qat_lengths, shortest_phase
 
 

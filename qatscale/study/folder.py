@@ -24,10 +24,10 @@ from pathlib import Path
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
 from qatscale.errors import UserError
 from qatscale.files import locked, write_atomic, write_json_atomic
-from qatscale.model.sizes import count_parameters
 from qatscale.study.claims import Claims
 from qatscale.study.file import read_study
 from qatscale.study.grid import StudyRun, grid

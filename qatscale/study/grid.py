@@ -18,9 +18,9 @@ from typing import Any
 from qatlaw.study import Piece, Route
 from qatscale.config import RunConfig, load_run_config
 from qatscale.config.amounts import format_amount, parse_amount
+from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.config.yaml_text import to_yaml
 from qatscale.errors import UserError
-from qatscale.model.sizes import count_parameters, flops_per_token
 from qatscale.schedule import Timeline, build_timeline
 from qatscale.schedule.segments import Segment
 from qatscale.study.file import TWO_PHASES, Axes, Size, Study

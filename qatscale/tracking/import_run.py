@@ -7,10 +7,10 @@ from pathlib import Path
 
 from qatscale.config import resolved_yaml
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.training_state import TrainingState, write_state
 from qatscale.errors import UserError
 from qatscale.files import appearing
-from qatscale.model.sizes import count_parameters
 from qatscale.schedule import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 

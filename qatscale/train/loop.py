@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from qatscale.config import config_hash, precision_of
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.save_load import describe
 from qatscale.engine.initialize import apply_settings
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import gather_stages
-from qatscale.model.sizes import count_parameters
 from qatscale.quant.report import merge_reports
 from qatscale.schedule import Timeline, build_timeline, kept_steps
 from qatscale.supervise.signals import StopRequest

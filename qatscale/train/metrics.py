@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 import qatlaw
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters, flops_per_token, peak_flops
 from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader
 from qatscale.engine.runtime import Runtime
-from qatscale.model.sizes import count_parameters, flops_per_token, peak_flops
 from qatscale.schedule import StepSettings, Timeline
 from qatscale.tracking.compare import median_speeds
 from qatscale.tracking.run_folder import RunFolder

@@ -7,6 +7,7 @@ from typing import Any
 
 from qatscale.config import load_ds_config, merge_ds_config
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.data.open import open_batches, open_validation
 from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.save_load import load_checkpoint
@@ -19,7 +20,6 @@ from qatscale.engine.topology import Topology, join_topology
 from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
-from qatscale.model.sizes import count_parameters
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule import Timeline, build_timeline

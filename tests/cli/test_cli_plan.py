@@ -16,7 +16,7 @@ from bad_inputs import run_command
 
 from qatlaw.plan.options import OPTIONS
 from qatscale.config import load_run_config, recipe_names
-from qatscale.model.sizes import count_parameters, flops_per_token
+from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.schedule import build_timeline, first_difference
 from qatscale.schedule.segments import Timeline
 

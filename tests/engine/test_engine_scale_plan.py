@@ -11,6 +11,7 @@ import pytest
 
 from qatscale.config import load_ds_config, load_run_config, recipe_names
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters, device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.dry_run.ledger import ON_DEVICE, Ledger
 from qatscale.engine.dry_run.replay import Step
 from qatscale.engine.dry_run.scale_plan import plan_scale, refuse_what_cannot_fit
@@ -19,7 +20,6 @@ from qatscale.engine.dry_run.traffic import traffic
 from qatscale.engine.dry_run.zero_plan import partition, zero_plan
 from qatscale.engine.layout import Layout, plan_layout, stages_of
 from qatscale.errors import UserError
-from qatscale.model.sizes import count_parameters, device_memory, device_names, flops_per_token, peak_flops
 
 ZERO1_BF16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
 

@@ -12,7 +12,7 @@ from qatlaw.laws import Law
 from qatscale.cli import main
 from qatscale.config import load_run_config
 from qatscale.config.recipe import resolved_yaml
-from qatscale.model.sizes import count_parameters
+from qatscale.config.sizes import count_parameters
 from qatscale.schedule import build_timeline
 from qatscale.tracking.mlflow_sync import track_sync
 from qatscale.tracking.run_folder import RunFolder

@@ -7,8 +7,8 @@ from schedule_configs import TOKENS_PER_STEP, make_config
 
 from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import BIT_WIDTHS
+from qatscale.config.sizes import count_parameters
 from qatscale.errors import UserError
-from qatscale.model.sizes import count_parameters
 from qatscale.schedule import build_timeline
 
 A = 6.7297

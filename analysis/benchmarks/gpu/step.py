@@ -68,7 +68,7 @@ class Job:
         import torch
 
         from qatscale.bench.steppers import bare_stepper, engine_stepper
-        from qatscale.model.sizes import flops_per_token, peak_flops
+        from qatscale.config.sizes import flops_per_token, peak_flops
 
         config = self.config(recipe)
         make = {"engine": engine_stepper, "bare": bare_stepper}[kind]
@@ -116,7 +116,7 @@ class Job:
 
     def targets(self, recipe: str) -> Mapping[str, Any]:
         """Of the compiled step. Not on CPU, where the sizes are toys."""
-        from qatscale.model.sizes import flops_per_token, peak_flops
+        from qatscale.config.sizes import flops_per_token, peak_flops
 
         config = self.config(recipe)
         fp, qat = (self.speeds[recipe, quantized, True, "engine"] for quantized in (False, True))
@@ -275,7 +275,7 @@ def main() -> int:
     options = arguments()
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from qatscale.model.sizes import FLOPS_CONVENTION
+    from qatscale.config.sizes import FLOPS_CONVENTION
 
     about = about_here(options.device, options.commit) | {"FLOPs": FLOPS_CONVENTION}
     record = Record(options.out, "step", "The training step, against a bare loop", about, options.seconds)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from qatscale.config import ds_config_names, load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.dry_run.ledger import ON_DEVICE, Kind
 from qatscale.engine.dry_run.replay import Step, start_bytes
 from qatscale.engine.dry_run.share import share_of
@@ -20,7 +21,6 @@ from qatscale.engine.dry_run.zero_plan import zero_plan
 from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
 from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.errors import UserError, UserErrors
-from qatscale.model.sizes import device_memory, device_names, flops_per_token, peak_flops
 
 Phase = Literal["fp", "qat"]
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatscale.config.schema import ModelConfig
-from qatscale.model.sizes import count_parameters, flops_per_token, peak_flops
+from qatscale.config.sizes import count_parameters, flops_per_token, peak_flops
 
 
 def shape(layers: int, hidden: int, heads: int, kv: int | None, inner: int, vocabulary: int, tied: bool) -> ModelConfig:
