@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from qatscale.config import config_hash, precision_of
 from qatscale.config.schema import RunConfig
-from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.save_load import describe
 from qatscale.engine.initialize import apply_settings
 from qatscale.engine.runtime import start_runtime
@@ -19,12 +18,13 @@ from qatscale.supervise.signals import StopRequest
 from qatscale.supervise.watchdog import Watch, collective_timeout
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.checkpointing import Saver
+from qatscale.train.components import RunSetup, TrainingComponents
 from qatscale.train.evaluate import validation_losses
 from qatscale.train.garbage import Garbage
 from qatscale.train.metrics import Meter, data_metrics, final_metrics, final_views
 from qatscale.train.prefetch import Prefetch
 from qatscale.train.run_log import RunLog
-from qatscale.train.setup import Job, Plan, assemble, plan_run
+from qatscale.train.setup import build, decide
 
 
 @dataclass(frozen=True)
@@ -43,29 +43,26 @@ def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = T
     the input, before the first step. `linger`: at the end draw the run's figures and wait for its upload to MLflow;
     a worker of a study does not, and starts the next run at once.
     """
-    plan = plan_run(config, branch_from)
-    if plan is None:
+    setup = decide(config, branch_from)
+    if setup is None:
         folder = RunFolder(config.folder)
         return Outcome("done", build_timeline(config).steps, folder.final)
     runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
     with Watch(runtime, config.folder / "logs", config.engine.stall_timeout) as watch:
-        job = assemble(plan, runtime)
-        n_params = count_parameters(config.model).total
-        with RunLog(
-            config, plan.timeline, plan.start, runtime, plan.ds_config, n_params, watch, plan.notices, linger=linger
-        ) as log:
+        job = build(setup, runtime)
+        with RunLog(setup, runtime, watch, linger=linger) as log:
             try:
-                return run_steps(plan, job, log)
+                return run_steps(setup, job, log)
             finally:
                 job.compilation.close()
                 job.engine.destroy()
 
 
-def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
+def run_steps(setup: RunSetup, job: TrainingComponents, log: RunLog) -> Outcome:
     """The optimizer steps from where the run starts to its end, then the final evaluation."""
-    config, timeline, first = plan.config, plan.timeline, plan.start.step
+    config, timeline, first = setup.config, setup.timeline, setup.resume.step
     runtime, topology, engine, masters, plugin = job.runtime, job.topology, job.engine, job.masters, job.plugin
-    batches, validation = plan.batches, plan.validation
+    batches, validation = setup.batches, setup.validation
     due = Due(config, timeline)
     meter = Meter(config, runtime, precision_of(log.ds_config))
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qatscale.config import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import (
-    Manifest,
     find_checkpoint,
     newest_checkpoint,
     read_manifest,
@@ -18,6 +15,7 @@ from qatscale.engine.checkpoints.files import (
 from qatscale.errors import UserError
 from qatscale.schedule import Timeline, build_timeline, first_difference
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.components import ResumePlan
 
 MAY_CHANGE = (
     "engine.",
@@ -33,24 +31,7 @@ MAY_CHANGE = (
 """What a resume may set anew: none of it changes what is computed, but for the order of sums."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where training begins."""
-
-    checkpoint: Path | None
-    manifest: Manifest | None
-    resumes: bool
-    """The run's folder exists and goes on; else a new folder is made."""
-    parent: dict[str, Any] | None
-    """{"name", "folder", "step"} of the run that a branch comes from."""
-    notices: tuple[str, ...] = ()
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step if self.manifest else 0
-
-
-def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = None) -> Start | None:
+def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None = None) -> ResumePlan | None:
     """Where the run that `config` describes begins; None if it is done.
 
     A folder of this name with the same configuration is resumed from its newest checkpoint. UserError where its
@@ -60,7 +41,7 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
     folder = RunFolder(config.folder)
     if not folder.run_file.exists():
         _check_output(config.output)
-        return _branch(config, timeline, branch_from) if branch_from else Start(None, None, False, None)
+        return _branch(config, timeline, branch_from) if branch_from else ResumePlan(None, None, False, None)
     if folder.imported:
         allowed = f"{folder.path} was imported from {folder.imported}; it is branched from, not trained."
         raise UserError("name", config.name, allowed, f"qatscale branch {folder.path} name=NAME KEY=VALUE…")
@@ -76,12 +57,12 @@ def plan_start(config: RunConfig, timeline: Timeline, branch_from: str | None = 
     parent = folder.run["parent"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest:
-        return Start(newest, read_manifest(newest), True, parent, notices)
+        return ResumePlan(newest, read_manifest(newest), True, parent, notices)
     if parent:  # stopped before its first own checkpoint: from the branch point again
         trunk = folder.parent  # it may have moved together with this run
         origin = find_checkpoint(f"{trunk.path if trunk else parent['folder']}@{parent['step']}")
-        return Start(origin, read_manifest(origin), True, parent, notices)
-    return Start(None, None, True, None, notices)
+        return ResumePlan(origin, read_manifest(origin), True, parent, notices)
+    return ResumePlan(None, None, True, None, notices)
 
 
 def _check_output(output: Path) -> None:
@@ -122,7 +103,7 @@ def _run_of(checkpoint: Path) -> Path:
     return checkpoint.resolve().parent.parent
 
 
-def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
+def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePlan:
     checkpoint = find_checkpoint(branch_from)
     manifest = read_manifest(checkpoint)
     run = _run_of(checkpoint)
@@ -162,22 +143,22 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> Start:
         notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
     if _reads_a_former_order(RunFolder(run)):
         notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
-    return Start(
+    return ResumePlan(
         checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices)
     )
 
 
-def check_data(config: RunConfig, start: Start, fingerprint: str) -> tuple[str, ...]:
+def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple[str, ...]:
     """Notices about the data of a run that starts from a checkpoint. UserError where a resume would go on with others.
 
     `fingerprint`: of the training data's manifest; it knows the tokens, not where they lie.
     """
-    if start.manifest is None or start.manifest.data == fingerprint:
+    if resume.manifest is None or resume.manifest.data == fingerprint:
         return ()
-    if not start.manifest.data:
+    if not resume.manifest.data:
         return ("what the branch's parent was trained on is not known",)
-    assert start.checkpoint is not None
-    if _run_of(start.checkpoint) == config.folder.resolve():
+    assert resume.checkpoint is not None
+    if _run_of(resume.checkpoint) == config.folder.resolve():
         allowed = "holds other tokens than the run was trained on up to its checkpoint."
         raise UserError("data.path", None, allowed, "Give the folder of the same data, or branch to go on with others.")
     return ("the branch goes on with other data than its parent was trained on",)

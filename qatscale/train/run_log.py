@@ -7,24 +7,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from qatscale.config import precision_of, resolved_yaml
 from qatscale.config.amounts import format_amount
-from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.engine.runtime import Runtime
 from qatscale.quant.plugin import SwitchReport
-from qatscale.schedule import Timeline
 from qatscale.supervise.failure_report import Fault
 from qatscale.supervise.watchdog import Watch
 from qatscale.tracking.compare import perplexity
 from qatscale.tracking.follower import Follower, NoFollower, start_follower
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.components import RunSetup
 from qatscale.train.console import run_console
-from qatscale.train.resume import Start
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
@@ -44,21 +42,11 @@ def _line_format(rank: int) -> logging.Formatter:
 class RunLog:
     """Use it as a context: entering opens or resumes the run's folder, leaving with an error records the error."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        timeline: Timeline,
-        start: Start,
-        runtime: Runtime,
-        ds_config: dict[str, Any],
-        n_params: int,
-        watch: Watch,
-        notices: Sequence[str] = (),
-        *,
-        linger: bool = True,
-    ) -> None:
+    def __init__(self, setup: RunSetup, runtime: Runtime, watch: Watch, *, linger: bool = True) -> None:
+        config, timeline, start = setup.config, setup.timeline, setup.resume
         self.config, self.timeline, self.start, self.runtime, self.watch = config, timeline, start, runtime, watch
-        self.ds_config, self.n_params, self.notices, self.linger = ds_config, n_params, notices, linger
+        self.ds_config, self.notices, self.linger = setup.ds_config, setup.notices, linger
+        self.n_params = count_parameters(config.model).total
         self.folder = RunFolder(config.folder)
         self.console = run_console(runtime.rank, timeline.steps, start.step)
         self.follower: Follower = NoFollower()

@@ -1,53 +1,38 @@
-"""What a run consists of: what is decided before its processes meet, and what they build together."""
+"""Set up a run: `decide` what each process can decide alone, then `build` the engine together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from qatscale.config import load_ds_config, merge_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.open import open_batches, open_validation
-from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, job_size
-from qatscale.engine.topology import Topology, join_topology
+from qatscale.engine.topology import join_topology
 from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
-from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
-from qatscale.schedule import Timeline, build_timeline
-from qatscale.train.resume import Start, check_data, plan_start
+from qatscale.schedule import build_timeline
+from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
+from qatscale.train.resume import check_data, plan_resume
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a run that one process can know alone."""
+def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None:
+    """The set-up of the run that `config` describes; None if it is done.
 
-    config: RunConfig
-    timeline: Timeline
-    start: Start
-    layout: Layout
-    ds_config: dict[str, Any]
-    """Merged: what DeepSpeed gets."""
-    batches: BatchReader
-    validation: EvaluationReader
-    notices: tuple[str, ...]
-
-
-def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
-    """The plan of the run that `config` describes; None if it is done. UserError for whatever is wrong with the input:
-    every process finds it alone, before any waits for another."""
+    UserError for whatever is wrong with the input. Every process finds it alone, before any waits for another.
+    """
     timeline = build_timeline(config)
     ds_config = load_ds_config(config.engine.ds_config)
-    start = plan_start(config, timeline, branch_from)
-    if start is None:
+    resume = plan_resume(config, timeline, branch_from)
+    if resume is None:
         return None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
@@ -58,56 +43,48 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
         *timeline.warnings,
         *layout_notices(config, layout),
         *weight_cache_notices(config, ds_config, layout),
-        *start.notices,
-        *check_data(config, start, batches.stream.manifest.fingerprint),
+        *resume.notices,
+        *check_data(config, resume, batches.stream.manifest.fingerprint),
         *filter(None, [repetition]),
     )
-    return Plan(config, timeline, start, layout, ds_config, batches, validation, notices)
+    return RunSetup(config, timeline, resume, layout, ds_config, batches, validation, notices)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What this process has of a run: its place, its part of the model, the engine, the way to the masters."""
-
-    runtime: Runtime
-    topology: Topology
-    engine: Any
-    masters: ZeroMasters
-    plugin: QatPlugin
-    compilation: Compilation
-    weights: WeightCache
-    qat_metrics: QatMetrics
+def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:
+    """The components of a run, at the step where it starts. Collective."""
+    components = assemble(setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step)
+    _load(setup.resume, components)
+    return components
 
 
-def assemble(plan: Plan, runtime: Runtime) -> Job:
-    """Model, plugin and engine, at the point where the run starts. Collective."""
-    config = plan.config
-    topology = join_topology(config, plan.layout, runtime)
+def assemble(
+    config: RunConfig, layout: Layout, ds_config: dict[str, Any], runtime: Runtime, switch_step: int | None
+) -> TrainingComponents:
+    """Freshly initialised model, plugin and engine. `ds_config`: merged. Collective."""
+    topology = join_topology(config, layout, runtime)
     model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
     initialise(model, config.seed)
-    plugin = QatPlugin(config.qat, plan.timeline.switch_step)
+    plugin = QatPlugin(config.qat, switch_step)
     plugin.prepare(model)
-    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, plan.ds_config, topology)
-    compiles = plan_compilation(config.engine, plan.ds_config)
-    compilation = Compiled(model) if compiles else Compilation()
-    weights = WeightCache(model, keeps_weights(config, plan.ds_config, plan.layout))
+    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
+    compilation = Compiled(model) if plan_compilation(config.engine, ds_config) else Compilation()
+    weights = WeightCache(model, keeps_weights(config, ds_config, layout))
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
-    job = Job(runtime, topology, engine, masters, plugin, compilation, weights, qat_metrics)
-    _load_start(plan.start, job)
-    return job
+    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, weights, qat_metrics)
 
 
-def _load_start(start: Start, job: Job) -> None:
-    """Put the starting checkpoint, if there is one, into a fresh engine and plugin.
+def _load(resume: ResumePlan, components: TrainingComponents) -> None:
+    """Put the checkpoint to start from, if any, into a fresh engine and plugin.
 
-    Scales not yet in use need not fit: a branch may quantize at other widths, more layers or fewer than its parent.
+    Scales that are not in use yet need not fit: a branch may quantize at other bit widths, more layers or fewer than
+    its parent.
     """
-    if start.checkpoint is None:
+    if resume.checkpoint is None:
         return
-    assert start.manifest is not None
-    inert = start.manifest.plugin["switched_at"] is None
-    load_checkpoint(start.checkpoint, job.masters, job.runtime, keep=_is_scale if inert else None)
-    job.plugin.load_state(start.manifest.plugin)
+    assert resume.manifest is not None
+    inert = resume.manifest.plugin["switched_at"] is None
+    load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
+    components.plugin.load_state(resume.manifest.plugin)
 
 
 def _is_scale(name: str) -> bool:

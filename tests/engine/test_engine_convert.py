@@ -36,7 +36,7 @@ from qatscale.schedule import build_timeline
 from qatscale.tracking.compare import list_runs
 from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.resume import plan_start
+from qatscale.train.resume import plan_resume
 
 pytestmark = pytest.mark.timeout(1200)
 """The first test that asks for `made` waits for both launches: a minute, and several on a busy machine."""
@@ -258,7 +258,7 @@ def test_an_imported_run_is_listed_as_one_and_not_trained(made: Made) -> None:
     assert folder.imported == str(made.folder / "tied")
     config = load_run_config(folder.path / "recipe.yaml")
     with pytest.raises(UserError, match="is branched from, not trained"):
-        plan_start(config, build_timeline(config))
+        plan_resume(config, build_timeline(config))
 
 
 def test_trained_tokens_are_steps_of_the_recipe(tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule import build_timeline
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.components import ResumePlan
 from qatscale.train.evaluate import evaluate_checkpoint
 from qatscale.train.loop import train
-from qatscale.train.resume import Start, plan_start
+from qatscale.train.resume import plan_resume
 
 
-def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> Start | None:
+def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> ResumePlan | None:
     again = config(trained.spec(name, *trained.layout("z1", "m8")), *overrides)
-    return plan_start(again, build_timeline(again), branch_from)
+    return plan_resume(again, build_timeline(again), branch_from)
 
 
 @pytest.mark.dist
