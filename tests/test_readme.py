@@ -57,11 +57,14 @@ def test_command_parses(line: str) -> None:
     if words[0].startswith("./"):
         assert (ROOT / words[0]).exists(), line
         return
+    if words[0] == "python":
+        assert (ROOT / words[1]).exists(), line
+        return
     if words[0] in ("deepspeed", "torchrun"):
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert (ROOT / words[script]).exists(), line
         words = ["qatscale", "train", *words[script + 1 :]]
-    assert words[0] == "qatscale", f"the README may show qatscale, deepspeed, torchrun and shell set-up: {line}"
+    assert words[0] == "qatscale", f"not a command that the README may show: {line}"
     group = typer.main.get_command(app)
     with group.make_context("qatscale", [words[1], "--help"], resilient_parsing=True) as parent:
         command = group.commands[words[1]]  # type: ignore[attr-defined]

@@ -15,10 +15,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from measure import Variant, interleaved, use_threads
+from result import Table
+from steppers import training_step
 
-from qatscale.bench.measure import Variant, interleaved, use_threads
-from qatscale.bench.result import Table
-from qatscale.bench.steppers import training_step
 from qatscale.config import load_run_config
 from qatscale.data.open import open_batches
 from qatscale.engine.runtime import start_runtime

@@ -24,7 +24,7 @@ from typing import Any
 from record import Record, about_here, require
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis"), str(ROOT / "analysis" / "benchmarks")]
 
 MFU = {"86m": 0.38, "396m": 0.45, "759m": 0.48, "2p2b": 0.50, "8b": 0.41}
 """Targets of the compiled full-precision step."""
@@ -66,8 +66,8 @@ class Job:
     def measure(self, recipe: str, kind: str, quantized: bool, compiled: bool) -> Mapping[str, Any]:
         """Median and quartiles over STEPS steps behind WARMUP, each waited for; the first ones compile."""
         import torch
+        from steppers import bare_stepper, engine_stepper
 
-        from qatscale.bench.steppers import bare_stepper, engine_stepper
         from qatscale.config.sizes import flops_per_token, peak_flops
 
         config = self.config(recipe)

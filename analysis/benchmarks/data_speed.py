@@ -1,4 +1,7 @@
-"""`qatscale bench data`: text to tokens, tokens to batches, and how long opening takes."""
+"""Text to tokens, tokens to batches, and how long opening a billion tokens takes. See data_speed.md.
+
+python analysis/benchmarks/data_speed.py [--text TEXT] [--workers N] [--peers] [--out FILE]
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from measure import Skipped, Variant, interleaved
+from result import Result, Table, options_of, report
 
-from qatscale.bench.measure import Skipped, Variant, interleaved
-from qatscale.bench.result import Result, Table
 from qatscale.data.indexed import IndexedReader, encode_index, token_dtype
 from qatscale.data.manifest import Manifest, Shard, SplitCounts, TokenizerCard, Verify
 from qatscale.data.reader import BatchReader, TokenStream
@@ -26,6 +29,7 @@ from qatscale.data.sources import SourceOptions, open_source
 from qatscale.data.tokenizer import SENTENCEPIECE_FILE, train_sentencepiece
 
 OURS = "qatscale prepare"
+PEERS = Path(__file__).with_name("data_peers.py")
 _SLICES = "slices of a memory map"
 _SEQUENCE, _ROWS = 1024, 16
 """Tokens a sequence and sequences a batch, of the tables that read."""
@@ -104,7 +108,7 @@ def _prepare(folder: Path, workers: int, rounds: int, peers: bool) -> Table:
 
 
 def _peer_command(key: str, text: str, model: str, workers: int, out: Path) -> list[str]:
-    return [sys.executable, "-m", "qatscale.bench.data_peers", key, text, str(out), model, str(workers)]
+    return [sys.executable, str(PEERS), key, text, str(out), model, str(workers)]
 
 
 def _run(command: Sequence[str]) -> float:
@@ -290,3 +294,15 @@ def _write_empty(folder: Path, tokens: int, shards: int = 4) -> None:
     card = TokenizerCard(kind="unknown", fingerprint=None, vocab_size=_VOCABULARY, eos_id=None, folder=None)
     Manifest(qatscale="0", dtype=dtype.name, tokenizer=card, sources=[], identity={}, empty_documents=0,
              splits={"train": counts}).save(folder)  # fmt: skip
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = options_of(__doc__)
+    parser.add_argument("--text", help="as `qatscale prepare` takes it: a file or a folder (default: the embedded one)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    options = parser.parse_args(given)
+    report(run(peers=options.peers, workers=options.workers, quick=options.quick, text=options.text), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""`qatscale bench step` runs, and what it times computes the same."""
+"""step_speed.py runs, and what it times computes the same."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from processes import unlaunched
+from steppers import Stepper, bare_stepper, batch_of, engine_stepper
 
-from qatscale.bench.steppers import Stepper, bare_stepper, batch_of, engine_stepper
 from qatscale.config import load_run_config
 from qatscale.engine.runtime import start_runtime
 
+BENCHMARKS = Path(__file__).parents[2] / "analysis" / "benchmarks"
 SMALL = ["batch.sequences=4", "batch.micro_batch=2", "qat.scheme=fused"]
 
 
 def test_the_command_writes_both_tables(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
-    command = "from qatscale.cli import main; main(['bench', 'step', '--recipe', 'debug', '--quick', '--peers', "
-    command += f"'--threads', '1', '--out', {str(out)!r}])"
+    arguments = ["--recipe", "debug", "--quick", "--peers", "--threads", "1", "--out", out]
     done = subprocess.run(
-        [sys.executable, "-c", command], env=unlaunched(), capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, BENCHMARKS / "step_speed.py", *arguments],
+        env=unlaunched(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
@@ -42,7 +47,7 @@ def test_the_command_writes_both_tables(tmp_path: Path) -> None:
 def test_the_engine_and_the_bare_loop_take_the_same_steps(
     quantized: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qatscale.bench.steppers.RATE", 1e-3)
+    monkeypatch.setattr("steppers.RATE", 1e-3)
     config = load_run_config("debug", [*SMALL, f"engine.ds_config=zero1_{precision}"])
     runtime = start_runtime()
     steppers: list[Stepper] = [
@@ -63,13 +68,13 @@ def test_the_batch_is_the_recipes() -> None:
 
 
 def test_the_script_for_a_gpu_runs_on_toy_sizes(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "analysis" / "benchmarks" / "gpu" / "step.py"
+    script = BENCHMARKS / "gpu" / "step.py"
     command = (
         f"import sys, torch; sys.path.insert(0, {str(script.parent)!r}); sys.argv = ['step.py', '--device', 'cpu', "
     )
     command += f"'--out', {str(tmp_path)!r}, '--recipes', '86m']; import step; "
-    command += "import qatscale.bench.steppers as s; "
-    command += "plain = s.Compiled; s.Compiled = lambda model: plain(model, 'eager'); sys.exit(step.main())"
+    command += "import steppers, qatscale.train.setup as setup; plain = setup.Compiled; "
+    command += "setup.Compiled = steppers.Compiled = lambda model: plain(model, 'eager'); sys.exit(step.main())"
     done = subprocess.run(
         [sys.executable, "-c", command], env=unlaunched(), capture_output=True, text=True, timeout=280, check=False
     )
@@ -83,7 +88,7 @@ def test_the_script_for_a_gpu_runs_on_toy_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # analysis/benchmarks/cost_growth.md is its record
 def test_cost_over_growth_is_measured_and_drawn(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "analysis" / "benchmarks" / "cost_growth.py"
+    script = BENCHMARKS / "cost_growth.py"
     command = [sys.executable, script, "--quick", "--out", tmp_path, "--threads", "1"]
     done = subprocess.run(command, env=unlaunched(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,16 +1,15 @@
-"""`qatscale bench data`: that it runs to its tables, and that the other ways do the same work."""
+"""data_speed.py: that it runs to its tables, and that the other ways do the same work."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import data_speed
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from data_peers import megatron_style
 
-from qatscale.bench.data_peers import megatron_style
-from qatscale.cli.app import app
 from qatscale.data.indexed import IndexedReader
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import TokenStream
@@ -28,10 +27,9 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_quick_bench_gives_every_table(text: Path, tmp_path: Path) -> None:
+def test_quick_run_gives_every_table(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    done = CliRunner().invoke(app, ["bench", "data", "--quick", "--text", str(text), "--out", str(out)])
-    assert done.exit_code == 0, done.output
+    data_speed.main(["--quick", "--text", str(text), "--out", str(out)])
     result = json.loads(out.read_text())
     tables = {table["title"]: {row["name"]: row for row in table["rows"]} for table in result["tables"]}
     reading = [f"Tokens to batches, {how}" for how in ("in order", "at random", "at random, from the disk")]

@@ -1,7 +1,10 @@
-"""What a bench has measured: tables with ratios, written as JSON."""
+"""The result of a benchmark: tables with ratios, printed and written as JSON with what they were measured on."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import shlex
 import statistics
 import sys
@@ -11,9 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qatscale.bench.measure import Skipped, Variant
-from qatscale.errors import UserError
+from measure import Skipped, Variant
+
+from qatscale.cli.terminal import console, plain_table
 from qatscale.files import write_json_atomic
+from qatscale.tracking.environment import environment
 
 
 @dataclass(frozen=True)
@@ -87,27 +92,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """One bench on one machine."""
+    """One benchmark on one machine."""
 
-    bench: str
+    benchmark: str
     settings: Mapping[str, Any]
     tables: Sequence[Table]
 
     def write(self, path: Path) -> None:
-        """JSON, with what it was measured on. UserError where the file cannot be written."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(path, self.as_json())
-        except OSError as error:
-            raise UserError("--out", str(path), f"it cannot be written: {error.strerror}.") from None
+        """JSON, with what it was measured on."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
-        from qatscale.tracking.environment import environment
-
         return {
-            "bench": self.bench,
+            "benchmark": self.benchmark,
             "date": time.strftime("%Y-%m-%d"),
-            "command": shlex.join(["qatscale", *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": dict(self.settings),
             "tables": [asdict(table) for table in self.tables],
             "environment": {key: value for key, value in environment().items() if key not in ("host", "hosts")},
@@ -120,3 +120,60 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="also measure other projects, where installed")
+    parser.add_argument("--quick", action="store_true", help="few rounds on small sizes: tests the script only")
+    parser.add_argument("--out", type=Path, help="write the result with versions and hardware to this JSON file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def report(result: Result, options: argparse.Namespace) -> None:
+    """Print the tables, or JSON with --json; with --out also write the JSON."""
+    if options.out is not None:
+        result.write(options.out)
+    if options.json:
+        print(json.dumps(result.as_json(), indent=1))
+        return
+    shown = console()
+    shown.print(", ".join(f"{key} {value}" for key, value in result.settings.items()))
+    for table in result.tables:
+        shown.print()
+        _print_table(table)
+
+
+def _print_table(table: Table) -> None:
+    extras = list(dict.fromkeys(key for row in table.rows for key in row.extra))
+    numbers = ("time", f"{table.unit}/s", "ratio", "quartiles", *extras)
+    shown = plain_table("", *numbers, right=numbers, title=table.title)
+    for row in table.rows:
+        low, high = row.ratio_quartiles
+        figures = (shown_seconds(row.seconds), _shown(row.per_second), f"{row.ratio:.3f}", f"{low:.3f} to {high:.3f}")
+        shown.add_row(row.name, *figures, *(_shown(row.extra.get(key)) for key in extras))
+    console().print(shown)
+    console().print(f"ratio: time over that of {table.reference} in the same round; median and quartiles of the rounds")
+    for skipped in table.skipped:
+        console().print(f"skipped {skipped.name}: {skipped.why}")
+    for note in table.notes:
+        console().print(note)
+
+
+def shown_seconds(seconds: float) -> str:
+    """Three or more significant digits, in the unit that suits: '12.3 ms'."""
+    unit, factor = next(
+        ((unit, factor) for unit, factor in (("s", 1.0), ("ms", 1e3)) if seconds * factor >= 1), ("µs", 1e6)
+    )
+    return f"{_shown(seconds * factor)} {unit}"
+
+
+def _shown(value: float | str | None) -> str:
+    """Numbers with three significant digits, or all before the point."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

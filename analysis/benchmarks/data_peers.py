@@ -1,6 +1,6 @@
 """What others do to turn text into tokens on the disk; each is a process of its own, timed whole.
 
-    python -m qatscale.bench.data_peers datasets|megatron TEXT.jsonl FOLDER SENTENCEPIECE.model WORKERS
+    python analysis/benchmarks/data_peers.py datasets|megatron TEXT.jsonl FOLDER SENTENCEPIECE.model WORKERS
 
 `datasets`: `load_dataset` of the JSON lines, then a batched `map` with a fast tokenizer, which writes Arrow files.
 The tokenizer is the SentencePiece model converted, so that the ids are the same. `megatron`: the scheme of

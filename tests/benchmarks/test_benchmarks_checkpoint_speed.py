@@ -1,4 +1,4 @@
-"""`qatscale bench checkpoint`, and the script for a GPU on a CPU: run for real on a small model."""
+"""checkpoint_speed.py, and the script for a GPU on a CPU: run for real on a small model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from processes import unlaunched
 
-QATSCALE = Path(sys.executable).with_name("qatscale")
-SCRIPT = Path(__file__).parents[2] / "analysis" / "benchmarks" / "gpu" / "checkpoint.py"
+BENCHMARKS = Path(__file__).parents[2] / "analysis" / "benchmarks"
+BENCHMARK, SCRIPT = BENCHMARKS / "checkpoint_speed.py", BENCHMARKS / "gpu" / "checkpoint.py"
 
 
 def finished(*command: str | Path) -> str:
@@ -24,10 +24,10 @@ def finished(*command: str | Path) -> str:
 
 
 @pytest.mark.dist
-def test_the_bench_writes_what_it_measured_and_leaves_no_file(tmp_path: Path) -> None:
+def test_the_benchmark_writes_what_it_measured_and_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     out = tmp_path / "result.json"
-    shown = finished(QATSCALE, "bench", "checkpoint", "--quick", "--folder", tmp_path / "disk", "--out", out)
+    shown = finished(BENCHMARK, "--quick", "--folder", tmp_path / "disk", "--out", out)
     assert "Training stands still" in shown
     result = json.loads(out.read_text())
     assert result["settings"]["quick"] is True

@@ -1,5 +1,7 @@
 """A Linear layer with fake-quantized weights against a plain one: forward and backward, on the CPU or the GPU.
 
+    python analysis/benchmarks/quantizer_speed.py [--peers] [--threads N] [--out FILE]        see quantizer_speed.md
+
 Peers: torchao 0.18's QAT layer with dynamic scales and with learned ones, ParetoQ's released layer (in torchao 0.18.0),
 and NVIDIA ModelOpt's weight quantizer. Each as its project has it, at 4 bits with a scale per output row.
 """
@@ -8,19 +10,22 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qatscale.bench.measure import Skipped, Variant, interleaved, use_threads
-from qatscale.bench.result import Result, Table
+import torch
+from measure import Skipped, Variant, interleaved, use_threads
+from result import Result, Table, options_of, report
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from qatscale.quant.layers import FakeQuantLinear
+from qatscale.quant.kernels import reference
+from qatscale.quant.layers import FakeQuantLinear
 
 PLAIN = "plain Linear"
 WIDTHS = (1, 1.58, 2, 4)
@@ -32,8 +37,6 @@ BITS = 4
 
 def run(*, peers: bool, threads: int | None, quick: bool) -> Result:
     """Tables of time over a plain Linear's: per case, then with weights quantized once for several micro-batches."""
-    import torch
-
     threads = use_threads(threads)
     channels = 64 if quick else 1024
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,9 +82,6 @@ def _step(
     make: Callable[[nn.Linear], nn.Module], *, tokens: int, channels: int, dtype: Any, device: str
 ) -> Callable[[], None]:
     """Forward and backward of one layer, gradients of the weight, its scale and the input, which are new each time."""
-    import torch
-    from torch import nn
-
     torch.manual_seed(0)
     linear = nn.Linear(channels, channels, bias=False, device=device, dtype=dtype)
     layer = make(linear)
@@ -105,10 +105,6 @@ def _plain(linear: nn.Linear) -> nn.Linear:
 
 
 def _ours(linear: nn.Linear, bits: float) -> FakeQuantLinear:
-    import torch
-
-    from qatscale.quant.layers import FakeQuantLinear
-
     layer = FakeQuantLinear.convert(linear, bits)
     with torch.no_grad():
         layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight).to(layer.weight.dtype)
@@ -132,9 +128,6 @@ def _compiled(linear: nn.Linear, make: Callable[[nn.Linear], nn.Module]) -> nn.M
 
 def _no_compiler(device: str) -> str | None:
     """Why torch.compile cannot work here; None: it can."""
-    import os
-    import shutil
-
     if device == "cuda" or shutil.which(os.environ.get("CXX", "g++")):
         return None
     return "needs a C++ compiler"
@@ -142,10 +135,6 @@ def _no_compiler(device: str) -> str | None:
 
 def _reference(linear: nn.Linear) -> nn.Module:
     """The plain tensor arithmetic that the fast way is held against, in the same place."""
-    from torch.nn import functional as F
-
-    from qatscale.quant.kernels import reference
-
     layer: Any = _ours(linear, BITS)
     function = _autograd_function(
         partial(reference.quantize, layer.quantizer), partial(reference.gradients, layer.quantizer)
@@ -155,8 +144,6 @@ def _reference(linear: nn.Linear) -> nn.Module:
 
 
 def _autograd_function(quantize: Any, gradients: Any) -> Any:
-    import torch
-
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, w: Tensor, alpha: Tensor, grad_factor: float) -> Tensor:
@@ -173,9 +160,6 @@ def _autograd_function(quantize: Any, gradients: Any) -> Any:
 
 def _peers(dtype: Any) -> Iterator[tuple[str, Any]]:
     """(name, how a Linear becomes a layer of theirs), or (name, Skipped)."""
-    import torch
-    from torch import nn
-
     for name, (package, make) in PEERS.items():
         try:
             with _quiet():
@@ -224,7 +208,6 @@ def _paretoq(linear: nn.Linear, bits: int) -> nn.Module:
 
 def _modelopt(linear: nn.Linear) -> nn.Module:
     import modelopt.torch.quantization as mtq
-    from torch import nn
 
     wanted = [
         {"quantizer_name": "*", "enable": False},
@@ -243,3 +226,14 @@ PEERS: dict[str, tuple[str, Callable[[nn.Linear], nn.Module]]] = {
     "ModelOpt": ("nvidia-modelopt", _modelopt),
 }
 """Name -> (what to install, how a Linear becomes a layer of theirs)."""
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = options_of(__doc__)
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: OMP_NUM_THREADS, or all cores)")
+    options = parser.parse_args(given)
+    report(run(peers=options.peers, threads=options.threads, quick=options.quick), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,24 +1,31 @@
 """Training tokens per second: our step against a bare loop of the same model, and against other models and quantizers.
 
+    python analysis/benchmarks/step_speed.py [--recipe R] [--compile] [--peers] [--threads N] [--out FILE]
+
 All variants take turns in one process, on the same batch, with the same optimizer. Peers: transformers'
 LlamaForCausalLM of the same shapes in the same bare loop, and with torchao's fake quantization in its Linear layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
-from qatscale.bench.measure import Skipped, Variant, interleaved, use_threads
-from qatscale.bench.result import Result, Table
+import torch
+from measure import Skipped, Variant, interleaved, use_threads
+from result import Result, Table, options_of, report
+from steppers import BareLoop, Stepper, bare_stepper, batch_of, engine_stepper
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from qatscale.bench.steppers import Stepper
-    from qatscale.config.schema import RunConfig
+from qatscale.config import load_ds_config, load_run_config, precision_of
+from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import FLOPS_CONVENTION, flops_per_token, peak_flops
+from qatscale.engine.runtime import start_runtime
+from qatscale.model.hugging_face import hugging_face_config
+from qatscale.model.hugging_face_tokenizer import SpecialIds
+from qatscale.model.llama import is_norm
 
 OURS, BARE = "qatscale, DeepSpeed engine", "qatscale, bare loop"
 ROUNDS = 60
@@ -27,11 +34,6 @@ ROUNDS = 60
 
 def run(*, peers: bool, threads: int | None, quick: bool, recipe: str = "quickstart", compiled: bool = False) -> Result:
     """Two tables, full precision and QAT. compiled: whether our model's blocks are (its peers' are never)."""
-    from qatscale.bench.steppers import bare_stepper, engine_stepper
-    from qatscale.config import load_run_config
-    from qatscale.config.sizes import FLOPS_CONVENTION, flops_per_token, peak_flops
-    from qatscale.engine.runtime import start_runtime
-
     threads = use_threads(threads)
     runtime = start_runtime()
     small = ["batch.sequences=2", "batch.micro_batch=1"] if quick else []
@@ -75,15 +77,11 @@ def run(*, peers: bool, threads: int | None, quick: bool, recipe: str = "quickst
 
 
 def _speed(flops: float, peak: float | None, seconds: list[float]) -> dict[str, float | str]:
-    from statistics import median
-
     speed = flops / median(seconds)
     return {"GFLOP/s": speed / 1e9, **({"MFU": f"{speed / peak:.1%}"} if peak else {})}
 
 
 def _overhead(seconds: dict[str, list[float]]) -> str:
-    from statistics import median
-
     ratios = [qat / fp for qat, fp in zip(seconds[f"True{OURS}"], seconds[f"False{OURS}"], strict=True)]
     return f"QAT runs at {1 / median(ratios):.1%} of full precision's speed ({OURS}, the same rounds)"
 
@@ -102,14 +100,7 @@ def _transformers(
     name: str, config: RunConfig, device: torch.device, prepare: Callable[[nn.Module, int], None]
 ) -> Stepper:
     """LlamaForCausalLM in the bare loop, with PyTorch's attention, on the very labels that ours gets."""
-    import torch
     from transformers import LlamaForCausalLM
-
-    from qatscale.bench.steppers import BareLoop, Stepper, batch_of
-    from qatscale.config import load_ds_config, precision_of
-    from qatscale.model.hugging_face import hugging_face_config
-    from qatscale.model.hugging_face_tokenizer import SpecialIds
-    from qatscale.model.llama import is_norm
 
     precision = precision_of(load_ds_config(config.engine.ds_config))
     theirs = hugging_face_config(config.model, config.data.sequence_length, SpecialIds(None, None), torch.float32)
@@ -137,7 +128,6 @@ def _as_it_is(model: nn.Module, bits: int) -> None:
 
 def _torchao(model: nn.Module, bits: int, **options: Any) -> None:
     """Fake quantization of the blocks' Linear layers, at the recipe's bits, a scale per output row."""
-    from torch import nn
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig, initialize_fake_quantizers
     from torchao.quantization.quant_primitives import TorchAODType
 
@@ -156,3 +146,17 @@ QAT_PEERS: dict[str, Callable[[Any, int], None]] = {
     "transformers, torchao dynamic": _torchao,
     "transformers, torchao range learning": partial(_torchao, is_dynamic=False, range_learning=True),
 }
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = options_of(__doc__)
+    parser.add_argument("--recipe", default="quickstart", help="model, batch and optimizer: a recipe's name or file")
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks, as engine.compile=on")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: OMP_NUM_THREADS, or all cores)")
+    options = parser.parse_args(given)
+    own = {"recipe": options.recipe, "compiled": options.compile, "threads": options.threads}
+    report(run(peers=options.peers, quick=options.quick, **own), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qatscale.errors import UserError
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -81,7 +79,5 @@ def use_threads(threads: int | None) -> int:
     import torch
 
     if threads is not None:
-        if threads < 1:
-            raise UserError("--threads", threads, "at least 1.")
         torch.set_num_threads(threads)
     return torch.get_num_threads()

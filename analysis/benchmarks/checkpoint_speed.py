@@ -1,5 +1,7 @@
 """What a checkpoint costs: how long training stands still, until it is on disk, what steps beside it cost, loading.
 
+    python analysis/benchmarks/checkpoint_speed.py [--recipe R] [--folder DISK] [--threads N] [--out FILE]
+
 One process with a real engine; the peer is DeepSpeed's own save_checkpoint and load_checkpoint on the same engine. Ours
 syncs its files to the disk and takes checksums, which loading compares; DeepSpeed's does neither. So its save is shown
 as it is where standing still is compared, and with its files synced afterwards where being on disk is.
@@ -11,20 +13,24 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qatscale.bench.measure import Variant, interleaved, use_threads
-from qatscale.bench.result import Result, Table
-from qatscale.errors import UserError
+import torch
+from measure import Variant, interleaved, use_threads
+from result import Result, Table, options_of, report
+from torch import Tensor
+
+from qatscale.config import load_ds_config, load_run_config, merge_ds_config
+from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.engine.checkpoints.host_copy import HostCopy
+from qatscale.engine.checkpoints.save_load import describe, load_checkpoint, slices_of
+from qatscale.engine.layout import Layout
+from qatscale.engine.runtime import start_runtime
+from qatscale.engine.step import train_step
 from qatscale.files import sync
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qatscale.engine.checkpoints.files import Manifest
-    from qatscale.train.checkpointing import Saver
+from qatscale.train.checkpointing import Saver
+from qatscale.train.setup import assemble
 
 SEQUENCE = 128
 """Tokens of the one sequence that a step trains on: the step only has to be there."""
@@ -38,33 +44,13 @@ class Bench:
     """A trained-in engine and the ways to save it into `folder`."""
 
     def __init__(self, recipe: str, folder: Path) -> None:
-        import torch
-
-        from qatscale.config import load_ds_config, load_run_config, merge_ds_config
-        from qatscale.engine.checkpoints.host_copy import HostCopy
-        from qatscale.engine.checkpoints.save_load import slices_of
-        from qatscale.engine.initialize import initialize_engine
-        from qatscale.engine.layout import plan_layout
-        from qatscale.engine.runtime import start_runtime
-        from qatscale.engine.topology import join_topology
-        from qatscale.model.llama import Llama, initialise
-        from qatscale.quant.plugin import QatPlugin
-
         self.folder, self.runtime = folder, start_runtime()
         shape = [f"data.sequence_length={SEQUENCE}", "batch.sequences=1", "batch.micro_batch=1", "qat.scheme=fp"]
         on_cpu = ["engine.ds_config=zero1_fp32"] if self.runtime.device.type == "cpu" else []  # bf16 is slow there
-        config = self.config = load_run_config(recipe, [*shape, *on_cpu, "qat.fraction=auto"])
-        ds_config = load_ds_config(config.engine.ds_config)
-        layout = plan_layout(config, ds_config, self.runtime.ranks)
-        self.topology = join_topology(config, layout, self.runtime)
-        model = Llama(config.model, config.engine.activation_checkpointing)
-        initialise(model, config.seed)
-        self.plugin = QatPlugin(config.qat, None)
-        self.plugin.prepare(model)
-        merged = merge_ds_config(config, ds_config, layout.data)
-        self.engine, self.masters = initialize_engine(
-            model.to(self.runtime.device), self.plugin, config, merged, self.topology
-        )
+        config = self.config = load_run_config(recipe, [*shape, *on_cpu, "engine.compile=off", "qat.fraction=auto"])
+        ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), 1)
+        job = assemble(config, Layout(), ds_config, self.runtime, switch_step=None)
+        self.topology, self.engine, self.masters, self.plugin = job.topology, job.engine, job.masters, job.plugin
         self.batch = torch.randint(0, config.model.vocab_size, (1, SEQUENCE + 1))
         self.done = 0
         self.train(1)  # Adam's moments come with its first step
@@ -82,26 +68,20 @@ class Bench:
         self.saves = 0
 
     def train(self, steps: int) -> None:
-        from qatscale.engine.step import train_step
-
         for _ in range(steps):
             for _loss in train_step(self.engine, self.batch, 1, self.topology):
                 pass
             self.done += 1
 
     def _saver(self, name: str) -> Saver:
-        from qatscale.train.checkpointing import Saver
-
         return Saver(
             self.folder / name, self.masters, self.runtime, background=name == BACKGROUND, keep=1,
             saved=lambda *_: None, notice=lambda _: None,
         )  # fmt: skip
 
     def save(self, name: str) -> None:
-        from qatscale.engine.checkpoints.save_load import describe
-
         self.saves += 1
-        draft: Manifest = describe(
+        draft = describe(
             self.masters, self.runtime, step=self.saves, tokens=0, reason="interval", kept=False, recipe_hash="",
             data="", plugin=self.plugin.state(),
         )  # fmt: skip
@@ -116,8 +96,6 @@ class Bench:
 
     def write_plainly(self) -> None:
         """The host copy into one file, and onto the disk: what any save of these bytes takes at least."""
-        import torch
-
         (self.folder / "plain").mkdir()
         with (self.folder / "plain" / "file").open("wb") as file:
             for values in self.plain.take(self.flat).values():
@@ -138,9 +116,6 @@ class Bench:
             shutil.rmtree(folder)
 
     def load(self) -> None:
-        from qatscale.engine.checkpoints.files import list_checkpoints
-        from qatscale.engine.checkpoints.save_load import load_checkpoint
-
         load_checkpoint(list_checkpoints(self.folder / BLOCKING)[-1], self.masters, self.runtime)
 
     def load_deepspeed(self) -> None:
@@ -153,17 +128,11 @@ class Bench:
 
 
 def run(
-    *, peers: bool, threads: int | None, quick: bool, recipe: str | None = None, folder: Path = Path(), rounds: int = 5
+    *, threads: int | None, quick: bool, recipe: str | None = None, folder: Path = Path(), rounds: int = 5
 ) -> Result:
-    """recipe: None = 86m, quick: quickstart. folder: on the disk to be measured; a temporary folder in it is used.
-
-    `peers` changes nothing: DeepSpeed is always there.
-    """
-    del peers
+    """recipe: None = 86m, quick: quickstart. folder: on the disk to be measured; a temporary folder in it is used."""
     used = use_threads(threads)
     rounds, recipe = (2 if quick else rounds), recipe or ("quickstart" if quick else "86m")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError("--folder", str(folder), "give a folder that can be written to.")
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=folder) as temporary:
         bench = Bench(recipe, Path(temporary))
         try:
@@ -268,3 +237,17 @@ def _loading(bench: Bench, rounds: int) -> Table:
     seconds = interleaved(variants, max(2, rounds // 2), warmup=1)
     notes = ["From the page cache. Ours compares the checksums of all files first, DeepSpeed has none."]
     return Table.of("Loading", "bytes", variants, seconds, reference="DeepSpeed load_checkpoint", notes=notes)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = options_of(__doc__)
+    parser.add_argument("--recipe", help="the size of the model (default: 86m)")
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured; left as it was")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: OMP_NUM_THREADS, or all cores)")
+    options = parser.parse_args(given)
+    own = {"recipe": options.recipe, "folder": options.folder, "threads": options.threads}
+    report(run(quick=options.quick, **own), options)
+
+
+if __name__ == "__main__":
+    main()

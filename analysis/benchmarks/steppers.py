@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from qatscale.config import load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import Phase, RunConfig
 from qatscale.engine.compilation import Compiled
-from qatscale.engine.initialize import apply_settings, initialize_engine, optimizer_groups
+from qatscale.engine.initialize import apply_settings, optimizer_groups
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.step import train_step
-from qatscale.engine.topology import join_topology
-from qatscale.engine.weight_cache import keeps_weights
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import PlainMasters, QatPlugin
-from qatscale.schedule import StepSettings
+from qatscale.schedule.segments import StepSettings
+from qatscale.train.setup import assemble
 
 RATE = 1e-6
 """Of AdamW: random tokens leave the weights about where they are, so that all steps are alike."""
@@ -61,33 +60,32 @@ def training_step(
     config: RunConfig, runtime: Runtime, *, quantized: bool = True, compiled: bool = False
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
     """(batch [sequences, t + 1] → loss of its last micro-batch, what ends it), through DeepSpeed on one process."""
-    layout = Layout()
-    ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), 1)
-    topology = join_topology(config, layout, runtime)
-    model, plugin = _model(config)
-    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
-    compilation = Compiled(model) if compiled else None
-    weights = WeightCache(model, keeps_weights(config, ds_config, layout))
+    config, layout = _from_step_0(config, compiled), Layout()
+    ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), layout.data)
+    job = assemble(config, layout, ds_config, runtime, switch_step=0)
     if quantized:
-        plugin.after_step(0, masters)
+        job.plugin.after_step(0, job.masters)
     settings = _settings(config, quantized)
 
     def step(batch: Tensor) -> Tensor:
-        apply_settings(engine, settings)
-        losses = [loss.detach() for loss in train_step(engine, batch, config.batch.micro_batch, topology, weights)]
-        return losses[-1]
+        apply_settings(job.engine, settings)
+        losses = train_step(job.engine, batch, config.batch.micro_batch, job.topology, job.weights)
+        return [loss.detach() for loss in losses][-1]
 
     def close() -> None:
-        if compilation is not None:
-            compilation.close()
-        engine.destroy()
+        job.compilation.close()
+        job.engine.destroy()
 
     return step, close
 
 
 def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: bool, compiled: bool = False) -> Stepper:
     """The same model in a loop of a dozen lines, without DeepSpeed: the most that its step could give."""
-    model, plugin = _model(config)
+    config = _from_step_0(config, compiled)
+    model = Llama(config.model, config.engine.activation_checkpointing)
+    initialise(model, config.seed)
+    plugin = QatPlugin(config.qat, 0)
+    plugin.prepare(model)
     model.to(runtime.device)
     precision = precision_of(load_ds_config(config.engine.ds_config))
     loop = BareLoop(model, optimizer_groups(model, plugin), config, batch_of(config, runtime.device), precision)
@@ -98,12 +96,11 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     return Stepper(name, partial(loop.step, model, weights), compilation.close if compilation else lambda: None)
 
 
-def _model(config: RunConfig) -> tuple[Llama, QatPlugin]:
-    model = Llama(config.model, config.engine.activation_checkpointing)
-    initialise(model, config.seed)
-    plugin = QatPlugin(config.qat.model_copy(update={"scheme": "scratch"}), 0)
-    plugin.prepare(model)
-    return model, plugin
+def _from_step_0(config: RunConfig, compiled: bool) -> RunConfig:
+    """The recipe with QAT due before the first step."""
+    qat = config.qat.model_copy(update={"scheme": "scratch"})
+    engine = config.engine.model_copy(update={"compile": "on" if compiled else "off"})
+    return config.model_copy(update={"qat": qat, "engine": engine})
 
 
 def _settings(config: RunConfig, quantized: bool) -> StepSettings:
