@@ -23,7 +23,7 @@ from qatscale.engine.step import train_step
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import PlainMasters, QatPlugin
-from qatscale.schedule.segments import StepSettings
+from qatscale.schedule.timeline import StepSettings
 from qatscale.train.setup import assemble
 
 RATE = 1e-6

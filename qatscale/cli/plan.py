@@ -108,7 +108,7 @@ def _answer(options: dict[str, Any], recipe: str | None, gpu: str | None) -> Ans
 def _check_runs(recipe: str, found: Answer) -> None:
     """UserError where settings of the recipe's own clash with the plan."""
     from qatscale.config import load_run_config
-    from qatscale.schedule import build_timeline
+    from qatscale.schedule.build import build_timeline
 
     build_timeline(load_run_config(recipe, found.overrides))
 
@@ -147,7 +147,7 @@ def _of_recipe(recipe: str | None, options: dict[str, Any]) -> dict[str, Any]:
 def _scheme_of(config: RunConfig) -> Scheme:
     """The recipe's scheme; the classic one of a recipe without two phases."""
     from qatlaw.plan.run import SEQUENTIAL, Scheme
-    from qatscale.schedule import nearest_fraction
+    from qatscale.schedule.fraction import nearest_fraction
 
     if config.qat.scheme not in ("sequential", "fused"):
         config = config.model_copy(update={"qat": config.qat.model_copy(update={"scheme": SEQUENTIAL.name})})

@@ -31,7 +31,7 @@ def run_quickstart(out: Path) -> None:
     """Everything goes into `out`. Raises whatever the rooms raise; what is finished by then is reused next time."""
     # On a model this small two threads are 1.3 times as fast as one, and a tenth as fast once something else runs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from qatscale.schedule import build_timeline
+    from qatscale.schedule.build import build_timeline
     from qatscale.study.trunk import branch_config, branch_step, train_or_reuse, trunk_config
 
     out_console = console()

@@ -121,7 +121,7 @@ def as_dict(plan: ScalePlan) -> dict[str, Any]:
 
 
 def _timeline(config: RunConfig) -> dict[str, Any]:
-    from qatscale.schedule import build_timeline
+    from qatscale.schedule.build import build_timeline
 
     timeline = build_timeline(config)
     return {

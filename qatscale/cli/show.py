@@ -53,7 +53,8 @@ def print_recipes() -> None:
 
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
     from qatscale.config.amounts import format_amount
-    from qatscale.schedule import COLUMNS, build_timeline, describe, draw
+    from qatscale.schedule.build import build_timeline
+    from qatscale.schedule.show import COLUMNS, describe, draw
 
     check_figure(figure)
     timeline = build_timeline(config)

@@ -13,7 +13,7 @@ from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, canonical_name
 from qatscale.model.tensor_parallel import shard_of
 from qatscale.quant.plugin import QatPlugin, scale_groups
-from qatscale.schedule import StepSettings
+from qatscale.schedule.timeline import StepSettings
 
 
 def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]]:

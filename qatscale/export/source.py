@@ -23,7 +23,7 @@ from qatscale.export.grid import Grid
 from qatscale.model.llama import Llama, is_norm, parameter_shapes
 from qatscale.quant.quantizers import Quantizer, get_quantizer
 from qatscale.quant.selection import select
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 
 
 @dataclass(frozen=True)

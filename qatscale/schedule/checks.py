@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from qatscale.config.schema import RunConfig, ScheduleConfig, Section
-from qatscale.schedule.segments import Segment
 from qatscale.schedule.shapes import cooldown_of
+from qatscale.schedule.timeline import Segment
 
 
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:

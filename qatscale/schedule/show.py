@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import Phase, RunConfig
-from qatscale.schedule.segments import Segment, Timeline
+from qatscale.schedule.timeline import Segment, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,150 +1,210 @@
-"""From a RunConfig to its timeline: the four schemes, the switch, and the errors of lengths that do not fit."""
+"""The timeline of a run: what holds at each optimizer step. A pure function of the step and the configuration.
+
+A timeline is a row of segments [start, end) in 0-based optimizer steps, each a warm-up, a stable phase or a cooldown,
+full-precision or quantized. `at(step)` answers from the step alone, so a checkpoint holds a counter and no scheduler.
+
+The learning rate, with `peak` the rate of the stable phase:
+
+    warm-up of n steps from s:    peak * (step - s + 1) / n     the first step is above 0, the last at the peak
+    stable:                       peak
+    cooldown of n steps from c:   peak * factor((step - c) / n) the end, factor(1), lies just after the last step
+
+So the cooldown's first step still has the full rate (lowered_linear: the lowered one) and its last step is never wasted
+on rate 0. This is the convention of the published WSD code (arXiv 2405.18392). Every warm-up starts at 0, also the one
+after the switch: the moments AdamW brings along belong to another forward pass, and a ramp from 0 assumes nothing of
+them.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from qatscale.config.schema import Phase, PhaseOverride, RunConfig
+from qatscale.config.schema import Phase
 from qatscale.errors import UserError
-from qatscale.schedule.checks import warnings_of
-from qatscale.schedule.fraction import check_two_phases, planned_fraction, qat_bounds
-from qatscale.schedule.lengths import (
-    full_precision_lengths,
-    qat_lengths,
-    round_down,
-    round_up,
-    schedule_lengths,
-    share_out,
-)
-from qatscale.schedule.rates import qat_peak, resolved_lr_ratio
-from qatscale.schedule.segments import Segment, Timeline, kept_steps
-from qatscale.schedule.shapes import cooldown_of
-
-
-def build_timeline(config: RunConfig) -> Timeline:
-    """The timeline of a run.
-
-    - `fp`: warm-up, stable, cooldown over all steps.
-    - `scratch`: the same, quantized from step 0, at the QAT rate.
-    - `sequential`: a complete schedule up to the switch, then a second one with a re-warm-up; fractions are of each.
-    - `fused`: warm-up and stable in full precision; QAT takes over at the stable rate (after a re-warm-up if one is
-      asked for) and holds the one cooldown. Fractions are of all steps, so that the curve is that of `fp`.
-
-    The switch lies at round((1 - f) * steps). UserError where a length does not fit, f leaves a phase without a step,
-    or `checkpoint.keep_at` lies outside the run.
-    """
-    planned, about_fraction = planned_fraction(config)
-    schedules = _schedules(config, planned)
-    segments = tuple(segment for schedule in schedules for segment in schedule.segments(config))
-    switch_step = next((schedule.start for schedule in schedules if schedule.quantized), None)
-    cut = (note for schedule in schedules for note in schedule.notes)
-    warnings = (*about_fraction, *cut, *warnings_of(config, segments, switch_step))
-    ratio = None if switch_step is None else resolved_lr_ratio(config, planned)
-    timeline = Timeline(segments, config.tokens_per_step, switch_step, planned, ratio, warnings)
-    kept_steps(timeline, config.checkpoint.keep_at)  # a point outside the run is told now, not when training begins
-    return timeline
+from qatscale.schedule.shapes import Cooldown
 
 
 @dataclass(frozen=True)
-class _Schedule:
-    """A warm-up, a stable phase and a cooldown over the steps [start, end); each may be empty."""
+class StepSettings:
+    """What one optimizer step runs with."""
 
+    phase: Phase
+    quantized: bool
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The steps [start, end), never empty, in which one formula of the rate and one set of AdamW settings hold."""
+
+    phase: Phase
     start: int
     end: int
-    warmup: int
-    cooldown: int
-    peak: float
     quantized: bool
-    notes: tuple[str, ...]
-    """About defaults that did not fit."""
+    peak: float
+    betas: tuple[float, float]
+    weight_decay: float
+    cooldown: Cooldown
 
-    def segments(self, config: RunConfig) -> list[Segment]:
-        cooldown = cooldown_of(config.schedule)
-        inner = [self.start, self.start + self.warmup, self.end - self.cooldown, self.end]
-        phases: tuple[Phase, Phase, Phase] = ("warmup", "stable", "cooldown")
-        if self.quantized:
-            phases = ("qat_warmup", "qat_stable", "qat_cooldown")
-        segments = []
-        for phase, start, end in zip(phases, inner[:-1], inner[1:], strict=True):
-            own = config.schedule.phases.get(phase, PhaseOverride())
-            betas = config.optimizer.betas if own.betas is None else own.betas
-            decay = config.optimizer.weight_decay if own.weight_decay is None else own.weight_decay
-            if start < end:
-                segments.append(Segment(phase, start, end, self.quantized, self.peak, betas, decay, cooldown))
-        return segments
+    @property
+    def steps(self) -> int:
+        return self.end - self.start
 
+    @property
+    def kind(self) -> str:
+        """`warmup`, `stable` or `cooldown`."""
+        return self.phase.removeprefix("qat_")
 
-def _schedules(config: RunConfig, planned: float) -> list[_Schedule]:
-    match config.qat.scheme:
-        case "fp":
-            return [_whole(config, config.optimizer.learning_rate, quantized=False)]
-        case "scratch":
-            return [_whole(config, qat_peak(config, planned), quantized=True)]
-        case "sequential":
-            return _sequential(config, _switch_step(config, planned), qat_peak(config, planned))
-        case "fused":
-            return _fused(config, _switch_step(config, planned), qat_peak(config, planned))
+    def learning_rate(self, step: int) -> float:
+        done = step - self.start
+        match self.kind:
+            case "warmup":
+                return self.peak * ((done + 1) / self.steps)
+            case "stable":
+                return self.peak
+            case _:
+                return self.peak * self.cooldown.factor(done / self.steps)
+
+    def at(self, step: int) -> StepSettings:
+        return StepSettings(self.phase, self.quantized, self.learning_rate(step), self.betas, self.weight_decay)
 
 
-def _whole(config: RunConfig, peak: float, quantized: bool) -> _Schedule:
-    (warmup, cooldown), notes = share_out(schedule_lengths(config, config.steps), config.steps, "the run")
-    return _Schedule(0, config.steps, warmup, cooldown, peak, quantized, tuple(notes))
+@dataclass(frozen=True)
+class Timeline:
+    """A run's segments, which partition [0, steps), and what follows from them."""
+
+    segments: tuple[Segment, ...]
+    tokens_per_step: int
+    switch_step: int | None
+    """The first quantized step; 0 for QAT from scratch, None for no QAT."""
+    planned_fraction: float
+    """The QAT fraction asked for or planned, before rounding to steps."""
+    qat_lr_ratio: float | None = None
+    """Peak rate of the QAT phase over that of full precision; None for no QAT."""
+    warnings: tuple[str, ...] = ()
+    """What is allowed but probably not meant; for the console, one line each."""
+
+    def __post_init__(self) -> None:
+        ends = [0, *(segment.end for segment in self.segments)]
+        assert [segment.start for segment in self.segments] == ends[:-1], "segments leave no gap and no overlap"
+        assert all(segment.steps > 0 for segment in self.segments), "a segment has at least one step"
+
+    @property
+    def steps(self) -> int:
+        return self.segments[-1].end
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def qat_steps(self) -> int:
+        return 0 if self.switch_step is None else self.steps - self.switch_step
+
+    @property
+    def qat_fraction(self) -> float:
+        """D_qat / D_total as it is run, after rounding to steps."""
+        return self.qat_steps / self.steps
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Steps before which a checkpoint is kept for good: each cooldown's start and the switch, ascending."""
+        starts = {segment.start for segment in self.segments if segment.kind == "cooldown"}
+        return tuple(sorted((starts | {self.switch_step or 0}) - {0}))
+
+    def segment_at(self, step: int) -> Segment:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of a run of {self.steps} steps (0-based)")
+        return self.segments[bisect_right(self.segments, step, key=lambda segment: segment.start) - 1]
+
+    def at(self, step: int) -> StepSettings:
+        """What the 0-based optimizer step `step` runs with. IndexError outside [0, steps)."""
+        return self.segment_at(step).at(step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For timeline.json; `learning_rate` is that of a segment's first and of its last step."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "tokens_per_step": self.tokens_per_step,
+            "switch_step": self.switch_step,
+            "planned_fraction": self.planned_fraction,
+            "qat_fraction": self.qat_fraction,
+            "qat_lr_ratio": self.qat_lr_ratio,
+            "boundaries": list(self.boundaries),
+            "warnings": list(self.warnings),
+            "segments": [
+                {
+                    "phase": segment.phase,
+                    "start": segment.start,
+                    "end": segment.end,
+                    "quantized": segment.quantized,
+                    "learning_rate": [segment.learning_rate(segment.start), segment.learning_rate(segment.end - 1)],
+                    "betas": list(segment.betas),
+                    "weight_decay": segment.weight_decay,
+                    "shape": segment.cooldown.shape if segment.kind == "cooldown" else None,
+                }
+                for segment in self.segments
+            ],
+        }
 
 
-def _sequential(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
-    qat_steps = config.steps - switch
-    (warmup, cooldown), notes = share_out(full_precision_lengths(config, switch), switch, "the full-precision phase")
-    (rewarmup, qat_cooldown), qat_notes = share_out(qat_lengths(config, qat_steps), qat_steps, "the QAT phase")
-    return [
-        _Schedule(0, switch, warmup, cooldown, config.optimizer.learning_rate, False, tuple(notes)),
-        _Schedule(switch, config.steps, rewarmup, qat_cooldown, qat_rate, True, tuple(qat_notes)),
-    ]
+def kept_steps(timeline: Timeline, keep_at: Iterable[int]) -> tuple[int, ...]:
+    """The boundaries and `checkpoint.keep_at`: steps after so many of which a checkpoint is kept for good, ascending.
+
+    keep_at: tokens from the start, rounded to the nearest step. UserError where one rounds to 0 or lies behind the end.
+    """
+    kept = set(timeline.boundaries)
+    for tokens in keep_at:
+        step = round(tokens / timeline.tokens_per_step)
+        if not 0 < step <= timeline.steps:
+            raise UserError(
+                "checkpoint.keep_at",
+                tokens,
+                f"lies outside the run, which has {timeline.tokens} tokens in steps of {timeline.tokens_per_step}.",
+                "Take it out, or move it inside.",
+            )
+        kept.add(step)
+    return tuple(sorted(kept))
 
 
-def _fused(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
-    steps, qat_steps = config.steps, config.steps - switch
-    share_out(schedule_lengths(config, steps), steps, "the run")  # what fits into no split is told first
-    least, most = qat_bounds(config)
-    [warmup], notes = share_out(
-        full_precision_lengths(config, switch),
-        switch,
-        "the full-precision phase",
-        _fraction_mends("<=", least, most, steps),
-    )
-    (rewarmup, cooldown), qat_notes = share_out(
-        qat_lengths(config, qat_steps),
-        qat_steps,
-        "the QAT phase, which holds the one cooldown of a fused run",
-        _fraction_mends(">=", least, most, steps),
-    )
-    return [
-        _Schedule(0, switch, warmup, 0, config.optimizer.learning_rate, False, tuple(notes)),
-        _Schedule(switch, steps, rewarmup, cooldown, qat_rate, True, tuple(qat_notes)),
-    ]
+@dataclass(frozen=True)
+class SettingsDifference:
+    """The first step at which two timelines differ, and in what."""
+
+    step: int
+    setting: str
+    first: object
+    second: object
+
+    def __str__(self) -> str:
+        return f"{self.setting} at step {self.step}: {self.first!r} against {self.second!r}"
 
 
-def _fraction_mends(comparison: str, least: int, most: int, steps: int) -> list[str]:
-    """`qat.fraction >= y` or `<= y` in so many digits that y itself gives a QAT phase of `least` to `most` steps."""
-    if not 0 < least <= most:
-        return []  # no switch leaves room for both phases
-    nearest, rounded = (least, round_up) if comparison == ">=" else (most, round_down)
-    for digits in range(3, 17):
-        share = rounded(nearest / steps, digits)
-        if least <= steps - round((1 - share) * steps) <= most:
-            return [f"qat.fraction {comparison} {share!r}"]
-    return []
+def first_difference(first: Timeline, second: Timeline, until: int) -> SettingsDifference | None:
+    """Where two timelines first prescribe different settings at a step < `until`, or None.
 
-
-def _switch_step(config: RunConfig, planned: float) -> int:
-    check_two_phases(config)
-    steps = config.steps
-    switch = round((1 - planned) * steps)
-    if not 0 < switch < steps:
-        phase = "QAT" if switch == steps else "full-precision"
-        raise UserError(
-            "qat.fraction",
-            config.qat.fraction,
-            f"{planned:.4g} of {steps} optimizer steps leaves no {phase} step.",
-            f"The smallest possible is {round_up(1 / steps):g}, the largest is {round_down(1 - 1 / steps, 6):g}.",
-        )
-    return switch
+    A branch equals its parent up to its start only if this is None for `until` = the start. Compared are the learning
+    rate, betas, weight decay and quantization, not the names of phases: a stable phase is no other for what follows it.
+    """
+    step = 0
+    while step < until:
+        if step >= min(first.steps, second.steps):
+            return SettingsDifference(step, "steps", first.steps, second.steps) if first.steps != second.steps else None
+        a, b = first.segment_at(step), second.segment_at(step)
+        end = min(a.end, b.end, until)
+        # Within one pair of segments only the rate moves, and of equal or stable ones it moves alike: one look.
+        same_curve = a == b or (a.kind == b.kind == "stable")
+        for probe in range(step, step + 1 if same_curve else end):
+            one, other = a.at(probe), b.at(probe)
+            for setting in ("quantized", "learning_rate", "betas", "weight_decay"):
+                left, right = getattr(one, setting), getattr(other, setting)
+                if left != right:
+                    return SettingsDifference(probe, setting, left, right)
+        step = end
+    return None

@@ -1,7 +1,7 @@
 """From a study file to its runs, and to what the tree of runs needs to know of each.
 
 The tree and its meaning are `qatlaw.study`'s; what a run prescribes at each step is its timeline's. So two runs share a
-trunk exactly as long as `qatscale.schedule.first_difference` finds none: a warm-up that is a share of the tokens, and
+trunk exactly as long as `schedule.timeline.first_difference` finds none: a warm-up that is a share of the tokens, and
 not a number of them, parts runs of different length at the first step.
 """
 
@@ -21,8 +21,8 @@ from qatscale.config.amounts import format_amount, parse_amount
 from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.config.yaml_text import to_yaml
 from qatscale.errors import UserError
-from qatscale.schedule import Timeline, build_timeline
-from qatscale.schedule.segments import Segment
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Segment, Timeline
 from qatscale.study.file import TWO_PHASES, Axes, Size, Study
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.errors import EXIT_REQUEUE
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.train.loop import train
 
 

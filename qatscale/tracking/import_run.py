@@ -11,7 +11,7 @@ from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.training_state import TrainingState, write_state
 from qatscale.errors import UserError
 from qatscale.files import appearing
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 
 

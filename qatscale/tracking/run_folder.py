@@ -25,7 +25,7 @@ from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live, read_json, write_json, write_text
 
 if TYPE_CHECKING:
-    from qatscale.schedule.segments import Timeline
+    from qatscale.schedule.timeline import Timeline
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: by a process of another

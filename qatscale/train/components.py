@@ -17,7 +17,7 @@ from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
-from qatscale.schedule import Timeline
+from qatscale.schedule.timeline import Timeline
 
 
 @dataclass(frozen=True)

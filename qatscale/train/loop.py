@@ -13,7 +13,8 @@ from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import gather_stages
 from qatscale.quant.report import merge_reports
-from qatscale.schedule import Timeline, build_timeline, kept_steps
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Timeline, kept_steps
 from qatscale.supervise.signals import StopRequest
 from qatscale.supervise.watchdog import Watch, collective_timeout
 from qatscale.tracking.run_folder import RunFolder

@@ -17,7 +17,7 @@ from qatscale.config.sizes import count_parameters, flops_per_token, peak_flops
 from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader
 from qatscale.engine.runtime import Runtime
-from qatscale.schedule import StepSettings, Timeline
+from qatscale.schedule.timeline import StepSettings, Timeline
 from qatscale.tracking.compare import median_speeds
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import ptq_view

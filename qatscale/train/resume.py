@@ -13,7 +13,8 @@ from qatscale.engine.checkpoints.files import (
     read_manifest,
 )
 from qatscale.errors import UserError
-from qatscale.schedule import Timeline, build_timeline, first_difference
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Timeline, first_difference
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 

@@ -176,7 +176,7 @@ class RunLog:
 
     def _draw(self) -> None:
         """timeline.png and loss.png in the run's figures. A figure that fails must not cost the run its end."""
-        from qatscale.schedule import draw
+        from qatscale.schedule.show import draw
         from qatscale.tracking.curves import draw_loss_curves
 
         try:

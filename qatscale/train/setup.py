@@ -19,7 +19,7 @@ from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
 from qatscale.train.resume import check_data, plan_resume
 

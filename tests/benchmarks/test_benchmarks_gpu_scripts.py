@@ -50,7 +50,7 @@ def test_every_run_has_a_recipe_that_switches_half_way(
 ) -> None:
     """What would otherwise show only on the machine: a recipe that is refused."""
     from qatscale.config import load_ds_config, load_run_config, merge_ds_config
-    from qatscale.schedule import build_timeline
+    from qatscale.schedule.build import build_timeline
 
     record, main_job = scripts
     job = main_job.Job(device, record.Record(tmp_path, "r", "R", {}, 10), tmp_path)

@@ -17,8 +17,8 @@ from bad_inputs import run_command
 from qatlaw.plan.options import OPTIONS
 from qatscale.config import load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters, flops_per_token
-from qatscale.schedule import build_timeline, first_difference
-from qatscale.schedule.segments import Timeline
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Timeline, first_difference
 
 
 def planned(typed: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from qatscale.engine.topology import join_topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.convert import convert
 from qatscale.train.loop import train
 

@@ -36,7 +36,7 @@ from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
 from qatscale.quant.kernels import cpu
 from qatscale.quant.plugin import QatPlugin
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 
 SWITCH, STEPS = 2, 4
 

@@ -32,7 +32,7 @@ from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint,
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.compare import list_runs
 from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder

@@ -9,7 +9,7 @@ from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import BIT_WIDTHS
 from qatscale.config.sizes import count_parameters
 from qatscale.errors import UserError
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 
 A = 6.7297
 """The closed form's constant."""

@@ -6,7 +6,8 @@ import pytest
 from schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 from qatscale.errors import UserError
-from qatscale.schedule import build_timeline, kept_steps
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import kept_steps
 
 TWO_PHASES = [{"scheme": "sequential", "fraction": 0.5}, {"scheme": "fused", "fraction": 0.5}]
 

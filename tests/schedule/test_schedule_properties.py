@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from schedule_configs import TOKENS_PER_STEP, make_config
 
 from qatscale.errors import UserError
-from qatscale.schedule import build_timeline, first_difference
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import first_difference
 
 # Many drawn lengths do not fit: that most examples are refused is meant, and no reason to fail by the luck of the seed.
 holds = settings(

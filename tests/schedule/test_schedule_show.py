@@ -9,8 +9,9 @@ import pytest
 from matplotlib.image import imread
 from schedule_configs import TOKENS_PER_STEP, make_config
 
-from qatscale.schedule import COLUMNS, build_timeline, describe, draw, first_difference
-from qatscale.schedule.show import rate_curve
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.show import COLUMNS, describe, draw, rate_curve
+from qatscale.schedule.timeline import first_difference
 
 SEQUENTIAL = {"scheme": "sequential", "fraction": 0.4, "bits": 2, "learning_rate": 5e-4}
 TRUNK = {"warmup_tokens": 5 * TOKENS_PER_STEP, "cooldown_fraction": 0}
@@ -75,7 +76,8 @@ import sys
 sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
 from pathlib import Path
 from schedule_configs import make_config
-from qatscale.schedule import build_timeline, draw
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.show import draw
 config = make_config()
 draw(build_timeline(config), config, Path({str(tmp_path)!r}) / "timeline.svg")
 print("matplotlib.pyplot" in sys.modules)

@@ -10,7 +10,7 @@ from trained_runs import REFERENCE, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 from qatscale.train.resume import plan_resume

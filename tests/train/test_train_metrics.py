@@ -15,7 +15,7 @@ from fixed_tokens import write_fixed_tokens
 from qatscale.data.open import open_stream
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
-from qatscale.schedule import StepSettings
+from qatscale.schedule.timeline import StepSettings
 from qatscale.train.metrics import Meter, total_peak
 
 

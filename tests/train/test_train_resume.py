@@ -13,7 +13,7 @@ from trained_runs import REFERENCE, STOPPED_BF16, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 from qatscale.train.evaluate import evaluate_checkpoint

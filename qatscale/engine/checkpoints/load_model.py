@@ -11,7 +11,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, verify_files
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 
 
 @torch.no_grad()

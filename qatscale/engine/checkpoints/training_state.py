@@ -27,7 +27,7 @@ from qatscale.engine.initialize import optimizer_groups
 from qatscale.engine.zero_masters import MOMENTS
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import SHARD_BYTES, Shape, write_safetensors
 
 KINDS = ("weight", *MOMENTS)

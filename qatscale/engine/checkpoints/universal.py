@@ -35,7 +35,7 @@ from qatscale.data.manifest import Manifest
 from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, skeleton
 from qatscale.errors import UserError
 from qatscale.files import appearing
-from qatscale.schedule import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import Shape
 
 DEEPSPEED = "0.19.8"
