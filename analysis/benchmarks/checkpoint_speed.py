@@ -24,12 +24,13 @@ from torch import Tensor
 from qatscale.config import load_ds_config, load_run_config, merge_ds_config
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.host_copy import HostCopy
-from qatscale.engine.checkpoints.save_load import describe, load_checkpoint, slices_of
+from qatscale.engine.checkpoints.save_load import load_checkpoint, slices_of
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
 from qatscale.files import sync
-from qatscale.train.checkpointing import Saver
+from qatscale.supervise.watchdog import Watchdog
+from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.setup import assemble
 
 SEQUENCE = 128
@@ -49,8 +50,8 @@ class Bench:
         on_cpu = ["engine.ds_config=zero1_fp32"] if self.runtime.device.type == "cpu" else []  # bf16 is slow there
         config = self.config = load_run_config(recipe, [*shape, *on_cpu, "engine.compile=off", "qat.fraction=auto"])
         ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), 1)
-        job = assemble(config, Layout(), ds_config, self.runtime, switch_step=None)
-        self.topology, self.engine, self.masters, self.plugin = job.topology, job.engine, job.masters, job.plugin
+        self.job = assemble(config, Layout(), ds_config, self.runtime, switch_step=None)
+        self.topology, self.engine, self.masters = self.job.topology, self.job.engine, self.job.masters
         self.batch = torch.randint(0, config.model.vocab_size, (1, SEQUENCE + 1))
         self.done = 0
         self.train(1)  # Adam's moments come with its first step
@@ -64,7 +65,7 @@ class Bench:
             if values.dim()
         }
         self.plain = HostCopy(self.flat)
-        self.savers = {name: self._saver(name) for name in (BACKGROUND, BLOCKING)}
+        self.checkpointers = {name: self._checkpointer(name) for name in (BACKGROUND, BLOCKING)}
         self.saves = 0
 
     def train(self, steps: int) -> None:
@@ -73,19 +74,16 @@ class Bench:
                 pass
             self.done += 1
 
-    def _saver(self, name: str) -> Saver:
-        return Saver(
-            self.folder / name, self.masters, self.runtime, background=name == BACKGROUND, keep=1,
-            saved=lambda *_: None, notice=lambda _: None,
+    def _checkpointer(self, name: str) -> AsyncCheckpointer:
+        checkpoint = self.config.checkpoint.model_copy(update={"background": name == BACKGROUND, "keep": 1})
+        return AsyncCheckpointer(
+            self.folder / name, self.config.model_copy(update={"checkpoint": checkpoint}), self.job,
+            Watchdog(self.runtime, self.folder, None), data="", saved=lambda *_: None, notice=lambda _: None,
         )  # fmt: skip
 
     def save(self, name: str) -> None:
         self.saves += 1
-        draft = describe(
-            self.masters, self.runtime, step=self.saves, tokens=0, reason="interval", kept=False, recipe_hash="",
-            data="", plugin=self.plugin.state(),
-        )  # fmt: skip
-        self.savers[name].save(draft)
+        self.checkpointers[name].save(self.saves, "interval")
 
     def save_deepspeed(self) -> None:
         self.engine.save_checkpoint(str(self.folder / "deepspeed"), tag="bench")
@@ -105,8 +103,8 @@ class Bench:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        for saver in self.savers.values():
-            saver.__exit__(None, None, None)
+        for checkpointer in self.checkpointers.values():
+            checkpointer.__exit__(None, None, None)
         self.plain.close()
         self.engine.destroy()
 
@@ -178,7 +176,7 @@ def _saving(bench: Bench, rounds: int) -> list[Table]:
     variants = [
         Variant(COPY, lambda: bench.plain.take(bench.flat), bench.bytes),
         Variant(BACKGROUND, lasting(BACKGROUND, lambda: bench.save(BACKGROUND)), bench.bytes,
-                until(BACKGROUND, bench.savers[BACKGROUND].wait)),
+                until(BACKGROUND, bench.checkpointers[BACKGROUND].wait)),
         Variant(BLOCKING, lasting(BLOCKING, lambda: bench.save(BLOCKING)), bench.bytes, until(BLOCKING)),
         Variant(DEEPSPEED, lasting(DEEPSPEED, bench.save_deepspeed), bench.bytes,
                 until(DEEPSPEED, bench.sync_deepspeed)),
@@ -219,7 +217,7 @@ def _beside(bench: Bench, rounds: int) -> Table:
     tokens = float(steps * SEQUENCE)
     variants = [
         Variant("no checkpoint", lambda: bench.train(steps), tokens),
-        Variant(BACKGROUND, saving_and_training, tokens, bench.savers[BACKGROUND].wait),
+        Variant(BACKGROUND, saving_and_training, tokens, bench.checkpointers[BACKGROUND].wait),
         Variant(BLOCKING, blocking_and_training, tokens),
     ]
     seconds = interleaved(variants, max(2, rounds // 2), warmup=0)

@@ -64,7 +64,7 @@ def training_step(
     ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), layout.data)
     job = assemble(config, layout, ds_config, runtime, switch_step=0)
     if quantized:
-        job.plugin.after_step(0, job.masters)
+        job.plugin.maybe_switch(0, job.masters)
     settings = _settings(config, quantized)
 
     def step(batch: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     precision = precision_of(load_ds_config(config.engine.ds_config))
     loop = BareLoop(model, optimizer_groups(model, plugin), config, batch_of(config, runtime.device), precision)
     if quantized:
-        plugin.after_step(0, loop.masters)
+        plugin.maybe_switch(0, loop.masters)
     compilation = Compiled(model) if compiled else None
     weights = WeightCache(model, quantized and config.batch.sequences > config.batch.micro_batch)
     return Stepper(name, partial(loop.step, model, weights), compilation.close if compilation else lambda: None)

@@ -111,7 +111,7 @@ def _verifier(source: Source, tokens: str | None) -> Verifier:
     from qatscale.config.amounts import positive_amount
     from qatscale.engine.checkpoints.load_model import load_checkpointed_model
     from qatscale.export.verify import materialised, verify
-    from qatscale.train.evaluate import open_view
+    from qatscale.train.validation import open_view
 
     limit = (
         min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else positive_amount("--tokens", tokens)

@@ -54,7 +54,7 @@ def print_recipes() -> None:
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
     from qatscale.config.amounts import format_amount
     from qatscale.schedule.build import build_timeline
-    from qatscale.schedule.show import COLUMNS, describe, draw
+    from qatscale.schedule.show import COLUMNS, describe
 
     check_figure(figure)
     timeline = build_timeline(config)
@@ -73,4 +73,6 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
     for warning in timeline.warnings:
         out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if figure is not None:
+        from qatscale.schedule.figure import draw
+
         out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)

@@ -35,6 +35,8 @@ def train_step(
 
 
 def _on_device(batch: Tensor, micro_batch: int, engine: Any) -> Iterator[Tensor]:
+    if engine.device.type == "cuda":
+        batch = batch.pin_memory()  # from pageable memory each copy would wait for all that the GPU has yet to do
     for part in batch.split(micro_batch):
         yield part.to(engine.device, non_blocking=True)
 

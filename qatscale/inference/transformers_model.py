@@ -119,7 +119,7 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
     from qatscale.model.hugging_face_tokenizer import export_tokenizer
     from qatscale.quant.views import computed_weights
-    from qatscale.train.evaluate import open_view
+    from qatscale.train.validation import open_view
 
     checkpoint = find_checkpoint(what)
     config = load_run_config(recipe_beside(checkpoint, what))

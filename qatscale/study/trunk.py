@@ -8,7 +8,7 @@ from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.errors import EXIT_REQUEUE
 from qatscale.schedule.build import build_timeline
-from qatscale.train.loop import train
+from qatscale.train.run import train
 
 
 def branch_config(scheme: str, out: Path, data: Path, *overrides: str) -> RunConfig:

@@ -1,7 +1,7 @@
-"""Which failure of a job of many processes is the one to tell: records, their order, the message. Pure functions.
+"""Which failure of a job to report: records, their order, and the message. Pure functions.
 
-One process fails, and a moment later all others do, each with a complaint about a broken connection. A person wants the
-first one's traceback, and who it was.
+One process fails, and a moment later all others do, each with a complaint about a broken connection. A person needs the
+traceback of the first one, and its rank and host.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 Kind = Literal["error", "gone", "silent", "stalled", "consequence", "witness"]
-"""`error`: an exception of the process itself. `gone`: its process ended without a word. `silent`: no sign of life.
-`stalled`: alive, and it holds the others up. `consequence`: an exception because another process failed.
+"""`error`: an exception of the process itself. `gone`: its process ended without a word. `silent`: no heartbeat.
+`stalled`: alive, and the others wait for it. `consequence`: an exception because another process failed.
 `witness`: alive and waiting for the others when the job ended; no failure."""
 _ORDER: tuple[Kind, ...] = ("error", "gone", "silent", "stalled", "consequence", "witness")
 
@@ -30,8 +30,8 @@ _BROKEN_CONNECTION = re.compile(
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What is known of one process when a job fails."""
+class Failure:
+    """What is known of one process when its job fails."""
 
     rank: int
     host: str
@@ -40,9 +40,9 @@ class Fault:
     """Seconds since 1970 by rank 0's clock."""
     kind: Kind
     error: str
-    """In one line."""
+    """One line."""
     text: str = ""
-    """The traceback, or where the main thread stood."""
+    """The traceback, or the stack of the main thread."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +57,7 @@ class Fault:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an exception says no more than that other processes are out of reach."""
+    """Whether an exception only says that other processes are out of reach."""
     import torch.distributed as dist
 
     if isinstance(error, dist.DistError | ConnectionError):
@@ -65,27 +65,28 @@ def is_consequence(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _BROKEN_CONNECTION.search(str(error)) is not None
 
 
-def first_fault(faults: Sequence[Fault]) -> Fault:
-    """The failure to tell: causes before consequences, then the earliest."""
-    return min(faults, key=lambda fault: (_ORDER.index(fault.kind), fault.time, fault.rank))
+def first_failure(failures: Sequence[Failure]) -> Failure:
+    """The failure to report: causes before consequences, then the earliest."""
+    return min(failures, key=lambda failure: (_ORDER.index(failure.kind), failure.time, failure.rank))
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a process has come when nothing moves. `collectives`: how many it has entered since its start."""
+    """How far a process has come when nothing moves."""
 
     rank: int
     step: int
     waits: bool
     """Its main thread is inside a call of the communication library."""
     collectives: int
+    """Collectives that it has entered since its start."""
 
 
-def holding_up(standings: Sequence[Standing]) -> list[int]:
-    """The ranks that the others wait for; all of them where there is nothing to tell them apart.
+def stragglers(standings: Sequence[Standing]) -> list[int]:
+    """The ranks that the others wait for; all ranks where nothing tells them apart.
 
-    Who computes or sleeps while others wait in a collective holds them up. Where none is seen waiting (NCCL's calls
-    return at once and the wait is somewhere else), it is who lies behind: fewer steps, then fewer collectives entered.
+    A process that computes or sleeps while others wait in a collective is one. Where none is seen waiting (NCCL's calls
+    return at once, and the wait is elsewhere), it is the process that lies behind: fewer steps, then fewer collectives.
     """
     busy = [standing for standing in standings if not standing.waits]
     candidates = busy if 0 < len(busy) < len(standings) else list(standings)
@@ -98,31 +99,33 @@ def in_communication(frames: Sequence[tuple[str, str]]) -> bool:
     return any("torch/distributed/" in file or "deepspeed/comm/" in file for file, _ in frames[:6])
 
 
-def job_faults(notes: Sequence[Mapping[str, Any]], missing: Mapping[int, Fault]) -> list[Fault]:
-    """Everything that went wrong, from what the processes say of themselves and have seen of others.
+def job_failures(heartbeats: Sequence[Mapping[str, Any]], missing: Mapping[int, Failure]) -> list[Failure]:
+    """All failures of a job, from what its processes say of themselves and have seen of others.
 
-    notes: per process that answered ``{"rank", "step", "fault", "seen", "waits", "collectives"}``. missing: rank → what
-    is to be said of it, for each that did not. A process's own traceback counts more than what others have seen of it;
-    an answer without one proves nothing, for over a cut wire both sides write into a shared folder.
+    heartbeats: the last one of each process that answered,
+    ``{"rank", "step", "failure", "seen", "waits", "collectives"}``. missing: rank → its failure, for each that did not.
+    A process's own traceback outranks what others have seen of it. An answer without a traceback proves nothing: over a
+    cut wire both sides still write into a shared folder.
     """
-    own = [Fault.from_dict(note["fault"]) for note in notes if note["fault"]]
-    confessed = {fault.rank for fault in own if fault.kind == "error"}
-    seen = [Fault.from_dict(note["seen"]) for note in notes if note["seen"]]
+    own = [Failure.from_dict(heartbeat["failure"]) for heartbeat in heartbeats if heartbeat["failure"]]
+    confessed = {failure.rank for failure in own if failure.kind == "error"}
+    seen = [Failure.from_dict(heartbeat["seen"]) for heartbeat in heartbeats if heartbeat["seen"]]
     others = dict(missing)
-    for fault in sorted(seen, key=lambda fault: -fault.time):  # the earliest wins
-        if fault.rank not in confessed:
-            others[fault.rank] = fault
-    faults = [*own, *others.values()]
-    if any(fault.kind != "witness" for fault in faults):
-        return faults
-    standings = [Standing(note["rank"], note["step"], note["waits"], note["collectives"]) for note in notes]
-    guilty = holding_up(standings)
-    return [replace(fault, kind="stalled") if fault.rank in guilty else fault for fault in faults]
+    for failure in sorted(seen, key=lambda failure: -failure.time):  # the earliest wins
+        if failure.rank not in confessed:
+            others[failure.rank] = failure
+    failures = [*own, *others.values()]
+    if any(failure.kind != "witness" for failure in failures):
+        return failures
+    standings = [Standing(beat["rank"], beat["step"], beat["waits"], beat["collectives"]) for beat in heartbeats]
+    last = stragglers(standings)
+    return [replace(failure, kind="stalled") if failure.rank in last else failure for failure in failures]
 
 
-def message(faults: Sequence[Fault], logs: str) -> str:
-    """What the job says last: the first failure whole, then in a line who else it was, if several are to blame."""
-    first = first_fault(faults)
-    blamed = [f for f in faults if f.kind == first.kind and f is not first and f.kind in ("gone", "silent", "stalled")]
-    lines = ["=" * 80, *filter(None, [first.text.strip()]), first.sentence, *(fault.sentence for fault in blamed)]
+def report(failures: Sequence[Failure], logs: str) -> str:
+    """The last message of a job: the first failure in full, then one line for each other process to blame."""
+    first = first_failure(failures)
+    several = first.kind in ("gone", "silent", "stalled")
+    blamed = [failure.sentence for failure in failures if several and failure.kind == first.kind and failure != first]
+    lines = ["=" * 80, *filter(None, [first.text.strip()]), first.sentence, *blamed]
     return "\n".join([*lines, f"logs of all ranks: {logs}; the same command goes on from the newest checkpoint"])

@@ -1,8 +1,8 @@
-"""A notice board beside the training: each process of a job keeps one note on it and reads those of others.
+"""Heartbeats: each process of a job publishes a small record of itself every few seconds and reads those of others.
 
-It lives in the store that the process group met through (TCPStore at MASTER_ADDR:MASTER_PORT), over a connection of its
-own. A call to a store whose host was cut off may never return, so that a thread does the talking and everybody else
-reads what it brought: memory, which always answers.
+They live in the store that the process group met through (TCPStore at MASTER_ADDR:MASTER_PORT), over a connection of
+its own. A call to a store whose host was cut off may never return. So one thread talks to the store, and everybody else
+reads what it brought into memory.
 """
 
 from __future__ import annotations
@@ -17,46 +17,51 @@ from typing import Any
 
 import torch.distributed as dist
 
-Note = dict[str, Any]
+Heartbeat = dict[str, Any]
 _ALARM = "alarm"
 _START_TIMEOUT = timedelta(minutes=10)
 _CLOCK_ROUNDS = 3
 
 
-class Board:
-    """Collective to make: when it is there, every process has pinned its first note. Each process makes as many boards
-    as the others, in the same order."""
+class HeartbeatStore:
+    """Collective to make: afterwards every process has published its first heartbeat.
+
+    Each process makes as many stores as the others, in the same order.
+    """
 
     _made = 0
 
-    def __init__(self, rank: int, ranks: int, note: Note, period: float) -> None:
-        Board._made += 1
+    def __init__(self, rank: int, ranks: int, heartbeat: Heartbeat, period: float) -> None:
+        """period: seconds between two heartbeats."""
+        HeartbeatStore._made += 1
         self.rank, self.ranks, self.period = rank, ranks, period
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=_START_TIMEOUT, wait_for_workers=False)
-        self._store = dist.PrefixStore(f"qatscale/board/{restart}/{Board._made}", store)
+        self._store = dist.PrefixStore(f"qatscale/heartbeats/{restart}/{HeartbeatStore._made}", store)
         if rank == 0:
             self._store.set(_ALARM, "")
-        self._store.set(f"{rank}", json.dumps(note))
+        self._store.set(f"{rank}", json.dumps(heartbeat))
         self.offsets = self._compare_clocks()
         """Rank → seconds that its clock is ahead of rank 0's."""
-        self.notes: dict[int, Note] = {}
-        """The notes as last read; of all processes after the start and since an alarm, else of `follow`."""
+        self.heartbeats: dict[int, Heartbeat] = {}
+        """As last read: those of all processes after the start and since an alarm, otherwise those of `follow`."""
         self.alarm = False
-        """Somebody raised the alarm."""
+        """Some process raised the alarm."""
         self.lost = ""
-        """Why the board is out of reach for good."""
-        self._own, self._raise = json.dumps(note), False
+        """Why the store is out of reach for good."""
+        self._own, self._raise = json.dumps(heartbeat), False
         self._follow: tuple[int, ...] = ()
         self._read(range(ranks))
         self._last_round = time.monotonic()
         self._wake, self._done_round, self._closed = threading.Event(), threading.Event(), False
-        threading.Thread(target=self._talk, name="board", daemon=True).start()
+        threading.Thread(target=self._talk, name="heartbeat", daemon=True).start()
 
     def _compare_clocks(self) -> dict[int, float]:
-        """All processes read their clocks when rank 0 gives the word; of some rounds the smallest difference counts,
-        for a busy machine wakes a process late, never early."""
+        """All processes read their clocks when rank 0 gives the signal.
+
+        The smallest difference of some rounds counts: a busy machine wakes a process late, never early.
+        """
         store = self._store
         for turn in range(_CLOCK_ROUNDS):
             if self.rank == 0:
@@ -76,28 +81,32 @@ class Board:
 
     @property
     def age(self) -> float:
-        """Seconds since the board last answered."""
+        """Seconds since the store last answered."""
         return time.monotonic() - self._last_round
 
     def follow(self, ranks: Iterable[int]) -> None:
-        """Whose notes each round reads."""
+        """Set whose heartbeats each round reads."""
         self._follow = tuple(ranks)
 
-    def pin(self, note: Note) -> None:
-        """Replace the own note; sent within a period."""
-        self._own = json.dumps(note)
+    def publish(self, heartbeat: Heartbeat) -> None:
+        """Replace this process's heartbeat; it is sent within a period."""
+        self._own = json.dumps(heartbeat)
 
     def raise_alarm(self) -> None:
         self._raise = True
-        self.hurry()
+        self.flush()
 
-    def hurry(self, wait: float = 0.0) -> None:
-        """Talk now; with `wait`, return when a whole round is done, or after that many seconds."""
-        for _ in range(2 if wait else 1):  # the round that is under way may have begun before the note was pinned
+    def flush(self, wait: float = 0.0) -> None:
+        """Talk to the store now; with `wait`, return after one complete round or after that many seconds."""
+        for _ in range(2 if wait else 1):  # the current round may have begun before the heartbeat was published
             self._done_round.clear()
             self._wake.set()
             if wait:
                 self._done_round.wait(wait / 2)
+
+    def forgive(self, seconds: float) -> None:
+        """This process was paused for so long: the store was not asked in that time."""
+        self._last_round += seconds
 
     def close(self) -> None:
         self._closed = True
@@ -124,6 +133,6 @@ class Board:
 
     def _read(self, ranks: Iterable[int]) -> None:
         wanted = list(ranks)
-        alarm, *notes = self._store.multi_get([_ALARM, *map(str, wanted)])
-        self.notes = {**self.notes, **{rank: json.loads(note) for rank, note in zip(wanted, notes, strict=True)}}
+        alarm, *read = self._store.multi_get([_ALARM, *map(str, wanted)])
+        self.heartbeats = self.heartbeats | {rank: json.loads(text) for rank, text in zip(wanted, read, strict=True)}
         self.alarm = bool(alarm)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 (pre-emption): finish the step, save, leave with an exit code that says "start me again"."""
+"""SIGTERM and SIGUSR1 (pre-emption): finish the step, save, and exit with a code that asks to be started again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qatscale.engine.runtime import Runtime
 
 
 class StopRequest:
-    """Whether any process was asked to stop, agreed upon by all at the same step. A context.
+    """A context in which all processes agree, at the same step, whether any of them was asked to stop.
 
-    A signal may reach one process only, and not at the same step. So every step starts an all-reduce of one number
-    over a CPU group and reads that of the step before: all processes read the same, and none waits for it.
+    A signal may reach one process only, or several at different steps. So every step starts an all-reduce of one number
+    over a CPU group and reads the result of the step before: all processes read the same, and none waits for it.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,7 +32,7 @@ class StopRequest:
         self.received = self.received or number
 
     def agreed(self) -> int:
-        """Call once after every step on every process: the signal's number once all know of it, else 0."""
+        """The signal's number once all processes know of it, else 0. Call it once after every step on every process."""
         if self._group is None:
             return self.received
         agreed = 0
@@ -50,8 +50,8 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give the signals back to whoever had them. After an error they stay as they are: the launcher ends processes
-        with SIGTERM when one has failed, and the error has yet to be told; and the others may never come to this."""
+        """Restore the signal handlers. After an error they stay: the launcher ends processes with SIGTERM when one has
+        failed, and the error has yet to be reported; and the other processes may never reach this point."""
         if kind is not None and self._group is not None:
             return
         if self._pending is not None:

@@ -1,31 +1,34 @@
-"""The watch of a job: a thread per process that sees when another is dead, stopped, cut off or hangs, and ends the job.
+"""The watchdog of a job: a thread per process that notices a process that died, stopped, was cut off or hangs.
 
 A process that dies takes no other with it: the others wait for it in a collective, for the half hour of a process
-group's timeout or for ever (NCCL), while the machines are paid for. So every process pins a note on a board every few
-seconds (host, step, how long since it last got on) and looks at its neighbour's, the next rank. What it looks for:
+group's timeout or for ever (NCCL), while the machines are paid for. So every process publishes a heartbeat every few
+seconds (host, step, whether it waits) and reads that of its neighbour, the next rank. It looks for:
 
-- a process of this host is gone: seen at once, by its id;
-- no sign of life of the neighbour, or of the board, for `silence` seconds: dead, stopped, cut off;
-- nobody's death, but no progress for `stall_timeout` seconds: somebody hangs.
+- a process of this host that is gone: seen at once, by its process id;
+- no heartbeat of the neighbour, or no answer of the store, for `silence` seconds: dead, stopped, cut off;
+- heartbeats of all, but no progress for `stall_timeout` seconds: some process hangs.
 
-Whoever sees something, or gets an exception, raises the alarm. Then all say how they stand, on the board and in a file
-beside their logs, the lowest rank that answers tells the first failure whole (see `faults`), and all end, with
-EXIT_FAILED. The board's host may be the one that is gone, and the main thread may hang in a call that never returns:
+A process that sees one of these, or meets an exception, raises the alarm. Then each process says where it stands, in
+the store and in a file beside its log. The lowest rank that answers prints the failure report, and all end with
+EXIT_FAILED. The store's host may be the one that is gone, and the main thread may hang in a call that never returns:
 nothing here waits for either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -36,105 +39,122 @@ from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json_atomic
 from qatscale.supervise.failure_report import (
-    Fault,
+    Failure,
     Kind,
-    first_fault,
+    first_failure,
     in_communication,
     is_consequence,
-    job_faults,
-    message,
+    job_failures,
+    report,
 )
-from qatscale.supervise.guard import Guard, Launchers
-from qatscale.supervise.heartbeat import Board, Note
+from qatscale.supervise.heartbeat import Heartbeat, HeartbeatStore
+from qatscale.supervise.launchers import LauncherProcesses
 from qatscale.supervise.process import identity, is_alive
 
 SLOW = 1800.0
 """Seconds on top of stall_timeout for what may take long: start and first step (compilation), saving, evaluation."""
 SILENCE = 60.0
-"""Seconds without a sign of life after which a process counts as dead; a shorter stall_timeout, if it is shorter."""
+"""Seconds without a heartbeat after which a process counts as dead; a shorter stall_timeout, if it is shorter."""
 PERIOD = 2.0
-"""Seconds between two notes."""
+"""Seconds between two heartbeats."""
 GATHER = 10.0
-"""Seconds for all to say how they stand, and for one to tell it. Launchers kill the rest 30 s after the first left."""
-LAST_WORDS = 3.0
-"""Seconds after an alarm for the main thread to meet an exception of its own, before the watch speaks for it."""
-GUARD = 30.0
-"""Seconds after SILENCE in which a process that gives no sign of life is killed; the others have told of it by then."""
+"""Seconds for all to say where they stand, and for one to report. Launchers kill the rest 30 s after the first left."""
+OWN_ERROR = 3.0
+"""Seconds after an alarm for the main thread to meet an exception of its own, before the watchdog speaks for it."""
+KILL = 30.0
+"""Seconds after SILENCE at which a process without a heartbeat is killed; the others have reported it by then."""
 MAX_TEXT = 20_000
 """Characters of a traceback that travel, from its end."""
+LOST = "its process ended without a word (SIGKILL? out of memory?)"
 
 
 def collective_timeout(stall_timeout: float | None) -> float | None:
-    """Seconds for the process group's own timeout: after the watch's, which can say who and why. None = its default."""
+    """Seconds for the process group's own timeout; None = its default.
+
+    It lies behind that of the watchdog, which can say which process hangs and where.
+    """
     return None if stall_timeout is None else stall_timeout + SLOW + 2 * SILENCE
 
 
-class Watch:
+class Watchdog:
     """A context around everything that a process does in a job. Collective to enter.
 
-    In a job of several processes an exception does not come out of it: it is told, once for the whole job, and the
-    process ends. UserErrors do come out, and so does everything in a job of one process.
+    In a job of several processes an exception does not leave it: it is reported once for the entire job, and the
+    process ends. UserErrors do leave it, and so does everything in a job of one process.
     """
 
-    def __init__(self, runtime: Runtime, logs: Path, stall_timeout: float | None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        logs: Path,
+        stall_timeout: float | None,
+        record: Callable[[Failure, Failure], None] | None = None,
+    ) -> None:
+        """record: called once, by any thread, with the job's first failure and this process's own, before it ends."""
         self.runtime, self.logs, self.stall_timeout = runtime, logs, stall_timeout
         self.hosts: dict[str, list[int]] = {}
         """Host → its ranks."""
         self.clock_notices: list[str] = []
-        self.on_failure: Callable[[Fault, Fault], None] | None = None
-        """Called once with the job's first failure and what there is to say of this process, before it ends; from
-        whichever thread notices."""
-        self.waits_for: Callable[[], int | None] = lambda: None
-        """The thread that the main one waits for at this moment, if it does: then that one hangs, or does not."""
+        self._record = record
+        self._waited: int | None = None
         self._silence = min(SILENCE, stall_timeout or SILENCE)
         self._period = min(PERIOD, self._silence / 5)
         self._step, self._slow, self._progress = 0, True, time.monotonic()
         self._process = identity()
-        self._state: Literal["training", "left", "ended", "told"] = "training"
-        self._own: Fault | None = None
-        self._seen: Fault | None = None
-        self._faults: list[Fault] = []
+        self._state: Literal["training", "left", "ended", "reported"] = "training"
+        self._own: Failure | None = None
+        self._seen: Failure | None = None
+        self._failures: list[Failure] = []
         self._count = 0
         self._job = uuid.uuid4().hex
-        self._board: Board | None = None
-        self._guard: Guard | None = None
+        self._store: HeartbeatStore | None = None
+        self._killer: WatchdogProcess | None = None
         self._siblings: dict[int, dict[str, Any]] = {}
         self._neighbour = (runtime.rank + 1) % runtime.ranks
         self._heard: tuple[int, float] = (-1, time.monotonic())
         self._alarm_since: float | None = None
-        self._settling = threading.Lock()
+        self._resolving = threading.Lock()
         self._closed = threading.Event()
 
-    def mark(self, step: int, slow: bool = False) -> None:
-        """`step` steps are done and the process gets on. `slow`: what comes next may take SLOW seconds longer."""
+    def progress(self, step: int, slow: bool = False) -> None:
+        """`step` steps are done and this process gets on. `slow`: what comes next may take SLOW seconds longer."""
         self._step, self._slow, self._progress = step, slow, time.monotonic()
 
-    # begin and end
+    @contextmanager
+    def waiting_for(self, thread: int | None) -> Iterator[None]:
+        """A context in which the main thread waits for another one: if something hangs, it is that thread."""
+        self._waited = thread
+        try:
+            yield
+        finally:
+            self._waited = None
+
+    # --- begin and end ---
 
     def __enter__(self) -> Self:
         if self.runtime.ranks > 1:
             self._file(self.runtime.rank).unlink(missing_ok=True)
-            self._board = Board(self.runtime.rank, self.runtime.ranks, self._note(), self._period)
-            self._meet(self._board)
+            self._store = HeartbeatStore(self.runtime.rank, self.runtime.ranks, self._heartbeat(), self._period)
+            self._meet(self._store)
             if self.stall_timeout is not None:
-                self._guard = Guard(self._silence + GUARD)
+                self._killer = WatchdogProcess(self._silence + KILL)
         else:
             self.hosts = {self._process["host"]: [0]}
-        self._launchers = Launchers()
-        threading.Thread(target=self._look_on, name="watch", daemon=True).start()
+        self._launchers = LauncherProcesses()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def _meet(self, board: Board) -> None:
-        """Learn who else is in the job."""
-        self._job = board.notes[0]["job"]
-        for rank, note in sorted(board.notes.items()):
-            self.hosts.setdefault(note["process"]["host"], []).append(rank)
+    def _meet(self, store: HeartbeatStore) -> None:
+        """Learn which processes are in the job."""
+        self._job = store.heartbeats[0]["job"]
+        for rank, heartbeat in sorted(store.heartbeats.items()):
+            self.hosts.setdefault(heartbeat["process"]["host"], []).append(rank)
             # asked now: two containers may share host name and boot id, but not process ids
-            if rank != self.runtime.rank and is_alive(note["process"]):
-                self._siblings[rank] = note["process"]
-        board.follow([self._neighbour])
+            if rank != self.runtime.rank and is_alive(heartbeat["process"]):
+                self._siblings[rank] = heartbeat["process"]
+        store.follow([self._neighbour])
         for host, ranks in self.hosts.items():
-            offset = min((board.offsets[rank] for rank in ranks), key=abs)
+            offset = min((store.offsets[rank] for rank in ranks), key=abs)
             if abs(offset) > 1:
                 self.clock_notices.append(
                     f"the clock of host {host} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} rank 0's"
@@ -143,189 +163,203 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, UserError) and self._board is not None:
-            self.settle(error)
+        if error is not None and not isinstance(error, UserError) and self._store is not None:
+            self.resolve_failure(error)
             self._end()
         if isinstance(error, UserError):
-            self._own = self._fault_here("error", f"error: {error}", "")
+            self._own = self._failure_here("error", f"error: {error}", "")
         self._state = "left"
         self._closed.set()
-        if self._guard is not None:
-            self._guard.close()
-        if self._board is not None:
-            self._board.pin(self._note())
-            self._board.hurry(wait=2)
+        if self._killer is not None:
+            self._killer.close()
+        if self._store is not None:
+            self._store.publish(self._heartbeat())
+            self._store.flush(wait=2)
             if self.runtime.is_main:
-                self._let_others_leave(self._board)
-            self._board.close()
+                self._let_others_leave(self._store)
+            self._store.close()
 
-    def _let_others_leave(self, board: Board) -> None:
-        """The board usually lives in this process: the others must not take its end for a failure."""
-        board.follow(range(self.runtime.ranks))
+    def _let_others_leave(self, store: HeartbeatStore) -> None:
+        """The store usually lives in this process: the others must not take its end for a failure."""
+        store.follow(range(self.runtime.ranks))
         until = time.monotonic() + GATHER
-        while time.monotonic() < until and not board.lost:
-            board.hurry(wait=0.5)
-            if all(note["state"] != "training" for note in board.notes.values()):
+        while time.monotonic() < until and not store.lost:
+            store.flush(wait=0.5)
+            if all(heartbeat["state"] != "training" for heartbeat in store.heartbeats.values()):
                 return
 
-    # look on
+    # --- watch ---
 
-    def _look_on(self) -> None:
-        while not self._closed.wait(0.2 if self._alarm_since else self._period):
-            if self._guard is not None:
-                self._guard.alive()
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._closed.wait(pause := 0.2 if self._alarm_since else self._period):
+            now = time.monotonic()
+            self._forgive(now - before - pause)
+            before = now
+            if self._killer is not None:
+                self._killer.alive()
             if self._launchers.gone():
-                self._launchers = Launchers()  # say it once
-                logging.getLogger("qatscale").warning("the launcher is gone, which is taken for SIGTERM")
+                self._launchers = LauncherProcesses()  # react once
+                logging.getLogger("qatscale").warning("the launcher is gone, which counts as SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
-            if self._board is not None:
-                self._board.pin(self._note())
+            if self._store is not None:
+                self._store.publish(self._heartbeat())
             if self._alarm_since is None:
-                self._alarm_since = time.monotonic() if self._trouble() else None
+                self._alarm_since = time.monotonic() if self._must_end() else None
                 continue
             since = time.monotonic() - self._alarm_since
-            if since > LAST_WORDS and not self._own:  # the main thread has nothing to say
-                self.settle(None)
+            if since > OWN_ERROR and not self._own:  # the main thread has met no exception
+                self.resolve_failure(None)
                 self._end()
-            elif since > LAST_WORDS + 2 * GATHER:  # it began to, and does not come to an end
+            elif since > OWN_ERROR + 2 * GATHER:  # it met one and does not come to an end
                 self._end()
 
-    def _trouble(self) -> bool:
+    def _forgive(self, late: float) -> None:
+        """This thread woke `late` seconds too late: where that is long, the process was stopped and continued, or its
+        machine slept. Nothing could make progress meanwhile, and nothing could be heard."""
+        if late > self._silence / 2:
+            self._progress += late
+            self._heard = self._heard[0], self._heard[1] + late
+            if self._store is not None:
+                self._store.forgive(late)
+
+    def _must_end(self) -> bool:
         """Whether the job has to end. What this process has seen of another is kept in `_seen`."""
-        board = self._board
-        if board is not None and board.alarm:
+        store = self._store
+        if store is not None and store.alarm:
             return True
         if self.stall_timeout is None:
             return False
-        if board is not None:
-            self._seen = self._trouble_of_others(board)
+        if store is not None:
+            self._seen = self._failure_of_others(store)
         limit = self.stall_timeout + (SLOW if self._slow else 0)
         if self._seen is None and time.monotonic() - self._progress <= limit:
             return False
-        if board is not None:
-            board.pin(self._note())
-            board.raise_alarm()
+        if store is not None:
+            store.publish(self._heartbeat())
+            store.raise_alarm()
         return True
 
-    def _trouble_of_others(self, board: Board) -> Fault | None:
+    def _failure_of_others(self, store: HeartbeatStore) -> Failure | None:
         for rank, process in self._siblings.items():
-            if is_alive(process) is False and not self._has_left(board, rank):
-                return self._fault_of(rank, "gone", "its process ended without a word (SIGKILL? out of memory?)")
-        if board.lost:
-            return self._fault_of(0, "gone", "its process, or the launcher's that keeps the store, broke off")
-        if board.age > self._silence:
-            return self._fault_of(0, "silent", f"the store on its host has not answered for {board.age:.0f} s")
-        note = board.notes[self._neighbour]
-        if note["count"] != self._heard[0] or note["state"] != "training":
-            self._heard = note["count"], time.monotonic()
+            if is_alive(process) is False and not self._has_left(store, rank):
+                return self._failure_of(rank, "gone", LOST)
+        if store.lost:
+            return self._failure_of(0, "gone", "its process, or the launcher's that keeps the store, broke off")
+        if store.age > self._silence:
+            return self._failure_of(0, "silent", f"the store on its host has not answered for {store.age:.0f} s")
+        heartbeat = store.heartbeats[self._neighbour]
+        if heartbeat["count"] != self._heard[0] or heartbeat["state"] != "training":
+            self._heard = heartbeat["count"], time.monotonic()
         silent = time.monotonic() - self._heard[1]
         if silent > self._silence:
-            return self._fault_of(self._neighbour, "silent", f"no sign of life for {silent:.0f} s")
+            return self._failure_of(self._neighbour, "silent", f"no heartbeat for {silent:.0f} s")
         return None
 
-    def _has_left(self, board: Board, rank: int) -> bool:
-        """Whether a process that is gone left in order. Its last note may be newer than what was read of it."""
-        board.follow({self._neighbour, rank})
-        board.hurry(wait=1)
-        return board.notes[rank]["state"] != "training"
+    def _has_left(self, store: HeartbeatStore, rank: int) -> bool:
+        """Whether a process that is gone left in order. Its last heartbeat may be newer than the one that was read."""
+        store.follow({self._neighbour, rank})
+        store.flush(wait=1)
+        return store.heartbeats[rank]["state"] != "training"
 
-    # end the job
+    # --- end the job ---
 
-    def settle(self, error: BaseException | None) -> Fault:
-        """The job has failed, with `error` here or (None) elsewhere: find out where first. Takes up to GATHER seconds;
-        the second call returns what the first one found."""
-        with self._settling:
-            if not self._faults:
-                self._own = self._fault_of_self(error)
-                if self._board is None or isinstance(error, UserError):
-                    self._faults = [self._own]
+    def resolve_failure(self, error: BaseException | None) -> Failure:
+        """The job has failed, with `error` here or (None) elsewhere: find and record its first failure.
+
+        Takes up to GATHER seconds. A second call returns what the first one found.
+        """
+        with self._resolving:
+            if not self._failures:
+                self._own = self._failure_of_self(error)
+                if self._store is None or isinstance(error, UserError):
+                    self._failures = [self._own]
                 else:
                     if threading.current_thread() is threading.main_thread():
                         for number in (signal.SIGTERM, signal.SIGUSR1):
                             signal.signal(number, signal.SIG_IGN)  # launchers end the others when one has failed
-                    self._faults = self._gather(self._board)
-                first = first_fault(self._faults)
+                    self._failures = self._gather(self._store)
                 try:
-                    if self.on_failure is not None:
-                        self.on_failure(first, self._own)
-                except Exception:  # a full disk, say: whatever else fails now, the failure must be told
+                    if self._record is not None:
+                        self._record(first_failure(self._failures), self._own)
+                except Exception:  # a full disk, say: the failure must be reported whatever else fails now
                     logging.getLogger("qatscale").exception("while the failure was recorded")
-            return first_fault(self._faults)
+            return first_failure(self._failures)
 
-    def _gather(self, board: Board) -> list[Fault]:
-        """Say how this process stands, and hear all others; who does not answer in time is silent."""
+    def _gather(self, store: HeartbeatStore) -> list[Failure]:
+        """Say where this process stands, and hear all others; a process that does not answer in time is silent."""
         self._alarm_since = self._alarm_since or time.monotonic()
         self._state = "ended"
-        self._publish(board)
-        board.raise_alarm()
+        self._publish(store)
+        store.raise_alarm()
         until = time.monotonic() + GATHER
         while True:
-            answers = self._answers(board)
+            answers = self._answers(store)
             missing = set(range(self.runtime.ranks)) - answers.keys()
             gone = {rank for rank in missing if rank in self._siblings and is_alive(self._siblings[rank]) is False}
             if missing <= gone or time.monotonic() > until:
                 break
             time.sleep(0.1)
         left_out = {
-            rank: self._fault_of(rank, "gone", "its process ended without a word (SIGKILL? out of memory?)")
+            rank: self._failure_of(rank, "gone", LOST)
             if rank in gone
-            else self._fault_of(rank, "silent", "no sign of life: dead, stopped or cut off")
+            else self._failure_of(rank, "silent", "no heartbeat: dead, stopped or cut off")
             for rank in missing
         }
-        return job_faults(list(answers.values()), left_out)
+        return job_failures(list(answers.values()), left_out)
 
     def _end(self) -> NoReturn:
-        """Tell the first failure if it falls to this process, and end it, whatever its other threads are doing."""
-        board, rank = self._board, self.runtime.rank
-        speaker = min(self._answers(board)) if board is not None else rank
-        if speaker == rank:
-            print(message(self._faults, str(self.logs)), file=sys.stderr, flush=True)
-        if board is not None:
-            self._state = "told"
-            self._publish(board)
+        """Print the failure report if that falls to this process, and end it, whatever its other threads are doing."""
+        store, rank = self._store, self.runtime.rank
+        reporter = min(self._answers(store)) if store is not None else rank
+        if reporter == rank:
+            print(report(self._failures, str(self.logs)), file=sys.stderr, flush=True)
+        if store is not None:
+            self._state = "reported"
+            self._publish(store)
             until = time.monotonic() + GATHER / 2
-            while time.monotonic() < until and not board.lost:  # who leaves first makes the launcher end the others
-                answers = self._answers(board)
-                everybody = all(answer["state"] == "told" for answer in answers.values())
-                if everybody or (rank != 0 and answers[speaker]["state"] == "told"):
+            while time.monotonic() < until and not store.lost:  # the first to leave makes the launcher end the others
+                answers = self._answers(store)
+                everybody = all(answer["state"] == "reported" for answer in answers.values())
+                if everybody or (rank != 0 and answers[reporter]["state"] == "reported"):
                     break
                 time.sleep(0.1)
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
 
-    def _publish(self, board: Board) -> None:
-        """On the board, and in a file for those who cannot reach it."""
-        note = self._note()
-        board.pin(note)
+    def _publish(self, store: HeartbeatStore) -> None:
+        """In the store, and in a file for those who cannot reach it."""
+        heartbeat = self._heartbeat()
+        store.publish(heartbeat)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self._file(self.runtime.rank), note)
+            write_json_atomic(self._file(self.runtime.rank), heartbeat)
         except OSError:
             logging.getLogger("qatscale").exception("the record of the failure was not written")
-        board.hurry(wait=1)
+        store.flush(wait=1)
 
-    def _answers(self, board: Board) -> dict[int, Note]:
-        """Rank → the note of each that has come to an end."""
-        notes = dict(board.notes)
+    def _answers(self, store: HeartbeatStore) -> dict[int, Heartbeat]:
+        """Rank → the heartbeat of each that has come to an end."""
+        heartbeats = dict(store.heartbeats)
         for rank in range(self.runtime.ranks):
-            if notes[rank]["state"] in ("training", "ended"):
+            if heartbeats[rank]["state"] in ("training", "ended"):
                 try:
-                    note = json.loads(self._file(rank).read_text())
+                    heartbeat = json.loads(self._file(rank).read_text())
                 except (OSError, ValueError):
                     continue
-                if note["job"] == self._job:
-                    notes[rank] = note
-        notes[self.runtime.rank] = self._note()
-        return {rank: note for rank, note in notes.items() if note["state"] != "training"}
+                if heartbeat["job"] == self._job:
+                    heartbeats[rank] = heartbeat
+        heartbeats[self.runtime.rank] = self._heartbeat()
+        return {rank: heartbeat for rank, heartbeat in heartbeats.items() if heartbeat["state"] != "training"}
 
     def _file(self, rank: int) -> Path:
-        return self.logs / f"rank-{rank}.fault.json"
+        return self.logs / f"rank-{rank}.failure.json"
 
-    # notes and faults
+    # --- heartbeats and failures ---
 
-    def _note(self) -> Note:
+    def _heartbeat(self) -> Heartbeat:
         self._count += 1
-        frames = _stack(self.waits_for()) or _stack(threading.main_thread().ident)
+        frames = _stack(self._waited) or _stack(threading.main_thread().ident)
         return {
             "rank": self.runtime.rank,
             "job": self._job,
@@ -334,36 +368,36 @@ class Watch:
             "state": self._state,
             "step": self._step,
             "waits": in_communication([(frame.filename, frame.name) for frame in reversed(frames)]),
-            "collectives": _collectives() if self._board is not None else 0,
-            "fault": self._own.to_dict() if self._own else None,
+            "collectives": _collectives() if self._store is not None else 0,
+            "failure": self._own.to_dict() if self._own else None,
             "seen": self._seen.to_dict() if self._seen else None,
         }
 
-    def _fault_here(self, kind: Kind, error: str, text: str) -> Fault:
-        board = self._board
-        now = time.time() - (board.offsets[self.runtime.rank] if board is not None else 0.0)
-        return Fault(self.runtime.rank, self._process["host"], self._step, now, kind, error, text[-MAX_TEXT:])
+    def _failure_here(self, kind: Kind, error: str, text: str) -> Failure:
+        store = self._store
+        now = time.time() - (store.offsets[self.runtime.rank] if store is not None else 0.0)
+        return Failure(self.runtime.rank, self._process["host"], self._step, now, kind, error, text[-MAX_TEXT:])
 
-    def _fault_of(self, rank: int, kind: Kind, error: str) -> Fault:
-        assert self._board is not None
-        note = self._board.notes[rank]
-        now = time.time() - self._board.offsets[self.runtime.rank]
-        step = max(note["step"], self._step)  # its note may be old, and the others do not get past it
-        return Fault(rank, note["process"]["host"], step, now, kind, error)
+    def _failure_of(self, rank: int, kind: Kind, error: str) -> Failure:
+        assert self._store is not None
+        heartbeat = self._store.heartbeats[rank]
+        now = time.time() - self._store.offsets[self.runtime.rank]
+        step = max(heartbeat["step"], self._step)  # its heartbeat may be old, and the others do not get past it
+        return Failure(rank, heartbeat["process"]["host"], step, now, kind, error)
 
-    def _fault_of_self(self, error: BaseException | None) -> Fault:
+    def _failure_of_self(self, error: BaseException | None) -> Failure:
         if error is not None:
-            kind: Kind = "consequence" if self._board is not None and is_consequence(error) else "error"
-            told = traceback.format_exception_only(error)[-1].strip()
-            return self._fault_here(kind, told, "".join(traceback.format_exception(error)))
+            kind: Kind = "consequence" if self._store is not None and is_consequence(error) else "error"
+            line = traceback.format_exception_only(error)[-1].strip()
+            return self._failure_here(kind, line, "".join(traceback.format_exception(error)))
         waited = f"no progress for {time.monotonic() - self._progress:.0f} s"
-        stands = {"The main thread stood at\n": threading.main_thread().ident, "and waited for\n": self.waits_for()}
-        stack = "".join("".join([said, *traceback.format_list(_stack(at))]) for said, at in stands.items() if at)
-        return self._fault_here("witness" if self._board is not None else "stalled", waited, stack)
+        stacks = {"The main thread stood at\n": threading.main_thread().ident, "and waited for\n": self._waited}
+        text = "".join("".join([title, *traceback.format_list(_stack(at))]) for title, at in stacks.items() if at)
+        return self._failure_here("witness" if self._store is not None else "stalled", waited, text)
 
 
 def _stack(thread: int | None) -> list[traceback.FrameSummary]:
-    """A thread's stack, outermost first, without reading any source file; empty where there is no such thread."""
+    """A thread's stack, outermost first, without reading any source file; empty where no such thread exists."""
     frame = sys._current_frames().get(thread or 0)
     return traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False)[::-1]
 
@@ -372,3 +406,42 @@ def _collectives() -> int:
     """How many collectives this process has entered since its start, over all groups."""
     groups = dist.distributed_c10d._world.pg_map  # the only list of groups there is
     return sum(group._get_sequence_number_for_group() for group in list(groups))  # type: ignore[attr-defined]
+
+
+# Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
+_KILLER = """
+import os, select, signal, sys
+pid, limit = int(sys.argv[1]), float(sys.argv[2])
+while select.select([0], [], [], limit)[0]:
+    if not os.read(0, 4096):
+        sys.exit()
+os.kill(pid, signal.SIGKILL)
+"""
+
+
+class WatchdogProcess:
+    """A small process beside this one that kills it when it stops sending.
+
+    A process that is stopped (SIGSTOP) or whose interpreter is blocked cannot run the thread that would end it, and
+    would hold its GPUs for good.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _KILLER, str(os.getpid()), str(limit)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # what stops this process's group must not stop it
+        )
+
+    def alive(self) -> None:
+        """Call it more often than every `limit` seconds."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(OSError):  # somebody ended it; the run does without
+            self._child.stdin.write(b".")
+            self._child.stdin.flush()
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        with contextlib.suppress(OSError):
+            self._child.stdin.close()
+        self._child.wait()

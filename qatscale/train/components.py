@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import BatchReader, EvaluationReader
@@ -49,6 +49,8 @@ class RunSetup:
     layout: Layout
     ds_config: dict[str, Any]
     """Merged with the recipe: what DeepSpeed gets."""
+    precision: Literal["fp32", "bf16"]
+    """Of forward and backward; the masters are in fp32."""
     batches: BatchReader
     validation: EvaluationReader
     notices: tuple[str, ...]

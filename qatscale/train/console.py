@@ -6,14 +6,13 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any, Self
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qatscale.config.amounts import format_amount
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from qatscale.quant.report import SwitchReport
+from qatscale.quant.report import SwitchReport
 
 
 def format_metrics(record: Mapping[str, Any], total_steps: int) -> str:
@@ -115,9 +114,6 @@ class Terminal(RunConsole):
     """Rank 0. A progress bar under the lines when `stream` is a terminal; plain lines, whole and flushed, when not."""
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: IO[str] | None = None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
         self.total_steps = total_steps
         self._stream = stream if stream is not None else sys.stdout
         self._watched = self._stream.isatty()

@@ -18,9 +18,9 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader
 from qatscale.engine.runtime import Runtime
 from qatscale.schedule.timeline import StepSettings, Timeline
-from qatscale.tracking.compare import median_speeds
+from qatscale.tracking.final import median_speeds
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.evaluate import ptq_view
+from qatscale.train.validation import ptq_view
 
 WARMUP_STEPS = 10
 """Steps after a start or the switch that no speed of record counts: compilation, first allocations, cold caches."""
@@ -69,9 +69,12 @@ class Meter:
         yield
         self._data_seconds += time.perf_counter() - start
 
-    def cold(self) -> None:
-        """From here on other things are computed than before: warm-up begins anew. Between two intervals."""
-        self._since_cold, self._warmup = 0, True
+    def restart(self) -> None:
+        """Start an empty interval anew, after a switch: its time does not count, and warm-up begins again."""
+        assert self._steps == 0, "a segment ends with a metrics record"
+        self._wait()
+        self._since_cold = 0
+        self._start_interval()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -94,7 +97,7 @@ class Meter:
 
         `loss` is the mean over every token of the interval's `steps` on all processes; the rest but the speeds is of
         its last step. `warmup`: WARMUP_STEPS were not done when it began, and speeds of record leave it out
-        (`tracking.compare.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows
+        (`tracking.final.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows
         would be noise.
 
         qat_counts: of `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qatscale.config import load_ds_config, merge_ds_config
+from qatscale.config import load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.open import open_batches, open_validation
@@ -47,7 +47,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
         *check_data(config, resume, batches.stream.manifest.fingerprint),
         *filter(None, [repetition]),
     )
-    return RunSetup(config, timeline, resume, layout, ds_config, batches, validation, notices)
+    return RunSetup(config, timeline, resume, layout, ds_config, precision_of(ds_config), batches, validation, notices)
 
 
 def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:

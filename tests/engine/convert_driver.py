@@ -31,7 +31,7 @@ from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.convert import convert
-from qatscale.train.loop import train
+from qatscale.train.run import train
 
 folder = Path(sys.argv[1])
 asked = json.loads((folder / "asked.json").read_text())

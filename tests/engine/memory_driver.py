@@ -62,7 +62,7 @@ def measure(overrides: list[str], ds_config: dict[str, Any], runtime: Runtime) -
             engine, masters = initialize_engine(model, plugin, config, merged, topology)
             weights = WeightCache(model, keeps_weights(config, merged, layout))
         for step in range(STEPS):
-            plugin.after_step(step, masters)
+            plugin.maybe_switch(step, masters)
             apply_settings(engine, timeline.at(step))
             Sent.total = 0.0
             with record_function(f"step {step}"):

@@ -20,7 +20,7 @@ from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.inference.exported import Exported, find_export
 from qatscale.inference.generate import Detokenizer, Sampling, open_speaker, prompt_ids
-from qatscale.train.evaluate import open_view
+from qatscale.train.validation import open_view
 
 PROMPT = "def load(path):\n    return"
 ROUNDING = 1e-5

@@ -16,7 +16,7 @@ from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.inference.harness import open_tasks, run_harness
 from qatscale.inference.transformers_model import open_transformers
-from qatscale.train.evaluate import open_view
+from qatscale.train.validation import open_view
 
 QUESTIONS = [
     {"text": "import", "choices": [" os", " zebra", " the"], "answer": 0},

@@ -20,7 +20,7 @@ def switched(recompute: bool = False) -> TinyModel:
     model = TinyModel(recompute=recompute)
     plugin = QatPlugin(QatConfig(scheme="scratch", bits=2), 0)
     plugin.prepare(model)
-    plugin.after_step(0, PlainMasters(torch.optim.AdamW(model.parameters())))
+    plugin.maybe_switch(0, PlainMasters(torch.optim.AdamW(model.parameters())))
     return model
 
 

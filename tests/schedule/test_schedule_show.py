@@ -10,7 +10,8 @@ from matplotlib.image import imread
 from schedule_configs import TOKENS_PER_STEP, make_config
 
 from qatscale.schedule.build import build_timeline
-from qatscale.schedule.show import COLUMNS, describe, draw, rate_curve
+from qatscale.schedule.figure import draw, rate_curve
+from qatscale.schedule.show import COLUMNS, describe
 from qatscale.schedule.timeline import first_difference
 
 SEQUENTIAL = {"scheme": "sequential", "fraction": 0.4, "bits": 2, "learning_rate": 5e-4}
@@ -77,7 +78,7 @@ sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
 from pathlib import Path
 from schedule_configs import make_config
 from qatscale.schedule.build import build_timeline
-from qatscale.schedule.show import draw
+from qatscale.schedule.figure import draw
 config = make_config()
 draw(build_timeline(config), config, Path({str(tmp_path)!r}) / "timeline.svg")
 print("matplotlib.pyplot" in sys.modules)

@@ -10,16 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
 
-from qatscale.train.prefetch import Prefetch
+from qatscale.data.reader import BatchReader
 
-TAKE = Prefetch.take
+BATCH = BatchReader.batch
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 LAUNCH = Path(__file__).parents[2] / "launch" / "train.py"
 
 
-def take(self: Prefetch, step: int) -> Tensor:
+def batch(self: BatchReader, step: int, *rest: int) -> np.ndarray:
     if step == int(STEP) and int(os.environ.get("RANK", 0)) == int(RANK):
         if KIND == "error":
             raise ValueError("this rank was made to fail")
@@ -29,9 +29,9 @@ def take(self: Prefetch, step: int) -> Tensor:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif KIND == "sleep":
             time.sleep(3600)
-    return TAKE(self, step)
+    return BATCH(self, step, *rest)
 
 
-Prefetch.take = take  # type: ignore[method-assign]
+BatchReader.batch = batch  # type: ignore[method-assign]
 sys.argv[0] = str(LAUNCH)
 runpy.run_path(str(LAUNCH), run_name="__main__")

@@ -15,40 +15,40 @@ import processes
 import pytest
 import torch.distributed as dist
 
-from qatscale.cli.lasting import Lasting
+from qatscale.cli.broken_pipe import IgnoreBrokenPipe
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.errors import EXIT_FAILED
 from qatscale.supervise.failure_report import (
-    Fault,
+    Failure,
     Kind,
     Standing,
-    first_fault,
-    holding_up,
+    first_failure,
     in_communication,
     is_consequence,
-    job_faults,
-    message,
+    job_failures,
+    report,
+    stragglers,
 )
-from qatscale.supervise.guard import Launchers
+from qatscale.supervise.launchers import LauncherProcesses
 from qatscale.tracking.run_folder import RunFolder
 
 FAULTY = Path(__file__).with_name("faulty.py")
 
 
-def fault(rank: int, kind: Kind, time: float = 0.0, text: str = "") -> Fault:
-    return Fault(rank, "abcd"[rank // 2], 17, time, kind, f"{kind} of {rank}", text)
+def failure(rank: int, kind: Kind, time: float = 0.0, text: str = "") -> Failure:
+    return Failure(rank, "abcd"[rank // 2], 17, time, kind, f"{kind} of {rank}", text)
 
 
-def note(rank: int, own: Fault | None = None, seen: Fault | None = None, **more: Any) -> dict[str, Any]:
+def heartbeat(rank: int, own: Failure | None = None, seen: Failure | None = None, **more: Any) -> dict[str, Any]:
     standing = {"rank": rank, "step": 17, "waits": False, "collectives": 100} | more
-    return standing | {"fault": own and own.to_dict(), "seen": seen and seen.to_dict()}
+    return standing | {"failure": own and own.to_dict(), "seen": seen and seen.to_dict()}
 
 
 def test_a_cause_goes_before_its_consequences_and_then_the_earliest() -> None:
-    ranked = [fault(3, "error", 5), fault(2, "error", 6), fault(1, "gone", 1), fault(4, "silent", 0)]
-    ranked += [fault(0, "stalled", 0), fault(5, "consequence", 2), fault(6, "witness", 0)]
+    ranked = [failure(3, "error", 5), failure(2, "error", 6), failure(1, "gone", 1), failure(4, "silent", 0)]
+    ranked += [failure(0, "stalled", 0), failure(5, "consequence", 2), failure(6, "witness", 0)]
     for cut in range(len(ranked)):
-        assert first_fault(list(reversed(ranked[cut:]))) == ranked[cut]
+        assert first_failure(list(reversed(ranked[cut:]))) == ranked[cut]
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_what_is_only_a_consequence(error: BaseException, expected: bool) -> Non
 
 def test_who_holds_the_others_up() -> None:
     waiting = [Standing(rank, 17, True, 100) for rank in range(3)]
-    assert holding_up([*waiting, Standing(3, 17, False, 99)]) == [3]
-    assert holding_up([*waiting, Standing(3, 17, True, 99)]) == [3], "seen by the collectives it has not entered"
-    assert holding_up([*waiting, Standing(3, 16, True, 100)]) == [3], "a step behind"
-    assert holding_up(waiting) == [0, 1, 2], "nothing tells them apart"
+    assert stragglers([*waiting, Standing(3, 17, False, 99)]) == [3]
+    assert stragglers([*waiting, Standing(3, 17, True, 99)]) == [3], "seen by the collectives it has not entered"
+    assert stragglers([*waiting, Standing(3, 16, True, 100)]) == [3], "a step behind"
+    assert stragglers(waiting) == [0, 1, 2], "nothing tells them apart"
 
 
 def test_a_stack_in_a_collective_is_told_from_one_in_the_loop() -> None:
@@ -84,31 +84,31 @@ def test_a_stack_in_a_collective_is_told_from_one_in_the_loop() -> None:
 
 
 def test_own_words_count_more_than_what_others_saw_and_the_silent_are_named() -> None:
-    saw = fault(1, "gone", 3)
-    cause, late = fault(1, "error", 4), fault(0, "consequence", 4.1)
-    assert first_fault(job_faults([note(0, late, saw), note(1, cause)], {})) == cause
-    assert first_fault(job_faults([note(0, late, saw)], {1: fault(1, "silent", 9)})) == saw
-    assert first_fault(job_faults([note(0, late)], {1: fault(1, "silent", 9)})) == fault(1, "silent", 9)
-    assert first_fault(job_faults([note(0, late), note(1, fault(1, "consequence", 4))], {})).rank == 1
+    saw = failure(1, "gone", 3)
+    cause, late = failure(1, "error", 4), failure(0, "consequence", 4.1)
+    assert first_failure(job_failures([heartbeat(0, late, saw), heartbeat(1, cause)], {})) == cause
+    assert first_failure(job_failures([heartbeat(0, late, saw)], {1: failure(1, "silent", 9)})) == saw
+    assert first_failure(job_failures([heartbeat(0, late)], {1: failure(1, "silent", 9)})) == failure(1, "silent", 9)
+    assert first_failure(job_failures([heartbeat(0, late), heartbeat(1, failure(1, "consequence", 4))], {})).rank == 1
 
 
 def test_who_hangs_is_found_among_those_that_answer() -> None:
-    answers = [note(rank, fault(rank, "witness"), waits=rank != 2) for rank in range(4)]
-    found = first_fault(job_faults(answers, {}))
+    answers = [heartbeat(rank, failure(rank, "witness"), waits=rank != 2) for rank in range(4)]
+    found = first_failure(job_failures(answers, {}))
     assert (found.rank, found.kind) == (2, "stalled")
 
 
 def test_the_message_ends_with_the_first_failure_whole() -> None:
     trace = "Traceback (most recent call last):\n  File …\nValueError: no"
-    cause = Fault(3, "b", 17, 5.0, "error", "ValueError: no", trace)
-    told = message([fault(0, "consequence", 4), cause], "runs/x/logs")
+    cause = Failure(3, "b", 17, 5.0, "error", "ValueError: no", trace)
+    told = report([failure(0, "consequence", 4), cause], "runs/x/logs")
     assert trace in told
     assert "consequence of 0" not in told
     assert told.splitlines()[-2:] == [
         "rank 3 on host b failed at step 17: ValueError: no",
         "logs of all ranks: runs/x/logs; the same command goes on from the newest checkpoint",
     ]
-    cut = message([fault(2, "silent", 1), fault(3, "silent", 2)], "logs").splitlines()
+    cut = report([failure(2, "silent", 1), failure(3, "silent", 2)], "logs").splitlines()
     assert [line.partition(" at ")[0] for line in cut[1:3]] == [
         "rank 2 on host b fell silent", "rank 3 on host b fell silent"
     ]  # fmt: skip
@@ -167,9 +167,9 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path: Path) -> None:
         assert launcher.stdout is not None
         child = int(launcher.stdout.readline())
         try:
-            of_child = Launchers(child)
+            of_child = LauncherProcesses(child)
             assert not of_child.gone()
-            assert not Launchers(launcher.pid).gone(), "whoever started the launcher may leave it alone"
+            assert not LauncherProcesses(launcher.pid).gone(), "whoever started the launcher may leave it alone"
             launcher.terminate()
             launcher.wait()
             assert of_child.gone()
@@ -186,7 +186,7 @@ def test_a_lost_ssh_session_is_noticed(tmp_path: Path) -> None:
         assert sshd.stdout is not None
         child = int(sshd.stdout.readline())
         try:
-            of_child = Launchers(child)
+            of_child = LauncherProcesses(child)
             assert not of_child.gone()
             sshd.kill()
             sshd.wait()
@@ -198,7 +198,7 @@ def test_a_lost_ssh_session_is_noticed(tmp_path: Path) -> None:
 def test_output_outlives_its_reader() -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "w", buffering=1) as pipe:
-        stream = Lasting(pipe)
+        stream = IgnoreBrokenPipe(pipe)
         print("read", file=stream)
         assert os.read(reader, 100) == b"read\n"
         os.close(reader)
@@ -210,10 +210,9 @@ def test_output_outlives_its_reader() -> None:
             pipe.close()  # what it still holds
 
 
-def test_the_guard_ends_a_process_that_is_stopped() -> None:
-    code = (
-        "import time; from qatscale.supervise.guard import Guard; g = Guard(1.0); print(flush=True)\nwhile 1: g.alive()"
-    )
+def test_the_watchdog_process_ends_a_process_that_is_stopped() -> None:
+    code = "import time; from qatscale.supervise.watchdog import WatchdogProcess; w = WatchdogProcess(1.0)\n"
+    code += "print(flush=True)\nwhile 1: w.alive()"
     with subprocess.Popen([sys.executable, "-c", code + "; time.sleep(0.1)"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()

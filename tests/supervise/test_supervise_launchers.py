@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qatscale.errors import UserError
-from qatscale.supervise.launchers import adopt, expand_hosts
+from qatscale.supervise.launchers import expand_hosts, launcher_environment
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -55,20 +55,20 @@ ADOPTED = {
 @pytest.mark.parametrize("case", ADOPTED)
 def test_the_place_in_the_job_is_taken_from_the_launcher(case: str) -> None:
     environ, expected = ADOPTED[case]
-    assert adopt(environ) == expected
-    assert adopt(environ | adopt(environ)) == {}, "what was adopted is complete"
+    assert launcher_environment(environ) == expected
+    assert launcher_environment(environ | launcher_environment(environ)) == {}, "what was adopted is complete"
 
 
 REFUSED = {
     "incomplete torchrun": ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK: is not set, though RANK is."),
     "rank past the end": (TORCHRUN | {"RANK": "4"}, "RANK = '4': contradicts WORLD_SIZE = 4: ranks count from 0."),
-    "no number": (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE = 'four': is no number of a process."),
+    "no number": (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE = 'four': is not the number of a process."),
     "local above global": (MPICH | {"MPI_LOCALRANKID": "9"}, "MPI_LOCALRANKID = '9': contradicts PMI_RANK = 3"),
     "a WORLD_SIZE from another day": (SRUN | {"WORLD_SIZE": "2"}, "WORLD_SIZE = '2': contradicts SLURM_STEP_NUM_TASKS"),
     "two kinds of MPI": (OPENMPI | {"PMI_RANK": "0"}, "PMI_RANK = '0': contradicts OMPI_COMM_WORLD_RANK = 3."),
     "no address": (
         {name: value for name, value in OPENMPI.items() if name != "MASTER_ADDR"},
-        "MASTER_ADDR: is not set, and OpenMPI does not tell the host of rank 0. Set it to that host's address: mpirun",
+        "MASTER_ADDR: is not set, and OpenMPI does not say which host rank 0 is on. Set it to that host's address",
     ),
     "PMIx without a size": ({"PMIX_RANK": "0"}, "PMI_SIZE: is not set, though MPICH's PMIX_RANK is."),
     "the batch script itself": (
@@ -77,7 +77,7 @@ REFUSED = {
     ),
     "a list nobody can read": (
         SRUN | {"SLURM_STEP_NODELIST": "gpu[a-b]"},
-        "SLURM_STEP_NODELIST = 'gpu[a-b]': is no list of hosts as Slurm writes it. Set MASTER_ADDR.",
+        "SLURM_STEP_NODELIST = 'gpu[a-b]': is not a list of hosts in Slurm's form. Set MASTER_ADDR.",
     ),
 }
 
@@ -86,7 +86,7 @@ REFUSED = {
 def test_a_broken_environment_is_refused_by_the_variables_name(case: str) -> None:
     environ, told = REFUSED[case]
     with pytest.raises(UserError) as error:
-        adopt(environ)
+        launcher_environment(environ)
     assert str(error.value).startswith(told)
 
 

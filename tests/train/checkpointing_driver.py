@@ -3,7 +3,7 @@
     python checkpointing_driver.py RUNS.json OUT_FOLDER
 
 RUNS.json: [{"overrides": […], "slow": {"rank": 0, "seconds": 0.2}, "signal_at": 5, "error_at": 5, "full_at": 3}]
-`slow`: a shard of that rank takes so long. `stall`: seconds that the watch gives a save, instead of half an hour.
+`slow`: a shard of that rank takes so long. `stall`: seconds that the watchdog gives a save, instead of half an hour.
 `signal_at`: SIGTERM to rank 0 when it begins that step. `error_at`: an exception there, on every process. `full_at`:
 from there on, and when there is a checkpoint, the last rank's disk takes no file above 64 KiB.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints import save_load
 from qatscale.supervise import watchdog
-from qatscale.supervise.watchdog import Watch
-from qatscale.train.loop import train
+from qatscale.supervise.watchdog import Watchdog
+from qatscale.train.run import train
 
-MARK, WRITE = Watch.mark, save_load.write_shard
+PROGRESS, WRITE = Watchdog.progress, save_load.write_shard
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -32,9 +32,9 @@ def observed(run: dict) -> dict:
     config = load_run_config("debug", run["overrides"])
     writes, at = [], 0
 
-    def mark(self, step, slow=False):
+    def progress(self, step, slow=False):
         nonlocal at
-        MARK(self, step, slow)
+        PROGRESS(self, step, slow)
         if slow or step == at:
             return
         at = step
@@ -55,7 +55,7 @@ def observed(run: dict) -> dict:
         writes.append([int(folder.name[-8:]), begun, at])
         return file
 
-    Watch.mark, save_load.write_shard = mark, write_shard
+    Watchdog.progress, save_load.write_shard = progress, write_shard
     if "stall" in run:
         watchdog.SLOW = run["stall"]
     found = {"writes": writes, "error": ""}

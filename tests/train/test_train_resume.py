@@ -17,8 +17,8 @@ from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 from qatscale.train.evaluate import evaluate_checkpoint
-from qatscale.train.loop import train
 from qatscale.train.resume import plan_resume
+from qatscale.train.run import train
 
 
 def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> ResumePlan | None:

@@ -69,7 +69,7 @@ def right(options: argparse.Namespace, recipe: str) -> Mapping[str, Any]:
         expected = {name: values.clone() for name, values in bench.slices.items()}
         bench.save(BACKGROUND)
         bench.train(3)
-        bench.savers[BACKGROUND].wait()
+        bench.checkpointers[BACKGROUND].wait()
         moved = sum(not torch.equal(bench.slices[name], value) for name, value in expected.items())
         (written,) = list_checkpoints(Path(temporary) / BACKGROUND)
         load_checkpoint(written, bench.masters, bench.runtime)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, TextIO
 
 
-class Lasting:
-    """A text stream in which what nobody reads any more is lost, instead of failing whoever writes it.
+class IgnoreBrokenPipe:
+    """A text stream whose writer does not fail when nobody reads any more: what it writes then is lost.
 
-    When a launcher is ended, so is the pipe to it, and the next line on the console would be an error
-    (BrokenPipeError) in the middle of a step, before the signal to save has even come.
+    When a launcher is killed, the pipe to it breaks. The next line on the console would otherwise raise BrokenPipeError
+    in the middle of a step, before the signal to save has even arrived.
     """
 
     def __init__(self, stream: TextIO) -> None:

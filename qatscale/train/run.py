@@ -1,0 +1,45 @@
+"""A run from its configuration to its completion marker."""
+
+from __future__ import annotations
+
+from qatscale.config.schema import RunConfig
+from qatscale.engine.runtime import start_runtime
+from qatscale.schedule.build import build_timeline
+from qatscale.supervise.watchdog import Watchdog, collective_timeout
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.checkpointing import AsyncCheckpointer
+from qatscale.train.loop import Outcome, run_steps
+from qatscale.train.run_log import RunLog
+from qatscale.train.setup import build, decide
+
+
+def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = True) -> Outcome:
+    """Train the run that `config` describes, from wherever it stands. Every process of a job calls it.
+
+    A run that is done is returned as it is. One whose folder exists continues from its newest checkpoint. Any other
+    starts fresh, or from `branch_from` (a checkpoint folder, a run folder, `RUN@STEP`). UserError for whatever is wrong
+    with the input, before the first step. `linger`: at the end draw the run's figures and wait for its upload to
+    MLflow; a worker of a study does not, and starts the next run at once.
+    """
+    setup = decide(config, branch_from)
+    if setup is None:
+        return Outcome("done", build_timeline(config).steps, RunFolder(config.folder).final)
+    runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
+    log = RunLog(setup, runtime, linger=linger)
+    with Watchdog(runtime, log.folder.logs, config.engine.stall_timeout, log.failed) as watchdog:
+        components = build(setup, runtime)
+        with log.opened(watchdog):
+            try:
+                checkpointer = AsyncCheckpointer(
+                    log.folder.checkpoints,
+                    config,
+                    components,
+                    watchdog,
+                    data=setup.batches.stream.manifest.fingerprint,
+                    saved=log.checkpoint,
+                    notice=log.notice,
+                )
+                return run_steps(setup, components, log, checkpointer, watchdog)
+            finally:
+                components.compilation.close()
+                components.engine.destroy()
