@@ -21,7 +21,8 @@ from measure import Variant, interleaved, use_threads
 from result import Result, Table, options_of, report
 from torch import Tensor
 
-from qatscale.config import load_ds_config, load_run_config, merge_ds_config
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import load_ds_config, merge_ds_config
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.host_copy import HostCopy
 from qatscale.engine.checkpoints.save_load import load_checkpoint, slices_of

@@ -17,7 +17,7 @@ from typing import Any
 from measure import Skipped, Variant
 
 from qatscale.cli.terminal import console, plain_table
-from qatscale.files import write_json_atomic
+from qatscale.files import write_json
 from qatscale.tracking.environment import environment
 
 
@@ -101,7 +101,7 @@ class Result:
     def write(self, path: Path) -> None:
         """JSON, with what it was measured on."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, self.as_json())
+        write_json(path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -19,7 +19,8 @@ from result import Result, Table, options_of, report
 from steppers import BareLoop, Stepper, bare_stepper, batch_of, engine_stepper
 from torch import Tensor, nn
 
-from qatscale.config import load_ds_config, load_run_config, precision_of
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import load_ds_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import FLOPS_CONVENTION, flops_per_token, peak_flops
 from qatscale.engine.runtime import start_runtime

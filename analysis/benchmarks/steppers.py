@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatscale.config import load_ds_config, merge_ds_config, precision_of
+from qatscale.config.ds_config import load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import Phase, RunConfig
 from qatscale.engine.compilation import Compiled
 from qatscale.engine.initialize import apply_settings, optimizer_groups

@@ -91,8 +91,8 @@ def export(
 def _run_of(source: Source) -> Run:
     """What the run's folder knows, where the checkpoint lies in one."""
     from qatscale.export.report import Run
+    from qatscale.files import read_json
     from qatscale.tracking.compare import validation_losses
-    from qatscale.tracking.records import read_json
     from qatscale.tracking.run_folder import RunFolder
 
     folder = RunFolder(source.folder.resolve().parent.parent)

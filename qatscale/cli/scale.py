@@ -32,7 +32,8 @@ def print_dry_run(
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
     from qatscale.cli.show import print_timeline
-    from qatscale.config import load_ds_config
+    from qatscale.config.ds_config import load_ds_config
+    from qatscale.schedule.build import build_timeline
 
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
@@ -41,7 +42,8 @@ def print_dry_run(
     ds_config = load_ds_config(config.engine.ds_config)
     plan = plan_scale(config, ds_config, processes or job_size(config), gpu, mfu)
     if as_json:
-        print(json.dumps({"timeline": _timeline(config), "scale": as_dict(plan)}, indent=2))
+        timeline = {"name": config.name, **build_timeline(config).to_dict()}
+        print(json.dumps({"timeline": timeline, "scale": as_dict(plan)}, indent=2))
     else:
         print_scale(plan, config)
     refuse_what_cannot_fit(config, ds_config, plan)
@@ -118,19 +120,3 @@ def as_dict(plan: ScalePlan) -> dict[str, Any]:
         **asdict(plan), "processes": plan.layout.processes, "stages": stages, "fullest_stage": plan.fullest.stage,
         "fits": plan.fits,
     }  # fmt: skip
-
-
-def _timeline(config: RunConfig) -> dict[str, Any]:
-    from qatscale.schedule.build import build_timeline
-
-    timeline = build_timeline(config)
-    return {
-        "name": config.name,
-        "tokens": timeline.tokens,
-        "steps": timeline.steps,
-        "tokens_per_step": timeline.tokens_per_step,
-        "switch_step": timeline.switch_step,
-        "qat_fraction": timeline.qat_fraction,
-        "qat_lr_ratio": timeline.qat_lr_ratio,
-        "warnings": list(timeline.warnings),
-    }

@@ -1,6 +1,5 @@
 """One RunConfig per run: a recipe and its overrides (the science), merged with a ds_config (the system)."""
 
-from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
 from qatscale.config.recipe import (
     config_differences,
     config_hash,
@@ -16,13 +15,9 @@ __all__ = [
     "RunConfig",
     "config_differences",
     "config_hash",
-    "ds_config_names",
     "explain",
     "flatten",
-    "load_ds_config",
     "load_run_config",
-    "merge_ds_config",
-    "precision_of",
     "recipe_names",
     "resolved_yaml",
 ]

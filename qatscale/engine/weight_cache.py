@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qatscale.config import precision_of
+from qatscale.config.ds_config import precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.dry_run.share import Share, share_of
 from qatscale.engine.layout import Layout, stages_of

@@ -18,7 +18,7 @@ from qatscale.export.encoding import Plan
 from qatscale.export.report import FILE, Run, contents
 from qatscale.export.source import Source
 from qatscale.export.verify import Verification
-from qatscale.files import appearing, write_json_atomic
+from qatscale.files import appearing, write_json
 
 FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (hf, compressed_tensors, gguf, mlx)}
 CLIENTS: dict[str, Sequence[Kind]] = {
@@ -108,5 +108,5 @@ def export(
             raise VerificationError(verification)
         described = contents(plan, format, run, folder, verification)
         (folder / "README.md").write_text(card(described, plan, has_tokenizer=tokenizer is not None))
-        write_json_atomic(folder / FILE, described)
+        write_json(folder / FILE, described)
     return described

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import load_ds_config, load_run_config, precision_of
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import load_ds_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, recipe_beside, verify_files
 from qatscale.errors import UserError

@@ -127,7 +127,7 @@ class Timeline:
         return self.segment_at(step).at(step)
 
     def to_dict(self) -> dict[str, Any]:
-        """For timeline.json; `learning_rate` is that of a segment's first and of its last step."""
+        """timeline.json, and --json of a dry run. `learning_rate`: that of a segment's first and of its last step."""
         return {
             "steps": self.steps,
             "tokens": self.tokens,

@@ -37,7 +37,7 @@ import torch.distributed as dist
 
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_FAILED, UserError
-from qatscale.files import write_json_atomic
+from qatscale.files import write_json
 from qatscale.supervise.failure_report import (
     Failure,
     Kind,
@@ -333,7 +333,7 @@ class Watchdog:
         store.publish(heartbeat)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self._file(self.runtime.rank), heartbeat)
+            write_json(self._file(self.runtime.rank), heartbeat)
         except OSError:
             logging.getLogger("qatscale").exception("the record of the failure was not written")
         store.flush(wait=1)

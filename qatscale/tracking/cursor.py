@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 
-from qatscale.tracking.records import read_json, write_json
+from qatscale.files import read_json, write_json
 from qatscale.tracking.run_folder import RunFolder, Status
 
 

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from qatscale.files import HeldError, locked
+from qatscale.files import HeldError, encode, locked
 from qatscale.tracking.averages import Averages
 from qatscale.tracking.cursor import Cursor
 from qatscale.tracking.mlflow_names import Point, flatten, points
-from qatscale.tracking.records import Record, Tail, encode, live
+from qatscale.tracking.records import Record, Tail, live
 from qatscale.tracking.run_folder import RunFolder, Status
 from qatscale.tracking.store import artifact_location, database, quiet_mlflow, resolve_uri
 

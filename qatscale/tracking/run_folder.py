@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from qatscale.errors import UserError
+from qatscale.files import read_json, write_atomic, write_json
 from qatscale.schedule.timeline import Timeline
 from qatscale.supervise import process
 from qatscale.tracking.environment import environment
-from qatscale.tracking.records import Appender, Record, Tail, live, read_json, write_json, write_text
+from qatscale.tracking.records import Appender, Record, Tail, live
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: by a process of another
@@ -73,21 +74,10 @@ class RunFolder:
         for folder in (self.path, self.logs, self.checkpoints, self.figures, self.exports):
             folder.mkdir(parents=True, exist_ok=True)
         around = environment(hosts)
-        write_text(self.path / "recipe.yaml", recipe)
+        write_atomic(self.path / "recipe.yaml", recipe.encode())
         write_json(self.path / "ds_config.json", ds_config)
         write_json(self.path / "environment.json", around)
-        segments = [
-            {"phase": s.phase, "start": s.start, "end": s.end, "quantized": s.quantized} for s in timeline.segments
-        ]
-        write_json(
-            self.path / "timeline.json",
-            {
-                "steps": timeline.steps,
-                "tokens_per_step": timeline.tokens_per_step,
-                "switch_step": timeline.switch_step,
-                "segments": segments,
-            },
-        )
+        write_json(self.path / "timeline.json", timeline.to_dict())
         run = {
             "name": self.name,
             "id": uuid.uuid4().hex,
@@ -172,7 +162,7 @@ class RunFolder:
 
     @property
     def timeline(self) -> dict[str, Any]:
-        """timeline.json: ``{"steps", "tokens_per_step", "switch_step", "segments"}``."""
+        """timeline.json, see `Timeline.to_dict`; runs of former versions have fewer of its keys."""
         return read_json(self.path / "timeline.json")
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qatscale.config import load_ds_config, merge_ds_config, precision_of
+from qatscale.config.ds_config import load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.open import open_batches, open_validation

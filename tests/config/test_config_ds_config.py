@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import (
-    ds_config_names,
-    load_ds_config,
-    load_run_config,
-    merge_ds_config,
-    precision_of,
-    recipe_names,
-)
-from qatscale.config.ds_config import check_ds_config
+from qatscale.config import load_run_config, recipe_names
+from qatscale.config.ds_config import check_ds_config, ds_config_names, load_ds_config, merge_ds_config, precision_of
 from qatscale.errors import UserError, UserErrors
 
 ZERO1 = {"zero_optimization": {"stage": 1}}

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from qatscale.config import flatten, load_ds_config, load_run_config, precision_of, recipe_names
+from qatscale.config import flatten, load_run_config, recipe_names
+from qatscale.config.ds_config import load_ds_config, precision_of
 from qatscale.config.recipe import RECIPES
 from qatscale.config.sizes import count_parameters
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatscale.config import load_run_config, merge_ds_config
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import merge_ds_config
 from qatscale.engine.checkpoints.files import find_checkpoint, list_checkpoints
 from qatscale.engine.checkpoints.save_load import describe, load_checkpoint, slices_of, write_checkpoint
 from qatscale.engine.initialize import initialize_engine

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import load_ds_config, load_run_config, recipe_names
+from qatscale.config import load_run_config, recipe_names
+from qatscale.config.ds_config import load_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters, device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.dry_run.ledger import ON_DEVICE, Ledger

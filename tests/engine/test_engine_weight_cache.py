@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qatscale.config import load_ds_config, load_run_config
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import load_ds_config
 from qatscale.engine.dry_run.replay import _SMALL
 from qatscale.engine.dry_run.scale_plan import plan_scale
 from qatscale.engine.layout import plan_layout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qatscale.config import load_ds_config, precision_of
+from qatscale.config.ds_config import load_ds_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, verify_files
 from qatscale.model.llama import Llama

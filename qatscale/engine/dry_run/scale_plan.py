@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qatscale.config import ds_config_names, load_ds_config, merge_ds_config, precision_of
+from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.dry_run.ledger import ON_DEVICE, Kind
