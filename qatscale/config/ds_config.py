@@ -61,13 +61,12 @@ def merge_ds_config(config: RunConfig, ds: Mapping[str, Any], data_parallel: int
     which also makes ZeRO 1 and 2 differ. `ds` may still ask for the bf16 reduction, at half the traffic.
     """
     check_ds_config(ds)
-    per_pass = config.batch.micro_batch * data_parallel
-    if config.batch.sequences % per_pass:
+    if config.batch.sequences % (config.batch.micro_batch * data_parallel):
         raise _does_not_divide(config, data_parallel)
     merged = copy.deepcopy(dict(ds))
     merged["train_batch_size"] = config.batch.sequences
     merged["train_micro_batch_size_per_gpu"] = config.batch.micro_batch
-    merged["gradient_accumulation_steps"] = config.batch.sequences // per_pass
+    merged["gradient_accumulation_steps"] = config.batch.micro_batches(data_parallel)
     merged["gradient_clipping"] = config.optimizer.gradient_clipping
     merged["data_types"] = {"grad_accum_dtype": "fp32", **merged.get("data_types", {})}
     merged.setdefault("communication_data_type", "fp32")

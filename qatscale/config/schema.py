@@ -134,6 +134,10 @@ class BatchConfig(Section):
     micro_batch: Positive
     """Sequences per forward pass and process. sequences = micro_batch x accumulation x data-parallel processes."""
 
+    def micro_batches(self, data_parallel: int) -> int:
+        """Micro-batches of an optimizer step on each of so many data-parallel processes."""
+        return self.sequences // (self.micro_batch * data_parallel)
+
 
 class OptimizerConfig(Section):
     """AdamW. Norms and quantizer scales get no weight decay."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from qatscale.config.amounts import format_amount
-from qatscale.tracking.final import median_speeds, perplexity
+from qatscale.tracking.final import losses_by_view, median_speeds, perplexity
 from qatscale.tracking.run_folder import RunFolder, Status
 
 NONE = "–"
@@ -83,12 +83,7 @@ def validation_losses(folder: RunFolder) -> dict[str, float]:
     """Loss by view: the final evaluation, or else the last step at which the run was validated."""
     records = folder.records("validation")
     losses = {record["view"]: record["loss"] for record in records if record["step"] == records[-1]["step"]}
-    for name, value in (folder.final or {}).items():
-        if value is None or not name.startswith("final/val_loss"):
-            continue
-        view = name.removeprefix("final/val_loss").removeprefix("_").removesuffix("_view")
-        losses[view or own_view(folder)] = value
-    return losses
+    return losses | losses_by_view(folder.final or {}, own_view(folder))
 
 
 def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:

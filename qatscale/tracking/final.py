@@ -1,14 +1,29 @@
-"""Numbers that a finished run is known by: perplexity, and speeds as medians over its metrics records."""
+"""Numbers that a finished run is known by: its losses under stable names, perplexity, median speeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
+from qatlaw.names import VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_PTQ
+
 LEAST_STEPS = 50
 """Steps that a speed of record is the median of, at least."""
+
+
+def final_losses(losses: Mapping[str, float], own_view: str) -> dict[str, float]:
+    """Loss by view (`fp`, `quantized`, `ptq4` …) → loss by stable name. own_view: the view a run is judged by."""
+    by_bits = {f"{VAL_LOSS_PTQ}{v.removeprefix('ptq')}": loss for v, loss in losses.items() if v.startswith("ptq")}
+    return {VAL_LOSS: losses[own_view], VAL_LOSS_FP: losses["fp"], **by_bits}
+
+
+def losses_by_view(final: Mapping[str, Any], own_view: str) -> dict[str, float]:
+    """The inverse of `final_losses`, from all final metrics of a run."""
+    views = {VAL_LOSS: own_view, VAL_LOSS_FP: "fp"}
+    views |= {name: f"ptq{name.removeprefix(VAL_LOSS_PTQ)}" for name in final if name.startswith(VAL_LOSS_PTQ)}
+    return {view: final[name] for name, view in views.items() if final.get(name) is not None}
 
 
 def perplexity(loss: float) -> float:

@@ -18,7 +18,7 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader
 from qatscale.engine.runtime import Runtime
 from qatscale.schedule.timeline import StepSettings, Timeline
-from qatscale.tracking.final import median_speeds
+from qatscale.tracking.final import final_losses, median_speeds
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.validation import ptq_view
 
@@ -166,9 +166,7 @@ def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float
     tokens_qat = timeline.qat_steps * timeline.tokens_per_step
     metrics = folder.records("metrics")
     return {
-        "final/val_loss": losses["fp" if scheme == "fp" else "quantized"],
-        "final/val_loss_fp_view": losses["fp"],
-        **{f"final/val_loss_{view}": loss for view, loss in losses.items() if view.startswith("ptq")},
+        **final_losses(losses, "fp" if scheme == "fp" else "quantized"),
         "final/scales_floored": metrics[-1].get("scales_floored") if metrics else None,
         "n_params": n_params,
         "bits": bits,
