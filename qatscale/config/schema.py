@@ -7,15 +7,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from qatscale.config import cooldown_shapes
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.describe import Allowed
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
 Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]
-Shape = Literal[
-    "linear", "cosine", "mirror_cosine", "1-sqrt", "sqrt", "minus_sqrt", "1-square", "lowered_linear", "exponential",
-    "piecewise",
-]  # fmt: skip
+ShapeName = Annotated[
+    Literal[*cooldown_shapes.NAMES],  # type: ignore[valid-type]  # as many as the table has
+    AfterValidator(cooldown_shapes.canonical),
+    Field(description=cooldown_shapes.DESCRIPTION),
+]
 BIT_WIDTHS: tuple[int | float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
 
 
@@ -178,8 +180,7 @@ class ScheduleConfig(Section):
     """Neither this nor cooldown_tokens given = 20 % of the schedule, less where less is left; 0 = none (a trunk)."""
     cooldown_tokens: Tokens | None = None
     """The cooldown's length in tokens."""
-    shape: Shape = "1-sqrt"
-    """Curve of the cooldown; `sqrt` and `minus_sqrt` are other names of 1-sqrt."""
+    shape: ShapeName = "1-sqrt"
     exponent: Annotated[float, Field(gt=0)] = 0.5
     """Of 1-sqrt only: the rate falls as 1 - x^exponent."""
     lowered_to: Annotated[float, Field(gt=0, le=1)] = 0.7

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qatscale.config.schema import Phase, PhaseOverride, RunConfig
 from qatscale.errors import UserError
 from qatscale.schedule.checks import warnings_of
+from qatscale.schedule.cooldown import cooldown_of
 from qatscale.schedule.fraction import check_two_phases, planned_fraction, qat_bounds
 from qatscale.schedule.lengths import (
     full_precision_lengths,
@@ -17,7 +18,6 @@ from qatscale.schedule.lengths import (
     share_out,
 )
 from qatscale.schedule.rates import qat_peak, resolved_lr_ratio
-from qatscale.schedule.shapes import cooldown_of
 from qatscale.schedule.timeline import Segment, Timeline, kept_steps
 
 

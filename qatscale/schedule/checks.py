@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from qatscale.config.cooldown_shapes import SHAPES
 from qatscale.config.schema import RunConfig, ScheduleConfig, Section
-from qatscale.schedule.shapes import cooldown_of
+from qatscale.schedule.cooldown import cooldown_of
 from qatscale.schedule.timeline import Segment
 
 
@@ -65,13 +66,14 @@ def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> 
     absent = [f"schedule.phases.{phase}" for phase in schedule.phases if phase not in present]
     lines = _no_effect(absent, f"the phases of this run are {', '.join(present)}")
     if not any(segment.kind == "cooldown" for segment in segments):
-        names = ["shape", "exponent", "lowered_to", "knots", "min_lr_ratio"]
-        return lines + _no_effect(_changed(schedule, "schedule", names), "this run has no cooldown")
-    shape = cooldown_of(schedule).shape
-    for name, owner in (("exponent", "1-sqrt"), ("lowered_to", "lowered_linear")):
-        if shape != owner:
-            keys = _changed(schedule, "schedule", [name])
-            lines += _no_effect(keys, f"it belongs to shape {owner}, and the shape is {shape}")
+        names = ["shape", "min_lr_ratio", *(shape.setting for shape in SHAPES.values() if shape.setting)]
+        return lines + _no_effect(
+            _changed(schedule, "schedule", list(dict.fromkeys(names))), "this run has no cooldown"
+        )
+    for owner, shape in SHAPES.items():
+        if owner != schedule.shape and shape.lifted and shape.setting is not None:
+            keys = _changed(schedule, "schedule", [shape.setting])
+            lines += _no_effect(keys, f"it belongs to shape {owner}, and the shape is {schedule.shape}")
     return lines
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from qatscale.config.schema import Phase
 from qatscale.errors import UserError
-from qatscale.schedule.shapes import Cooldown
+from qatscale.schedule.cooldown import Cooldown
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from schedule_configs import TOKENS_PER_STEP, make_config
 
+from qatscale.config.cooldown_shapes import SHAPES
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.timeline import first_difference
@@ -15,7 +16,7 @@ from qatscale.schedule.timeline import first_difference
 holds = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
-MONOTONE = ["linear", "cosine", "mirror_cosine", "1-sqrt", "1-square", "lowered_linear"]
+MONOTONE = [name for name, shape in SHAPES.items() if shape.monotone and shape.lifted]
 shares = st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.1, 0.2, 0.25, 0.5])
 tokens = st.integers(0, 3000 * TOKENS_PER_STEP) | st.integers(0, 50 * TOKENS_PER_STEP)
 
@@ -35,9 +36,7 @@ def long(name):
 
 @st.composite
 def shapes(draw):
-    shape = draw(
-        st.sampled_from(["linear", "cosine", "mirror_cosine", "1-sqrt", "1-square", "lowered_linear", "exponential"])
-    )
+    shape = draw(st.sampled_from([name for name, shape in SHAPES.items() if shape.monotone]))
     floor = draw(st.sampled_from([0.01, 0.1, 1.0] if shape == "exponential" else [0.0, 0.1, 1.0]))
     return {"shape": shape, "min_lr_ratio": floor}
 
