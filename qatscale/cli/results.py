@@ -19,7 +19,7 @@ def print_evaluation(
     from qatscale.cli.show import check_bits
     from qatscale.config.amounts import positive_amount
     from qatscale.tracking.compare import view_label
-    from qatscale.tracking.final import perplexity
+    from qatscale.tracking.run_folder import perplexity
     from qatscale.train.evaluate import evaluate_checkpoint
 
     for bits in ptq:

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.table import Table
 
 from qatscale.config.amounts import format_amount
-from qatscale.tracking.final import losses_by_view, median_speeds, perplexity
-from qatscale.tracking.run_folder import RunFolder, Status
+from qatscale.tracking.final import losses_by_view, median_speeds
+from qatscale.tracking.run_folder import RunFolder, Status, perplexity
 
 NONE = "–"
 _STATUS_STYLES: dict[Status, str] = {

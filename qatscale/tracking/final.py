@@ -1,8 +1,7 @@
-"""Numbers that a finished run is known by: its losses under stable names, perplexity, median speeds."""
+"""Numbers that a finished run is known by: its losses under stable names, and median speeds."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
@@ -24,11 +23,6 @@ def losses_by_view(final: Mapping[str, Any], own_view: str) -> dict[str, float]:
     views = {VAL_LOSS: own_view, VAL_LOSS_FP: "fp"}
     views |= {name: f"ptq{name.removeprefix(VAL_LOSS_PTQ)}" for name in final if name.startswith(VAL_LOSS_PTQ)}
     return {view: final[name] for name, view in views.items() if final.get(name) is not None}
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is more than a float holds."""
-    return math.inf if loss > 709 else math.exp(loss)
 
 
 def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ Rank 0 of the training loop writes; everybody reads.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,11 @@ the process is gone without a word."""
 EVENTS = ("start", "resume", "metrics", "validation", "switch", "checkpoint", "stopped", "failed", "final")
 _LIFE = ("start", "resume", "stopped", "failed")
 """Events that say whether somebody writes the folder."""
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is more than a float holds."""
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 class RunFolder:

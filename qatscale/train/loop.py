@@ -1,12 +1,10 @@
-"""The training loop: the optimizer steps of a run in order, the switch to QAT among them, then its final evaluation."""
+"""The training loop: the optimizer steps of a run in order, with the switch to QAT before one of them."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 
@@ -20,7 +18,7 @@ from qatscale.supervise.signals import StopRequest
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.components import RunSetup, TrainingComponents
-from qatscale.train.metrics import Meter, data_metrics, final_metrics, final_views
+from qatscale.train.metrics import Meter
 from qatscale.train.run_log import RunLog
 from qatscale.train.validation import validation_losses
 
@@ -28,20 +26,13 @@ GC_INTERVAL = 100
 """Steps between two garbage collections, the same ones on all processes."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How `run_steps` ended."""
-
-    status: Literal["done", "stopped"]
-    step: int
-    final: dict[str, Any] | None
-    """Final metrics by their stable names; None where a signal stopped the run."""
-
-
 def run_steps(
     setup: RunSetup, components: TrainingComponents, log: RunLog, checkpointer: AsyncCheckpointer, watchdog: Watchdog
-) -> Outcome:
-    """Take the optimizer steps from where the run starts to its end, then evaluate the result. Collective."""
+) -> int:
+    """Take the optimizer steps from where the run starts to its end. Collective.
+
+    Returns the number of steps done: all of them, or fewer where a signal stopped the run, after saving.
+    """
     config, timeline, first = setup.config, setup.timeline, setup.resume.step
     batches, validation = setup.batches, setup.validation
     runtime, topology, engine = components.runtime, components.topology, components.engine
@@ -89,16 +80,8 @@ def run_steps(
             if stopped_by and done < timeline.steps:
                 checkpointer.wait()
                 log.stopped(done, stopped_by)
-                return Outcome("stopped", done, None)
-
-    if plugin.switched_at is not None and first < timeline.steps:
-        plugin.check_moving(masters)
-    losses = validation_losses(engine, final_views(config), validation, topology)
-    log.validation(timeline.steps, losses)
-    final = final_metrics(config, timeline, losses, log.folder)
-    final |= data_metrics(batches.stream.manifest, validation)
-    log.finished(timeline.steps, final)
-    return Outcome("done", timeline.steps, final)
+                return done
+    return timeline.steps
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The numbers of a run: the record of a logging interval, and those that a finished run is known by."""
+"""The metrics record of a logging interval: loss, speed, arithmetic, memory, quantizers, time spent on data."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-import qatlaw
 from qatscale.config.schema import RunConfig
-from qatscale.config.sizes import count_parameters, flops_per_token, peak_flops
-from qatscale.data.manifest import Manifest
-from qatscale.data.reader import EvaluationReader
+from qatscale.config.sizes import flops_per_token, peak_flops
 from qatscale.engine.runtime import Runtime
-from qatscale.schedule.timeline import StepSettings, Timeline
-from qatscale.tracking.final import final_losses, median_speeds
-from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.validation import ptq_view
+from qatscale.schedule.timeline import StepSettings
 
 WARMUP_STEPS = 10
 """Steps after a start or the switch that no speed of record counts: compilation, first allocations, cold caches."""
@@ -142,49 +136,3 @@ class Meter:
 def _diverged(what: str) -> FloatingPointError:
     do = "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
     return FloatingPointError(f"{what}. {do}")
-
-
-# --- final metrics: their names are stable, for tracking shows them and qatlaw reads them ---
-
-FULL_PRECISION_BITS = 16
-
-
-def final_views(config: RunConfig) -> list[str]:
-    """The views in which a finished run is evaluated."""
-    quantized = [] if config.qat.scheme == "fp" else ["quantized"]
-    return ["fp", *quantized, *map(ptq_view, config.evaluation.ptq_bits)]
-
-
-def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float], folder: RunFolder) -> dict[str, Any]:
-    """`final/val_loss` is that of the weights as they would be used: quantized, or full precision for scheme fp.
-
-    `final/scales_floored` is the share of scales at or under their floor after the last step; None for scheme fp.
-    """
-    n_params = count_parameters(config.model).total
-    scheme = config.qat.scheme
-    bits = FULL_PRECISION_BITS if scheme == "fp" else config.qat.bits
-    tokens_qat = timeline.qat_steps * timeline.tokens_per_step
-    metrics = folder.records("metrics")
-    return {
-        **final_losses(losses, "fp" if scheme == "fp" else "quantized"),
-        "final/scales_floored": metrics[-1].get("scales_floored") if metrics else None,
-        "n_params": n_params,
-        "bits": bits,
-        "scheme": scheme,
-        "tokens_total": timeline.tokens,
-        "tokens_fp": timeline.tokens - tokens_qat,
-        "tokens_qat": tokens_qat,
-        "qat_fraction": timeline.qat_fraction,
-        "switch_step": timeline.switch_step,
-        "tokens_per_parameter_byte": qatlaw.tokens_per_parameter_byte(n_params, timeline.tokens, bits),
-        **median_speeds(metrics),
-    }
-
-
-def data_metrics(data: Manifest, validation: EvaluationReader) -> dict[str, Any]:
-    """The data of a run by content, and the held-out text of its losses: losses on other text do not compare."""
-    return {
-        "data_fingerprint": data.fingerprint,
-        "validation_fingerprint": validation.stream.manifest.fingerprint_of("validation"),
-        "validation_tokens": validation.tokens,
-    }

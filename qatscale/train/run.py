@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Literal
+
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import start_runtime
 from qatscale.schedule.build import build_timeline
 from qatscale.supervise.watchdog import Watchdog, collective_timeout
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.checkpointing import AsyncCheckpointer
-from qatscale.train.loop import Outcome, run_steps
+from qatscale.train.final import evaluate_final
+from qatscale.train.loop import run_steps
 from qatscale.train.run_log import RunLog
 from qatscale.train.setup import build, decide
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: Literal["done", "stopped"]
+    step: int
+    final: dict[str, Any] | None
+    """Final metrics by their stable names; None where a signal stopped the run."""
 
 
 def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = True) -> Outcome:
@@ -39,7 +53,10 @@ def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = T
                     saved=log.checkpoint,
                     notice=log.notice,
                 )
-                return run_steps(setup, components, log, checkpointer, watchdog)
+                done = run_steps(setup, components, log, checkpointer, watchdog)
+                if done < setup.timeline.steps:
+                    return Outcome("stopped", done, None)
+                return Outcome("done", done, evaluate_final(setup, components, log))
             finally:
                 components.compilation.close()
                 components.engine.destroy()

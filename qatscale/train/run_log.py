@@ -20,8 +20,7 @@ from qatscale.engine.runtime import Runtime
 from qatscale.quant.report import SwitchReport
 from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
-from qatscale.tracking.final import perplexity
-from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.run_folder import RunFolder, perplexity
 from qatscale.tracking.start_follower import Follower, NoFollower, start_follower
 from qatscale.train.components import RunSetup
 from qatscale.train.console import run_console

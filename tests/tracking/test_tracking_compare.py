@@ -23,8 +23,8 @@ from qatscale.tracking.compare import (
     view_label,
 )
 from qatscale.tracking.curves import curves, draw_loss_curves, loss_curves, smoothed
-from qatscale.tracking.final import median_speeds, perplexity
-from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.final import median_speeds
+from qatscale.tracking.run_folder import RunFolder, perplexity
 
 
 @dataclass(frozen=True)
