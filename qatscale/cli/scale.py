@@ -57,7 +57,7 @@ def print_dry_run(
     job = estimate_job(config, ds_config, processes or job_size(config), given)
     advice = network_advice(config, ds_config, job)
     if as_json:
-        scale = as_dict(job) | {"network_advice": advice}
+        scale = as_dict(job, config) | {"network_advice": advice}
         print(json.dumps({"timeline": _timeline(config), "branch": branch, "scale": scale}, indent=2))
     else:
         print_scale(job, config, advice)
@@ -106,7 +106,7 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
         memory = _gigabytes(job.gpu_memory)
         say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu}")
     say(_host(job))
-    if any(job.traffic.values()):
+    if job.traffic:
         say(_network(job))
     if job.step_seconds and job.compute_seconds and job.given.mfu:
         speed = config.tokens_per_step / job.step_seconds
@@ -139,11 +139,10 @@ def _network(job: JobEstimate) -> str:
 
 
 def _print_traffic(job: JobEstimate) -> None:
-    if any(job.traffic.values()):
+    if job.traffic:
         table = plain_table("sent by a process", "GB a step", right=("GB a step",))
         for kind, size in job.traffic.items():
-            if size:
-                table.add_row(kind, _gigabytes(size))
+            table.add_row(kind, _gigabytes(size))
         console().print(table)
 
 
@@ -159,13 +158,14 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.3g}"
 
 
-def as_dict(job: JobEstimate) -> dict[str, Any]:
+def as_dict(job: JobEstimate, config: RunConfig) -> dict[str, Any]:
     """JSON-able; sizes in bytes."""
-    stages = [asdict(stage) | {"total": stage.total} for stage in job.stages]
     return {
-        **asdict(job), "processes": job.layout.processes, "stages": stages, "fullest_stage": job.fullest.stage,
-        "fits": job.fits, "fits_host": job.fits_host, "host": asdict(job.host) | {"total": job.host.total},
+        **asdict(job), "processes": job.layout.processes, "fits": job.fits, "fits_host": job.fits_host,
+        "stages": [asdict(stage) | {"total": stage.total} for stage in job.stages], "fullest_stage": job.fullest.stage,
+        "host": asdict(job.host) | {"total": job.host.total}, "gpu": job.given.gpu, "mfu": job.given.mfu,
         "step_seconds": job.step_seconds,
+        "tokens_per_second": config.tokens_per_step / job.step_seconds if job.step_seconds else None,
     }  # fmt: skip
 
 

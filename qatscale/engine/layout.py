@@ -12,7 +12,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError, UserErrors
 from qatscale.model.stages import Stage, divide, stage_parameters
 
-_MOST_STAGES = 4096
+_MOST_STAGES = 1024
 """Every stage is planned by itself."""
 
 

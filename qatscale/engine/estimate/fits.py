@@ -122,7 +122,7 @@ def estimate_job(
             found.append(StageMemory(sizes.stage.index, phase, moment, kinds, start_bytes(sizes, zero)))
         stages.append(max(found, key=lambda memory: memory.step))
     traffics = [traffic_of(config, layout, sizes, zero, quantized=phases[-1] == "qat") for sizes in local]
-    traffic = max(traffics, key=lambda kinds: sum(kinds.values()))
+    traffic = {kind: size for kind, size in max(traffics, key=lambda sent: sum(sent.values())).items() if size}
     micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
     waiting = bubble(micro_batches, layout.pipeline)
     speed = _speed(config, processes, given, precision)
@@ -207,17 +207,17 @@ def network_advice(config: RunConfig, ds_config: Mapping[str, Any], job: JobEsti
         return None
     longer = job.step_seconds / job.compute_seconds - 1
     bound = "bound by the network" if job.network.seconds > job.compute_seconds else f"the network adds {longer:.0%}"
-    same_arithmetic = ("batch.micro_batch", "engine.ds_config")
+    same_arithmetic = ("batch.micro_batch", "engine.ds_config", "zero_optimization")
     shorter = [
         (other.step_seconds, what, other)
         for what, other in _changes(config, ds_config, job)
         if what.startswith(same_arithmetic) and other.fits and other.step_seconds and not other.host.offloaded
     ]
     if not shorter or min(shorter)[0] > job.step_seconds / _WORTH_A_CHANGE:
-        return f"{bound}: no other batch.micro_batch or engine.ds_config that fits shortens the step by 5 %"
+        return f"{bound}: no batch.micro_batch, engine.ds_config or overlap that fits shortens the step by 5 %"
     seconds, what, other = min(shorter)
     less = sum(job.traffic.values()) / max(1, sum(other.traffic.values()))
-    sends = f"sends {less:,.2g} x less" if less > 1.1 else "sends behind the arithmetic"
+    sends = f"sends {less:,.2g} x less" if less > 1.1 else "hides what it sends behind the arithmetic"
     return f"{bound}: {what} fits and {sends}, {seconds:,.3g} s a step"
 
 
@@ -241,6 +241,8 @@ def _changes(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) 
         other = load_ds_config(name)
         if precision_of(other) == job.precision and other != ds_config:
             candidates.append((f"engine.ds_config={name}", config, other, processes))
+    overlapping = {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], "overlap_comm": True}}
+    candidates.append(("zero_optimization.overlap_comm=true", config, overlapping, processes))
     vary("engine", "tensor_parallel", tensor)
     if config.checkpoint.background:
         vary("checkpoint", "background", False)

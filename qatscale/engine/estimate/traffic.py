@@ -120,6 +120,6 @@ def network_time(
         return NetworkTime(slowest, nodes, total, None)
     backward = compute * (3 / 4 if recomputes else 2 / 3) / (micro_batches if zero.stage == 1 else 1)
     reduces = zero.overlaps and not zero.keeps_fp32_gradients and layout.pipeline == 1
-    overlapped = min(seconds[GRADIENTS], backward) if reduces else 0.0
-    overlapped += seconds[WEIGHTS] if zero.stage == 3 and zero.prefetches else 0.0
+    overlapped = min(seconds.get(GRADIENTS, 0.0), backward) if reduces else 0.0
+    overlapped += seconds.get(WEIGHTS, 0.0) if zero.stage == 3 and zero.prefetches else 0.0
     return NetworkTime(slowest, nodes, total, min(overlapped, compute))
