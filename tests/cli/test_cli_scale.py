@@ -103,7 +103,7 @@ def test_no_number_is_cut_at_80_columns(typed: str, monkeypatch: pytest.MonkeyPa
         "model.layers=9223372036854775807 engine.pipeline_stages=4",
         "model.layers=9223372036854775807 engine.pipeline_stages=4611686018427387904",
         "model.heads=2305843009213693952 model.hidden_size=4611686018427387904 engine.tensor_parallel=3",
-        "batch.sequences=4611686018427387905 batch.micro_batch=4611686018427387904 tokens=1e24 schedule.warmup_tokens=0",
+        "batch.sequences=4611686018427387905 batch.micro_batch=4611686018427387904 tokens=1e24",
     ],
 )
 def test_sizes_beyond_any_device_are_answered_at_once(overrides: str) -> None:
