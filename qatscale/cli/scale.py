@@ -134,7 +134,7 @@ def _host(job: JobEstimate) -> str:
 def _network(job: JobEstimate) -> str:
     network = job.network
     where = "between nodes" if network.nodes > 1 else "inside the node"
-    hidden = "" if network.overlapped is None else f", {network.overlapped:,.3g} s of it while the GPU computes"
+    hidden = f", {network.overlapped:,.3g} s of it while the GPU computes" if network.overlapped else ""
     return f"network, {network.gigabytes_per_second:g} GB/s a GPU {where}: {network.seconds:,.3g} s a step{hidden}"
 
 
