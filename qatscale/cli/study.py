@@ -87,14 +87,13 @@ def _certainties(name: str, cells: Grid, noise: float, known: tuple[Any, ...] | 
     from qatlaw.default import load_law
     from qatlaw.information import certainties
     from qatlaw.runs import planned_points
-    from qatscale.cli.fit import collect_runs, told_as_user_errors
+    from qatscale.cli.fit import collect_runs
 
-    with told_as_user_errors():
-        assumed = load_law(name)
-        width = assumed.range["bits"][0] if assumed.law.form.one_width else None
-        existing = collect_runs(*known)[0].table.frame if known is not None else None
-        planned = planned_points([_as_record(run) for run in cells.runs])
-        return assumed, certainties(assumed.law, planned, noise, existing, width)
+    assumed = load_law(name)
+    width = assumed.range["bits"][0] if assumed.law.form.one_width else None
+    existing = collect_runs(*known)[0].table.frame if known is not None else None
+    planned = planned_points([_as_record(run) for run in cells.runs])
+    return assumed, certainties(assumed.law, planned, noise, existing, width)
 
 
 def _as_record(run: StudyRun) -> RunRecord:
