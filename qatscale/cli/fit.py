@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qatlaw.errors import InputError
+from qatlaw.planner_law import law_names
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def report(
     scheme: Scheme = None,
     law: Annotated[
         str | None,
-        typer.Option(metavar="fit.json", help="A law to draw instead of fitting one; `synthetic`: a demonstration."),
+        typer.Option(
+            metavar="LAW",
+            help=f"A law to draw instead of fitting one: path of a fit.json, or one of {', '.join(law_names())}.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
@@ -195,8 +199,8 @@ def folder_records(output: Path) -> list[RunRecord]:
 
 
 def _given_law(name: str, scheme: str) -> Laws:
-    from qatlaw.default import load_law
     from qatlaw.figures import Laws
+    from qatlaw.planner_law import load_law
 
     found = load_law(name)
     own = {found.range["bits"][0]: found.law} if found.law.form.one_width else {}

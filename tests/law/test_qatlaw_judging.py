@@ -215,17 +215,17 @@ def test_files_that_are_no_fit_are_refused(tmp_path, result):
     with pytest.raises(LawError, match="cannot be read"):
         read_fit(path)
     path.write_text("[]")
-    with pytest.raises(LawError, match="format None"):
+    with pytest.raises(LawError, match="object"):
         read_fit(path)
     write_fit(path, fit_file(result))
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format": 2}))
-    with pytest.raises(LawError, match="format 2"):
+    with pytest.raises(LawError, match="format"):
         read_fit(path)
     path.write_text(json.dumps({**content, "coefficients": {**content["coefficients"], "xi": -1.0}}))
     with pytest.raises(LawError, match=r"coefficients\.xi"):
         read_fit(path)
     del content["data"]
     path.write_text(json.dumps(content))
-    with pytest.raises(LawError, match="lacks data"):
+    with pytest.raises(LawError, match="data"):
         read_fit(path)

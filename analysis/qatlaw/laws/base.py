@@ -38,8 +38,8 @@ class Parameter:
 
 
 def coefficient(name: str, meaning: str) -> Parameter:
-    """A term's factor: positive, of any size."""
-    return Parameter(name, 0.0, math.inf, log=True, meaning=meaning)
+    """A term's factor. Between these bounds no product of powers over- or underflows."""
+    return Parameter(name, 1e-40, 1e40, log=True, meaning=meaning)
 
 
 def exponent(name: str, low: float, high: float, start: tuple[float, float], meaning: str) -> Parameter:
