@@ -114,7 +114,7 @@ def _compared(form: LawForm, table: RunTable, curves: list[Curve], options: dict
         known = np.isfinite(found)
         in_sample = quality(found[known], table.loss[known])
         if form.has_fraction:
-            fractions = fraction_errors(laws, curves).get("all")
+            fractions = fraction_errors({bits: law.optimal_fraction for bits, law in laws.items()}, curves).get("all")
     except LawError as error:
         refused.append(str(error))
     for axis in AXES:

@@ -251,7 +251,7 @@ def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
 def _print_fit(
     collected: Collected, summaries: list[Summary], compared: list[Any], paths: list[Path], logged: list[str]
 ) -> None:
-    from qatlaw.summary import coefficient_rows, comparison_rows, quality_rows
+    from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows
     from qatscale.cli.terminal import console
 
     out = console()
@@ -261,6 +261,8 @@ def _print_fit(
         title = f"{summary.label}: {len(result.table)} runs of {collected.table.source}, {summary.scheme}"
         _print_rows(title, coefficient_rows(summary), right=("value",))
         _print_rows("How it meets its runs", quality_rows(summary))
+        if summary.curves:
+            _print_rows("Optimal fraction of every measured U-curve", curve_rows(summary))
         out.print(
             f"{result.starts.agreeing} of {result.starts.tried} cold starts found this optimum. {summary.noise}",
             soft_wrap=True,
