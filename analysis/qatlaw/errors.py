@@ -17,7 +17,3 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
         return type(self), (self.key, self.value, self.problem, self.fix)
-
-
-LawError = InputError
-"""Its former name, which modules beside the planner still use."""

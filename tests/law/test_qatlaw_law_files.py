@@ -124,7 +124,7 @@ def test_what_is_not_a_fit_is_refused(tmp_path: Path, text: bytes) -> None:
         load_law(str(tmp_path / "fit.json"))
 
 
-@pytest.mark.parametrize("value", [1e-40, 1e40])
+@pytest.mark.parametrize("value", [1e-300, 1e300])
 @pytest.mark.parametrize("name", [parameter.name for parameter in LAW.form.parameters if parameter.log])
 def test_at_the_ends_of_what_is_sound_every_question_has_an_answer(
     tmp_path: Path, name: str, value: float, capsys: pytest.CaptureFixture[str]
