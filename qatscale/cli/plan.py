@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from qatlaw.plan.answer import Answer
+from qatlaw.plan.run import SEQUENTIAL, Recipe, Scheme
 from qatscale.errors import UserError
-
-if TYPE_CHECKING:
-    from qatlaw.plan.answer import Answer
-    from qatlaw.plan.run import Recipe
 
 NEAR = 0.05
 """A recipe of another size than the planned one is named only if it is no further off than this."""
 
 
 class RecipesAndGpus:
-    """A `qatlaw.cli.TrainingStack`."""
+    """What the planner finds in its context."""
 
     def recipe(self, name: str) -> Recipe:
-        from qatlaw.plan.run import SEQUENTIAL, Recipe, Scheme
         from qatscale.config import load_run_config
         from qatscale.model.sizes import count_parameters, flops_per_token
         from qatscale.timeline import nearest_fraction
