@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from qatlaw.cli import planner
 from qatscale.cli.bench import bench
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
-from qatscale.cli.plan import plan
+from qatscale.cli.plan import RecipesAndGpus
 from qatscale.cli.study import study
 from qatscale.errors import EXIT_REQUEUE, UserError
 
@@ -37,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 # --- plan ---
 
 
-app.command()(plan)
+app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})
 
 
 @app.command()

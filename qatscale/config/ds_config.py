@@ -43,7 +43,7 @@ def check_ds_config(ds: Mapping[str, Any], source: str = "ds_config") -> None:
     elif zero.get("stage") in (1, 2) and "offload_param" in zero:
         problems.append(UserError("zero_optimization.offload_param", None, "needs stage 3, which shards parameters."))
     if problems:
-        in_file = [UserError(p.key, p.value, p.allowed, f"{p.do} (In {source}.)".strip()) for p in problems]
+        in_file = [UserError(p.key, p.value, p.problem, f"{p.fix} (In {source}.)".strip()) for p in problems]
         raise in_file[0] if len(in_file) == 1 else UserErrors(in_file)
 
 
