@@ -35,7 +35,7 @@ from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.setup import assemble
 
 SEQUENCE = 128
-"""Tokens of the one sequence that a step trains on: the step only has to be there."""
+"""Tokens of the one sequence that a step trains on: a step only has to happen."""
 COPY, BACKGROUND, BLOCKING, DEEPSPEED = (
     "plain copy to host memory", "checkpoint.background", "checkpoint.background=false", "DeepSpeed save_checkpoint",
 )  # fmt: skip

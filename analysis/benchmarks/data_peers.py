@@ -1,4 +1,4 @@
-"""What others do to turn text into tokens on the disk; each is a process of its own, timed whole.
+"""What others do to turn text into tokens on the disk; each is a process of its own, timed from start to end.
 
     python analysis/benchmarks/data_peers.py datasets|megatron TEXT.jsonl FOLDER SENTENCEPIECE.model WORKERS
 

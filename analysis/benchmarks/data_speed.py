@@ -57,7 +57,7 @@ def run(*, peers: bool, workers: int | None, quick: bool, text: str | None = Non
 
 
 def _write_text(source: str, path: Path, size: int) -> int:
-    """The first documents of `source`, `size` characters or what there is; returns their bytes in UTF-8."""
+    """The first documents of `source`, up to `size` characters; returns their bytes in UTF-8."""
     written = 0
     with path.open("w", encoding="utf-8") as file:
         for text in open_source(source, SourceOptions()).sample(size):
@@ -278,7 +278,7 @@ def _one_batch(folder: Path) -> None:
 
 
 def _write_empty(folder: Path, tokens: int, shards: int = 4) -> None:
-    """A data set of zeros, in documents of 1,000 tokens; the `.bin` files take no room on the disk."""
+    """A data set of zeros, in documents of 1,000 tokens; the `.bin` files take no space on the disk."""
     folder.mkdir()
     dtype = token_dtype(_VOCABULARY)
     size = tokens // shards

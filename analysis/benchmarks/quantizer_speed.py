@@ -32,7 +32,7 @@ WIDTHS = (1, 1.58, 2, 4)
 CASES = (("fp32", 256, 50), ("bf16", 256, 50), ("fp32", 2048, 16))
 """(precision, tokens, rounds)."""
 BITS = 4
-"""Of the peers; ParetoQ also at 2, its other arithmetic."""
+"""The peers' bit width; ParetoQ also at 2, its other arithmetic."""
 
 
 def run(*, peers: bool, threads: int | None, quick: bool) -> Result:
@@ -167,7 +167,7 @@ def _peers(dtype: Any) -> Iterator[tuple[str, Any]]:
                 layer(torch.randn(2, 64, dtype=dtype)).sum().backward()
         except ImportError as error:
             yield name, Skipped(name, f"needs {package} ({error})")
-        except Exception as error:  # of theirs, in this version, on this machine: told, and the others go on
+        except Exception as error:  # of a peer in this version: reported, and the others are measured
             yield name, Skipped(name, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
         else:
             yield name, make

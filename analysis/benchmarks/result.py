@@ -45,7 +45,7 @@ class Table:
 
     title: str
     unit: str
-    """Of what is worked through: tokens, bytes, weights."""
+    """What is worked through: tokens, bytes, weights."""
     reference: str
     rows: tuple[Row, ...]
     skipped: tuple[Skipped, ...] = ()

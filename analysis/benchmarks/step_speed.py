@@ -93,7 +93,7 @@ def _peers(config: RunConfig, device: torch.device, quantized: bool) -> Iterator
             yield _transformers(name, config, device, prepare)
         except ImportError as error:
             yield Skipped(name, f"needs {error.name or error}; pip install 'qatscale[peers]'")
-        except Exception as error:  # of theirs, in this version: told, and the others go on
+        except Exception as error:  # of a peer in this version: reported, and the others are measured
             yield Skipped(name, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
 
 

@@ -27,7 +27,7 @@ from qatscale.schedule.timeline import StepSettings
 from qatscale.train.setup import assemble
 
 RATE = 1e-6
-"""Of AdamW: random tokens leave the weights about where they are, so that all steps are alike."""
+"""AdamW's rate: random tokens leave the weights about where they are, so that all steps are alike."""
 LossOf = Callable[[Tensor, Tensor], Tensor]
 """(tokens [b, t], labels [b, t]) → their mean loss."""
 
@@ -178,7 +178,7 @@ class BareLoop:
 
 
 class _Masters(PlainMasters):
-    """Of a bare loop: in bf16 beside the weights."""
+    """The masters of a bare loop, which in bf16 lie beside the weights."""
 
     def __init__(self, loop: BareLoop) -> None:
         super().__init__(loop.adam)
@@ -193,4 +193,4 @@ class _Masters(PlainMasters):
         parameter.copy_(value)
 
     def reset_state(self, parameters: Any) -> None:
-        """No step was taken: there is nothing to reset."""
+        """No step was taken, so nothing needs a reset."""

@@ -6,7 +6,7 @@ Every run has the same total tokens D. The trunk is trained once, at the stable 
     sequential   a cooldown in full precision, then QAT with a warm-up and a cooldown of its own
     fused        QAT from the stable rate on, with the one cooldown inside
 
-so that three runs cost about half of what they would alone. A second start reuses what is there.
+so that three runs cost about half of what they would alone. A second start reuses what exists.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VALIDATION_FRACTION = 0.05
 
 
 def run_quickstart(out: Path) -> None:
-    """Everything goes into `out`. Raises whatever the rooms raise; what is finished by then is reused next time."""
+    """Write everything into `out`. What is finished when an error is raised is reused next time."""
     # On a model this small two threads are 1.3 times as fast as one, and a tenth as fast once something else runs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from qatscale.schedule.build import build_timeline

@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation, on whatever engine the layout asks for."""
+"""One optimizer step, and one evaluation, on the engine of any layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def train_step(
 ) -> Iterator[Tensor]:
     """Take one optimizer step on this process's share [sequences, t + 1] of the batch; gives the mean losses.
 
-    One loss per micro-batch; from a pipeline one for the whole step, the mean over all its processes. Collective.
+    One loss per micro-batch; from a pipeline one for the entire step, the mean over all its processes. Collective.
     weights: quantized once for all of them.
     """
     micro_batches = ((part[:, :-1], part[:, 1:]) for part in _on_device(batch, micro_batch, engine))

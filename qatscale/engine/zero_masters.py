@@ -1,8 +1,8 @@
-"""Which slice of which parameter's fp32 master and Adam state this process holds under ZeRO, and how to reach it.
+"""Access to the fp32 masters and Adam states that this process holds under ZeRO.
 
-ZeRO flattens parameters into fp32 partitions, one tensor per optimizer group and process. Everything that must see
-through this (the QAT switch, checkpoints) goes through `ZeroMasters`; nothing else of ours touches DeepSpeed's insides.
-What it tells is of whole parameters under their names in the whole model, whatever part of them a process holds.
+ZeRO flattens parameters into fp32 partitions, one tensor per optimizer group and process. The QAT switch and the
+checkpoints see through this with `ZeroMasters`; nothing else here touches DeepSpeed's internals. It speaks of full
+parameters under their names in the entire model, whatever part of them a process holds.
 DeepSpeed's own `safe_*` functions are not enough: they fail on the last rank under ZeRO-3 where a size does not divide,
 reach the optimizer state of the first group only under ZeRO-1/2, and never Adam's step count.
 """
@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of a whole parameter, at [offset, offset + numel) of an fp32 partition.
+    """A piece of a full parameter, at [offset, offset + numel) of an fp32 partition.
 
     It is elements [start, start + numel) of the flattened parameter; of the flattened columns `columns` (first, end) of
     it where tensor parallelism splits it by columns.
@@ -43,16 +43,16 @@ class Fragment:
         """This fragment's view of the partition or of a tensor laid out like it."""
         return flat.narrow(0, self.offset, self.numel)
 
-    def of_whole(self, whole: Tensor) -> Tensor:
-        """This fragment's elements of a whole parameter, flat; a view only where `columns` is None."""
-        block = whole if self.columns is None else whole[:, slice(*self.columns)]
+    def of_full(self, full: Tensor) -> Tensor:
+        """This fragment's elements of a full parameter, flat; a view only where `columns` is None."""
+        block = full if self.columns is None else full[:, slice(*self.columns)]
         return block.flatten().narrow(0, self.start, self.numel)
 
 
 class ZeroMasters:
     """The fp32 masters and Adam states behind a DeepSpeed engine (ZeRO 1, 2 or 3).
 
-    names: parameter → its name in the whole model; None: those of the engine's module.
+    names: parameter → its name in the entire model; None: those of the engine's module.
     copies: names that another process writes to checkpoints, such as a tied head's on the last stage.
     """
 
@@ -74,14 +74,14 @@ class ZeroMasters:
             for name, p in named
         }
         self.shapes: dict[str, torch.Size] = {}
-        """Of the whole parameters, those of which this process holds something."""
+        """Name → shape of each full parameter of which this process holds a part."""
         self.fragments: list[Fragment] = []
         for name, parameter in named:
             shard, local = shard_of(parameter), self.local_shapes[name]
             self.shapes[name] = local if shard is None else shard.full_shape(local)
             fragment = self._stage3_fragment(name, parameter) if self.stage == 3 else self._fragment(name, parameter)
             if fragment is not None and shard is not None:
-                fragment = _in_whole(fragment, shard, local)
+                fragment = _in_full(fragment, shard, local)
             if fragment is not None:
                 self.fragments.append(replace(fragment, saved=name not in copies))
 
@@ -94,11 +94,11 @@ class ZeroMasters:
 
     def _fragment(self, name: str, parameter: Any) -> Fragment | None:
         mapping = parameter._hp_mapping
-        if mapping is None:  # wholly on other processes
+        if mapping is None:  # other processes hold all of it
             return None
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        in_parameter, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
         partition = self._partitions()[mapping.param_group_index]
-        return Fragment(name, parameter, here.start, here.numel, partition, there.start)
+        return Fragment(name, parameter, in_parameter.start, in_parameter.numel, partition, in_partition.start)
 
     def _stage3_fragment(self, name: str, parameter: Any) -> Fragment | None:
         group, offset, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
@@ -120,30 +120,30 @@ class ZeroMasters:
         state = self.adam.state.get(partition)
         return int(state["step"]) if state else 0
 
-    # --- the three verbs of quant.plugin.Masters ---
+    # --- the three methods of quant.masters.Masters ---
 
     def full(self, parameter: nn.Parameter) -> Tensor:
-        """The whole fp32 master, on every process that holds some of it. Collective."""
+        """The full fp32 master, on every process that holds some of it. Collective."""
         return self.full_all([parameter])[0]
 
     @torch.no_grad()
     def full_all(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """What `full` gives for each of several parameters, in one exchange. Collective."""
+        """The full fp32 master of each of several parameters, in one exchange. Collective."""
         names = [self.names[id(p)] for p in parameters]
         shards = {name: shard for name, p in zip(names, parameters, strict=True) if (shard := shard_of(p))}
         in_turn = sorted(names, key=lambda name: name not in shards)
         sizes = [self.shapes[name].numel() for name in in_turn]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
-        wholes = {n: part.view(self.shapes[n]) for n, part in zip(in_turn, flat.split(sizes), strict=True)}
+        masters = {n: part.view(self.shapes[n]) for n, part in zip(in_turn, flat.split(sizes), strict=True)}
         for fragment in self.fragments:
-            if fragment.name not in wholes:
+            if fragment.name not in masters:
                 continue
-            whole, own = wholes[fragment.name], fragment.of(fragment.partition)
+            full, own = masters[fragment.name], fragment.of(fragment.partition)
             if fragment.columns is None:
-                fragment.of_whole(whole).copy_(own)
+                fragment.of_full(full).copy_(own)
             else:
-                block = whole[:, slice(*fragment.columns)]
-                part = torch.zeros(block.numel(), dtype=whole.dtype, device=whole.device)
+                block = full[:, slice(*fragment.columns)]
+                part = torch.zeros(block.numel(), dtype=full.dtype, device=full.device)
                 part.narrow(0, fragment.start, fragment.numel).copy_(own)
                 block.copy_(part.view(block.shape))
         # Every element is held by exactly one process of these groups: a sum with zeros is exact.
@@ -151,17 +151,17 @@ class ZeroMasters:
         if shards:
             shard = next(iter(shards.values()))
             shard.parallel.all_reduce(flat[: sum(self.shapes[name].numel() for name in shards)])
-        return [wholes[name] for name in names]
+        return [masters[name] for name in names]
 
     @torch.no_grad()
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the master and the working copy to `value` (the whole parameter, given on every process)."""
+        """Set the master and the working copy to `value`, the full parameter, given on every process."""
         name, shard = self.names[id(parameter)], shard_of(parameter)
         if value.shape != self.shapes[name]:
             raise ValueError(f"{name} has shape {tuple(self.shapes[name])}, the value {tuple(value.shape)}")
         for fragment in self.fragments:
             if fragment.name == name:
-                fragment.of(fragment.partition).copy_(fragment.of_whole(value))
+                fragment.of(fragment.partition).copy_(fragment.of_full(value))
                 if self.stage == 3:
                     self._write_stage3_shard(fragment)
         local = value if shard is None else shard.take(value)
@@ -194,7 +194,7 @@ class ZeroMasters:
 
     @torch.no_grad()
     def refresh_working_copies(self) -> None:
-        """After the masters were written: make the weights that the forward pass uses follow them. Collective."""
+        """Copy the masters, after they were written, into the weights that the forward pass uses. Collective."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -202,12 +202,12 @@ class ZeroMasters:
             self._write_stage3_shard(fragment)
         for parameter in self.zero.persistent_parameters:
             if parameter.data.numel() == parameter.ds_numel:  # resident by now; else the first use gathers it
-                whole, shard = self.full(parameter), shard_of(parameter)
-                parameter.data.copy_(whole if shard is None else shard.take(whole))
+                full, shard = self.full(parameter), shard_of(parameter)
+                parameter.data.copy_(full if shard is None else shard.take(full))
 
 
-def _in_whole(fragment: Fragment, shard: Shard, local: torch.Size) -> Fragment | None:
-    """A fragment of a process's part, as one of the whole parameter; None where it is nothing but padding."""
+def _in_full(fragment: Fragment, shard: Shard, local: torch.Size) -> Fragment | None:
+    """A fragment of a process's part, as one of the full parameter; None where it is only padding."""
     if shard.dim == 1:
         return replace(fragment, columns=(shard.start, shard.start + shard.size))
     row = local[1:].numel()

@@ -41,7 +41,7 @@ def build_timeline(config: RunConfig) -> Timeline:
     warnings = (*about_fraction, *cut, *warnings_of(config, segments, switch_step))
     ratio = None if switch_step is None else resolved_lr_ratio(config, planned)
     timeline = Timeline(segments, config.tokens_per_step, switch_step, planned, ratio, warnings)
-    kept_steps(timeline, config.checkpoint.keep_at)  # a point outside the run is told now, not when training begins
+    kept_steps(timeline, config.checkpoint.keep_at)  # raises now for a point outside the run, not when training begins
     return timeline
 
 
@@ -103,7 +103,7 @@ def _sequential(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedu
 
 def _fused(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
     steps, qat_steps = config.steps, config.steps - switch
-    share_out(schedule_lengths(config, steps), steps, "the run")  # what fits into no split is told first
+    share_out(schedule_lengths(config, steps), steps, "the run")  # reports first what fits into no split
     least, most = qat_bounds(config)
     [warmup], notes = share_out(
         full_precision_lengths(config, switch),
@@ -126,7 +126,7 @@ def _fused(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
 def _fraction_mends(comparison: str, least: int, most: int, steps: int) -> list[str]:
     """`qat.fraction >= y` or `<= y` in so many digits that y itself gives a QAT phase of `least` to `most` steps."""
     if not 0 < least <= most:
-        return []  # no switch leaves room for both phases
+        return []  # no switch leaves steps for both phases
     nearest, rounded = (least, round_up) if comparison == ">=" else (most, round_down)
     for digits in range(3, 17):
         share = rounded(nearest / steps, digits)

@@ -1,4 +1,4 @@
-"""What a configuration allows but hardly means, told in lines: settings without an effect, traps of AdamW."""
+"""Warnings about what a configuration allows but hardly means: settings without an effect, traps of AdamW."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qatscale.schedule.timeline import Segment
 
 
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
-    """All warnings that the configuration and its segments deserve."""
+    """All warnings about a configuration and its segments."""
     return [
         *_qat_without_effect(config),
         *_schedule_without_effect(config, segments),
@@ -107,7 +107,7 @@ def _late_beta2(config: RunConfig, segments: Sequence[Segment], switch_step: int
     """Adam divides its second moment by 1 - beta2^t, with t the steps it has counted, whatever beta2 was meanwhile.
 
     A moment that is warm under the old beta2 is then divided by 1 - new^t instead of 1 - old^t, and each update shrinks
-    by sqrt((1 - new^t) / (1 - old^t)), which the logged rate does not tell: 0.63 at t = 500 for 0.999 after 0.95.
+    by sqrt((1 - new^t) / (1 - old^t)), which the logged rate does not show: 0.63 at t = 500 for 0.999 after 0.95.
     """
     lines = []
     for before, after in pairwise(segments):

@@ -14,7 +14,7 @@ from qatscale.schedule.timeline import Segment, Timeline
 
 CURVE_POINTS = 300
 """Points drawn of one warm-up or cooldown."""
-# Okabe and Ito's palette: told apart with every common form of colour blindness, and in grey by lightness.
+# Okabe and Ito's palette: distinct with every common form of colour blindness, and in grey by lightness.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
 
 

@@ -1,4 +1,4 @@
-"""QAT's share of a run: as the recipe says, or `auto`, the planner's optimum inside what the scheme can hold."""
+"""QAT's share of a run: the recipe's, or with `auto` the planner's optimum within what the scheme can hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qatscale.schedule.lengths import Length, full_precision_lengths, qat_length
 
 
 def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
-    """QAT's share of all tokens before rounding to steps, and what is to be said about it.
+    """QAT's share of all tokens before rounding to steps, and warnings about it.
 
     `auto` is the planner's optimum with N = all parameters (a tied embedding once), D = `tokens`, B = `qat.bits`: what
     `qatscale plan` answers. Where the scheme's warm-ups and cooldowns need a longer or shorter QAT phase, or where the
@@ -41,7 +41,7 @@ def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
 
 
 def nearest_fraction(config: RunConfig, optimum: float) -> float:
-    """`optimum`, or the nearest share of whole steps whose two phases hold their warm-ups and cooldowns.
+    """`optimum`, or the nearest share in full steps whose two phases hold their warm-ups and cooldowns.
 
     UserError where a run has one step, too short for two phases.
     """
@@ -56,7 +56,7 @@ def nearest_fraction(config: RunConfig, optimum: float) -> float:
 def qat_bounds(config: RunConfig) -> tuple[int, int]:
     """Steps of the shortest and of the longest QAT phase whose run holds its lengths; crossed where none does.
 
-    Defaults other than the cooldown of the QAT phase count for nothing: they take what is left.
+    Defaults other than the cooldown of the QAT phase do not count: they take what is left.
     """
     steps = config.steps
 

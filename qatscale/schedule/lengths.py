@@ -1,6 +1,6 @@
 """Lengths of warm-ups and cooldowns: from fractions and tokens to optimizer steps, and how they share a phase.
 
-A length that a recipe or a person gives is kept or refused. A default takes what the given ones leave.
+A length that a recipe gives is kept or refused. A default takes what the given lengths leave.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Length:
     key: str
     """Dotted, e.g. `schedule.cooldown_fraction`."""
     value: float
-    """As the setting has it: a share of `whole`, or tokens."""
-    whole: int
-    """Steps of the schedule it belongs to."""
+    """The setting: a share of `total`, or tokens."""
+    total: int
+    """Optimizer steps of the schedule that it belongs to."""
     tokens_per_step: int
     is_default: bool
 
@@ -43,16 +43,16 @@ class Length:
         """`key <= value`, the largest setting that makes it at most `steps` long."""
         if steps <= 0:
             return f"{self.key}=0"
-        largest = str(steps * self.tokens_per_step) if self.in_tokens else f"{round_down(steps / self.whole):g}"
+        largest = str(steps * self.tokens_per_step) if self.in_tokens else f"{round_down(steps / self.total):g}"
         return f"{self.key} <= {largest}"
 
 
-def schedule_lengths(config: RunConfig, whole: int) -> tuple[Length, Length]:
-    """The warm-up and the cooldown of a schedule of `whole` steps."""
+def schedule_lengths(config: RunConfig, total: int) -> tuple[Length, Length]:
+    """The warm-up and the cooldown of a schedule of `total` steps."""
     own = config.schedule
     return (
-        _length("schedule.warmup", own.warmup_fraction, own.warmup_tokens, WARMUP, whole, config),
-        _length("schedule.cooldown", own.cooldown_fraction, own.cooldown_tokens, COOLDOWN, whole, config),
+        _length("schedule.warmup", own.warmup_fraction, own.warmup_tokens, WARMUP, total, config),
+        _length("schedule.cooldown", own.cooldown_fraction, own.cooldown_tokens, COOLDOWN, total, config),
     )
 
 
@@ -76,17 +76,17 @@ def qat_lengths(config: RunConfig, qat_steps: int) -> list[Length]:
 
 
 def _length(
-    key: str, fraction: float | None, tokens: int | None, default: float, whole: int, config: RunConfig
+    key: str, fraction: float | None, tokens: int | None, default: float, total: int, config: RunConfig
 ) -> Length:
-    """The length that `{key}_fraction` of `whole` steps, or `{key}_tokens`, or neither (`default`) asks for.
+    """The length that `{key}_fraction` of `total` steps, or `{key}_tokens`, or neither (`default`) asks for.
 
     Rounded to the nearest step.
     """
     per_step = config.tokens_per_step
     if tokens is not None:
-        return Length(round(tokens / per_step), f"{key}_tokens", tokens, whole, per_step, False)
+        return Length(round(tokens / per_step), f"{key}_tokens", tokens, total, per_step, False)
     share = default if fraction is None else fraction
-    return Length(round(share * whole), f"{key}_fraction", share, whole, per_step, fraction is None)
+    return Length(round(share * total), f"{key}_fraction", share, total, per_step, fraction is None)
 
 
 def share_out(
@@ -94,8 +94,8 @@ def share_out(
 ) -> tuple[list[int], list[str]]:
     """The steps of each of `lengths` inside the `steps` of `where`, and notes about defaults that were cut.
 
-    UserError, with each setting that mends it, where lengths that were asked for are together longer than `steps`, or
-    where one of them rounds to no step.
+    UserError, with each setting that fixes it, where the given lengths together exceed `steps`, or where one of them
+    rounds to no step.
     """
     asked = [length for length in lengths if not length.is_default]
     for length in asked:
@@ -109,11 +109,11 @@ def share_out(
         found.append(given)
         if given < length.steps:
             notes.append(
-                f"the default of {length.key}, {length.value:g} of {length.whole} steps, is cut to {given}: no more "
+                f"the default of {length.key}, {length.value:g} of {length.total} steps, is cut to {given}: no more "
                 f"are left of the {steps} steps of {where}"
             )
         elif length.is_cooldown and not given and length.value:
-            notes.append(f"the default of {length.key}, {length.value:g}, rounds to no step of {length.whole}")
+            notes.append(f"the default of {length.key}, {length.value:g}, rounds to no step of {length.total}")
     return found, notes
 
 
@@ -137,7 +137,10 @@ def _check_rounding(length: Length) -> None:
     if length.in_tokens:
         said, least = f"less than one optimizer step of {length.tokens_per_step} tokens.", str(length.tokens_per_step)
     else:
-        said, least = f"rounds to no optimizer step of {length.whole}.", f"{round_up(1 / length.whole):g}"
+        said, least = (
+            f"rounds to no optimizer step of {length.total}.",
+            f"{round_up(1 / length.total):g}",
+        )
     raise UserError(length.key, length.value, said, f"Set {length.key}=0 for none, or at least {least}.")
 
 

@@ -1,4 +1,4 @@
-"""The peak rate of the QAT phase: a rate of its own, a ratio to that of full precision, or the rule behind `auto`."""
+"""The peak rate of the QAT phase: a given rate, a ratio to that of full precision, or the rule behind `auto`."""
 
 from __future__ import annotations
 

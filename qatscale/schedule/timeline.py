@@ -1,7 +1,8 @@
-"""The timeline of a run: what holds at each optimizer step. A pure function of the step and the configuration.
+"""The timeline of a run: the settings of each optimizer step, as a pure function of the step and the configuration.
 
-A timeline is a row of segments [start, end) in 0-based optimizer steps, each a warm-up, a stable phase or a cooldown,
-full-precision or quantized. `at(step)` answers from the step alone, so a checkpoint holds a counter and no scheduler.
+A timeline is a sequence of segments [start, end) in 0-based optimizer steps. Each is a warm-up, a stable phase or a
+cooldown, in full precision or quantized. `at(step)` answers from the step alone, so a checkpoint holds a counter and no
+scheduler.
 
 The learning rate, with `peak` the rate of the stable phase:
 
@@ -9,10 +10,9 @@ The learning rate, with `peak` the rate of the stable phase:
     stable:                       peak
     cooldown of n steps from c:   peak * factor((step - c) / n) the end, factor(1), lies just after the last step
 
-So the cooldown's first step still has the full rate (lowered_linear: the lowered one) and its last step is never wasted
+So the cooldown's first step still has the full rate (lowered_linear: the lowered one), and its last step is not wasted
 on rate 0. This is the convention of the published WSD code (arXiv 2405.18392). Every warm-up starts at 0, also the one
-after the switch: the moments AdamW brings along belong to another forward pass, and a ramp from 0 assumes nothing of
-them.
+after the switch: AdamW's moments then come from another forward pass, and a ramp from 0 assumes nothing about them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qatscale.schedule.cooldown import Cooldown
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What one optimizer step runs with."""
+    """The settings of one optimizer step."""
 
     phase: Phase
     quantized: bool
@@ -76,7 +76,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A run's segments, which partition [0, steps), and what follows from them."""
+    """A run's segments, which partition [0, steps)."""
 
     segments: tuple[Segment, ...]
     tokens_per_step: int
@@ -87,7 +87,7 @@ class Timeline:
     qat_lr_ratio: float | None = None
     """Peak rate of the QAT phase over that of full precision; None for no QAT."""
     warnings: tuple[str, ...] = ()
-    """What is allowed but probably not meant; for the console, one line each."""
+    """Lines about what is allowed but probably not meant."""
 
     def __post_init__(self) -> None:
         ends = [0, *(segment.end for segment in self.segments)]
@@ -123,7 +123,7 @@ class Timeline:
         return self.segments[bisect_right(self.segments, step, key=lambda segment: segment.start) - 1]
 
     def at(self, step: int) -> StepSettings:
-        """What the 0-based optimizer step `step` runs with. IndexError outside [0, steps)."""
+        """The settings of the 0-based optimizer step `step`. IndexError outside [0, steps)."""
         return self.segment_at(step).at(step)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Timeline:
 def kept_steps(timeline: Timeline, keep_at: Iterable[int]) -> tuple[int, ...]:
     """The boundaries and `checkpoint.keep_at`: steps after so many of which a checkpoint is kept for good, ascending.
 
-    keep_at: tokens from the start, rounded to the nearest step. UserError where one rounds to 0 or lies behind the end.
+    keep_at: tokens from the start, rounded to the nearest step. UserError where one rounds to 0 or lies beyond the end.
     """
     kept = set(timeline.boundaries)
     for tokens in keep_at:
@@ -190,7 +190,7 @@ def first_difference(first: Timeline, second: Timeline, until: int) -> SettingsD
     """Where two timelines first prescribe different settings at a step < `until`, or None.
 
     A branch equals its parent up to its start only if this is None for `until` = the start. Compared are the learning
-    rate, betas, weight decay and quantization, not the names of phases: a stable phase is no other for what follows it.
+    rate, betas, weight decay and quantization, but not the names of phases.
     """
     step = 0
     while step < until:

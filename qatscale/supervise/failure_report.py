@@ -128,4 +128,4 @@ def report(failures: Sequence[Failure], logs: str) -> str:
     several = first.kind in ("gone", "silent", "stalled")
     blamed = [failure.sentence for failure in failures if several and failure.kind == first.kind and failure != first]
     lines = ["=" * 80, *filter(None, [first.text.strip()]), first.sentence, *blamed]
-    return "\n".join([*lines, f"logs of all ranks: {logs}; the same command goes on from the newest checkpoint"])
+    return "\n".join([*lines, f"logs of all ranks: {logs}; the same command continues from the newest checkpoint"])

@@ -1,8 +1,8 @@
-"""Who writes a run folder, and whether that process still lives.
+"""The identity of a process, and whether it still runs.
 
-A process id alone says little: ids are used again, and a folder may lie on a disk that several machines share. Host,
-boot id and start tick together name one process for good (Linux `proc(5)`: field 22 of `/proc/PID/stat` is the start
-time in clock ticks since boot, so no change of the wall clock can touch it).
+A process id alone does not identify a process: ids are used again, and a folder may lie on a disk that several machines
+share. Host, boot id and start tick together identify it for good. Linux `proc(5)`: field 22 of `/proc/PID/stat` is the
+start time in clock ticks since boot, which no change of the wall clock can touch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ZOMBIE_OR_DEAD = {"Z", "X", "x"}
 
 
 def identity() -> dict[str, Any]:
-    """This process: ``{"host", "pid", "boot_id", "namespace", "start_ticks"}``; null where there is no /proc."""
+    """This process: ``{"host", "pid", "boot_id", "namespace", "start_ticks"}``; null without /proc."""
     stat = _stat(os.getpid())
     return {
         "host": socket.gethostname(),
@@ -29,8 +29,8 @@ def identity() -> dict[str, Any]:
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:
-    """Whether the process of `identity()` still runs; None when it belongs to another machine, or to another container
-    of this one, and nobody here can say.
+    """Whether the process of `identity()` still runs; None where it cannot be known here, since the process belongs to
+    another machine or to another container of this one.
 
     A zombie (ended, not yet collected by its parent) counts as dead.
     """
@@ -45,13 +45,13 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
 
 
 def parent_of(pid: int) -> int | None:
-    """The process that started this one, or whoever adopted it; None where there is no such process."""
+    """The parent of a process, or the process that adopted it; None where `pid` does not exist."""
     stat = _stat(pid)
     return stat[2] if stat else None
 
 
 def _stat(pid: int) -> tuple[str, int, int] | None:
-    """(state letter, start tick, parent) of a process, None when there is none."""
+    """(state letter, start tick, parent) of a process; None where it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

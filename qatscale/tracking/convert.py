@@ -1,6 +1,6 @@
 """Training checkpoint, DeepSpeed's universal layout, Hugging Face: from any of them to the others.
 
-One parameter is in memory at a time, and what is written appears whole or not at all.
+One parameter is in memory at a time, and the output appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _refuse_idle(found: Format, recipe: str | None, overrides: Sequence[str], tr
 
 
 def write_hugging_face(state: TrainingState, out: Path) -> None:
-    """The weights in full precision, with the tokenizer of the run's data where it is there."""
+    """The weights in full precision, with the tokenizer of the run's data where that exists."""
     model = state.config.model
     shapes = {name: shape for name, shape in state.shapes.items() if not name.endswith(".weight_scale")}
     export_hugging_face(

@@ -18,7 +18,7 @@ class Cursor:
     offset: int = 0
     """Bytes of metrics.jsonl that MLflow has confirmed."""
     described: bool = False
-    """Parameters and the tags that never change are there."""
+    """Parameters and the tags that never change are uploaded."""
     parent_run_id: str | None = None
     artifacts: dict[str, list[int]] = field(default_factory=dict)
     """Size and modification time (ns) of each uploaded file."""

@@ -29,13 +29,13 @@ def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
     """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events, in order.
 
     Intervals with warm-up steps are left out (evaluation and checkpoints are in none); None where fewer than
-    LEAST_STEPS are left, which is no speed to keep. An interval counts as often as it has steps.
+    LEAST_STEPS are left. An interval counts as often as it has steps.
     """
     speeds: dict[str, list[float]] = {"fp": [], "qat": []}
     before, kinds = 0, set()
     for record in records:
         kind = "qat" if record["phase"].startswith("qat_") else "fp"
-        if not record.get("warmup", kind not in kinds):  # runs of before there was the mark: each kind's first one
+        if not record.get("warmup", kind not in kinds):  # older runs lack the mark: each kind's first one
             speeds[kind] += [record["tokens_per_second"]] * (record["step"] - before)
         kinds.add(kind)
         before = record["step"]

@@ -12,7 +12,7 @@ from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import resolve_uri
 
 PATIENCE = 120.0
-"""Seconds after the run's end in which the follower goes on trying."""
+"""Seconds after the run's end in which the follower keeps trying."""
 
 
 class Follower(Protocol):
@@ -38,7 +38,7 @@ class FollowerProcess:
         try:
             code = self.child.wait(seconds)
         except subprocess.TimeoutExpired:
-            why = f"is not finished after {seconds:.0f} s; it goes on in the background"
+            why = f"is not finished after {seconds:.0f} s; it continues in the background"
         else:
             if code == 0:
                 return None

@@ -32,10 +32,10 @@ from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.components import TrainingComponents
 
 _TIMEOUT = timedelta(days=1)
-"""Of the group: processes wait for the slowest writer. The watchdog notices a hang sooner."""
+"""The group's timeout: processes wait for the slowest writer. The watchdog notices a hang sooner."""
 NICE = 10
-"""Of the writing thread. Where the CPU also computes the steps, hashing and copying into the page cache would otherwise
-take half of it from them."""
+"""Priority of the writing thread. Where the CPU also computes the steps, hashing and copying into the page cache would
+otherwise take half of it from them."""
 NOTICEABLE = 0.1
 """Seconds of waiting that are reported."""
 PATIENCE_AFTER_ERROR = 600.0

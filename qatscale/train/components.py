@@ -50,7 +50,7 @@ class RunSetup:
     ds_config: dict[str, Any]
     """Merged with the recipe: what DeepSpeed gets."""
     precision: Literal["fp32", "bf16"]
-    """Of forward and backward; the masters are in fp32."""
+    """The type of forward and backward; the masters are in fp32."""
     batches: BatchReader
     validation: EvaluationReader
     notices: tuple[str, ...]

@@ -30,7 +30,7 @@ def evaluate_checkpoint(
     overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config = load_run_config(recipe, overrides)
     for bits in ptq_bits:
-        get_quantizer(bits)  # refuses a width there is none for, before anything is loaded
+        get_quantizer(bits)  # refuses an unknown bit width before anything is loaded
     reader = open_validation(config)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)

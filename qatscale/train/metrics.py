@@ -17,12 +17,14 @@ from qatscale.engine.runtime import Runtime
 from qatscale.schedule.timeline import StepSettings
 
 WARMUP_STEPS = 10
-"""Steps after a start or the switch that no speed of record counts: compilation, first allocations, cold caches."""
+"""Steps after a start or the switch that no speed counts: compilation, first allocations, cold caches."""
 
 
 def total_peak(device_name: str, devices: int, precision: Literal["fp32", "bf16"]) -> float | None:
-    """FLOP/s that the devices could do at most in this precision; None where that is not known: no MFU is better than a
-    wrong one. The table is of bf16 matrix units, which fp32 arithmetic does not use."""
+    """Peak FLOP/s of the devices in this precision; None where it is not known: no MFU is better than a wrong one.
+
+    The table holds the peaks of bf16 matrix units, which fp32 arithmetic does not use.
+    """
     peak = peak_flops(device_name) if precision == "bf16" else None
     return peak * devices if peak else None
 
@@ -58,7 +60,7 @@ class Meter:
 
     @contextmanager
     def data(self) -> Iterator[None]:
-        """Time spent waiting for the batch."""
+        """A context whose time was spent on reading the batch."""
         start = time.perf_counter()
         yield
         self._data_seconds += time.perf_counter() - start
@@ -72,8 +74,7 @@ class Meter:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is not training: checkpoints, validation, the switch. Waits for the device on both sides, so open
-        it where there is something to do and not in every step."""
+        """A context whose time is not training: checkpoints, validation. It waits for the device on both sides."""
         self._wait()
         start = time.perf_counter()
         yield
@@ -87,16 +88,15 @@ class Meter:
     def read(
         self, step: int, settings: StepSettings, engine: Any, qat_counts: torch.Tensor | None = None
     ) -> dict[str, Any]:
-        """The interval's record, `step` steps done. Collective.
+        """The interval's record after `step` steps. Collective.
 
-        `loss` is the mean over every token of the interval's `steps` on all processes; the rest but the speeds is of
-        its last step. `warmup`: WARMUP_STEPS were not done when it began, and speeds of record leave it out
-        (`tracking.final.median_speeds`). FloatingPointError where the loss or a gradient is not finite: what follows
-        would be noise.
+        `loss` is the mean over all tokens of the interval's `steps` on all processes. All but the loss and the speeds
+        describe the last step. `warmup` marks an interval that began before WARMUP_STEPS were done, which final speeds
+        leave out. FloatingPointError where the loss or a gradient is not finite: all later numbers would be noise.
 
-        qat_counts: of `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the
-        floor, and `code_flips`, the share of quantized weights whose code changed in the interval's last step. A signal
-        that ends an interval early leaves the second out.
+        qat_counts: `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the floor,
+        and `code_flips`, the share of quantized weights whose code changed in the interval's last step. A signal that
+        ends an interval early leaves the second out.
         """
         sums = self._loss.view(1) if qat_counts is None else torch.cat([self._loss.view(1), qat_counts])
         if self._runtime.ranks > 1:
@@ -105,7 +105,7 @@ class Meter:
         loss = total / (self._micro_batches * self._runtime.ranks)
         if not math.isfinite(loss):
             raise _diverged(f"the loss is {loss} in the {self._steps} steps up to step {step}")
-        if engine.skipped_steps:  # what DeepSpeed does then, without a word: the loss stays where it is
+        if engine.skipped_steps:  # DeepSpeed skips such a step silently, and the loss stays where it is
             raise _diverged(f"the gradient of {engine.skipped_steps} of the steps up to step {step} is not finite")
         seconds = time.perf_counter() - self._started - self._paused
         tokens_per_second = self._steps * self._tokens_per_step / seconds

@@ -1,4 +1,4 @@
-"""How a run begins: fresh, resumed, or branched from another run's checkpoint. Decided before any process group."""
+"""Where a run begins: fresh, resumed, or branched from another run's checkpoint. Decided before any process group."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MAY_CHANGE = (
     "log_interval",
     "output",
     "data.path",
-    "name",  # goes by the folder, which may have been renamed
+    "name",  # that of the folder, which may have been renamed
 )
-"""What a resume may set anew: none of it changes what is computed, but for the order of sums."""
+"""Keys that a resume may change. None of them changes what is computed, except for the order of sums."""
 
 
 def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None = None) -> ResumePlan | None:
@@ -51,7 +51,7 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
         return None
     if _reads_a_former_order(folder):
         problem = f"{folder.path} was begun by a version that read the training data in another order."
-        do = "Finish it with that version, or branch from its checkpoint, which goes on in this version's order."
+        do = "Finish it with that version, or branch from its checkpoint, which continues in this version's order."
         raise UserError("name", config.name, problem, do)
     if folder.status == "running":
         raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
@@ -67,11 +67,11 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
 
 
 def _check_output(output: Path) -> None:
-    """UserError where no folder can be made: told by every process now, and not by the first while the others wait."""
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        told = f"{there} is {'write-protected' if there.is_dir() else 'a file'}."
-        raise UserError("output", str(output), told, "Choose another folder for the runs.")
+    """UserError where no folder can be made. Every process finds it now, before the others wait for the first."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = f"{existing} is {'write-protected' if existing.is_dir() else 'a file'}."
+        raise UserError("output", str(output), problem, "Choose another folder for the runs.")
 
 
 def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | Non
 
 
 def _reads_a_former_order(folder: RunFolder) -> bool:
-    """Whether a run was begun when sequences were shuffled within blocks: its recipe records how large they were."""
+    """Whether a run was begun when sequences were shuffled within blocks: its recipe then has the blocks' size."""
     return "shuffle_block" in folder.recipe["data"]
 
 
@@ -150,9 +150,9 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
 
 
 def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple[str, ...]:
-    """Notices about the data of a run that starts from a checkpoint. UserError where a resume would go on with others.
+    """Notices about the data of a run that starts from a checkpoint. UserError where a resume would use other data.
 
-    `fingerprint`: of the training data's manifest; it knows the tokens, not where they lie.
+    fingerprint: the training data's; it identifies the tokens, wherever they are stored.
     """
     if resume.manifest is None or resume.manifest.data == fingerprint:
         return ()
@@ -161,5 +161,7 @@ def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple
     assert resume.checkpoint is not None
     if _run_of(resume.checkpoint) == config.folder.resolve():
         allowed = "holds other tokens than the run was trained on up to its checkpoint."
-        raise UserError("data.path", None, allowed, "Give the folder of the same data, or branch to go on with others.")
-    return ("the branch goes on with other data than its parent was trained on",)
+        raise UserError(
+            "data.path", None, allowed, "Give the folder of the same data, or branch to continue on other data."
+        )
+    return ("the branch continues on other data than its parent was trained on",)

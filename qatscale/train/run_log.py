@@ -184,7 +184,7 @@ class RunLog:
         if self.runtime.is_main:
             name = signal.Signals(number).name
             self.folder.append("stopped", step=step, signal=name)
-            self.console.notice(f"{name}: saved at step {step}; the same command goes on from there")
+            self.console.notice(f"{name}: saved at step {step}; the same command continues from there")
 
     def finished(self, step: int, final: dict[str, Any]) -> None:
         if self.runtime.is_main:

@@ -17,7 +17,7 @@ from qatscale.quant.views import view
 
 
 def ptq_view(bits: float) -> str:
-    """The name of a post-training-quantized view: ptq2, ptq1.58."""
+    """The name of a post-training-quantized view, such as ptq2 or ptq1.58."""
     return f"ptq{bits:g}"
 
 

@@ -109,7 +109,7 @@ def test_a_stopped_study_goes_on_and_trains_nothing_twice(tiny: Path, tmp_path: 
     process.send_signal(signal.SIGTERM)
     code, output = studies.finish(process)
     assert code == 75, output
-    assert "goes on from there" in output
+    assert "continues from there" in output
     assert not studies.workers_of(folder)
     code, output = studies.finish(studies.study("run", folder, "--workers", "2"))
     assert code == 0, output

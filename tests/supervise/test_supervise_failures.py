@@ -106,7 +106,7 @@ def test_the_message_ends_with_the_first_failure_whole() -> None:
     assert "consequence of 0" not in told
     assert told.splitlines()[-2:] == [
         "rank 3 on host b failed at step 17: ValueError: no",
-        "logs of all ranks: runs/x/logs; the same command goes on from the newest checkpoint",
+        "logs of all ranks: runs/x/logs; the same command continues from the newest checkpoint",
     ]
     cut = report([failure(2, "silent", 1), failure(3, "silent", 2)], "logs").splitlines()
     assert [line.partition(" at ")[0] for line in cut[1:3]] == [

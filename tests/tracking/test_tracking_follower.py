@@ -190,7 +190,7 @@ def test_a_server_that_does_not_answer_costs_the_trainer_nothing(
     line = follower.finish(0.5)
     assert time.monotonic() - began < 1.5
     assert line is not None
-    assert "goes on in the background" in line
+    assert "continues in the background" in line
     assert f"`qatscale track-sync {folder.path}` uploads the rest" in line
     line = follower.finish(60)
     assert line is not None

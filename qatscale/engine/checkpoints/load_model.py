@@ -23,7 +23,7 @@ def load_checkpointed_model(checkpoint: Path, config: RunConfig, device: torch.d
     timeline = build_timeline(config)
     plugin = QatPlugin(config.qat, timeline.switch_step)
     plugin.prepare(model)
-    model.load_state_dict(reader.weights(), strict=False)  # tied weights are there once; names were checked on saving
+    model.load_state_dict(reader.weights(), strict=False)  # tied weights are stored once; names were checked on saving
     plugin.load_state(reader.manifest.plugin)
     if precision_of(load_ds_config(config.engine.ds_config)) == "bf16":
         model.to(torch.bfloat16)  # scales and weights as the forward pass saw them
