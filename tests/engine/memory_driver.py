@@ -34,7 +34,6 @@ from qatscale.engine.topology import join_topology
 from qatscale.engine.weight_cache import keeps_weights
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.cache import WeightCache
-from qatscale.quant.kernels import cpu
 from qatscale.quant.plugin import QatPlugin
 from qatscale.timeline import build_timeline
 
@@ -49,8 +48,6 @@ def measure(overrides: list[str], ds_config: dict[str, Any], runtime: Runtime) -
     topology = join_topology(config, layout, runtime)
     rows = config.batch.sequences // layout.data
     batch = torch.randint(config.model.vocab_size, (rows, config.data.sequence_length + 1))
-    for buffer in range(4):  # workspaces, which stay: not of one run, and not of the estimate
-        cpu._buffer(buffer, torch.empty(cpu.BLOCK, device="meta"))
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function("step build"):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 
 from qatscale.config import load_ds_config, load_run_config
-from qatscale.engine.dry_run.replay import _SMALL
 from qatscale.engine.dry_run.scale_plan import plan_scale
 from qatscale.engine.layout import plan_layout
 from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
-from qatscale.quant.kernels import cpu
 
 QAT = ["qat.scheme=scratch", "qat.bits=2", "batch.sequences=8"]
 ON, OFF = "engine.quantized_weight_cache=on", "engine.quantized_weight_cache=off"
@@ -58,7 +56,3 @@ def test_what_it_costs_is_told() -> None:
 def test_an_option_without_effect_is_told() -> None:
     config, ds = load_run_config("debug", [*QAT, ON, "batch.micro_batch=8"]), load_ds_config("zero1_fp32")
     assert "has no effect" in weight_cache_notices(config, ds, plan_layout(config, ds, 1))[0]
-
-
-def test_the_estimate_and_the_quantizer_agree_on_what_is_small() -> None:
-    assert _SMALL == cpu.SMALL

@@ -5,8 +5,8 @@
 Parts: `correct` holds both passes against the plain arithmetic (values and dL/dw to the bit, dL/dα to float64) and
 against themselves (bit for bit the same every time). `bandwidth` times them in a CUDA graph, over weights that do not
 fit the second-level cache, beside a copy, and at 4 bits in bf16 for several ways to cut them up. `layer` times
-FakeQuantLinear against Linear over the tokens of a micro-batch. `--device cpu` runs the same with the CPU's kernels on
-toy sizes: it tests the script.
+FakeQuantLinear against Linear over the tokens of a micro-batch. `--device cpu` runs the same with the plain arithmetic
+on toy sizes: it tests the script.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from record import Record, about_here, require
 from torch import Tensor, nn
 
-from qatscale.quant.kernels import cpu, reference
+from qatscale.quant.kernels import reference
 from qatscale.quant.layers import FakeQuantLinear
 from qatscale.quant.quantizers import QUANTIZERS, Quantizer
 
@@ -62,7 +62,7 @@ class Bench:
 
             self.kernels: Any = triton
         else:
-            self.kernels = cpu
+            self.kernels = reference
         self.copies: dict[torch.dtype, float] = {}
 
     # --- correct ---

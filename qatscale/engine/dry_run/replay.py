@@ -36,8 +36,6 @@ from qatscale.engine.weight_cache import kept_bytes
 from qatscale.model.chunks import chunk_rows
 
 Device = Literal["cuda", "cpu"]
-_SMALL = 1 << 16
-"""`SMALL` of `qatscale.quant.kernels.cpu`, which imports torch."""
 
 
 @dataclass(frozen=True)
@@ -351,10 +349,10 @@ class Step:
         return matrix.numel * self.micro.weight if self._is_quantized(matrix) and not self.keeps_weights else 0
 
     def _workspace(self, numel: int, passes: int) -> int:
-        """What quantizing makes on the way to its result: nothing, but for small matrices on CPU, which go through one
-        operation after the other (`qatscale.quant.kernels`). Of the last one's results in fp32 is the one that stays.
+        """What quantizing makes on the way to its result: nothing on GPUs; on CPU, operation by operation, `passes`
+        fp32 tensors, of which in fp32 the last is the result.
         """
-        if self.micro.device == "cuda" or numel > _SMALL:
+        if self.micro.device == "cuda":
             return 0
         return numel * FP32 * (passes - (self.micro.weight == FP32))
 

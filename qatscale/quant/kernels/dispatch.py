@@ -1,18 +1,17 @@
 """One autograd function for every quantizer, and which implementation computes its two passes.
 
-CUDA in fp32 or bf16: the Triton kernels, behind two operators that torch.compile takes as they are. CPU: blocks of
-rows; but inside a compiled region the plain arithmetic, which the compiler fuses into a loop of its own. All else
-(float64, small matrices, other devices, tensors that only stand for others): the plain arithmetic.
+CUDA in fp32 or bf16: the Triton kernels, behind two operators that torch.compile takes as they are. All else: the plain
+arithmetic.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qatscale.quant.kernels import cpu, operators, reference
+from qatscale.quant.kernels import operators, reference
 
 if TYPE_CHECKING:
     from qatscale.quant.quantizers import Quantizer
@@ -42,33 +41,19 @@ class FakeQuantize(torch.autograd.Function):
 
 def quantize(quantizer: Quantizer, w: Tensor, alpha: Tensor) -> Tensor:
     """ŵ by the implementation for these tensors."""
-    match _implementation(w, alpha):
-        case "triton":
-            return operators.quantize(w, alpha, quantizer.width)
-        case "cpu":
-            return cpu.quantize(quantizer, w, alpha)
-        case _:
-            return reference.quantize(quantizer, w, alpha)
+    if _has_kernels(w, alpha):
+        return operators.quantize(w, alpha, quantizer.width)
+    return reference.quantize(quantizer, w, alpha)
 
 
 def gradients(
     quantizer: Quantizer, grad: Tensor, w: Tensor, alpha: Tensor, grad_factor: float
 ) -> tuple[Tensor, Tensor]:
     """(dL/dw, dL/dα) by the implementation for these tensors."""
-    match _implementation(w, alpha):
-        case "triton":
-            return operators.gradients(grad, w, alpha, quantizer.width, grad_factor)
-        case "cpu":
-            return cpu.gradients(quantizer, grad, w, alpha, grad_factor)
-        case _:
-            return reference.gradients(quantizer, grad, w, alpha, grad_factor)
+    if _has_kernels(w, alpha):
+        return operators.gradients(grad, w, alpha, quantizer.width, grad_factor)
+    return reference.gradients(quantizer, grad, w, alpha, grad_factor)
 
 
-def _implementation(w: Tensor, alpha: Tensor) -> Literal["triton", "cpu", "reference"]:
-    if reference.compute_dtype(w, alpha) != torch.float32:
-        return "reference"
-    if w.is_cuda:
-        return "triton" if operators.AVAILABLE else "reference"
-    if w.device.type != "cpu" or torch.compiler.is_compiling() or w.numel() <= cpu.SMALL:
-        return "reference"
-    return "cpu" if type(w) in (Tensor, nn.Parameter) else "reference"
+def _has_kernels(w: Tensor, alpha: Tensor) -> bool:
+    return w.is_cuda and operators.AVAILABLE and reference.compute_dtype(w, alpha) == torch.float32
