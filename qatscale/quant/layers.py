@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatscale.model.tensor_parallel import Shard, mark, shard_of
-from qatscale.quant.kernels.dispatch import quantize
 from qatscale.quant.quantizers import BY_WIDTH, BitsRule, Quantizer, get_quantizer
 
 Mode = Literal["off", "learned", "dynamic"]
@@ -52,7 +51,6 @@ class FakeQuant(nn.Module):
     _width: str
     _dynamic_width: str
     _dynamic_scale: Tensor | None
-    _held: Tensor | None
 
     @classmethod
     def convert(
@@ -101,21 +99,6 @@ class FakeQuant(nn.Module):
             raise ValueError(f"mode {mode!r}: one of {', '.join(get_args(Mode))}")
         self._mode = mode
         self._dynamic_scale = None
-        self.release()
-
-    @torch.no_grad()
-    def hold(self) -> int:
-        """Quantize the weight now, for all forward passes until `release` or until the mode is set; returns its bytes.
-
-        The weight and its scale must not change meanwhile; gradients are as ever. Only in mode `learned`. Not under
-        ZeRO-3, which has no weights outside of forward.
-        """
-        assert self._mode == "learned", f"mode {self._mode!r} has no weight to hold"
-        self._held = quantize(self.quantizer, self.weight, self.weight_scale)
-        return self._held.nbytes
-
-    def release(self) -> None:
-        self._held = None
 
     @property
     def quantizer(self) -> Quantizer:
@@ -194,9 +177,7 @@ class FakeQuantLinear(nn.Linear, FakeQuant):
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
-        if self._held is not None:
-            weight = self.quantizer.straight_through(weight, self.learned_scale, self._held, self.grad_factor)
-        elif self._mode == "learned":
+        if self._mode == "learned":
             weight = self.quantizer.fake_quantize(weight, self.learned_scale, self.grad_factor)
         elif self._mode == "dynamic":
             weight = self.dynamic_quantizer.fake_quantize(weight.detach(), self.dynamic_scale())

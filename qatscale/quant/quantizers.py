@@ -102,15 +102,7 @@ class Quantizer:
         in fp32 (float64 for float64 inputs). Autograd keeps references to w and α only, and recomputes the rest.
         """
         _check_shapes(w, alpha)
-        return FakeQuantize.apply(w, alpha, self, grad_factor, None)
-
-    def straight_through(self, w: Tensor, alpha: Tensor, quantized: Tensor, grad_factor: float = 1.0) -> Tensor:
-        """`fake_quantize(w, alpha, grad_factor)` where its value is there already, as `quantized`.
-
-        The result lies in the memory of `quantized`; gradients are computed from w and α.
-        """
-        _check_shapes(w, alpha)
-        return FakeQuantize.apply(w, alpha, self, grad_factor, quantized)
+        return FakeQuantize.apply(w, alpha, self, grad_factor)
 
     @torch.no_grad()
     def codes(self, w: Tensor, alpha: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from qatscale.engine.dry_run.replay import Step
 from qatscale.engine.dry_run.share import share_of
 from qatscale.engine.dry_run.zero_plan import zero_plan
 from qatscale.engine.layout import Layout, plan_layout, stages_of
-from qatscale.engine.weight_cache import keeps_weights
 
 DRIVER = Path(__file__).with_name("memory_driver.py")
 BASE = [
@@ -51,14 +50,13 @@ def _ds(stage: int, precision: str, **zero: Any) -> dict[str, Any]:
 
 
 _TENSOR, _SEQUENCE = ("engine.tensor_parallel=2",), ("engine.tensor_parallel=2", "engine.sequence_parallel=true")
-_KEPT = ("engine.quantized_weight_cache=on",)
 _PIPELINE, _RECOMPUTE = ("engine.pipeline_stages=2",), ("engine.activation_checkpointing=true",)
 _TWO_PASSES = ("batch.sequences=8",)
 """Of two data-parallel processes; else each would have one micro-batch."""
 
 RUNS = {
     "1 process, ZeRO-1 fp32": Run(1, (), _ds(1, "fp32")),
-    "1 process, ZeRO-2 bf16, recomputed, quantized weights kept": Run(1, (*_RECOMPUTE, *_KEPT), _ds(2, "bf16")),
+    "1 process, ZeRO-2 bf16, recomputed": Run(1, _RECOMPUTE, _ds(2, "bf16")),
     "1 process, ZeRO-1 bf16, untied, groups of 32": Run(
         1, ("model.tied_embedding=false", "qat.group_size=32", "model.kv_heads=2"), _ds(1, "bf16")
     ),
@@ -79,7 +77,6 @@ RUNS = {
 """Those of the suite."""
 MORE = {
     "1 process, ZeRO-1 bf16": Run(1, (), _ds(1, "bf16")),
-    "1 process, ZeRO-2 bf16, recomputed": Run(1, _RECOMPUTE, _ds(2, "bf16")),
     "1 process, ZeRO-3 fp32, recomputed": Run(1, _RECOMPUTE, _ds(3, "fp32")),
     "2 data, ZeRO-1 fp32": Run(2, _TWO_PASSES, _ds(1, "fp32")),
     "2 data, ZeRO-1 bf16, recomputed": Run(2, (*_TWO_PASSES, *_RECOMPUTE), _ds(1, "bf16")),
@@ -111,7 +108,6 @@ def estimate(of: Run) -> dict[int, dict[str, Ledger]]:
                 share_of(config, layout, stage),
                 plan,
                 quantized=phase == "qat",
-                keeps_weights=keeps_weights(config, of.ds_config, layout),
                 device="cpu",
             ).replay()
             for phase in ("fp", "qat")

@@ -158,18 +158,16 @@ class Bench:
     # --- layer ---
 
     def layer(self, shape: tuple[int, int], tokens: int, compiled: bool) -> Mapping[str, Any]:
-        """Time of forward and backward over a Linear's, quantized each time and quantized before."""
+        """Time of forward and backward over a Linear's."""
         rows, columns = shape
         plain = nn.Linear(columns, rows, bias=False, device=self.device, dtype=torch.bfloat16)
         layers: dict[str, nn.Module] = {"Linear": plain}
-        for name, bits in (("1 bit", 1), ("2 bits", 2), ("4 bits", 4), ("4 bits, held", 4)):
+        for name, bits in (("1 bit", 1), ("2 bits", 2), ("4 bits", 4)):
             layer = FakeQuantLinear.convert(
                 nn.Linear(columns, rows, bias=False, device=self.device, dtype=torch.bfloat16), bits
             )
             layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight).bfloat16()
             layer.mode = "learned"
-            if "held" in name:
-                layer.hold()
             layers[name] = layer
         x = torch.randn(tokens, columns, device=self.device, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, rows, device=self.device, dtype=torch.bfloat16)

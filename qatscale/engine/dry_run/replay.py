@@ -12,8 +12,7 @@ the norms divided by the tensor-parallel processes:
 
 With sequence parallelism the stream and 1/rms are divided too; what the norms return is kept gathered, so it is not.
 With activation checkpointing a block keeps its input, D·w, and makes the rest again before its backward. In QAT each
-product keeps a dense quantized weight from forward to backward (`F.linear` saves it): its own, or the one that is kept
-for all micro-batches of the step (`qatscale.engine.weight_cache`).
+product keeps a dense quantized weight from forward to backward (`F.linear` saves it).
 
 Kernels are those of CUDA: fused RMSNorm, flash or memory-efficient attention. On CPU, where the test measures, a norm
 keeps its normalised input in fp32 as well, and casts that CUDA does on the fly are copies. Not counted: workspaces of
@@ -32,7 +31,6 @@ from qatscale.engine.dry_run.share import Matrix, Share
 from qatscale.engine.dry_run.zero_memory import zero_of
 from qatscale.engine.dry_run.zero_plan import FP32, ZeroPlan
 from qatscale.engine.layout import Layout
-from qatscale.engine.weight_cache import kept_bytes
 from qatscale.model.chunks import chunk_rows
 
 Device = Literal["cuda", "cpu"]
@@ -88,11 +86,9 @@ class Step:
         plan: ZeroPlan,
         *,
         quantized: bool,
-        keeps_weights: bool = False,
         device: Device = "cuda",
     ) -> None:
         self.share, self.layout, self.quantized = share, layout, quantized
-        self.keeps_weights = quantized and keeps_weights
         self.recompute = config.engine.activation_checkpointing
         tokens = config.batch.micro_batch * config.data.sequence_length
         stream = tokens // layout.tensor if config.engine.sequence_parallel else tokens
@@ -109,9 +105,6 @@ class Step:
     def replay(self) -> Ledger:
         """The micro-batches in the order of the pipeline (one forward, one backward), then the optimizer."""
         self.zero.resident()
-        kept = kept_bytes(self.share, self.micro.weight) if self.keeps_weights else 0
-        self.ledger.moment = "quantization"
-        self.ledger.hold("quantized", kept)
         self._pipeline_buffers()
         ahead = min(self.layout.pipeline - self.share.stage.index, self.micro_batches)
         # what repeats itself adds nothing: a second micro-batch finds the first one's gradients, then all are alike
@@ -122,11 +115,7 @@ class Step:
             if index >= ahead - 1:
                 self._backward(last=index == shown + ahead - 2)
         self.ledger.moment = "optimizer step"
-        if self.layout.pipeline == 1:  # else DeepSpeed takes the whole step in one call
-            self.ledger.drop("quantized", kept)
         self.zero.step()
-        if self.layout.pipeline > 1:
-            self.ledger.drop("quantized", kept)
         return self.ledger
 
     def _pipeline_buffers(self) -> None:
@@ -345,8 +334,8 @@ class Step:
     # --- which matrix ---
 
     def _copy(self, matrix: Matrix) -> int:
-        """Bytes of its quantized copy that a micro-batch makes, where none is kept for the whole step."""
-        return matrix.numel * self.micro.weight if self._is_quantized(matrix) and not self.keeps_weights else 0
+        """Bytes of the quantized copy that a micro-batch makes of it."""
+        return matrix.numel * self.micro.weight if self._is_quantized(matrix) else 0
 
     def _workspace(self, numel: int, passes: int) -> int:
         """What quantizing makes on the way to its result: nothing on GPUs; on CPU, operation by operation, `passes`

@@ -18,7 +18,6 @@ from qatscale.engine.dry_run.share import share_of
 from qatscale.engine.dry_run.traffic import traffic
 from qatscale.engine.dry_run.zero_plan import zero_plan
 from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
-from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.errors import UserError, UserErrors
 from qatscale.model.sizes import device_memory, device_names, flops_per_token, peak_flops
 
@@ -95,13 +94,12 @@ def plan_scale(
     merge_ds_config(config, ds_config, layout.data)  # refuses a batch that does not divide
     plan, precision = zero_plan(ds_config, layout.data), precision_of(ds_config)
     phases = _phases(config)
-    keeps = keeps_weights(config, ds_config, layout)
     stages = []
     for stage in stages_of(config):
         share = share_of(config, layout, stage)
         found = []
         for phase in phases:
-            ledger = Step(config, layout, share, plan, quantized=phase == "qat", keeps_weights=keeps).replay()
+            ledger = Step(config, layout, share, plan, quantized=phase == "qat").replay()
             found.append(StageMemory(stage.index, phase, ledger.peak_at, ledger.peak, start_bytes(share, plan)))
         stages.append(max(found, key=lambda memory: memory.step))
     micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
@@ -115,7 +113,7 @@ def plan_scale(
         stages=tuple(stages),
         traffic=traffic(config, layout, plan, quantized=phases[-1] == "qat"),
         bubble=share_waiting,
-        notices=(*layout_notices(config, layout), *weight_cache_notices(config, ds_config, layout)),
+        notices=layout_notices(config, layout),
         gpu=gpu,
         gpu_memory=device_memory(gpu) if gpu else None,
         mfu=mfu,

@@ -18,25 +18,20 @@ if TYPE_CHECKING:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """(w, α) to ŵ. Keeps w and α for backward: under ZeRO-3 these are the parameters, which are gathered again by then.
-
-    quantized: ŵ, where it is known already; then it is what forward returns, in the same memory.
-    """
+    """(w, α) to ŵ. Keeps w and α for backward: under ZeRO-3 these are the parameters, which are gathered again by then."""
 
     @staticmethod
-    def forward(
-        ctx: Any, w: Tensor, alpha: Tensor, quantizer: Quantizer, grad_factor: float, quantized: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, w: Tensor, alpha: Tensor, quantizer: Quantizer, grad_factor: float) -> Tensor:
         ctx.save_for_backward(w, alpha)
         ctx.quantizer, ctx.grad_factor = quantizer, grad_factor
-        return quantize(quantizer, w, alpha) if quantized is None else quantized.view_as(quantized)
+        return quantize(quantizer, w, alpha)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         w, alpha = ctx.saved_tensors
         grad_w, grad_alpha = gradients(ctx.quantizer, grads[0], w, alpha, ctx.grad_factor)
         needs_w, needs_alpha, *_ = ctx.needs_input_grad
-        return grad_w if needs_w else None, grad_alpha if needs_alpha else None, None, None, None
+        return grad_w if needs_w else None, grad_alpha if needs_alpha else None, None, None
 
 
 def quantize(quantizer: Quantizer, w: Tensor, alpha: Tensor) -> Tensor:
