@@ -107,10 +107,11 @@ def _ours(linear: nn.Linear, bits: float) -> FakeQuantLinear:
     import torch
 
     from qatscale.quant.layers import FakeQuantLinear
+    from qatscale.quant.scales import initial_scale
 
     layer = FakeQuantLinear.convert(linear, bits)
     with torch.no_grad():
-        layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight).to(layer.weight.dtype)
+        layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight).to(layer.weight.dtype)
     layer.mode = "learned"
     return layer
 
@@ -136,7 +137,7 @@ def _reference(linear: nn.Linear) -> nn.Module:
     """The plain tensor arithmetic that the fast way is held against, in the same place."""
     from torch.nn import functional as F
 
-    from qatscale.quant.kernels import reference
+    from qatscale.quant import reference
 
     layer: Any = _ours(linear, BITS)
     function = _autograd_function(

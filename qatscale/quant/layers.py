@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatscale.model.tensor_parallel import Shard, mark, shard_of
-from qatscale.quant.quantizers import BY_WIDTH, BitsRule, Quantizer, get_quantizer
+from qatscale.quant.bit_widths import BY_TEXT, BitsRule, Quantizer, get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.scales import ptq_scale
 
 Mode = Literal["off", "learned", "dynamic"]
 
@@ -48,8 +50,8 @@ class FakeQuant(nn.Module):
     # Widths are kept by name, and g is computed anew: torch.compile (2.13) specialises on strings and on a module's
     # integers, but a float that differs between layers or modes becomes a variable, which its tracer cannot pass into
     # an autograd.Function.
-    _width: str
-    _dynamic_width: str
+    _bits: str
+    _dynamic_bits: str
     _dynamic_scale: Tensor | None
 
     @classmethod
@@ -80,7 +82,7 @@ class FakeQuant(nn.Module):
             if shard := _shard_of_scales(module.weight, group_size):
                 mark(scale, shard)
         module.weight_scale = scale
-        module._width = module._dynamic_width = get_quantizer(bits).width
+        module._bits = module._dynamic_bits = get_quantizer(bits).bits_text
         module.rule = rule or BitsRule()
         module.group_size = group_size
         module.full_numel = math.prod(full_shape(module.weight))
@@ -103,16 +105,16 @@ class FakeQuant(nn.Module):
     @property
     def quantizer(self) -> Quantizer:
         """Of mode `learned`."""
-        return BY_WIDTH[self._width]
+        return BY_TEXT[self._bits]
 
     @property
     def dynamic_quantizer(self) -> Quantizer:
         """Of mode `dynamic`; set it before the mode."""
-        return BY_WIDTH[self._dynamic_width]
+        return BY_TEXT[self._dynamic_bits]
 
     @dynamic_quantizer.setter
     def dynamic_quantizer(self, quantizer: Quantizer) -> None:
-        self._dynamic_width = quantizer.width
+        self._dynamic_bits = quantizer.bits_text
         self._dynamic_scale = None
 
     @property
@@ -126,7 +128,7 @@ class FakeQuant(nn.Module):
             rows = self.weight.detach()
             if self._rows_are_split:
                 rows = shard_of(self.weight).whole(rows)  # type: ignore[union-attr]
-            self._dynamic_scale = self.dynamic_quantizer.ptq_scale(rows, self.group_size)
+            self._dynamic_scale = ptq_scale(self.dynamic_quantizer, rows, self.group_size)
         return self._dynamic_scale
 
     @property
@@ -143,7 +145,7 @@ class FakeQuant(nn.Module):
 
     def _describe(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f", bits={self._width}{groups}, mode={self._mode}"
+        return f", bits={self._bits}{groups}, mode={self._mode}"
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -178,9 +180,9 @@ class FakeQuantLinear(nn.Linear, FakeQuant):
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self._mode == "learned":
-            weight = self.quantizer.fake_quantize(weight, self.learned_scale, self.grad_factor)
+            weight = fake_quantize(self.quantizer, weight, self.learned_scale, self.grad_factor)
         elif self._mode == "dynamic":
-            weight = self.dynamic_quantizer.fake_quantize(weight.detach(), self.dynamic_scale())
+            weight = fake_quantize(self.dynamic_quantizer, weight.detach(), self.dynamic_scale())
         return F.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -202,8 +204,8 @@ class FakeQuantEmbedding(nn.Embedding, FakeQuant):
         if self._mode == "off":
             return rows
         if self._mode == "learned":
-            return self.quantizer.fake_quantize(rows, self._scales(input, self.weight_scale), self.grad_factor)
-        return self.dynamic_quantizer.fake_quantize(rows.detach(), self._scales(input, self.dynamic_scale()))
+            return fake_quantize(self.quantizer, rows, self._scales(input, self.weight_scale), self.grad_factor)
+        return fake_quantize(self.dynamic_quantizer, rows.detach(), self._scales(input, self.dynamic_scale()))
 
     def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
         return F.embedding(ids, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, False)

@@ -10,8 +10,8 @@ from torch import nn
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
+from qatscale.quant.bit_widths import BitsRule
 from qatscale.quant.layers import FakeQuant, FakeQuantEmbedding, FakeQuantLinear
-from qatscale.quant.quantizers import BitsRule
 
 BLOCK_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 """Also with the suffix `_proj` of Hugging Face models."""

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from qatscale.quant.kernels import reference
+from qatscale.quant import reference
 
 GPU = Path(__file__).parents[2] / "analysis" / "benchmarks" / "gpu"
 
@@ -43,7 +43,7 @@ def test_a_kernel_that_rounds_ties_otherwise_fails(script: ModuleType) -> None:
     def biased(quantizer, w, alpha):  # type: ignore[no-untyped-def]
         x, a = reference.rows_of(w, alpha)
         codes = torch.floor((x / a).clamp(quantizer.low, quantizer.high) + 0.5).clamp_max_(quantizer.qp)
-        return reference.decode_(quantizer, codes, a).to(w.dtype).reshape(w.shape)
+        return reference.decode_rows_(quantizer, codes, a).to(w.dtype).reshape(w.shape)
 
     bench = script.Bench("cpu")
     bench.kernels = SimpleNamespace(quantize=biased, gradients=reference.gradients)

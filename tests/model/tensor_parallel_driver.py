@@ -21,6 +21,7 @@ from qatscale.model.llama import Llama, initialise
 from qatscale.model.loss import cross_entropy, linear_cross_entropy
 from qatscale.model.tensor_parallel import ALONE, TensorParallel, shard_of
 from qatscale.quant.plugin import QatPlugin, view
+from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import fake_quant_modules
 
 dist.init_process_group("gloo")
@@ -98,7 +99,7 @@ def build(config: ModelConfig, qat: QatConfig, parallel: TensorParallel) -> Llam
     for _, layer in fake_quant_modules(model):
         shard = shard_of(layer.weight)
         rows = layer.weight.detach() if shard is None else shard.whole(layer.weight)
-        scale, part = layer.quantizer.initial_scale(rows, layer.group_size), shard_of(layer.weight_scale)
+        scale, part = initial_scale(layer.quantizer, rows, layer.group_size), shard_of(layer.weight_scale)
         layer.weight_scale.data.copy_(scale if part is None else part.take(scale))
         layer.calibrated, layer.mode = True, "learned"
     return model

@@ -14,10 +14,11 @@ from quant_reference import BITS, value_and_slopes
 from torch import Tensor
 from triton_interpreted import interpreted_kernels
 
-from qatscale.quant.kernels import dispatch, reference
-from qatscale.quant.quantizers import Quantizer, get_quantizer
+from qatscale.quant import reference
+from qatscale.quant.bit_widths import SCALE_FLOOR, Quantizer, get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.scales import initial_scale
 
-FLOOR = reference.ALPHA_FLOOR
 Case = tuple[Tensor, Tensor, Tensor]
 """w, α, dL/dŵ."""
 
@@ -31,7 +32,7 @@ def random_case(quantizer: Quantizer, shape: tuple[int, ...], group_size: int | 
     """Gaussian weights with scales small enough that some of every row are clipped."""
     generator = torch.Generator().manual_seed(sum(shape))
     w = torch.randn(shape, generator=generator).to(dtype)
-    alpha = quantizer.initial_scale(w, group_size)
+    alpha = initial_scale(quantizer, w, group_size)
     alpha *= torch.linspace(0.5, 1.1, alpha.numel()).reshape(alpha.shape)
     return w, alpha, torch.randn(shape, generator=generator).to(dtype)
 
@@ -44,8 +45,8 @@ def awkward_case(quantizer: Quantizer, dtype: torch.dtype) -> Case:
         [edges, torch.tensor([-1.0, -0.99, 0.99, 1.0, 0.0, -0.0, 1e-40, -1e-40, 1e-45, -1e-45, 1e30, -1e30])]
     )
     edges = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
-    scales = torch.tensor([1.0, 0.5, 3e-5, 0.7, FLOOR, 9e-6, 0.0, -1.0, 1.0])
-    w = edges * scales.clamp_min(FLOOR).unsqueeze(-1)
+    scales = torch.tensor([1.0, 0.5, 3e-5, 0.7, SCALE_FLOOR, 9e-6, 0.0, -1.0, 1.0])
+    w = edges * scales.clamp_min(SCALE_FLOOR).unsqueeze(-1)
     w[-1] = 0
     grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
     return w.to(dtype), scales.to(dtype), grad.to(dtype)
@@ -73,7 +74,7 @@ def exact_alpha_gradient(quantizer: Quantizer, case: Case, grad_factor: float) -
     """
     w, alpha, grad = case
     x, a = reference.rows_of(w, alpha)
-    v, code = x / a, reference.encode(quantizer, x, a).double()
+    v, code = x / a, reference.encode_rows(quantizer, x, a).double()
     inside = (v >= quantizer.low) & (v <= quantizer.high)
     level, exact_v = (code + quantizer.shift) / quantizer.steps, x.double() / a.double()
     outside = code if quantizer.name == "ternary" else level
@@ -172,7 +173,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[st
 
 
 def test_the_operators_run_in_a_compiled_graph(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA a graph holds the kernels as operators. Here dispatch is made to send CPU tensors there, interpreted."""
+    """On CUDA a graph holds the kernels as operators. Here CPU tensors are sent there too, interpreted."""
     quantizer = get_quantizer(4)
     w, alpha, grad = random_case(quantizer, (5, 48), 16, torch.float32)
 
@@ -181,12 +182,12 @@ def test_the_operators_run_in_a_compiled_graph(kernels: ModuleType, monkeypatch:
         out = function(*leaves)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
-    expected = gradients_of(lambda w, alpha: quantizer.fake_quantize(w, alpha, 0.5))
-    monkeypatch.setattr(dispatch, "_has_kernels", lambda w, alpha: True)  # noqa: ARG005
+    expected = gradients_of(lambda w, alpha: fake_quantize(quantizer, w, alpha, 0.5))
+    monkeypatch.setattr("qatscale.quant.fake_quantize._has_kernels", lambda w, scale: True)  # noqa: ARG005
     operators = spied(monkeypatch, kernels, "quantize")
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda w, alpha: quantizer.fake_quantize(w, alpha, 0.5), fullgraph=True, backend="aot_eager"
+        lambda w, alpha: fake_quantize(quantizer, w, alpha, 0.5), fullgraph=True, backend="aot_eager"
     )
     for found, wanted in zip(gradients_of(compiled), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

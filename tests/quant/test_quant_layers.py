@@ -11,22 +11,24 @@ from quant_models import TinyModel, a_batch
 from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
+from qatscale.quant.bit_widths import get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantLinear
 from qatscale.quant.plugin import PlainMasters, QatPlugin
-from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.scales import initial_scale, ptq_scale
 
 
 def a_linear(bits: float = 2, group_size: int | None = None, bias: bool = False) -> FakeQuantLinear:
     torch.manual_seed(3)
     layer = FakeQuantLinear.convert(nn.Linear(16, 6, bias=bias), bits, group_size=group_size)
-    layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight, group_size) * 0.7
+    layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight, group_size) * 0.7
     return layer
 
 
 def an_embedding(bits: float = 4, group_size: int | None = None, **options: object) -> FakeQuantEmbedding:
     torch.manual_seed(4)
     layer = FakeQuantEmbedding.convert(nn.Embedding(20, 16, **options), bits, group_size=group_size)
-    layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight, group_size) * 0.7
+    layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight, group_size) * 0.7
     return layer
 
 
@@ -71,7 +73,7 @@ def test_learned_linear_is_linear_with_the_quantized_weight(bits: float, group_s
 
     w, alpha = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.weight_scale))
     quantizer = get_quantizer(bits)
-    F.linear(x, quantizer.fake_quantize(w, alpha, quantizer.grad_factor(6 * 16)), layer.bias).backward(upstream)
+    F.linear(x, fake_quantize(quantizer, w, alpha, quantizer.grad_factor(6 * 16)), layer.bias).backward(upstream)
     assert torch.equal(layer.weight.grad, w.grad)
     assert torch.equal(layer.weight_scale.grad, alpha.grad)
     assert layer.weight_scale.grad.abs().min() > 0
@@ -88,7 +90,7 @@ def test_embedding_rows_equal_quantizing_the_whole_table(group_size: int | None,
     found.backward(upstream)
 
     w, alpha = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.weight_scale))
-    table = layer.quantizer.fake_quantize(w, alpha)
+    table = fake_quantize(layer.quantizer, w, alpha)
     # The straight-through gradients as arithmetic on the table, with the lookup's own padding and frequency rules.
     leaf = table.detach().requires_grad_()
     expected = F.embedding(ids, leaf, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
@@ -113,7 +115,7 @@ def test_dynamic_finds_its_scale_and_gives_no_gradient() -> None:
     linear, embedding, x = a_linear(2), an_embedding(4), torch.randn(5, 16)
     for layer, inputs in ((linear, x), (embedding, torch.tensor([3, 3, 0]))):
         weight, quantizer = layer.weight.detach(), layer.quantizer
-        expected = quantizer.fake_quantize(weight, quantizer.ptq_scale(weight))
+        expected = fake_quantize(quantizer, weight, ptq_scale(quantizer, weight))
         layer.mode = "dynamic"
         out = layer(inputs)
         assert not out.requires_grad
@@ -181,7 +183,7 @@ def test_a_compiled_block_follows_the_switch() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.linear(x, layer.weight))
     layer.mode = "learned"
-    quantized = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale)
+    quantized = fake_quantize(layer.quantizer, layer.weight, layer.weight_scale)
     torch.testing.assert_close(compiled(x), F.linear(x, quantized))
     compiled = torch.compile(layer, backend="aot_eager")  # the search for a scale stays out of the graph
     for bits in (2, 3, 4):
