@@ -1,12 +1,12 @@
-"""Linear and embedding layers whose weight can pass through a quantizer.
+"""Linear, embedding and head layers whose weight can pass through a quantizer.
 
 A layer is converted in place: the module object, its parameters and its hooks stay, its class changes (as
-`torch.nn.utils.parametrize` does) and it gains the parameter `weight_scale`. Weight and scale are only read inside the
-module's own forward, which is where ZeRO-3 has them gathered.
+`torch.nn.utils.parametrize` does) and it gains the parameter `weight_scale`. Weight and scale are read only inside the
+module's own forward, where ZeRO-3 has them gathered.
 
-Under tensor parallelism a layer holds a part of its matrix. Split by rows, the scales are split with them. Split by
-columns, every process holds a part of each row: the row's scale is the same on all of them, each sees a part of its
-gradient, and post-training quantization searches on the whole row.
+Under tensor parallelism a layer holds a part of its matrix. Where the matrix is split by rows, so are its scales. Where
+it is split by columns, every process holds a part of each row and the same scale for it. Each process then sees a part
+of the scale's gradient, and post-training quantization gathers the full row.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Literal, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from qatscale.model.head import Head
 from qatscale.model.tensor_parallel import Shard, mark, shard_of
 from qatscale.quant.bit_widths import BY_TEXT, BitsRule, Quantizer, get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
@@ -28,12 +29,12 @@ Mode = Literal["off", "learned", "dynamic"]
 
 
 class FakeQuant(nn.Module):
-    """What the two layers share. Not a layer by itself.
+    """The part that the layers below share; not a layer by itself.
 
     mode
-        `off`: the plain layer, the scale untouched. `learned`: weights quantized with `weight_scale`; both get
-        gradients. `dynamic`: post-training quantization, with the scale searched for on the first forward after the
-        mode is set and then kept; the weight gets no gradient.
+        `off`: the plain layer, the scale unused. `learned`: the weight is quantized with `weight_scale`, and both get
+        gradients. `dynamic`: post-training quantization. The scale is searched for on the first forward after the mode
+        is set, and then kept; the weight gets no gradient.
     calibrated
         Whether `weight_scale` holds a scale. Before the switch it is 1 everywhere and means nothing.
     """
@@ -43,13 +44,13 @@ class FakeQuant(nn.Module):
     rule: BitsRule
     group_size: int | None
     full_numel: int
-    """Weights of the whole matrix, on all processes, for LSQ's g."""
+    """Weights of the full matrix, over all processes, for LSQ's g."""
     use_grad_factor: bool
     calibrated: bool
     _mode: Mode
-    # Widths are kept by name, and g is computed anew: torch.compile (2.13) specialises on strings and on a module's
-    # integers, but a float that differs between layers or modes becomes a variable, which its tracer cannot pass into
-    # an autograd.Function.
+    # Bits are kept as text, and g is computed anew in each forward. torch.compile (2.13) specialises on strings and on
+    # a module's integers, but makes a variable of a float that differs between layers or modes, and its tracer cannot
+    # pass variables into an autograd.Function.
     _bits: str
     _dynamic_bits: str
     _dynamic_scale: Tensor | None
@@ -104,12 +105,12 @@ class FakeQuant(nn.Module):
 
     @property
     def quantizer(self) -> Quantizer:
-        """Of mode `learned`."""
+        """The quantizer of mode `learned`."""
         return BY_TEXT[self._bits]
 
     @property
     def dynamic_quantizer(self) -> Quantizer:
-        """Of mode `dynamic`; set it before the mode."""
+        """The quantizer of mode `dynamic`; set it before the mode."""
         return BY_TEXT[self._dynamic_bits]
 
     @dynamic_quantizer.setter
@@ -120,6 +121,20 @@ class FakeQuant(nn.Module):
     @property
     def grad_factor(self) -> float:
         return self.quantizer.grad_factor(self.full_numel) if self.use_grad_factor else 1.0
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with in its present mode, in the shape and dtype of `weight`."""
+        if self._mode == "off":
+            return self.weight
+        if self._mode == "learned":
+            return fake_quantize(self.quantizer, self.weight, self._learned_scale(), self.grad_factor)
+        return fake_quantize(self.dynamic_quantizer, self.weight.detach(), self.dynamic_scale())
+
+    def _learned_scale(self) -> Tensor:
+        """`weight_scale`, its gradient summed over the processes that share its rows."""
+        if self._rows_are_split:
+            return shard_of(self.weight).parallel.shared(self.weight_scale)  # type: ignore[union-attr]
+        return self.weight_scale
 
     @torch.compiler.disable  # traced, the search's unrolled loop takes a compiler minutes
     def dynamic_scale(self) -> Tensor:
@@ -132,74 +147,41 @@ class FakeQuant(nn.Module):
         return self._dynamic_scale
 
     @property
-    def learned_scale(self) -> Tensor:
-        """`weight_scale`, its gradient summed over the processes that share its rows."""
-        if self._rows_are_split:
-            return shard_of(self.weight).parallel.shared(self.weight_scale)  # type: ignore[union-attr]
-        return self.weight_scale
-
-    @property
     def _rows_are_split(self) -> bool:
         """Whether a row, the unit that a scale belongs to, lies on several processes."""
         return shard_of(self.weight) is not None and shard_of(self.weight_scale) is None
 
-    def _describe(self) -> str:
+    def extra_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f", bits={self._bits}{groups}, mode={self._mode}"
+        return f"{super().extra_repr()}, bits={self._bits}{groups}, mode={self._mode}"
 
 
-def full_shape(parameter: Tensor) -> torch.Size:
-    """Of the whole parameter, of which this process may hold a part."""
-    shard = shard_of(parameter)
-    return parameter.shape if shard is None else shard.full_shape(parameter.shape)
-
-
-def _shard_of_scales(weight: Tensor, group_size: int | None) -> Shard | None:
-    """Which of a matrix's scales belong to this part of it; None: all."""
-    shard = shard_of(weight)
-    if shard is None or (shard.dim == 1 and group_size is None):
-        return None
-    if shard.dim == 0:
-        return shard
-    assert group_size is not None
-    assert shard.start % group_size == shard.local % group_size == 0, "a group lies on two processes"
-    return replace(
-        shard,
-        start=shard.start // group_size,
-        size=shard.size // group_size,
-        local=shard.local // group_size,
-        full=shard.full // group_size,
-    )
-
-
-class FakeQuantLinear(nn.Linear, FakeQuant):
+class FakeQuantLinear(FakeQuant, nn.Linear):
     """y = x · quantize(weight)ᵀ + bias. weight: [out, in]; weight_scale: [out] or [out, groups]."""
 
     weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        if self._mode == "learned":
-            weight = fake_quantize(self.quantizer, weight, self.learned_scale, self.grad_factor)
-        elif self._mode == "dynamic":
-            weight = fake_quantize(self.dynamic_quantizer, weight.detach(), self.dynamic_scale())
-        return F.linear(input, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return nn.Linear.extra_repr(self) + self._describe()
+        return F.linear(input, self.effective_weight(), self.bias)
 
 
-class FakeQuantEmbedding(nn.Embedding, FakeQuant):
-    """Rows of quantize(weight). weight: [vocabulary, width]; weight_scale: [vocabulary] or [vocabulary, groups].
+class FakeQuantHead(FakeQuant, Head):
+    """A `Head` with quantize(weight) in place of its weight. weight_scale: [vocabulary] or [vocabulary, groups]."""
 
-    Only the rows that are looked up are quantized; a row that is looked up n times gets the sum of n gradients, so that
-    forward and gradients are those of quantizing the whole table.
+    weight: nn.Parameter
+
+
+class FakeQuantEmbedding(FakeQuant, nn.Embedding):
+    """Rows of quantize(weight). weight: [vocabulary, channels]; weight_scale: [vocabulary] or [vocabulary, groups].
+
+    Only the rows that are looked up are quantized. A row that is looked up n times gets the sum of n gradients, so
+    forward and gradients equal those of quantizing the entire table.
     """
 
     weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: token ids [...] -> [..., width]."""
+        """input: token ids [...] -> [..., channels]."""
         rows = self._rows(input, self.weight)
         if self._mode == "off":
             return rows
@@ -214,5 +196,35 @@ class FakeQuantEmbedding(nn.Embedding, FakeQuant):
         """[...] or [..., groups]. The rows' lookup again: padding and frequencies treat both gradients alike."""
         return self._rows(ids, scale) if scale.dim() == 2 else self._rows(ids, scale.unsqueeze(-1)).squeeze(-1)
 
-    def extra_repr(self) -> str:
-        return nn.Embedding.extra_repr(self) + self._describe()
+
+FakeQuantLayer = FakeQuantLinear | FakeQuantHead | FakeQuantEmbedding
+FAKE_QUANT: dict[type[nn.Module], type[FakeQuantLinear] | type[FakeQuantHead] | type[FakeQuantEmbedding]] = {
+    nn.Linear: FakeQuantLinear,
+    Head: FakeQuantHead,
+    nn.Embedding: FakeQuantEmbedding,
+}
+"""Plain layer -> the class that it converts to."""
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the full parameter, of which this process may hold a part."""
+    shard = shard_of(parameter)
+    return parameter.shape if shard is None else shard.full_shape(parameter.shape)
+
+
+def _shard_of_scales(weight: Tensor, group_size: int | None) -> Shard | None:
+    """Which of a matrix's scales belong to this process's part of it; None: all."""
+    shard = shard_of(weight)
+    if shard is None or (shard.dim == 1 and group_size is None):
+        return None
+    if shard.dim == 0:
+        return shard
+    assert group_size is not None
+    assert shard.start % group_size == shard.local % group_size == 0, "a group lies on two processes"
+    return replace(
+        shard,
+        start=shard.start // group_size,
+        size=shard.size // group_size,
+        local=shard.local // group_size,
+        full=shard.full // group_size,
+    )

@@ -30,7 +30,7 @@ from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
-from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantLinear
+from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 from qatscale.quant.masters import Masters, PlainMasters
 from qatscale.quant.report import ModuleReport, SwitchReport
 from qatscale.quant.scales import initial_scale
@@ -38,8 +38,6 @@ from qatscale.quant.selection import Selection, Target, fake_quant_modules, sele
 from qatscale.quant.views import view
 
 __all__ = ["Masters", "NothingQuantizedError", "PlainMasters", "QatPlugin", "SwitchReport", "scale_groups", "view"]
-
-FakeQuantLayer = FakeQuantLinear | FakeQuantEmbedding
 
 
 class NothingQuantizedError(RuntimeError):
@@ -83,7 +81,7 @@ class QatPlugin:
     def _prepare_layer(self, target: Target, scales: dict[int, nn.Parameter]) -> None:
         """scales: id of a weight -> its scale, for layers that share the weight."""
         module, bits = target.module, target.rule.at(self.qat.bits)
-        if isinstance(module, FakeQuantLayer):
+        if isinstance(module, FakeQuant):
             found = (module.quantizer.bits, module.group_size)
             if found != (bits, self.qat.group_size):
                 raise UserError(
@@ -92,8 +90,7 @@ class QatPlugin:
                 )  # fmt: skip
             scales[id(module.weight)] = module.weight_scale
             return
-        kind = FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantEmbedding
-        layer = kind.convert(
+        layer = FAKE_QUANT[type(module)].convert(
             module,
             bits,
             rule=target.rule,

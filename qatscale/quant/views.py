@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qatscale.errors import UserError, did_you_mean
 from qatscale.quant.bit_widths import get_quantizer
-from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.layers import Mode
 from qatscale.quant.selection import fake_quant_modules
 
@@ -62,8 +61,6 @@ def computed_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state of the plain model that computes what a prepared `model` does in its present view; without scales."""
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(".weight_scale")}
     for name, layer in fake_quant_modules(model):
-        if layer.mode == "learned":
-            state[f"{name}.weight"] = fake_quantize(layer.quantizer, layer.weight, layer.learned_scale)
-        elif layer.mode == "dynamic":
-            state[f"{name}.weight"] = fake_quantize(layer.dynamic_quantizer, layer.weight, layer.dynamic_scale())
+        if layer.mode != "off":
+            state[f"{name}.weight"] = layer.effective_weight()
     return state

@@ -11,9 +11,11 @@ from quant_models import TinyModel, a_batch
 from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
+from qatscale.model.head import Head
+from qatscale.model.tensor_parallel import ALONE
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
-from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantLinear
+from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantHead, FakeQuantLinear
 from qatscale.quant.plugin import PlainMasters, QatPlugin
 from qatscale.quant.scales import initial_scale, ptq_scale
 
@@ -101,6 +103,32 @@ def test_embedding_rows_equal_quantizing_the_whole_table(group_size: int | None,
     torch.testing.assert_close(layer.weight_scale.grad, layer.grad_factor * alpha.grad, rtol=1e-12, atol=1e-14)
     assert layer.grad_factor == (20 * 16 * 7) ** -0.5, "g counts the whole table and not the rows looked up"
     assert layer.weight_scale.grad[5].abs().sum() == 0
+
+
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_a_heads_loss_and_logits_are_those_of_its_quantized_weight(bits: float, group_size: int | None) -> None:
+    """In every mode, with the gradients of weight and scale."""
+    torch.manual_seed(5)
+    head = FakeQuantHead.convert(Head(16, 20, ALONE), bits, group_size=group_size)
+    head.weight_scale.data = initial_scale(head.quantizer, head.weight, group_size) * 0.7
+    x, labels = torch.randn(2, 5, 16), torch.randint(20, (2, 5))
+
+    def expect(weight: Tensor) -> Tensor:
+        torch.testing.assert_close(head(x), F.linear(x, weight))
+        loss = F.cross_entropy(F.linear(x, weight).flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(head(x, labels), loss)
+        return loss
+
+    expect(head.weight)
+    head.mode = "learned"
+    w, alpha = (p.detach().clone().requires_grad_() for p in (head.weight, head.weight_scale))
+    expect(fake_quantize(head.quantizer, w, alpha, head.quantizer.grad_factor(20 * 16))).backward()
+    head(x, labels).backward()
+    torch.testing.assert_close(head.weight.grad, w.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(head.weight_scale.grad, alpha.grad, rtol=1e-5, atol=1e-7)
+    head.mode = "dynamic"
+    expect(fake_quantize(head.quantizer, w, ptq_scale(head.quantizer, w, group_size)))
 
 
 def test_an_empty_lookup() -> None:

@@ -119,14 +119,11 @@ class Step:
         return self.ledger
 
     def _pipeline_buffers(self) -> None:
-        """What PipelineEngine keeps between steps: a buffer to receive into from either side; the last stage also the
-        outputs of its last two micro-batches (`pipe_buffers`), which are what the head takes."""
+        """What PipelineEngine keeps between steps: a buffer to receive into from either side."""
         if self.layout.pipeline == 1:
             return
         stage = self.share.stage
         self.ledger.hold("buffers", self.micro.residual * ((not stage.is_first) + (not stage.is_last)))
-        if self.share.head:
-            self.ledger.hold("activations", min(2, self.micro_batches) * self.micro.of(self.share.width))
 
     # --- forward ---
 
