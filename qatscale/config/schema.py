@@ -104,6 +104,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        for key in ("vocab_size", "hidden_size", "layers", "heads", "intermediate_size"):
+            if getattr(self, key) >= 2**63:
+                raise ClashError(key, "is more than torch counts to, 2^63 - 1")
         if self.hidden_size % self.heads:
             raise ClashError("heads", f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
         if (self.hidden_size // self.heads) % 2:

@@ -382,65 +382,47 @@ CASES: dict[str, list[Case]] = {
             "plan --params 396B --tokens 100M --bits 4",
             ("0.000505 tokens per parameter byte", "S > 1", "right units"),
         ),
-        Case("no such bit width", "plan --params 396M --tokens 100B --bits 7", ("--bits = 7", "1, 1.58, 2, 3, 4")),
+        Case("no such bit width", "plan --params 396M --tokens 100B --bits 7", ("--bits = '7'", "1, 1.58, 2, 3, 4")),
         Case("no tokens", "plan --params 396M --tokens 0 --bits 4", ("--tokens = '0'", "above 0")),
-        Case("nothing asked", "plan", ("nothing was asked", "--params 396M --tokens 100B --bits 4")),
-        Case("no width", "plan --params 396M --tokens 100B", ("--bits", "Add --bits 4, or --compare fp")),
-        Case("a size for a memory budget", "plan --memory 500MB --recipe 396m", ("--memory", "a recipe has one")),
-        Case("bytes without their unit", "plan --memory 500 --tokens 100B", ("--memory = '500'", "500MB", "512MiB")),
+        Case("no size", "plan --tokens 100B", ("--params", "Add --params 396M")),
+        Case("bytes without their unit", "plan memory 500 --tokens 100B", ("BYTES = '500'", "500MB", "512MiB")),
+        Case("too little memory for any model", "plan memory 1MB --tokens 1B --bits 4", ("BYTES", "'1MB'", "MB to")),
+        Case("two questions", "plan --params 396M memory 500MB --tokens 100B", ("memory", "Write options after it")),
+        Case("two sizes", "plan --params 396M --recipe 396m --tokens 100B", ("--params", "contradicts --recipe")),
         Case(
-            "too little memory for any model", "plan --memory 1MB --tokens 1B --bits 4", ("--memory", "'1MB'", "MB to")
-        ),
-        Case(
-            "two questions",
-            "plan --memory 500MB --params 396M --tokens 100B --compare fp",
-            ("--compare and --memory", "different questions", "Leave one"),
-        ),
-        Case("two sizes", "plan --params 396M --recipe 396m --tokens 100B", ("--params", "the same thing as --recipe")),
-        Case(
-            "hours without a speed", "plan --gpu-hours 500 --params 396M", ("--gpu-hours", "Add --gpu H200 --mfu 0.4")
+            "hours without a speed",
+            "plan compute --gpu-hours 500 --params 396M",
+            ("--gpu-hours", "is not a budget", "--gpu-hours --gpu --mfu"),
         ),
         Case(
             "a budget without a size",
-            "plan --gpu-hours 500 --gpu H200 --mfu 0.4",
+            "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4",
             ("--params", "Add --params 396M", "--law fit.json to have the best size chosen"),
         ),
         Case(
             "a GPU that is not known",
-            "plan --gpu-hours 500 --gpu H300 --mfu 0.4 --params 396M",
+            "plan compute --gpu-hours 500 --gpu H300 --mfu 0.4 --params 396M",
             ("--gpu = 'H300'", "not guessed", "--peak-flops", "H200"),
         ),
         Case(
             "an MFU in percent",
-            "plan --gpu-hours 500 --gpu H200 --mfu 40 --params 396M",
-            ("--mfu = 40.0", "at most 1", "0.4"),
-        ),
-        Case(
-            "one of two measured speeds",
-            "plan --gpu-hours 500 --params 396M --tokens-per-second-fp 1M",
-            ("--tokens-per-second-qat", "both phases"),
-        ),
-        Case(
-            "tokens beside a budget",
-            "plan --flops 1e21 --params 396M --tokens 100B",
-            ("--tokens", "the budget says how many", "Leave it out"),
+            "plan compute --gpu-hours 500 --gpu H200 --mfu 40 --params 396M",
+            ("--mfu = '40'", "below 1"),
         ),
         Case(
             "no such law",
             "plan --params 396M --tokens 100B --bits 4 --law nowhere.json",
-            ("--law = 'nowhere.json'", "qatscale fit"),
+            ("--law = 'nowhere.json'", "synthetic", "qatscale fit"),
         ),
-        Case(
-            "no run to plan from", "plan --from-checkpoint nothing --bits 4", ("'nothing'", "The folder does not exist")
-        ),
+        Case("no run to plan from", "plan checkpoint nothing --bits 4", ("'nothing'", "The folder does not exist")),
         Case(
             "a step without a checkpoint",
-            "plan --from-checkpoint runs/trunk@7 --bits 4",
+            "plan checkpoint runs/trunk@7 --bits 4",
             ("'runs/trunk@7'", "no checkpoint at step 7", "5, 8, 10"),
         ),
         Case(
             "a checkpoint of the QAT phase",
-            "plan --from-checkpoint runs/trunk@8 --bits 4",
+            "plan checkpoint runs/trunk@8 --bits 4",
             ("'runs/trunk@8'", "trained in QAT since step 5", "up to 5"),
         ),
     ],
