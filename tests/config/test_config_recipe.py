@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.config import (
     RunConfig,
     config_differences,
@@ -16,7 +17,7 @@ from qatscale.config import (
     resolved_yaml,
 )
 from qatscale.config.amounts import format_amount, parse_amount
-from qatscale.config.schema import BIT_WIDTHS, PhaseOverride
+from qatscale.config.schema import PhaseOverride
 from qatscale.errors import UserError
 
 

@@ -20,9 +20,13 @@ from qatscale.quant.reference import encode
 ALL = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=lambda q: q.bits_text)
 
 
+def codes_of(quantizer: Quantizer) -> list[int]:
+    return [-1, 1] if quantizer.name == "binary" else list(range(-quantizer.qn, quantizer.qp + 1))
+
+
 def a_grid(quantizer: Quantizer, rows: int = 6, channels: int = 512, groups: int = 1) -> tuple[Grid, torch.Tensor]:
     """With every code in every row, one scale below the floor; and the weights that forward makes of them."""
-    codes = torch.tensor(quantizer.code_values, dtype=torch.int8)
+    codes = torch.tensor(codes_of(quantizer), dtype=torch.int8)
     draw = torch.Generator().manual_seed(0)
     picked = codes[torch.randint(len(codes), (rows, channels), generator=draw)]
     picked[:, : len(codes)] = codes
@@ -54,7 +58,7 @@ def test_ranges_and_unsigned_codes(quantizer: Quantizer) -> None:
     assert integers.max() <= 2 ** (bits - 1) - 1
     assert bits == 2 or integers.unique().numel() > 2 ** (bits - 1) or quantizer.name == "seq", "no bit for nothing"
     unsigned = grid.unsigned.view(torch.uint8).int()
-    assert sorted(unsigned.unique().tolist()) == list(range(len(quantizer.code_values)))
+    assert sorted(unsigned.unique().tolist()) == list(range(len(codes_of(quantizer))))
     assert unsigned.max() < 2**quantizer.storage_bits
     assert torch.equal(integer_step(quantizer) * unsigned + lowest_integer(quantizer), integers)
 
