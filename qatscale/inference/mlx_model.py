@@ -7,7 +7,7 @@ from typing import Any
 
 from qatscale.errors import UserError
 from qatscale.inference.exported import Exported
-from qatscale.inference.generate import Detokenizer, Sampling
+from qatscale.inference.sampling import Detokenizer, Sampling
 
 
 class MlxModel:

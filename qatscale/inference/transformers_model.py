@@ -12,7 +12,7 @@ import torch
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.inference.exported import Exported, find_export
-from qatscale.inference.generate import Detokenizer, Sampling
+from qatscale.inference.sampling import Detokenizer, Sampling
 
 EXTRA = {"compressed-tensors": ("compressed_tensors",), "gguf": ("gguf", "accelerate")}
 """What transformers needs besides itself for a format."""

@@ -13,7 +13,8 @@ from exported import described, need, plain_model, snippets, trained_weights
 from greedy_text import assert_same_text, decided_text
 from torch import Tensor
 
-from qatscale.inference.generate import Detokenizer, Sampling, open_speaker
+from qatscale.inference.generate import open_text_generator
+from qatscale.inference.sampling import Detokenizer, Sampling
 from qatscale.model.hugging_face import from_hugging_face
 from qatscale.model.hugging_face_tokenizer import PROBES
 
@@ -276,12 +277,12 @@ def test_nothing_of_a_one_bit_matrix_is_a_third_level(format: str, loaded) -> No
 def test_generate_says_what_the_logits_of_an_export_and_of_the_checkpoint_say(
     run: str, format: str, loaded, runs: Path, exports: Callable[[str, str], Path]
 ) -> None:
-    tokenizer = open_speaker(str(runs / run)).tokenizer  # type: ignore[attr-defined]
+    tokenizer = open_text_generator(str(runs / run)).tokenizer  # type: ignore[attr-defined]
     for what, logits in ((exports(run, format), loaded(run, format).logits), (runs / run, plain_model(runs / run))):
-        speaker, text = open_speaker(str(what)), []
-        assert speaker.length is not None
-        prompt = speaker.encode("def load(path):")
-        speaker.stream(prompt, Sampling(tokens=12, temperature=0), text.append)
+        generator, text = open_text_generator(str(what)), []
+        assert generator.length is not None
+        prompt = generator.encode("def load(path):")
+        generator.stream(prompt, Sampling(tokens=12, temperature=0), text.append)
         certain = decided_text(logits, prompt, 12, 1e-5)
         pieces = Detokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), prompt)
         assert "".join(text).startswith("".join(map(pieces.add, certain)))
