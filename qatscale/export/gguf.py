@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, LlamaFileType, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 
 from qatscale.config.schema import ModelConfig
 from qatscale.export import gguf_blocks as blocks
 from qatscale.export.encoding import Encoding, Entry, Plain, Plan, choose
+from qatscale.export.folder import hf_name
 from qatscale.export.gguf_blocks import BlockType, to_blocks
-from qatscale.export.gguf_file import BF16, F32, TensorInfo, write_gguf
+from qatscale.export.gguf_file import TensorInfo, write_gguf
 from qatscale.export.gguf_vocabulary import vocabulary
 from qatscale.export.source import Parameter, Source
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
@@ -40,14 +42,8 @@ CHOICES: dict[str, tuple[BlockType, ...]] = {
 }
 """Bits -> types that hold the integers, best first. Those of 32 weights take rows that those of 256 do not."""
 
-_OUTER = {"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
-_IN_BLOCK = {
-    "attention_norm": "attn_norm", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
-    "attention.o": "attn_output", "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up",
-    "mlp.down": "ffn_down",
-}  # fmt: skip
-_PLAIN = {torch.float32: F32, torch.bfloat16: BF16}
-_FILE_TYPES = {torch.float32: 0, torch.bfloat16: 32}
+_PLAIN = {torch.float32: GGMLQuantizationType.F32, torch.bfloat16: GGMLQuantizationType.BF16}
+_FILE_TYPES = {torch.float32: LlamaFileType.ALL_F32, torch.bfloat16: LlamaFileType.MOSTLY_BF16}
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,6 @@ class Block(Encoding):
 
     def store_unit(self, unit: Tensor) -> Tensor:
         return unit.half().float()
-
-
-def gguf_name(parameter: Parameter) -> str:
-    if parameter.name in _OUTER:
-        return _OUTER[parameter.name]
-    _, layer, inner = parameter.name.removesuffix(".weight").split(".", 2)
-    return f"blk.{layer}.{_IN_BLOCK[inner]}.weight"
 
 
 def plan(source: Source, fallback: bool, q1_0: bool = False) -> Plan:
@@ -101,14 +90,14 @@ def write(plan: Plan, folder: Path, tokenizer: Path | None) -> None:
     if tokenizer:
         export_tokenizer(tokenizer, folder)
     metadata = _metadata(plan) | vocabulary(folder if tokenizer else None, config.model.vocab_size)
-    write_gguf(folder / FILE, metadata, [_tensor(plan, entry) for entry in plan.entries])
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.model.layers)
+    write_gguf(folder / FILE, metadata, [_tensor(plan, entry, names) for entry in plan.entries])
 
 
 def _metadata(plan: Plan) -> dict[str, Any]:
     config, model = plan.source.config, plan.source.config.model
     heads = model.heads
     return {
-        "general.architecture": "llama",
         "general.name": config.name,
         "general.file_type": _file_type(plan),
         "general.quantization_version": 2,
@@ -133,11 +122,11 @@ def _file_type(plan: Plan) -> int:
             weights[entry.encoding.kind.file_type] += entry.parameter.numel
         else:
             assert isinstance(entry.encoding, Plain)
-            weights[_FILE_TYPES[entry.encoding.dtype]] += entry.parameter.numel
+            weights[_FILE_TYPES[entry.encoding.dtype].value] += entry.parameter.numel
     return weights.most_common(1)[0][0]
 
 
-def _tensor(plan: Plan, entry: Entry) -> TensorInfo:
+def _tensor(plan: Plan, entry: Entry, names: TensorNameMap) -> TensorInfo:
     parameter, encoding = entry.parameter, entry.encoding
     rows = permutation(parameter, plan.source.config.model)
 
@@ -157,7 +146,9 @@ def _tensor(plan: Plan, entry: Entry) -> TensorInfo:
     else:
         assert isinstance(encoding, Plain)
         kind, make = _PLAIN[encoding.dtype], values
-    return TensorInfo(gguf_name(parameter), parameter.shape, kind, encoding.size(parameter), make)
+    name = names.get_name(hf_name(plan, entry), try_suffixes=(".weight",))
+    assert name is not None
+    return TensorInfo(name, parameter.shape, kind, encoding.size(parameter), make)
 
 
 def permutation(parameter: Parameter, config: ModelConfig) -> Tensor | None:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 Blocks = np.ndarray
 """Integers as uint8 codes q or int8, [blocks, width]."""
@@ -31,11 +32,6 @@ Blocks = np.ndarray
 @dataclass(frozen=True)
 class BlockType:
     name: str
-    number: int
-    """ggml_type."""
-    width: int
-    size: int
-    """Bytes of a block."""
     low: int
     high: int
     """The integers it holds."""
@@ -43,6 +39,20 @@ class BlockType:
     """llama_ftype of a file that is mostly of this type."""
     encode: Callable[[Blocks, np.ndarray], np.ndarray]
     """(integers int16 [blocks, width], d as bytes [blocks, 2]) -> uint8 [blocks, size]."""
+
+    @property
+    def number(self) -> GGMLQuantizationType:
+        return GGMLQuantizationType[self.name]
+
+    @property
+    def width(self) -> int:
+        """Weights of a block."""
+        return GGML_QUANT_SIZES[self.number][0]
+
+    @property
+    def size(self) -> int:
+        """Bytes of a block."""
+        return GGML_QUANT_SIZES[self.number][1]
 
 
 def _nibbles(q: np.ndarray, run: int) -> np.ndarray:
@@ -98,14 +108,14 @@ def _q8_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.hstack([d, n.astype(np.int8).view(np.uint8)])
 
 
-Q1_0 = BlockType("Q1_0", 41, 128, 18, -1, 1, 40, _q1_0)
-TQ2_0 = BlockType("TQ2_0", 35, 256, 66, -1, 1, 37, _tq2_0)
-Q2_K = BlockType("Q2_K", 10, 256, 84, -3, 3, 10, _q2_k)
-Q3_K = BlockType("Q3_K", 11, 256, 110, -4, 3, 11, _q3_k)
-Q4_0 = BlockType("Q4_0", 2, 32, 18, -8, 7, 2, _q4_0)
-Q5_0 = BlockType("Q5_0", 6, 32, 22, -16, 15, 8, _q5_0)
-Q6_K = BlockType("Q6_K", 14, 256, 210, -32, 31, 18, _q6_k)
-Q8_0 = BlockType("Q8_0", 8, 32, 34, -128, 127, 7, _q8_0)
+Q1_0 = BlockType("Q1_0", -1, 1, 40, _q1_0)
+TQ2_0 = BlockType("TQ2_0", -1, 1, 37, _tq2_0)
+Q2_K = BlockType("Q2_K", -3, 3, 10, _q2_k)
+Q3_K = BlockType("Q3_K", -4, 3, 11, _q3_k)
+Q4_0 = BlockType("Q4_0", -8, 7, 2, _q4_0)
+Q5_0 = BlockType("Q5_0", -16, 15, 8, _q5_0)
+Q6_K = BlockType("Q6_K", -32, 31, 18, _q6_k)
+Q8_0 = BlockType("Q8_0", -128, 127, 7, _q8_0)
 
 
 def to_blocks(kind: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:

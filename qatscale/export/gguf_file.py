@@ -1,19 +1,15 @@
-"""The GGUF file format, version 3 (docs/gguf.md of github.com/ggml-org/ggml): metadata, list of tensors, tensors."""
+"""GGUF files by llama.cpp's own writer (the package gguf), one tensor in memory at a time."""
 
 from __future__ import annotations
 
-import os
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-ALIGNMENT = 32
-F32, F16, BF16 = 0, 1, 30
-"""ggml_type of plain numbers."""
-_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+from qatscale.files import sync
 
 
 class TensorInfo(NamedTuple):
@@ -21,60 +17,35 @@ class TensorInfo(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    kind: int
+    kind: GGMLQuantizationType
     size: int
     """Bytes."""
     make: Callable[[], np.ndarray]
 
 
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
-    """One tensor is in memory at a time. Metadata: text, bool, int (unsigned), float, or lists of one of them.
+    """Metadata: text, bool, int (unsigned), float, or lists of one of them (integers in lists are signed).
 
-    Raises OSError, e.g. for a full disk; the file is then a piece.
+    Raises OSError, e.g. for a full disk; the file is then incomplete.
     """
-    head = [struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))]
-    head += [_string(key) + _value(value) for key, value in metadata.items()]
-    offset = 0
-    for tensor in tensors:
-        dims = tuple(reversed(tensor.shape))
-        head.append(_string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.kind, offset))
-        offset += _padded(tensor.size)
-    with path.open("wb") as file:
-        _write_padded(file, b"".join(head))
+    writer = GGUFWriter(path, "llama")
+    try:
+        for key, value in metadata.items():
+            kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, kind)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
         for tensor in tensors:
             content = np.ascontiguousarray(tensor.make()).view(np.uint8).reshape(-1)
             assert content.size == tensor.size, f"{tensor.name}: {content.size} bytes, not {tensor.size}"
-            _write_padded(file, content.data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _write_padded(file: Any, content: Any) -> None:
-    file.write(content)
-    file.write(bytes(_padded(len(content)) - len(content)))
-
-
-def _string(text: str) -> bytes:
-    encoded = text.encode()
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _value(value: Any) -> bytes:
-    if isinstance(value, list):
-        kind = _kind(value[0])
-        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(_plain(item, kind) for item in value)
-    return struct.pack("<I", _kind(value)) + _plain(value, _kind(value))
-
-
-def _kind(value: Any) -> int:
-    return {bool: _BOOL, str: _STRING, float: _F32, int: _U32, np.int32: _I32}[type(value)]
-
-
-def _plain(value: Any, kind: int) -> bytes:
-    if kind == _STRING:
-        return _string(value)
-    return struct.pack({_BOOL: "<?", _F32: "<f", _U32: "<I", _I32: "<i"}[kind], value)
+            file.write(content.data)  # write_tensor_data uses ndarray.tofile, whose OSError does not say why
+            writer.write_padding(file, tensor.size)
+    finally:
+        writer.close()
+    sync(path)
