@@ -39,8 +39,8 @@ def _write(piece: str) -> None:
 def print_harness(
     model: str, tasks: str, folder: Path | None, shots: int | None, limit: int | None, batch: int, as_json: bool
 ) -> None:
+    from qatscale.inference.generate import open_transformers
     from qatscale.inference.harness import open_tasks, run_harness
-    from qatscale.inference.transformers_model import open_transformers
 
     named = [task.strip() for task in tasks.split(",") if task.strip()]
     manager = open_tasks(named, folder)

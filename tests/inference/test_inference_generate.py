@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.inference.exported import Exported, find_export
+from qatscale.export.formats.lookup import find_export
 from qatscale.inference.generate import open_text_generator
 from qatscale.inference.sampling import Detokenizer, Sampling, prompt_ids
 from qatscale.train.evaluate import load_checkpointed_model, open_view
@@ -112,25 +111,6 @@ def test_pieces_join_to_the_whole_text(prepared: Path, text: str) -> None:
         told = "".join([*map(pieces.add, ids[cut:]), pieces.rest()])
         # a prompt may end within a character: what it shows of it then is no part of the text
         assert tokenizer.decode(ids[:cut]).rstrip("�") + told == text or "�" in tokenizer.decode(ids[:cut])
-
-
-@pytest.mark.parametrize(
-    ("files", "format"),
-    [
-        ({"config.json": {}}, "hf"),
-        ({"config.json": {"quantization_config": {"quant_method": "compressed-tensors"}}}, "compressed-tensors"),
-        ({"config.json": {"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}}, "mlx"),
-        ({"config.json": {}, "model.gguf": {}}, "gguf"),
-        ({"recipe.yaml": {}}, None),
-    ],
-)
-def test_the_kind_of_an_export(tmp_path: Path, files: dict[str, object], format: str | None) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    found = find_export(tmp_path)
-    assert (found and found.format) == format
-    if format == "gguf":
-        assert find_export(tmp_path / "model.gguf") == Exported(tmp_path, "gguf", "model.gguf") == found
 
 
 def test_damaged_exports_are_told(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""GGUF's quantized blocks, made from whole numbers and their unit: none of ggml's quantizers, which choose scales anew.
+"""GGUF's quantized blocks, made from integers and their scale: none of ggml's quantizers, which choose scales anew.
 
-Layouts are those of llama.cpp's ggml-common.h. A block is `width` neighbouring weights of a row with their fp16 scale d
-(= the unit of `Grid`); sub-block scales, where there are any, are set to constants:
+Layouts are those of llama.cpp's ggml-common.h. A block is 32, 128 or 256 neighbouring weights of a row with their fp16
+scale d (= the scale of `QuantizedMatrix`). Sub-block scales, where there are any, are set to constants:
 
 =====  ==========================================  ========================
 type   a weight is                                 so that integers are
@@ -26,7 +26,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 Blocks = np.ndarray
-"""Integers as uint8 codes q or int8, [blocks, width]."""
+"""Integers as uint8 codes q or int8, [blocks, weights]."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,25 @@ class BlockType:
     file_type: int
     """llama_ftype of a file that is mostly of this type."""
     encode: Callable[[Blocks, np.ndarray], np.ndarray]
-    """(integers int16 [blocks, width], d as bytes [blocks, 2]) -> uint8 [blocks, size]."""
+    """(integers int16 [blocks, weights], d as bytes [blocks, 2]) -> uint8 [blocks, bytes]."""
 
     @property
-    def number(self) -> GGMLQuantizationType:
+    def ggml_type(self) -> GGMLQuantizationType:
         return GGMLQuantizationType[self.name]
 
     @property
-    def width(self) -> int:
-        """Weights of a block."""
-        return GGML_QUANT_SIZES[self.number][0]
+    def weights(self) -> int:
+        """Weights in a block."""
+        return GGML_QUANT_SIZES[self.ggml_type][0]
 
     @property
-    def size(self) -> int:
+    def bytes(self) -> int:
         """Bytes of a block."""
-        return GGML_QUANT_SIZES[self.number][1]
+        return GGML_QUANT_SIZES[self.ggml_type][1]
 
 
 def _nibbles(q: np.ndarray, run: int) -> np.ndarray:
-    """Of every 2·run codes, the first `run` in the low and the others in the high halves of `run` bytes."""
+    """`run` bytes for every 2·run codes: the first `run` in their low halves, the others in their high halves."""
     pair = (q & 0xF).reshape(len(q), -1, 2, run)
     return (pair[:, :, 0] | (pair[:, :, 1] << 4)).reshape(len(q), -1)
 
@@ -118,12 +118,12 @@ Q6_K = BlockType("Q6_K", -32, 31, 18, _q6_k)
 Q8_0 = BlockType("Q8_0", -128, 127, 7, _q8_0)
 
 
-def to_blocks(kind: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:
+def to_blocks(block_type: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:
     """integers: int8 [rows, in], d: float16 [rows, groups] -> uint8 [rows, bytes of a row]."""
     rows, channels = integers.shape
-    assert kind.low <= integers.min() and integers.max() <= kind.high  # noqa: PT018 - one range
-    count = channels // kind.width
+    assert block_type.low <= integers.min() and integers.max() <= block_type.high  # noqa: PT018 - one range
+    count = channels // block_type.weights
     per_block = np.repeat(d.astype("<f2"), count // d.shape[1], axis=1).reshape(-1, 1).view(np.uint8)
-    blocks = kind.encode(integers.reshape(-1, kind.width).astype(np.int16), per_block)
-    assert blocks.shape == (rows * count, kind.size)
+    blocks = block_type.encode(integers.reshape(-1, block_type.weights).astype(np.int16), per_block)
+    assert blocks.shape == (rows * count, block_type.bytes)
     return blocks.reshape(rows, -1)
