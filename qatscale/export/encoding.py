@@ -16,9 +16,12 @@ from qatscale.export.source import ExportSource, SourceParameter
 class Encoding(ABC):
     """A way to store a quantized matrix, or any parameter as plain numbers."""
 
-    name: str
     tolerance: float = 0.0
     """How far a client's weights may be from `read`, relative to a row's largest: its order of operations."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
 
     @abstractmethod
     def refusal(self, parameter: SourceParameter) -> str | None:
@@ -44,7 +47,7 @@ class PlainEncoding(Encoding):
     dtype: torch.dtype
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
     def refusal(self, parameter: SourceParameter) -> str | None:  # noqa: ARG002 - it holds any

@@ -15,11 +15,12 @@ from qatscale.export.card import card
 from qatscale.export.encoding import ExportLayout
 from qatscale.export.formats.base import Format
 from qatscale.export.formats.lookup import get_format
-from qatscale.export.report import FILE, contents
+from qatscale.export.report import FILE, contents, provenance
 from qatscale.export.source import ExportSource, open_source
 from qatscale.export.verify import Verification, materialised, verify_export
 from qatscale.files import appearing, check_new, write_json_atomic
 from qatscale.train.evaluate import load_checkpointed_model, open_validation, open_view
+from qatscale.untrusted import readable
 
 NO_TOKENIZER = "none"
 DEFAULT_TOKENS = 65_536
@@ -62,17 +63,20 @@ def export(
     chosen = get_format(format)
     if q1_0:
         chosen = chosen.with_q1_0()
-    check_new(out)
-    source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
-    layout = chosen.layout(source, fallback)
-    tokenizer_files = find_tokenizer(source, tokenizer)
-    verifier = _verifier(source, chosen, tokens) if verify else None
+    with readable("--out", out):
+        check_new(out)
+    with readable("checkpoint", checkpoint):
+        source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
+        layout = chosen.layout(source, fallback)
+        origin = provenance(source)
+        tokenizer_files = find_tokenizer(source, tokenizer)
+        verifier = _verifier(source, chosen, tokens) if verify else None
     with appearing(out) as folder, torch.no_grad():
         chosen.write(layout, folder, tokenizer_files)
         verification = verifier(layout, folder) if verifier else None
         if verification and not verification.passed:
             raise VerificationError(verification)
-        described = contents(layout, chosen, folder, verification)
+        described = contents(layout, chosen, origin, folder, verification)
         (folder / "README.md").write_text(card(described, chosen, source.config, tokenizer_files is not None))
         write_json_atomic(folder / FILE, described)
     return described
@@ -95,6 +99,8 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
     folder = tokenizer_folder(data)
     if folder is None or not folder.is_dir():
         raise UserError("tokenizer", None, f"{data} holds none.", do)
+    for file in folder.iterdir():
+        file.open("rb").close()  # what may not be read is reported before anything is written
     return folder
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import qatscale
+from qatscale import untrusted
+from qatscale.errors import UserError
 from qatscale.export.encoding import ExportLayout, StoredParameter
 from qatscale.export.formats.base import Format
 from qatscale.export.source import ExportSource
 from qatscale.export.verify import Verification
 from qatscale.files import sha256_of
 from qatscale.tracking.compare import validation_losses
-from qatscale.tracking.records import read_json
 from qatscale.tracking.run_folder import RunFolder
 
 FILE = "export.json"
@@ -22,60 +22,50 @@ FORMAT = 1
 UNQUANTIZED_BITS = 16
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where the checkpoint comes from, as far as its run's folder says."""
+class Provenance(NamedTuple):
+    """The run that a checkpoint comes from, as far as its folder says."""
 
-    name: str
-    id: str | None = None
-    mlflow_id: str | None = None
-    git_commit: str | None = None
-    losses: dict[str, float] | None = None
-    """Final validation losses by view, as training reported them; None for a checkpoint before the end."""
+    run: dict[str, str | None]
+    """Its name, id, MLflow id and git commit."""
+    losses: dict[str, float] | None
+    """Final validation losses by view, in nats; None for a checkpoint before the run's end."""
 
 
 def provenance(source: ExportSource) -> Provenance:
+    """UserError where the records of the run are damaged."""
     folder = RunFolder(source.folder.resolve().parent.parent)
-    if not folder.run_file.is_file():
-        return Provenance(folder.name)
-    run = folder.run
-    mlflow_id = read_json(folder.tracking_file).get("run_id") if folder.tracking_file.is_file() else None
-    losses = validation_losses(folder) if folder.is_done and source.manifest.step == source.steps else None
-    return Provenance(folder.name, run.get("id"), mlflow_id, run.get("git_commit"), losses)
+    run, tracking = (
+        untrusted.read_object(file, "checkpoint") if file.is_file() else {}
+        for file in (folder.run_file, folder.tracking_file)
+    )
+    names = {"name": folder.name, "id": run.get("id"), "mlflow_id": tracking.get("run_id")}
+    try:
+        is_end = folder.is_done and source.manifest.step == source.steps
+        losses = validation_losses(folder) if is_end else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError("checkpoint", str(folder.path), f"the records of its run are damaged: {error}.") from None
+    return Provenance(names | {"git_commit": run.get("git_commit")}, losses)
 
 
-@dataclass(frozen=True)
-class StorageRow:
-    """Parameters that are stored alike."""
-
-    names: tuple[str, ...]
-    bits: float | None
-    """In training; None = not quantized."""
-    stored_as: str
-    fallback: str | None
-    tensors: int
-    weights: int
-    bytes: int
-    ideal_bytes: float
-
-
-def storage_rows(layout: ExportLayout) -> list[StorageRow]:
-    """By bit width and encoding, in the model's order."""
+def storage_rows(layout: ExportLayout) -> list[dict[str, Any]]:
+    """Parameters that are stored alike, by bit width (None = not quantized) and encoding, in the model's order."""
     alike: dict[tuple[float | None, str, str | None], list[StoredParameter]] = {}
     for entry in layout.entries:
         quantizer = entry.parameter.quantizer
         key = (quantizer.bits if quantizer else None, entry.encoding.name, entry.fallback)
         alike.setdefault(key, []).append(entry)
     return [
-        StorageRow(
-            tuple(dict.fromkeys(_role(entry.parameter.name) for entry in entries)),
-            *key,
-            tensors=len(entries),
-            weights=sum(entry.parameter.numel for entry in entries),
-            bytes=sum(entry.size for entry in entries),
-            ideal_bytes=sum(layout.ideal_size(entry.parameter) for entry in entries),
-        )
-        for key, entries in alike.items()
+        {
+            "names": list(dict.fromkeys(_role(entry.parameter.name) for entry in entries)),
+            "bits": bits,
+            "stored_as": stored_as,
+            "fallback": fallback,
+            "tensors": len(entries),
+            "weights": sum(entry.parameter.numel for entry in entries),
+            "bytes": sum(entry.size for entry in entries),
+            "ideal_bytes": sum(layout.ideal_size(entry.parameter) for entry in entries),
+        }
+        for (bits, stored_as, fallback), entries in alike.items()
     ]
 
 
@@ -99,11 +89,11 @@ def _bits(source: ExportSource) -> float:
     return UNQUANTIZED_BITS if source.switched_at is None else source.config.qat.bits
 
 
-def contents(layout: ExportLayout, format: Format, folder: Path, verification: Verification | None) -> dict[str, Any]:
+def contents(
+    layout: ExportLayout, format: Format, origin: Provenance, folder: Path, verification: Verification | None
+) -> dict[str, Any]:
     """export.json. folder: the written files."""
     source = layout.source
-    run = asdict(provenance(source))
-    losses = run.pop("losses")
     per_step = source.config.tokens_per_step
     step, switched_at = source.manifest.step, source.switched_at
     qat_steps = 0 if switched_at is None else step - switched_at
@@ -114,7 +104,7 @@ def contents(layout: ExportLayout, format: Format, folder: Path, verification: V
         "format": FORMAT,
         "qatscale": qatscale.__version__,
         "exported_as": format.name,
-        "run": run,
+        "run": origin.run,
         "checkpoint": {
             "step": step, "steps": source.steps, "finished": not source.is_unfinished,
             "imported": source.is_imported, "data": source.manifest.data,
@@ -123,7 +113,7 @@ def contents(layout: ExportLayout, format: Format, folder: Path, verification: V
         "view": source.view,
         "bits": _bits(source),
         "scheme": source.config.qat.scheme,
-        "run_losses": losses,
+        "run_losses": origin.losses,
         "files": files,
         "size": {
             "parameters": weights,
@@ -133,7 +123,7 @@ def contents(layout: ExportLayout, format: Format, folder: Path, verification: V
             "bits_per_quantized_weight": _bits_per_quantized_weight(layout.entries),
             "fallback_bytes": sum(map(layout.fallback_cost, layout.entries)),
         },
-        "storage": [asdict(row) for row in storage_rows(layout)],
+        "storage": storage_rows(layout),
         "tensors": [
             {
                 "name": entry.parameter.name, "shape": list(entry.parameter.shape),
@@ -146,3 +136,25 @@ def contents(layout: ExportLayout, format: Format, folder: Path, verification: V
         ],
         "verification": verification.to_dict() if verification else None,
     }  # fmt: skip
+
+
+def check_files(folder: Path) -> None:
+    """UserError for a file that is missing or differs from what was written, by the checksums in export.json.
+
+    Folders without one, written by other programs, pass.
+    """
+    if not (folder / FILE).is_file():
+        return
+    described = untrusted.read_object(folder / FILE, "model")
+    try:
+        checksums = {folder / name: about["sha256"] for name, about in described["files"].items()}
+    except (TypeError, KeyError, AttributeError):
+        raise UserError("model", str(folder / FILE), "is damaged: it lists no checksums.", "Export again.") from None
+    for path, checksum in checksums.items():
+        try:
+            is_intact = sha256_of(path) == checksum
+        except OSError as error:
+            raise UserError("model", str(path), f"cannot be read: {error.strerror}.", "Export again.") from None
+        if not is_intact:
+            do = f"Export again; if you changed it on purpose, remove its entry from {FILE}."
+            raise UserError("model", str(path), "was altered: its checksum differs from the export's.", do)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from expected import BF16_RUNS, EXPECTED, Loaded, fp16_scales, nothing
 from export_runs import WIDTHS
-from exported import described, need, plain_model, snippets, trained_weights
+from exported import described, plain_model, snippets, trained_weights
 from greedy_text import assert_same_text, decided_text
 
 from qatscale.export.formats import FORMATS
@@ -21,25 +21,6 @@ from qatscale.model.hugging_face import from_hugging_face
 from qatscale.model.hugging_face_tokenizer import PROBES
 
 START, COUNT = [1, 17, 300, 45], 24
-
-
-@pytest.fixture(scope="module")
-def exports(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """(run, format) -> the export, made once."""
-    from qatscale.cli import main
-
-    folder, made = tmp_path_factory.mktemp("exports"), {}
-
-    def export(run: str, format: str) -> Path:
-        need(format)
-        if (run, format) not in made:
-            made[run, format] = out = folder / f"{run}-{format}"
-            with pytest.raises(SystemExit) as stop:
-                main(["export", str(runs / run), "--format", format, "--out", str(out), "--fallback"])
-            assert not stop.value.code
-        return made[run, format]
-
-    return export
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from qatscale.errors import UserError
 from qatscale.export.clients import Client, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, StoredParameter
 from qatscale.export.source import ExportSource, SourceParameter
-from qatscale.untrusted import read_json
+from qatscale.untrusted import read_object
 
 
 class Usage(NamedTuple):
@@ -91,8 +91,7 @@ class Format(ABC):
 def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a Hugging Face folder; None where there is none. UserError for a damaged one."""
     path = folder / "config.json"
-    config = read_json(path, "model") if path.is_file() else None
-    return config if isinstance(config, dict) else None
+    return read_object(path, "model") if path.is_file() else None
 
 
 _TRANSFORMERS = """\

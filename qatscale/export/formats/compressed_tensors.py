@@ -44,7 +44,7 @@ class PackedEncoding(Encoding):
     tied: bool
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"int{self.bits}"
 
     def refusal(self, parameter: SourceParameter) -> str | None:

@@ -103,7 +103,7 @@ class BlockEncoding(Encoding):
     type: BlockType
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.type.name
 
     def refusal(self, parameter: SourceParameter) -> str | None:

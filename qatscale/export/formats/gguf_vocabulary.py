@@ -9,7 +9,12 @@ from typing import Any
 from gguf import TokenType
 
 from qatscale.errors import UserError
-from qatscale.model.hugging_face_tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, model_proto
+from qatscale.model.hugging_face_tokenizer import (
+    HUGGING_FACE_FILE,
+    SENTENCEPIECE_FILE,
+    load_fast_tokenizer,
+    model_proto,
+)
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = "|".join(
@@ -66,9 +71,9 @@ def _padding(count: int, rows: int) -> list[tuple[str, float, int]]:
 def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
     content = json.loads((folder / HUGGING_FACE_FILE).read_text())
     split = _split_of(content)
-    if content["model"]["type"] != "BPE" or split not in _SPLITS or content["normalizer"] is not None:
+    if content["model"]["type"] != "BPE" or split not in _SPLITS or content.get("normalizer") is not None:
         raise _no_such(f"a {content['model']['type']} tokenizer that cuts and normalises text as this one does")
-    added = {token["id"]: token for token in content["added_tokens"]}
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
     names = {number: piece for piece, number in content["model"]["vocab"].items()}
     names |= {number: token["content"] for number, token in added.items()}
     kinds = dict.fromkeys(names, TokenType.NORMAL)
@@ -90,7 +95,7 @@ def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
 
 def _split_of(content: dict[str, Any]) -> str | None:
     """The pattern by which a byte-level tokenizer cuts text; None for another kind."""
-    steps = content["pre_tokenizer"] or {}
+    steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
     last = steps[-1]
@@ -102,9 +107,7 @@ def _split_of(content: dict[str, Any]) -> str | None:
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
-    from transformers import PreTrainedTokenizerFast
-
-    loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+    loaded = load_fast_tokenizer(folder, folder)
     ids = {"bos": loaded.bos_token_id, "eos": loaded.eos_token_id, "unknown": loaded.unk_token_id}
     return {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
 

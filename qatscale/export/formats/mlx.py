@@ -80,7 +80,7 @@ class AffineEncoding(Encoding):
     """s·q and the sum are each rounded once, at the size of the row's largest level and a half more."""
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"affine{self.bits}/{self.group_size}"
 
     def refusal(self, parameter: SourceParameter) -> str | None:
