@@ -94,6 +94,8 @@ class Expected:
     scales_beside: bool = False
     """Stores a row's scale in training's type and each matrix's shape."""
     snippets: int = 1
+    generates: bool = True
+    """Whether `qatscale generate` runs it; else it refuses."""
 
 
 PLAIN = dict.fromkeys(("one", "two", "four", "six"))
