@@ -26,7 +26,7 @@ class Exported(NamedTuple):
 def get_format(name: str) -> Format:
     """UserError for a name that no format has."""
     if name not in FORMATS:
-        raise UserError("--format", name, f"one of {', '.join(FORMATS)}.", did_you_mean(name, FORMATS))
+        raise UserError("--format", name, "is not a format of exports.", did_you_mean(name, FORMATS))
     try:
         return import_module(f"qatscale.export.formats.{name.replace('-', '_')}").FORMAT
     except ModuleNotFoundError as error:
