@@ -79,7 +79,8 @@ class Bench:
         checkpoint = self.config.checkpoint.model_copy(update={"background": name == BACKGROUND, "keep": 1})
         return AsyncCheckpointer(
             self.folder / name, self.config.model_copy(update={"checkpoint": checkpoint}), self.job,
-            Watchdog(self.runtime, self.folder, None), data="", saved=lambda *_: None, notice=lambda _: None,
+            Watchdog(self.runtime, self.folder, None), recipe_hash="", data="", saved=lambda *_: None,
+            notice=lambda _: None,
         )  # fmt: skip
 
     def save(self, name: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qatscale.config.schema import ModelConfig
 from qatscale.config.sizes import count_parameters
+from qatscale.export.formats import FORMATS
 from qatscale.model.hugging_face import export_hugging_face
 from qatscale.model.llama import Llama, initialise
 
@@ -49,7 +50,7 @@ def main(layers: int) -> None:
         convert = ["convert", "hf", "--to", "checkpoint", "--out", "runs/drawn", "--recipe", "debug", *own]
         subprocess.run([*QATSCALE, *convert], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         base = peak_of([sys.executable, "-c", "import qatscale.export.export, transformers.models.llama"], folder)
-        for format in ("hf", "compressed-tensors", "gguf", "mlx"):
+        for format in FORMATS:
             out = f"out-{format}"
             line = ["export", "runs/drawn", "--format", format, "--out", out, "--tokenizer", "none", "--no-verify"]
             line += ["--fallback"] + (["--ptq", "4"] if format != "hf" else [])

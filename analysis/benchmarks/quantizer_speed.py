@@ -24,8 +24,9 @@ from result import Result, Table, options_of, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatscale.quant.kernels import reference
+from qatscale.quant import reference
 from qatscale.quant.layers import FakeQuantLinear
+from qatscale.quant.scales import initial_scale
 
 PLAIN = "plain Linear"
 WIDTHS = (1, 1.58, 2, 4)
@@ -36,7 +37,7 @@ BITS = 4
 
 
 def run(*, peers: bool, threads: int | None, quick: bool) -> Result:
-    """Tables of time over a plain Linear's: per case, then with weights quantized once for several micro-batches."""
+    """Tables of time over a plain Linear's, one per case."""
     threads = use_threads(threads)
     channels = 64 if quick else 1024
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +48,6 @@ def run(*, peers: bool, threads: int | None, quick: bool) -> Result:
         variants = [Variant(PLAIN, step(_plain), tokens)]
         variants += [Variant(f"qatscale, {bits:g} bits", step(partial(_ours, bits=bits)), tokens) for bits in WIDTHS]
         variants.append(Variant("qatscale, plain arithmetic, 4 bits", step(_reference), tokens))
-        variants.append(Variant("qatscale, 4 bits, weight held", step(_held), tokens))
         skipped: list[Skipped] = []
         if quick:
             skipped.append(Skipped("torch.compile", "takes half a minute, and this is --quick"))
@@ -107,15 +107,8 @@ def _plain(linear: nn.Linear) -> nn.Linear:
 def _ours(linear: nn.Linear, bits: float) -> FakeQuantLinear:
     layer = FakeQuantLinear.convert(linear, bits)
     with torch.no_grad():
-        layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight).to(layer.weight.dtype)
+        layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight).to(layer.weight.dtype)
     layer.mode = "learned"
-    return layer
-
-
-def _held(linear: nn.Linear) -> nn.Module:
-    """As in all micro-batches of a step where they are quantized once."""
-    layer = _ours(linear, BITS)
-    layer.hold()
     return layer
 
 

@@ -21,7 +21,6 @@ from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.step import train_step
 from qatscale.model.llama import Llama, initialise
-from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import PlainMasters, QatPlugin
 from qatscale.schedule.timeline import StepSettings
 from qatscale.train.setup import assemble
@@ -69,7 +68,7 @@ def training_step(
 
     def step(batch: Tensor) -> Tensor:
         apply_settings(job.engine, settings)
-        losses = train_step(job.engine, batch, config.batch.micro_batch, job.topology, job.weights)
+        losses = train_step(job.engine, batch, config.batch.micro_batch, job.topology)
         return [loss.detach() for loss in losses][-1]
 
     def close() -> None:
@@ -92,8 +91,7 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     if quantized:
         plugin.maybe_switch(0, loop.masters)
     compilation = Compiled(model) if compiled else None
-    weights = WeightCache(model, quantized and config.batch.sequences > config.batch.micro_batch)
-    return Stepper(name, partial(loop.step, model, weights), compilation.close if compilation else lambda: None)
+    return Stepper(name, partial(loop.step, model), compilation.close if compilation else lambda: None)
 
 
 def _from_step_0(config: RunConfig, compiled: bool) -> RunConfig:
@@ -146,20 +144,13 @@ class BareLoop:
         )
         self.masters = _Masters(self)
 
-    def step(self, loss_of: LossOf, weights: WeightCache | None = None) -> Tensor:
+    def step(self, loss_of: LossOf) -> Tensor:
         """One optimizer step."""
-        if weights is None:
-            return self._step(loss_of, lambda: None)
-        with weights.filled():
-            return self._step(loss_of, weights.release)
-
-    def _step(self, loss_of: LossOf, before_update: Callable[[], None]) -> Tensor:
         for tokens, labels in self.micro_batches:
             loss = loss_of(tokens, labels)
             (loss / len(self.micro_batches)).backward()
             if self.own is not self.weights:
                 self._accumulate()
-        before_update()
         if self.clipping:
             nn.utils.clip_grad_norm_(self.own, self.clipping, foreach=True)
         self.adam.step()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.errors import InputError
-
-BIT_WIDTHS: tuple[float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
-"""Bits per quantized weight that a run can train at. All of them are planned where none is asked for."""
 
 _PLAIN = {"": 1.0}
 _UNITS = _PLAIN | {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -36,4 +34,4 @@ def _reader(allowed: str, units: Mapping[str, float], holds: Callable[[float], b
 parse_amount = _reader("a number above 0, with K, M, B or T if it is long: 2.3B", _UNITS)
 parse_bytes = _reader("bytes above 0 with their unit: 500MB, 1.5GB, 512MiB", _BYTES)
 parse_share = _reader("above 0 and below 1: 0.25", _PLAIN, lambda share: share < 1)
-parse_bits = _reader(f"one of {', '.join(f'{b:g}' for b in BIT_WIDTHS)}", _PLAIN, BIT_WIDTHS.__contains__)
+parse_bits = _reader(f"one of {BIT_WIDTHS_TEXT}", _PLAIN, BIT_WIDTHS.__contains__)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatscale.cli.terminal import check_figure, console, plain_table
-from qatscale.config.schema import BIT_WIDTHS, RunConfig
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 
 
 def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
         shown = int(bits) if bits == int(bits) else bits
-        raise UserError(key, shown, f"one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
+        raise UserError(key, shown, f"one of {BIT_WIDTHS_TEXT}.")
 
 
 def print_keys(prefix: str) -> None:

@@ -2,9 +2,10 @@
 
 from qatscale.config.recipe import (
     config_differences,
-    config_hash,
     flatten,
+    is_unaltered,
     load_run_config,
+    recipe_hash,
     recipe_names,
     resolved_yaml,
 )
@@ -14,10 +15,11 @@ from qatscale.config.settings import explain
 __all__ = [
     "RunConfig",
     "config_differences",
-    "config_hash",
     "explain",
     "flatten",
+    "is_unaltered",
     "load_run_config",
+    "recipe_hash",
     "recipe_names",
     "resolved_yaml",
 ]

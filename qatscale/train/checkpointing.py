@@ -22,7 +22,6 @@ from typing import Self
 import torch.distributed as dist
 from torch import Tensor
 
-from qatscale.config import config_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import Manifest, rotate
 from qatscale.engine.checkpoints.host_copy import HostCopy
@@ -73,14 +72,19 @@ class AsyncCheckpointer:
         components: TrainingComponents,
         watchdog: Watchdog,
         *,
+        recipe_hash: str,
         data: str,
         saved: Callable[[Manifest, Path], None],
         notice: Callable[[str], None],
     ) -> None:
-        """data: fingerprint of the training tokens. saved: called once for each checkpoint that is complete. notice:
-        called with what a person should know. Both are called by the thread that calls `save`, `poll` or `wait`."""
+        """recipe_hash: rank 0's counts. data: fingerprint of the training tokens.
+
+        saved: called once for each checkpoint that is complete. notice: called with what a person should know. Both are
+        called by the thread that calls `save`, `poll` or `wait`.
+        """
         self.checkpoints, self._config, self._components = checkpoints, config, components
-        self._watchdog, self._data, self._saved, self._notice = watchdog, data, saved, notice
+        self._watchdog, self._saved, self._notice = watchdog, saved, notice
+        self._recipe_hash, self._data = recipe_hash, data
         several = components.runtime.ranks > 1
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if several else None
         self._copy = HostCopy(slices_of(components.masters)) if config.checkpoint.background else None
@@ -122,7 +126,7 @@ class AsyncCheckpointer:
             tokens=step * config.tokens_per_step,
             reason=reason,
             kept=reason in ("boundary", "end"),
-            recipe_hash=config_hash(config),
+            recipe_hash=self._recipe_hash,
             data=self._data,
             plugin=components.plugin.state(),
             layout=asdict(components.topology.layout),

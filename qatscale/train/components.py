@@ -15,7 +15,6 @@ from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
-from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.timeline import Timeline
 
@@ -66,5 +65,4 @@ class TrainingComponents:
     masters: ZeroMasters
     plugin: QatPlugin
     compilation: Compilation
-    weights: WeightCache
     qat_metrics: QatMetrics

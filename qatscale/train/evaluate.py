@@ -12,7 +12,7 @@ from qatscale.data.open import open_validation
 from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
-from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.bit_widths import get_quantizer
 from qatscale.train.validation import open_view, ptq_view, summed_loss
 
 

@@ -54,7 +54,7 @@ def run_steps(
                 qat_metrics.before_step()
             with meter.data():
                 batch = torch.from_numpy(batches.batch(step, topology.data_rank, topology.data_ranks))
-            for loss in train_step(engine, batch, config.batch.micro_batch, topology, components.weights):
+            for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                 meter.add_loss(loss)
                 watchdog.progress(step, slow=compiles)
             meter.end_step()

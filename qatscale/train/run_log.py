@@ -1,4 +1,4 @@
-"""Everything that a run reports: its folder, the console, MLflow."""
+"""Everything that a run reports: its folder, the console, a log file of each process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ from qatscale.quant.report import SwitchReport
 from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.tracking.run_folder import RunFolder, perplexity
-from qatscale.tracking.start_follower import Follower, NoFollower, start_follower
 from qatscale.train.components import RunSetup
 from qatscale.train.console import run_console
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
-FAILED_PATIENCE = 5.0
-"""Seconds that a run which failed waits for its upload; launchers kill what is left of a job after 30."""
 
 
 def _line_format(rank: int) -> logging.Formatter:
@@ -49,35 +46,14 @@ class RunLog:
         self.n_params = count_parameters(self.config.model).total
         self.folder = RunFolder(self.config.folder)
         self.console = run_console(runtime.rank, self.timeline.steps, self.resume.step)
-        self.follower: Follower = NoFollower()
         self._step = self.resume.step
         """Steps done, as far as reported: where a failure is placed."""
         self._is_open = self._warned = False
 
-    @contextmanager
-    def opened(self, watchdog: Watchdog) -> Iterator[None]:
-        """A context that creates or continues the run's folder. An error inside is resolved by the watchdog, which has
-        it recorded by `failed`."""
-        if self.runtime.is_main:
-            self._open_folder(watchdog.hosts)
-        patience: tuple[float, ...] = ()
-        try:
-            with self.console, self._log_file():
-                self._introduce(watchdog.clock_notices)
-                self._is_open = True
-                try:
-                    yield
-                except BaseException as error:
-                    patience = (FAILED_PATIENCE,)
-                    watchdog.resolve_failure(error)
-                    raise
-        finally:
-            self._is_open = False
-            if self.linger and (message := self.follower.finish(*patience)):
-                self.console.notice(message)
-            self.folder.close()
-
-    def _open_folder(self, hosts: dict[str, list[int]]) -> None:
+    def open(self, hosts: dict[str, list[int]]) -> None:
+        """Create or continue the run's folder. hosts: each host's ranks."""
+        if not self.runtime.is_main:
+            return
         resume = self.resume
         if not resume.resumes:
             RunFolder.create(
@@ -91,7 +67,22 @@ class RunLog:
                 hosts=hosts,
             )
         self.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=hosts)
-        self.follower = start_follower(self.folder, self.config.tracking.uri)
+
+    @contextmanager
+    def recording(self, watchdog: Watchdog) -> Iterator[None]:
+        """A context around the steps. The watchdog resolves an error inside and has it recorded by `failed`."""
+        try:
+            with self.console, self._log_file():
+                self._introduce(watchdog.clock_notices)
+                self._is_open = True
+                try:
+                    yield
+                except BaseException as error:
+                    watchdog.resolve_failure(error)
+                    raise
+        finally:
+            self._is_open = False
+            self.folder.close()
 
     @contextmanager
     def _log_file(self) -> Iterator[None]:

@@ -15,9 +15,7 @@ from qatscale.engine.layout import Layout, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, job_size
 from qatscale.engine.topology import join_topology
-from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.model.llama import Llama, initialise
-from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
@@ -42,7 +40,6 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     notices = (
         *timeline.warnings,
         *layout_notices(config, layout),
-        *weight_cache_notices(config, ds_config, layout),
         *resume.notices,
         *check_data(config, resume, batches.stream.manifest.fingerprint),
         *filter(None, [repetition]),
@@ -68,9 +65,8 @@ def assemble(
     plugin.prepare(model)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
     compilation = Compiled(model) if plan_compilation(config.engine, ds_config) else Compilation()
-    weights = WeightCache(model, keeps_weights(config, ds_config, layout))
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
-    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, weights, qat_metrics)
+    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics)
 
 
 def _load(resume: ResumePlan, components: TrainingComponents) -> None:

@@ -15,6 +15,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from wrong_values import NO_SUCH_BITS
+
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
+
 TRUNK = "train debug name=trunk tokens=2560 batch.micro_batch=4 evaluation.tokens=256 tracking.uri=none data.path=data"
 """10 steps, switch at 5: checkpoints at 5, 8 (the cooldown) and 10."""
 
@@ -63,7 +67,11 @@ CASES: dict[str, list[Case]] = {
             f"{DRY} qat.bit=2 modle.layers=2",
             ("2 problems", "'qat.bits'", "'model.layers'"),
         ),
-        Case("no such bit width", f"{DRY} qat.bits=7", ("qat.bits = 7", "1, 1.58, 2, 3, 4, 5, 6, 8")),
+        Case(
+            "no such bit width",
+            f"{DRY} qat.bits={NO_SUCH_BITS}",
+            (f"qat.bits = {NO_SUCH_BITS}", BIT_WIDTHS_TEXT),
+        ),
         Case("no amount", f"{DRY} tokens=2.5X", ("tokens = '2.5X'", "2.3B, 100M, 50_000")),
         Case("unknown ds_config", f"{TRAIN} engine.ds_config=zero4", ("'zero4'", "Did you mean 'zero3_fp32'?")),
         Case(
@@ -339,7 +347,11 @@ CASES: dict[str, list[Case]] = {
             "evaluate runs/bent",
             ("runs/bent/checkpoints/step-00000010", "was altered: checksum differs", "step-00000008"),
         ),
-        Case("no such bit width", "evaluate runs/trunk --ptq 7", ("--ptq = 7", "1, 1.58, 2, 3, 4, 5, 6, 8")),
+        Case(
+            "no such bit width",
+            f"evaluate runs/trunk --ptq {NO_SUCH_BITS}",
+            (f"--ptq = {NO_SUCH_BITS}", BIT_WIDTHS_TEXT),
+        ),
         Case("no such data", "evaluate runs/trunk --data nowhere", ("data.path = 'nowhere'", "no such folder")),
         Case("no tokens", "evaluate runs/trunk --tokens 0", ("--tokens = '0'", "above 0")),
         Case(
@@ -382,7 +394,11 @@ CASES: dict[str, list[Case]] = {
             "plan --params 396B --tokens 100M --bits 4",
             ("0.000505 tokens per parameter byte", "S > 1", "right units"),
         ),
-        Case("no such bit width", "plan --params 396M --tokens 100B --bits 7", ("--bits = '7'", "1, 1.58, 2, 3, 4")),
+        Case(
+            "no such bit width",
+            f"plan --params 396M --tokens 100B --bits {NO_SUCH_BITS}",
+            (f"--bits = '{NO_SUCH_BITS}'", BIT_WIDTHS_TEXT),
+        ),
         Case("no tokens", "plan --params 396M --tokens 0 --bits 4", ("--tokens = '0'", "above 0")),
         Case("no size", "plan --tokens 100B", ("--params", "Add --params 396M")),
         Case("bytes without their unit", "plan memory 500 --tokens 100B", ("BYTES = '500'", "500MB", "512MiB")),

@@ -12,17 +12,17 @@ from torch import Tensor
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
+from qatscale.export.formats.lookup import get_format
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
+from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.selection import fake_quant_modules
-
-MODULES = {"hf": [], "compressed-tensors": ["compressed_tensors"], "gguf": ["gguf", "accelerate"], "mlx": ["mlx_lm"]}
 
 
 def need(format: str) -> None:
     """Skip where the format's client is not installed: the extra `clients`."""
-    for module in MODULES[format]:
-        pytest.importorskip(module)
+    if missing := get_format(format).clients[0].missing():
+        pytest.skip(f"{', '.join(missing)} not installed")
 
 
 def trained(run: Path) -> Llama:
@@ -39,7 +39,7 @@ def trained_weights(run: Path) -> dict[str, Tensor]:
     values = {name: value.detach() for name, value in model.named_parameters() if not name.endswith("_scale")}
     for name, layer in fake_quant_modules(model):
         if f"{name}.weight" in values:
-            values[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale).detach()
+            values[f"{name}.weight"] = fake_quantize(layer.quantizer, layer.weight, layer.weight_scale).detach()
     return {names[name]: value for name, value in values.items()}
 
 

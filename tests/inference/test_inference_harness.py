@@ -14,8 +14,8 @@ from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
+from qatscale.inference.generate import open_transformers
 from qatscale.inference.harness import open_tasks, run_harness
-from qatscale.inference.transformers_model import open_transformers
 from qatscale.train.validation import open_view
 
 QUESTIONS = [

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from qatscale.config.schema import QatConfig, RunConfig
 from qatscale.engine.layout import Layout
 from qatscale.model.stages import Stage
-
-EMBEDDING_LEAST_BITS = 4
-"""As in `qatscale.quant.selection`, which imports torch."""
-NOT_QUANTIZED = 16
+from qatscale.quant.bit_widths import embedding_rule
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,5 @@ def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
 
 def table_bits(qat: QatConfig, tied: bool) -> float | None:
     """Bits of embedding and head; None: full precision."""
-    if qat.embedding_bits == "auto":
-        return max(EMBEDDING_LEAST_BITS, qat.bits) if tied else None
-    return None if qat.embedding_bits == NOT_QUANTIZED else qat.embedding_bits
+    rule = embedding_rule(qat.embedding_bits, tied)
+    return None if rule is None else rule.at(qat.bits)
