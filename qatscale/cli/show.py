@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from qatscale.cli.terminal import check_figure, console, plain_table
 from qatscale.config.schema import BIT_WIDTHS, RunConfig
-from qatscale.errors import UserError
+from qatscale.errors import UserError, nearest
+from qatscale.files import is_file
 
 
 def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
-        shown = int(bits) if bits == int(bits) else bits
-        raise UserError(key, shown, f"one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
+        shown = int(bits) if bits.is_integer() else bits
+        raise UserError(key, shown, f"must be one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
 
 
-def print_keys(prefix: str) -> None:
-    from qatscale.config import explain
+def print_config(what: str, overrides: Sequence[str]) -> None:
+    """The keys under a dotted prefix with their meanings, or the values of a recipe as YAML."""
+    from qatscale.config import explain, load_run_config, recipe_names, resolved_yaml
 
+    if overrides or what in recipe_names() or is_file(Path(what)):
+        print(resolved_yaml(load_run_config(what, overrides)), end="")
+        return
     table = plain_table("key", "allowed", "default", "meaning")
-    for row in explain(prefix):
+    try:
+        rows = explain(what)
+    except UserError:
+        if recipe := nearest(what, recipe_names()):
+            problem = "no key, recipe or file of this name."
+            raise UserError("recipe", what, problem, f"Did you mean {recipe!r}?") from None
+        raise
+    for row in rows:
         table.add_row(row.key, row.allowed, row.default, row.meaning)
     console().print(table)
+
+
+def print_json_schema() -> None:
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 def print_recipes() -> None:

@@ -1,4 +1,4 @@
-"""What a key of the recipe takes, in words: for error messages and for `qatscale config`."""
+"""What a key takes, in words: for error messages and for `qatscale config`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class Allowed:
-    """Put into `Annotated[...]`: the words for a type that its annotation alone does not tell."""
+    """Put into `Annotated[...]`: the words for a type whose annotation does not say enough."""
 
     words: str
 
 
 def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """The values an annotation allows: `int` with `Gt(0)` -> 'a whole number above 0'."""
+    """The values that an annotation allows: `int` with `Gt(0)` -> 'a whole number above 0'."""
     marks = list(_flat(metadata))
     for mark in reversed(marks):  # the outermost words win
         if isinstance(mark, Allowed):
@@ -43,14 +43,23 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     raise TypeError(f"no words for {annotation!r}; give it an Allowed(...)")
 
 
-def plain_types(annotation: Any) -> set[Any]:
-    """The types and, of a Literal, the values that an annotation admits at its top level."""
+def members(annotation: Any) -> list[Any]:
+    """The types that a value may have: those of a union, without their `Annotated`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return plain_types(arguments[0])
+        return members(arguments[0])
     if origin in (Union, types.UnionType):
-        return set().union(*(plain_types(part) for part in arguments))
-    return set(arguments) if origin is Literal else {origin or annotation}
+        return [member for part in arguments for member in members(part)]
+    return [annotation]
+
+
+def plain_types(annotation: Any) -> set[Any]:
+    """The types and, of a Literal, the values that an annotation admits at its top level."""
+    found: set[Any] = set()
+    for member in members(annotation):
+        origin = get_origin(member)
+        found |= set(get_args(member)) if origin is Literal else {origin or member}
+    return found
 
 
 _PLAIN: dict[Any, str] = {

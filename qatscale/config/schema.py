@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.describe import Allowed
+from qatscale.config.section import ClashError, Positive, Section
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
 Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]
@@ -21,16 +22,18 @@ BIT_WIDTHS: tuple[int | float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
 
 def _bit_width(value: int | float) -> int | float:
     if value not in BIT_WIDTHS:
-        raise ValueError(f"no quantizer has {value:g} bits")
+        raise ValueError("no quantizer has so many bits")
     return BIT_WIDTHS[BIT_WIDTHS.index(value)]  # 4.0 becomes 4, so that equal recipes read and hash alike
 
 
-Bits = Annotated[int | float, AfterValidator(_bit_width), Allowed("one of 1, 1.58, 2, 3, 4, 5, 6, 8")]
+Bits = Annotated[
+    int | float, AfterValidator(_bit_width), Allowed(f"one of {', '.join(f'{bits:g}' for bits in BIT_WIDTHS)}")
+]
 """Bits per weight; 1.58 is ternary. (A Literal would say it shorter, but a Literal holds no float.)"""
 
 
 def _expand_user(path: Path) -> Path:
-    """No shell expands the ~ in `data.path=~/corpus`, and a folder called ~ is nobody's wish."""
+    """No shell expands the ~ in `data.path=~/corpus`."""
     try:
         return path.expanduser()
     except RuntimeError:  # no such user, so a name that happens to begin with ~
@@ -40,42 +43,16 @@ def _expand_user(path: Path) -> Path:
 ExpandedPath = Annotated[Path, AfterValidator(_expand_user), Allowed("a path")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
 
 
-class ClashError(ValueError):
-    """Keys that are fine each by itself and wrong together. `key` is the one to name, relative to its section."""
-
-    def __init__(self, key: str, message: str) -> None:
-        self.key = key
-        super().__init__(message)
-
-
-def _said_once(section: Section, name: str, fraction: str, tokens: str) -> None:
+def _one_length(section: Section, name: str, fraction: str, tokens: str) -> None:
     """A length is a fraction or a number of tokens, never both. `name` is the section's own key."""
     if getattr(section, fraction) is not None and getattr(section, tokens) is not None:
         raise ClashError(
             tokens,
-            f"says the same thing as {name}.{fraction} = {getattr(section, fraction):g}; keep one and set the other to "
-            f"null: {name}.{fraction}=null or {name}.{tokens}=null",
+            f"gives the same length as {name}.{fraction} = {getattr(section, fraction):g}",
+            f"Keep one: {name}.{fraction}=null or {name}.{tokens}=null.",
         )
-
-
-class Section(BaseModel):
-    """Unknown keys are errors; a validated section does not change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes True for 1, and `layers: true` for a model of one layer."""
-        assert info.field_name is not None
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError(f"{value} is neither a number nor a text")
-        return value
 
 
 class ModelConfig(Section):
@@ -85,7 +62,7 @@ class ModelConfig(Section):
     """Rows of the embedding. A tokenizer may have fewer pieces, never more."""
     hidden_size: Positive
     """Width of the residual stream."""
-    layers: Positive
+    layers: Annotated[int, Field(ge=1, le=10_000)]
     """Decoder blocks, each attention + MLP."""
     heads: Positive
     """Query heads; each has hidden_size / heads channels, an even number."""
@@ -105,16 +82,12 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.hidden_size % self.heads:
-            raise ClashError("heads", f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
+            raise ClashError("heads", f"does not divide model.hidden_size = {self.hidden_size}")
         if (self.hidden_size // self.heads) % 2:
-            odd = self.hidden_size // self.heads
-            raise ClashError(
-                "heads", f"hidden_size {self.hidden_size} gives heads of {odd} channels; RoPE rotates pairs"
-            )
+            channels = self.hidden_size // self.heads
+            raise ClashError("heads", f"gives heads of {channels} channels, and RoPE rotates pairs of channels")
         if self.heads % (self.kv_heads or self.heads):
-            raise ClashError(
-                "kv_heads", f"does not divide heads = {self.heads}; each serves the same number of query heads"
-            )
+            raise ClashError("kv_heads", f"does not divide model.heads = {self.heads}")
         return self
 
 
@@ -184,19 +157,21 @@ class ScheduleConfig(Section):
     """Of piecewise only: factors at equally spaced points, from the cooldown's start to its end."""
     min_lr_ratio: Fraction = 0.0
     """The rate at the end of the cooldown, as a share of the peak."""
-    phases: dict[Phase, PhaseOverride] = {}
+    phases: dict[Phase, PhaseOverride] = Field({})
     """AdamW betas and weight decay per phase, e.g. `schedule.phases.cooldown.betas=[0.9,0.99]`."""
 
     @model_validator(mode="after")
-    def _one_length_each(self) -> Self:
+    def _fits_shape(self) -> Self:
         for what in ("warmup", "cooldown"):
-            _said_once(self, "schedule", f"{what}_fraction", f"{what}_tokens")
+            _one_length(self, "schedule", f"{what}_fraction", f"{what}_tokens")
         if self.shape == "exponential" and self.min_lr_ratio == 0:
-            raise ClashError("min_lr_ratio", "shape 'exponential' never reaches 0; set it above 0, e.g. 0.01")
-        if (self.shape == "piecewise") != (self.knots is not None):
-            raise ClashError("knots", "belong to shape 'piecewise', and 'piecewise' needs them, e.g. knots=[1,0.5,0]")
+            raise ClashError("min_lr_ratio", "shape 'exponential' never reaches 0", "Set it above 0, e.g. to 0.01.")
+        if self.shape == "piecewise" and self.knots is None:
+            raise ClashError("knots", "shape 'piecewise' needs knots", "Set them, e.g. schedule.knots=[1,0.5,0].")
+        if self.shape != "piecewise" and self.knots is not None:
+            raise ClashError("knots", f"shape {self.shape!r} has no knots", "Set schedule.shape=piecewise.")
         if self.knots is not None and len(self.knots) < 2:
-            raise ClashError("knots", "a piecewise cooldown has at least a start and an end, e.g. knots=[1,0]")
+            raise ClashError("knots", "a piecewise cooldown has a start and an end", "Give at least two: [1,0].")
         return self
 
 
@@ -236,16 +211,16 @@ class QatConfig(Section):
 
     @model_validator(mode="after")
     def _fits_scheme(self) -> Self:
-        _said_once(self, "qat", "warmup_fraction", "warmup_tokens")
+        _one_length(self, "qat", "warmup_fraction", "warmup_tokens")
         if self.learning_rate is not None and self.lr_ratio != "auto":
             raise ClashError(
                 "lr_ratio",
-                f"says the same thing as qat.learning_rate = {self.learning_rate:g}; keep one: qat.lr_ratio=auto or "
-                "qat.learning_rate=null",
+                f"sets the same rate as qat.learning_rate = {self.learning_rate:g}",
+                "Keep one: qat.lr_ratio=auto or qat.learning_rate=null.",
             )
         if self.scheme in ("sequential", "fused") and self.fraction in (0, 1):
-            ends = "scratch" if self.fraction else "fp"
-            raise ClashError("fraction", f"with scheme {self.scheme!r} is qat.scheme={ends}; say that instead")
+            end = "scratch" if self.fraction else "fp"
+            raise ClashError("fraction", f"scheme {self.scheme!r} has two phases", f"Set qat.scheme={end} instead.")
         return self
 
 
@@ -277,7 +252,7 @@ class CheckpointConfig(Section):
     """Tokens between checkpoints; null = phase boundaries and the end only."""
     keep: Positive = 2
     """How many of the interval checkpoints stay. Those at phase boundaries and in `keep_at` always stay."""
-    keep_at: list[PositiveTokens] = []
+    keep_at: list[PositiveTokens] = Field([])
     """Further points to branch from, in tokens from the start."""
     background: bool = True
     """Write them beside the steps from a copy in host memory: 12 bytes per parameter, over all processes. A job that is
@@ -290,7 +265,7 @@ class EvaluationConfig(Section):
     """Tokens between validations while training; null = at the end only."""
     tokens: PositiveTokens = 1_000_000
     """Held-out tokens used, from the start of the held-out split; fewer if it has fewer."""
-    ptq_bits: list[Bits] = []
+    ptq_bits: list[Bits] = Field([])
     """Bit widths at which the final weights are also evaluated after post-training quantization."""
 
 
@@ -304,8 +279,8 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     name: Annotated[
         str,
-        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"),
-        Allowed("a name of letters, digits and . _ = + -, beginning with a letter or digit"),
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}$"),
+        Allowed("a name of at most 200 letters, digits and . _ = + -, beginning with a letter or digit"),
     ]
     """Also the name of the run's folder."""
     output: ExpandedPath = Path("runs")
@@ -331,13 +306,11 @@ class RunConfig(Section):
     def _fits_together(self) -> Self:
         if self.tokens < self.tokens_per_step:
             step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
-            raise ClashError(
-                "tokens", f"is less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})"
-            )
+            raise ClashError("tokens", f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})")
         group = self.qat.group_size
-        for width in ("hidden_size", "intermediate_size"):
-            if group and getattr(self.model, width) % group:
-                raise ClashError("qat.group_size", f"does not divide model.{width} = {getattr(self.model, width)}")
+        for size in ("hidden_size", "intermediate_size"):
+            if group and getattr(self.model, size) % group:
+                raise ClashError("qat.group_size", f"does not divide model.{size} = {getattr(self.model, size)}")
         return self
 
     @property

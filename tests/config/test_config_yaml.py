@@ -47,7 +47,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
         ("a: [1\nb: 2\n", "line 2"),
         ("a: 1\n b: 2\n", "line 2"),
         ("a: !!python/name:os.system ''", "line 1"),
-        ("a: \x00", "is no YAML"),
+        ("a: \x00", "not valid YAML"),
     ],
 )
 def test_errors_tell_file_and_line(text: str, message: str) -> None:
