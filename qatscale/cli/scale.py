@@ -32,13 +32,13 @@ def print_dry_run(
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
     from qatscale.cli.show import print_timeline
-    from qatscale.config import load_ds_config
+    from qatscale.config import run_ds_config
 
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
     if not as_json:
         print_timeline(config, figure)
-    ds_config = load_ds_config(config.engine.ds_config)
+    ds_config = run_ds_config(config)
     plan = plan_scale(config, ds_config, processes or job_size(config), gpu, mfu)
     if as_json:
         print(json.dumps({"timeline": _timeline(config), "scale": as_dict(plan)}, indent=2))
@@ -121,6 +121,7 @@ def as_dict(plan: ScalePlan) -> dict[str, Any]:
 
 
 def _timeline(config: RunConfig) -> dict[str, Any]:
+    from qatscale.config import ds_config_warnings
     from qatscale.timeline import build_timeline
 
     timeline = build_timeline(config)
@@ -132,5 +133,5 @@ def _timeline(config: RunConfig) -> dict[str, Any]:
         "switch_step": timeline.switch_step,
         "qat_fraction": timeline.qat_fraction,
         "qat_lr_ratio": timeline.qat_lr_ratio,
-        "warnings": list(timeline.warnings),
+        "warnings": [*timeline.warnings, *ds_config_warnings(config)],
     }

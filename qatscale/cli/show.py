@@ -70,6 +70,7 @@ def print_recipes() -> None:
 
 
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
+    from qatscale.config import ds_config_warnings
     from qatscale.config.amounts import format_amount
     from qatscale.timeline import COLUMNS, build_timeline, describe, draw
 
@@ -87,7 +88,7 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
         out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
         rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
         out.print(f"peak rate of the QAT phase: {rate}")
-    for warning in timeline.warnings:
+    for warning in (*timeline.warnings, *ds_config_warnings(config)):
         out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if figure is not None:
         out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)
