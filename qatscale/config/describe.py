@@ -32,9 +32,9 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return _either([str(choice) for choice in arguments])
     if origin in (Union, types.UnionType):
         return _either([describe(part, marks) for part in arguments])
-    if origin is tuple:
+    if origin is tuple and arguments[-1] is not Ellipsis:
         return f"a list of {len(arguments)}, each {describe(arguments[0])}"
-    if origin is list:
+    if origin in (list, tuple):
         return f"a list, each {describe(arguments[0])}"
     if origin is dict:
         return f"a section for any of {_either([str(key) for key in get_args(arguments[0])])}"

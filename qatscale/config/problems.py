@@ -38,13 +38,11 @@ def together(problems: Sequence[UserError]) -> UserError:
 
 
 def lookup(raw: Any, path: Iterable[str | int]) -> Any:
-    """The value at a path, None where there is none. A single value stands for a list of one."""
+    """The value at a path, None where there is none. A single value may stand for the list or mapping it belongs in."""
     for part in path:
         if isinstance(raw, Mapping):
             raw = raw.get(part)
-        elif isinstance(part, str):
-            return None
-        elif isinstance(raw, Sequence) and not isinstance(raw, str):
+        elif isinstance(raw, Sequence) and not isinstance(raw, str) and isinstance(part, int):
             raw = raw[part] if part < len(raw) else None
     return raw
 
@@ -123,7 +121,7 @@ def _inside(annotation: Any, part: int | str) -> tuple[Any, Sequence[Any]] | Non
     for member in members(annotation):
         origin, arguments = get_origin(member), get_args(member)
         if origin in (list, tuple) and isinstance(part, int):
-            return arguments[min(part, len(arguments) - 1)], ()
+            return arguments[0], ()
         if origin is dict:
             return arguments[1], ()
         if isinstance(member, type) and issubclass(member, Section) and part in member.model_fields:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.describe import Allowed
-from qatscale.config.section import ClashError, Positive, Section
+from qatscale.config.section import ClashError, NotBool, Positive, Section
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
 Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]
@@ -27,7 +27,7 @@ def _bit_width(value: int | float) -> int | float:
 
 
 Bits = Annotated[
-    int | float, AfterValidator(_bit_width), Allowed(f"one of {', '.join(f'{bits:g}' for bits in BIT_WIDTHS)}")
+    int | float, NotBool, AfterValidator(_bit_width), Allowed(f"one of {', '.join(f'{bits:g}' for bits in BIT_WIDTHS)}")
 ]
 """Bits per weight; 1.58 is ternary. (A Literal would say it shorter, but a Literal holds no float.)"""
 
@@ -41,8 +41,8 @@ def _expand_user(path: Path) -> Path:
 
 
 ExpandedPath = Annotated[Path, AfterValidator(_expand_user), Allowed("a path")]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, NotBool, Field(ge=0, le=1)]
+Beta = Annotated[float, NotBool, Field(ge=0, lt=1)]
 
 
 def _one_length(section: Section, name: str, fraction: str, tokens: str) -> None:
