@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
@@ -217,10 +218,8 @@ def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> No
 
 def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:
     """A name stands for one configuration."""
-    passing = ("checkpoint.", "output", "data.path", "tracking.", "engine.", "log_interval")
-    differences = [one for one in config_differences(folder.config(name), config) if not one.key.startswith(passing)]
-    if differences:
-        first = differences[0]
+    differences = config_differences(folder.config(name), config)
+    if first := next((one for one in differences if not one.key.startswith(WITHOUT_EFFECT)), None):
         problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."
         raise UserError("study", str(folder.path), problem, "Use another folder, or give the sizes other names.")
 
