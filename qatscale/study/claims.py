@@ -100,8 +100,13 @@ class Claims:
         path = self._path(name, number)
         try:
             changed = path.stat().st_mtime
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):  # just being written; a holder that died in that moment is found by its silence
+            content = dict(json.loads(path.read_text()))
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # being written, or damaged: its holder's silence tells
             changed, content = 0.0, {}
         state = content.get("state", "running")
         if state == "running" and self._is_gone(path, changed, content.get("process")):

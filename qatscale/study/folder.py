@@ -16,10 +16,11 @@ A run is done when its folder holds done.json, or results.csv its row: what was 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
@@ -104,16 +105,21 @@ class StudyFolder:
 
     @property
     def jobs(self) -> dict[str, StudyJob]:
-        """By name, each after the one it branches from; the same object until the study grows. UserError where nothing
-        was laid out yet."""
+        """By name, each after the one it branches from; the same object until the study grows. UserError if tree.json
+        is missing or damaged."""
         try:
             changed = self.tree_file.stat().st_mtime_ns
+            if changed != self._tree[0]:
+                jobs = TypeAdapter(list[StudyJob]).validate_json(self.tree_file.read_bytes())
+                self._tree = changed, {job.name: job for job in jobs}
         except OSError:
-            do = "Lay it out with `qatscale study run STUDY.yaml`."
-            raise UserError("study", str(self.path), "holds no tree.json.", do) from None
-        if changed != self._tree[0]:
-            jobs = [StudyJob(**{**raw, "keep": tuple(raw["keep"])}) for raw in json.loads(self.tree_file.read_text())]
-            self._tree = changed, {job.name: job for job in jobs}
+            fix = "Lay it out with `qatscale study run STUDY.yaml`."
+            raise UserError("study", str(self.path), "holds no tree.json.", fix) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "top level"
+            problem = f"is damaged ({where}: {first['msg']})."
+            raise UserError("study", str(self.tree_file), problem, "Remove it, then start `study run` again.") from None
         return self._tree[1]
 
     def recorded(self) -> set[str]:

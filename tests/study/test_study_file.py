@@ -248,3 +248,12 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
     assert "--law = 'nothing.json'" in capsys.readouterr().err
     assert run("study", "plan", file, "--law", "synthetic", "--noise", "0") == 2
     assert "--noise = 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 5000, '{"name": 1}', '[{"name": "a"}]', '[{"name": "a", "parent": null, "start": "x"}]']
+)
+def test_a_damaged_tree_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tree.json").write_text(text)
+    assert run("study", "status", str(tmp_path)) == 2
+    assert str(tmp_path / "tree.json") in capsys.readouterr().err
