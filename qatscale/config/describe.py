@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 
@@ -38,6 +39,8 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return f"a list, each {describe(arguments[0])}"
     if origin is dict:
         return f"a section for any of {_either([str(key) for key in get_args(arguments[0])])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a section with the keys {', '.join(annotation.model_fields)}"
     if annotation in _PLAIN:
         return _PLAIN[annotation] + _range(marks)
     raise TypeError(f"no words for {annotation!r}; give it an Allowed(...)")

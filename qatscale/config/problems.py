@@ -87,22 +87,21 @@ def _problem(
         path, kind = place.path, ""
     key, value = dotted(path), lookup(raw, path)
     if kind == "missing":
-        return UserError(key, None, f"missing; it must be {_words(place)}.")
+        return UserError(key, None, f"missing; it must be {describe(place.annotation, place.metadata)}.")
     choices = [choice for choice in plain_types(place.annotation) if isinstance(choice, str)]
     null = "null; it " if value is None else ""
-    return UserError(key, value, f"{null}must be {_words(place)}.", join(meant_choice(value, choices), origin(path)))
+    return UserError(
+        key,
+        value,
+        f"{null}must be {describe(place.annotation, place.metadata)}.",
+        join(meant_choice(value, choices), origin(path)),
+    )
 
 
 def meant_choice(value: object, choices: Iterable[str]) -> str:
     """`Did you mean 'x'?` where a choice is near."""
     close = nearest(value, choices) if isinstance(value, str) else None
     return f"Did you mean {close!r}?" if close else ""
-
-
-def _words(place: _Place) -> str:
-    if isinstance(place.annotation, type) and issubclass(place.annotation, Section):
-        return f"a section with the keys {', '.join(place.annotation.model_fields)}"
-    return describe(place.annotation, place.metadata)
 
 
 def _place(model: type[Section], loc: Sequence[int | str]) -> _Place:

@@ -45,6 +45,7 @@ WRONG: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "twice the same": ({"fractions": "[0.3, 0.30]"}, ("fractions", "0.3 twice", "`seeds`")),
     "a truth value": ({"seeds": "[true]"}, ("seeds[0]", "True", "whole number")),
     "a recipe's name": ({"sizes": "[debgu]"}, ("sizes[0].recipe", "'debgu'", "'debug'", "line 1")),
+    "a size that is a number": ({"sizes": "[86]"}, ("sizes[0]", "86", "name, recipe, set, processes")),
     "a size's key": ({"sizes": "[{name: a, recipe: debug, sets: []}]"}, ("sizes[0].sets", "'set'")),
     "a size without a name": ({"sizes": "[{recipe: debug}]"}, ("sizes[0].name",)),
     "two sizes of one name": ({"sizes": "[debug, {name: debug, recipe: quickstart}]"}, ("sizes", "'debug'")),
