@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         return "-".join([self.size.name, *filter(None, (choice.label for choice in self.choices))])
 
     @property
@@ -213,13 +213,13 @@ def _rule(segment: Segment, config: RunConfig) -> Hashable:
 def _warnings(runs: Sequence[StudyRun]) -> tuple[str, ...]:
     lengths = {run.config.tokens for run in runs}
     in_shares = [run for run in runs if run.config.schedule.warmup_tokens is None]
-    found = []
+    warnings = []
     if in_shares and (len(lengths) > 1 or any(run.config.qat.scheme == "sequential" for run in in_shares)):
         sizes = sorted({run.recipe for run in in_shares})
-        found.append(
+        warnings.append(
             f"the warm-up of {', '.join(sizes)} is a share of the tokens, so that runs of different length share "
             "nothing; give it in tokens: set schedule.warmup_tokens and schedule.warmup_fraction=null"
         )
-    # That a recipe's own settings have no effect under a scheme of the grid is the grid's doing.
+    # A setting of the recipe without effect under one scheme has an effect under another.
     seen = dict.fromkeys(warning for run in runs for warning in run.timeline.warnings if "no effect" not in warning)
-    return (*found, *seen)
+    return (*warnings, *seen)
