@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.measurement import point_settings, trial_settings
 from qatlaw.table import POINT, RunTable
 
@@ -73,7 +73,7 @@ class Collected:
 
 
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
-    """The points of the runs that ended soundly, each by its best trial. LawError where none is left."""
+    """The points of the runs that ended soundly, each by its best trial. InputError where none is left."""
     training = [record for record in records if record.kind != "fit"]
     left_out, sound = [], []
     for record in training:
@@ -84,7 +84,7 @@ def collect(records: Iterable[RunRecord], source: str) -> Collected:
             sound.append(record)
     if not sound:
         told = "; ".join(f"{count} {reason}" for reason, count in counted(left_out).items()) or "it holds none"
-        raise LawError("runs", source, f"no finished run to fit on: {told}.", "Train some, or name another source.")
+        raise InputError("runs", source, f"no finished run to fit on: {told}.", "Train some, or name another source.")
     knows_data = all(record.final.get("data_fingerprint") for record in sound)
     rows, again, unlike = _rows(sound, knows_data)
     best = best_trials(RunTable.from_frame(pd.DataFrame(rows), source))

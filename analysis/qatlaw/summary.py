@@ -14,7 +14,7 @@ import numpy as np
 
 from qatlaw import fraction
 from qatlaw.curves import Curve, FractionErrors, closed_form, fraction_errors, measured_curves
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.figures.style import amount, bits_label
 from qatlaw.fit import FitResult, fit, fit_per_bits
 from qatlaw.fit_file import FitFile, fit_file, write_fit
@@ -77,7 +77,7 @@ class Summary:
 
 
 def scheme_of(table: RunTable, asked: str | None, *, either: bool = False) -> str:
-    """The two-phase scheme to fit. LawError where the runs are of both and nobody chose.
+    """The two-phase scheme to fit. InputError where the runs are of both and nobody chose.
 
     either: of both, the one with more runs.
     """
@@ -85,28 +85,28 @@ def scheme_of(table: RunTable, asked: str | None, *, either: bool = False) -> st
     there = [name for name, count in counts.items() if count]
     if asked is not None:
         if asked not in MIXED_SCHEMES:
-            raise LawError("--scheme", asked, f"one of {', '.join(MIXED_SCHEMES)}.")
+            raise InputError("--scheme", asked, f"one of {', '.join(MIXED_SCHEMES)}.")
         if asked not in there:
-            raise LawError(
+            raise InputError(
                 "--scheme", asked, f"{table.source} has no such run.", f"It has: {', '.join(there) or 'none'}."
             )
         return asked
     if len(there) > 1 and not either:
         told = ", ".join(f"{counts[name]} {name}" for name in there)
-        raise LawError(
+        raise InputError(
             "--scheme", None, f"the runs are of both ({told}), whose U-curves differ.", "Choose one of them."
         )
     if not there:
-        raise LawError(
+        raise InputError(
             f"{table.source}: scheme", None, "no run has two phases, so no split of the tokens was measured."
         )
     return max(there, key=lambda name: counts[name])
 
 
 def form_named(name: str) -> LawForm:
-    """LawError, with the names there are, for an unknown one."""
+    """InputError, with the names there are, for an unknown one."""
     if name not in FORMS:
-        raise LawError("--form", name, f"one of {', '.join(FORMS)}.")
+        raise InputError("--form", name, f"one of {', '.join(FORMS)}.")
     return FORMS[name]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -212,7 +213,8 @@ def _does_not_divide(config: RunConfig, data_parallel: int) -> UserError:
     fix = f"Nearest: batch.sequences={f'{below} or {above}' if below else above}"
     share, rest = divmod(sequences, data_parallel)
     if not rest:
-        fitting = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        near = range(min(micro, share), max(0, min(micro, share) - 10_000), -1)
+        fitting = next((m for m in near if share % m == 0), math.gcd(micro, share))
         fix += f"; or keep it and set batch.micro_batch={fitting}"
     return UserError(
         "batch.sequences",

@@ -62,7 +62,7 @@ class ModelConfig(Section):
     """Tokens that the embedding holds. A tokenizer may have fewer pieces, never more."""
     hidden_size: Positive
     """Channels of the residual stream."""
-    layers: Annotated[int, Field(ge=1, le=10_000)]
+    layers: Positive
     """Decoder blocks, each of attention and MLP."""
     heads: Positive
     """Query heads of attention; each has hidden_size / heads channels, an even number."""

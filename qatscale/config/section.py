@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-LARGEST = 2**31 - 1
-"""Of a size or count."""
+LARGEST = 2**63 - 1
+"""The largest size that torch counts to."""
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top of a file to a value."""
 
@@ -52,7 +52,7 @@ NotBool = BeforeValidator(_not_bool)
 
 def _representable(value: int) -> int:
     if value > LARGEST:
-        raise ClashError("", f"larger than {LARGEST:,}, the largest size")
+        raise ClashError("", f"larger than {LARGEST:,}, the largest size that torch counts to")
     return value
 
 

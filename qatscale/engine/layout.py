@@ -3,6 +3,7 @@ meets another; whatever cannot work is refused here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError, UserErrors
 from qatscale.model.stages import Stage, divide, stage_parameters
+
+_MOST_STAGES = 1024
+"""Every stage is planned by itself."""
 
 
 class Place(NamedTuple):
@@ -100,6 +104,8 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
         near = f"{below} or {below + tensor * pipeline}" if below else f"{tensor * pipeline}"
         yield UserError("processes", processes, f"must be a multiple of {each}.", f"Start {near}.")
     yield from _tensor_problems(config, tensor)
+    if pipeline > _MOST_STAGES:
+        yield UserError("engine.pipeline_stages", pipeline, f"at most {_MOST_STAGES:,} are supported.")
     if pipeline > model.layers:
         yield UserError(
             "engine.pipeline_stages", pipeline, f"is more than model.layers = {model.layers}; every stage needs one."
@@ -147,7 +153,8 @@ def _tensor_problems(config: RunConfig, tensor: int) -> Iterator[UserError]:
     uneven = {key: size for key, size in sizes.items() if size % tensor}
     if uneven:
         shown = ", ".join(f"{key} = {size}" for key, size in uneven.items())
-        fitting = [n for n in range(1, kv_heads + 1) if not any(size % n for size in sizes.values())]
+        common = math.gcd(*sizes.values())
+        fitting = [n for n in range(1, min(common, 1024) + 1) if common % n == 0]
         yield UserError(
             "engine.tensor_parallel", tensor, f"does not divide {shown}.",
             f"For this model: {', '.join(map(str, fitting))}. For {tensor} processes: "

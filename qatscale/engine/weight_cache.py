@@ -7,7 +7,7 @@ from typing import Any
 
 from qatscale.config import precision_of
 from qatscale.config.schema import RunConfig
-from qatscale.engine.dry_run.share import Share, share_of
+from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
 from qatscale.engine.layout import Layout, stages_of
 
 
@@ -30,7 +30,7 @@ def micro_batches(config: RunConfig, layout: Layout) -> int:
     return config.batch.sequences // (config.batch.micro_batch * layout.data)
 
 
-def kept_bytes(share: Share, element: int) -> int:
+def kept_bytes(share: LocalSizes, element: int) -> int:
     """Of the quantized Linear weights of a process, `element` bytes each. The embedding quantizes what it looks up."""
     matrices = [*share.block] * share.blocks + ([share.head] if share.head else [])
     return element * sum(matrix.numel for matrix in matrices if matrix.bits is not None)
@@ -44,7 +44,7 @@ def weight_cache_notices(config: RunConfig, ds_config: Mapping[str, Any], layout
     if count == 1 and not config.engine.activation_checkpointing:
         return ("engine.quantized_weight_cache=on has no effect: a step has one micro-batch, and recomputes nothing",)
     element = {"fp32": 4, "bf16": 2}[precision_of(ds_config)]
-    size = max(kept_bytes(share_of(config, layout, stage), element) for stage in stages_of(config))
+    size = max(kept_bytes(local_sizes(config, layout, stage), element) for stage in stages_of(config))
     adds = ", which autograd would keep as well" if not config.engine.activation_checkpointing else ""
     several = "es" if count > 1 else ""
     return (

@@ -36,7 +36,7 @@ def test_a_bad_input_is_named_and_starts_nothing(
         ("trian debug", "'train'"),
         ("prepare corpus.jsonl", "'--out'"),
         ("evaluate runs/trunk --bits 4", "--bits"),
-        ("plan --params 396M --tokens 100B --bits four", "'--bits'"),
+        ("plan memory 500MB --bits 4", "'--tokens'"),
     ],
 )
 def test_a_wrong_command_line_names_what_is_wrong(typed: str, fact: str) -> None:

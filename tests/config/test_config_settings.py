@@ -30,8 +30,7 @@ PHASES = ("warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_coold
     ("key", "allowed", "default"),
     [
         ("tokens", "a whole number of tokens above 0 (2.3B, 100M, 50_000)", "required"),
-        ("model.layers", "a whole number from 1 to 10000", "required"),
-        ("model.heads", "a whole number above 0", "required"),
+        ("model.layers", "a whole number above 0", "required"),
         ("model.kv_heads", "a whole number above 0 or null", "null"),
         ("model.tied_embedding", "true or false", "true"),
         ("data.path", "a path or null", "null"),

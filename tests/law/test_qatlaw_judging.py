@@ -8,7 +8,7 @@ import pytest
 
 from qatlaw import synthetic
 from qatlaw.curves import READING, closed_form, fraction_errors, measured_curves
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, read_fit, write_fit
 from qatlaw.laws import CHEN_2025, CHINCHILLA, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED
@@ -63,9 +63,9 @@ def test_the_seed_decides_the_intervals_and_the_workers_do_not(result, drawn):
 
 
 def test_bootstrap_refuses_what_makes_no_interval(result):
-    with pytest.raises(LawError, match=r"^resamples = 5"):
+    with pytest.raises(InputError, match=r"^resamples = 5"):
         bootstrap(result, resamples=5)
-    with pytest.raises(LawError, match=r"^level = 95"):
+    with pytest.raises(InputError, match=r"^level = 95"):
         bootstrap(result, level=95)
 
 
@@ -229,20 +229,20 @@ def test_without_a_bootstrap_there_are_no_intervals(tmp_path, result):
 
 def test_files_that_are_no_fit_are_refused(tmp_path, result):
     path = tmp_path / "fit.json"
-    with pytest.raises(LawError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_fit(path)
     path.write_text("[]")
-    with pytest.raises(LawError, match="format None"):
+    with pytest.raises(InputError, match="object"):
         read_fit(path)
     write_fit(path, fit_file(result))
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format": 2}))
-    with pytest.raises(LawError, match="format 2"):
+    with pytest.raises(InputError, match="format"):
         read_fit(path)
     path.write_text(json.dumps({**content, "coefficients": {**content["coefficients"], "xi": -1.0}}))
-    with pytest.raises(LawError, match=r"coefficients\.xi"):
+    with pytest.raises(InputError, match=r"coefficients\.xi"):
         read_fit(path)
     del content["data"]
     path.write_text(json.dumps(content))
-    with pytest.raises(LawError, match="lacks data"):
+    with pytest.raises(InputError, match="data"):
         read_fit(path)

@@ -15,12 +15,12 @@ from law_runs import command, finished
 from matplotlib.colors import to_rgb
 
 from qatlaw import synthetic
-from qatlaw.default import synthetic_law
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
 from qatlaw.figures.style import amount, memory, thinned, width_dash, width_style
 from qatlaw.fraction import optimal_fraction
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.plan.waste import split_loss, wasted_tokens
+from qatlaw.planner_law import synthetic_law
 from qatlaw.report import Report, html, image, rows_html, write_report
 from qatlaw.runs import LeftOut
 from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows, rivals, summarise
