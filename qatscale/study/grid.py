@@ -41,6 +41,8 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Grid:
+    name: str
+    """The study's."""
     runs: tuple[StudyRun, ...]
     left_out: tuple[tuple[str, str], ...]
     """(run, why its schedule does not fit)."""
@@ -94,7 +96,7 @@ def grid(study: Study) -> Grid:
     if not runs:
         first = next(iter(left_out.values()))
         raise UserError("study", study.name, f"none of its runs has a schedule that fits; the first: {first}")
-    return Grid(tuple(runs.values()), tuple(left_out.items()), _warnings(list(runs.values())))
+    return Grid(study.name, tuple(runs.values()), tuple(left_out.items()), _warnings(list(runs.values())))
 
 
 def _cells(study: Study) -> Iterator[Cell]:
