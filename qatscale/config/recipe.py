@@ -21,7 +21,7 @@ from qatscale.config.yaml_text import Document, parse_yaml, read_document, to_ya
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file, is_folder
 
-RETIRED = ("data.shuffle_block",)
+RETIRED = ("data.shuffle_block", "engine.quantized_weight_cache")
 """Keys of former versions. Recipes that runs of theirs recorded are still read, without them; no other recipe is."""
 _RECORDS = ("run.json", "qatscale.json")
 """What lies beside a recipe that qatscale recorded: in a run folder, in a universal checkpoint."""

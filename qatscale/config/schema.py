@@ -234,10 +234,6 @@ class EngineConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks, once for all of them and once more at the switch. `auto` = on GPUs under ZeRO-1 and
     2. On CPUs `on` pays in runs of hours: it takes a minute and a C++ compiler. Not with ZeRO-3."""
-    quantized_weight_cache: Literal["auto", "on", "off"] = "auto"
-    """Quantize each weight once per step and keep it for all micro-batches; the same losses to the bit. `auto` = where
-    a step has several, which costs no memory at its fullest moment; not with activation checkpointing, where it adds a
-    copy of the weights. Not with ZeRO-3."""
     stall_timeout: Annotated[float, Field(gt=0)] | None = 600.0
     """Seconds without a micro-batch after which the job ends and names the rank that hangs; start, saving and
     evaluation may take half an hour more. null = wait for ever, for debuggers."""

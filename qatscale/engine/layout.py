@@ -123,12 +123,6 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
             "is wrong with pipeline stages: DeepSpeed 0.19.8 loses a part of the gradient in bf16 (measured: a norm "
             "of 0.52 for 0.65), without a word.", "Leave it out, or use it with tensor parallelism.",
         )  # fmt: skip
-    if engine.quantized_weight_cache == "on" and zero["stage"] == 3:
-        yield UserError(
-            "engine.quantized_weight_cache", "on",
-            "would keep on every process a copy of the very weights that ZeRO-3 divides among them.",
-            "Take ZeRO-1 or 2, or leave it out.",
-        )  # fmt: skip
     if "pipeline" in ds and pipeline == 1:
         yield UserError("pipeline", None, "would have no effect with one stage.", "Set engine.pipeline_stages.")
     if engine.sequence_parallel and pipeline > 1 and any(ds.get("pipeline", {}).values()):

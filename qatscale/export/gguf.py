@@ -84,7 +84,7 @@ def plan(source: Source, fallback: bool, q1_0: bool = False) -> Plan:
     choices: dict[str, list[Encoding]] = {}
     for p in source.parameters:
         if p.quantizer:
-            kinds = CHOICES[p.quantizer.width]
+            kinds = CHOICES[p.quantizer.bits_text]
             kinds = (blocks.Q1_0, *kinds) if q1_0 and p.quantizer.bits == 1 else kinds
             choices[p.name] = [*map(Block, kinds), plain]
         else:

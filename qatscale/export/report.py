@@ -50,7 +50,7 @@ def rows(plan: Plan) -> list[Row]:
     kinds: dict[tuple[str, str, str | None], list[Entry]] = {}
     for entry in plan.entries:
         quantizer = entry.parameter.quantizer
-        key = (quantizer.width if quantizer else "-", entry.encoding.name, entry.fallback)
+        key = (quantizer.bits_text if quantizer else "-", entry.encoding.name, entry.fallback)
         kinds.setdefault(key, []).append(entry)
     return [
         Row(

@@ -10,8 +10,8 @@ from torch import nn
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
-from qatscale.quant.layers import FakeQuant, FakeQuantEmbedding, FakeQuantLinear
-from qatscale.quant.quantizers import BitsRule
+from qatscale.quant.bit_widths import BitsRule
+from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 
 BLOCK_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 """Also with the suffix `_proj` of Hugging Face models."""
@@ -37,10 +37,10 @@ class Selection:
     """Name of every other Linear and Embedding -> why."""
 
 
-def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLinear | FakeQuantEmbedding]]:
+def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLayer]]:
     """Converted layers with their names, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+        if isinstance(module, FakeQuantLayer):
             yield name, module
 
 
@@ -97,7 +97,7 @@ def _is_tied(model: nn.Module) -> bool:
 
 def _check_kind(target: Target) -> None:
     module = target.module
-    if type(module) not in (nn.Linear, nn.Embedding) and not isinstance(module, FakeQuant):
+    if type(module) not in FAKE_QUANT and not isinstance(module, FakeQuant):
         raise UserError(
             f"model.{target.name}", type(module).__name__, "only a plain nn.Linear or nn.Embedding can be quantized;",
             "a subclass would lose what it adds. Prepare the model before other libraries wrap its layers.",

@@ -13,6 +13,7 @@ from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
+from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.selection import fake_quant_modules
 from qatscale.train.evaluate import load_checkpointed_model
 
@@ -39,7 +40,7 @@ def trained_weights(run: Path) -> dict[str, Tensor]:
     values = {name: value.detach() for name, value in model.named_parameters() if not name.endswith("_scale")}
     for name, layer in fake_quant_modules(model):
         if f"{name}.weight" in values:
-            values[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale).detach()
+            values[f"{name}.weight"] = fake_quantize(layer.quantizer, layer.weight, layer.weight_scale).detach()
     return {names[name]: value for name, value in values.items()}
 
 

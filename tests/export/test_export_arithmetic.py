@@ -13,21 +13,26 @@ from qatscale.export.grid import Grid, integer_step, lowest_integer, signed_bits
 from qatscale.export.packing import pack, words
 from qatscale.export.source import Parameter
 from qatscale.model.llama import ModelConfig
-from qatscale.quant.quantizers import ALPHA_FLOOR, QUANTIZERS, Quantizer
+from qatscale.quant.bit_widths import QUANTIZERS, SCALE_FLOOR, Quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.reference import encode
 
-ALL = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=lambda q: q.width)
+ALL = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=lambda q: q.bits_text)
 
 
 def a_grid(quantizer: Quantizer, rows: int = 6, channels: int = 512, groups: int = 1) -> tuple[Grid, torch.Tensor]:
-    """With every code in every row, one scale below the floor; and what our quantizer decodes."""
+    """With every code in every row, one scale below the floor; and the weights that forward makes of them."""
     codes = torch.tensor(quantizer.code_values, dtype=torch.int8)
     draw = torch.Generator().manual_seed(0)
     picked = codes[torch.randint(len(codes), (rows, channels), generator=draw)]
     picked[:, : len(codes)] = codes
     alpha = torch.rand(rows, groups, generator=draw) / 16 + 1e-3
-    alpha[0, 0] = ALPHA_FLOOR / 3
+    alpha[0, 0] = SCALE_FLOOR / 3
+    levels = (picked.view(rows, groups, -1) + quantizer.shift) / quantizer.steps
+    weights = (levels * alpha.clamp_min(SCALE_FLOOR).unsqueeze(-1)).view(rows, channels)
     alpha = alpha[:, 0] if groups == 1 else alpha
-    return Grid.of(quantizer, picked, alpha), quantizer.decode(picked, alpha)
+    assert torch.equal(encode(quantizer, weights, alpha), picked)
+    return Grid.of(quantizer, picked, alpha), fake_quantize(quantizer, weights, alpha)
 
 
 @ALL
@@ -117,7 +122,7 @@ def test_blocks_of_one_bit() -> None:
 @ALL
 def test_every_choice_of_gguf_has_room_for_the_integers(quantizer: Quantizer) -> None:
     integers = a_grid(quantizer)[0].integers
-    for kind in CHOICES[quantizer.width]:
+    for kind in CHOICES[quantizer.bits_text]:
         assert kind.low <= int(integers.min())
         assert int(integers.max()) <= kind.high
 

@@ -9,8 +9,10 @@ from torch import nn
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
+from qatscale.quant.bit_widths import get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.plugin import PlainMasters, QatPlugin, view
-from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import fake_quant_modules
 
 
@@ -33,7 +35,7 @@ def ptq_by_hand(model: TinyModel, bits: float, embedding_bits: float | None, gro
         if isinstance(module, nn.Linear | nn.Embedding) and width is not None and id(module.weight) not in seen:
             seen.add(id(module.weight))
             quantizer, w = get_quantizer(width), module.weight.detach()
-            module.weight.data.copy_(quantizer.fake_quantize(w, quantizer.ptq_scale(w, group_size)))
+            module.weight.data.copy_(fake_quantize(quantizer, w, ptq_scale(quantizer, w, group_size)))
     return plain(*a_batch()).item()
 
 
@@ -75,10 +77,9 @@ def test_ptq_follows_the_recipes_embedding_bits() -> None:
 def test_each_ptq_view_searches_once_and_sees_the_weights_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = a_model(), a_batch()
     calls = []
-    search = type(get_quantizer(2)).ptq_scale
-    monkeypatch.setattr(
-        type(get_quantizer(2)), "ptq_scale", lambda *args: calls.append(1) or search(*args)
-    )  # counts, and still searches
+    monkeypatch.setattr(  # counts, and still searches
+        "qatscale.quant.layers.ptq_scale", lambda *args: calls.append(1) or ptq_scale(*args)
+    )
     with view(model, "ptq", 2):
         first = model(*batch).item()
         assert model(*batch).item() == first

@@ -31,10 +31,7 @@ from qatscale.engine.layout import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import join_topology
-from qatscale.engine.weight_cache import keeps_weights
 from qatscale.model.llama import Llama, initialise
-from qatscale.quant.cache import WeightCache
-from qatscale.quant.kernels import cpu
 from qatscale.quant.plugin import QatPlugin
 from qatscale.timeline import build_timeline
 
@@ -49,8 +46,6 @@ def measure(overrides: list[str], ds_config: dict[str, Any], runtime: Runtime) -
     topology = join_topology(config, layout, runtime)
     rows = config.batch.sequences // layout.data
     batch = torch.randint(config.model.vocab_size, (rows, config.data.sequence_length + 1))
-    for buffer in range(4):  # workspaces, which stay: not of one run, and not of the estimate
-        cpu._buffer(buffer, torch.empty(cpu.BLOCK, device="meta"))
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function("step build"):
@@ -60,13 +55,12 @@ def measure(overrides: list[str], ds_config: dict[str, Any], runtime: Runtime) -
             plugin.prepare(model)
             merged = merge_ds_config(config, ds_config, layout.data)
             engine, masters = initialize_engine(model, plugin, config, merged, topology)
-            weights = WeightCache(model, keeps_weights(config, merged, layout))
         for step in range(STEPS):
             plugin.after_step(step, masters)
             apply_settings(engine, timeline.at(step))
             Sent.total = 0.0
             with record_function(f"step {step}"):
-                for loss in train_step(engine, batch, config.batch.micro_batch, topology, weights):
+                for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                     loss.detach()
                 del loss
     found = resident(engine, masters) | peaks(profiler) | {"sent": round(Sent.total)}
