@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
-
-BIT_WIDTHS: tuple[float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
-"""Bits per quantized weight that a run can train at. All of them are planned where none is asked for."""
 
 _PLAIN = {"": 1.0}
 _UNITS = _PLAIN | {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}

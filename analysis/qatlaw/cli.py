@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qatlaw.amounts import BIT_WIDTHS, Reader, parse_amount, parse_bits, parse_bytes, parse_share
+from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_bytes, parse_share
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
 from qatlaw.fraction import amount
 from qatlaw.plan.answer import Answer, columns, facts

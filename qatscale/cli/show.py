@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.cli.terminal import check_figure, console, plain_table
-from qatscale.config.schema import BIT_WIDTHS, RunConfig
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError, nearest
 from qatscale.files import is_file
 

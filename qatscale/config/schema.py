@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from qatlaw.bit_widths import BIT_WIDTHS, EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.describe import Allowed
 from qatscale.config.section import ClashError, NotBool, Positive, Section
@@ -17,19 +19,22 @@ Shape = Literal[
     "linear", "cosine", "mirror_cosine", "1-sqrt", "sqrt", "minus_sqrt", "1-square", "lowered_linear", "exponential",
     "piecewise",
 ]  # fmt: skip
-BIT_WIDTHS: tuple[int | float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
 
 
-def _bit_width(value: int | float) -> int | float:
-    if value not in BIT_WIDTHS:
-        raise ValueError("no quantizer has so many bits")
-    return BIT_WIDTHS[BIT_WIDTHS.index(value)]  # 4.0 becomes 4, so that equal recipes read and hash alike
+def _one_of(widths: Sequence[int | float]) -> tuple[AfterValidator, Allowed]:
+    def listed(value: int | float) -> int | float:
+        if value not in widths:
+            raise ValueError("no such bit width")
+        return widths[widths.index(value)]  # 4.0 becomes 4, so that equal recipes read and hash alike
+
+    return AfterValidator(listed), Allowed(f"one of {', '.join(f'{bits:g}' for bits in widths)}")
 
 
-Bits = Annotated[
-    int | float, NotBool, AfterValidator(_bit_width), Allowed(f"one of {', '.join(f'{bits:g}' for bits in BIT_WIDTHS)}")
+Bits = Annotated[int | float, NotBool, *_one_of(BIT_WIDTHS)]
+"""Bits per quantized weight; 1.58 is ternary. (A Literal would say it shorter, but a Literal holds no float.)"""
+EmbeddingBits = Annotated[
+    int | float, NotBool, *_one_of([*(bits for bits in BIT_WIDTHS if bits >= EMBEDDING_LEAST_BITS), UNQUANTIZED_BITS])
 ]
-"""Bits per weight; 1.58 is ternary. (A Literal would say it shorter, but a Literal holds no float.)"""
 
 
 def _expand_user(path: Path) -> Path:
@@ -189,7 +194,7 @@ class QatConfig(Section):
     and cooldowns. It is 0 for scheme `fp` and 1 for `scratch`."""
     group_size: Positive | None = None
     """Neighbouring input channels that share a quantizer scale; null = one scale per output row."""
-    embedding_bits: Literal["auto", 4, 5, 6, 8, 16] = "auto"
+    embedding_bits: EmbeddingBits | Literal["auto"] = "auto"
     """Bits per weight of embedding and head, 16 = not quantized; `auto` = max(4, bits) when tied, else 16."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the QAT phase; null = lr_ratio x optimizer.learning_rate."""

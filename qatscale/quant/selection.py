@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import BitsRule
@@ -16,9 +17,6 @@ from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 BLOCK_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 """Also with the suffix `_proj` of Hugging Face models."""
 EMBEDDING_NAMES = ("embed", "embed_tokens", "head", "lm_head")
-EMBEDDING_LEAST_BITS = 4
-"""Automatic embedding and head bits never go below this."""
-NOT_QUANTIZED = 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def _embedding_rule(model: nn.Module, qat: QatConfig) -> BitsRule | None:
     """None = embedding and head are left out."""
     if qat.embedding_bits == "auto":
         return BitsRule(least=EMBEDDING_LEAST_BITS) if _is_tied(model) else None
-    return None if qat.embedding_bits == NOT_QUANTIZED else BitsRule(fixed=qat.embedding_bits)
+    return None if qat.embedding_bits == UNQUANTIZED_BITS else BitsRule(fixed=qat.embedding_bits)
 
 
 def _is_tied(model: nn.Module) -> bool:

@@ -15,10 +15,8 @@ import typer.main
 from bad_inputs import run_command
 from typer.core import TyperGroup
 
-from qatlaw.amounts import BIT_WIDTHS
 from qatlaw.cli import planner
 from qatscale.config import load_run_config, recipe_names
-from qatscale.config.schema import BIT_WIDTHS as RECIPE_BIT_WIDTHS
 from qatscale.model.sizes import count_parameters, flops_per_token
 from qatscale.timeline import build_timeline, first_difference
 from qatscale.timeline.segments import Timeline
@@ -171,10 +169,6 @@ def test_the_example_in_the_help_of_a_command_runs(example: str) -> None:
     code, out, error = run_command(shlex.split(example))
     assert (code, error) == (0, "")
     assert len(out.splitlines()) > 4
-
-
-def test_every_bit_width_of_a_recipe_is_planned() -> None:
-    assert BIT_WIDTHS == RECIPE_BIT_WIDTHS
 
 
 def test_an_answer_needs_neither_torch_nor_pandas() -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.config import (
     RunConfig,
     config_differences,
@@ -16,8 +17,9 @@ from qatscale.config import (
     resolved_yaml,
 )
 from qatscale.config.amounts import format_amount, parse_amount
-from qatscale.config.schema import BIT_WIDTHS, PhaseOverride
+from qatscale.config.schema import PhaseOverride
 from qatscale.errors import UserError
+from qatscale.quant.bit_widths import QUANTIZERS
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,20 @@ def test_every_bit_width_is_kept_as_it_is(bits: float) -> None:
     for written in (f"{bits}", f"{bits:.2f}"):  # 4 and 4.00 are one width, one hash, one name
         config = load_run_config("debug", [f"qat.bits={written}"])
         assert (config.qat.bits, type(config.qat.bits)) == (bits, type(bits))
+
+
+def test_every_bit_width_has_a_quantizer_and_the_other_way_round() -> None:
+    assert tuple(QUANTIZERS) == BIT_WIDTHS
+
+
+@pytest.mark.parametrize(("bits", "good"), [(4, True), (8, True), (16, True), (2, False), (7, False), (True, False)])
+def test_the_embedding_takes_the_wider_bit_widths(bits: object, good: bool) -> None:
+    override = f"qat.embedding_bits={str(bits).lower()}"
+    if good:
+        assert load_run_config("debug", [override]).qat.embedding_bits == bits
+    else:
+        with pytest.raises(UserError, match="one of 4, 5, 6, 8, 16 or auto"):
+            load_run_config("debug", [override])
 
 
 def test_a_recipe_file_anywhere(tmp_path: Path) -> None:

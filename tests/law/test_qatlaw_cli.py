@@ -12,7 +12,8 @@ from typer.main import get_command
 
 from qatlaw import InputError
 from qatlaw.__main__ import main
-from qatlaw.amounts import BIT_WIDTHS, parse_amount, parse_bytes
+from qatlaw.amounts import parse_amount, parse_bytes
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.cli import planner
 
 RUN = "--params 396M --tokens 100B"

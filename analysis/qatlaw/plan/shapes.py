@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatlaw.errors import InputError
 
 VOCABULARY = 32_000
@@ -30,9 +31,6 @@ MLP = 2.7
 """Width of the SwiGLU over that of the model, rounded to a multiple of 128."""
 SHALLOW, DEEP = 100, 56
 """Width over depth, at most and at least."""
-EMBEDDING_LEAST_BITS = 4
-UNQUANTIZED_BITS = 16
-"""Of scales and norms, as bf16 holds them."""
 RULE = (
     f"Llama-style shapes, {DEEP} to {SHALLOW} times as wide as deep, embedding and head tied. Memory counts weights "
     f"alone: blocks at B bits, the embedding at max({EMBEDDING_LEAST_BITS}, B), norms and a scale a row at "

@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatscale.config.schema import QatConfig, RunConfig
 from qatscale.engine.layout import Layout
 from qatscale.model.stages import Stage
-
-EMBEDDING_LEAST_BITS = 4
-"""As in `qatscale.quant.selection`, which imports torch."""
-NOT_QUANTIZED = 16
 
 
 @dataclass(frozen=True)
@@ -114,4 +111,4 @@ def table_bits(qat: QatConfig, tied: bool) -> float | None:
     """Bits of embedding and head; None: full precision."""
     if qat.embedding_bits == "auto":
         return max(EMBEDDING_LEAST_BITS, qat.bits) if tied else None
-    return None if qat.embedding_bits == NOT_QUANTIZED else qat.embedding_bits
+    return None if qat.embedding_bits == UNQUANTIZED_BITS else qat.embedding_bits
