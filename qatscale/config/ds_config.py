@@ -139,12 +139,11 @@ class _Check:
         for written, value in section.items():
             key = FORMER_NAMES.get(prefix + written, prefix + written)
             name = key.removeprefix(prefix)
-            if value is None:
+            if value is None or (key not in _RULES and key not in _SECTIONS and _is_off(value, key)):
                 continue
             if key in UNSUPPORTED:
-                if not _is_off(value):
-                    use = f", or use {INSTEAD[key]}" if key in INSTEAD else ""
-                    self._wrong(key, value, "not supported by qatscale.", f"Remove it, switch it off{use}.")
+                use = f", or use {INSTEAD[key]}" if key in INSTEAD else ""
+                self._wrong(key, value, "not supported by qatscale.", f"Remove it, switch it off{use}.")
             elif key in WITHOUT_EFFECT:
                 self.without_effect.append(key)
             elif key in _SECTIONS and isinstance(value, Mapping):
@@ -193,10 +192,15 @@ def _fill(config: RunConfig, check: _Check) -> dict[str, Any]:
     return filled
 
 
-def _is_off(value: Any) -> bool:
-    """Whether a feature is switched off, or is left to "auto", for which nothing here asks."""
+def _is_off(value: Any, key: str) -> bool:
+    """Whether a feature is switched off, or left to "auto", for which nothing here asks. Of an unknown key only
+    "enabled": false counts: it may be a misspelling."""
+    if isinstance(value, Mapping) and "enabled" in value:
+        return value["enabled"] in (False, None, "auto")
+    if key not in UNSUPPORTED | WITHOUT_EFFECT:
+        return False
     if isinstance(value, Mapping):
-        return _is_off(value["enabled"]) if "enabled" in value else all(map(_is_off, value.values()))
+        return all(_is_off(inner, key) for inner in value.values())
     return value in (None, False, "none", "auto", []) or (value is not True and value in (-1, 1))
 
 

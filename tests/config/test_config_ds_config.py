@@ -146,7 +146,7 @@ FROM_ELSEWHERE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
             "comms_config": {"verbose": False}, "monitor_config": {"enabled": True, "csv_monitor": {"enabled": False}},
         },
         {"stage": 2, "allgather_bucket_size": 500_000_000, "reduce_bucket_size": 500_000_000},
-        ["zero_allow_untested_optimizer", "comms_config", "monitor_config"],
+        ["zero_allow_untested_optimizer", "monitor_config"],
     ),
     "LLaMA-Factory, ZeRO-3": (
         {
@@ -173,9 +173,10 @@ FROM_ELSEWHERE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
             "data_types": {"grad_accum_dtype": "fp32"}, "prescale_gradients": False,
             "activation_checkpointing": {"partition_activations": True}, "communication_data_type": "bfp16",
             "curriculum_learning": {"enabled": False, "min_difficulty": 8}, "sparse_gradients": False,
+            "a_feature_of_theirs": {"enabled": False},
         },
         {"stage": 2},
-        ["bf16.loss_scale", "activation_checkpointing"],
+        ["activation_checkpointing"],
     ),
 }  # fmt: skip
 
