@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from qatlaw.bit_widths import BIT_WIDTHS
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.errors import InputError
 
 _PLAIN = {"": 1.0}
@@ -34,4 +34,4 @@ def _reader(allowed: str, units: Mapping[str, float], holds: Callable[[float], b
 parse_amount = _reader("a number above 0, with K, M, B or T if it is long: 2.3B", _UNITS)
 parse_bytes = _reader("bytes above 0 with their unit: 500MB, 1.5GB, 512MiB", _BYTES)
 parse_share = _reader("above 0 and below 1: 0.25", _PLAIN, lambda share: share < 1)
-parse_bits = _reader(f"one of {', '.join(f'{b:g}' for b in BIT_WIDTHS)}", _PLAIN, BIT_WIDTHS.__contains__)
+parse_bits = _reader(f"one of {BIT_WIDTHS_TEXT}", _PLAIN, BIT_WIDTHS.__contains__)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_bytes, parse_share
-from qatlaw.bit_widths import BIT_WIDTHS
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.errors import InputError
 from qatlaw.fraction import amount
 from qatlaw.plan.answer import Answer, columns, facts
@@ -39,7 +39,7 @@ def _option(metavar: str, text: str, read: Reader = parse_amount) -> Any:
 PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.")
 RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe, with its tokens, bits, batch and schedule.")
 TOKENS = _option("100B", "Training tokens of both phases.")
-BITS = _option("4", f"Bits per quantized weight: {', '.join(f'{bits:g}' for bits in BIT_WIDTHS)}.", parse_bits)
+BITS = _option("4", f"Bits per quantized weight: {BIT_WIDTHS_TEXT}.", parse_bits)
 BATCH_TOKENS = _option("1M", "Tokens of an optimizer step, for the step of the switch.")
 NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)")
 VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qatlaw.bit_widths import BIT_WIDTHS
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatscale.cli.terminal import check_figure, console, plain_table
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError, nearest
@@ -16,7 +16,7 @@ from qatscale.files import is_file
 def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
         shown = int(bits) if bits.is_integer() else bits
-        raise UserError(key, shown, f"must be one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
+        raise UserError(key, shown, f"must be one of {BIT_WIDTHS_TEXT}.")
 
 
 def print_config(what: str, overrides: Sequence[str]) -> None:

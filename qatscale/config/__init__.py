@@ -10,9 +10,10 @@ from qatscale.config.ds_config import (
 )
 from qatscale.config.recipe import (
     config_differences,
-    config_hash,
     flatten,
+    is_unaltered,
     load_run_config,
+    recipe_hash,
     recipe_names,
     resolved_yaml,
 )
@@ -22,15 +23,16 @@ from qatscale.config.settings import explain
 __all__ = [
     "RunConfig",
     "config_differences",
-    "config_hash",
     "ds_config_names",
     "ds_config_warnings",
     "explain",
     "flatten",
+    "is_unaltered",
     "load_ds_config",
     "load_run_config",
     "merge_ds_config",
     "precision_of",
+    "recipe_hash",
     "recipe_names",
     "resolved_yaml",
     "run_ds_config",

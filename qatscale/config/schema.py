@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from qatlaw.bit_widths import BIT_WIDTHS, EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.describe import Allowed
 from qatscale.config.section import ClashError, NotBool, Positive, Section
@@ -21,20 +20,25 @@ Shape = Literal[
 ]  # fmt: skip
 
 
-def _one_of(widths: Sequence[int | float]) -> tuple[AfterValidator, Allowed]:
-    def listed(value: int | float) -> int | float:
-        if value not in widths:
-            raise ValueError("no such bit width")
-        return widths[widths.index(value)]  # 4.0 becomes 4, so that equal recipes read and hash alike
-
-    return AfterValidator(listed), Allowed(f"one of {', '.join(f'{bits:g}' for bits in widths)}")
+def _bit_width(value: int | float) -> int | float:
+    if value not in BIT_WIDTHS:
+        raise ValueError("no quantizer has so many bits")
+    return BIT_WIDTHS[BIT_WIDTHS.index(value)]  # 4.0 becomes 4, so that equal recipes read and hash alike
 
 
-Bits = Annotated[int | float, NotBool, *_one_of(BIT_WIDTHS)]
-"""Bits per quantized weight; 1.58 is ternary. (A Literal would say it shorter, but a Literal holds no float.)"""
+def _embedding_bits(value: int | Literal["auto"]) -> int | Literal["auto"]:
+    if value != "auto" and value not in EMBEDDING_BITS:
+        raise ValueError("an embedding cannot have so many bits")
+    return value
+
+
+# (Literals would say the same, but they hold no float and cannot be derived from the list.)
+Bits = Annotated[int | float, NotBool, AfterValidator(_bit_width), Allowed(f"one of {BIT_WIDTHS_TEXT}")]
+"""Bits per weight; 1.58 is ternary."""
 EmbeddingBits = Annotated[
-    int | float, NotBool, *_one_of([*(bits for bits in BIT_WIDTHS if bits >= EMBEDDING_LEAST_BITS), UNQUANTIZED_BITS])
-]
+    int | Literal["auto"], NotBool, AfterValidator(_embedding_bits),
+    Allowed(f"auto, {', '.join(map(str, EMBEDDING_BITS[:-1]))} or {EMBEDDING_BITS[-1]}"),
+]  # fmt: skip
 
 
 def _expand_user(path: Path) -> Path:
@@ -194,8 +198,8 @@ class QatConfig(Section):
     and cooldowns. It is 0 for scheme `fp` and 1 for `scratch`."""
     group_size: Positive | None = None
     """Neighbouring input channels that share a quantizer scale; null = one scale per output row."""
-    embedding_bits: EmbeddingBits | Literal["auto"] = "auto"
-    """Bits per weight of embedding and head, 16 = not quantized; `auto` = max(4, bits) when tied, else 16."""
+    embedding_bits: EmbeddingBits = "auto"
+    """Bits of embedding and head, never below 4; `auto` = max(4, bits) when tied, else 16, which is full precision."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the QAT phase; null = lr_ratio x optimizer.learning_rate."""
     lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"

@@ -249,12 +249,6 @@ def is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
 
 
-def weight_decay_names(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """Names of the parameters (with, without) weight decay: matrices, embedding and head have it, norms do not."""
-    names = list(parameter_shapes(config))
-    return [name for name in names if not is_norm(name)], [name for name in names if is_norm(name)]
-
-
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter: full shape, fp32, on the CPU.
 

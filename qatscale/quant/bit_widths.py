@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatscale.errors import UserError
 
 SCALE_FLOOR = 1e-5
@@ -61,11 +61,6 @@ class Quantizer:
         """1.58 -> '1.58', 4 -> '4'."""
         return f"{self.bits:g}"
 
-    @cached_property
-    def code_values(self) -> tuple[int, ...]:
-        """Every code, ascending. Binary has no code 0."""
-        return (-1, 1) if self.name == "binary" else tuple(range(-self.qn, self.qp + 1))
-
     @property
     def scale_lr_ratio(self) -> float:
         """The learning rate of α over that of the weights: 1/Qp, as α starts at a Qp-th of its largest weight.
@@ -79,25 +74,26 @@ class Quantizer:
         return 1.0 / math.sqrt(numel * self.qp)
 
 
-def _lsq(bits: int) -> Quantizer:
-    qn, qp = 2 ** (bits - 1), 2 ** (bits - 1) - 1
-    return Quantizer(bits, "lsq", qn, qp, steps=1, shift=0, low=-qn, high=qp, storage_bits=bits)
+def _quantizer(bits: float) -> Quantizer:
+    if bits == 1:
+        return Quantizer(1, "binary", 1, 1, steps=1, shift=0, low=-math.inf, high=math.inf, storage_bits=1)
+    if bits == 1.58:
+        return Quantizer(1.58, "ternary", 1, 1, steps=1.5, shift=0, low=-SEQ_CLIP, high=SEQ_CLIP, storage_bits=2)
+    if bits == 2:
+        return Quantizer(2, "seq", 2, 1, steps=2, shift=0.5, low=-SEQ_CLIP, high=SEQ_CLIP, storage_bits=2)
+    assert bits in range(3, 9), f"no quantizer has {bits:g} bits"  # codes are int8
+    qn, qp = 2 ** (int(bits) - 1), 2 ** (int(bits) - 1) - 1
+    return Quantizer(bits, "lsq", qn, qp, steps=1, shift=0, low=-qn, high=qp, storage_bits=int(bits))
 
 
-QUANTIZERS: dict[float, Quantizer] = {
-    1: Quantizer(1, "binary", 1, 1, steps=1, shift=0, low=-math.inf, high=math.inf, storage_bits=1),
-    1.58: Quantizer(1.58, "ternary", 1, 1, steps=1.5, shift=0, low=-SEQ_CLIP, high=SEQ_CLIP, storage_bits=2),
-    2: Quantizer(2, "seq", 2, 1, steps=2, shift=0.5, low=-SEQ_CLIP, high=SEQ_CLIP, storage_bits=2),
-    **{bits: _lsq(bits) for bits in (3, 4, 5, 6, 8)},
-}
-
+QUANTIZERS: dict[float, Quantizer] = {bits: _quantizer(bits) for bits in BIT_WIDTHS}
 BY_TEXT: dict[str, Quantizer] = {quantizer.bits_text: quantizer for quantizer in QUANTIZERS.values()}
 
 
 def get_quantizer(bits: float) -> Quantizer:
     """The quantizer of a bit width. UserError for one that has none."""
     if bits not in QUANTIZERS:
-        raise UserError("bits", bits, f"a weight has {', '.join(map(str, QUANTIZERS))} bits when quantized.")
+        raise UserError("bits", bits, f"a weight has {BIT_WIDTHS_TEXT} bits when quantized.")
     return QUANTIZERS[bits]
 
 
@@ -110,3 +106,10 @@ class BitsRule:
 
     def at(self, bits: float) -> float:
         return self.fixed if self.fixed is not None else max(self.least, bits)
+
+
+def embedding_rule(setting: int | Literal["auto"], tied: bool) -> BitsRule | None:
+    """The bits of embedding and head under `qat.embedding_bits`; None: they stay in full precision."""
+    if setting == "auto":
+        return BitsRule(least=EMBEDDING_LEAST_BITS) if tied else None
+    return None if setting == UNQUANTIZED_BITS else BitsRule(fixed=setting)

@@ -37,7 +37,7 @@ def gradients(
 
 @torch.no_grad()
 def encode(quantizer: Quantizer, w: Tensor, scale: Tensor) -> Tensor:
-    """The integer code of every weight: int8, w's shape, values among `Quantizer.code_values`."""
+    """The integer code of every weight: int8, w's shape, from -qn to qp; binary has no code 0."""
     check_shapes(w, scale)
     return encode_rows(quantizer, *rows_of(w, scale)).to(torch.int8).reshape(w.shape)
 

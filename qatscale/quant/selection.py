@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
-from qatscale.quant.bit_widths import BitsRule
+from qatscale.quant.bit_widths import BitsRule, embedding_rule
 from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 
 BLOCK_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -47,7 +46,7 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
 
     UserError where nothing matches, a group size does not divide, or a layer cannot be quantized as it stands.
     """
-    rule = _embedding_rule(model, qat)
+    rule = embedding_rule(qat.embedding_bits, _is_tied(model))
     targets: list[Target] = []
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -75,13 +74,6 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
     _check_group_size(targets, qat.group_size)
     _check_sharing(model, targets)
     return Selection(tuple(targets), left_out)
-
-
-def _embedding_rule(model: nn.Module, qat: QatConfig) -> BitsRule | None:
-    """None = embedding and head are left out."""
-    if qat.embedding_bits == "auto":
-        return BitsRule(least=EMBEDDING_LEAST_BITS) if _is_tied(model) else None
-    return None if qat.embedding_bits == UNQUANTIZED_BITS else BitsRule(fixed=qat.embedding_bits)
 
 
 def _is_tied(model: nn.Module) -> bool:

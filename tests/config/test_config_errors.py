@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from wrong_values import NO_SUCH_BITS
 
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatscale.config import load_run_config, resolved_yaml
 from qatscale.config.schema import ModelConfig, RunConfig
 from qatscale.errors import UserError, UserErrors
@@ -21,8 +23,8 @@ BAD_OVERRIDES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("qat=fused",): ("qat", "qatscale config qat"),
     ("tokens",): ("tokens", "tokens=VALUE", "2.3B"),
     ("--qat.bits=2",): ("--qat.bits", "'qat.bits'"),
-    ("qat.bits=7",): ("qat.bits", " 7:", "1, 1.58, 2, 3, 4, 5, 6, 8"),
-    (f"qat.bits={10**400}",): ("qat.bits", "1, 1.58, 2, 3, 4, 5, 6, 8"),
+    (f"qat.bits={NO_SUCH_BITS}",): ("qat.bits", f" {NO_SUCH_BITS}:", BIT_WIDTHS_TEXT),
+    (f"qat.bits={10**400}",): ("qat.bits", BIT_WIDTHS_TEXT),
     ("qat.scheme=fusd",): ("qat.scheme", "'fusd'", "fp, sequential, fused or scratch", "'fused'"),
     ("qat.fraction=1.3",): ("qat.fraction", "1.3", "from 0 to 1 or auto"),
     ("qat.fraction=auot",): ("qat.fraction", "'auot'", "'auto'"),
@@ -99,14 +101,16 @@ def test_a_bad_file_is_named_with_its_line(text: str, tmp_path: Path) -> None:
 def test_every_problem_is_reported_at_once_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     text = resolved_yaml(load_run_config("debug"))
-    text = text.replace("  layers: 2\n", "").replace("bits: 4", "bits: 7").replace("heads: 2", "heds: 2", 1)
+    text = (
+        text.replace("  layers: 2\n", "").replace("bits: 4", f"bits: {NO_SUCH_BITS}").replace("heads: 2", "heds: 2", 1)
+    )
     path.write_text(text)
     lines = {line.strip(): number for number, line in enumerate(text.splitlines(), start=1)}
     with pytest.raises(UserErrors) as caught:
         load_run_config(path, ["tokens=x"])
     places = {
         "tokens": "on the command line", "model.layers": "", "model.heads": "",
-        "model.heds": f"{path}, line {lines['heds: 2']}", "qat.bits": f"{path}, line {lines['bits: 7']}",
+        "model.heds": f"{path}, line {lines['heds: 2']}", "qat.bits": f"{path}, line {lines[f'bits: {NO_SUCH_BITS}']}",
     }  # fmt: skip
     assert [problem.key for problem in caught.value.problems] == list(places)
     for problem, place in zip(caught.value.problems, places.values(), strict=True):

@@ -10,16 +10,16 @@ from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.config import (
     RunConfig,
     config_differences,
-    config_hash,
     flatten,
+    is_unaltered,
     load_run_config,
+    recipe_hash,
     recipe_names,
     resolved_yaml,
 )
 from qatscale.config.amounts import format_amount, parse_amount
 from qatscale.config.schema import PhaseOverride
 from qatscale.errors import UserError
-from qatscale.quant.bit_widths import QUANTIZERS
 
 
 @pytest.mark.parametrize(
@@ -75,20 +75,6 @@ def test_every_bit_width_is_kept_as_it_is(bits: float) -> None:
         assert (config.qat.bits, type(config.qat.bits)) == (bits, type(bits))
 
 
-def test_every_bit_width_has_a_quantizer_and_the_other_way_round() -> None:
-    assert tuple(QUANTIZERS) == BIT_WIDTHS
-
-
-@pytest.mark.parametrize(("bits", "good"), [(4, True), (8, True), (16, True), (2, False), (7, False), (True, False)])
-def test_the_embedding_takes_the_wider_bit_widths(bits: object, good: bool) -> None:
-    override = f"qat.embedding_bits={str(bits).lower()}"
-    if good:
-        assert load_run_config("debug", [override]).qat.embedding_bits == bits
-    else:
-        with pytest.raises(UserError, match="one of 4, 5, 6, 8, 16 or auto"):
-            load_run_config("debug", [override])
-
-
 def test_a_recipe_file_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(resolved_yaml(load_run_config("debug", ["seed=3"])))
@@ -125,7 +111,7 @@ def test_what_is_resolved_loads_back_equal(tmp_path_factory: pytest.TempPathFact
     path.write_text(resolved_yaml(config), encoding="utf-8")
     again = load_run_config(path)
     assert again == config
-    assert config_hash(again) == config_hash(config)
+    assert resolved_yaml(again) == resolved_yaml(config)
     assert config_differences(again, config) == []
 
 
@@ -134,11 +120,34 @@ def test_what_is_resolved_reads_well() -> None:
     assert {"name: 86m", "tokens: 8600000000", "  path: null", "  betas: [0.9, 0.95]", "  bits: 4"} <= set(lines)
 
 
-def test_hash_depends_on_meaning_not_on_spelling() -> None:
-    config = load_run_config("debug")
-    assert config_hash(load_run_config("debug", ["tokens=10_240", "qat.fraction=.5"])) == config_hash(config)
-    others = {config_hash(load_run_config("debug", [o])) for o in ("seed=1", "tokens=20K", "qat.bits=2", "name=other")}
-    assert len(others | {config_hash(config)}) == 5
+def test_hash_depends_on_meaning_not_on_spelling(tmp_path: Path) -> None:
+    def hash_of(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return recipe_hash(path)
+
+    text = resolved_yaml(load_run_config("debug"))
+    spelled = "# a comment\n" + text.replace("tokens: 10240", "tokens:   10_240").replace(
+        "fraction: 0.5", "fraction: .5"
+    )
+    assert spelled.count("10_240") == 1
+    assert hash_of(spelled) == hash_of(text)
+    assert hash_of("b: {c: 2}\na: 1") == hash_of("a: 1\nb: {c: 2}")
+    overrides = ("seed=1", "tokens=20K", "qat.bits=2", "name=other")
+    others = {hash_of(resolved_yaml(load_run_config("debug", [override]))) for override in overrides}
+    assert len(others | {hash_of(text)}) == 5
+
+
+def test_a_recorded_recipe_is_altered_by_any_key_of_this_version(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(resolved_yaml(load_run_config("debug")))
+    recorded, text = recipe_hash(path), path.read_text()
+    assert is_unaltered(path, recorded)
+    path.write_text(text.replace("data:\n", "data:\n  shuffle_block: 65536\n"))
+    assert is_unaltered(path, recorded), "a key that recipes of former versions have"
+    path.write_text(text.replace("rope_theta: 10000.0", "rope_theta: 90000.0"))
+    assert not is_unaltered(path, recorded)
+    assert is_unaltered(path, recorded[:16]), "nothing is known of a record of version 0.1"
 
 
 def test_differences_name_dotted_keys_with_both_values() -> None:

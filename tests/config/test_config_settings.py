@@ -42,7 +42,7 @@ PHASES = ("warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_coold
         ("qat.bits", "one of 1, 1.58, 2, 3, 4, 5, 6, 8", "4"),
         ("qat.fraction", "a number from 0 to 1 or auto", "auto"),
         ("qat.lr_ratio", "a number above 0 or auto", "auto"),
-        ("qat.embedding_bits", "one of 4, 5, 6, 8, 16 or auto", "auto"),
+        ("qat.embedding_bits", "auto, 4, 5, 6, 8 or 16", "auto"),
         ("evaluation.tokens", "a whole number of tokens above 0 (2.3B, 100M, 50_000)", "1_000_000"),
         ("evaluation.ptq_bits", "a list, each one of 1, 1.58, 2, 3, 4, 5, 6, 8", "[]"),
     ],

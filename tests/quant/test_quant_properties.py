@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
-from quant_reference import BITS, LEVELS, value_and_slopes
+from quant_reference import BITS, CODES, LEVELS, value_and_slopes
 from torch import Tensor
 
 from qatscale.quant.bit_widths import SCALE_FLOOR, get_quantizer
@@ -38,7 +38,7 @@ def test_the_code_of_a_weight_is_its_level(w: Tensor, scale: float, bits: float,
     alpha = torch.full(shape, scale)
     codes = encode(quantizer, w, alpha)
     assert codes.dtype == torch.int8
-    assert set(codes.unique().tolist()) <= set(quantizer.code_values)
+    assert set(codes.unique().tolist()) <= set(CODES[bits])
     levels = (codes.double() + quantizer.shift) / quantizer.steps
     expected = levels * alpha.double().clamp_min(SCALE_FLOOR).repeat_interleave(size or 8, -1).view(len(w), -1)
     found = fake_quantize(quantizer, w, alpha)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
-from quant_reference import BITS, LEVELS, initial_alpha, qp_of, value_and_slopes
+from quant_reference import BITS, CODES, LEVELS, initial_alpha, qp_of, value_and_slopes
 from torch import Tensor
+from wrong_values import NO_SUCH_BITS
 
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import QUANTIZERS, get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
@@ -100,8 +103,8 @@ def test_a_grid_across_the_range_takes_every_level_and_no_other(bits: float) -> 
     alpha = torch.ones(1, dtype=torch.float64)
     out = fake_quantize(quantizer, w, alpha)
     assert out.unique().tolist() == pytest.approx(LEVELS[bits], rel=1e-15)
-    assert tuple(encode(quantizer, w, alpha).unique().tolist()) == quantizer.code_values
-    assert len(quantizer.code_values) == {1: 2, 1.58: 3}.get(bits, 2**bits)
+    assert encode(quantizer, w, alpha).unique().tolist() == CODES[bits]
+    assert len(CODES[bits]) == {1: 2, 1.58: 3}.get(bits, 2**bits)
 
 
 def test_binary_zero_is_plus_one() -> None:
@@ -328,8 +331,8 @@ def test_ptq_scale_works_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_bits_and_shapes_are_errors() -> None:
-    with pytest.raises(UserError, match=r"bits = 7: .*1, 1\.58, 2, 3, 4, 5, 6, 8"):
-        get_quantizer(7)
+    with pytest.raises(UserError, match=f"bits = {NO_SUCH_BITS}: .*{re.escape(BIT_WIDTHS_TEXT)}"):
+        get_quantizer(NO_SUCH_BITS)
     for shape in [(3,), (5, 7), (1, 5), ()]:
         with pytest.raises(ValueError, match="does not fit"):
             fake_quantize(get_quantizer(4), torch.ones(5, 24), torch.ones(shape))

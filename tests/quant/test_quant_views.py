@@ -6,6 +6,7 @@ import pytest
 import torch
 from quant_models import TinyModel, a_batch
 from torch import nn
+from wrong_values import NO_SUCH_BITS
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
@@ -102,7 +103,7 @@ def test_wrong_views_are_errors_that_change_nothing() -> None:
     model = a_model(switched=False)
     for arguments, said in [
         (("ptqq", 2), "view = 'ptqq'.*Did you mean 'ptq'"),
-        (("ptq", 7), "bits = 7"),
+        (("ptq", NO_SUCH_BITS), f"bits = {NO_SUCH_BITS}"),
         (("fp", 4), "only 'ptq' takes others"),
         (("quantized",), "has not switched to QAT"),
     ]:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from wrong_values import NO_SUCH_BITS
 
 from qatlaw import synthetic
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.laws import QAT_PER_BITS
@@ -38,7 +40,9 @@ WRONG: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "no tokens": ({"tokens": None}, ("tokens", "tokens_per_parameter: [20, 80]")),
     "tokens twice": ({"tokens_per_parameter": "[20]"}, ("tokens", "tokens_per_parameter")),
     "not an amount": ({"tokens": "[2X]"}, ("tokens[0]", "'2X'", "2.3B", "line 2")),
-    "no such bit width": ({"bits": "[2, 7]"}, ("bits[1]", " 7:", "1, 1.58, 2, 3, 4, 5, 6, 8", "line 3")),
+    "no such bit width": (
+        {"bits": f"[2, {NO_SUCH_BITS}]"}, ("bits[1]", f" {NO_SUCH_BITS}:", BIT_WIDTHS_TEXT, "line 3"),
+    ),
     "per cent": ({"fractions": "[0, 30]"}, ("fractions[1]", "30", "0 (full precision) to 1", "0.3")),
     "a scheme's name": ({"schemes": "[sequentiel]"}, ("schemes[0]", "'sequentiel'", "'sequential'")),
     "a scheme of one phase": ({"schemes": "[scratch]"}, ("schemes[0]", "'scratch'", "1 into fractions")),

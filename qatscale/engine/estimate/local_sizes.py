@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatscale.config.schema import QatConfig, RunConfig
 from qatscale.engine.layout import Layout
 from qatscale.model.stages import Stage
+from qatscale.quant.bit_widths import embedding_rule
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,5 @@ def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
 
 def table_bits(qat: QatConfig, tied: bool) -> float | None:
     """Bits of embedding and head; None: full precision."""
-    if qat.embedding_bits == "auto":
-        return max(EMBEDDING_LEAST_BITS, qat.bits) if tied else None
-    return None if qat.embedding_bits == UNQUANTIZED_BITS else qat.embedding_bits
+    rule = embedding_rule(qat.embedding_bits, tied)
+    return None if rule is None else rule.at(qat.bits)
