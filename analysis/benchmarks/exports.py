@@ -19,11 +19,11 @@ from qatscale.cli.quickstart import train_or_reuse
 from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.prepare import prepare
+from qatscale.export.formats import FORMATS
 
 OUT = Path("outputs/exports")
 STEPS, SWITCH, TOKENS = 90, 60, 1024
 WIDTHS = {"fp32": (1, 1.58, 2, 3, 4, 5, 6, 8), "bf16": (1, 2, 4, 6)}
-FORMATS = ("hf", "compressed-tensors", "gguf", "mlx")
 MORE = ("--fallback", "--tokens", "4K")
 MODEL = [
     "model.vocab_size=2048", "model.hidden_size=256", "model.intermediate_size=768", "model.layers=2", "model.heads=4",

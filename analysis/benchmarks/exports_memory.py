@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from qatscale.config.schema import ModelConfig
+from qatscale.export.formats import FORMATS
 from qatscale.model.hugging_face import export_hugging_face
 from qatscale.model.llama import Llama, initialise
 from qatscale.model.sizes import count_parameters
@@ -49,7 +50,7 @@ def main(layers: int) -> None:
         convert = ["convert", "hf", "--to", "checkpoint", "--out", "runs/drawn", "--recipe", "debug", *own]
         subprocess.run([*QATSCALE, *convert], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         base = peak_of([sys.executable, "-c", "import qatscale.export.export, transformers.models.llama"], folder)
-        for format in ("hf", "compressed-tensors", "gguf", "mlx"):
+        for format in FORMATS:
             out = f"out-{format}"
             line = ["export", "runs/drawn", "--format", format, "--out", out, "--tokenizer", "none", "--no-verify"]
             line += ["--fallback"] + (["--ptq", "4"] if format != "hf" else [])

@@ -16,17 +16,18 @@ from qatscale.errors import UserError
 def print_text(model: str, prompt: str, view: str | None, **sampling: Any) -> None:
     """The prompt and what follows on standard output; all else on standard error."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # clients draw bars while they load and unpack, amid the text
-    from qatscale.inference.generate import Sampling, open_speaker, prompt_ids
+    from qatscale.inference.generate import open_text_generator
+    from qatscale.inference.sampling import Sampling, prompt_ids
 
     settings = Sampling(**sampling)
     if view not in (None, "fp", "quantized"):
         raise UserError("--view", view, "fp or quantized.")
     text = sys.stdin.read() if prompt == "-" else prompt
-    speaker = open_speaker(model, view)
-    ids = prompt_ids(speaker, text, settings)
-    print(speaker.about, file=sys.stderr)
+    generator = open_text_generator(model, view)
+    ids = prompt_ids(generator, text, settings)
+    print(generator.about, file=sys.stderr)
     _write(text)
-    speaker.stream(ids, settings, _write)
+    generator.stream(ids, settings, _write)
     _write("\n")
 
 
@@ -38,8 +39,8 @@ def _write(piece: str) -> None:
 def print_harness(
     model: str, tasks: str, folder: Path | None, shots: int | None, limit: int | None, batch: int, as_json: bool
 ) -> None:
+    from qatscale.inference.generate import open_transformers
     from qatscale.inference.harness import open_tasks, run_harness
-    from qatscale.inference.transformers_model import open_transformers
 
     named = [task.strip() for task in tasks.split(",") if task.strip()]
     manager = open_tasks(named, folder)

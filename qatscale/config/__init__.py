@@ -3,9 +3,10 @@
 from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
 from qatscale.config.recipe import (
     config_differences,
-    config_hash,
     flatten,
+    is_unaltered,
     load_run_config,
+    recipe_hash,
     recipe_names,
     resolved_yaml,
 )
@@ -15,14 +16,15 @@ from qatscale.config.settings import explain
 __all__ = [
     "RunConfig",
     "config_differences",
-    "config_hash",
     "ds_config_names",
     "explain",
     "flatten",
+    "is_unaltered",
     "load_ds_config",
     "load_run_config",
     "merge_ds_config",
     "precision_of",
+    "recipe_hash",
     "recipe_names",
     "resolved_yaml",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,10 +64,29 @@ def resolved_yaml(config: RunConfig) -> str:
     return to_yaml(config.model_dump(mode="json"))
 
 
-def config_hash(config: RunConfig) -> str:
-    """16 hexadecimal digits that are equal for equal configurations, however they were written."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+def recipe_hash(path: Path) -> str:
+    """SHA-256 of what a recipe file says. Comments, the order of keys and the spelling of numbers do not count.
+
+    It needs no RunConfig: a later version, whose recipes have other keys and defaults, gets the same hash.
+    """
+    return _hash(_read(path))
+
+
+def is_unaltered(path: Path, recorded: str) -> bool:
+    """Whether a recipe file says what it said when `recipe_hash` was recorded, retired keys apart.
+
+    True where the record is of another kind: version 0.1 recorded 16 digits.
+    """
+    raw = _read(path)
+    if len(recorded) != 64 or _hash(raw) == recorded:
+        return True
+    _drop_retired(raw)
+    return _hash(raw) == recorded
+
+
+def _hash(raw: Mapping[str, Any]) -> str:
+    values = sorted(f"{key}: {value!r}" for key, value in _leaves(raw, ""))
+    return hashlib.sha256("\n".join(values).encode()).hexdigest()
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import hashlib
 import io
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from qatscale.data.indexed import token_dtype
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError
 from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json_atomic
+from qatscale.untrusted import check_json_files, first_line, read_json
 
 CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: which kind it is, its EOS and its fingerprint."""
@@ -140,19 +140,34 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def _load_saved(folder: Path) -> Tokenizer:
-    card = json.loads((folder / CARD).read_text())
+    card = read_json(folder / CARD, "tokenizer")
+    try:
+        kind, eos_id, fingerprint = card["kind"], card["eos_id"], card["fingerprint"]
+    except (TypeError, KeyError) as error:
+        raise UserError("tokenizer", str(folder / CARD), f"is damaged: {error}.") from None
     tokenizer: Tokenizer
-    if card["kind"] == SentencePieceTokenizer.kind:
-        tokenizer = SentencePieceTokenizer((folder / SENTENCEPIECE_FILE).read_bytes(), str(folder))
+    if kind == SentencePieceTokenizer.kind:
+        tokenizer = SentencePieceTokenizer(_read(folder / SENTENCEPIECE_FILE), str(folder))
     else:
         import tokenizers
 
-        backend = tokenizers.Tokenizer.from_file(str(folder / HUGGING_FACE_FILE))
+        text = _read(folder / HUGGING_FACE_FILE)
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(text)
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise UserError("tokenizer", str(folder / HUGGING_FACE_FILE), f"cannot be read: {error}.") from None
         extra = sorted(p for p in folder.iterdir() if p.name not in (CARD, HUGGING_FACE_FILE) and p.is_file())
-        tokenizer = HuggingFaceTokenizer(backend, card["eos_id"], {p.name: p.read_bytes() for p in extra})
-    if tokenizer.fingerprint != card["fingerprint"]:
+        tokenizer = HuggingFaceTokenizer(backend, eos_id, {p.name: p.read_bytes() for p in extra})
+    if tokenizer.fingerprint != fingerprint:
         raise UserError("tokenizer", str(folder), "was altered: its fingerprint is not the one in its card.")
     return tokenizer
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError("tokenizer", str(path), f"cannot be read: {error.strerror}.") from None
 
 
 def _load_hugging_face(spec: str) -> Tokenizer:
@@ -160,11 +175,12 @@ def _load_hugging_face(spec: str) -> Tokenizer:
 
     from transformers import AutoTokenizer
 
+    check_json_files(Path(spec), "tokenizer", "AutoTokenizer")
     try:
-        loaded = AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError) as error:
+        loaded = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise errors of every kind
         allowed = "a SentencePiece .model, a tokenizer's folder, or a name on the Hugging Face Hub."
-        raise UserError("tokenizer", spec, f"{allowed} Hugging Face says: {str(error).splitlines()[0]}") from None
+        raise UserError("tokenizer", spec, f"{allowed} Hugging Face says: {first_line(error)}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise UserError("tokenizer", spec, "has no fast (tokenizer.json) form, and only that one is used here.")

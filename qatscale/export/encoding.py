@@ -1,139 +1,117 @@
-"""How a format stores one parameter, and which parameters of a model it stores how."""
+"""How one parameter is stored, and the layout of an export: every parameter with its encoding."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from qatscale.errors import UserError
-from qatscale.export.grid import Grid
-from qatscale.export.source import Parameter, Source
+from qatscale.export.quantized_matrix import QuantizedMatrix
+from qatscale.export.source import ExportSource, SourceParameter
 
 
 class Encoding(ABC):
     """A way to store a quantized matrix, or any parameter as plain numbers."""
 
-    name: str
+    tolerance: float = 0.0
+    """How far a client's weights may be from `read`, relative to a row's largest: its order of operations."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
 
     @abstractmethod
-    def refusal(self, parameter: Parameter) -> str | None:
+    def refusal(self, parameter: SourceParameter) -> str | None:
         """Why it cannot hold the parameter to the bit; None = it can."""
 
     @abstractmethod
-    def size(self, parameter: Parameter) -> int:
+    def size(self, parameter: SourceParameter) -> int:
         """Bytes in the file, scales and padding included."""
 
-    def store_unit(self, unit: Tensor) -> Tensor:
-        """The unit of a `Grid`, fp32, as it is after being stored."""
-        return unit
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """The scale of a `QuantizedMatrix`, fp32, after being stored."""
+        return scale
 
-    def read(self, grid: Grid) -> Tensor:
-        """What the format's client makes of the stored codes and units, in its type."""
-        return grid.values()
-
-    tolerance: float = 0.0
-    """Relative to a row's largest weight, how far a client's weights may be from `read`: its order of operations."""
+    def read(self, matrix: QuantizedMatrix) -> Tensor:
+        """The weights that the format's client computes from stored codes and scales, in its type."""
+        return matrix.values()
 
 
 @dataclass(frozen=True)
-class Plain(Encoding):
-    """The values themselves; of a quantized matrix, those on its grid."""
+class PlainEncoding(Encoding):
+    """The values themselves; for a quantized matrix, those on its grid."""
 
     dtype: torch.dtype
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def refusal(self, parameter: Parameter) -> str | None:  # noqa: ARG002 - it holds any
+    def refusal(self, parameter: SourceParameter) -> str | None:  # noqa: ARG002 - it holds any
         return None
 
-    def size(self, parameter: Parameter) -> int:
+    def size(self, parameter: SourceParameter) -> int:
         return parameter.numel * self.dtype.itemsize
 
-    def read(self, grid: Grid) -> Tensor:
-        return grid.values(self.dtype)
+    def read(self, matrix: QuantizedMatrix) -> Tensor:
+        return matrix.values(self.dtype)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One parameter in the file."""
-
-    parameter: Parameter
+class StoredParameter:
+    parameter: SourceParameter
     encoding: Encoding
     fallback: str | None = None
     """Why the encoding is not the format's first choice."""
 
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.encoding.size(self.parameter)
+
 
 @dataclass
-class Plan:
-    """What is exported and how. Reads the checkpoint as it is asked for it."""
+class ExportLayout:
+    """What is exported and how. Reads the checkpoint one parameter at a time."""
 
-    source: Source
-    entries: list[Entry]
+    source: ExportSource
+    entries: list[StoredParameter]
     rounding: dict[str, float] = field(default_factory=dict)
-    """Parameter -> largest relative change of its scales by being stored; filled while they are."""
+    """Parameter -> largest relative change of its scales by being stored; filled while they are read."""
 
-    def grid(self, entry: Entry) -> Grid:
-        """Codes, and units as the encoding stores them. UserError where a unit has no place in its type."""
-        grid = self.source.grid(entry.parameter)
-        stored = entry.encoding.store_unit(grid.unit)
+    def matrix(self, entry: StoredParameter) -> QuantizedMatrix:
+        """Codes, and scales as the encoding stores them. UserError for a scale that its type cannot hold."""
+        matrix = self.source.matrix(entry.parameter)
+        stored = entry.encoding.stored_scale(matrix.scale)
         if not (torch.isfinite(stored).all() and (stored > 0).all()):
-            worst = grid.unit.max() if not torch.isfinite(stored).all() else grid.unit.min()
+            worst = matrix.scale.max() if not torch.isfinite(stored).all() else matrix.scale.min()
             allowed = f"{entry.encoding.name} has no scale of {float(worst):.3g}, which {entry.parameter} needs."
             raise UserError("--format", None, allowed, "Choose hf.")
-        change = float(((stored - grid.unit).abs() / grid.unit).max())
-        self.rounding[entry.parameter.name] = change
-        return grid.with_unit(stored)
+        self.rounding[entry.parameter.name] = float(((stored - matrix.scale).abs() / matrix.scale).max())
+        return replace(matrix, scale=stored)
 
-    def stored(self, entry: Entry) -> Tensor:
-        """What a client reads: the weights as the file has them, [shape of the parameter]."""
+    def stored(self, entry: StoredParameter) -> Tensor:
+        """The weights as a client reads them from the file, [shape of the parameter]."""
         if entry.parameter.quantizer is None:
-            assert isinstance(entry.encoding, Plain)
+            assert isinstance(entry.encoding, PlainEncoding)
             return self.source.plain(entry.parameter).to(entry.encoding.dtype)
-        return entry.encoding.read(self.grid(entry))
+        return entry.encoding.read(self.matrix(entry))
 
     @property
     def rounded(self) -> float:
-        """Largest relative change of a scale by being stored; of what has been written or read so far."""
+        """Largest relative change of a scale by being stored, among those read so far."""
         return max(self.rounding.values(), default=0.0)
 
+    def ideal_size(self, parameter: SourceParameter) -> float:
+        """Bytes: N·B/8 and the scales in training's type; an unquantized parameter in training's type."""
+        itemsize = self.source.dtype.itemsize
+        if parameter.quantizer is None:
+            return parameter.numel * itemsize
+        return parameter.numel * parameter.quantizer.bits / 8 + parameter.scales * itemsize
 
-def choose(source: Source, format: str, choices: Mapping[str, Sequence[Encoding]], fallback: bool) -> Plan:
-    """The plan where each parameter gets the first of its `choices` (by name, best first) that holds it.
-
-    UserError for a parameter whose first choice cannot hold it, unless `fallback` allows the next.
-    """
-    entries, refused = [], []
-    for parameter in source.parameters:
-        first, *others = choices[parameter.name]
-        reason = first.refusal(parameter)
-        if reason is None:
-            entries.append(Entry(parameter, first))
-            continue
-        refused.append((parameter, reason))
-        other = next(encoding for encoding in others if encoding.refusal(parameter) is None)
-        entries.append(Entry(parameter, other, reason))
-    if refused and not fallback:
-        parameter, reason = refused[0]
-        more = f" And {len(refused) - 1} more like it." if len(refused) > 1 else ""
-        cost = sum(fallback_cost(entry, source.dtype) for entry in entries)
-        do = f"Add --fallback to store such tensors in the next type that holds them exactly, {cost / 2**20:.2f} MiB"
-        raise UserError("--format", format, f"cannot hold {parameter}: {reason}{more}", f"{do} more; or choose hf.")
-    return Plan(source, entries)
-
-
-def fallback_cost(entry: Entry, dtype: torch.dtype) -> float:
-    """Bytes beyond the ideal of an entry that is not in its first choice; 0 for the others."""
-    return entry.encoding.size(entry.parameter) - ideal_size(entry.parameter, dtype) if entry.fallback else 0.0
-
-
-def ideal_size(parameter: Parameter, dtype: torch.dtype) -> float:
-    """N·B/8 + the scales, in training's type; an unquantized parameter in training's type."""
-    if parameter.quantizer is None:
-        return parameter.numel * dtype.itemsize
-    return parameter.numel * parameter.quantizer.bits / 8 + parameter.scales * dtype.itemsize
+    def fallback_cost(self, entry: StoredParameter) -> float:
+        """Bytes beyond the ideal of an entry that is not in its first choice; 0 for the others."""
+        return entry.size - self.ideal_size(entry.parameter) if entry.fallback else 0.0

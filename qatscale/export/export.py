@@ -1,112 +1,130 @@
-"""A checkpoint to a folder that a client loads: plan, write, verify, describe; whole or not at all."""
+"""A checkpoint to a folder that a client loads: open, lay out, write, verify, describe. All of it or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qatscale.data.manifest import tokenizer_folder
-from qatscale.errors import UserError, did_you_mean
-from qatscale.export import compressed_tensors, gguf, hf, mlx
+from qatscale.errors import UserError
 from qatscale.export.card import card
-from qatscale.export.clients import CompressedTensors, GgufInTransformers, Kind, LlamaCpp, MlxLm, Transformers
-from qatscale.export.encoding import Plan
-from qatscale.export.report import FILE, Run, contents
-from qatscale.export.source import Source
-from qatscale.export.verify import Verification
-from qatscale.files import appearing, write_json_atomic
+from qatscale.export.encoding import ExportLayout
+from qatscale.export.formats.base import Format
+from qatscale.export.formats.lookup import get_format
+from qatscale.export.report import FILE, contents, provenance
+from qatscale.export.source import ExportSource, open_source
+from qatscale.export.verify import Verification, materialised, verify_export
+from qatscale.files import appearing, check_new, write_json_atomic
+from qatscale.train.evaluate import load_checkpointed_model, open_validation, open_view
+from qatscale.untrusted import readable
 
-FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (hf, compressed_tensors, gguf, mlx)}
-CLIENTS: dict[str, Sequence[Kind]] = {
-    hf.NAME: (Transformers,),
-    compressed_tensors.NAME: (CompressedTensors,),
-    gguf.NAME: (GgufInTransformers, LlamaCpp),
-    mlx.NAME: (MlxLm,),
-}
 NO_TOKENIZER = "none"
+DEFAULT_TOKENS = 65_536
+"""Held-out tokens that a verification uses at most, unless asked for more."""
 
-Verifier = Callable[[Plan, Path, Sequence[Kind]], Verification]
+Verifier = Callable[[ExportLayout, Path], Verification]
 
 
 class VerificationError(RuntimeError):
-    """A client makes something else of the export than what was trained. Nothing is left of the folder."""
+    """A client computes something else than what was trained, or cannot load the export. The folder is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
-        found = [*verification.problems]
-        found += [f"{client.client}: {problem}" for client in verification.clients for problem in client.problems]
-        super().__init__("; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else ""))
+        problems = [*verification.problems]
+        problems += [f"{client.client}: {problem}" for client in verification.clients for problem in client.problems]
+        super().__init__("; ".join(problems[:4]) + (f" and {len(problems) - 4} more" if problems[4:] else ""))
 
 
-def check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise UserError("--format", format, f"one of {', '.join(FORMATS)}.", did_you_mean(format, FORMATS))
+def export(
+    checkpoint: str,
+    out: Path,
+    *,
+    format: str = "hf",
+    ptq_bits: float | None = None,
+    fallback: bool = False,
+    q1_0: bool = False,
+    tokenizer: str | None = None,
+    data: Path | None = None,
+    unfinished: bool = False,
+    tokens: int | None = None,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Write the folder `out` and return its export.json.
 
-
-def make_plan(source: Source, format: str, fallback: bool, q1_0: bool = False) -> Plan:
-    """UserError where the format cannot hold a parameter, and for a quantized format without anything quantized.
-
-    q1_0: see `gguf.plan`.
+    checkpoint: RUN, RUN@STEP or a checkpoint folder. tokenizer: its folder, or "none"; None: that of the run's data.
+    tokens: held-out ones to verify on. Other settings as in `open_source`, `Format.layout` and `Format.with_q1_0`.
+    All but the verification streams: the largest tensor bounds its memory. UserError for wrong input, before anything
+    is written; VerificationError and OSError leave no folder.
     """
-    check_format(format)
-    if q1_0 and format != gguf.NAME:
-        raise UserError("--q1-0", None, f"is a type of gguf; {format} stores 1 bit in one way.", "Leave it out.")
-    if not source.is_quantized and format != hf.NAME:
-        why = "has not switched to QAT" if source.config.qat.scheme != "fp" else "was trained in full precision"
-        do = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
-        raise UserError("--format", format, f"stores quantized weights, and the checkpoint {why}.", do)
-    if not q1_0:
-        return FORMATS[format].plan(source, fallback)
-    plan = gguf.plan(source, fallback, q1_0=True)
-    if not gguf.has_q1_0(plan):
-        raise UserError("--q1-0", None, "has no effect: no matrix of 1 bit fits it.", "Leave it out.")
-    return plan
+    chosen = get_format(format)
+    if q1_0:
+        chosen = chosen.with_q1_0()
+    with readable("--out", out):
+        check_new(out)
+    with readable("checkpoint", checkpoint):
+        source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
+        layout = chosen.layout(source, fallback)
+        origin = provenance(source)
+        tokenizer_files = find_tokenizer(source, tokenizer)
+        verifier = _verifier(source, chosen, tokens) if verify else None
+    with appearing(out) as folder, torch.no_grad():
+        chosen.write(layout, folder, tokenizer_files)
+        verification = verifier(layout, folder) if verifier else None
+        if verification and not verification.passed:
+            raise VerificationError(verification)
+        described = contents(layout, chosen, origin, folder, verification)
+        (folder / "README.md").write_text(card(described, chosen, source.config, tokenizer_files is not None))
+        write_json_atomic(folder / FILE, described)
+    return described
 
 
-def clients_of(plan: Plan, format: str) -> Sequence[Kind]:
-    """The programs that read the export."""
-    return (LlamaCpp,) if gguf.has_q1_0(plan) else CLIENTS[format]
-
-
-def find_tokenizer(source: Source, given: str | None) -> Path | None:
-    """The folder with the tokenizer's files; None = none is wanted. UserError where there is none."""
+def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
+    """The folder with the tokenizer's files; None = none is wanted. UserError where it is missing."""
     if given == NO_TOKENIZER:
         return None
     if given is not None:
         if not Path(given).is_dir():
-            raise UserError(
-                "--tokenizer", given, f"a folder with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
-            )
+            allowed = f"a folder with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
+            raise UserError("--tokenizer", given, allowed)
         return Path(given)
     data = source.config.data.path
-    do = (
-        f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or go without, --tokenizer {NO_TOKENIZER}."
-    )
+    do = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
-        raise UserError(
-            "data.path", str(data) if data else None, "the run's data, which hold the tokenizer, are gone.", do
-        )
+        gone = "the run's data, which hold the tokenizer, are gone."
+        raise UserError("data.path", str(data) if data else None, gone, do)
     folder = tokenizer_folder(data)
     if folder is None or not folder.is_dir():
         raise UserError("tokenizer", None, f"{data} holds none.", do)
+    for file in folder.iterdir():
+        file.open("rb").close()  # what may not be read is reported before anything is written
     return folder
 
 
-def export(
-    plan: Plan, format: str, out: Path, *, run: Run, tokenizer: Path | None, verifier: Verifier | None
-) -> dict[str, Any]:
-    """Write the folder `out` and return its export.json. Streams: the largest tensor bounds the memory of all but the
-    verification, which loads models. VerificationError, UserError and OSError leave no folder."""
-    with appearing(out) as folder, torch.no_grad():
-        FORMATS[format].write(plan, folder, tokenizer)
-        verification = verifier(plan, folder, clients_of(plan, format)) if verifier else None
-        if verification and not verification.passed:
-            raise VerificationError(verification)
-        described = contents(plan, format, run, folder, verification)
-        (folder / "README.md").write_text(card(described, plan, has_tokenizer=tokenizer is not None))
-        write_json_atomic(folder / FILE, described)
-    return described
+def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verifier:
+    """Opens the held-out data now, so that missing data are reported before anything is written."""
+    limit = min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else tokens
+    held_out = _held_out(source, limit)
+
+    def check(layout: ExportLayout, folder: Path) -> Verification:
+        model, _ = load_checkpointed_model(source.folder, source.config, torch.device("cpu"))
+        with open_view(model, source.view):
+            trained = materialised(model)
+        del model
+        return verify_export(layout, format.path(folder), format.clients, trained, held_out)
+
+    return check
+
+
+def _held_out(source: ExportSource, tokens: int) -> Sequence[Tensor]:
+    """Sequences of token ids, [sequence_length + 1] each."""
+    evaluation = source.config.evaluation.model_copy(update={"tokens": tokens})
+    try:
+        reader = open_validation(source.config.model_copy(update={"evaluation": evaluation}))
+    except UserError as error:
+        do = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
+        raise UserError(error.key, error.value, error.problem, do) from None
+    return [torch.from_numpy(row) for batch in reader.batches() for row in batch.tokens]

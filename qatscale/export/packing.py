@@ -10,7 +10,7 @@ _CHUNK = 1 << 22
 """Numbers spread into bits at a time, each of which takes a byte then."""
 
 
-def words(count: int, bits: int) -> int:
+def packed_words(count: int, bits: int) -> int:
     """32-bit words of a packed row."""
     return -(-count * bits // 32)
 
@@ -22,7 +22,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     word of a row is 0. Both compressed-tensors' pack-quantized and MLX's affine weights are this stream of bits.
     """
     rows, count = values.shape
-    out = torch.empty(rows, words(count, bits), dtype=torch.int32)
+    out = torch.empty(rows, packed_words(count, bits), dtype=torch.int32)
     step = max(1, _CHUNK // count)
     for first in range(0, rows, step):
         part = values[first : first + step].to(torch.uint8).numpy()

@@ -19,7 +19,7 @@ from qatscale.config import load_ds_config, load_run_config, precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, recipe_beside, verify_files
 from qatscale.errors import UserError
-from qatscale.export.grid import Grid
+from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.model.llama import Llama, is_norm, parameter_shapes
 from qatscale.quant.bit_widths import Quantizer, get_quantizer
 from qatscale.quant.reference import encode
@@ -29,7 +29,7 @@ from qatscale.timeline import build_timeline
 
 
 @dataclass(frozen=True)
-class Parameter:
+class SourceParameter:
     """One parameter of the model, and how training quantized it."""
 
     name: str
@@ -45,7 +45,7 @@ class Parameter:
         return math.prod(self.shape)
 
     @property
-    def group(self) -> int:
+    def group_size(self) -> int:
         """Input channels that share a scale."""
         return self.shape[-1] // self.groups
 
@@ -68,23 +68,23 @@ class Parameter:
 
 
 @dataclass
-class Source:
+class ExportSource:
     """An opened checkpoint."""
 
     folder: Path
     config: RunConfig
     dtype: torch.dtype
-    """Of weights and scales in training's forward pass: fp32 or bf16."""
+    """Type of weights and scales in training's forward pass: fp32 or bf16."""
     manifest: Manifest
     ptq_bits: float | None
-    """The scales are searched for now, by post-training quantization to so many bits; None = they were trained."""
-    parameters: list[Parameter]
+    """Bits of post-training quantization, whose scales are searched for now; None = scales were trained."""
+    parameters: list[SourceParameter]
     reader: CheckpointReader = field(repr=False)
-    _last: tuple[str, Grid] | None = field(default=None, repr=False)
+    _last: tuple[str, QuantizedMatrix] | None = field(default=None, repr=False)
 
     @property
     def switched_at(self) -> int | None:
-        """Optimizer steps before the switch to QAT; None = there was none up to this checkpoint."""
+        """Optimizer steps before the switch to QAT; None = it had not happened at this checkpoint."""
         return self.manifest.plugin["switched_at"]
 
     @property
@@ -93,12 +93,12 @@ class Source:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Optimizer steps of the finished run."""
         return build_timeline(self.config).steps
 
     @property
     def is_imported(self) -> bool:
-        """Not trained by this run: its step says nothing about being finished."""
+        """Not trained by this run: its step does not say whether it is finished."""
         return self.manifest.reason == "imported"
 
     @property
@@ -112,31 +112,31 @@ class Source:
             return f"ptq{self.ptq_bits:g}"
         return "fp" if self.switched_at is None else "quantized"
 
-    def plain(self, parameter: Parameter) -> Tensor:
+    def plain(self, parameter: SourceParameter) -> Tensor:
         """The parameter itself in `dtype`. UserError where it holds NaN or infinity."""
         value = self.reader.parameter(parameter.name).to(self.dtype)
         _check_finite(value, parameter.name)
         return value
 
-    def grid(self, parameter: Parameter) -> Grid:
-        """Codes and scales. The last one is kept, for formats that ask for both in turn."""
+    def matrix(self, parameter: SourceParameter) -> QuantizedMatrix:
+        """Codes and scales. The last matrix is kept, for formats that ask for both in turn."""
         assert parameter.quantizer is not None
         if self._last is None or self._last[0] != parameter.name:
             self._last = None
             weight = self.plain(parameter)
-            scale = self._scale(parameter, weight)
-            grid = Grid.of(parameter.quantizer, encode(parameter.quantizer, weight, scale), scale)
-            self._last = parameter.name, grid
+            alpha = self._alpha(parameter, weight)
+            codes = encode(parameter.quantizer, weight, alpha)
+            self._last = parameter.name, QuantizedMatrix.from_codes(parameter.quantizer, codes, alpha)
         return self._last[1]
 
-    def _scale(self, parameter: Parameter, weight: Tensor) -> Tensor:
+    def _alpha(self, parameter: SourceParameter, weight: Tensor) -> Tensor:
         assert parameter.quantizer is not None
         if self.ptq_bits is not None:
             return ptq_scale(parameter.quantizer, weight, self.config.qat.group_size)
         name = f"{parameter.name}_scale"
-        scale = self.reader.parameter(name).to(self.dtype)
-        _check_finite(scale, name)
-        return scale
+        alpha = self.reader.parameter(name).to(self.dtype)
+        _check_finite(alpha, name)
+        return alpha
 
 
 def _check_finite(value: Tensor, name: str) -> None:
@@ -146,10 +146,10 @@ def _check_finite(value: Tensor, name: str) -> None:
 
 def open_source(
     what: str, *, ptq_bits: float | None = None, unfinished: bool = False, data: Path | None = None
-) -> Source:
-    """Open a checkpoint, named as `find_checkpoint` takes it; every byte of it is checked.
+) -> ExportSource:
+    """Open a checkpoint, named as `find_checkpoint` takes it. Every byte of it is checked.
 
-    ptq_bits: quantize now, to so many bits; only where nothing was trained quantized.
+    ptq_bits: quantize now, to this many bits; only where nothing was trained quantized.
     unfinished: accept a checkpoint from before the run's end.
     data: prepared data instead of the run's own.
     """
@@ -159,7 +159,7 @@ def open_source(
     reader = CheckpointReader(folder)
     verify_files(folder, reader.manifest)
     precision = precision_of(load_ds_config(config.engine.ds_config))
-    source = Source(
+    source = ExportSource(
         folder=folder,
         config=config,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
@@ -170,17 +170,14 @@ def open_source(
     )
     if source.is_unfinished and not unfinished:
         at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not come down"
-        missing = ", and it has not switched to QAT" if _is_before_the_switch(source) else ""
+        before_the_switch = config.qat.scheme != "fp" and source.switched_at is None
+        missing = ", and it has not switched to QAT" if before_the_switch else ""
         do = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
         raise UserError("checkpoint", what, f"{at}{missing}.", do)
     return source
 
 
-def _is_before_the_switch(source: Source) -> bool:
-    return source.config.qat.scheme != "fp" and source.switched_at is None
-
-
-def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | None) -> list[Parameter]:
+def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | None) -> list[SourceParameter]:
     switched = plugin["switched_at"] is not None
     if ptq_bits is not None:
         if switched:
@@ -194,10 +191,10 @@ def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | Non
     else:
         bits = plugin["bits"] if switched else {}
         group_size = plugin["group_size"]
-    found = []
+    parameters = []
     for name, shape in parameter_shapes(config.model).items():
         width = bits.get(name.removesuffix(".weight"))
         quantizer = None if width is None else get_quantizer(width)
         groups = shape[-1] // group_size if quantizer and group_size else 1
-        found.append(Parameter(name, shape, quantizer, groups))
-    return found
+        parameters.append(SourceParameter(name, shape, quantizer, groups))
+    return parameters

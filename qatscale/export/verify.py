@@ -6,32 +6,33 @@ weights as the file stores them (its scales may have been rounded), and the clie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from qatscale.export.clients import Client, Kind, missing, version
-from qatscale.export.encoding import Plan
+from qatscale.export.clients import Client
+from qatscale.export.encoding import ExportLayout
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
 from qatscale.quant.views import computed_weights
+from qatscale.untrusted import first_line
 
 
 @dataclass
 class ClientReport:
-    """What one client makes of the export."""
+    """What one client computes from the export."""
 
     client: str
     """With versions."""
     exact: int = 0
     """Tensors that are, to the bit, what the file stores."""
     tensors: int = 0
-    """Tensors that it shows at all."""
+    """Tensors whose weights it shows."""
     weight_error: float = 0.0
     """Largest distance from the stored weights, relative to the tensor's largest."""
     logit_error: float = 0.0
@@ -43,20 +44,20 @@ class ClientReport:
 @dataclass
 class Verification:
     tokens: int
-    """Predicted, of the held-out split."""
+    """Predicted tokens of the held-out split."""
     trained_loss: float
-    """Of training's model in the exported view."""
+    """Loss of training's model in the exported view."""
     stored_loss: float
-    """Of our model with the weights as they are stored."""
+    """Loss of our model with the weights as they are stored."""
     rounding: float
     """Largest relative change of a scale by being stored."""
     weight_change: float
     """Largest distance of a stored weight from training's, relative to the tensor's largest."""
     clients: list[ClientReport] = field(default_factory=list)
-    not_installed: dict[str, str] = field(default_factory=dict)
-    """Client -> the pip command that brings it."""
+    not_installed: dict[str, list[str]] = field(default_factory=dict)
+    """Client -> its packages that are missing."""
     problems: list[str] = field(default_factory=list)
-    """Of the stored weights themselves."""
+    """Problems of the stored weights themselves."""
 
     @property
     def passed(self) -> bool:
@@ -75,87 +76,96 @@ def materialised(model: Llama) -> Llama:
 
 
 @torch.no_grad()
-def stored_model(plan: Plan) -> Llama:
+def stored_model(layout: ExportLayout) -> Llama:
     """A plain fp32 model with the weights as they are stored."""
-    model = Llama(plan.source.config.model)
+    model = Llama(layout.source.config.model)
     named = dict(model.named_parameters())
-    for entry in plan.entries:
-        named[entry.parameter.name].copy_(plan.stored(entry))
+    for entry in layout.entries:
+        named[entry.parameter.name].copy_(layout.stored(entry))
     return model.eval()
 
 
-def verify(plan: Plan, folder: Path, kinds: Sequence[Kind], trained: Llama, held_out: Sequence[Tensor]) -> Verification:
-    """Compare. trained: see `materialised`; held_out: sequences of token ids, [t + 1] each."""
-    stored = stored_model(plan)
+def verify_export(
+    layout: ExportLayout, path: Path, clients: Sequence[type[Client]], trained: Llama, held_out: Sequence[Tensor]
+) -> Verification:
+    """Compare. path: what the clients load; trained: see `materialised`; held_out: sequences of token ids, [t + 1]."""
+    stored = stored_model(layout)
     report = Verification(
-        tokens=sum(len(sequence) - 1 for sequence in held_out),
+        tokens=_predicted(held_out),
         trained_loss=_mean_loss(trained, held_out),
         stored_loss=_mean_loss(stored, held_out),
-        rounding=plan.rounded,
+        rounding=layout.rounded,
         weight_change=0.0,
     )
-    _compare_stored(report, plan, trained, stored)
-    for kind in kinds:
-        if absent := missing(kind):
-            report.not_installed[kind.name] = "pip install " + " ".join(
-                f"'{name}'" if "[" in name else name for name in absent
-            )
+    _compare_stored(report, layout, trained, stored)
+    for client in clients:
+        if missing := client.missing():
+            report.not_installed[client.name] = missing
         else:
-            report.clients.append(_ask(kind, plan, folder, stored, held_out))
+            report.clients.append(_ask(client, layout, path, stored, held_out))
     return report
 
 
-def _compare_stored(report: Verification, plan: Plan, trained: Llama, stored: Llama) -> None:
+def _compare_stored(report: Verification, layout: ExportLayout, trained: Llama, stored: Llama) -> None:
     """Stored weights differ from training's by what their scales were rounded and by training's own type, no more."""
     named = dict(stored.named_parameters())
-    own = 2.0**-8 if plan.source.dtype == torch.bfloat16 else 2.0**-22
+    own = 2.0**-8 if layout.source.dtype == torch.bfloat16 else 2.0**-22
     for name, weight in trained.named_parameters():
         other, largest = named[name], float(weight.abs().max())
         if torch.equal(weight, other):
             continue
         off = float((weight - other).abs().max()) / largest
         report.weight_change = max(report.weight_change, off)
-        allowed = plan.rounding.get(name, 0.0) + own
-        if name not in plan.rounding or off > allowed:
+        allowed = layout.rounding.get(name, 0.0) + own
+        if name not in layout.rounding or off > allowed:
             report.problems.append(
                 f"{name} is stored {off:.2g} off training's weights, where {allowed:.2g} is the bound"
             )
 
 
-def _ask(kind: Kind, plan: Plan, folder: Path, stored: Llama, held_out: Sequence[Tensor]) -> ClientReport:
-    report = ClientReport(version(kind))
-    client = kind(folder)
-    _compare_weights(report, plan, client)
-    largest, total, ours = 0.0, 0.0, 0.0
-    with torch.no_grad():
-        for sequence in held_out:
-            found, expected = client.logits(sequence[:-1]), stored(sequence[None, :-1])[0]
-            report.logit_error = max(report.logit_error, float((found - expected).abs().max()))
-            largest = max(largest, float(expected.abs().max()))
-            total += float(F.cross_entropy(found, sequence[1:], reduction="sum"))
-            ours += float(F.cross_entropy(expected, sequence[1:], reduction="sum"))
-    tokens = sum(len(sequence) - 1 for sequence in held_out)
-    report.logit_error /= largest
-    report.loss = total / tokens
-    if not report.logit_error <= kind.logit_bound:  # also where it is no number
-        report.problems.append(
-            f"logits are {report.logit_error:.2g} off, more than {kind.logit_bound:g} of the largest"
-        )
-    if not abs(total - ours) / tokens <= kind.loss_bound:
-        report.problems.append(f"the loss is {abs(total - ours) / tokens:.2g} off, more than {kind.loss_bound:g}")
+def _ask(
+    kind: type[Client], layout: ExportLayout, path: Path, stored: Llama, held_out: Sequence[Tensor]
+) -> ClientReport:
+    report = ClientReport(kind.version())
+    try:
+        client = kind(path)
+        _compare_weights(report, layout, client)
+        _compare_logits(report, client, stored, held_out)
+    except Exception as error:  # each library raises errors of its own
+        report.problems.append(f"it failed with {type(error).__name__}: {first_line(error)}")
     return report
 
 
-def _compare_weights(report: ClientReport, plan: Plan, client: Client) -> None:
-    names = hugging_face_names(plan.source.config.model)
-    entries = {names[entry.parameter.name]: entry for entry in plan.entries}
+@torch.no_grad()
+def _compare_logits(report: ClientReport, client: Client, stored: Llama, held_out: Sequence[Tensor]) -> None:
+    largest, losses, ours = 0.0, 0.0, 0.0
+    for sequence in held_out:
+        logits, expected = client.logits(sequence[:-1]), stored(sequence[None, :-1])[0]
+        report.logit_error = max(report.logit_error, float((logits - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+        losses += _summed_loss(logits, sequence)
+        ours += _summed_loss(expected, sequence)
+    tokens = _predicted(held_out)
+    report.logit_error /= largest
+    report.loss = losses / tokens
+    if not report.logit_error <= client.logit_bound:  # also where it is NaN
+        bound = f"{client.logit_bound:g} of the largest"
+        report.problems.append(f"logits are {report.logit_error:.2g} off, more than {bound}")
+    if not abs(losses - ours) / tokens <= client.loss_bound:
+        report.problems.append(f"the loss is {abs(losses - ours) / tokens:.2g} off, more than {client.loss_bound:g}")
+
+
+def _compare_weights(report: ClientReport, layout: ExportLayout, client: Client) -> None:
+    config = layout.source.config.model
+    names = hugging_face_names(config)
+    entries = {names[entry.parameter.name]: entry for entry in layout.entries}
     for name, weight in client.weights():
         if name not in entries:
-            if not (name == "lm_head.weight" and plan.source.config.model.tied_embedding):
+            if not (name == "lm_head.weight" and config.tied_embedding):
                 report.problems.append(f"it has {name}, which was not written")
             continue
         entry = entries.pop(name)
-        expected = plan.stored(entry).float()
+        expected = layout.stored(entry).float()
         report.tensors += 1
         if torch.equal(weight.float(), expected):
             report.exact += 1
@@ -168,13 +178,15 @@ def _compare_weights(report: ClientReport, plan: Plan, client: Client) -> None:
         report.problems.append(f"it has no {', '.join(entries)}")
 
 
+def _predicted(held_out: Sequence[Tensor]) -> int:
+    return sum(len(sequence) - 1 for sequence in held_out)
+
+
+def _summed_loss(logits: Tensor, sequence: Tensor) -> float:
+    return float(F.cross_entropy(logits, sequence[1:], reduction="sum"))
+
+
 @torch.no_grad()
-def _mean_loss(model: nn.Module, held_out: Iterable[Tensor]) -> float:
-    losses = list(_losses(model, held_out))
-    return sum(total for total, _ in losses) / sum(count for _, count in losses)
-
-
-def _losses(model: nn.Module, held_out: Iterable[Tensor]) -> Iterator[tuple[float, int]]:
-    for sequence in held_out:
-        logits = model(sequence[None, :-1])[0]
-        yield float(F.cross_entropy(logits, sequence[1:], reduction="sum")), len(sequence) - 1
+def _mean_loss(model: Llama, held_out: Sequence[Tensor]) -> float:
+    losses = (_summed_loss(model(sequence[None, :-1])[0], sequence) for sequence in held_out)
+    return sum(losses) / _predicted(held_out)

@@ -1,4 +1,4 @@
-"""Models that transformers runs: exports as `hf`, `compressed-tensors` and `gguf`, and checkpoints."""
+"""Models that transformers runs: exports that it loads, and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 
+from qatscale.config import load_run_config
+from qatscale.data.manifest import tokenizer_folder
+from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
-from qatscale.inference.exported import Exported, find_export
-from qatscale.inference.generate import Detokenizer, Sampling
-
-EXTRA = {"compressed-tensors": ("compressed_tensors",), "gguf": ("gguf", "accelerate")}
-"""What transformers needs besides itself for a format."""
+from qatscale.export.clients import Transformers
+from qatscale.export.formats.lookup import Exported
+from qatscale.inference.sampling import Detokenizer, Sampling
+from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
+from qatscale.model.hugging_face_tokenizer import export_tokenizer
+from qatscale.quant.views import computed_weights
+from qatscale.train.evaluate import load_checkpointed_model, open_view
 
 
 class TransformersModel:
@@ -63,62 +68,17 @@ class TransformersModel:
         )
 
 
-def open_transformers(what: str, view: str | None = None) -> TransformersModel:
-    """The model of an exported folder that transformers loads, or of a run, RUN@STEP or a checkpoint folder, on the GPU
-    where there is one.
-
-    view: of a checkpoint's weights, `fp` or `quantized`; None: quantized once it has switched.
-    """
-    export = find_export(Path(what))
-    if export is None:
-        return from_checkpoint(what, view)
-    if view is not None:
-        raise UserError("--view", view, f"{what} is an export, which has one view of its weights.", "Leave it out.")
-    if export.format == "mlx":
-        raise UserError("model", what, "is for mlx-lm, which transformers cannot load.", "Give another export.")
-    return from_export(export)
-
-
 def from_export(export: Exported) -> TransformersModel:
-    """UserError for a damaged folder, and for a client package that is missing."""
-    _check_packages(export)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    where: dict[str, Any] = {"gguf_file": export.gguf} if export.gguf else {}
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(export.folder, dtype="auto", **where)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(export.folder, **where)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError("model", str(export.folder), f"transformers cannot load it: {told}") from None
-    with torch.no_grad():  # packed codes are unpacked at the first call: now, not amid a text
-        model(torch.zeros((1, 1), dtype=torch.long))
-    return TransformersModel(model, tokenizer, f"{export.folder}: {export.format}, with transformers")
-
-
-def _check_packages(export: Exported) -> None:
-    import importlib.util
-
-    missing = [name for name in EXTRA.get(export.format, ()) if importlib.util.find_spec(name) is None]
-    if missing:
-        told = f"transformers needs {' and '.join(missing)} for {export.format}, which is not installed."
-        raise UserError("model", str(export.folder), told, "pip install 'qatscale[clients]'")
+    client = export.format.clients[0]
+    assert issubclass(client, Transformers)
+    about = f"{export.path}: {export.format.name}, with transformers"
+    return TransformersModel(client.load(export.path, "auto"), client.load_tokenizer(export.path), about)
 
 
 @torch.no_grad()
 def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     """The weights of a checkpoint, as `view` has them, in transformers' Llama."""
     import transformers
-
-    from qatscale.config import load_run_config
-    from qatscale.data.manifest import tokenizer_folder
-    from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
-    from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
-    from qatscale.model.hugging_face_tokenizer import export_tokenizer
-    from qatscale.quant.views import computed_weights
-    from qatscale.train.evaluate import load_checkpointed_model, open_view
 
     checkpoint = find_checkpoint(what)
     config = load_run_config(recipe_beside(checkpoint, what))
@@ -133,7 +93,7 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
         raise UserError("model", what, "there is no tokenizer with the data of its run.", do)
     with tempfile.TemporaryDirectory() as folder:
         special = export_tokenizer(tokens, Path(folder))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     dtype = state["embed.weight"].dtype
     theirs = transformers.LlamaForCausalLM(
         hugging_face_config(config.model, config.data.sequence_length, special, dtype)

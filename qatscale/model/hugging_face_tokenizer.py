@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qatscale.errors import UserError
+from qatscale.untrusted import first_line
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -60,18 +61,26 @@ def export_tokenizer(tokenizer_folder: Path, out: Path) -> SpecialIds:
 
 
 def _copy_hugging_face(folder: Path, out: Path) -> SpecialIds:
-    from transformers import PreTrainedTokenizerFast
-
     for name in (HUGGING_FACE_FILE, *_FURTHER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     if not (out / "tokenizer_config.json").is_file():
         (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    loaded = PreTrainedTokenizerFast.from_pretrained(out)
+    loaded = load_fast_tokenizer(out, folder)
     if loaded.encode("a") != loaded.encode("a", add_special_tokens=False):
         problem = "The exported tokenizer adds special tokens around a text, and prepared documents begin with none."
         warnings.warn(f"{problem} Encode with add_special_tokens=False.", stacklevel=2)
     return SpecialIds(loaded.bos_token_id, loaded.eos_token_id)
+
+
+def load_fast_tokenizer(folder: Path, origin: Path) -> Any:
+    """`transformers.PreTrainedTokenizerFast`. UserError, about the folder `origin` of its files, for damaged ones."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise errors of every kind
+        raise UserError("tokenizer", str(origin), f"cannot be read: {first_line(error)}") from None
 
 
 def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:

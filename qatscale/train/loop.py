@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from qatscale.config import config_hash, precision_of
+from qatscale.config import precision_of, recipe_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.save_load import describe
 from qatscale.engine.initialize import apply_settings
@@ -69,6 +69,7 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
     batches, validation = plan.batches, plan.validation
     due = Due(config, timeline)
     meter = Meter(config, runtime, precision_of(log.ds_config))
+    recipe = recipe_hash(log.folder.path / "recipe.yaml") if runtime.is_main else ""  # the first process's counts
 
     def save(step: int, reason: str) -> None:
         draft = describe(
@@ -78,7 +79,7 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
             tokens=step * config.tokens_per_step,
             reason=reason,
             kept=reason in ("boundary", "end"),
-            recipe_hash=config_hash(config),
+            recipe_hash=recipe,
             data=batches.stream.manifest.fingerprint,
             plugin=plugin.state(),
             layout=asdict(topology.layout),

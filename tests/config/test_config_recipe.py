@@ -10,9 +10,10 @@ from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.config import (
     RunConfig,
     config_differences,
-    config_hash,
     flatten,
+    is_unaltered,
     load_run_config,
+    recipe_hash,
     recipe_names,
     resolved_yaml,
 )
@@ -107,7 +108,7 @@ def test_what_is_resolved_loads_back_equal(tmp_path_factory: pytest.TempPathFact
     path.write_text(resolved_yaml(config), encoding="utf-8")
     again = load_run_config(path)
     assert again == config
-    assert config_hash(again) == config_hash(config)
+    assert resolved_yaml(again) == resolved_yaml(config)
     assert config_differences(again, config) == []
 
 
@@ -116,11 +117,34 @@ def test_what_is_resolved_reads_well() -> None:
     assert {"name: 86m", "tokens: 8600000000", "  path: null", "  betas: [0.9, 0.95]", "  bits: 4"} <= set(lines)
 
 
-def test_hash_depends_on_meaning_not_on_spelling() -> None:
-    config = load_run_config("debug")
-    assert config_hash(load_run_config("debug", ["tokens=10_240", "qat.fraction=.5"])) == config_hash(config)
-    others = {config_hash(load_run_config("debug", [o])) for o in ("seed=1", "tokens=20K", "qat.bits=2", "name=other")}
-    assert len(others | {config_hash(config)}) == 5
+def test_hash_depends_on_meaning_not_on_spelling(tmp_path: Path) -> None:
+    def hash_of(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return recipe_hash(path)
+
+    text = resolved_yaml(load_run_config("debug"))
+    spelled = "# a comment\n" + text.replace("tokens: 10240", "tokens:   10_240").replace(
+        "fraction: 0.5", "fraction: .5"
+    )
+    assert spelled.count("10_240") == 1
+    assert hash_of(spelled) == hash_of(text)
+    assert hash_of("b: {c: 2}\na: 1") == hash_of("a: 1\nb: {c: 2}")
+    overrides = ("seed=1", "tokens=20K", "qat.bits=2", "name=other")
+    others = {hash_of(resolved_yaml(load_run_config("debug", [override]))) for override in overrides}
+    assert len(others | {hash_of(text)}) == 5
+
+
+def test_a_recorded_recipe_is_altered_by_any_key_of_this_version(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(resolved_yaml(load_run_config("debug")))
+    recorded, text = recipe_hash(path), path.read_text()
+    assert is_unaltered(path, recorded)
+    path.write_text(text.replace("data:\n", "data:\n  shuffle_block: 65536\n"))
+    assert is_unaltered(path, recorded), "a key that recipes of former versions have"
+    path.write_text(text.replace("rope_theta: 10000.0", "rope_theta: 90000.0"))
+    assert not is_unaltered(path, recorded)
+    assert is_unaltered(path, recorded[:16]), "nothing is known of a record of version 0.1"
 
 
 def test_differences_name_dotted_keys_with_both_values() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from export_runs import train_runs
+from exported import need
 
 from qatscale.cli import main
 
@@ -14,6 +15,23 @@ from qatscale.cli import main
 def runs(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     """The folder of all runs of export_runs.py, trained."""
     return train_runs(tmp_path_factory.mktemp("export"), prepared)
+
+
+@pytest.fixture(scope="session")
+def exports(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """(run, format) -> the export, made once. It is not to be changed."""
+    folder = tmp_path_factory.mktemp("exports")
+
+    def export(run: str, format: str) -> Path:
+        need(format)
+        out = folder / f"{run}-{format}"
+        if not out.exists():
+            with pytest.raises(SystemExit) as stop:
+                main(["export", str(runs / run), "--format", format, "--out", str(out), "--fallback"])
+            assert not stop.value.code
+        return out
+
+    return export
 
 
 Qatscale = Callable[[str], tuple[int, str, str]]

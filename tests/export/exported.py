@@ -11,19 +11,18 @@ from torch import Tensor
 
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.export.formats.lookup import get_format
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.selection import fake_quant_modules
 from qatscale.train.evaluate import load_checkpointed_model
 
-MODULES = {"hf": [], "compressed-tensors": ["compressed_tensors"], "gguf": ["gguf", "accelerate"], "mlx": ["mlx_lm"]}
-
 
 def need(format: str) -> None:
     """Skip where the format's client is not installed: the extra `clients`."""
-    for module in MODULES[format]:
-        pytest.importorskip(module)
+    if missing := get_format(format).clients[0].missing():
+        pytest.skip(f"{', '.join(missing)} not installed")
 
 
 def trained(run: Path) -> Llama:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
-from qatscale.export import gguf_blocks
-from qatscale.export.gguf import CHOICES, permutation
-from qatscale.export.gguf_blocks import to_blocks
-from qatscale.export.grid import Grid, integer_step, lowest_integer, signed_bits
-from qatscale.export.packing import pack, words
-from qatscale.export.source import Parameter
+from qatscale.export.formats import gguf_blocks
+from qatscale.export.formats.gguf import BLOCK_TYPES, permutation
+from qatscale.export.formats.gguf_blocks import to_blocks
+from qatscale.export.packing import pack, packed_words
+from qatscale.export.quantized_matrix import QuantizedMatrix, integer_step, lowest_integer, signed_bits
+from qatscale.export.source import SourceParameter
 from qatscale.model.llama import ModelConfig
 from qatscale.quant.bit_widths import QUANTIZERS, SCALE_FLOOR, Quantizer
 from qatscale.quant.fake_quantize import fake_quantize
@@ -24,7 +25,9 @@ def codes_of(quantizer: Quantizer) -> list[int]:
     return [-1, 1] if quantizer.name == "binary" else list(range(-quantizer.qn, quantizer.qp + 1))
 
 
-def a_grid(quantizer: Quantizer, rows: int = 6, channels: int = 512, groups: int = 1) -> tuple[Grid, torch.Tensor]:
+def a_matrix(
+    quantizer: Quantizer, rows: int = 6, channels: int = 512, groups: int = 1
+) -> tuple[QuantizedMatrix, torch.Tensor]:
     """With every code in every row, one scale below the floor; and the weights that forward makes of them."""
     codes = torch.tensor(codes_of(quantizer), dtype=torch.int8)
     draw = torch.Generator().manual_seed(0)
@@ -36,28 +39,28 @@ def a_grid(quantizer: Quantizer, rows: int = 6, channels: int = 512, groups: int
     weights = (levels * alpha.clamp_min(SCALE_FLOOR).unsqueeze(-1)).view(rows, channels)
     alpha = alpha[:, 0] if groups == 1 else alpha
     assert torch.equal(encode(quantizer, weights, alpha), picked)
-    return Grid.of(quantizer, picked, alpha), fake_quantize(quantizer, weights, alpha)
+    return QuantizedMatrix.from_codes(quantizer, picked, alpha), fake_quantize(quantizer, weights, alpha)
 
 
 @ALL
 @pytest.mark.parametrize("groups", [1, 4])
 def test_integers_times_unit_are_the_quantizers_weights_to_the_bit(quantizer: Quantizer, groups: int) -> None:
-    grid, decoded = a_grid(quantizer, groups=groups)
-    assert torch.equal(grid.values(), decoded)
-    assert torch.equal(grid.values(torch.bfloat16), decoded.bfloat16())
+    matrix, decoded = a_matrix(quantizer, groups=groups)
+    assert torch.equal(matrix.values(), decoded)
+    assert torch.equal(matrix.values(torch.bfloat16), decoded.bfloat16())
     turned = torch.arange(6).flip(0)
-    assert torch.equal(grid.taking(turned).values(), decoded.flip(0))
+    assert torch.equal(matrix.permuted(turned).values(), decoded.flip(0))
 
 
 @ALL
 def test_ranges_and_unsigned_codes(quantizer: Quantizer) -> None:
-    grid, _ = a_grid(quantizer)
+    matrix, _ = a_matrix(quantizer)
     bits = signed_bits(quantizer)
-    integers = grid.integers.int()
+    integers = matrix.integers.int()
     assert -(2 ** (bits - 1)) <= integers.min()
     assert integers.max() <= 2 ** (bits - 1) - 1
     assert bits == 2 or integers.unique().numel() > 2 ** (bits - 1) or quantizer.name == "seq", "no bit for nothing"
-    unsigned = grid.unsigned.view(torch.uint8).int()
+    unsigned = matrix.unsigned.view(torch.uint8).int()
     assert sorted(unsigned.unique().tolist()) == list(range(len(codes_of(quantizer))))
     assert unsigned.max() < 2**quantizer.storage_bits
     assert torch.equal(integer_step(quantizer) * unsigned + lowest_integer(quantizer), integers)
@@ -68,7 +71,7 @@ def test_ranges_and_unsigned_codes(quantizer: Quantizer) -> None:
 def test_packing_is_one_stream_of_bits(bits: int, count: int) -> None:
     values = torch.randint(2**bits, (3, count), generator=torch.Generator().manual_seed(bits))
     packed = pack(values, bits)
-    assert packed.shape == (3, words(count, bits))
+    assert packed.shape == (3, packed_words(count, bits))
     for row, found in zip(values.tolist(), packed.tolist(), strict=True):
         stream = sum(value << (bits * place) for place, value in enumerate(row))
         assert sum((word & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(found)) == stream
@@ -84,20 +87,19 @@ def test_packing_in_parts_is_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 @ALL
 def test_compressed_tensors_unpacks_the_integers(quantizer: Quantizer) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    grid, _ = a_grid(quantizer, channels=300)
+    matrix, _ = a_matrix(quantizer, channels=300)
     bits = signed_bits(quantizer)
-    packed = pack(grid.integers.to(torch.int16) + 2 ** (bits - 1), bits)
-    assert torch.equal(packed, helpers.pack_to_int32(grid.integers, bits))
-    assert torch.equal(helpers.unpack_from_int32(packed, bits, torch.Size((6, 300))), grid.integers)
+    packed = pack(matrix.integers.to(torch.int16) + 2 ** (bits - 1), bits)
+    assert torch.equal(packed, helpers.pack_to_int32(matrix.integers, bits))
+    assert torch.equal(helpers.unpack_from_int32(packed, bits, torch.Size((6, 300))), matrix.integers)
 
 
-KINDS = {kind.name: kind for kinds in CHOICES.values() for kind in kinds}
+KINDS = {kind.name: kind for kinds in BLOCK_TYPES.values() for kind in kinds}
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_blocks_hold_every_integer_of_their_type(kind: gguf_blocks.BlockType) -> None:
     """By gguf's own dequantization, in fp32, to the bit; groups of one and of several blocks."""
-    quants = pytest.importorskip("gguf")
     step = 2 if kind.name == "Q2_K" else 1
     allowed = np.arange(kind.low, kind.high + 1, step, dtype=np.int8)
     draw = np.random.default_rng(0)
@@ -105,11 +107,11 @@ def test_blocks_hold_every_integer_of_their_type(kind: gguf_blocks.BlockType) ->
     integers[:, : len(allowed)] = allowed
     for groups in (1, 2):
         d = draw.uniform(1e-3, 1e-1, (4, groups)).astype(np.float16)
-        found = quants.dequantize(to_blocks(kind, integers, d), quants.GGMLQuantizationType[kind.name])
+        found = gguf.dequantize(to_blocks(kind, integers, d), gguf.GGMLQuantizationType[kind.name])
         expected = integers.astype(np.float32) * np.repeat(d.astype(np.float32), 1024 // groups, axis=1)
         assert np.array_equal(found, expected)
-    block, size = quants.GGML_QUANT_SIZES[quants.GGMLQuantizationType[kind.name]]
-    assert (block, size, quants.GGMLQuantizationType[kind.name].value) == (kind.width, kind.size, kind.number)
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.name]]
+    assert (block, size) == (kind.weights, kind.bytes)
 
 
 def test_blocks_of_one_bit() -> None:
@@ -125,8 +127,8 @@ def test_blocks_of_one_bit() -> None:
 
 @ALL
 def test_every_choice_of_gguf_has_room_for_the_integers(quantizer: Quantizer) -> None:
-    integers = a_grid(quantizer)[0].integers
-    for kind in CHOICES[quantizer.bits_text]:
+    integers = a_matrix(quantizer)[0].integers
+    for kind in BLOCK_TYPES[quantizer.bits_text]:
         assert kind.low <= int(integers.min())
         assert int(integers.max()) <= kind.high
 
@@ -137,7 +139,7 @@ def test_rows_of_queries_and_keys_are_permuted_as_llama_cpp_reads_them(
 ) -> None:
     """Rotating neighbours after the permutation is rotating halves before it."""
     config = ModelConfig(vocab_size=8, hidden_size=32, layers=1, heads=4, kv_heads=kv_heads, intermediate_size=8)
-    order = permutation(Parameter(f"blocks.0.attention.{name}.weight", (rows, 32), None), config)
+    order = permutation(SourceParameter(f"blocks.0.attention.{name}.weight", (rows, 32), None), config)
     assert order is not None
     x = torch.randn(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     angle = torch.tensor([0.1, 0.5, 0.9, 1.3], dtype=torch.float64)
@@ -147,4 +149,4 @@ def test_rows_of_queries_and_keys_are_permuted_as_llama_cpp_reads_them(
     even, odd = x[order].view(-1, 4, 2).unbind(2)
     neighbours = torch.stack((even * cos - odd * sin, odd * cos + even * sin), 2).flatten()
     assert torch.equal(neighbours, halves[order])
-    assert permutation(Parameter("blocks.0.attention.v.weight", (rows, 32), None), config) is None
+    assert permutation(SourceParameter("blocks.0.attention.v.weight", (rows, 32), None), config) is None

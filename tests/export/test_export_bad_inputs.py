@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 from wrong_values import NO_SUCH_BITS
 
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED
-from qatscale.export import clients, gguf, source
-from qatscale.export.encoding import Plan
+from qatscale.export import clients, source
+from qatscale.export.formats import FORMATS, gguf
+from qatscale.export.formats.lookup import get_format
 
 
 def refused(qatscale, line: str, *told: str) -> None:
@@ -40,7 +42,7 @@ def test_an_unfinished_run_is_exported_when_asked_and_says_so(qatscale, runs: Pa
     refused(qatscale, f"{switch} --unfinished --format gguf", "has not switched to QAT", "--ptq 4")
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gguf", "mlx"])
+@pytest.mark.parametrize("format", [name for name in FORMATS if not get_format(name).holds_full_precision])
 def test_full_precision_is_offered_quantization_after_training(
     format: str, qatscale, runs: Path, tmp_path: Path
 ) -> None:
@@ -142,9 +144,9 @@ def test_a_full_disk_leaves_nothing(format: str, qatscale, runs: Path, tmp_path:
 def test_what_is_not_installed_is_named_with_its_command(qatscale, runs: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(clients, "find_spec", lambda _: None)
     for format, said in (
-        ("gguf", ["transformers is not installed and was not asked: pip install transformers gguf accelerate",
-                  "llama.cpp is not installed and was not asked: pip install llama-cpp-python"]),
-        ("mlx", ["mlx-lm is not installed and was not asked: pip install 'mlx[cpu]' mlx-lm"]),
+        ("gguf", ["transformers was not asked", "pip install transformers gguf accelerate",
+                  "llama.cpp was not asked", "pip install llama-cpp-python"]),
+        ("mlx", ["mlx-lm was not asked", "pip install 'mlx[cpu]' mlx-lm"]),
     ):  # fmt: skip
         code, out, _ = qatscale(f"export {runs}/two --out {tmp_path}/{format} --format {format}")
         assert code == 0
@@ -165,13 +167,13 @@ def test_rows_in_the_wrong_order_do_not_pass(qatscale, runs: Path, tmp_path: Pat
 
 def test_scales_that_training_did_not_see_do_not_pass(qatscale, runs: Path, tmp_path: Path, monkeypatch) -> None:
     """The fp32 master of a scale, in a run whose forward pass saw it in bf16."""
-    real = source.Source._scale
+    real = source.ExportSource._alpha
 
     def master(self, parameter, weight):
         real(self, parameter, weight)
         return self.reader.parameter(f"{parameter.name}_scale")
 
-    monkeypatch.setattr(source.Source, "_scale", master)
+    monkeypatch.setattr(source.ExportSource, "_alpha", master)
     code, _, error = qatscale(f"export {runs}/two --out {tmp_path}/out")
     assert code == EXIT_FAILED
     assert "off training's weights" in error
@@ -194,7 +196,7 @@ def test_one_tensor_at_a_time(qatscale, runs: Path, tmp_path: Path, monkeypatch)
         return value
 
     monkeypatch.setattr(source.CheckpointReader, "parameter", counted)
-    for format in ("hf", "compressed-tensors", "gguf", "mlx"):
+    for format in FORMATS:
         code, _, error = qatscale(f"export {runs}/four --out {tmp_path}/{format} --format {format} --no-verify")
         assert code == 0, error
     assert len(alive) > 20
@@ -203,8 +205,6 @@ def test_one_tensor_at_a_time(qatscale, runs: Path, tmp_path: Path, monkeypatch)
 
 def test_checkpoints_of_any_layout(qatscale, runs: Path, tmp_path: Path) -> None:
     """Slices of rows and of columns on several ranks, as ZeRO and tensor parallelism save them."""
-    from dataclasses import replace
-
     from qatscale.engine.checkpoints.files import (
         CheckpointReader,
         commit,
@@ -256,9 +256,9 @@ def test_a_checkpoint_that_is_no_number_is_not_exported(qatscale, runs: Path, tm
 
 def test_a_scale_that_fp16_does_not_have_is_told(runs: Path) -> None:
     opened = source.open_source(str(runs / "four"))
-    plan: Plan = gguf.plan(opened, fallback=False)
-    entry = next(entry for entry in plan.entries if entry.parameter.quantizer)
-    grid = opened.grid(entry.parameter)
-    opened._last = entry.parameter.name, grid.with_unit(grid.unit * 1e8)
+    layout = gguf.FORMAT.layout(opened, fallback=False)
+    entry = next(entry for entry in layout.entries if entry.parameter.quantizer)
+    matrix = opened.matrix(entry.parameter)
+    opened._last = entry.parameter.name, replace(matrix, scale=matrix.scale * 1e8)
     with pytest.raises(ValueError, match=r"Q4_0 has no scale of .*blocks.0.attention.q.weight"):
-        plan.grid(entry)
+        layout.matrix(entry)

@@ -8,131 +8,46 @@ from pathlib import Path
 
 import pytest
 import torch
+from expected import BF16_RUNS, EXPECTED, Loaded, fp16_scales, nothing
 from export_runs import WIDTHS
-from exported import described, need, plain_model, snippets, trained_weights
+from exported import described, plain_model, snippets, trained_weights
 from greedy_text import assert_same_text, decided_text
-from torch import Tensor
 
-from qatscale.inference.generate import Detokenizer, Sampling, open_speaker
+from qatscale.errors import UserError
+from qatscale.export.formats import FORMATS
+from qatscale.export.formats.lookup import get_format
+from qatscale.inference.generate import open_text_generator
+from qatscale.inference.sampling import Detokenizer, Sampling
 from qatscale.model.hugging_face import from_hugging_face
 from qatscale.model.hugging_face_tokenizer import PROBES
 
-FORMATS = ["hf", "compressed-tensors", "gguf", "mlx"]
 START, COUNT = [1, 17, 300, 45], 24
-HALF = 2.0**-11
-"""Relative rounding of fp16 with its 11 bits."""
-BFLOAT = 2.0**-8
-
-BITS = {
-    "hf": {"one": 32, "two": 16, "four": 32, "six": 16},
-    "compressed-tensors": {"one": 2, "two": 3, "four": 4, "six": 6},  # ±1 takes two bits, ±1 and ±3 take three
-    "gguf": {"one": 66 / 32, "two": 84 / 32, "four": 18 / 4, "six": 210 / 32},  # bytes of a block over its weights
-    "mlx": {"one": 1 + 64 / 128, "two": 2 + 64 / 128, "four": 4 + 64 / 128, "six": 6 + 64 / 128},
-}
-"""Of a weight in a block's matrix, without a row's own scale in compressed-tensors."""
-
-
-@pytest.fixture(scope="module")
-def exports(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """(run, format) -> the export, made once."""
-    from qatscale.cli import main
-
-    folder, made = tmp_path_factory.mktemp("exports"), {}
-
-    def export(run: str, format: str) -> Path:
-        need(format)
-        if (run, format) not in made:
-            made[run, format] = out = folder / f"{run}-{format}"
-            with pytest.raises(SystemExit) as stop:
-                main(["export", str(runs / run), "--format", format, "--out", str(out), "--fallback"])
-            assert not stop.value.code
-        return made[run, format]
-
-    return export
-
-
-class Loaded:
-    """An export in its client; its weights are as they were loaded."""
-
-    def __init__(self, folder: Path, format: str) -> None:
-        self.format = format
-        if format == "mlx":
-            from mlx_lm import load
-
-            self.model, _ = load(str(folder))
-            self.weights = self._weights()
-            return
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, **({"gguf_file": "model.gguf"} if format == "gguf" else {})
-        )
-        self.model(torch.tensor([[0]]))  # unpacks what is packed
-        self.weights = self._weights()
-        torch.nn.Module.float(self.model)
-
-    def _weights(self) -> dict[str, Tensor]:
-        if self.format != "mlx":
-            return {n: p.detach().clone() for n, p in self.model.named_parameters() if n.endswith(".weight")}
-        import mlx.core as mx
-        import numpy as np
-
-        found = {}
-        for name, module in self.model.named_modules():
-            if "scales" in module:
-                weight = mx.dequantize(
-                    module.weight, module.scales, module.biases, group_size=module.group_size, bits=module.bits
-                )
-                found[f"{name}.weight"] = torch.from_numpy(np.array(weight))
-            elif "weight" in module:
-                found[f"{name}.weight"] = torch.from_numpy(np.array(module.weight.astype(mx.float32)))
-        return found
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        if self.format == "mlx":
-            import mlx.core as mx
-            import numpy as np
-
-            return torch.from_numpy(np.array(self.model(mx.array(tokens.numpy())).astype(mx.float32)))
-        with torch.no_grad():
-            return self.model(tokens).logits
 
 
 @pytest.fixture(scope="module")
 def loaded(exports: Callable[[str, str], Path]) -> Callable[[str, str], Loaded]:
     """(run, format) -> the export in its client, loaded once."""
-    return functools.cache(lambda run, format: Loaded(exports(run, format), format))
+    return functools.cache(lambda run, format: EXPECTED[format].load(exports(run, format)))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("run", WIDTHS)
 def test_the_client_computes_what_was_trained(run: str, format: str, loaded, runs: Path) -> None:
-    client = loaded(run, format)
-    expected, found = trained_weights(runs / run), client.weights
-    assert set(expected) <= set(found)
-    bf16 = run in ("two", "six")
-    exact = {"hf", "compressed-tensors"}
-    for name, weight in expected.items():
-        if format in exact or "norm" in name:
-            assert torch.equal(found[name].float(), weight.float()), name
-        elif bf16:  # scales in bf16 lose nothing, and the values are those that training rounded to bf16
-            assert torch.equal(found[name].bfloat16(), weight) or format == "mlx", name
-        else:  # a subnormal scale loses more than HALF: 2^-25 of the level it is multiplied with, at most 7
-            off = (found[name] - weight).abs()
-            bound = HALF * weight.abs() + 7 * 2.0**-25 if format == "gguf" else 2.0**-20 * weight.abs().max()
-            assert bool((off <= bound).all()), name
-        if format == "mlx":
-            largest = weight.float().abs().max()
-            rounded = BFLOAT if bf16 else 0.0
-            assert float((found[name] - weight.float()).abs().max()) <= (2.0**-20 + rounded) * largest, name
+    client, of_format = loaded(run, format), EXPECTED[format]
+    trained, found = trained_weights(runs / run), client.weights
+    assert set(trained) <= set(found)
+    for name, weight in trained.items():
+        bound = 0.0 if "norm" in name else of_format.weights_off(weight.float(), run in BF16_RUNS)
+        assert bool(((found[name].float() - weight.float()).abs() <= bound).all()), name
+        if format == "gguf" and run in BF16_RUNS:  # training rounded the same products to bf16
+            assert torch.equal(found[name].bfloat16(), weight), name
 
     ours = plain_model(runs / run)
     tokens = torch.randint(514, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = ours(tokens)
     off = float((client.logits(tokens) - logits).abs().max() / logits.abs().max())
-    # the same weights: sums in another order; scales in fp16, or weights that are not rounded to bf16: those, too
-    assert off <= (1e-5 if format in exact or (format == "mlx" and not bf16) else 2e-2)
+    assert off <= of_format.logits_off.get(run, 1e-5)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -141,8 +56,7 @@ def test_greedy_text_is_the_same_token_by_token(run: str, format: str, loaded, r
     client, model = loaded(run, format), plain_model(runs / run)
     weights = {name: client.weights[name].float() for name in trained_weights(runs / run)}  # with scales as stored
     model.load_state_dict(from_hugging_face(weights, model.config))
-    # MLX computes in the type of its scales
-    assert_same_text(client.logits, model, START, COUNT, 2e-2 if format == "mlx" and run in ("two", "six") else 1e-5)
+    assert_same_text(client.logits, model, START, COUNT, EXPECTED[format].own_logits_off.get(run, 1e-5))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -155,30 +69,23 @@ def test_sizes(run: str, format: str, exports) -> None:
     # q, o: 256·256; k, v: 128·256; gate, up, down: 512·256
     matrices, rows = layers * (2 * 65536 + 2 * 32768 + 3 * 131072), layers * (256 * 2 + 128 * 2 + 512 * 2 + 256)
     tables, norms = 514 * 256 * (2 if run == "four" else 1), 256 * (2 * layers + 1)
-    wide = 2 if run in ("two", "six") else 4  # bytes of a number in training
-    table_bits = {"hf": 8 * wide, "compressed-tensors": 8 * wide, "gguf": 4.5, "mlx": 4.5}[format]
-    if run == "four":
-        table_bits = 8 * wide
-    elif run == "six" and format in ("gguf", "mlx"):
-        table_bits = 6.5625 if format == "gguf" else 6.5
-    expected = (
-        matrices * BITS[format][run] / 8 + tables * table_bits / 8 + norms * (4 if format in ("gguf", "mlx") else wide)
-    )
-    if format == "compressed-tensors":
-        expected += rows * wide + 7 * layers * 16  # scales; shapes
+    of_format, wide = EXPECTED[format], 2 if run in BF16_RUNS else 4  # bytes of a number in training
+    bits = of_format.bits[run] or 8 * wide
+    table_bits = of_format.table_bits.get(run, 8 * wide)
+    expected = matrices * bits / 8 + tables * table_bits / 8 + norms * (4 if of_format.fp32_norms else wide)
+    if of_format.scales_beside:
+        expected += rows * wide + 7 * layers * 16  # shapes: two int64 each
     stored = sum(tensor["bytes"] for tensor in about["tensors"])
     assert stored == expected
-    written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    written = sum(path.stat().st_size for path in folder.glob(f"*{get_format(format).suffix}"))
     assert about["size"]["bytes"] == written
     assert 0 < written - stored < 20_000, "the header, in GGUF with 514 tokens and the padding of tensors to 32 bytes"
     ideal = matrices * WIDTHS[run] / 8 + rows * wide + norms * wide
     ideal += tables * wide if run == "four" else tables * max(4, WIDTHS[run]) / 8 + 514 * wide
     assert about["size"]["ideal_bytes"] == pytest.approx(ideal)
-    assert about["size"]["fallback_bytes"] == pytest.approx(
-        tables * (wide - max(4, WIDTHS[run]) / 8) - 514 * wide
-        if format == "compressed-tensors" and run != "four"
-        else 0
-    )
+    falls_back = of_format.bits[run] is not None and run not in of_format.table_bits and run != "four"
+    cost = tables * (wide - max(4, WIDTHS[run]) / 8) - 514 * wide
+    assert about["size"]["fallback_bytes"] == pytest.approx(cost if falls_back else 0)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -194,14 +101,14 @@ def test_the_report_says_what_was_compared(run: str, format: str, exports, runs:
     assert client["exact"] == client["tensors"] == len(about["tensors"])
     _, _, losses = evaluate_checkpoint(str(runs / run))
     # evaluate computes in training's precision, the report in fp32
-    assert found["trained_loss"] == pytest.approx(losses["quantized"], abs=2e-3 if run in ("two", "six") else 1e-5)
+    assert found["trained_loss"] == pytest.approx(losses["quantized"], abs=2e-3 if run in BF16_RUNS else 1e-5)
     assert client["loss"] == pytest.approx(found["stored_loss"], abs=1e-5)
     assert found["stored_loss"] == pytest.approx(found["trained_loss"], abs=2e-3)
-    if format in ("hf", "compressed-tensors"):
+    if EXPECTED[format].weights_off is nothing:
         assert found["stored_loss"] == found["trained_loss"]
         assert found["rounding"] == 0
-    if format == "gguf":
-        assert (found["rounding"] == 0) == (run in ("two", "six")), "bf16 scales are fp16 numbers, fp32 ones are not"
+    if EXPECTED[format].weights_off is fp16_scales:
+        assert (found["rounding"] == 0) == (run in BF16_RUNS), "bf16 scales are fp16 numbers, fp32 ones are not"
     assert about["tokens"] == {"fp": 3072, "qat": 3072, "total": 6144}
 
 
@@ -209,14 +116,14 @@ def test_the_report_says_what_was_compared(run: str, format: str, exports, runs:
 def test_the_model_card_holds_and_its_snippet_runs(format: str, exports, monkeypatch, capsys) -> None:
     folder = exports("two", format)
     card = (folder / "README.md").read_text()
-    for told in (
+    for text in (
         "# two, 2 bits",
         "| tokens in full precision | 3.072K |",
         "| tokens in QAT | 3.072K |",
         "qat:",
         "id `",
     ):
-        assert told in card
+        assert text in card
     assert "Unfinished" not in card
     assert str(folder.parent.parent) not in card, "where things lay on this machine is nobody's business"
     assert f"{described(folder)['verification']['trained_loss']:.6f}" in card
@@ -224,7 +131,7 @@ def test_the_model_card_holds_and_its_snippet_runs(format: str, exports, monkeyp
     code, *others = snippets(folder)
     exec(compile(code, f"{format}/README.md", "exec"), {})
     assert capsys.readouterr().out
-    assert len(others) == (format == "gguf")
+    assert 1 + len(others) == EXPECTED[format].snippets
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -276,12 +183,16 @@ def test_nothing_of_a_one_bit_matrix_is_a_third_level(format: str, loaded) -> No
 def test_generate_says_what_the_logits_of_an_export_and_of_the_checkpoint_say(
     run: str, format: str, loaded, runs: Path, exports: Callable[[str, str], Path]
 ) -> None:
-    tokenizer = open_speaker(str(runs / run)).tokenizer  # type: ignore[attr-defined]
+    if not EXPECTED[format].generates:
+        with pytest.raises(UserError, match=f"is for {get_format(format).clients[0].name}"):
+            open_text_generator(str(exports(run, format)))
+        return
+    tokenizer = open_text_generator(str(runs / run)).tokenizer  # type: ignore[attr-defined]
     for what, logits in ((exports(run, format), loaded(run, format).logits), (runs / run, plain_model(runs / run))):
-        speaker, text = open_speaker(str(what)), []
-        assert speaker.length is not None
-        prompt = speaker.encode("def load(path):")
-        speaker.stream(prompt, Sampling(tokens=12, temperature=0), text.append)
+        generator, text = open_text_generator(str(what)), []
+        assert generator.length is not None
+        prompt = generator.encode("def load(path):")
+        generator.stream(prompt, Sampling(tokens=12, temperature=0), text.append)
         certain = decided_text(logits, prompt, 12, 1e-5)
         pieces = Detokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), prompt)
         assert "".join(text).startswith("".join(map(pieces.add, certain)))

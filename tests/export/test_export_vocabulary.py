@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFReader, TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qatscale.errors import UserError
-from qatscale.export.gguf_file import write_gguf
-from qatscale.export.gguf_vocabulary import _LLAMA3, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, vocabulary
+from qatscale.export.formats.gguf_file import TensorInfo, write_gguf
+from qatscale.export.formats.gguf_vocabulary import _LLAMA3, vocabulary
 from qatscale.model.hugging_face_tokenizer import PROBES
 
 TEXT = [
@@ -52,11 +53,11 @@ def test_a_sentencepiece_model(prepared: Path) -> None:
     tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     assert tokens[:512] == [processor.id_to_piece(i) for i in range(512)]
     assert tokens[512:] == ["[PAD512]", "[PAD513]", "[PAD514]"]
-    assert kinds[512:] == [UNUSED] * 3
-    assert kinds[processor.unk_id()] == UNKNOWN
-    assert kinds[processor.eos_id()] == CONTROL
-    assert kinds[processor.piece_to_id("<0x41>")] == BYTE
-    assert kinds[processor.piece_to_id("▁the")] == NORMAL
+    assert kinds[512:] == [TokenType.UNUSED] * 3
+    assert kinds[processor.unk_id()] == TokenType.UNKNOWN
+    assert kinds[processor.eos_id()] == TokenType.CONTROL
+    assert kinds[processor.piece_to_id("<0x41>")] == TokenType.BYTE
+    assert kinds[processor.piece_to_id("▁the")] == TokenType.NORMAL
     assert keys["tokenizer.ggml.scores"][:512] == pytest.approx([processor.get_score(i) for i in range(512)])
     assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == (1, 2)
     assert keys["tokenizer.ggml.add_bos_token"] is False
@@ -70,8 +71,8 @@ def test_a_byte_level_model(name: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert keys["tokenizer.ggml.pre"] == name
     assert keys["tokenizer.ggml.tokens"][:300] == [tokenizer.id_to_token(i) for i in range(300)]
-    assert keys["tokenizer.ggml.token_type"][0] == CONTROL
-    assert keys["tokenizer.ggml.token_type"][300:] == [UNUSED, UNUSED]
+    assert keys["tokenizer.ggml.token_type"][0] == TokenType.CONTROL
+    assert keys["tokenizer.ggml.token_type"][300:] == [TokenType.UNUSED, TokenType.UNUSED]
     assert keys["tokenizer.ggml.eos_token_id"] == 0
     assert len(keys["tokenizer.ggml.merges"]) == 300 - 256 - 1
     assert all(merge.count(" ") == 1 for merge in keys["tokenizer.ggml.merges"])
@@ -98,17 +99,15 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_metadata_and_tensors_are_read_back_by_gguf(tmp_path: Path) -> None:
-    reader = pytest.importorskip("gguf").GGUFReader
     metadata = {
-        "general.architecture": "llama", "a.text": "naïve", "a.yes": True, "a.count": 7, "a.rate": 0.5,
-        "a.words": ["x", "yz"], "a.kinds": [np.int32(-1), np.int32(6)],
+        "a.text": "naïve", "a.yes": True, "a.count": 7, "a.rate": 0.5,
+        "a.words": ["x", "yz"], "a.kinds": [-1, 6],
     }  # fmt: skip
-    from qatscale.export.gguf_file import F32, TensorInfo
-
     arrays = {"one": np.arange(6, dtype=np.float32).reshape(2, 3), "two": np.arange(5, dtype=np.float32)}
-    tensors = [TensorInfo(n, a.shape, F32, a.nbytes, lambda a=a: a) for n, a in arrays.items()]
+    tensors = [TensorInfo(n, a.shape, GGMLQuantizationType.F32, a.nbytes, lambda a=a: a) for n, a in arrays.items()]
     write_gguf(tmp_path / "x.gguf", metadata, tensors)
-    found = reader(tmp_path / "x.gguf")
+    found = GGUFReader(tmp_path / "x.gguf")
+    assert found.fields["general.architecture"].contents() == "llama"
     assert {key: found.fields[key].contents() for key in metadata} == metadata
     for tensor in found.tensors:
         assert np.array_equal(tensor.data, arrays[tensor.name])
@@ -120,7 +119,7 @@ def test_llama_cpp_gives_the_ids_of_a_byte_level_model(name: str, tmp_path: Path
     llama_cpp = pytest.importorskip("llama_cpp")
     folder = byte_level(tmp_path / "in", CUTS[name])
     shape = {
-        "general.architecture": "llama", "llama.context_length": 64, "llama.embedding_length": 64,
+        "llama.context_length": 64, "llama.embedding_length": 64,
         "llama.block_count": 1, "llama.feed_forward_length": 64, "llama.attention.head_count": 1,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.inference.exported import Exported, find_export
-from qatscale.inference.generate import Detokenizer, Sampling, open_speaker, prompt_ids
+from qatscale.export.formats.lookup import find_export
+from qatscale.inference.generate import open_text_generator
+from qatscale.inference.sampling import Detokenizer, Sampling, prompt_ids
 from qatscale.train.evaluate import load_checkpointed_model, open_view
 
 PROMPT = "def load(path):\n    return"
@@ -37,12 +37,12 @@ def said(what: str, *options: str) -> str:
 def test_greedy_text_is_that_of_our_own_forward(run: Path, view: str) -> None:
     config = load_run_config(run / "recipe.yaml")
     model, _ = load_checkpointed_model(find_checkpoint(str(run)), config, torch.device("cpu"))
-    speaker = open_speaker(str(run), view)
-    ids = prompt_ids(speaker, PROMPT, Sampling(tokens=20))
+    generator = open_text_generator(str(run), view)
+    ids = prompt_ids(generator, PROMPT, Sampling(tokens=20))
     with open_view(model, view):
         certain = decided_text(model, ids, 20, ROUNDING)
     text: list[str] = []
-    speaker.stream(ids, Sampling(tokens=20, temperature=0), text.append)
+    generator.stream(ids, Sampling(tokens=20, temperature=0), text.append)
     decode = _decoder(config.data.path)
     assert "".join(text).startswith("".join(map(Detokenizer(decode, ids).add, certain)))
     assert said(str(run), "--tokens", "20", "--temperature", "0", "--view", view) == PROMPT + "".join(text) + "\n"
@@ -56,17 +56,17 @@ def _decoder(data: Path | None):  # type: ignore[no-untyped-def]
 
 
 def test_the_two_views_differ(run: Path) -> None:
-    fp, quantized = (open_speaker(str(run), view).model for view in ("fp", "quantized"))  # type: ignore[attr-defined]
+    fp, quantized = (open_text_generator(str(run), view).model for view in ("fp", "quantized"))  # type: ignore[attr-defined]
     ids = torch.arange(8).unsqueeze(0)
     assert not torch.equal(fp(ids).logits, quantized(ids).logits)
 
 
 def test_a_checkpoint_before_the_switch_speaks_in_full_precision(run: Path) -> None:
     steps = sorted(run.glob("checkpoints/step-*"))
-    assert "fp view" in open_speaker(str(steps[0])).about
-    assert "quantized view" in open_speaker(str(run)).about
+    assert "fp view" in open_text_generator(str(steps[0])).about
+    assert "quantized view" in open_text_generator(str(run)).about
     with pytest.raises(UserError, match="not switched"):
-        open_speaker(str(steps[0]), "quantized")
+        open_text_generator(str(steps[0]), "quantized")
 
 
 def test_the_seed_decides_the_text(run: Path) -> None:
@@ -79,25 +79,25 @@ def test_an_exported_folder_says_what_the_checkpoint_says(run: Path, tmp_path: P
     from qatscale.engine.checkpoints.training_state import read_checkpoint
 
     write_hugging_face(read_checkpoint(str(run)), tmp_path / "hf")
-    exported, checkpoint = open_speaker(str(tmp_path / "hf")), open_speaker(str(run), "fp")
+    exported, checkpoint = open_text_generator(str(tmp_path / "hf")), open_text_generator(str(run), "fp")
     ids = exported.encode(PROMPT)
     assert ids == checkpoint.encode(PROMPT)
     theirs, ours = (lambda tokens, model=one.model: model(tokens).logits for one in (exported, checkpoint))  # type: ignore[attr-defined]
     assert_same_text(theirs, ours, ids, 20, ROUNDING)
     with pytest.raises(UserError, match="--view"):
-        open_speaker(str(tmp_path / "hf"), "fp")
+        open_text_generator(str(tmp_path / "hf"), "fp")
 
 
 def test_a_text_longer_than_those_of_training_is_refused(run: Path) -> None:
-    speaker = open_speaker(str(run))
-    count = len(speaker.encode(PROMPT))
-    assert speaker.length is not None
-    fits = speaker.length - count
-    prompt_ids(speaker, PROMPT, Sampling(tokens=fits))
+    generator = open_text_generator(str(run))
+    count = len(generator.encode(PROMPT))
+    assert generator.length is not None
+    fits = generator.length - count
+    prompt_ids(generator, PROMPT, Sampling(tokens=fits))
     with pytest.raises(UserError, match=f"--tokens {fits} is the most"):
-        prompt_ids(speaker, PROMPT, Sampling(tokens=fits + 1))
+        prompt_ids(generator, PROMPT, Sampling(tokens=fits + 1))
     with pytest.raises(UserError, match="--prompt"):
-        prompt_ids(speaker, "", Sampling())
+        prompt_ids(generator, "", Sampling())
 
 
 @pytest.mark.parametrize(
@@ -113,32 +113,13 @@ def test_pieces_join_to_the_whole_text(prepared: Path, text: str) -> None:
         assert tokenizer.decode(ids[:cut]).rstrip("�") + told == text or "�" in tokenizer.decode(ids[:cut])
 
 
-@pytest.mark.parametrize(
-    ("files", "format"),
-    [
-        ({"config.json": {}}, "hf"),
-        ({"config.json": {"quantization_config": {"quant_method": "compressed-tensors"}}}, "compressed-tensors"),
-        ({"config.json": {"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}}, "mlx"),
-        ({"config.json": {}, "model.gguf": {}}, "gguf"),
-        ({"recipe.yaml": {}}, None),
-    ],
-)
-def test_the_kind_of_an_export(tmp_path: Path, files: dict[str, object], format: str | None) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    found = find_export(tmp_path)
-    assert (found and found.format) == format
-    if format == "gguf":
-        assert find_export(tmp_path / "model.gguf") == Exported(tmp_path, "gguf", "model.gguf") == found
-
-
 def test_damaged_exports_are_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
         find_export(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="transformers cannot load it"):
-        open_speaker(str(tmp_path))
+        open_text_generator(str(tmp_path))
 
 
 BAD: Sequence[tuple[str, dict[str, float]]] = [

@@ -13,8 +13,8 @@ from qatscale.cli.app import app
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
+from qatscale.inference.generate import open_transformers
 from qatscale.inference.harness import open_tasks, run_harness
-from qatscale.inference.transformers_model import open_transformers
 from qatscale.train.evaluate import load_checkpointed_model, open_view
 
 QUESTIONS = [

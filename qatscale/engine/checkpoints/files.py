@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qatscale.config import is_unaltered
 from qatscale.errors import UserError
 from qatscale.files import sha256_of, sync
 from qatscale.tensor_files import write_safetensors
@@ -56,6 +57,7 @@ class Manifest:
     kept: bool
     """Stays when interval checkpoints rotate."""
     recipe_hash: str
+    """`config.recipe_hash` of the recipe beside it; 16 digits of another hash in checkpoints of version 0.1."""
     data: str
     """Fingerprint of the tokens it was trained on."""
     plugin: dict[str, Any]
@@ -317,10 +319,16 @@ class CheckpointReader:
 
 
 def recipe_beside(checkpoint: Path, what: str) -> Path:
-    """The recipe of a checkpoint's run, whose folder it lies in. UserError, about `what` was asked for, without one."""
+    """The recipe of a checkpoint's run, in whose folder it lies.
+
+    UserError, about the checkpoint as the user named it, where there is none or another than when it was saved.
+    """
     recipe = checkpoint.resolve().parent.parent / "recipe.yaml"
     if not recipe.is_file():
         raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    if not is_unaltered(recipe, read_manifest(checkpoint).recipe_hash):
+        problem = f"{recipe} was altered after the checkpoint was saved: it describes another model or run."
+        raise UserError("checkpoint", what, problem, "Restore the recipe.")
     return recipe
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import config_hash, load_run_config, resolved_yaml
+from qatscale.config import load_run_config, recipe_hash, resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import (
     CheckpointReader,
@@ -162,7 +162,7 @@ def _write_checkpoint(state: TrainingState, checkpoints: Path, config: RunConfig
         tokens=state.step * config.tokens_per_step,
         reason="imported",
         kept=True,
-        recipe_hash=config_hash(config),
+        recipe_hash=recipe_hash(checkpoints.parent / "recipe.yaml"),
         data=state.data,
         plugin=state.plugin,
         parameters={n: ParameterRecord(list(state.shapes[n]), state.adam_steps[n]) for n in sorted(state.shapes)},

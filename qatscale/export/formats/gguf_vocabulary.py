@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from gguf import TokenType
 
 from qatscale.errors import UserError
-from qatscale.model.hugging_face_tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, model_proto
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (np.int32(number) for number in range(1, 7))
-"""llama_token_type; SentencePiece numbers its pieces alike."""
+from qatscale.model.hugging_face_tokenizer import (
+    HUGGING_FACE_FILE,
+    SENTENCEPIECE_FILE,
+    load_fast_tokenizer,
+    model_proto,
+)
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = "|".join(
@@ -42,7 +44,7 @@ def _sentencepiece(model: bytes, rows: int) -> dict[str, Any]:
         raise _no_such(f"a SentencePiece {trainer.ModelType.Name(trainer.model_type).lower()} model")
     if spec.remove_extra_whitespaces or spec.precompiled_charsmap:
         raise _no_such("a tokenizer that normalises text")
-    pieces = [(piece.piece, piece.score, np.int32(piece.type)) for piece in proto.pieces]
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     special = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
     tokens, scores, kinds = zip(*pieces, *_padding(len(pieces), rows), strict=True)
     return {
@@ -61,27 +63,30 @@ _NOTHING_ADDED = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos
 """Documents were encoded without a token before them."""
 
 
-def _padding(count: int, rows: int) -> list[tuple[str, float, np.int32]]:
+def _padding(count: int, rows: int) -> list[tuple[str, float, int]]:
     """Rows of the embedding that no piece belongs to."""
-    return [(f"[PAD{index}]", -1000.0, UNUSED) for index in range(count, rows)]
+    return [(f"[PAD{index}]", -1000.0, TokenType.UNUSED) for index in range(count, rows)]
 
 
 def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
     content = json.loads((folder / HUGGING_FACE_FILE).read_text())
     split = _split_of(content)
-    if content["model"]["type"] != "BPE" or split not in _SPLITS or content["normalizer"] is not None:
+    if content["model"]["type"] != "BPE" or split not in _SPLITS or content.get("normalizer") is not None:
         raise _no_such(f"a {content['model']['type']} tokenizer that cuts and normalises text as this one does")
-    added = {token["id"]: token for token in content["added_tokens"]}
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
     names = {number: piece for piece, number in content["model"]["vocab"].items()}
     names |= {number: token["content"] for number, token in added.items()}
-    kinds = {number: CONTROL if token["special"] else USER_DEFINED for number, token in added.items()}
+    kinds = dict.fromkeys(names, TokenType.NORMAL)
+    kinds |= {n: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for n, token in added.items()}
     tokens = [names.get(number, f"[PAD{number}]") for number in range(rows)]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _SPLITS[split],
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [kinds.get(n, NORMAL) if n in names else UNUSED for n in range(rows)],
+        "tokenizer.ggml.token_type": [
+            kinds.get(n, TokenType.NORMAL) if n in names else TokenType.UNUSED for n in range(rows)
+        ],
         "tokenizer.ggml.merges": merges,
         **_special_ids(folder),
         **_NOTHING_ADDED,
@@ -90,7 +95,7 @@ def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
 
 def _split_of(content: dict[str, Any]) -> str | None:
     """The pattern by which a byte-level tokenizer cuts text; None for another kind."""
-    steps = content["pre_tokenizer"] or {}
+    steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
     last = steps[-1]
@@ -102,9 +107,7 @@ def _split_of(content: dict[str, Any]) -> str | None:
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
-    from transformers import PreTrainedTokenizerFast
-
-    loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+    loaded = load_fast_tokenizer(folder, folder)
     ids = {"bos": loaded.bos_token_id, "eos": loaded.eos_token_id, "unknown": loaded.unk_token_id}
     return {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
 

@@ -1,9 +1,9 @@
-"""A quantized matrix as every format stores it: whole numbers times a unit.
+"""A quantized matrix as every format stores it: integers times a scale.
 
-A level of `bit_widths.py` is (code + shift)/steps in units of α. Written as `integer · unit`, with
+A level of `bit_widths.py` is (code + shift)/steps in units of α. Written as `integer · scale`, with
 
 ========  ==============  ===============
-bits      integers        unit
+bits      integers        scale
 ========  ==============  ===============
 1         ±1              α
 1.58      -1, 0, 1        α · (1/1.5)
@@ -40,17 +40,15 @@ def signed_bits(quantizer: Quantizer) -> int:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """One matrix."""
-
+class QuantizedMatrix:
     quantizer: Quantizer
     codes: Tensor
-    """int8 [rows, in], as `quant.reference.encode` gives them."""
-    unit: Tensor
-    """fp32 [rows, groups]; each group is in/groups neighbouring input channels."""
+    """int8 [rows, in], as `quant.reference.encode` returns them."""
+    scale: Tensor
+    """fp32 [rows, groups]; a group is in/groups neighbouring input channels."""
 
     @classmethod
-    def of(cls, quantizer: Quantizer, codes: Tensor, alpha: Tensor) -> Grid:
+    def from_codes(cls, quantizer: Quantizer, codes: Tensor, alpha: Tensor) -> QuantizedMatrix:
         """alpha: [rows] or [rows, groups], as the forward pass sees it, which raises it to SCALE_FLOOR."""
         scale = alpha.float().clamp_min(SCALE_FLOOR).reshape(len(codes), -1)
         if quantizer.name == "seq":
@@ -66,18 +64,15 @@ class Grid:
 
     @property
     def unsigned(self) -> Tensor:
-        """int8 [rows, in], 0 for the lowest level and one more for each next; 8 bits do not fit and wrap around."""
+        """int8 [rows, in]: 0 for the lowest level, one more for each next. At 8 bits they wrap around."""
         lowest, step = lowest_integer(self.quantizer), integer_step(self.quantizer)
         return ((self.integers.to(torch.int16) - lowest) // step).to(torch.uint8).view(torch.int8)
 
-    def with_unit(self, unit: Tensor) -> Grid:
-        return replace(self, unit=unit)
-
-    def taking(self, rows: Tensor) -> Grid:
-        """The rows of these indices, with their scales."""
-        return replace(self, codes=self.codes[rows], unit=self.unit[rows])
+    def permuted(self, rows: Tensor) -> QuantizedMatrix:
+        """The rows at these indices, with their scales."""
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows])
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights, [rows, in]: the product in fp32, rounded to `dtype`."""
-        rows, groups = self.unit.shape
-        return (self.integers.float().view(rows, groups, -1) * self.unit.unsqueeze(-1)).view(rows, -1).to(dtype)
+        rows, groups = self.scale.shape
+        return (self.integers.float().view(rows, groups, -1) * self.scale.unsqueeze(-1)).view(rows, -1).to(dtype)

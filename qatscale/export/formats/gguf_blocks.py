@@ -1,7 +1,7 @@
-"""GGUF's quantized blocks, made from whole numbers and their unit: none of ggml's quantizers, which choose scales anew.
+"""GGUF's quantized blocks, made from integers and their scale: none of ggml's quantizers, which choose scales anew.
 
-Layouts are those of llama.cpp's ggml-common.h. A block is `width` neighbouring weights of a row with their fp16 scale d
-(= the unit of `Grid`); sub-block scales, where there are any, are set to constants:
+Layouts are those of llama.cpp's ggml-common.h. A block is 32, 128 or 256 neighbouring weights of a row with their fp16
+scale d (= the scale of `QuantizedMatrix`). Sub-block scales, where there are any, are set to constants:
 
 =====  ==========================================  ========================
 type   a weight is                                 so that integers are
@@ -23,30 +23,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 Blocks = np.ndarray
-"""Integers as uint8 codes q or int8, [blocks, width]."""
+"""Integers as uint8 codes q or int8, [blocks, weights]."""
 
 
 @dataclass(frozen=True)
 class BlockType:
     name: str
-    number: int
-    """ggml_type."""
-    width: int
-    size: int
-    """Bytes of a block."""
     low: int
     high: int
     """The integers it holds."""
     file_type: int
     """llama_ftype of a file that is mostly of this type."""
     encode: Callable[[Blocks, np.ndarray], np.ndarray]
-    """(integers int16 [blocks, width], d as bytes [blocks, 2]) -> uint8 [blocks, size]."""
+    """(integers int16 [blocks, weights], d as bytes [blocks, 2]) -> uint8 [blocks, bytes]."""
+
+    @property
+    def ggml_type(self) -> GGMLQuantizationType:
+        return GGMLQuantizationType[self.name]
+
+    @property
+    def weights(self) -> int:
+        """Weights in a block."""
+        return GGML_QUANT_SIZES[self.ggml_type][0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a block."""
+        return GGML_QUANT_SIZES[self.ggml_type][1]
 
 
 def _nibbles(q: np.ndarray, run: int) -> np.ndarray:
-    """Of every 2·run codes, the first `run` in the low and the others in the high halves of `run` bytes."""
+    """`run` bytes for every 2·run codes: the first `run` in their low halves, the others in their high halves."""
     pair = (q & 0xF).reshape(len(q), -1, 2, run)
     return (pair[:, :, 0] | (pair[:, :, 1] << 4)).reshape(len(q), -1)
 
@@ -98,22 +108,22 @@ def _q8_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.hstack([d, n.astype(np.int8).view(np.uint8)])
 
 
-Q1_0 = BlockType("Q1_0", 41, 128, 18, -1, 1, 40, _q1_0)
-TQ2_0 = BlockType("TQ2_0", 35, 256, 66, -1, 1, 37, _tq2_0)
-Q2_K = BlockType("Q2_K", 10, 256, 84, -3, 3, 10, _q2_k)
-Q3_K = BlockType("Q3_K", 11, 256, 110, -4, 3, 11, _q3_k)
-Q4_0 = BlockType("Q4_0", 2, 32, 18, -8, 7, 2, _q4_0)
-Q5_0 = BlockType("Q5_0", 6, 32, 22, -16, 15, 8, _q5_0)
-Q6_K = BlockType("Q6_K", 14, 256, 210, -32, 31, 18, _q6_k)
-Q8_0 = BlockType("Q8_0", 8, 32, 34, -128, 127, 7, _q8_0)
+Q1_0 = BlockType("Q1_0", -1, 1, 40, _q1_0)
+TQ2_0 = BlockType("TQ2_0", -1, 1, 37, _tq2_0)
+Q2_K = BlockType("Q2_K", -3, 3, 10, _q2_k)
+Q3_K = BlockType("Q3_K", -4, 3, 11, _q3_k)
+Q4_0 = BlockType("Q4_0", -8, 7, 2, _q4_0)
+Q5_0 = BlockType("Q5_0", -16, 15, 8, _q5_0)
+Q6_K = BlockType("Q6_K", -32, 31, 18, _q6_k)
+Q8_0 = BlockType("Q8_0", -128, 127, 7, _q8_0)
 
 
-def to_blocks(kind: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:
+def to_blocks(block_type: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:
     """integers: int8 [rows, in], d: float16 [rows, groups] -> uint8 [rows, bytes of a row]."""
     rows, channels = integers.shape
-    assert kind.low <= integers.min() and integers.max() <= kind.high  # noqa: PT018 - one range
-    count = channels // kind.width
+    assert block_type.low <= integers.min() and integers.max() <= block_type.high  # noqa: PT018 - one range
+    count = channels // block_type.weights
     per_block = np.repeat(d.astype("<f2"), count // d.shape[1], axis=1).reshape(-1, 1).view(np.uint8)
-    blocks = kind.encode(integers.reshape(-1, kind.width).astype(np.int16), per_block)
-    assert blocks.shape == (rows * count, kind.size)
+    blocks = block_type.encode(integers.reshape(-1, block_type.weights).astype(np.int16), per_block)
+    assert blocks.shape == (rows * count, block_type.bytes)
     return blocks.reshape(rows, -1)

@@ -1,0 +1,141 @@
+"""`compressed-tensors`, format pack-quantized: integers in b bits and a scale per row or group, symmetric.
+
+A Linear of name N is stored as N.weight_packed (int32, see `packing`; each integer raised by 2^(b-1)), N.weight_scale
+([rows, groups], in the type of training) and N.weight_shape. Read by transformers with the package compressed-tensors,
+and by vLLM, which asks for just these names, for symmetric scales without zero points, and for the same scheme in what
+it fuses (q, k, v and gate, up: they have one width here).
+
+1 bit takes two (±1 is no two's complement number of one bit), SEQ's 2 bits take three (±1, ±3).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatscale.export.clients import Transformers
+from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
+from qatscale.export.folder import FileTensor, hf_name, value_tensor, write_folder
+from qatscale.export.formats.base import Format, Usage, read_config, transformers_usage
+from qatscale.export.packing import pack, packed_words
+from qatscale.export.quantized_matrix import QuantizedMatrix, signed_bits
+from qatscale.export.source import ExportSource, SourceParameter
+
+_VLLM = (
+    "vLLM reads the same layout (`vllm serve .`, on a GPU; weights of 2 to 8 bits in its releases of 2026, 4 and 8 "
+    "before). It was not run here."
+)
+
+
+class CompressedTensors(Transformers):
+    packages = Transformers.packages | {"compressed-tensors": "compressed_tensors"}
+
+
+@dataclass(frozen=True)
+class PackedEncoding(Encoding):
+    bits: int
+    dtype: torch.dtype
+    """Of scales, and of the weights that clients compute from them."""
+    tied: bool
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    def refusal(self, parameter: SourceParameter) -> str | None:
+        if parameter.is_table:
+            what = "an embedding that is the head too" if self.tied else "an embedding"
+            return f"clients unpack Linear layers, not {what}."
+        return None
+
+    def size(self, parameter: SourceParameter) -> int:
+        rows, columns = parameter.shape
+        shape_bytes = 2 * torch.int64.itemsize
+        return 4 * rows * packed_words(columns, self.bits) + parameter.scales * self.dtype.itemsize + shape_bytes
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        return scale.to(self.dtype).float()
+
+    def read(self, matrix: QuantizedMatrix) -> Tensor:
+        return matrix.values(self.dtype)
+
+
+class CompressedTensorsFormat(Format):
+    name = "compressed-tensors"
+    clients = (CompressedTensors,)
+
+    def encodings(self, parameter: SourceParameter, source: ExportSource) -> list[Encoding]:
+        plain = PlainEncoding(source.dtype)
+        if parameter.quantizer is None:
+            return [plain]
+        tied = source.config.model.tied_embedding
+        return [PackedEncoding(signed_bits(parameter.quantizer), source.dtype, tied), plain]
+
+    def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
+        tensors = [tensor for entry in layout.entries for tensor in _tensors(layout, entry)]
+        further = {"quantization_config": quantization_config(layout)}
+        write_folder(layout, tensors, folder, tokenizer, layout.source.dtype, further)
+
+    def find(self, path: Path) -> Path | None:
+        quantization = (read_config(path) or {}).get("quantization_config")
+        is_this = isinstance(quantization, dict) and quantization.get("quant_method") == self.name
+        return path if is_this else None
+
+    def usages(self, has_tokenizer: bool) -> list[Usage]:
+        return [transformers_usage(CompressedTensors, has_tokenizer, note=_VLLM)]
+
+
+def _tensors(layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
+    encoding, parameter = entry.encoding, entry.parameter
+    if not isinstance(encoding, PackedEncoding):
+        return [value_tensor(layout, entry, layout.source.dtype)]
+    (rows, columns), base, bits = parameter.shape, hf_name(layout, entry), encoding.bits
+
+    def packed() -> Tensor:
+        return pack(layout.matrix(entry).integers.to(torch.int16) + 2 ** (bits - 1), bits)
+
+    return [
+        FileTensor(f"{base}_packed", (rows, packed_words(columns, bits)), torch.int32, packed),
+        FileTensor(f"{base}_scale", (rows, parameter.groups), encoding.dtype, lambda: layout.matrix(entry).scale),
+        FileTensor(f"{base}_shape", (2,), torch.int64, lambda: torch.tensor(parameter.shape)),
+    ]
+
+
+def quantization_config(layout: ExportLayout) -> dict[str, Any]:
+    """The entry of config.json. Layers of one scheme are named by regular expressions over their last parts."""
+    packed: dict[tuple[int, int | None], set[str]] = {}
+    dense = set()
+    for entry in layout.entries:
+        name = hf_name(layout, entry).removesuffix(".weight")
+        if isinstance(entry.encoding, PackedEncoding):
+            group = entry.parameter.group_size if entry.parameter.groups > 1 else None
+            packed.setdefault((entry.encoding.bits, group), set()).add(name.rsplit(".", 1)[-1])
+        elif not entry.parameter.is_norm:
+            dense.add(name)
+    if layout.source.config.model.tied_embedding:
+        dense.add("lm_head")
+    groups = {
+        f"group_{index}": {
+            "targets": [f"re:.*{re.escape(last)}$" for last in sorted(names)],
+            "weights": {
+                "num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
+                "strategy": "group" if group else "channel", "group_size": group,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        for index, ((bits, group), names) in enumerate(packed.items())
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": groups, "ignore": sorted(dense), "kv_cache_scheme": None,
+    }  # fmt: skip
+
+
+FORMAT = CompressedTensorsFormat()

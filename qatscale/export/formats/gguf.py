@@ -1,0 +1,250 @@
+"""`gguf`: one file for llama.cpp, which transformers reads too, with its tokenizer.
+
+Names and metadata are those of llama.cpp's `llama` architecture. It rotates neighbouring pairs of channels where
+Hugging Face (and we) rotate channel i with i + d/2, so the rows of q and k, and their scales, are permuted within each
+head. Norms are fp32. What is not quantized is stored in training's type.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, LlamaFileType, TensorNameMap, get_tensor_name_map
+from torch import Tensor
+
+from qatscale.config.schema import ModelConfig
+from qatscale.errors import UserError
+from qatscale.export.clients import Client, Transformers, Weights, install_line
+from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
+from qatscale.export.folder import hf_name
+from qatscale.export.formats import gguf_blocks as blocks
+from qatscale.export.formats.base import Format, Usage, transformers_usage
+from qatscale.export.formats.gguf_blocks import BlockType, to_blocks
+from qatscale.export.formats.gguf_file import TensorInfo, write_gguf
+from qatscale.export.formats.gguf_vocabulary import vocabulary
+from qatscale.export.source import ExportSource, SourceParameter
+from qatscale.model.hugging_face_tokenizer import export_tokenizer
+
+FILE = "model.gguf"
+BLOCK_TYPES: dict[str, tuple[BlockType, ...]] = {
+    "1": (blocks.TQ2_0, blocks.Q4_0),
+    "1.58": (blocks.TQ2_0, blocks.Q4_0),
+    "2": (blocks.Q2_K, blocks.Q4_0),
+    "3": (blocks.Q3_K, blocks.Q4_0),
+    "4": (blocks.Q4_0,),
+    "5": (blocks.Q5_0,),
+    "6": (blocks.Q6_K, blocks.Q8_0),
+    "8": (blocks.Q8_0,),
+}
+"""Bits -> types that hold the integers, best first. Those of 32 weights take rows that those of 256 do not."""
+_PLAIN_TYPES = {torch.float32: GGMLQuantizationType.F32, torch.bfloat16: GGMLQuantizationType.BF16}
+_PLAIN_FILE_TYPES = {torch.float32: LlamaFileType.ALL_F32, torch.bfloat16: LlamaFileType.MOSTLY_BF16}
+
+_LLAMA_CPP = """\
+from llama_cpp import Llama
+
+model = Llama("model.gguf", n_ctx=0, verbose=False)
+print(model.create_completion("The", max_tokens=20, temperature=0)["choices"][0]["text"])
+"""
+_LLAMA_CPP_IDS = """\
+from llama_cpp import Llama
+
+model = Llama("model.gguf", n_ctx=0, logits_all=True, verbose=False)
+model.eval([1, 2, 3])
+print(model.scores[2].argmax())
+"""
+_LLAMA_CPP_NOTE = (
+    "llama.cpp multiplies with activations rounded to 8 bits: its logits are near those of training, not equal. The "
+    "files of the tokenizer beside `model.gguf` are for transformers."
+)
+
+
+class GgufInTransformers(Transformers):
+    packages = Transformers.packages | {"gguf": "gguf", "accelerate": "accelerate"}
+    dtype = torch.float32
+
+    @classmethod
+    def location(cls, path: Path) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+
+
+class LlamaCpp(Client):
+    """llama.cpp. It multiplies with activations rounded to 8 bits, so its logits are near and not equal."""
+
+    name = "llama.cpp"
+    packages = {"llama-cpp-python": "llama_cpp"}  # noqa: RUF012
+    logit_bound, loss_bound = 0.05, 0.01
+
+    def __init__(self, path: Path) -> None:
+        from llama_cpp import Llama
+
+        threads = torch.get_num_threads()
+        self._model = Llama(
+            str(path), n_ctx=0, logits_all=True, verbose=False, n_threads=threads, n_threads_batch=threads
+        )
+
+    def weights(self) -> Weights:
+        yield from ()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        self._model.reset()
+        self._model.eval(tokens.tolist())
+        return torch.from_numpy(self._model.scores[: len(tokens)].copy())
+
+
+@dataclass(frozen=True)
+class BlockEncoding(Encoding):
+    type: BlockType
+
+    @property
+    def name(self) -> str:
+        return self.type.name
+
+    def refusal(self, parameter: SourceParameter) -> str | None:
+        for what, columns in (("rows", parameter.shape[1]), ("groups of scales", parameter.group_size)):
+            if columns % self.type.weights:
+                return f"{self.name} has blocks of {self.type.weights} weights, and {what} are {columns} wide."
+        return None
+
+    def size(self, parameter: SourceParameter) -> int:
+        return -(-parameter.numel // self.type.weights) * self.type.bytes
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        return scale.half().float()
+
+
+@dataclass(frozen=True)
+class Gguf(Format):
+    q1_0: bool = False
+    """Store matrices of 1 bit as Q1_0, half the size of TQ2_0, which llama.cpp reads and transformers does not."""
+
+    name = library = "gguf"
+    suffix = ".gguf"
+
+    @property
+    def clients(self) -> Sequence[type[Client]]:
+        return (LlamaCpp,) if self.q1_0 else (GgufInTransformers, LlamaCpp)
+
+    def with_q1_0(self) -> Gguf:
+        return Gguf(q1_0=True)
+
+    def encodings(self, parameter: SourceParameter, source: ExportSource) -> list[Encoding]:
+        plain = PlainEncoding(source.dtype)
+        if parameter.quantizer is None:
+            return [PlainEncoding(torch.float32) if parameter.is_norm else plain]
+        types = BLOCK_TYPES[parameter.quantizer.bits_text]
+        if self.q1_0 and parameter.quantizer.bits == 1:
+            types = (blocks.Q1_0, *types)
+        return [*map(BlockEncoding, types), plain]
+
+    def layout(self, source: ExportSource, fallback: bool) -> ExportLayout:
+        layout = super().layout(source, fallback)
+        if self.q1_0 and not any(entry.encoding == BlockEncoding(blocks.Q1_0) for entry in layout.entries):
+            raise UserError("--q1-0", None, "has no effect: no matrix of 1 bit fits it.", "Leave it out.")
+        return layout
+
+    def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
+        model = layout.source.config.model
+        if tokenizer:
+            export_tokenizer(tokenizer, folder)
+        metadata = _metadata(layout) | vocabulary(folder if tokenizer else None, model.vocab_size)
+        names = get_tensor_name_map(MODEL_ARCH.LLAMA, model.layers)
+        write_gguf(folder / FILE, metadata, [_tensor(layout, entry, names) for entry in layout.entries])
+
+    def path(self, folder: Path) -> Path:
+        return folder / FILE
+
+    def find(self, path: Path) -> Path | None:
+        if path.suffix == self.suffix and path.is_file():
+            return path
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise UserError("model", str(path), f"holds {len(files)} GGUF files: {names}.", "Name one of them.")
+        return files[0] if files else None
+
+    def usages(self, has_tokenizer: bool) -> list[Usage]:
+        if self.q1_0:
+            first = Usage(intro="The type Q1_0 is llama.cpp's, of 2026; transformers does not read it.")
+        else:
+            first = transformers_usage(GgufInTransformers, has_tokenizer, ', gguf_file="model.gguf"')
+        intro = f"With llama.cpp (`{install_line(LlamaCpp.packages)}`, or its own programs):"
+        code = _LLAMA_CPP if has_tokenizer else _LLAMA_CPP_IDS
+        return [first, Usage(intro=intro, code=code, note=_LLAMA_CPP_NOTE)]
+
+
+def _metadata(layout: ExportLayout) -> dict[str, Any]:
+    config, model = layout.source.config, layout.source.config.model
+    return {
+        "general.name": config.name,
+        "general.file_type": _file_type(layout),
+        "general.quantization_version": 2,
+        "llama.vocab_size": model.vocab_size,
+        "llama.context_length": config.data.sequence_length,
+        "llama.embedding_length": model.hidden_size,
+        "llama.block_count": model.layers,
+        "llama.feed_forward_length": model.intermediate_size,
+        "llama.attention.head_count": model.heads,
+        "llama.attention.head_count_kv": model.kv_heads or model.heads,
+        "llama.attention.layer_norm_rms_epsilon": float(model.norm_eps),
+        "llama.rope.dimension_count": model.hidden_size // model.heads,
+        "llama.rope.freq_base": float(model.rope_theta),
+    }
+
+
+def _file_type(layout: ExportLayout) -> int:
+    """llama.cpp shows it as the file's type: that of most weights."""
+    weights: Counter[int] = Counter()
+    for entry in layout.entries:
+        if isinstance(entry.encoding, BlockEncoding):
+            weights[entry.encoding.type.file_type] += entry.parameter.numel
+        else:
+            assert isinstance(entry.encoding, PlainEncoding)
+            weights[_PLAIN_FILE_TYPES[entry.encoding.dtype].value] += entry.parameter.numel
+    return weights.most_common(1)[0][0]
+
+
+def _tensor(layout: ExportLayout, entry: StoredParameter, names: TensorNameMap) -> TensorInfo:
+    parameter, encoding = entry.parameter, entry.encoding
+    rows = permutation(parameter, layout.source.config.model)
+
+    def coded() -> np.ndarray:
+        assert isinstance(encoding, BlockEncoding)
+        matrix = layout.matrix(entry)
+        matrix = matrix if rows is None else matrix.permuted(rows)
+        return to_blocks(encoding.type, matrix.integers.numpy(), matrix.scale.half().numpy())
+
+    def values() -> np.ndarray:
+        value = layout.stored(entry)
+        value = value if rows is None else value[rows]
+        return value.contiguous().view(torch.uint8).numpy()
+
+    if isinstance(encoding, BlockEncoding):
+        kind, make = encoding.type.ggml_type, coded
+    else:
+        assert isinstance(encoding, PlainEncoding)
+        kind, make = _PLAIN_TYPES[encoding.dtype], values
+    name = names.get_name(hf_name(layout, entry), try_suffixes=(".weight",))
+    assert name is not None
+    return TensorInfo(name, parameter.shape, kind, entry.size, make)
+
+
+def permutation(parameter: SourceParameter, config: ModelConfig) -> Tensor | None:
+    """For the rows of q and k: the index in our order of each row in llama.cpp's; None for everything else.
+
+    Within a head of d channels, 0, d/2, 1, d/2 + 1, ...: what rotates together stands together.
+    """
+    if not parameter.name.endswith(("attention.q.weight", "attention.k.weight")):
+        return None
+    channels = config.hidden_size // config.heads
+    rows = torch.arange(parameter.shape[0])
+    return rows.view(-1, 2, channels // 2).transpose(1, 2).flatten()
+
+
+FORMAT = Gguf()

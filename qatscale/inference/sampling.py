@@ -1,0 +1,92 @@
+"""How text comes out of a model: drawing tokens, and turning them into text piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qatscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 always takes the likeliest."""
+
+    tokens: int = 128
+    """At most; fewer where the model ends its text."""
+    temperature: float = 0.8
+    top_k: int = 0
+    """Draw among this many of the likeliest tokens; 0: among all."""
+    top_p: float = 0.95
+    """Draw among the likeliest tokens whose probabilities add up to this."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UserError("--tokens", self.tokens, "at least 1.")
+        if not 0 <= self.temperature <= 100:
+            raise UserError("--temperature", self.temperature, "0 (the likeliest token) up to 100.")
+        if self.top_k < 0:
+            raise UserError("--top-k", self.top_k, "0 (all) or a number of tokens.")
+        if not 0 < self.top_p <= 1:
+            raise UserError("--top-p", self.top_p, "above 0, up to 1 (all).")
+
+
+class Detokenizer:
+    """The text by which each new token continues a prompt.
+
+    Decoding a token alone loses its leading space, and a character may be spread over several tokens. The last pieces
+    are therefore decoded again with each new token, and an incomplete character waits for the next one.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]) -> None:
+        self._decode = decode
+        self._ids = list(prompt)
+        self._begin, self._shown = max(0, len(prompt) - 8), len(prompt)
+        """Ids before `_begin` are not decoded again; ids before `_shown` are text already returned."""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty where it ends within a character."""
+        self._ids.append(token)
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._begin, self._shown = self._shown, len(self._ids)
+        return text
+
+    def rest(self) -> str:
+        """What still waited for a next token."""
+        text, self._shown = self._pending(), len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        shown = self._decode(self._ids[self._begin : self._shown])
+        return self._decode(self._ids[self._begin :])[len(shown) :]
+
+
+class TextGenerator(Protocol):
+    """A loaded model with its tokenizer."""
+
+    about: str
+    """What it is, in one line."""
+    length: int | None
+    """Tokens of the sequences it was trained on; None where nothing says so."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def stream(self, prompt: list[int], sampling: Sampling, write: Callable[[str], Any]) -> None:
+        """Pass the text that follows `prompt` (token ids) to `write`, piece by piece."""
+
+
+def prompt_ids(generator: TextGenerator, prompt: str, sampling: Sampling) -> list[int]:
+    """The tokens of a prompt. UserError where it has none, and for a text longer than those of training."""
+    ids = generator.encode(prompt)
+    if not ids:
+        raise UserError("--prompt", prompt, "a text to continue; it has no tokens.")
+    if generator.length is not None and len(ids) + sampling.tokens > generator.length:
+        left = generator.length - len(ids)
+        allowed = f"the model was trained on sequences of {generator.length:,} tokens, and the prompt has {len(ids):,}."
+        do = f"--tokens {left} is the most." if left > 0 else "Give a shorter prompt."
+        raise UserError("--tokens", sampling.tokens, allowed, do)
+    return ids

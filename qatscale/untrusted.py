@@ -1,0 +1,68 @@
+"""Folders from elsewhere hold data: nothing in them is executed, and a damaged file is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qatscale.errors import UserError
+
+
+def read_json(path: Path, key: str) -> Any:
+    """UserError, about `key`, for a file that is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(key, str(path), f"cannot be read: {error}.") from None
+
+
+def read_object(path: Path, key: str) -> dict[str, Any]:
+    """As `read_json`, for a file that has to hold a JSON object."""
+    content = read_json(path, key)
+    if not isinstance(content, dict):
+        raise UserError(key, str(path), f"holds a {type(content).__name__} where a JSON object is expected.")
+    return content
+
+
+@contextmanager
+def readable(key: str, value: object) -> Iterator[None]:
+    """UserError, about `key`, for a file or folder that the operating system does not let us read."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{error.filename or 'a file'} cannot be read: {error.strerror or error}."
+        raise UserError(key, str(value), problem) from None
+
+
+def check_json_files(folder: Path, key: str, auto_class: str = "Auto") -> None:
+    """UserError, about `key`, for a Hugging Face folder with a damaged JSON file or with code of its own.
+
+    auto_class: the class of transformers whose code would run, or the beginning of its name. Loading with
+    `trust_remote_code=False` may ignore such code, and would then compute something else than its author meant.
+    """
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path, key)
+        code = content.get("auto_map") if isinstance(content, dict) else None
+        if code and (isinstance(code, list) or any(str(name).startswith(auto_class) for name in code)):
+            problem = "names Python code to load it with (auto_map), which qatscale never executes."
+            raise UserError(key, str(path), problem, "Give a folder that transformers loads with its own classes.")
+
+
+def check_safetensors(folder: Path, key: str) -> None:
+    """UserError, about `key`, for a file of tensors that cannot be opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(key, str(path), f"cannot be read: {error}.") from None
+
+
+def first_line(error: Exception) -> str:
+    """What another library says of a failure, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
