@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from qatlaw.errors import InputError
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 """An unexpected failure: a bug, a dead device, a full disk."""
@@ -14,20 +16,8 @@ EXIT_REQUEUE = 75
 """Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
 
 
-class UserError(ValueError):
-    """A wrong input, told so that the next try can be right.
-
-    The message reads ``key = value: what is allowed. What to do.``
-    """
-
-    def __init__(self, key: str, value: object, allowed: str, do: str = "") -> None:
-        self.key, self.value, self.allowed, self.do = key, value, allowed, do
-        shown = f"{key} = {value!r}" if value is not None else key
-        super().__init__(f"{shown}: {allowed}" + (f" {do}" if do else ""))
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
-        return type(self), (self.key, self.value, self.allowed, self.do)
+class UserError(InputError):
+    """A wrong input of a run: a recipe's key, an option, a file or a folder."""
 
 
 class UserErrors(UserError):  # noqa: N818 - several of them
@@ -35,7 +25,7 @@ class UserErrors(UserError):  # noqa: N818 - several of them
 
     def __init__(self, problems: Sequence[UserError]) -> None:
         first = problems[0]
-        super().__init__(first.key, first.value, first.allowed, first.do)
+        super().__init__(first.key, first.value, first.problem, first.fix)
         self.problems = tuple(problems)
         self.args = ("\n".join([f"{len(problems)} problems:", *(f"  {problem}" for problem in problems)]),)
 

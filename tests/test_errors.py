@@ -1,7 +1,10 @@
 """How a wrong input is told."""
 
+import pickle
+
 import pytest
 
+from qatlaw.errors import InputError
 from qatscale import errors
 from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
 
@@ -16,7 +19,16 @@ from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
 )
 def test_a_message_names_key_value_and_what_to_do(error: UserError, message: str) -> None:
     assert str(error) == message
+    assert isinstance(error, InputError)
     assert isinstance(error, ValueError)
+
+
+def test_an_error_survives_a_process_pool() -> None:
+    for error in (InputError("a", 1, "wrong.", "Say 2."), UserError("a", 1, "wrong.", "Say 2.")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert (copy.key, copy.value, copy.problem, copy.fix) == ("a", 1, "wrong.", "Say 2.")
+        assert str(copy) == str(error)
 
 
 def test_several_problems_take_a_line_each() -> None:

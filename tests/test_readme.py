@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -62,10 +63,12 @@ def test_command_parses(line: str) -> None:
         assert (ROOT / words[script]).exists(), line
         words = ["qatscale", "train", *words[script + 1 :]]
     assert words[0] == "qatscale", f"the README may show qatscale, deepspeed, torchrun and shell set-up: {line}"
-    group = typer.main.get_command(app)
-    with group.make_context("qatscale", [words[1], "--help"], resilient_parsing=True) as parent:
-        command = group.commands[words[1]]  # type: ignore[attr-defined]
-        command.make_context(words[1], words[2:], parent=parent)
+    command: Any = typer.main.get_command(app)
+    rest = words[1:]
+    with command.make_context("qatscale", ["--help"], resilient_parsing=True) as parent:
+        while rest and rest[0] in getattr(command, "commands", {}):
+            command, rest = command.commands[rest[0]], rest[1:]
+        command.make_context(command.name, rest, parent=parent)
     overrides = [word for word in words[2:] if re.match(r"^[a-z_][a-z_.0-9]*=", word)]
     recipe = next((word for word in words[2:] if word in recipe_names()), "86m")  # a branch: of the README's trunk
     build_timeline(load_run_config(recipe, overrides))

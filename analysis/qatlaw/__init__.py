@@ -1,4 +1,7 @@
-"""qatlaw: how many of a run's tokens quantization-aware training should have. NumPy only, no torch.
+"""qatlaw: how many of a run's tokens quantization-aware training should have. No torch.
+
+This module holds the closed form of the optimal fraction; `qatlaw.plan`, `qatlaw.fit`, `qatlaw.laws` and
+`qatlaw.report` are imported by themselves.
 
 Symbols, as in the literature: N parameters, D tokens, B bits per quantized weight, f = D_qat / D_total the QAT
 fraction, S = D / (N B / 8) tokens per parameter byte.
@@ -7,23 +10,18 @@ Every number that is not ours carries its source: [paper] stated in arXiv 2509.2
 second-hand note of that paper, [ours] a definition or deduction of this project.
 """
 
-from qatlaw.default import default_law
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fraction import (
     extrapolation_warning,
     is_extrapolated,
     optimal_fraction,
     tokens_per_parameter_byte,
 )
-from qatlaw.plan import RunPlan, plan_run
 
 __all__ = [
-    "LawError",
-    "RunPlan",
-    "default_law",
+    "InputError",
     "extrapolation_warning",
     "is_extrapolated",
     "optimal_fraction",
-    "plan_run",
     "tokens_per_parameter_byte",
 ]

@@ -11,12 +11,13 @@ the error under noise by half. Against noise it is small: 0.05 % of noise moves 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from qatlaw.laws.base import Law
+from qatlaw import fraction
 from qatlaw.laws.points import Floats
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
@@ -89,16 +90,27 @@ def measured_curves(table: RunTable, *, noise: float | None = None, seed: int = 
     return [_curve(key, f, loss, noise, rng) for key, f, loss in groups]
 
 
-def fraction_errors(law: Law | Mapping[float, Law], curves: Sequence[Curve]) -> dict[str, FractionErrors]:
+OptimalFraction = Callable[[float, float, float], Any]
+"""The optimal QAT fraction of (N, D, B), as `Law.optimal_fraction` and `closed_form` give it."""
+
+
+def closed_form(N: float, D_total: float, B: float) -> float:
+    """The published optimum as a function of a curve's N, D and B; ValueError at one token per parameter byte."""
+    return fraction.optimal_fraction(fraction.tokens_per_parameter_byte(N, D_total, B))
+
+
+def fraction_errors(
+    optimum: OptimalFraction | Mapping[float, OptimalFraction], curves: Sequence[Curve]
+) -> dict[str, FractionErrors]:
     """By bit width ("4"), and "all"; widths without a usable curve are missing.
 
-    law: of all curves, or by bit width the law of each; curves of other widths are passed over.
+    optimum: for all curves, or one for each bit width; curves of other widths are passed over.
     """
     widths = sorted({curve.B for curve in curves})
-    by_width = law if isinstance(law, Mapping) else dict.fromkeys(widths, law)
+    by_width = optimum if isinstance(optimum, Mapping) else dict.fromkeys(widths, optimum)
     known = [curve for curve in curves if curve.B in by_width]
     used = [curve for curve in known if curve.inside]
-    gaps = np.array([_law_fraction(by_width[curve.B], curve) - curve.optimum for curve in used])
+    gaps = np.array([float(by_width[curve.B](curve.N, curve.D_total, curve.B)) - curve.optimum for curve in used])
     held = np.array([curve.low <= curve.optimum + gap <= curve.high for curve, gap in zip(used, gaps, strict=True)])
     bars = np.array([curve.error for curve in used])
     found = {}
@@ -114,10 +126,6 @@ def fraction_errors(law: Law | Mapping[float, Law], curves: Sequence[Curve]) -> 
                 within=float(np.mean(held[rows])) if np.isfinite(bars[rows]).all() else float("nan"),
             )
     return found
-
-
-def _law_fraction(law: Law, curve: Curve) -> float:
-    return float(law.optimal_fraction(curve.N, curve.D_total, curve.B))
 
 
 def _design(f: Floats) -> Floats:

@@ -1,19 +1,19 @@
-"""What a user of qatlaw reads when an input is wrong. The command line turns it into exit code 2."""
+"""The error for a wrong input. Command lines print its message and exit with code 2."""
 
 from __future__ import annotations
 
 
-class LawError(ValueError):
-    """A wrong input, told so that the next try can be right.
+class InputError(ValueError):
+    """A wrong input, with what the problem is and how to fix it.
 
-    The message reads ``key = value: what is allowed. What to do.``
+    The message reads ``key = value: problem fix``, each of them a sentence; ``key: problem fix`` where value is None.
     """
 
-    def __init__(self, key: str, value: object, allowed: str, do: str = "") -> None:
-        self.key, self.value, self.allowed, self.do = key, value, allowed, do
+    def __init__(self, key: str, value: object, problem: str, fix: str = "") -> None:
+        self.key, self.value, self.problem, self.fix = key, value, problem, fix
         shown = f"{key} = {value!r}" if value is not None else key
-        super().__init__(f"{shown}: {allowed}" + (f" {do}" if do else ""))
+        super().__init__(f"{shown}: {problem}" + (f" {fix}" if fix else ""))
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
-        return type(self), (self.key, self.value, self.allowed, self.do)
+        return type(self), (self.key, self.value, self.problem, self.fix)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.identifiability import Identifiability, identify
 from qatlaw.information import Certainty, information
 from qatlaw.laws.base import Law, LawForm
@@ -133,15 +133,15 @@ def fit(
     workers: processes. One start takes some hundredths of a second, a process half of one to begin: worth it for
         thousands of runs or slow forms only.
 
-    LawError for what cannot be fitted: too few runs, sizes or token counts, a wrong number of bit widths, two schemes.
+    InputError for what cannot be fitted: too few runs, sizes or token counts, a wrong number of widths, two schemes.
     """
     for name, value in (("starts", starts), ("workers", workers)):
         if value < 1:
-            raise LawError(name, value, "1 or more.")
+            raise InputError(name, value, "1 or more.")
     if delta is not None and not delta > 0:
-        raise LawError("delta", delta, "a log loss above 0, such as 0.001.")
+        raise InputError("delta", delta, "a log loss above 0, such as 0.001.")
     if not fp_weight > 0:
-        raise LawError("fp_weight", fp_weight, "above 0.", "Leave full-precision runs out of the table instead.")
+        raise InputError("fp_weight", fp_weight, "above 0.", "Leave full-precision runs out of the table instead.")
     options = FitOptions(delta, fp_weight)
     used, left_out = usable(form, table)
     used.check_text()
@@ -155,7 +155,7 @@ def fit(
 def fit_per_bits(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:
     """One fit per bit width, each on its own quantized runs and all full-precision runs. `options` as for `fit`."""
     if not table.widths:
-        raise LawError(f"{table.source}: rows", len(table), "no run has QAT tokens.")
+        raise InputError(f"{table.source}: rows", len(table), "no run has QAT tokens.")
     return {bits: fit(form, table.of_width(bits), **options) for bits in table.widths}
 
 
@@ -334,7 +334,7 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
     told = "".join(f" {count} left out: {reason}." for reason, count in left_out.items())
     mixed = sorted(set(table.frame["scheme"]) & set(MIXED_SCHEMES))
     if len(mixed) > 1:
-        raise LawError(
+        raise InputError(
             f"{source}: scheme",
             mixed,
             "one two-phase scheme a fit: their U-curves differ.",
@@ -342,19 +342,19 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
         )
     widths = table.widths
     if form.one_width and len(widths) > 1:
-        raise LawError(f"{source}: bits", widths, f"{form.name} describes one bit width.", "Use fit_per_bits.")
+        raise InputError(f"{source}: bits", widths, f"{form.name} describes one bit width.", "Use fit_per_bits.")
     reads_bits = any("2^B" in term.features for term in form.terms)
     if reads_bits and len(widths) < 2:
-        raise LawError(
+        raise InputError(
             f"{source}: bits",
             widths,
             f"{form.name} has terms in the bit width and needs runs of at least two.",
             "Fit qat_per_bits, or add runs at another width.",
         )
     if form.quantized and not widths:
-        raise LawError(f"{source}: rows", len(table), f"{form.name} needs runs with QAT tokens.{told}")
+        raise InputError(f"{source}: rows", len(table), f"{form.name} needs runs with QAT tokens.{told}")
     if len(table) <= len(form.parameters):
-        raise LawError(
+        raise InputError(
             f"{source}: rows",
             len(table),
             f"{form.name} has {len(form.parameters)} parameters and needs more runs than that.{told}",
@@ -367,4 +367,4 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
     ):
         found = sorted(set(values.tolist()))
         if len(found) < needed:
-            raise LawError(f"{source}: {name}", found, f"{why} needs {needed} different values.", "Add runs.")
+            raise InputError(f"{source}: {name}", found, f"{why} needs {needed} different values.", "Add runs.")

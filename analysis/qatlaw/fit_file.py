@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.intervals import Bootstrap
-from qatlaw.laws.base import Law
+from qatlaw.laws.base import Law, LawForm
 
 if TYPE_CHECKING:
     from qatlaw.fit import FitResult
@@ -100,39 +101,79 @@ def write_fit(path: str | Path, file: FitFile) -> None:
     Path(path).write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
 
 
-def read_fit(path: str | Path) -> FitFile:
-    """LawError for a file that is none of ours, of another format, or with coefficients no law has."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise LawError("fit", str(path), f"cannot be read: {error}.", "Make one with `qatscale fit`.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise LawError("fit", str(path), f"format {found}: this version reads format {FORMAT}.", "Fit again.")
-    missing = [name for name in ("form", "coefficients", "intervals", "range", "data", "quality", "created")
-               if name not in content]  # fmt: skip
-    if missing:
-        raise LawError("fit", str(path), f"lacks {', '.join(missing)}.", "Fit again.")
-    law = Law.from_dict(content)
-    drawn = content.get("bootstrap")
-    if drawn:
-        # Files of versions that did not know of trunks have intervals of the loss that are too narrow: none are given.
-        sizes = drawn.get("loss_sizes", ())
-        drawn = Bootstrap(
-            form=law.form,
-            thetas=np.array(drawn["thetas"], np.float64),
-            level=drawn["level"],
-            unknown=tuple(drawn.get("unknown", law.form.level_parameters)),
-            loss_sizes=None if sizes is None else tuple(sizes),
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Finite, Field(gt=0)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    runs: Annotated[int, Field(ge=1, le=10**9)]
+    source: str
+    sizes: list[Positive] = []
+    synthetic: bool = False
+
+
+class _Bootstrap(BaseModel):
+    level: Annotated[Positive, Field(lt=1)]
+    thetas: Annotated[list[list[Finite]], Field(min_length=1)]
+    unknown: list[str] | None = None
+    loss_sizes: list[Positive] | None = []
+    """Files from before trunks were told apart have no such key: their intervals of the loss are too narrow."""
+
+    def bind(self, form: LawForm) -> Bootstrap:
+        """InputError where one of the resampled laws is not sound."""
+        try:
+            for theta in self.thetas:
+                form.bind(form.values(theta))
+        except InputError as error:
+            raise InputError(f"bootstrap.thetas: {error.key}", error.value, error.problem) from None
+        return Bootstrap(
+            form=form,
+            thetas=np.array(self.thetas),
+            level=self.level,
+            unknown=form.level_parameters if self.unknown is None else tuple(self.unknown),
+            loss_sizes=None if self.loss_sizes is None else tuple(self.loss_sizes),
         )
+
+
+class _Content(BaseModel):
+    format: Literal[1]
+    form: str
+    coefficients: dict[str, Finite]
+    intervals: dict[str, tuple[Finite, Finite]]
+    range: dict[str, tuple[Positive, Positive]]
+    data: _Data
+    quality: dict[str, Any]
+    created: str
+    bootstrap: _Bootstrap | None = None
+
+
+def read_fit(path: str | Path) -> FitFile:
+    """InputError, with the field, where the file is none of ours, of another format, or holds no sound law."""
+    again = "Make the file again with `qatscale fit`."
+    try:
+        content = _Content.model_validate_json(Path(path).read_bytes(), strict=True)
+        law = Law.from_dict({"form": content.form, "coefficients": content.coefficients})
+        if law.form.one_width and "bits" not in content.range:
+            raise InputError("range.bits", None, f"is missing; {law.form.name} describes one bit width.")
+        drawn = content.bootstrap.bind(law.form) if content.bootstrap else None
+    except OSError as error:
+        raise InputError("fit", str(path), f"cannot be read: {error.strerror}.", again) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {field}" if field else str(path), None, f"{first['msg']}.", again) from None
+    except InputError as error:
+        raise InputError(f"{path}: {error.key}", error.value, error.problem, again) from None
     return FitFile(
         law=law,
-        intervals={name: (low, high) for name, (low, high) in content["intervals"].items()},
+        intervals=content.intervals,
         bootstrap=drawn,
-        range={name: (low, high) for name, (low, high) in content["range"].items()},
-        data=content["data"],
-        quality=content["quality"],
-        created=content["created"],
+        range=content.range,
+        data=content.data.model_dump(),
+        quality=content.quality,
+        created=content.created,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fit_file import FitFile
 from qatlaw.runs import TEXTS, RunRecord
 
@@ -21,19 +21,21 @@ _SQLITE = "sqlite:///"
 def mlflow_records(uri: str, experiment: str) -> list[RunRecord]:
     """Every run of an experiment that is not deleted.
 
-    LawError where there is no such store or experiment. A SQLite file that is missing is not made.
+    InputError where there is no such store or experiment. A SQLite file that is missing is not made.
     """
     from mlflow.tracking import MlflowClient
 
     if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
-        raise LawError("tracking URI", uri, "no such database.", "Set MLFLOW_TRACKING_URI, or go where mlflow.db lies.")
+        raise InputError(
+            "tracking URI", uri, "no such database.", "Set MLFLOW_TRACKING_URI, or go where mlflow.db lies."
+        )
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = [one.name for one in client.search_experiments()]
         near = difflib.get_close_matches(experiment, names, n=1, cutoff=0.5)
         do = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(sorted(names)) or 'none'}."
-        raise LawError("--experiment", experiment, f"{uri} has no experiment of this name.", do)
+        raise InputError("--experiment", experiment, f"{uri} has no experiment of this name.", do)
     return [_record(run) for run in _all_runs(client, found.experiment_id)]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qatlaw.figures import SUBJECTS, Drawn, Evidence
 from qatlaw.runs import LeftOut, counted
-from qatlaw.summary import NONE, Rows, Summary, coefficient_rows, comparison_rows, quality_rows
+from qatlaw.summary import NONE, Rows, Summary, coefficient_rows, comparison_rows, curve_rows, quality_rows
 from qatlaw.validation import Comparison
 
 if TYPE_CHECKING:
@@ -155,9 +155,10 @@ def _fit(summary: Summary) -> str:
         f"and full precision. {starts.agreeing} of {starts.tried} cold starts found this optimum. {summary.noise} "
         "R² and MAE in sample."
     )
+    curves = rows_html(curve_rows(summary)) if summary.curves else ""
     return (
         f"<section><h2>The law: {escape(summary.label)}</h2><p>{escape(told)}</p>{warnings}"
-        f"{rows_html(coefficient_rows(summary))}{rows_html(quality_rows(summary))}</section>"
+        f"{rows_html(coefficient_rows(summary))}{rows_html(quality_rows(summary))}{curves}</section>"
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.runs import RunRecord
 
 RECIPE = "recipe."
@@ -38,15 +38,15 @@ def write_results(path: Path, records: Iterable[RunRecord]) -> None:
 
 
 def read_results(path: Path) -> list[RunRecord]:
-    """LawError where the file is not such a table."""
+    """InputError where the file is not such a table."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise LawError(str(path), None, f"cannot be read: {error}.") from None
+        raise InputError(str(path), None, f"cannot be read: {error}.") from None
     for number, row in enumerate(rows, start=2):
         if not row.get("name") or None in row or None in row.values():
-            raise LawError(f"{path}, line {number}", None, "is not a row of a study's results.", "Restore the file.")
+            raise InputError(f"{path}, line {number}", None, "is not a row of a study's results.", "Restore the file.")
     return [_record(row, float(number)) for number, row in enumerate(rows)]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.table import POINT, RunTable
 
 LOSS, PTQ_LOSS = "final/val_loss", "final/val_loss_ptq"
@@ -83,7 +83,7 @@ class Collected:
 
 
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
-    """The points of the runs that ended soundly, each by its best trial. LawError where none is left."""
+    """The points of the runs that ended soundly, each by its best trial. InputError where none is left."""
     training = [record for record in records if record.kind != "fit"]
     left_out, sound = [], []
     for record in training:
@@ -94,7 +94,7 @@ def collect(records: Iterable[RunRecord], source: str) -> Collected:
             sound.append(record)
     if not sound:
         told = "; ".join(f"{count} {reason}" for reason, count in counted(left_out).items()) or "it holds none"
-        raise LawError("runs", source, f"no finished run to fit on: {told}.", "Train some, or name another source.")
+        raise InputError("runs", source, f"no finished run to fit on: {told}.", "Train some, or name another source.")
     knows_data = all(record.final.get("data_fingerprint") for record in sound)
     rows, again, unlike = _rows(sound, knows_data)
     best = best_trials(RunTable.from_frame(pd.DataFrame(rows), source))

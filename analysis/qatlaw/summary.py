@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qatlaw.curves import FractionErrors, fraction_errors, measured_curves
-from qatlaw.errors import LawError
-from qatlaw.figures.style import bits_label
+import numpy as np
+
+from qatlaw import fraction
+from qatlaw.curves import Curve, FractionErrors, closed_form, fraction_errors, measured_curves
+from qatlaw.errors import InputError
+from qatlaw.figures.style import amount, bits_label
 from qatlaw.fit import FitResult, fit, fit_per_bits
 from qatlaw.fit_file import FitFile, fit_file, write_fit
 from qatlaw.information import error_text
@@ -39,6 +42,8 @@ class Summary:
     bootstrap: Bootstrap | None
     fractions: Mapping[str, FractionErrors]
     """By width and 'all'; empty without usable U-curves, or for a law without an optimal fraction."""
+    curves: Sequence[Curve]
+    """The measured U-curves that the law speaks of."""
 
     @property
     def warnings(self) -> list[str]:
@@ -46,11 +51,18 @@ class Summary:
         return [*self.result.warnings, *(interval_notes(self.result) if self.bootstrap else [])]
 
     @property
+    def closed_form(self) -> Mapping[str, FractionErrors]:
+        """How the published closed form meets the same curves."""
+        return fraction_errors(closed_form, self.curves)
+
+    @property
     def file(self) -> FitFile:
         told = {bits: asdict(errors) for bits, errors in self.fractions.items()}
         whole = self.fractions.get("all")
         more: dict[str, Any] = {"fraction_mae": whole.mae} if whole else {}
         more |= {"scheme": self.scheme, "fraction_errors": told, "warnings": self.warnings}
+        published = self.closed_form.get("all")
+        more |= {"closed_form_fraction_mae": published.mae} if published else {}
         return fit_file(self.result, self.bootstrap, **more)
 
     @property
@@ -65,7 +77,7 @@ class Summary:
 
 
 def scheme_of(table: RunTable, asked: str | None, *, either: bool = False) -> str:
-    """The two-phase scheme to fit. LawError where the runs are of both and nobody chose.
+    """The two-phase scheme to fit. InputError where the runs are of both and nobody chose.
 
     either: of both, the one with more runs.
     """
@@ -73,28 +85,28 @@ def scheme_of(table: RunTable, asked: str | None, *, either: bool = False) -> st
     there = [name for name, count in counts.items() if count]
     if asked is not None:
         if asked not in MIXED_SCHEMES:
-            raise LawError("--scheme", asked, f"one of {', '.join(MIXED_SCHEMES)}.")
+            raise InputError("--scheme", asked, f"one of {', '.join(MIXED_SCHEMES)}.")
         if asked not in there:
-            raise LawError(
+            raise InputError(
                 "--scheme", asked, f"{table.source} has no such run.", f"It has: {', '.join(there) or 'none'}."
             )
         return asked
     if len(there) > 1 and not either:
         told = ", ".join(f"{counts[name]} {name}" for name in there)
-        raise LawError(
+        raise InputError(
             "--scheme", None, f"the runs are of both ({told}), whose U-curves differ.", "Choose one of them."
         )
     if not there:
-        raise LawError(
+        raise InputError(
             f"{table.source}: scheme", None, "no run has two phases, so no split of the tokens was measured."
         )
     return max(there, key=lambda name: counts[name])
 
 
 def form_named(name: str) -> LawForm:
-    """LawError, with the names there are, for an unknown one."""
+    """InputError, with the names there are, for an unknown one."""
     if name not in FORMS:
-        raise LawError("--form", name, f"one of {', '.join(FORMS)}.")
+        raise InputError("--form", name, f"one of {', '.join(FORMS)}.")
     return FORMS[name]
 
 
@@ -123,9 +135,9 @@ def summarise(
     for bits, result in results:
         drawn = bootstrap(result, resamples=resamples, seed=seed, workers=workers) if resamples else None
         mine = [curve for curve in curves if bits in (None, curve.B)]
-        errors = fraction_errors(result.law, mine) if form.has_fraction else {}
+        errors = fraction_errors(result.law.optimal_fraction, mine) if form.has_fraction else {}
         label = form.name if bits is None else f"{form.name}, {bits_label(bits)}"
-        summaries.append(Summary(label, bits, scheme, result, drawn, errors))
+        summaries.append(Summary(label, bits, scheme, result, drawn, errors, mine))
     return summaries
 
 
@@ -166,15 +178,36 @@ def coefficient_rows(summary: Summary) -> Rows:
 
 
 def quality_rows(summary: Summary) -> Rows:
-    rows: Rows = [("weights", "runs", "R²", "MAE (nats)", "curves", "MAE of f*", "its error bar")]
+    """The law in sample by bit width: its losses, and its optimal fractions beside those of the closed form."""
+    rows: Rows = [("weights", "runs", "R²", "MAE (nats)", "curves", "MAE of f*", "closed form's", "error bar")]
     parts = {"all": summary.result.quality, **summary.result.per_bits}
+    published = summary.closed_form
     for name, quality in parts.items():
-        errors = summary.fractions.get(name)
-        measured = (
-            (f"{errors.curves}", f"{errors.mae:.3f}", f"{errors.measurement_error:.3f}") if errors else (NONE,) * 3
-        )
-        told = {"all": "all", "fp": "full precision"}.get(name) or bits_label(float(name))
-        rows.append((told, f"{quality.runs}", f"{quality.r2:.4f}", f"{quality.mae:.4f}", *measured))
+        errors, theirs = summary.fractions.get(name), published.get(name)
+        measured = [
+            f"{theirs.curves}" if theirs else NONE,
+            f"{errors.mae:.3f}" if errors else NONE,
+            *((f"{theirs.mae:.3f}", f"{theirs.measurement_error:.3f}") if theirs else (NONE, NONE)),
+        ]
+        label = {"all": "all", "fp": "full precision"}.get(name) or bits_label(float(name))
+        rows.append((label, f"{quality.runs}", f"{quality.r2:.4f}", f"{quality.mae:.4f}", *measured))
+    return rows
+
+
+def curve_rows(summary: Summary) -> Rows:
+    """The measured optimum of every U-curve with its standard error, beside the closed form's and the law's."""
+    rows: Rows = [("N", "D", "bits", "D/(N B/8)", "measured f*", "closed form", "law")]
+    has_fraction = summary.result.law.form.has_fraction
+    for curve in summary.curves:
+        N, D, B = curve.N, curve.D_total, curve.B
+        end = "at most" if curve.optimum == curve.fractions[0] else "at least"
+        bar = f" ± {curve.error:.2f}" if np.isfinite(curve.error) else ""
+        rows.append((
+            amount(N), amount(D), f"{B:g}", f"{fraction.tokens_per_parameter_byte(N, D, B):.1f}",
+            f"{curve.optimum:.2f}{bar}" if curve.inside else f"{end} {curve.optimum:.2f}",
+            f"{closed_form(N, D, B):.2f}",
+            f"{float(summary.result.law.optimal_fraction(N, D, B)):.2f}" if has_fraction else NONE,
+        ))  # fmt: skip
     return rows
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.laws.points import Floats, Points
 
 COLUMNS = ("n_params", "bits", "tokens_fp", "tokens_qat", "loss", "scheme")
@@ -60,18 +60,18 @@ class RunTable:
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame, source: str = "a data frame") -> RunTable:
-        """LawError where a column is missing, a number is none, a unit is wrong or a run is in it twice."""
+        """InputError where a column is missing, a number is none, a unit is wrong or a run is in it twice."""
         renamed = _renamed(frame)
         missing = [name for name in COLUMNS if name not in renamed.columns]
         if missing:
-            raise LawError(
+            raise InputError(
                 f"{source}: columns",
                 list(map(str, frame.columns)),
                 f"{', '.join(missing)} missing.",
                 f"A table of runs has {', '.join(COLUMNS)}; tokens_qat is 0 for full-precision runs.",
             )
         if renamed.empty:
-            raise LawError(f"{source}: rows", 0, "a table of runs has at least one.")
+            raise InputError(f"{source}: rows", 0, "a table of runs has at least one.")
         checked = renamed.reset_index(drop=True)
         for name in NUMBERS:
             checked[name] = _numbers(checked[name], name, source)
@@ -150,11 +150,11 @@ class RunTable:
     def of_scheme(self, scheme: str) -> RunTable:
         """Its full-precision runs, and those of this two-phase scheme."""
         if scheme not in MIXED_SCHEMES:
-            raise LawError("scheme", scheme, f"one of {', '.join(MIXED_SCHEMES)}.")
+            raise InputError("scheme", scheme, f"one of {', '.join(MIXED_SCHEMES)}.")
         return self.where(self.frame["scheme"].isin(["fp", scheme]).to_numpy())
 
     def check_text(self) -> None:
-        """LawError where runs are known to be validated on different text: their losses do not compare."""
+        """InputError where runs are known to be validated on different text: their losses do not compare."""
         if any(name not in self.frame.columns for name in TEXT):
             return
         names = self.frame[TEXT[0]].fillna("").astype(str)
@@ -167,7 +167,7 @@ class RunTable:
             shown = ", ".join(map(str, group[:3])) + (", …" if len(group) > 3 else "")
             amount = "an unknown number of" if np.isnan(count) else f"{count:,.0f}"
             told.append(f"{len(group)} on {amount} tokens of {f'split {name[:8]}' if name else 'one split'} ({shown})")
-        raise LawError(
+        raise InputError(
             f"{self.source}: held-out text",
             None,
             f"the runs were validated on different text, so their losses do not compare: {'; '.join(told)}.",
@@ -186,17 +186,17 @@ class RunTable:
 
 
 def read_table(path: str | Path) -> RunTable:
-    """A table of runs from a .csv or .parquet file. LawError where it cannot be read or is no such table."""
+    """A table of runs from a .csv or .parquet file. InputError where it cannot be read or is no such table."""
     file = Path(path)
     readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
     if file.suffix not in readers:
-        raise LawError("table", str(path), "a .csv or .parquet file.")
+        raise InputError("table", str(path), "a .csv or .parquet file.")
     if not file.is_file():
-        raise LawError("table", str(path), "no such file.")
+        raise InputError("table", str(path), "no such file.")
     try:
         frame = readers[file.suffix](file)
     except Exception as error:
-        raise LawError("table", str(path), f"cannot be read: {error}.") from error
+        raise InputError("table", str(path), f"cannot be read: {error}.") from error
     return RunTable.from_frame(frame, source=file.name)
 
 
@@ -209,7 +209,7 @@ def _renamed(frame: pd.DataFrame) -> pd.DataFrame:
     for name in COLUMNS:
         if taken.count(name) > 1:
             both = [column for column, new in names.items() if new == name]
-            raise LawError("columns", both, f"all of them mean {name}.", "Keep one.")
+            raise InputError("columns", both, f"all of them mean {name}.", "Keep one.")
     return frame.rename(columns={column: names[str(column)] for column in frame.columns})
 
 
@@ -263,7 +263,7 @@ def _check_duplicates(frame: pd.DataFrame, source: str) -> None:
     again = frame.duplicated(key).to_numpy()
     if again.any():
         first = frame.loc[again, [name for name in COLUMNS if name != "loss"]].iloc[0].to_dict()
-        raise LawError(
+        raise InputError(
             f"{source}: rows",
             first,
             f"{int(again.sum())} runs with settings that another run has too.",
@@ -278,4 +278,4 @@ def _refuse_rows(
     shown = values.iloc[int(rows[0])]
     shown = shown.item() if isinstance(shown, np.generic) else shown
     counted = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
-    raise LawError(f"{source}: {name} of row {rows[0] + 1}{counted}", shown, allowed, do)
+    raise InputError(f"{source}: {name} of row {rows[0] + 1}{counted}", shown, allowed, do)

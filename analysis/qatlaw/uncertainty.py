@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fit import FitResult, make_problem, mapped
 from qatlaw.identifiability import OPEN
 from qatlaw.intervals import Bootstrap
@@ -33,9 +33,9 @@ def bootstrap(
 ) -> Bootstrap:
     """Intervals for a fit. The same seed gives the same ones, whatever `workers` (processes)."""
     if resamples < 20:
-        raise LawError("resamples", resamples, "20 or more: the ends of an interval come from its outermost ones.")
+        raise InputError("resamples", resamples, "20 or more: the ends of an interval come from its outermost ones.")
     if not 0 < level < 1:
-        raise LawError("level", level, "between 0 and 1, such as 0.95.")
+        raise InputError("level", level, "between 0 and 1, such as 0.95.")
     table, noise = result.table, result.noise
     problem = make_problem(result.law.form, table, result.options, noise.ratio)
     start = problem.variables(np.array(result.theta))

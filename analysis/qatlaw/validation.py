@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fit import Quality, fit, fit_per_bits, quality, quality_per_bits
 from qatlaw.laws.base import Law, LawForm
 from qatlaw.laws.points import Floats
@@ -73,20 +73,20 @@ def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
 def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> LeaveOut:
     """Fit without the largest value of the axis, predict the quantized runs there. `options` as for `fit`.
 
-    LawError where too little is left to fit, or nothing to predict.
+    InputError where too little is left to fit, or nothing to predict.
     """
     values = table.tokens_total if axis == "tokens_total" else table.column("n_params")
     above = _split(values, table, axis)
     rest, ends = table.where(values <= above), table.where((values > above) & table.quantized)
     sizes = sorted(set(rest.column("n_params").tolist()))
     if axis == "n_params" and len(sizes) < 3:
-        raise LawError(
+        raise InputError(
             f"{table.source}: {axis}", sizes, "two sizes say nothing of the loss of a third: too few are left to fit."
         )
     found = predicted(laws_for(form, rest, **options), ends)
     known = np.isfinite(found)
     if not known.any():
-        raise LawError(f"{table.source}: {axis}", above, f"no quantized run above it that {form.name} describes.")
+        raise InputError(f"{table.source}: {axis}", above, f"no quantized run above it that {form.name} describes.")
     ends = ends.where(known)
     return LeaveOut(axis, above, len(rest), quality(found[known], ends.loss), quality_per_bits(found[known], ends))
 
@@ -114,13 +114,13 @@ def _compared(form: LawForm, table: RunTable, curves: list[Curve], options: dict
         known = np.isfinite(found)
         in_sample = quality(found[known], table.loss[known])
         if form.has_fraction:
-            fractions = fraction_errors(laws, curves).get("all")
-    except LawError as error:
+            fractions = fraction_errors({bits: law.optimal_fraction for bits, law in laws.items()}, curves).get("all")
+    except InputError as error:
         refused.append(str(error))
     for axis in AXES:
         try:
             held[axis] = leave_out(form, table, axis, **options).held_out
-        except LawError as error:
+        except InputError as error:
             refused.append(f"without {AXES[axis]}: {error}")
     return Comparison(form, count, in_sample, held, fractions, tuple(refused))
 
@@ -129,7 +129,7 @@ def _split(values: Floats, table: RunTable, axis: Axis) -> float:
     """The largest size but one; of tokens, which sizes need not share, the count that a fifth of the runs lie above."""
     distinct = np.unique(values[table.quantized])
     if len(distinct) < 2:
-        raise LawError(f"{table.source}: {axis}", distinct.tolist(), "needs two different values to leave one out.")
+        raise InputError(f"{table.source}: {axis}", distinct.tolist(), "needs two different values to leave one out.")
     if axis == "n_params":
         return float(distinct[-2])
     return float(min(np.quantile(values[table.quantized], 0.8), distinct[-2]))

@@ -31,7 +31,7 @@ BITS = 4
 
 
 def run(*, peers: bool, threads: int | None, quick: bool) -> Result:
-    """Tables of time over a plain Linear's: per case, then with weights quantized once for several micro-batches."""
+    """Tables of time over a plain Linear's, one per case."""
     import torch
 
     threads = use_threads(threads)
@@ -44,7 +44,6 @@ def run(*, peers: bool, threads: int | None, quick: bool) -> Result:
         variants = [Variant(PLAIN, step(_plain), tokens)]
         variants += [Variant(f"qatscale, {bits:g} bits", step(partial(_ours, bits=bits)), tokens) for bits in WIDTHS]
         variants.append(Variant("qatscale, plain arithmetic, 4 bits", step(_reference), tokens))
-        variants.append(Variant("qatscale, 4 bits, weight held", step(_held), tokens))
         skipped: list[Skipped] = []
         if quick:
             skipped.append(Skipped("torch.compile", "takes half a minute, and this is --quick"))
@@ -108,18 +107,12 @@ def _ours(linear: nn.Linear, bits: float) -> FakeQuantLinear:
     import torch
 
     from qatscale.quant.layers import FakeQuantLinear
+    from qatscale.quant.scales import initial_scale
 
     layer = FakeQuantLinear.convert(linear, bits)
     with torch.no_grad():
-        layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight).to(layer.weight.dtype)
+        layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight).to(layer.weight.dtype)
     layer.mode = "learned"
-    return layer
-
-
-def _held(linear: nn.Linear) -> nn.Module:
-    """As in all micro-batches of a step where they are quantized once."""
-    layer = _ours(linear, BITS)
-    layer.hold()
     return layer
 
 
@@ -144,7 +137,7 @@ def _reference(linear: nn.Linear) -> nn.Module:
     """The plain tensor arithmetic that the fast way is held against, in the same place."""
     from torch.nn import functional as F
 
-    from qatscale.quant.kernels import reference
+    from qatscale.quant import reference
 
     layer: Any = _ours(linear, BITS)
     function = _autograd_function(

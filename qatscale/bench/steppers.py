@@ -21,9 +21,7 @@ from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import join_topology
-from qatscale.engine.weight_cache import keeps_weights
 from qatscale.model.llama import Llama, initialise
-from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import PlainMasters, QatPlugin
 from qatscale.timeline import StepSettings
 
@@ -67,14 +65,13 @@ def training_step(
     model, plugin = _model(config)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
     compilation = Compiled(model) if compiled else None
-    weights = WeightCache(model, keeps_weights(config, ds_config, layout))
     if quantized:
         plugin.after_step(0, masters)
     settings = _settings(config, quantized)
 
     def step(batch: Tensor) -> Tensor:
         apply_settings(engine, settings)
-        losses = [loss.detach() for loss in train_step(engine, batch, config.batch.micro_batch, topology, weights)]
+        losses = [loss.detach() for loss in train_step(engine, batch, config.batch.micro_batch, topology)]
         return losses[-1]
 
     def close() -> None:
@@ -94,8 +91,7 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     if quantized:
         plugin.after_step(0, loop.masters)
     compilation = Compiled(model) if compiled else None
-    weights = WeightCache(model, quantized and config.batch.sequences > config.batch.micro_batch)
-    return Stepper(name, partial(loop.step, model, weights), compilation.close if compilation else lambda: None)
+    return Stepper(name, partial(loop.step, model), compilation.close if compilation else lambda: None)
 
 
 def _model(config: RunConfig) -> tuple[Llama, QatPlugin]:
@@ -149,20 +145,13 @@ class BareLoop:
         )
         self.masters = _Masters(self)
 
-    def step(self, loss_of: LossOf, weights: WeightCache | None = None) -> Tensor:
+    def step(self, loss_of: LossOf) -> Tensor:
         """One optimizer step."""
-        if weights is None:
-            return self._step(loss_of, lambda: None)
-        with weights.filled():
-            return self._step(loss_of, weights.release)
-
-    def _step(self, loss_of: LossOf, before_update: Callable[[], None]) -> Tensor:
         for tokens, labels in self.micro_batches:
             loss = loss_of(tokens, labels)
             (loss / len(self.micro_batches)).backward()
             if self.own is not self.weights:
                 self._accumulate()
-        before_update()
         if self.clipping:
             nn.utils.clip_grad_norm_(self.own, self.clipping, foreach=True)
         self.adam.step()

@@ -6,7 +6,8 @@ import os
 import sys
 import time
 
-from qatscale.errors import EXIT_BAD_INPUT, UserError
+from qatlaw.errors import InputError
+from qatscale.errors import EXIT_BAD_INPUT
 
 _LATER = 5.0
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         app(arguments, prog_name="qatscale")
-    except UserError as error:
+    except InputError as error:
         rank = int(os.environ.get("RANK", 0))
         time.sleep(_LATER if rank else 0)
         print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from qatlaw.cli import planner
 from qatscale.cli.bench import bench
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
-from qatscale.cli.plan import plan
+from qatscale.cli.plan import RecipesAndGpus
 from qatscale.cli.study import study
 from qatscale.errors import EXIT_REQUEUE, UserError
 
@@ -37,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 # --- plan ---
 
 
-app.command()(plan)
+app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})
 
 
 @app.command()
@@ -143,6 +144,13 @@ def train(
     mfu: Annotated[
         float | None, typer.Option(help="With --dry-run and --gpu: tokens/s at this share of the peak: 0.4.")
     ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(help="With --dry-run: GB/s a GPU sends (nccl-tests' busbw). [default: 50; 400 inside a node]"),
+    ] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(help="With --dry-run: whether it fits into so many GB of a node's host memory.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON for programs.")] = False,
 ) -> None:
     """Train a run, or go on with it where it stopped. `deepspeed launch/train.py …` does the same on many processes."""
@@ -151,10 +159,16 @@ def train(
     config = load_run_config(recipe, overrides or ())
     if dry_run:
         from qatscale.cli.scale import print_dry_run
+        from qatscale.engine.estimate.fits import Given
 
-        print_dry_run(config, figure, processes, gpu, mfu, as_json)
+        given = Given(gpu, mfu, network, host_memory)
+        print_dry_run(config, branch_from, figure, processes, given, as_json)
     else:
-        for option, value in (("--processes", processes), ("--gpu", gpu), ("--mfu", mfu), ("--json", as_json or None)):
+        only_dry = {
+            "--processes": processes, "--gpu": gpu, "--mfu": mfu, "--network": network, "--host-memory": host_memory,
+            "--json": as_json or None,
+        }  # fmt: skip
+        for option, value in only_dry.items():
             if value is not None:
                 raise UserError(option, None, "has no effect without --dry-run.", "Add it, or leave this out.")
         _train(config, branch_from)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qatlaw.errors import InputError
+from qatlaw.planner_law import law_names
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,21 +69,20 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Fit the loss law to finished runs: coefficients with intervals, quality, rival laws; writes fit.json."""
-    with told_as_user_errors():
-        from qatlaw.summary import form_named, rivals, scheme_of, summarise, write_files
+    from qatlaw.summary import form_named, rivals, scheme_of, summarise, write_files
 
-        chosen = form_named(form)
-        collected, where = collect_runs(experiment, table, runs, uri)
-        kind = scheme_of(collected.table, scheme)
-        shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "starts": starts}
-        shared |= {"seed": seed, "workers": workers}
-        with _working("fitting"):
-            summaries = summarise(chosen, collected.table, kind, resamples=resamples, **shared)
-        compared = []
-        if compare:
-            with _working("fitting the rival laws without the largest models and the longest runs"):
-                compared = rivals(collected.table, kind, **shared)
-        paths = write_files(summaries, out)
+    chosen = form_named(form)
+    collected, where = collect_runs(experiment, table, runs, uri)
+    kind = scheme_of(collected.table, scheme)
+    shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "starts": starts}
+    shared |= {"seed": seed, "workers": workers}
+    with _working("fitting"):
+        summaries = summarise(chosen, collected.table, kind, resamples=resamples, **shared)
+    compared = []
+    if compare:
+        with _working("fitting the rival laws without the largest models and the longest runs"):
+            compared = rivals(collected.table, kind, **shared)
+    paths = write_files(summaries, out)
     logged = [_log(where, summary, path) for summary, path in zip(summaries, paths, strict=True)] if where else []
     if as_json:
         left_out = [{"name": one.name, "reason": one.reason} for one in collected.left_out]
@@ -102,7 +103,10 @@ def report(
     scheme: Scheme = None,
     law: Annotated[
         str | None,
-        typer.Option(metavar="fit.json", help="A law to draw instead of fitting one; `synthetic`: a demonstration."),
+        typer.Option(
+            metavar="LAW",
+            help=f"A law to draw instead of fitting one: path of a fit.json, or one of {', '.join(law_names())}.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
@@ -110,39 +114,37 @@ def report(
     workers: Workers = 1,
 ) -> None:
     """One HTML page of what the runs say: the law, its figures, what was left out. Nothing is loaded from elsewhere."""
-    with told_as_user_errors():
-        from qatlaw.figures import Evidence
-        from qatlaw.report import Report, write_report
-        from qatlaw.summary import form_named, rivals, scheme_of
+    from qatlaw.figures import Evidence
+    from qatlaw.report import Report, write_report
+    from qatlaw.summary import form_named, rivals, scheme_of
 
-        chosen = form_named(form)
-        collected, _ = collect_runs(experiment, table, runs, uri)
-        _say_left_out(collected)
-        laws, summaries, compared, no_law = None, [], [], ""
-        if law is not None:
-            laws = _given_law(law, scheme_of(collected.table, scheme, either=True))
-        else:
-            from qatlaw.errors import LawError
-            from qatlaw.summary import summarise
+    chosen = form_named(form)
+    collected, _ = collect_runs(experiment, table, runs, uri)
+    _say_left_out(collected)
+    laws, summaries, compared, no_law = None, [], [], ""
+    if law is not None:
+        laws = _given_law(law, scheme_of(collected.table, scheme, either=True))
+    else:
+        from qatlaw.summary import summarise
 
-            try:
-                kind = scheme_of(collected.table, scheme, either=True)
-                with _working("fitting"):
-                    summaries = summarise(chosen, collected.table, kind, resamples=resamples, workers=workers)
-                laws = _laws_of(summaries)
-            except LawError as error:
-                if scheme is not None and error.key == "--scheme":
-                    raise
-                no_law = str(error)
-        if compare and summaries:
-            with _working("fitting the rival laws without the largest models and the longest runs"):
-                compared = rivals(collected.table, summaries[0].scheme, workers=workers)
-        created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        whole = Report(
-            Evidence(collected.table, laws), created, summaries, compared, collected.left_out, collected.notices, no_law
-        )
-        with _working("drawing"):
-            page = write_report(whole, out)
+        try:
+            kind = scheme_of(collected.table, scheme, either=True)
+            with _working("fitting"):
+                summaries = summarise(chosen, collected.table, kind, resamples=resamples, workers=workers)
+            laws = _laws_of(summaries)
+        except InputError as error:
+            if scheme is not None and error.key == "--scheme":
+                raise
+            no_law = str(error)
+    if compare and summaries:
+        with _working("fitting the rival laws without the largest models and the longest runs"):
+            compared = rivals(collected.table, summaries[0].scheme, workers=workers)
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    whole = Report(
+        Evidence(collected.table, laws), created, summaries, compared, collected.left_out, collected.notices, no_law
+    )
+    with _working("drawing"):
+        page = write_report(whole, out)
     for one in whole.drawn:
         print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")
     if no_law:
@@ -197,8 +199,8 @@ def folder_records(output: Path) -> list[RunRecord]:
 
 
 def _given_law(name: str, scheme: str) -> Laws:
-    from qatlaw.default import load_law
     from qatlaw.figures import Laws
+    from qatlaw.planner_law import load_law
 
     found = load_law(name)
     own = {found.range["bits"][0]: found.law} if found.law.form.one_width else {}
@@ -249,7 +251,7 @@ def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
 def _print_fit(
     collected: Collected, summaries: list[Summary], compared: list[Any], paths: list[Path], logged: list[str]
 ) -> None:
-    from qatlaw.summary import coefficient_rows, comparison_rows, quality_rows
+    from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows
     from qatscale.cli.terminal import console
 
     out = console()
@@ -259,6 +261,8 @@ def _print_fit(
         title = f"{summary.label}: {len(result.table)} runs of {collected.table.source}, {summary.scheme}"
         _print_rows(title, coefficient_rows(summary), right=("value",))
         _print_rows("How it meets its runs", quality_rows(summary))
+        if summary.curves:
+            _print_rows("Optimal fraction of every measured U-curve", curve_rows(summary))
         out.print(
             f"{result.starts.agreeing} of {result.starts.tried} cold starts found this optimum. {summary.noise}",
             soft_wrap=True,
@@ -293,16 +297,6 @@ def _say_left_out(collected: Collected) -> None:
         names = [one.name for one in collected.left_out if one.reason.startswith(reason)]
         shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         print(f"left out: {count} {reason} ({shown})")
-
-
-@contextmanager
-def told_as_user_errors() -> Iterator[None]:
-    from qatlaw.errors import LawError
-
-    try:
-        yield
-    except LawError as error:
-        raise UserError(error.key, error.value, error.allowed, error.do) from error
 
 
 @contextmanager

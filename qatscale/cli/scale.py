@@ -1,4 +1,4 @@
-"""What `--dry-run` says of a run's layout: memory of a process, traffic, bubble, speed."""
+"""`qatscale train … --dry-run`: the timeline of a run, and what it takes of devices, nodes and network."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from typing import Any
 
 from qatscale.cli.terminal import console, plain_table
 from qatscale.config.schema import RunConfig
-from qatscale.engine.dry_run.ledger import ON_DEVICE, Kind
-from qatscale.engine.dry_run.scale_plan import ScalePlan, plan_scale, refuse_what_cannot_fit
+from qatscale.engine.estimate.fits import (
+    Given,
+    JobEstimate,
+    StageMemory,
+    estimate_job,
+    network_advice,
+    refuse_what_cannot_fit,
+)
+from qatscale.engine.estimate.memory import ON_DEVICE, Kind
 from qatscale.errors import UserError
 
 _SHOWN: dict[Kind, str] = {
@@ -23,12 +30,17 @@ _SHOWN: dict[Kind, str] = {
     "activations": "activations",
     "buffers": "communication buffers",
 }
-_STAGES = 8
-"""Columns that a terminal holds; of more stages the first, the last and the fullest are shown."""
+_LABELS, _COLUMN = 36, 13
+"""Characters that the row labels and a stage take."""
 
 
 def print_dry_run(
-    config: RunConfig, figure: Path | None, processes: int | None, gpu: str | None, mfu: float | None, as_json: bool
+    config: RunConfig,
+    branch_from: str | None,
+    figure: Path | None,
+    processes: int | None,
+    given: Given,
+    as_json: bool,
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
     from qatscale.cli.show import print_timeline
@@ -36,15 +48,20 @@ def print_dry_run(
 
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
+    branch = None if branch_from is None else _branch(config, branch_from)
     if not as_json:
         print_timeline(config, figure)
+        if branch:
+            console().print(f"begins at step {branch['step']:,} of {branch['checkpoint']}", soft_wrap=True)
     ds_config = load_ds_config(config.engine.ds_config)
-    plan = plan_scale(config, ds_config, processes or job_size(config), gpu, mfu)
+    job = estimate_job(config, ds_config, processes or job_size(config), given)
+    advice = network_advice(config, ds_config, job)
     if as_json:
-        print(json.dumps({"timeline": _timeline(config), "scale": as_dict(plan)}, indent=2))
+        scale = as_dict(job, config) | {"network_advice": advice}
+        print(json.dumps({"timeline": _timeline(config), "branch": branch, "scale": scale}, indent=2))
     else:
-        print_scale(plan, config)
-    refuse_what_cannot_fit(config, ds_config, plan)
+        print_scale(job, config, advice)
+    refuse_what_cannot_fit(config, ds_config, job)
 
 
 def job_size(config: RunConfig) -> int:
@@ -53,15 +70,28 @@ def job_size(config: RunConfig) -> int:
     return int(os.environ.get("WORLD_SIZE", smallest))
 
 
-def print_scale(plan: ScalePlan, config: RunConfig) -> None:
-    out, stages = console(), _chosen(plan)
-    headers = [f"stage {stage.stage}" if plan.layout.pipeline > 1 else "a process" for stage in stages]
-    title = (
-        f"{plan.layout.processes} processes: {plan.layout}, ZeRO-{plan.zero_stage}, {plan.precision}, "
-        f"{plan.micro_batches} micro-batches of {config.batch.micro_batch} a step"
+def _branch(config: RunConfig, branch_from: str) -> dict[str, Any]:
+    """The checkpoint to branch from and its step. UserError where none exists or it does not fit the run."""
+    from qatscale.timeline import build_timeline
+    from qatscale.train.start import plan_start
+
+    start = plan_start(config, build_timeline(config), branch_from)
+    return {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
+
+
+def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None:
+    out = console()
+
+    def say(text: str) -> None:
+        out.print(text, soft_wrap=not out.is_terminal)  # a terminal would break lines within a number
+
+    stages = _chosen(job, (out.width - _LABELS) // _COLUMN)
+    headers = [f"stage {stage.stage}" if job.layout.pipeline > 1 else "a process" for stage in stages]
+    say(
+        f"{job.layout.processes} processes: {job.layout}, ZeRO-{job.zero_stage}, {job.precision}, "
+        f"{job.micro_batches} micro-batches of {config.batch.micro_batch} a step"
     )
     table = plain_table("fullest moment of a step, GB", *headers, right=tuple(headers))
-    out.print(title, soft_wrap=True)
     for kind in ON_DEVICE:
         if any(stage.kinds[kind] for stage in stages):
             table.add_row(_SHOWN[kind], *(_gigabytes(stage.kinds[kind]) for stage in stages))
@@ -69,54 +99,73 @@ def print_scale(plan: ScalePlan, config: RunConfig) -> None:
     table.add_row("moment, phase", *(f"{stage.moment}, {stage.phase}" for stage in stages))
     if any(stage.start > stage.step for stage in stages):
         table.add_row("at the start: fp32, not yet divided", *(_gigabytes(stage.start) for stage in stages))
-    if any(stage.kinds["host"] for stage in stages):
-        table.add_row("on the host", *(_gigabytes(stage.kinds["host"]) for stage in stages))
     out.print(table)
-    _print_traffic(plan)
-    if plan.gpu_memory is not None:
-        verdict = "fits into" if plan.fits else "does not fit into"
-        out.print(
-            f"{_gigabytes(plan.fullest.total)} GB {verdict} the {_gigabytes(plan.gpu_memory)} GB of one {plan.gpu}"
+    _print_traffic(job)
+    if job.gpu_memory is not None:
+        verdict = "fits into" if job.fits else "does not fit into"
+        memory = _gigabytes(job.gpu_memory)
+        say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu}")
+    say(_host(job))
+    if job.traffic:
+        say(_network(job))
+    if job.step_seconds and job.compute_seconds and job.given.mfu:
+        speed = config.tokens_per_step / job.step_seconds
+        say(
+            f"at {job.given.mfu:.0%} of the peak while a stage works: {speed:,.0f} tokens/s, "
+            f"{job.step_seconds:,.3g} s a step, {config.tokens / speed / 86_400:,.2g} days in all"
         )
-    if plan.tokens_per_second and plan.step_seconds and plan.mfu:
-        days = config.tokens / plan.tokens_per_second / 86_400
-        out.print(
-            f"at {plan.mfu:.0%} of the peak while a stage works: {plan.tokens_per_second:,.0f} tokens/s, "
-            f"{plan.step_seconds:,.2f} s a step, {days:,.2g} days in all",
-            soft_wrap=True,
-        )
-    for notice in plan.notices:
-        out.print(notice, soft_wrap=True)
+    for notice in filter(None, (advice, *job.notices)):
+        say(notice)
 
 
-def _print_traffic(plan: ScalePlan) -> None:
-    if not plan.traffic:
-        return
-    per_second = ("GB/s",) if plan.step_seconds else ()
-    table = plain_table("sent by a process", "GB a step", *per_second, right=("GB a step", *per_second))
-    for kind, size in plan.traffic.items():
-        rate = (f"{size / 1e9 / plan.step_seconds:,.3g}",) if plan.step_seconds else ()
-        table.add_row(kind, f"{size / 1e9:,.3g}", *rate)
-    console().print(table)
+def _host(job: JobEstimate) -> str:
+    host = job.host
+    parts = {
+        "libraries": host.libraries,
+        "the model at the start": host.start,
+        "checkpoint copies": host.checkpoint,
+        "offloaded": host.offloaded,
+    }
+    shown = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
+    node = f" of a node of {host.processes}" if job.layout.processes > 1 else ""
+    return f"host memory{node}: {_gigabytes(host.total)} GB {host.when} ({shown})"
 
 
-def _chosen(plan: ScalePlan) -> list[Any]:
-    if len(plan.stages) <= _STAGES:
-        return list(plan.stages)
-    shown = {0, len(plan.stages) - 1, plan.fullest.stage}
-    return [plan.stages[index] for index in sorted(shown)]
+def _network(job: JobEstimate) -> str:
+    network = job.network
+    where = "between nodes" if network.nodes > 1 else "inside the node"
+    hidden = f", {network.overlapped:,.3g} s of it while the GPU computes" if network.overlapped else ""
+    return f"network, {network.gigabytes_per_second:g} GB/s a GPU {where}: {network.seconds:,.3g} s a step{hidden}"
+
+
+def _print_traffic(job: JobEstimate) -> None:
+    if job.traffic:
+        table = plain_table("sent by a process", "GB a step", right=("GB a step",))
+        for kind, size in job.traffic.items():
+            table.add_row(kind, _gigabytes(size))
+        console().print(table)
+
+
+def _chosen(job: JobEstimate, columns: int) -> list[StageMemory]:
+    """All stages, or the first, the fullest and the last of more than a terminal holds."""
+    if len(job.stages) <= columns:
+        return list(job.stages)
+    shown = {0, len(job.stages) - 1, job.fullest.stage}
+    return [job.stages[index] for index in sorted(shown)]
 
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.3g}"
 
 
-def as_dict(plan: ScalePlan) -> dict[str, Any]:
+def as_dict(job: JobEstimate, config: RunConfig) -> dict[str, Any]:
     """JSON-able; sizes in bytes."""
-    stages = [asdict(stage) | {"total": stage.total} for stage in plan.stages]
     return {
-        **asdict(plan), "processes": plan.layout.processes, "stages": stages, "fullest_stage": plan.fullest.stage,
-        "fits": plan.fits,
+        **asdict(job), "processes": job.layout.processes, "fits": job.fits, "fits_host": job.fits_host,
+        "stages": [asdict(stage) | {"total": stage.total} for stage in job.stages], "fullest_stage": job.fullest.stage,
+        "host": asdict(job.host) | {"total": job.host.total}, "gpu": job.given.gpu, "mfu": job.given.mfu,
+        "step_seconds": job.step_seconds,
+        "tokens_per_second": config.tokens_per_step / job.step_seconds if job.step_seconds else None,
     }  # fmt: skip
 
 

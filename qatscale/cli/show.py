@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatscale.cli.terminal import check_figure, console, plain_table
-from qatscale.config.schema import BIT_WIDTHS, RunConfig
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 
 
 def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
         shown = int(bits) if bits == int(bits) else bits
-        raise UserError(key, shown, f"one of {', '.join(f'{width:g}' for width in BIT_WIDTHS)}.")
+        raise UserError(key, shown, f"one of {BIT_WIDTHS_TEXT}.")
 
 
 def print_keys(prefix: str) -> None:
@@ -58,10 +59,15 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
     check_figure(figure)
     timeline = build_timeline(config)
     size = f"{format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of {timeline.tokens_per_step:,}"
-    table = plain_table(*COLUMNS, right=COLUMNS[1:], title=f"{config.name}: {config.qat.scheme}, {size}")
-    for row in describe(timeline, config):
-        table.add_row(*row.cells())
-    out = console()
+    out, rows = console(), [COLUMNS, *(row.cells() for row in describe(timeline, config))]
+    shown = list(COLUMNS)
+    for column in ("steps", "tokens", "decay", "betas"):  # the first to go where a terminal is narrow
+        widths = [max(len(row[COLUMNS.index(name)]) for row in rows) for name in shown]
+        if sum(widths) + 2 * len(widths) + 2 > out.width:
+            shown.remove(column)
+    table = plain_table(*shown, right=tuple(shown[1:]), title=f"{config.name}: {config.qat.scheme}, {size}")
+    for row in rows[1:]:
+        table.add_row(*(row[COLUMNS.index(name)] for name in shown))
     out.print(table)
     if timeline.switch_step is not None:
         tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
@@ -70,6 +76,6 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
         rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
         out.print(f"peak rate of the QAT phase: {rate}")
     for warning in timeline.warnings:
-        out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        out.print(f"warning: {warning}", style="yellow", soft_wrap=not out.is_terminal)
     if figure is not None:
         out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)

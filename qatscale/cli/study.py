@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qatlaw.planner_law import law_names
 from qatscale.cli import study_run
 from qatscale.cli.fit import Experiment, Runs, Table, Uri
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
-    from qatlaw.default import PlannerLaw
     from qatlaw.information import Certainty
+    from qatlaw.planner_law import PlannerLaw
     from qatlaw.runs import RunRecord
     from qatlaw.study import Tree
     from qatscale.study import Grid, Study, StudyRun
@@ -36,7 +37,11 @@ def plan(
     file: Annotated[Path, typer.Argument(help="A study: analysis/studies/small.yaml shows the format.")],
     law: Annotated[
         str | None,
-        typer.Option(metavar="fit.json", help="Law under which the runs' information is predicted; or `synthetic`."),
+        typer.Option(
+            metavar="LAW",
+            help="Law under which the runs' information is predicted: path of a fit.json, or one of "
+            f"{', '.join(law_names())}.",
+        ),
     ] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of a run's log loss: 0.002 is 0.2 %.")] = 0.002,
     experiment: Experiment = None,
@@ -84,17 +89,16 @@ def plan(
 
 def _certainties(name: str, cells: Grid, noise: float, known: tuple[Any, ...] | None) -> tuple[PlannerLaw, Certainties]:
     """The law, and by scheme the certainty by the runs that exist, and by them and the study's."""
-    from qatlaw.default import load_law
     from qatlaw.information import certainties
+    from qatlaw.planner_law import load_law
     from qatlaw.runs import planned_points
-    from qatscale.cli.fit import collect_runs, told_as_user_errors
+    from qatscale.cli.fit import collect_runs
 
-    with told_as_user_errors():
-        assumed = load_law(name)
-        width = assumed.range["bits"][0] if assumed.law.form.one_width else None
-        existing = collect_runs(*known)[0].table.frame if known is not None else None
-        planned = planned_points([_as_record(run) for run in cells.runs])
-        return assumed, certainties(assumed.law, planned, noise, existing, width)
+    assumed = load_law(name)
+    width = assumed.range["bits"][0] if assumed.law.form.one_width else None
+    existing = collect_runs(*known)[0].table.frame if known is not None else None
+    planned = planned_points([_as_record(run) for run in cells.runs])
+    return assumed, certainties(assumed.law, planned, noise, existing, width)
 
 
 def _as_record(run: StudyRun) -> RunRecord:

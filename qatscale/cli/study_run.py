@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qatlaw.errors import InputError
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 
 if TYPE_CHECKING:
@@ -166,11 +167,11 @@ def _conclude(folder: StudyFolder) -> None:
     for scheme in sorted(schemes):
         try:
             fit(table=folder.results, scheme=scheme, out=folder.path / f"fit-{scheme}.json")
-        except UserError as problem:
+        except InputError as problem:
             print(f"no law of {scheme} runs: {problem}")
     try:
         report(table=folder.results, out=folder.path / "report")
-    except UserError as problem:
+    except InputError as problem:
         print(f"no report: {problem}")
 
 

@@ -43,7 +43,7 @@ def check_ds_config(ds: Mapping[str, Any], source: str = "ds_config") -> None:
     elif zero.get("stage") in (1, 2) and "offload_param" in zero:
         problems.append(UserError("zero_optimization.offload_param", None, "needs stage 3, which shards parameters."))
     if problems:
-        in_file = [UserError(p.key, p.value, p.allowed, f"{p.do} (In {source}.)".strip()) for p in problems]
+        in_file = [UserError(p.key, p.value, p.problem, f"{p.fix} (In {source}.)".strip()) for p in problems]
         raise in_file[0] if len(in_file) == 1 else UserErrors(in_file)
 
 
@@ -130,7 +130,8 @@ def _does_not_divide(config: RunConfig, data_parallel: int) -> UserError:
     do = f"Nearest: batch.sequences={f'{below} or {above}' if below else above}"
     share, rest = divmod(sequences, data_parallel)
     if not rest:
-        fitting = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        near = range(min(micro, share), max(0, min(micro, share) - 10_000), -1)
+        fitting = next((m for m in near if share % m == 0), math.gcd(micro, share))
         do += f"; or keep it and set batch.micro_batch={fitting}"
     return UserError(
         "batch.sequences",

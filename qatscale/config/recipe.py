@@ -18,7 +18,7 @@ from qatscale.config.settings import sections, settings, suggest
 from qatscale.config.yaml_text import parse_yaml, to_yaml
 from qatscale.errors import UserError, UserErrors, did_you_mean
 
-RETIRED = ("data.shuffle_block",)
+RETIRED = ("data.shuffle_block", "engine.quantized_weight_cache")
 """Keys of former versions. Recipes that runs of theirs recorded are still read, without them; no other recipe is."""
 _RECORDS = ("run.json", "qatscale.json")
 """What lies beside a recipe that qatscale recorded: in a run folder, in a universal checkpoint."""

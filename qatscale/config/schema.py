@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.describe import Allowed
 
@@ -16,7 +17,6 @@ Shape = Literal[
     "linear", "cosine", "mirror_cosine", "1-sqrt", "sqrt", "minus_sqrt", "1-square", "lowered_linear", "exponential",
     "piecewise",
 ]  # fmt: skip
-BIT_WIDTHS: tuple[int | float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
 
 
 def _bit_width(value: int | float) -> int | float:
@@ -25,8 +25,19 @@ def _bit_width(value: int | float) -> int | float:
     return BIT_WIDTHS[BIT_WIDTHS.index(value)]  # 4.0 becomes 4, so that equal recipes read and hash alike
 
 
-Bits = Annotated[int | float, AfterValidator(_bit_width), Allowed("one of 1, 1.58, 2, 3, 4, 5, 6, 8")]
-"""Bits per weight; 1.58 is ternary. (A Literal would say it shorter, but a Literal holds no float.)"""
+def _embedding_bits(value: int | Literal["auto"]) -> int | Literal["auto"]:
+    if value != "auto" and value not in EMBEDDING_BITS:
+        raise ValueError(f"an embedding cannot have {value:g} bits")
+    return value
+
+
+# (Literals would say the same, but they hold no float and cannot be derived from the list.)
+Bits = Annotated[int | float, AfterValidator(_bit_width), Allowed(f"one of {BIT_WIDTHS_TEXT}")]
+"""Bits per weight; 1.58 is ternary."""
+EmbeddingBits = Annotated[
+    int | Literal["auto"], AfterValidator(_embedding_bits),
+    Allowed(f"auto, {', '.join(map(str, EMBEDDING_BITS[:-1]))} or {EMBEDDING_BITS[-1]}"),
+]  # fmt: skip
 
 
 def _expand_user(path: Path) -> Path:
@@ -104,6 +115,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        for key in ("vocab_size", "hidden_size", "layers", "heads", "intermediate_size"):
+            if getattr(self, key) >= 2**63:
+                raise ClashError(key, "is more than torch counts to, 2^63 - 1")
         if self.hidden_size % self.heads:
             raise ClashError("heads", f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
         if (self.hidden_size // self.heads) % 2:
@@ -213,8 +227,8 @@ class QatConfig(Section):
     and cooldowns. `fp` is always 0, `scratch` always 1."""
     group_size: Positive | None = None
     """Input channels that share a scale; null = one scale per output row."""
-    embedding_bits: Literal["auto", 4, 5, 6, 8, 16] = "auto"
-    """Embedding and head, never below 4; `auto` = max(4, bits) when tied, else 16."""
+    embedding_bits: EmbeddingBits = "auto"
+    """Bits of embedding and head, never below 4; `auto` = max(4, bits) when tied, else 16, which is full precision."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak rate of the QAT phase; null = lr_ratio x optimizer.learning_rate."""
     lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
@@ -257,10 +271,6 @@ class EngineConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks, once for all of them and once more at the switch. `auto` = on GPUs under ZeRO-1 and
     2. On CPUs `on` pays in runs of hours: it takes a minute and a C++ compiler. Not with ZeRO-3."""
-    quantized_weight_cache: Literal["auto", "on", "off"] = "auto"
-    """Quantize each weight once per step and keep it for all micro-batches; the same losses to the bit. `auto` = where
-    a step has several, which costs no memory at its fullest moment; not with activation checkpointing, where it adds a
-    copy of the weights. Not with ZeRO-3."""
     stall_timeout: Annotated[float, Field(gt=0)] | None = 600.0
     """Seconds without a micro-batch after which the job ends and names the rank that hangs; start, saving and
     evaluation may take half an hour more. Longer than the slowest micro-batch; null = wait for ever (debuggers)."""

@@ -85,7 +85,7 @@ class Compiled(Compilation):
             keep_out_of_graphs()
         model.run_block = torch.compile(run_block, dynamic=False, backend=backend)
         if uses_gpu() and model.stage.is_last:  # on CPUs the vectorised softmax is as fast as the compiled one
-            model.chunk_loss = torch.compile(fusible_chunk_loss, dynamic=False, backend=backend)
+            model.head.chunk_loss = torch.compile(fusible_chunk_loss, dynamic=False, backend=backend)
 
     def _on_start(self, _: Any = None) -> None:
         self._started += 1

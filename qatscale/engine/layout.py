@@ -3,6 +3,7 @@ meets another; whatever cannot work is refused here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError, UserErrors
 from qatscale.model.stages import Stage, divide, stage_parameters
+
+_MOST_STAGES = 1024
+"""Every stage is planned by itself."""
 
 
 class Place(NamedTuple):
@@ -100,6 +104,8 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
         near = f"{below} or {below + tensor * pipeline}" if below else f"{tensor * pipeline}"
         yield UserError("processes", processes, f"must be a multiple of {each}.", f"Start {near}.")
     yield from _tensor_problems(config, tensor)
+    if pipeline > _MOST_STAGES:
+        yield UserError("engine.pipeline_stages", pipeline, f"at most {_MOST_STAGES:,} are supported.")
     if pipeline > model.layers:
         yield UserError(
             "engine.pipeline_stages", pipeline, f"is more than model.layers = {model.layers}; every stage needs one."
@@ -116,12 +122,6 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
             "zero_optimization.offload_optimizer", None,
             "is wrong with pipeline stages: DeepSpeed 0.19.8 loses a part of the gradient in bf16 (measured: a norm "
             "of 0.52 for 0.65), without a word.", "Leave it out, or use it with tensor parallelism.",
-        )  # fmt: skip
-    if engine.quantized_weight_cache == "on" and zero["stage"] == 3:
-        yield UserError(
-            "engine.quantized_weight_cache", "on",
-            "would keep on every process a copy of the very weights that ZeRO-3 divides among them.",
-            "Take ZeRO-1 or 2, or leave it out.",
         )  # fmt: skip
     if "pipeline" in ds and pipeline == 1:
         yield UserError("pipeline", None, "would have no effect with one stage.", "Set engine.pipeline_stages.")
@@ -147,7 +147,8 @@ def _tensor_problems(config: RunConfig, tensor: int) -> Iterator[UserError]:
     uneven = {key: size for key, size in sizes.items() if size % tensor}
     if uneven:
         shown = ", ".join(f"{key} = {size}" for key, size in uneven.items())
-        fitting = [n for n in range(1, kv_heads + 1) if not any(size % n for size in sizes.values())]
+        common = math.gcd(*sizes.values())
+        fitting = [n for n in range(1, min(common, 1024) + 1) if common % n == 0]
         yield UserError(
             "engine.tensor_parallel", tensor, f"does not divide {shown}.",
             f"For this model: {', '.join(map(str, fitting))}. For {tensor} processes: "

@@ -7,7 +7,6 @@ checkpoints do not know about stages; what is left of PipelineModule is its comm
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from qatscale.engine.topology import Topology
 from qatscale.model.llama import Llama
-from qatscale.model.loss import DeferredHead
 
 
 class LlamaPipeline(PipelineModule):
@@ -25,8 +23,8 @@ class LlamaPipeline(PipelineModule):
     def __init__(self, model: Llama, topology: Topology) -> None:
         nn.Module.__init__(self)
         self.model = model
-        self._head: DeferredHead = DeferredHead()
-        self.loss_fn = partial(model.loss, deferred=self._head)
+        self.loss_fn = None  # the last stage returns the loss itself
+        self._labels: Tensor | None = None
         self._grid = topology.grid
         self._topo = topology.grid.topology()
         self.num_stages = topology.layout.pipeline
@@ -61,6 +59,16 @@ class LlamaPipeline(PipelineModule):
         tied = [(getattr(t["module"], name), t["group"]) for t in self.tied_comms.values() for name in t["weight_attr"]]
         return [(p, group) for p, group in tied if p.grad is not None or hasattr(p, "_hp_grad")]
 
+    def take_labels(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The engine's batch function: keeps the labels of the micro-batch that `forward` is about to get.
+
+        DeepSpeed passes no labels to a stage. In all its schedules, though, the last stage loads a micro-batch right
+        before its forward pass. (With a loss function of DeepSpeed's the head would have to run outside of `forward`,
+        and in bf16 its gradient would be lost: all gradients are cleared when that of forward's output arrives.)
+        """
+        _, self._labels = batch
+        return batch
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.model.stream(x)
-        return self._head.take(self.model.head, x) if self.model.stage.is_last else x
+        """The stream [b, t, D] behind this stage's blocks; on the last stage the loss, an fp32 scalar."""
+        return self.model(x, self._labels if self.model.stage.is_last else None)

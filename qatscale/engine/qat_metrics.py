@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qatscale.engine.fragments import Fragment, ZeroMasters
-from qatscale.quant.kernels.reference import ALPHA_FLOOR
+from qatscale.quant.bit_widths import SCALE_FLOOR, Quantizer
 from qatscale.quant.plugin import FakeQuantLayer, matrices
-from qatscale.quant.quantizers import Quantizer
+from qatscale.quant.reference import encode
 
 SAMPLE = 1 << 20
 """Weights of a model whose codes are compared, about; of a larger model the middle rows of every matrix."""
@@ -80,7 +80,7 @@ class QatMetrics:
         `before_step`. Collective.
         """
         scales = [fragment.of(fragment.partition) for fragment in self._scales]
-        floored = sum(int((scale <= ALPHA_FLOOR).sum()) for scale in scales)
+        floored = sum(int((scale <= SCALE_FLOOR).sum()) for scale in scales)
         flipped = compared = 0
         if self._before is not None:
             after = self._codes()
@@ -101,8 +101,10 @@ class QatMetrics:
                 found.setdefault(layer.quantizer, []).append((piece.weights(), piece.scales(scale, channels)))
         dtype = self._layers[0].weight.dtype
         return [
-            quantizer.codes(
-                torch.cat([w for w, _ in pairs]).to(dtype).unsqueeze(-1), torch.cat([a for _, a in pairs]).to(dtype)
+            encode(
+                quantizer,
+                torch.cat([w for w, _ in pairs]).to(dtype).unsqueeze(-1),
+                torch.cat([scale for _, scale in pairs]).to(dtype),
             )
             for quantizer, pairs in found.items()
         ]

@@ -9,29 +9,22 @@ import torch
 from torch import Tensor
 
 from qatscale.engine.topology import Topology
-from qatscale.quant.cache import NOTHING_HELD, WeightCache
 
 
-def train_step(
-    engine: Any, batch: Tensor, micro_batch: int, topology: Topology, weights: WeightCache = NOTHING_HELD
-) -> Iterator[Tensor]:
+def train_step(engine: Any, batch: Tensor, micro_batch: int, topology: Topology) -> Iterator[Tensor]:
     """Take one optimizer step on this process's share [sequences, t + 1] of the batch; gives the mean losses.
 
-    One loss per micro-batch; from a pipeline one for the whole step, the mean over all its processes. Collective.
-    weights: quantized once for all of them.
+    One loss per micro-batch; from a pipeline one for the entire step, the mean over all its processes. Collective.
     """
     micro_batches = ((part[:, :-1], part[:, 1:]) for part in _on_device(batch, micro_batch, engine))
-    with weights.filled():
-        if topology.layout.pipeline > 1:
-            yield engine.train_batch(micro_batches)
-            return
-        for tokens, labels in micro_batches:
-            loss = engine(tokens, labels)
-            engine.backward(loss)
-            if engine.is_gradient_accumulation_boundary():
-                weights.release()  # before the weights change, and so that the optimizer has the memory
-            engine.step()  # steps the optimizer at the last micro-batch
-            yield loss
+    if topology.layout.pipeline > 1:
+        yield engine.train_batch(micro_batches)
+        return
+    for tokens, labels in micro_batches:
+        loss = engine(tokens, labels)
+        engine.backward(loss)
+        engine.step()  # steps the optimizer at the last micro-batch
+        yield loss
 
 
 def _on_device(batch: Tensor, micro_batch: int, engine: Any) -> Iterator[Tensor]:

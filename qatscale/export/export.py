@@ -125,6 +125,6 @@ def _held_out(source: ExportSource, tokens: int) -> Sequence[Tensor]:
     try:
         reader = open_validation(source.config.model_copy(update={"evaluation": evaluation}))
     except UserError as error:
-        do = f"{error.do} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
-        raise UserError(error.key, error.value, error.allowed, do) from None
+        do = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
+        raise UserError(error.key, error.value, error.problem, do) from None
     return [torch.from_numpy(row) for batch in reader.batches() for row in batch.tokens]

@@ -1,6 +1,6 @@
 """A quantized matrix as every format stores it: integers times a scale.
 
-A level of `quantizers.py` is (code + shift)/steps in units of α. Written as `integer · scale`, with
+A level of `bit_widths.py` is (code + shift)/steps in units of α. Written as `integer · scale`, with
 
 ========  ==============  ===============
 bits      integers        scale
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qatscale.quant.quantizers import ALPHA_FLOOR, Quantizer
+from qatscale.quant.bit_widths import SCALE_FLOOR, Quantizer
 
 
 def lowest_integer(quantizer: Quantizer) -> int:
@@ -43,14 +43,14 @@ def signed_bits(quantizer: Quantizer) -> int:
 class QuantizedMatrix:
     quantizer: Quantizer
     codes: Tensor
-    """int8 [rows, in], as `Quantizer.codes` returns them."""
+    """int8 [rows, in], as `quant.reference.encode` returns them."""
     scale: Tensor
     """fp32 [rows, groups]; a group is in/groups neighbouring input channels."""
 
     @classmethod
     def from_codes(cls, quantizer: Quantizer, codes: Tensor, alpha: Tensor) -> QuantizedMatrix:
-        """alpha: [rows] or [rows, groups], as the forward pass sees it, which raises it to ALPHA_FLOOR."""
-        scale = alpha.float().clamp_min(ALPHA_FLOOR).reshape(len(codes), -1)
+        """alpha: [rows] or [rows, groups], as the forward pass sees it, which raises it to SCALE_FLOOR."""
+        scale = alpha.float().clamp_min(SCALE_FLOOR).reshape(len(codes), -1)
         if quantizer.name == "seq":
             scale = scale / 4
         elif quantizer.name == "ternary":

@@ -21,7 +21,9 @@ from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_c
 from qatscale.errors import UserError
 from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.model.llama import Llama, is_norm, parameter_shapes
-from qatscale.quant.quantizers import Quantizer, get_quantizer
+from qatscale.quant.bit_widths import Quantizer, get_quantizer
+from qatscale.quant.reference import encode
+from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
 from qatscale.timeline import build_timeline
 
@@ -61,7 +63,7 @@ class SourceParameter:
         return self.name == "embed.weight"
 
     def __str__(self) -> str:
-        bits = f"{self.quantizer.width} bits, " if self.quantizer else ""
+        bits = f"{self.quantizer.bits_text} bits, " if self.quantizer else ""
         return f"{self.name} ({bits}{' x '.join(map(str, self.shape))})"
 
 
@@ -123,14 +125,14 @@ class ExportSource:
             self._last = None
             weight = self.plain(parameter)
             alpha = self._alpha(parameter, weight)
-            codes = parameter.quantizer.codes(weight, alpha)
+            codes = encode(parameter.quantizer, weight, alpha)
             self._last = parameter.name, QuantizedMatrix.from_codes(parameter.quantizer, codes, alpha)
         return self._last[1]
 
     def _alpha(self, parameter: SourceParameter, weight: Tensor) -> Tensor:
         assert parameter.quantizer is not None
         if self.ptq_bits is not None:
-            return parameter.quantizer.ptq_scale(weight, self.config.qat.group_size)
+            return ptq_scale(parameter.quantizer, weight, self.config.qat.group_size)
         name = f"{parameter.name}_scale"
         alpha = self.reader.parameter(name).to(self.dtype)
         _check_finite(alpha, name)

@@ -206,24 +206,19 @@ def save_safetensors(state: State, folder: Path, types: Types, shard_bytes: int 
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def load_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
-    """Configuration and state of a Llama saved by transformers, read from safetensors only: no code is executed.
-
-    Raises UserError when it is another architecture, a variant that `Llama` cannot compute exactly (biases, scaled
-    rotary positions, a sliding window, another activation or head size), or damaged.
-    """
-    config = read_config(Path(folder))
-    return config, from_hugging_face(dict(_open_safetensors(Path(folder))), config)
-
-
 def open_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
-    """As `load_hugging_face`, with tensors that are read when they are asked for."""
+    """Configuration and state of a Llama saved by transformers; its tensors are read when they are accessed.
+
+    Only safetensors are read: no code is executed. Raises UserError when it is another architecture, a variant that
+    `Llama` cannot compute exactly (biases, scaled rotary positions, a sliding window, another activation or head size),
+    or damaged.
+    """
     config = read_config(Path(folder))
     return config, from_hugging_face(_open_safetensors(Path(folder)), config)
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Of a folder saved by transformers. Raises UserError as `load_hugging_face` does."""
+    """The configuration of a folder saved by transformers. Raises UserError as `open_hugging_face` does."""
     return _model_config(_read_json(folder / "config.json"), str(folder / "config.json"))
 
 

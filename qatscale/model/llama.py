@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qatscale.config.schema import ModelConfig
-from qatscale.model.loss import ChunkLoss, DeferredHead, chunk_loss, head_loss
+from qatscale.model.head import Head
 from qatscale.model.stages import Stage, whole
 from qatscale.model.tensor_parallel import (
     ALONE,
@@ -159,8 +159,7 @@ class Llama(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.parallel = parallel
         self.run_block: RunBlock = run_block
-        self.chunk_loss: ChunkLoss = chunk_loss
-        """These two may be replaced by compiled forms, which are for training: without gradients the plain ones run."""
+        """May be replaced by a compiled form, which is for training: without gradients the plain one runs."""
         self.stage = stage = stage or whole(config)
         if stage.is_first:
             self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
@@ -169,7 +168,7 @@ class Llama(nn.Module):
         )
         if stage.is_last:
             self.norm = RMSNorm(config, parallel)
-            self.head = column_parallel_linear(config.hidden_size, config.vocab_size, parallel)
+            self.head = Head(config.hidden_size, config.vocab_size, parallel)
         self._tie()
 
     @property
@@ -184,13 +183,6 @@ class Llama(nn.Module):
         over all b·t positions in nats, an fp32 scalar. A stage but the first takes the residual stream [b, t, D]; a
         stage but the last returns it.
         """
-        x = self.stream(x)
-        if not self.stage.is_last:
-            return x
-        return self.head(x) if labels is None else self.loss(x, labels)
-
-    def stream(self, x: Tensor) -> Tensor:
-        """The residual stream [b, t, D] behind this stage's blocks; on the last stage, what the head takes."""
         if self.stage.is_first:
             x = self.parallel.leave(look_up(self.embed, x, self.parallel, self.config.vocab_size))
         length = x.shape[1] * (self.parallel.size if self.parallel.sequence else 1)
@@ -207,18 +199,7 @@ class Llama(nn.Module):
         if not self.stage.is_last:
             return x.contiguous()  # it is sent as it lies in memory
         assert not self._ties or self.head.weight is self.embed.weight, "the tie has come undone"
-        return self.parallel.enter(self.norm(x))
-
-    def loss(self, x: Tensor, labels: Tensor, deferred: DeferredHead | None = None) -> Tensor:
-        """The mean cross-entropy in nats of the last stage's stream [b, t, D] against labels [b, t], fp32.
-
-        deferred: what the head's forward has been through, where it was called before.
-        """
-        shard = self.parallel.shard(0, self.config.vocab_size)
-        chunk: ChunkLoss = self.chunk_loss if torch.is_grad_enabled() else chunk_loss
-        if deferred is not None:
-            return deferred.loss(x, labels, shard, chunk)
-        return head_loss(self.head, x, labels, shard, chunk)
+        return self.head(self.parallel.enter(self.norm(x)), labels)
 
     @property
     def _ties(self) -> bool:
@@ -266,12 +247,6 @@ def canonical_name(name: str, config: ModelConfig) -> str:
 def is_norm(name: str) -> bool:
     """Whether a parameter of this name is the gain of a norm: initially 1, without weight decay, never quantized."""
     return name.endswith("norm.weight")
-
-
-def weight_decay_names(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """Names of the parameters (with, without) weight decay: matrices, embedding and head have it, norms do not."""
-    names = list(parameter_shapes(config))
-    return [name for name in names if not is_norm(name)], [name for name in names if is_norm(name)]
 
 
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:

@@ -37,13 +37,22 @@ def divide(model: ModelConfig, count: int) -> tuple[Stage, ...]:
     smallest so far (the earliest of equals) is optimal.
     """
     assert 1 <= count <= model.layers
-    parameters = stage_parameters(model, [1] * count)
-    block = _block(model)
-    blocks = [1] * count
-    for _ in range(model.layers - count):
-        smallest = min(range(count), key=lambda i: parameters[i])
-        blocks[smallest] += 1
-        parameters[smallest] += block
+    parameters, block = stage_parameters(model, [1] * count), _block(model)
+    spare = model.layers - count
+
+    def below(size: int) -> list[int]:
+        """Blocks that each stage gets while it is smaller than `size`."""
+        return [max(0, -(-(size - own) // block)) for own in parameters]
+
+    low, high = min(parameters), max(parameters) + block * spare + 1
+    while high - low > 1:  # the largest size that the spare blocks fill every stage up to
+        middle = (low + high) // 2
+        low, high = (middle, high) if sum(below(middle)) <= spare else (low, middle)
+    blocks = [1 + more for more in below(low)]
+    left = model.layers - sum(blocks)
+    for i in range(count):  # stages of just this size, the earliest first
+        if left and parameters[i] + block * (blocks[i] - 1) == low:
+            blocks[i], left = blocks[i] + 1, left - 1
     stages, first = [], 0
     for index, length in enumerate(blocks):
         stages.append(Stage(index, count, range(first, first + length)))

@@ -1,12 +1,12 @@
-"""Linear and embedding layers whose weight can pass through a quantizer.
+"""Linear, embedding and head layers whose weight can pass through a quantizer.
 
 A layer is converted in place: the module object, its parameters and its hooks stay, its class changes (as
-`torch.nn.utils.parametrize` does) and it gains the parameter `weight_scale`. Weight and scale are only read inside the
-module's own forward, which is where ZeRO-3 has them gathered.
+`torch.nn.utils.parametrize` does) and it gains the parameter `weight_scale`. Weight and scale are read only inside the
+module's own forward, where ZeRO-3 has them gathered.
 
-Under tensor parallelism a layer holds a part of its matrix. Split by rows, the scales are split with them. Split by
-columns, every process holds a part of each row: the row's scale is the same on all of them, each sees a part of its
-gradient, and post-training quantization searches on the whole row.
+Under tensor parallelism a layer holds a part of its matrix. Where the matrix is split by rows, so are its scales. Where
+it is split by columns, every process holds a part of each row and the same scale for it. Each process then sees a part
+of the scale's gradient, and post-training quantization gathers the full row.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from dataclasses import replace
 from typing import Literal, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from qatscale.model.head import Head
 from qatscale.model.tensor_parallel import Shard, mark, shard_of
-from qatscale.quant.kernels.dispatch import quantize
-from qatscale.quant.quantizers import BY_WIDTH, BitsRule, Quantizer, get_quantizer
+from qatscale.quant.bit_widths import BY_TEXT, BitsRule, Quantizer, get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.scales import ptq_scale
 
 Mode = Literal["off", "learned", "dynamic"]
 
 
 class FakeQuant(nn.Module):
-    """What the two layers share. Not a layer by itself.
+    """The part that the layers below share; not a layer by itself.
 
     mode
-        `off`: the plain layer, the scale untouched. `learned`: weights quantized with `weight_scale`; both get
-        gradients. `dynamic`: post-training quantization, with the scale searched for on the first forward after the
-        mode is set and then kept; the weight gets no gradient.
+        `off`: the plain layer, the scale unused. `learned`: the weight is quantized with `weight_scale`, and both get
+        gradients. `dynamic`: post-training quantization. The scale is searched for on the first forward after the mode
+        is set, and then kept; the weight gets no gradient.
     calibrated
         Whether `weight_scale` holds a scale. Before the switch it is 1 everywhere and means nothing.
     """
@@ -42,17 +44,16 @@ class FakeQuant(nn.Module):
     rule: BitsRule
     group_size: int | None
     full_numel: int
-    """Weights of the whole matrix, on all processes, for LSQ's g."""
+    """Weights of the full matrix, over all processes, for LSQ's g."""
     use_grad_factor: bool
     calibrated: bool
     _mode: Mode
-    # Widths are kept by name, and g is computed anew: torch.compile (2.13) specialises on strings and on a module's
-    # integers, but a float that differs between layers or modes becomes a variable, which its tracer cannot pass into
-    # an autograd.Function.
-    _width: str
-    _dynamic_width: str
+    # Bits are kept as text, and g is computed anew in each forward. torch.compile (2.13) specialises on strings and on
+    # a module's integers, but makes a variable of a float that differs between layers or modes, and its tracer cannot
+    # pass variables into an autograd.Function.
+    _bits: str
+    _dynamic_bits: str
     _dynamic_scale: Tensor | None
-    _held: Tensor | None
 
     @classmethod
     def convert(
@@ -82,7 +83,7 @@ class FakeQuant(nn.Module):
             if shard := _shard_of_scales(module.weight, group_size):
                 mark(scale, shard)
         module.weight_scale = scale
-        module._width = module._dynamic_width = get_quantizer(bits).width
+        module._bits = module._dynamic_bits = get_quantizer(bits).bits_text
         module.rule = rule or BitsRule()
         module.group_size = group_size
         module.full_numel = math.prod(full_shape(module.weight))
@@ -101,40 +102,39 @@ class FakeQuant(nn.Module):
             raise ValueError(f"mode {mode!r}: one of {', '.join(get_args(Mode))}")
         self._mode = mode
         self._dynamic_scale = None
-        self.release()
-
-    @torch.no_grad()
-    def hold(self) -> int:
-        """Quantize the weight now, for all forward passes until `release` or until the mode is set; returns its bytes.
-
-        The weight and its scale must not change meanwhile; gradients are as ever. Only in mode `learned`. Not under
-        ZeRO-3, which has no weights outside of forward.
-        """
-        assert self._mode == "learned", f"mode {self._mode!r} has no weight to hold"
-        self._held = quantize(self.quantizer, self.weight, self.weight_scale)
-        return self._held.nbytes
-
-    def release(self) -> None:
-        self._held = None
 
     @property
     def quantizer(self) -> Quantizer:
-        """Of mode `learned`."""
-        return BY_WIDTH[self._width]
+        """The quantizer of mode `learned`."""
+        return BY_TEXT[self._bits]
 
     @property
     def dynamic_quantizer(self) -> Quantizer:
-        """Of mode `dynamic`; set it before the mode."""
-        return BY_WIDTH[self._dynamic_width]
+        """The quantizer of mode `dynamic`; set it before the mode."""
+        return BY_TEXT[self._dynamic_bits]
 
     @dynamic_quantizer.setter
     def dynamic_quantizer(self, quantizer: Quantizer) -> None:
-        self._dynamic_width = quantizer.width
+        self._dynamic_bits = quantizer.bits_text
         self._dynamic_scale = None
 
     @property
     def grad_factor(self) -> float:
         return self.quantizer.grad_factor(self.full_numel) if self.use_grad_factor else 1.0
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with in its present mode, in the shape and dtype of `weight`."""
+        if self._mode == "off":
+            return self.weight
+        if self._mode == "learned":
+            return fake_quantize(self.quantizer, self.weight, self._learned_scale(), self.grad_factor)
+        return fake_quantize(self.dynamic_quantizer, self.weight.detach(), self.dynamic_scale())
+
+    def _learned_scale(self) -> Tensor:
+        """`weight_scale`, its gradient summed over the processes that share its rows."""
+        if self._rows_are_split:
+            return shard_of(self.weight).parallel.shared(self.weight_scale)  # type: ignore[union-attr]
+        return self.weight_scale
 
     @torch.compiler.disable  # traced, the search's unrolled loop takes a compiler minutes
     def dynamic_scale(self) -> Tensor:
@@ -143,34 +143,77 @@ class FakeQuant(nn.Module):
             rows = self.weight.detach()
             if self._rows_are_split:
                 rows = shard_of(self.weight).whole(rows)  # type: ignore[union-attr]
-            self._dynamic_scale = self.dynamic_quantizer.ptq_scale(rows, self.group_size)
+            self._dynamic_scale = ptq_scale(self.dynamic_quantizer, rows, self.group_size)
         return self._dynamic_scale
-
-    @property
-    def learned_scale(self) -> Tensor:
-        """`weight_scale`, its gradient summed over the processes that share its rows."""
-        if self._rows_are_split:
-            return shard_of(self.weight).parallel.shared(self.weight_scale)  # type: ignore[union-attr]
-        return self.weight_scale
 
     @property
     def _rows_are_split(self) -> bool:
         """Whether a row, the unit that a scale belongs to, lies on several processes."""
         return shard_of(self.weight) is not None and shard_of(self.weight_scale) is None
 
-    def _describe(self) -> str:
+    def extra_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f", bits={self._width}{groups}, mode={self._mode}"
+        return f"{super().extra_repr()}, bits={self._bits}{groups}, mode={self._mode}"
+
+
+class FakeQuantLinear(FakeQuant, nn.Linear):
+    """y = x · quantize(weight)ᵀ + bias. weight: [out, in]; weight_scale: [out] or [out, groups]."""
+
+    weight: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.effective_weight(), self.bias)
+
+
+class FakeQuantHead(FakeQuant, Head):
+    """A `Head` with quantize(weight) in place of its weight. weight_scale: [vocabulary] or [vocabulary, groups]."""
+
+    weight: nn.Parameter
+
+
+class FakeQuantEmbedding(FakeQuant, nn.Embedding):
+    """Rows of quantize(weight). weight: [vocabulary, channels]; weight_scale: [vocabulary] or [vocabulary, groups].
+
+    Only the rows that are looked up are quantized. A row that is looked up n times gets the sum of n gradients, so
+    forward and gradients equal those of quantizing the entire table.
+    """
+
+    weight: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: token ids [...] -> [..., channels]."""
+        rows = self._rows(input, self.weight)
+        if self._mode == "off":
+            return rows
+        if self._mode == "learned":
+            return fake_quantize(self.quantizer, rows, self._scales(input, self.weight_scale), self.grad_factor)
+        return fake_quantize(self.dynamic_quantizer, rows.detach(), self._scales(input, self.dynamic_scale()))
+
+    def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(ids, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, False)
+
+    def _scales(self, ids: Tensor, scale: Tensor) -> Tensor:
+        """[...] or [..., groups]. The rows' lookup again: padding and frequencies treat both gradients alike."""
+        return self._rows(ids, scale) if scale.dim() == 2 else self._rows(ids, scale.unsqueeze(-1)).squeeze(-1)
+
+
+FakeQuantLayer = FakeQuantLinear | FakeQuantHead | FakeQuantEmbedding
+FAKE_QUANT: dict[type[nn.Module], type[FakeQuantLinear] | type[FakeQuantHead] | type[FakeQuantEmbedding]] = {
+    nn.Linear: FakeQuantLinear,
+    Head: FakeQuantHead,
+    nn.Embedding: FakeQuantEmbedding,
+}
+"""Plain layer -> the class that it converts to."""
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """Of the whole parameter, of which this process may hold a part."""
+    """The shape of the full parameter, of which this process may hold a part."""
     shard = shard_of(parameter)
     return parameter.shape if shard is None else shard.full_shape(parameter.shape)
 
 
 def _shard_of_scales(weight: Tensor, group_size: int | None) -> Shard | None:
-    """Which of a matrix's scales belong to this part of it; None: all."""
+    """Which of a matrix's scales belong to this process's part of it; None: all."""
     shard = shard_of(weight)
     if shard is None or (shard.dim == 1 and group_size is None):
         return None
@@ -185,51 +228,3 @@ def _shard_of_scales(weight: Tensor, group_size: int | None) -> Shard | None:
         local=shard.local // group_size,
         full=shard.full // group_size,
     )
-
-
-class FakeQuantLinear(nn.Linear, FakeQuant):
-    """y = x · quantize(weight)ᵀ + bias. weight: [out, in]; weight_scale: [out] or [out, groups]."""
-
-    weight: nn.Parameter
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        if self._held is not None:
-            weight = self.quantizer.straight_through(weight, self.learned_scale, self._held, self.grad_factor)
-        elif self._mode == "learned":
-            weight = self.quantizer.fake_quantize(weight, self.learned_scale, self.grad_factor)
-        elif self._mode == "dynamic":
-            weight = self.dynamic_quantizer.fake_quantize(weight.detach(), self.dynamic_scale())
-        return F.linear(input, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return nn.Linear.extra_repr(self) + self._describe()
-
-
-class FakeQuantEmbedding(nn.Embedding, FakeQuant):
-    """Rows of quantize(weight). weight: [vocabulary, width]; weight_scale: [vocabulary] or [vocabulary, groups].
-
-    Only the rows that are looked up are quantized; a row that is looked up n times gets the sum of n gradients, so that
-    forward and gradients are those of quantizing the whole table.
-    """
-
-    weight: nn.Parameter
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input: token ids [...] -> [..., width]."""
-        rows = self._rows(input, self.weight)
-        if self._mode == "off":
-            return rows
-        if self._mode == "learned":
-            return self.quantizer.fake_quantize(rows, self._scales(input, self.weight_scale), self.grad_factor)
-        return self.dynamic_quantizer.fake_quantize(rows.detach(), self._scales(input, self.dynamic_scale()))
-
-    def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
-        return F.embedding(ids, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, False)
-
-    def _scales(self, ids: Tensor, scale: Tensor) -> Tensor:
-        """[...] or [..., groups]. The rows' lookup again: padding and frequencies treat both gradients alike."""
-        return self._rows(ids, scale) if scale.dim() == 2 else self._rows(ids, scale.unsqueeze(-1)).squeeze(-1)
-
-    def extra_repr(self) -> str:
-        return nn.Embedding.extra_repr(self) + self._describe()

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
-from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantLinear
+from qatscale.quant.bit_widths import get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 from qatscale.quant.masters import Masters, PlainMasters
-from qatscale.quant.quantizers import get_quantizer
 from qatscale.quant.report import ModuleReport, SwitchReport
+from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import Selection, Target, fake_quant_modules, select
 from qatscale.quant.views import view
 
 __all__ = ["Masters", "NothingQuantizedError", "PlainMasters", "QatPlugin", "SwitchReport", "scale_groups", "view"]
-
-FakeQuantLayer = FakeQuantLinear | FakeQuantEmbedding
 
 
 class NothingQuantizedError(RuntimeError):
@@ -81,7 +81,7 @@ class QatPlugin:
     def _prepare_layer(self, target: Target, scales: dict[int, nn.Parameter]) -> None:
         """scales: id of a weight -> its scale, for layers that share the weight."""
         module, bits = target.module, target.rule.at(self.qat.bits)
-        if isinstance(module, FakeQuantLayer):
+        if isinstance(module, FakeQuant):
             found = (module.quantizer.bits, module.group_size)
             if found != (bits, self.qat.group_size):
                 raise UserError(
@@ -90,8 +90,7 @@ class QatPlugin:
                 )  # fmt: skip
             scales[id(module.weight)] = module.weight_scale
             return
-        kind = FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantEmbedding
-        layer = kind.convert(
+        layer = FAKE_QUANT[type(module)].convert(
             module,
             bits,
             rule=target.rule,
@@ -225,23 +224,23 @@ def matrices(model: nn.Module) -> list[tuple[tuple[str, ...], FakeQuantLayer]]:
 
 def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) -> ModuleReport:
     """Sets one scale from the fp32 master of its weight and measures what forward will then see."""
-    quantizer, weight, scale = layer.quantizer, layer.weight, layer.weight_scale
+    quantizer, weight, parameter = layer.quantizer, layer.weight, layer.weight_scale
     master = masters.full(weight)
     if not torch.isfinite(master).all():
         raise FloatingPointError(f"{names[0]}.weight holds NaN or infinity at the switch")
-    alpha = quantizer.initial_scale(master, layer.group_size, scale.dtype)
-    masters.assign(scale, alpha)
+    scale = initial_scale(quantizer, master, layer.group_size, parameter.dtype)
+    masters.assign(parameter, scale)
     # In bf16 forward sees both rounded; a weight that rounding alone changed is not a quantized one.
     working = master.to(weight.dtype)
-    error = (quantizer.fake_quantize(working, alpha.to(scale.dtype)).detach() - working).float()
+    error = (fake_quantize(quantizer, working, scale.to(parameter.dtype)).detach() - working).float()
     return ModuleReport(
         names=names,
         bits=quantizer.bits,
         quantizer=quantizer.name,
         shape=tuple(master.shape),
-        scales=alpha.numel(),
+        scales=scale.numel(),
         storage_bits=quantizer.storage_bits,
-        scale_bits=8 * scale.element_size(),
+        scale_bits=8 * parameter.element_size(),
         squared_error=float(error.square().sum(dtype=torch.float64)),
         squared_norm=float(working.float().square().sum(dtype=torch.float64)),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from io import StringIO
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from rich.console import Console
+from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,6 @@ class SwitchReport:
 
     def table(self) -> Table:
         """For a terminal: one row per kind of layer (the last part of its name), bits and shape."""
-        from rich.table import Table
-
         table = Table(
             title=f"QAT from step {self.step:,}: {self.layers} layers, {self.bits_per_weight:.2f} bits per weight",
             show_footer=True,
@@ -125,10 +124,6 @@ class SwitchReport:
         return table
 
     def __str__(self) -> str:
-        from io import StringIO
-
-        from rich.console import Console
-
         text = StringIO()
         Console(file=text, width=120).print(self.table())
         return text.getvalue()

@@ -10,15 +10,12 @@ from torch import nn
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
-from qatscale.quant.layers import FakeQuant, FakeQuantEmbedding, FakeQuantLinear
-from qatscale.quant.quantizers import BitsRule
+from qatscale.quant.bit_widths import BitsRule, embedding_rule
+from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 
 BLOCK_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 """Also with the suffix `_proj` of Hugging Face models."""
 EMBEDDING_NAMES = ("embed", "embed_tokens", "head", "lm_head")
-EMBEDDING_LEAST_BITS = 4
-"""Automatic embedding and head bits never go below this."""
-NOT_QUANTIZED = 16
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,10 @@ class Selection:
     """Name of every other Linear and Embedding -> why."""
 
 
-def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLinear | FakeQuantEmbedding]]:
+def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLayer]]:
     """Converted layers with their names, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+        if isinstance(module, FakeQuantLayer):
             yield name, module
 
 
@@ -49,7 +46,7 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
 
     UserError where nothing matches, a group size does not divide, or a layer cannot be quantized as it stands.
     """
-    rule = _embedding_rule(model, qat)
+    rule = embedding_rule(qat.embedding_bits, _is_tied(model))
     targets: list[Target] = []
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -79,13 +76,6 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
     return Selection(tuple(targets), left_out)
 
 
-def _embedding_rule(model: nn.Module, qat: QatConfig) -> BitsRule | None:
-    """None = embedding and head are left out."""
-    if qat.embedding_bits == "auto":
-        return BitsRule(least=EMBEDDING_LEAST_BITS) if _is_tied(model) else None
-    return None if qat.embedding_bits == NOT_QUANTIZED else BitsRule(fixed=qat.embedding_bits)
-
-
 def _is_tied(model: nn.Module) -> bool:
     """Whether one parameter is the weight of an embedding and of a head, or a model that is one stage says so."""
     if getattr(model, "tied_embedding", False):
@@ -97,7 +87,7 @@ def _is_tied(model: nn.Module) -> bool:
 
 def _check_kind(target: Target) -> None:
     module = target.module
-    if type(module) not in (nn.Linear, nn.Embedding) and not isinstance(module, FakeQuant):
+    if type(module) not in FAKE_QUANT and not isinstance(module, FakeQuant):
         raise UserError(
             f"model.{target.name}", type(module).__name__, "only a plain nn.Linear or nn.Embedding can be quantized;",
             "a subclass would lose what it adds. Prepare the model before other libraries wrap its layers.",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qatscale.errors import UserError, did_you_mean
+from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.layers import Mode
-from qatscale.quant.quantizers import get_quantizer
 from qatscale.quant.selection import fake_quant_modules
 
 View = Literal["fp", "quantized", "ptq"]
@@ -27,7 +27,7 @@ def view(model: nn.Module, kind: View, bits: float | None = None) -> Iterator[No
     quantized
         The weights with the learned scales. UserError before the switch, when the scales mean nothing yet.
     ptq
-        The weights quantized to `bits` (None: the recipe's) by `Quantizer.ptq_scale`, no training involved. Scales are
+        The weights quantized to `bits` (None: the recipe's) by `ptq_scale`, no training involved. Scales are
         searched for once per context, at each layer's first forward; embedding and head follow the recipe's rule for
         `bits`. Weights get no gradient.
     """
@@ -61,8 +61,6 @@ def computed_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state of the plain model that computes what a prepared `model` does in its present view; without scales."""
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(".weight_scale")}
     for name, layer in fake_quant_modules(model):
-        if layer.mode == "learned":
-            state[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.learned_scale)
-        elif layer.mode == "dynamic":
-            state[f"{name}.weight"] = layer.dynamic_quantizer.fake_quantize(layer.weight, layer.dynamic_scale())
+        if layer.mode != "off":
+            state[f"{name}.weight"] = layer.effective_weight()
     return state

@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatscale.config import recipe_names
 from qatscale.config.amounts import positive_amount
-from qatscale.config.schema import BIT_WIDTHS
 from qatscale.config.settings import settings, suggest
 from qatscale.config.yaml_text import parse_yaml
 from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
@@ -265,7 +265,7 @@ def _ratio(key: str, value: Any) -> float:
 def _bits(key: str, value: Any) -> float:
     if isinstance(value, bool) or value not in BIT_WIDTHS:
         near = f" Nearest: {min(BIT_WIDTHS, key=lambda b: abs(b - value)):g}." if isinstance(value, int | float) else ""
-        raise UserError(key, value, f"one of {', '.join(f'{b:g}' for b in BIT_WIDTHS)}.{near}")
+        raise UserError(key, value, f"one of {BIT_WIDTHS_TEXT}.{near}")
     return float(value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import qatlaw
+from qatlaw.fraction import extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 from qatscale.model.sizes import count_parameters
@@ -22,14 +22,13 @@ def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
     if qat.fraction != "auto":
         return qat.fraction, ()
     params = count_parameters(config.model).total
-    S = qatlaw.tokens_per_parameter_byte(params, config.tokens, qat.bits)
-    law = qatlaw.default_law()
-    optimum, warnings = 0.0, tuple[str, ...]()
+    S = tokens_per_parameter_byte(params, config.tokens, qat.bits)
+    optimum, warning = 0.0, None
     said = f"the planner's closed form has no optimum at {S:.3g} tokens per parameter byte, only above 1"
-    if law is not None or S > 1:
-        plan = qatlaw.plan_run(params, config.tokens, qat.bits, law=law)
-        optimum, warnings = plan.fraction, plan.warnings
+    if S > 1:
+        optimum, warning = optimal_fraction(S), extrapolation_warning(params, config.tokens, qat.bits)
         said = f"the planner's optimum is {optimum:.4f}"
+    warnings = () if warning is None else (warning,)
     fraction = nearest_fraction(config, optimum)
     if fraction == optimum:
         return fraction, tuple(f"qat.fraction=auto is {fraction:.4f}, but {text}" for text in warnings)

@@ -22,8 +22,8 @@ from qatscale.engine.step import evaluation_loss
 from qatscale.engine.topology import Topology
 from qatscale.errors import UserError
 from qatscale.model.llama import Llama
+from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.plugin import QatPlugin
-from qatscale.quant.quantizers import get_quantizer
 from qatscale.quant.views import view
 from qatscale.timeline import build_timeline
 

@@ -16,10 +16,8 @@ from qatscale.engine.layout import Layout, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, job_size
 from qatscale.engine.topology import Topology, join_topology
-from qatscale.engine.weight_cache import keeps_weights, weight_cache_notices
 from qatscale.model.llama import Llama, initialise
 from qatscale.model.sizes import count_parameters
-from qatscale.quant.cache import WeightCache
 from qatscale.quant.plugin import QatPlugin
 from qatscale.timeline import Timeline, build_timeline
 from qatscale.train.evaluate import open_stream, open_validation
@@ -57,7 +55,6 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
     notices = (
         *timeline.warnings,
         *layout_notices(config, layout),
-        *weight_cache_notices(config, ds_config, layout),
         *start.notices,
         *check_data(config, start, batches.stream.manifest.fingerprint),
         *filter(None, [repetition]),
@@ -81,7 +78,6 @@ class Job:
     masters: ZeroMasters
     plugin: QatPlugin
     compilation: Compilation
-    weights: WeightCache
     qat_metrics: QatMetrics
 
 
@@ -96,9 +92,8 @@ def assemble(plan: Plan, runtime: Runtime) -> Job:
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, plan.ds_config, topology)
     compiles = plan_compilation(config.engine, plan.ds_config)
     compilation = Compiled(model) if compiles else Compilation()
-    weights = WeightCache(model, keeps_weights(config, plan.ds_config, plan.layout))
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
-    job = Job(runtime, topology, engine, masters, plugin, compilation, weights, qat_metrics)
+    job = Job(runtime, topology, engine, masters, plugin, compilation, qat_metrics)
     _load_start(plan.start, job)
     return job
 

@@ -117,7 +117,7 @@ def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
                 job.qat_metrics.before_step()
             with meter.data():
                 batch = upcoming.take(step)
-            for loss in train_step(engine, batch, config.batch.micro_batch, topology, job.weights):
+            for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                 meter.add_loss(loss)
                 log.watch.mark(step, slow=cold)
             meter.end_step()

@@ -15,6 +15,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from wrong_values import NO_SUCH_BITS
+
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
+
 TRUNK = "train debug name=trunk tokens=2560 batch.micro_batch=4 evaluation.tokens=256 tracking.uri=none data.path=data"
 """10 steps, switch at 5: checkpoints at 5, 8 (the cooldown) and 10."""
 
@@ -63,7 +67,11 @@ CASES: dict[str, list[Case]] = {
             f"{DRY} qat.bit=2 modle.layers=2",
             ("2 problems", "'qat.bits'", "'model.layers'"),
         ),
-        Case("no such bit width", f"{DRY} qat.bits=7", ("qat.bits = 7", "1, 1.58, 2, 3, 4, 5, 6, 8")),
+        Case(
+            "no such bit width",
+            f"{DRY} qat.bits={NO_SUCH_BITS}",
+            (f"qat.bits = {NO_SUCH_BITS}", BIT_WIDTHS_TEXT),
+        ),
         Case("no amount", f"{DRY} tokens=2.5X", ("tokens = '2.5X'", "2.3B, 100M, 50_000")),
         Case("unknown ds_config", f"{TRAIN} engine.ds_config=zero4", ("'zero4'", "Did you mean 'zero3_fp32'?")),
         Case(
@@ -339,7 +347,11 @@ CASES: dict[str, list[Case]] = {
             "evaluate runs/bent",
             ("runs/bent/checkpoints/step-00000010", "was altered: checksum differs", "step-00000008"),
         ),
-        Case("no such bit width", "evaluate runs/trunk --ptq 7", ("--ptq = 7", "1, 1.58, 2, 3, 4, 5, 6, 8")),
+        Case(
+            "no such bit width",
+            f"evaluate runs/trunk --ptq {NO_SUCH_BITS}",
+            (f"--ptq = {NO_SUCH_BITS}", BIT_WIDTHS_TEXT),
+        ),
         Case("no such data", "evaluate runs/trunk --data nowhere", ("data.path = 'nowhere'", "no such folder")),
         Case("no tokens", "evaluate runs/trunk --tokens 0", ("--tokens = '0'", "above 0")),
         Case(
@@ -382,65 +394,51 @@ CASES: dict[str, list[Case]] = {
             "plan --params 396B --tokens 100M --bits 4",
             ("0.000505 tokens per parameter byte", "S > 1", "right units"),
         ),
-        Case("no such bit width", "plan --params 396M --tokens 100B --bits 7", ("--bits = 7", "1, 1.58, 2, 3, 4")),
+        Case(
+            "no such bit width",
+            f"plan --params 396M --tokens 100B --bits {NO_SUCH_BITS}",
+            (f"--bits = '{NO_SUCH_BITS}'", BIT_WIDTHS_TEXT),
+        ),
         Case("no tokens", "plan --params 396M --tokens 0 --bits 4", ("--tokens = '0'", "above 0")),
-        Case("nothing asked", "plan", ("nothing was asked", "--params 396M --tokens 100B --bits 4")),
-        Case("no width", "plan --params 396M --tokens 100B", ("--bits", "Add --bits 4, or --compare fp")),
-        Case("a size for a memory budget", "plan --memory 500MB --recipe 396m", ("--memory", "a recipe has one")),
-        Case("bytes without their unit", "plan --memory 500 --tokens 100B", ("--memory = '500'", "500MB", "512MiB")),
+        Case("no size", "plan --tokens 100B", ("--params", "Add --params 396M")),
+        Case("bytes without their unit", "plan memory 500 --tokens 100B", ("BYTES = '500'", "500MB", "512MiB")),
+        Case("too little memory for any model", "plan memory 1MB --tokens 1B --bits 4", ("BYTES", "'1MB'", "MB to")),
+        Case("two questions", "plan --params 396M memory 500MB --tokens 100B", ("memory", "Write options after it")),
+        Case("two sizes", "plan --params 396M --recipe 396m --tokens 100B", ("--params", "contradicts --recipe")),
         Case(
-            "too little memory for any model", "plan --memory 1MB --tokens 1B --bits 4", ("--memory", "'1MB'", "MB to")
-        ),
-        Case(
-            "two questions",
-            "plan --memory 500MB --params 396M --tokens 100B --compare fp",
-            ("--compare and --memory", "different questions", "Leave one"),
-        ),
-        Case("two sizes", "plan --params 396M --recipe 396m --tokens 100B", ("--params", "the same thing as --recipe")),
-        Case(
-            "hours without a speed", "plan --gpu-hours 500 --params 396M", ("--gpu-hours", "Add --gpu H200 --mfu 0.4")
+            "hours without a speed",
+            "plan compute --gpu-hours 500 --params 396M",
+            ("--gpu-hours", "is not a budget", "--gpu-hours --gpu --mfu"),
         ),
         Case(
             "a budget without a size",
-            "plan --gpu-hours 500 --gpu H200 --mfu 0.4",
+            "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4",
             ("--params", "Add --params 396M", "--law fit.json to have the best size chosen"),
         ),
         Case(
             "a GPU that is not known",
-            "plan --gpu-hours 500 --gpu H300 --mfu 0.4 --params 396M",
+            "plan compute --gpu-hours 500 --gpu H300 --mfu 0.4 --params 396M",
             ("--gpu = 'H300'", "not guessed", "--peak-flops", "H200"),
         ),
         Case(
             "an MFU in percent",
-            "plan --gpu-hours 500 --gpu H200 --mfu 40 --params 396M",
-            ("--mfu = 40.0", "at most 1", "0.4"),
-        ),
-        Case(
-            "one of two measured speeds",
-            "plan --gpu-hours 500 --params 396M --tokens-per-second-fp 1M",
-            ("--tokens-per-second-qat", "both phases"),
-        ),
-        Case(
-            "tokens beside a budget",
-            "plan --flops 1e21 --params 396M --tokens 100B",
-            ("--tokens", "the budget says how many", "Leave it out"),
+            "plan compute --gpu-hours 500 --gpu H200 --mfu 40 --params 396M",
+            ("--mfu = '40'", "below 1"),
         ),
         Case(
             "no such law",
             "plan --params 396M --tokens 100B --bits 4 --law nowhere.json",
-            ("--law = 'nowhere.json'", "qatscale fit"),
+            ("--law = 'nowhere.json'", "synthetic", "qatscale fit"),
         ),
-        Case(
-            "no run to plan from", "plan --from-checkpoint nothing --bits 4", ("'nothing'", "The folder does not exist")
-        ),
+        Case("no run to plan from", "plan checkpoint nothing --bits 4", ("'nothing'", "The folder does not exist")),
         Case(
             "a step without a checkpoint",
-            "plan --from-checkpoint runs/trunk@7 --bits 4",
+            "plan checkpoint runs/trunk@7 --bits 4",
             ("'runs/trunk@7'", "no checkpoint at step 7", "5, 8, 10"),
         ),
         Case(
             "a checkpoint of the QAT phase",
-            "plan --from-checkpoint runs/trunk@8 --bits 4",
+            "plan checkpoint runs/trunk@8 --bits 4",
             ("'runs/trunk@8'", "trained in QAT since step 5", "up to 5"),
         ),
     ],

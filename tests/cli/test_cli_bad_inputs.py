@@ -48,7 +48,7 @@ def test_a_bad_input_gets_one_message_that_helps(case: Case, answer: Answer, wor
         ("trian debug", "Did you mean 'train'?"),
         ("prepare corpus.jsonl", "Missing option '--out'"),
         ("evaluate runs/trunk --bits 4", "No such option: --bits"),
-        ("plan --params 396M --tokens 100B --bits four", "Invalid value for '--bits'"),
+        ("plan memory 500MB --bits 4", "Missing option '--tokens'"),
     ],
 )
 def test_a_wrong_command_line_names_what_is_wrong(typed: str, told: str) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import typer.main
 from bad_inputs import run_command
+from typer.core import TyperGroup
 
-from qatlaw.plan.options import OPTIONS
+from qatlaw.cli import planner
 from qatscale.config import load_run_config, recipe_names
 from qatscale.model.sizes import count_parameters, flops_per_token
 from qatscale.timeline import build_timeline, first_difference
@@ -34,11 +35,11 @@ def planned(typed: str) -> dict[str, Any]:
         "--recipe 396m",
         "--recipe 2p2b --tokens 220B --bits 2 --law synthetic",
         "--params 86M --tokens 2.3B --bits 6",
-        "--memory 500MB --tokens 100B --law synthetic",
-        "--memory 60MB --tokens 20B --bits 2",
-        "--tokens 100B --params 759M --compare fp --law synthetic",
-        "--gpu-hours 500 --gpu H200 --mfu 0.4 --bits 4 --params 396M",
-        "--gpu-hours 500 --gpu H200 --mfu 0.4 --qat-overhead 1.15 --recipe 396m --bits 4 --law synthetic",
+        "memory 500MB --tokens 100B --law synthetic",
+        "memory 60MB --tokens 20B --bits 2",
+        "bit-widths --tokens 100B --params 759M --law synthetic",
+        "compute --gpu-hours 500 --gpu H200 --mfu 0.4 --bits 4 --params 396M",
+        "compute --gpu-hours 500 --gpu H200 --mfu 0.4 --qat-overhead 1.15 --recipe 396m --bits 4 --law synthetic",
     ],
 )
 def test_the_overrides_run_the_plan(typed: str) -> None:
@@ -67,10 +68,11 @@ def test_the_plan_of_a_recipe_is_its_scheme_s(name: str, law: str) -> None:
     """On Chinchilla's budget, where the cooldown is longer than the optimum, and on five times as many tokens."""
     recipe = load_run_config(name)
     params = count_parameters(recipe.model).total
-    asked = [f"--tokens {ratio * params} --bits {bits:g}" for ratio in (20, 100) for bits in (2, 4)]
-    asked += [f"--tokens {20 * params} --compare fp", f"--flops {6 * params * 25 * params} --bits 4"]
+    asked = [f"--recipe {name} --tokens {ratio * params} --bits {bits:g}" for ratio in (20, 100) for bits in (2, 4)]
+    asked += [f"bit-widths --recipe {name} --tokens {20 * params}"]
+    asked += [f"compute --recipe {name} --flops {6 * params * 25 * params} --bits 4"]
     for typed in asked:
-        found = planned(f"--recipe {name} {typed}{law}")
+        found = planned(f"{typed}{law}")
         assert "qat.scheme=fused" in found["overrides"] or not found["overrides"]
         if not found["overrides"]:
             continue
@@ -92,7 +94,7 @@ def test_the_plan_of_a_recipe_is_its_scheme_s(name: str, law: str) -> None:
 
 
 def test_a_budget_is_spent_at_the_fraction_that_the_scheme_holds() -> None:
-    plan = planned("--recipe 86m --flops 1e18 --qat-overhead 1.5 --bits 4 --law synthetic")["plan"]
+    plan = planned("compute --recipe 86m --flops 1e18 --qat-overhead 1.5 --bits 4 --law synthetic")["plan"]
     budget, chosen, optimum = plan["budget"], plan["chosen"], plan["compute_optimal"]
     assert optimum["fraction"] < 0.19 < chosen["fraction"] == pytest.approx(0.2, abs=1e-3)
     cost = budget["fp_cost"] * (1 - chosen["fraction"]) + budget["qat_cost"] * chosen["fraction"]
@@ -120,15 +122,15 @@ def test_a_recipe_brings_its_tokens_and_bits_where_they_are_not_given() -> None:
     plan = planned("--recipe 759m")["plan"]
     assert (plan["tokens"], plan["bits"]) == (config.tokens, config.qat.bits)
     assert plan["params"] == count_parameters(config.model).total
-    assert len(planned("--recipe 759m --compare fp")["plan"]["rows"]) > 1
-    budget = planned("--recipe 759m --bits 4 --flops 1e21")["plan"]
+    assert len(planned("bit-widths --recipe 759m")["plan"]["rows"]) > 1
+    budget = planned("compute --recipe 759m --bits 4 --flops 1e21")["plan"]
     cost = flops_per_token(config.model, config.data.sequence_length)
     assert budget["chosen"]["tokens"] == pytest.approx(1e21 / cost, rel=1e-9)
 
 
 def test_a_gpu_is_its_peak() -> None:
-    by_name = planned("--gpu-hours 500 --gpu H200 --mfu 0.4 --params 396M --bits 4")
-    by_peak = planned("--gpu-hours 500 --peak-flops 989T --mfu 0.4 --params 396M --bits 4")
+    by_name = planned("compute --gpu-hours 500 --gpu H200 --mfu 0.4 --params 396M --bits 4")
+    by_peak = planned("compute --gpu-hours 500 --peak-flops 989T --mfu 0.4 --params 396M --bits 4")
     assert by_name == by_peak
 
 
@@ -144,7 +146,7 @@ def test_no_recipe_of_another_size_is_named() -> None:
         ("--params 396M --tokens 100B --bits 4", ("33.9%", "66.08B", "33.92B", "need a loss law", "qatscale fit")),
         ("--params 8B --tokens 100B --bits 4", ("warning: the optimal QAT fraction is an extrapolation", "N = 8B")),
         ("--recipe 396m --law synthetic", ("predicted loss", "made-up law", "fitted on no runs", "1 - D'/D")),
-        ("--memory 500MB --tokens 100B", ("1792 x 24", "Give --bits", "No activations")),
+        ("memory 500MB --tokens 100B", ("1792 24", "With --bits", "Memory counts weights alone")),
     ],
 )
 def test_what_people_read(typed: str, told: tuple[str, ...]) -> None:
@@ -154,12 +156,19 @@ def test_what_people_read(typed: str, told: tuple[str, ...]) -> None:
     assert [part for part in told if part not in text] == [], out
 
 
-def test_both_doors_have_the_same_options() -> None:
-    from qatscale.cli.app import app
+def examples() -> list[str]:
+    """What the help of each command shows."""
+    group = typer.main.get_command(planner)
+    assert isinstance(group, TyperGroup)
+    assert len(group.commands) >= 5
+    return [str(command.epilog).removeprefix("Example: qatscale ") for command in (group, *group.commands.values())]
 
-    command = typer.main.get_command(app).commands["plan"]  # type: ignore[attr-defined]
-    names = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
-    assert names - {"--recipe", "--gpu", "--json", "--help"} == {option.flag for option in OPTIONS.values()}
+
+@pytest.mark.parametrize("example", examples())
+def test_the_example_in_the_help_of_a_command_runs(example: str) -> None:
+    code, out, error = run_command(shlex.split(example))
+    assert (code, error) == (0, "")
+    assert len(out.splitlines()) > 4
 
 
 def test_an_answer_needs_neither_torch_nor_pandas() -> None:
@@ -169,7 +178,7 @@ def test_an_answer_needs_neither_torch_nor_pandas() -> None:
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'deepspeed', 'pandas', 'scipy', 'matplotlib'} & set(sys.modules)))"
     )
-    typed = "plan --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic"
+    typed = "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic"
     done = subprocess.run([sys.executable, "-c", code, *typed.split()], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -177,17 +186,11 @@ def test_an_answer_needs_neither_torch_nor_pandas() -> None:
 # --- from a checkpoint ---
 
 
-def pretend_run(folder: Path, timeline: Timeline, step: int, params: int, switched_at: int | None = None) -> str:
+def pretend_run(folder: Path, timeline: Timeline, step: int, params: int) -> str:
     """What a plan reads of a run's folder, as a run writes it."""
     checkpoint = folder / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
-    files = {
-        "run.json": {"n_params": params},
-        "timeline.json": timeline.to_dict(),
-        f"checkpoints/{checkpoint.name}/manifest.json": {
-            "step": step, "tokens": step * timeline.tokens_per_step, "plugin": {"switched_at": switched_at},
-        },
-    }  # fmt: skip
+    files = {"run.json": {"n_params": params}, "timeline.json": timeline.to_dict(), checkpoint / "manifest.json": {}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return str(folder)
@@ -201,7 +204,7 @@ def test_a_branch_goes_on_from_where_the_trunk_is(tmp_path: Path, cooldown: str,
     before = build_timeline(parent)
     params = count_parameters(parent.model).total
     run = pretend_run(tmp_path / "trunk", before, before.steps, params)
-    found = planned(f"--from-checkpoint {run} --bits 2 {law}")
+    found = planned(f"checkpoint {run} --bits 2 {law}")
     assert found["plan"]["params"] == params
     assert found["plan"]["tokens_fp"] == before.tokens
     assert found["command"][:4] == ["qatscale", "branch", f"{run}@{before.steps}", "name=NAME"]
@@ -217,7 +220,7 @@ def test_a_real_trunk_is_branched_by_its_plan(world: Path, monkeypatch: pytest.M
     from qatscale.train.start import plan_start
 
     monkeypatch.chdir(world)
-    found = planned("--from-checkpoint runs/trunk@5 --bits 2 --law synthetic")
+    found = planned("checkpoint runs/trunk@5 --bits 2 --law synthetic")
     checkpoint, *overrides = found["command"][2:]
     assert checkpoint == "runs/trunk@5"
     config = branch_config(checkpoint, ["name=planned" if o == "name=NAME" else o for o in overrides])
@@ -232,7 +235,7 @@ def test_a_real_trunk_is_branched_by_its_plan(world: Path, monkeypatch: pytest.M
 def test_a_checkpoint_in_the_cooldown_is_warned_of(tmp_path: Path) -> None:
     timeline = build_timeline(load_run_config("86m", ["qat.scheme=fp", "tokens=20B", "schedule.cooldown_fraction=0.2"]))
     run = pretend_run(tmp_path / "run", timeline, round(timeline.steps * 0.9), 86_000_000)
-    assert any("inside of its run's cooldown" in warning for warning in planned(f"--from-checkpoint {run}")["warnings"])
+    assert any("inside its run's cooldown" in warning for warning in planned(f"checkpoint {run}")["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -240,24 +243,25 @@ def test_a_checkpoint_in_the_cooldown_is_warned_of(tmp_path: Path) -> None:
     [
         ("nowhere", "The folder does not exist"),
         ("empty", "It holds no run.json"),
-        ("run@7", "no checkpoint at step 7; there are: 100"),
+        ("run@7", "no checkpoint at step 7. Take one of 100"),
         ("new", "has no checkpoint yet"),
         ("torn", "cannot be read"),
         ("lacking", "lacks something"),
-        ("switched", "trained in QAT since step 60. Give an earlier one"),
+        ("switched", "trained in QAT since step "),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, told: str) -> None:
     timeline = build_timeline(load_run_config("86m", ["qat.scheme=fp", "tokens=1B"]))
+    quantized = build_timeline(load_run_config("86m", ["tokens=1B", "qat.scheme=sequential", "qat.fraction=0.5"]))
     (tmp_path / "empty").mkdir()
     for run in ("run", "torn", "lacking"):
         pretend_run(tmp_path / run, timeline, 100, 86_000_000)
-    pretend_run(tmp_path / "switched", timeline, 100, 86_000_000, switched_at=60)
+    pretend_run(tmp_path / "switched", quantized, quantized.steps, 86_000_000)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "run.json").write_text("{}")
     (tmp_path / "torn" / "timeline.json").write_text("{")
     (tmp_path / "lacking" / "run.json").write_text("{}")
-    code, out, error = run_command(["plan", "--from-checkpoint", str(tmp_path / name)])
+    code, out, error = run_command(["plan", "checkpoint", str(tmp_path / name)])
     assert (code, out) == (2, "")
-    assert re.match(r"error: --from-checkpoint = ", error)
+    assert re.match(r"error: RUN = ", error)
     assert told in error

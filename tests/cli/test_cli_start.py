@@ -7,7 +7,7 @@ import sys
 
 COMMANDS = (
     "--help", "config", "recipes", "plan --help",
-    "plan --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic",
+    "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic",
     "study --help", "study plan --help", "fit --help", "report --help", "bench --help", "prepare --help",
     "train --help",
 )  # fmt: skip

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from wrong_values import NO_SUCH_BITS
 
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatscale.config import load_run_config, resolved_yaml
 from qatscale.config.schema import ModelConfig, RunConfig
 from qatscale.errors import UserError, UserErrors
@@ -39,7 +41,9 @@ BAD_OVERRIDES = {
         "Write tokens=VALUE: a whole number of tokens above 0 (2.3B, 100M, 50_000)."
     ),
     ("--qat.bits=2",): "--qat.bits: is no key of a recipe. Did you mean 'qat.bits'?",
-    ("qat.bits=7",): "qat.bits = 7: allowed is one of 1, 1.58, 2, 3, 4, 5, 6, 8. (Given on the command line.)",
+    (f"qat.bits={NO_SUCH_BITS}",): (
+        f"qat.bits = {NO_SUCH_BITS}: allowed is one of {BIT_WIDTHS_TEXT}. (Given on the command line.)"
+    ),
     ("qat.scheme=fusd",): (
         "qat.scheme = 'fusd': allowed is fp, sequential, fused or scratch. Did you mean 'fused'? "
         "(Given on the command line.)"
@@ -153,7 +157,8 @@ def test_a_bad_file_prints(text: str, tmp_path: Path) -> None:
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     text = resolved_yaml(load_run_config("debug"))
-    text = text.replace("  layers: 2\n", "").replace("bits: 4", "bits: 7").replace("heads: 2", "heds: 2", 1)
+    text = text.replace("  layers: 2\n", "").replace("heads: 2", "heds: 2", 1)
+    text = text.replace("bits: 4", f"bits: {NO_SUCH_BITS}")
     path.write_text(text)
     with pytest.raises(UserErrors) as caught:
         load_run_config(path, ["tokens=x"])
@@ -164,7 +169,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         "  model.layers: is missing; it takes a whole number above 0.",
         "  model.heads: is missing; it takes a whole number above 0.",
         f"  model.heds: is no key of a recipe. Did you mean 'model.heads'? (Given in {path}.)",
-        f"  qat.bits = 7: allowed is one of 1, 1.58, 2, 3, 4, 5, 6, 8. (Given in {path}.)",
+        f"  qat.bits = {NO_SUCH_BITS}: allowed is one of {BIT_WIDTHS_TEXT}. (Given in {path}.)",
     ]
 
 

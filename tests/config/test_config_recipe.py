@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.config import (
     RunConfig,
     config_differences,
@@ -17,7 +18,7 @@ from qatscale.config import (
     resolved_yaml,
 )
 from qatscale.config.amounts import format_amount, parse_amount
-from qatscale.config.schema import BIT_WIDTHS, PhaseOverride
+from qatscale.config.schema import PhaseOverride
 from qatscale.errors import UserError
 
 
@@ -210,15 +211,17 @@ def test_a_written_amount_is_right_to_four_digits(units: int) -> None:
     assert parse_amount(format_amount(units)) == pytest.approx(units, rel=5e-4)
 
 
-def test_a_key_of_a_former_version_is_dropped_from_what_a_run_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("data.shuffle_block", 65536), ("engine.quantized_weight_cache", "auto")])
+def test_a_key_of_a_former_version_is_dropped_from_what_a_run_recorded(key: str, value: object, tmp_path: Path) -> None:
     config = load_run_config("debug", ["seed=3"])
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(resolved_yaml(config).replace("data:\n", "data:\n  shuffle_block: 65536\n"))
-    with pytest.raises(UserError, match=r"data\.shuffle_block"):
+    section, name = key.split(".")
+    recipe.write_text(resolved_yaml(config).replace(f"{section}:\n", f"{section}:\n  {name}: {value}\n"))
+    with pytest.raises(UserError, match=key):
         load_run_config(recipe)
     for record in ("run.json", "qatscale.json"):
         (tmp_path / record).write_text("{}")
         assert load_run_config(recipe) == config
-        with pytest.raises(UserError, match=r"data\.shuffle_block"):
-            load_run_config(recipe, ["data.shuffle_block=4"])
+        with pytest.raises(UserError, match=key):
+            load_run_config(recipe, [f"{key}=4"])
         (tmp_path / record).unlink()

@@ -35,7 +35,7 @@ def test_what_cannot_be_adopted(tmp_path: Path) -> None:
         adopt(tmp_path, train=["c"])
     with pytest.raises(UserError, match="missing") as caught:
         adopt(tmp_path, train=["d"])
-    assert "prepare" not in caught.value.do, "which makes no shards of others"
+    assert "prepare" not in caught.value.fix, "which makes no shards of others"
     with pytest.raises(UserError, match="at least one shard"):
         adopt(tmp_path, train=[])
     assert not (tmp_path / "manifest.json").exists()
@@ -48,12 +48,12 @@ def test_index_and_data_that_disagree_are_told_apart(tmp_path: Path) -> None:
         UserError, match=r"disagree by 3 tokens: .*22 bytes.* 16\. It is one token a document"
     ) as caught:
         adopt(tmp_path, train=["a"])
-    assert "later version" in caught.value.do
+    assert "later version" in caught.value.fix
     megatron_pair(tmp_path / "b", 8, "H", TOKENS[:-2], LENGTHS)
     with pytest.raises(UserError, match=r"disagree by 2 tokens: .*12 bytes.* 16\.") as caught:
         adopt(tmp_path, train=["b"])
     assert "document" not in str(caught.value)
-    assert "prepare" not in caught.value.do
+    assert "prepare" not in caught.value.fix
 
 
 def test_adopted_shards_that_were_damaged_later_are_not_to_be_prepared(tmp_path: Path) -> None:
@@ -62,4 +62,4 @@ def test_adopted_shards_that_were_damaged_later_are_not_to_be_prepared(tmp_path:
     megatron_pair(tmp_path / "a", 8, "H", TOKENS[::-1], LENGTHS)
     with pytest.raises(UserError, match="checksum") as caught:
         TokenStream.open(tmp_path, "train")
-    assert "prepare" not in caught.value.do
+    assert "prepare" not in caught.value.fix

@@ -153,8 +153,8 @@ def test_damage_is_told_with_the_file_and_the_checkpoint_before(damage: str, tmp
         verify_files(folder, CheckpointReader(folder).manifest)
     assert caught.value.key == "checkpoint"
     assert caught.value.value == str(folder)
-    assert says in caught.value.allowed
-    assert caught.value.do == (
+    assert says in caught.value.problem
+    assert caught.value.fix == (
         f"The newest whole one before it is step-00000002 (verified just now): give {tmp_path.parent}@2, or remove "
         "step-00000004 to go on from there."
     )
@@ -207,7 +207,7 @@ def test_processes_share_the_check_of_the_files(tmp_path: Path) -> None:
         try:
             verify_files(folder, manifest, share, 2)
         except UserError as error:
-            found.append((share, error.allowed))
+            found.append((share, error.problem))
     assert found == [(1, f"{alter_name} was altered: checksum differs.")]
 
 

@@ -13,6 +13,7 @@ from qatscale.errors import UserError
 from qatscale.model.llama import Llama, initialise
 from qatscale.model.loss import chunk_loss, fusible_chunk_loss
 from qatscale.quant.plugin import QatPlugin
+from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import fake_quant_modules
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=32, layers=3, heads=4, kv_heads=2, intermediate_size=64)
@@ -35,7 +36,7 @@ def build(recompute: bool) -> Llama:
 
 def switch(model: Llama) -> None:
     for _, layer in fake_quant_modules(model):
-        layer.weight_scale.data.copy_(layer.quantizer.initial_scale(layer.weight.detach()))
+        layer.weight_scale.data.copy_(initial_scale(layer.quantizer, layer.weight.detach()))
         layer.calibrated, layer.mode = True, "learned"
 
 

@@ -47,7 +47,6 @@ def test_every_rank_has_a_place_of_its_own_and_tensor_neighbours_are_next_to_eac
         (2, ["engine.pipeline_stages=2"], "zero2_fp32", ["ZeRO-1 alone", "stage 2"]),
         (2, ["engine.pipeline_stages=2"], "zero3_fp32", ["ZeRO-1 alone", "stage 3"]),
         (2, ["engine.pipeline_stages=2"], "offload.json", ["offload_optimizer", "part of the gradient"]),
-        (1, ["engine.quantized_weight_cache=on"], "zero3_fp32", ["ZeRO-3 divides", "ZeRO-1 or 2"]),
         (1, ["engine.sequence_parallel=true"], "zero1_fp32", ["no effect without tensor"]),
         (2, ["engine.tensor_parallel=2", "engine.sequence_parallel=true", "data.sequence_length=63"], "zero1_fp32",
          ["data.sequence_length = 63", "62 or 64"]),

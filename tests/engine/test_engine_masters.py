@@ -11,7 +11,8 @@ import torch
 from processes import run
 
 from qatscale.engine.checkpoints.files import CheckpointReader
-from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.bit_widths import get_quantizer
+from qatscale.quant.reference import encode
 
 DRIVER = Path(__file__).with_name("masters_driver.py")
 LAYOUTS = [f"{stage}-{precision}-None" for stage in (1, 2) for precision in ("fp32", "bf16")] + [
@@ -96,7 +97,7 @@ def test_scales_at_the_floor_and_codes_that_flip_are_counted_on_whole_matrices(
         drawn.append({n: torch.randn(SHAPES[n], generator=generator) + 0.5 * n.endswith("_scale") for n in order})
     codes = [
         [
-            get_quantizer(3).codes(values[f"{name}.weight"].to(dtype), values[f"{name}.weight_scale"].to(dtype))[rows]
+            encode(get_quantizer(3), values[f"{name}.weight"].to(dtype), values[f"{name}.weight_scale"].to(dtype))[rows]
             for name, rows in (("up", slice(1, 3)), ("down", slice(0, 2)))
         ]
         for values in drawn

@@ -14,6 +14,7 @@ from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.export.formats.lookup import get_format
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
+from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.selection import fake_quant_modules
 from qatscale.train.evaluate import load_checkpointed_model
 
@@ -38,7 +39,7 @@ def trained_weights(run: Path) -> dict[str, Tensor]:
     values = {name: value.detach() for name, value in model.named_parameters() if not name.endswith("_scale")}
     for name, layer in fake_quant_modules(model):
         if f"{name}.weight" in values:
-            values[f"{name}.weight"] = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale).detach()
+            values[f"{name}.weight"] = fake_quantize(layer.quantizer, layer.weight, layer.weight_scale).detach()
     return {names[name]: value for name, value in values.items()}
 
 

@@ -14,23 +14,32 @@ from qatscale.export.packing import pack, packed_words
 from qatscale.export.quantized_matrix import QuantizedMatrix, integer_step, lowest_integer, signed_bits
 from qatscale.export.source import SourceParameter
 from qatscale.model.llama import ModelConfig
-from qatscale.quant.quantizers import ALPHA_FLOOR, QUANTIZERS, Quantizer
+from qatscale.quant.bit_widths import QUANTIZERS, SCALE_FLOOR, Quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.reference import encode
 
-ALL = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=lambda q: q.width)
+ALL = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=lambda q: q.bits_text)
+
+
+def codes_of(quantizer: Quantizer) -> list[int]:
+    return [-1, 1] if quantizer.name == "binary" else list(range(-quantizer.qn, quantizer.qp + 1))
 
 
 def a_matrix(
     quantizer: Quantizer, rows: int = 6, channels: int = 512, groups: int = 1
 ) -> tuple[QuantizedMatrix, torch.Tensor]:
-    """With every code in every row, one scale below the floor; and what our quantizer decodes."""
-    codes = torch.tensor(quantizer.code_values, dtype=torch.int8)
+    """With every code in every row, one scale below the floor; and the weights that forward makes of them."""
+    codes = torch.tensor(codes_of(quantizer), dtype=torch.int8)
     draw = torch.Generator().manual_seed(0)
     picked = codes[torch.randint(len(codes), (rows, channels), generator=draw)]
     picked[:, : len(codes)] = codes
     alpha = torch.rand(rows, groups, generator=draw) / 16 + 1e-3
-    alpha[0, 0] = ALPHA_FLOOR / 3
+    alpha[0, 0] = SCALE_FLOOR / 3
+    levels = (picked.view(rows, groups, -1) + quantizer.shift) / quantizer.steps
+    weights = (levels * alpha.clamp_min(SCALE_FLOOR).unsqueeze(-1)).view(rows, channels)
     alpha = alpha[:, 0] if groups == 1 else alpha
-    return QuantizedMatrix.from_codes(quantizer, picked, alpha), quantizer.decode(picked, alpha)
+    assert torch.equal(encode(quantizer, weights, alpha), picked)
+    return QuantizedMatrix.from_codes(quantizer, picked, alpha), fake_quantize(quantizer, weights, alpha)
 
 
 @ALL
@@ -52,7 +61,7 @@ def test_ranges_and_unsigned_codes(quantizer: Quantizer) -> None:
     assert integers.max() <= 2 ** (bits - 1) - 1
     assert bits == 2 or integers.unique().numel() > 2 ** (bits - 1) or quantizer.name == "seq", "no bit for nothing"
     unsigned = matrix.unsigned.view(torch.uint8).int()
-    assert sorted(unsigned.unique().tolist()) == list(range(len(quantizer.code_values)))
+    assert sorted(unsigned.unique().tolist()) == list(range(len(codes_of(quantizer))))
     assert unsigned.max() < 2**quantizer.storage_bits
     assert torch.equal(integer_step(quantizer) * unsigned + lowest_integer(quantizer), integers)
 
@@ -119,7 +128,7 @@ def test_blocks_of_one_bit() -> None:
 @ALL
 def test_every_choice_of_gguf_has_room_for_the_integers(quantizer: Quantizer) -> None:
     integers = a_matrix(quantizer)[0].integers
-    for kind in BLOCK_TYPES[quantizer.width]:
+    for kind in BLOCK_TYPES[quantizer.bits_text]:
         assert kind.low <= int(integers.min())
         assert int(integers.max()) <= kind.high
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from exported import described, need, snippets
 from safetensors.torch import load_file
+from wrong_values import NO_SUCH_BITS
 
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from qatscale.export import clients, source
@@ -81,7 +82,7 @@ def test_other_bad_inputs(qatscale, runs: Path, tmp_path: Path) -> None:
     refused(qatscale, f"export {runs}/two --out {there}", "not empty", "Choose another folder")
     refused(qatscale, f"{two} --format gufg", "--format = 'gufg'", "Did you mean 'gguf'?")
     refused(qatscale, f"{two} --ptq 4", "--ptq = 4", "were trained", "Leave it out")
-    refused(qatscale, f"export {runs}/full --out {tmp_path}/out --ptq 7", "--ptq = 7")
+    refused(qatscale, f"export {runs}/full --out {tmp_path}/out --ptq {NO_SUCH_BITS}", f"--ptq = {NO_SUCH_BITS}")
     refused(qatscale, f"{two} --tokens 1M --no-verify", "--tokens", "no effect")
     refused(qatscale, f"{two} --q1-0", "--q1-0", "is a type of gguf", "Leave it out")
     refused(qatscale, f"{two} --q1-0 --format gguf", "--q1-0", "no matrix of 1 bit")

@@ -15,7 +15,7 @@ from law_runs import PTQ_BITS, PTQ_LOSS, command, empty_store, finished, finishe
 from pydantic import BaseModel
 
 from qatlaw import synthetic
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fit import fit
 from qatlaw.fit_file import read_fit
 from qatlaw.laws import QAT_PER_BITS
@@ -214,7 +214,7 @@ def test_runs_on_different_text_are_no_trials_and_no_fit(first: tuple[str, float
     assert found.left_out == ()
     assert len(found.table) == 21
     with pytest.raises(
-        LawError, match=r"20 on 1,000,000 tokens of split text \(f1e\+08, .*1 on .* \(easier\)"
+        InputError, match=r"20 on 1,000,000 tokens of split text \(f1e\+08, .*1 on .* \(easier\)"
     ) as raised:
         fit(QAT_PER_BITS, found.table)
     assert raised.value.key == "runs: held-out text"
@@ -235,7 +235,7 @@ def test_runs_of_older_versions_say_less_and_are_read() -> None:
     assert found.notices == ("the runs differ in data.path (a, b), which the law does not know",)
     found.table.check_text()
     short = record("short", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "150000"})
-    with pytest.raises(LawError, match="1 on 150,000 tokens of one split"):
+    with pytest.raises(InputError, match="1 on 150,000 tokens of one split"):
         collect([old, short], "").table.check_text()
     new = on_text(record("new", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "1000000"}), "text", 400_000.0)
     assert len(collect([old, new], "").table) == 1, "the split may be shorter than what was asked for"
@@ -278,15 +278,15 @@ def test_an_infinite_loss_as_mlflow_keeps_it_is_diverged() -> None:
 
 def test_nothing_to_fit_on_is_told_with_the_reasons() -> None:
     fit = RunRecord("f", "f", "FINISHED", {}, {}, kind="fit")
-    with pytest.raises(LawError, match=r"runs = 'x': no finished run to fit on: 1 diverged\."):
+    with pytest.raises(InputError, match=r"runs = 'x': no finished run to fit on: 1 diverged\."):
         collect([record("a", math.nan, 0), fit], "x")
-    with pytest.raises(LawError, match="it holds none"):
+    with pytest.raises(InputError, match="it holds none"):
         collect([fit], "x")
 
 
 def test_a_store_or_experiment_that_is_not_there_is_told_and_not_made(runs: tuple[Path, str], tmp_path: Path) -> None:
-    with pytest.raises(LawError, match="no such database"):
+    with pytest.raises(InputError, match="no such database"):
         mlflow_records(f"sqlite:///{tmp_path}/none.db", EXPERIMENT)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(LawError, match="Did you mean 'qatscale'"):
+    with pytest.raises(InputError, match="Did you mean 'qatscale'"):
         mlflow_records(runs[1], "qatscal")

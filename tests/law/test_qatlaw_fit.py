@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from qatlaw import synthetic
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fit import FitOptions, curve_numbers, fit, fit_per_bits, make_problem
 from qatlaw.identifiability import identify
 from qatlaw.information import Certainty, information
@@ -347,20 +347,20 @@ def few(**query):
     ],
 )
 def test_too_little_is_refused_with_what_to_do(form, table, told):
-    with pytest.raises(LawError, match=told):
+    with pytest.raises(InputError, match=told):
         fit(form, table)
 
 
 def test_two_schemes_are_refused():
     frame = synthetic.table(0).frame
     fused = frame[frame["scheme"] == "sequential"].assign(scheme="fused")
-    with pytest.raises(LawError, match="one two-phase scheme"):
+    with pytest.raises(InputError, match="one two-phase scheme"):
         fit(QAT_UNIFIED, RunTable.from_frame(pd.concat([frame, fused], ignore_index=True)))
 
 
 @pytest.mark.parametrize("option", [{"starts": 0}, {"workers": 0}, {"delta": 0.0}, {"fp_weight": 0.0}])
 def test_options_that_are_none_are_refused(option):
-    with pytest.raises(LawError, match=f"^{next(iter(option))} = "):
+    with pytest.raises(InputError, match=f"^{next(iter(option))} = "):
         fit(QAT_UNIFIED, synthetic.table(0), **option)
 
 

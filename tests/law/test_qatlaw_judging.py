@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from qatlaw import synthetic
-from qatlaw.curves import READING, fraction_errors, measured_curves
-from qatlaw.errors import LawError
+from qatlaw.curves import READING, closed_form, fraction_errors, measured_curves
+from qatlaw.errors import InputError
 from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, read_fit, write_fit
 from qatlaw.laws import CHEN_2025, CHINCHILLA, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED
@@ -63,9 +63,9 @@ def test_the_seed_decides_the_intervals_and_the_workers_do_not(result, drawn):
 
 
 def test_bootstrap_refuses_what_makes_no_interval(result):
-    with pytest.raises(LawError, match=r"^resamples = 5"):
+    with pytest.raises(InputError, match=r"^resamples = 5"):
         bootstrap(result, resamples=5)
-    with pytest.raises(LawError, match=r"^level = 95"):
+    with pytest.raises(InputError, match=r"^level = 95"):
         bootstrap(result, level=95)
 
 
@@ -93,12 +93,12 @@ def test_a_curve_without_a_minimum_inside_is_told(slope, end):
     (curve,) = measured_curves(curve_table(f, 3 + slope * f))
     assert curve.optimum == end
     assert not curve.inside
-    assert fraction_errors(synthetic.law(), [curve]) == {}
+    assert fraction_errors(synthetic.law().optimal_fraction, [curve]) == {}
 
 
 def test_optima_of_noise_free_curves_are_the_laws_own():
     table = synthetic.table(0, noise=0.0)
-    errors = fraction_errors(synthetic.law(), measured_curves(table))
+    errors = fraction_errors(synthetic.law().optimal_fraction, measured_curves(table))
     assert set(errors) == {"all", "1", "2", "4", "6"}
     assert errors["all"].curves == 120
     assert errors["all"].mae < 0.015  # what the reading of a curve itself is off by
@@ -106,7 +106,10 @@ def test_optima_of_noise_free_curves_are_the_laws_own():
 
 def test_error_bars_are_of_the_size_of_the_errors():
     """With the noise pooled from the curves' own scatter; 68 % within one standard error."""
-    found = [fraction_errors(synthetic.law(), measured_curves(synthetic.table(s, noise=5e-4)))["all"] for s in range(8)]
+    found = [
+        fraction_errors(synthetic.law().optimal_fraction, measured_curves(synthetic.table(s, noise=5e-4)))["all"]
+        for s in range(8)
+    ]
     assert np.mean([errors.within for errors in found]) == pytest.approx(0.68, abs=0.12)
     known = measured_curves(synthetic.table(0, noise=5e-4), noise=5e-4)
     pooled = measured_curves(synthetic.table(0, noise=5e-4))
@@ -116,13 +119,27 @@ def test_error_bars_are_of_the_size_of_the_errors():
 def test_a_law_that_is_off_is_seen_in_the_fractions():
     curves = measured_curves(synthetic.table(0, noise=5e-4))
     off = synthetic.law().form.bind({**synthetic.COEFFICIENTS, "rho": 0.3})
-    good, bad = (fraction_errors(law, curves)["all"] for law in (synthetic.law(), off))
+    good, bad = (fraction_errors(law.optimal_fraction, curves)["all"] for law in (synthetic.law(), off))
     assert bad.mae > 2 * good.mae
     assert bad.bias > 0.1
     assert bad.within < 0.3 < good.within
-    by_width = fraction_errors({1.0: synthetic.law(), 4.0: off}, curves)
+    by_width = fraction_errors({1.0: synthetic.law().optimal_fraction, 4.0: off.optimal_fraction}, curves)
     assert set(by_width) == {"all", "1", "4"}
     assert by_width["1"].mae < by_width["4"].mae
+
+
+def test_the_closed_form_is_judged_by_the_same_curves():
+    """Curves whose minimum is the closed form's by construction, and the same ones moved by 0.1."""
+    f = np.linspace(0.05, 0.9, 9)
+    published = closed_form(1e8, 1e10, 4.0)
+    assert published == pytest.approx(np.exp(-6.7297 / np.log(1e10 / (1e8 * 4 / 8))))
+
+    def curves(optimum):
+        return measured_curves(curve_table(f, 3 - 0.1 * (optimum * np.log(f) + (1 - optimum) * np.log1p(-f))))
+
+    assert fraction_errors(closed_form, curves(published))["all"].mae < 1e-6
+    moved = fraction_errors(closed_form, curves(published + 0.1))["4"]
+    assert moved.bias == pytest.approx(-0.1, abs=1e-6)
 
 
 def test_ends_of_curves_and_lone_runs_are_no_curves():
@@ -212,20 +229,20 @@ def test_without_a_bootstrap_there_are_no_intervals(tmp_path, result):
 
 def test_files_that_are_no_fit_are_refused(tmp_path, result):
     path = tmp_path / "fit.json"
-    with pytest.raises(LawError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_fit(path)
     path.write_text("[]")
-    with pytest.raises(LawError, match="format None"):
+    with pytest.raises(InputError, match="object"):
         read_fit(path)
     write_fit(path, fit_file(result))
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format": 2}))
-    with pytest.raises(LawError, match="format 2"):
+    with pytest.raises(InputError, match="format"):
         read_fit(path)
     path.write_text(json.dumps({**content, "coefficients": {**content["coefficients"], "xi": -1.0}}))
-    with pytest.raises(LawError, match=r"coefficients\.xi"):
+    with pytest.raises(InputError, match=r"coefficients\.xi"):
         read_fit(path)
     del content["data"]
     path.write_text(json.dumps(content))
-    with pytest.raises(LawError, match="lacks data"):
+    with pytest.raises(InputError, match="data"):
         read_fit(path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from qatlaw import synthetic
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.laws import CHEN_2025, CHINCHILLA, FORMS, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED, Law
 
 QUANTIZED = [form for form in FORMS.values() if form.quantized]
@@ -252,19 +252,19 @@ def test_many_fractions_are_those_of_few():
 
 
 def test_qat_from_scratch_lies_outside_of_a_law_that_diverges_there():
-    with pytest.raises(LawError, match="interaction term diverges"):
+    with pytest.raises(InputError, match="interaction term diverges"):
         synthetic.law().loss(1e8, 0, 1e10, 4)
     assert np.isfinite(CHEN_2025.bind({**BASE, "k": 0.2, "gamma_D": 0.08, "gamma_N": 0.2}).loss(1e8, 0, 1e10, 4))
 
 
 def test_a_law_without_quantization_refuses_quantized_runs():
-    with pytest.raises(LawError, match="full-precision runs only"):
+    with pytest.raises(InputError, match="full-precision runs only"):
         CHINCHILLA.bind(BASE).loss(1e8, 1e10, 1e9, 4)
 
 
 @pytest.mark.parametrize("form", [CHINCHILLA, CHEN_2025, KUMAR_2024])
 def test_no_optimal_fraction_where_the_split_does_not_count(form):
-    with pytest.raises(LawError, match="does not depend on how the tokens are split"):
+    with pytest.raises(InputError, match="does not depend on how the tokens are split"):
         form.optimal_fraction([1.0] * len(form.parameters), 1e8, 1e10, 4)
 
 
@@ -279,18 +279,18 @@ def test_no_optimal_fraction_where_the_split_does_not_count(form):
     ],
 )
 def test_runs_that_are_none_are_named(run, key):
-    with pytest.raises(LawError, match=f"^{key} = "):
+    with pytest.raises(InputError, match=f"^{key} = "):
         synthetic.law().loss(*run)
 
 
 def test_unsound_coefficients_are_refused():
-    with pytest.raises(LawError, match=r"^coefficients\.rho = 1\.5"):
+    with pytest.raises(InputError, match=r"^coefficients\.rho = 1\.5"):
         QAT_UNIFIED.bind({**synthetic.COEFFICIENTS, "rho": 1.5})
-    with pytest.raises(LawError, match=r"^coefficients\.beta = -1\.0"):
+    with pytest.raises(InputError, match=r"^coefficients\.beta = -1\.0"):
         QAT_UNIFIED.bind({**synthetic.COEFFICIENTS, "beta": -1.0})
-    with pytest.raises(LawError, match="also needs rho"):
+    with pytest.raises(InputError, match="also needs rho"):
         QAT_UNIFIED.bind({name: value for name, value in synthetic.COEFFICIENTS.items() if name != "rho"})
-    with pytest.raises(LawError, match=r"coefficients\.tau"):
+    with pytest.raises(InputError, match=r"coefficients\.tau"):
         QAT_UNIFIED.bind({**synthetic.COEFFICIENTS, "tau": 1.0})
 
 
@@ -298,7 +298,7 @@ def test_a_law_survives_json_and_pickle():
     law = synthetic.law()
     assert Law.from_dict(json.loads(json.dumps(law.to_dict()))) == law
     assert pickle.loads(pickle.dumps(law)) == law
-    with pytest.raises(LawError, match=r"^form = 'kaplan'"):
+    with pytest.raises(InputError, match=r"^form = 'kaplan'"):
         Law.from_dict({"form": "kaplan", "coefficients": {}})
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from qatlaw import synthetic
-from qatlaw.default import load_law
 from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, read_fit, write_fit
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.noise import estimate_noise, own_errors
+from qatlaw.planner_law import load_law
 from qatlaw.table import RunTable
 from qatlaw.uncertainty import bootstrap, interval_notes
 

@@ -10,14 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
 
-import qatlaw
-from qatlaw import LawError
-from qatlaw.default import PlannerLaw, default_law, load_law, synthetic_law
+from qatlaw import InputError
 from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.laws import CHEN_2025, QAT_PER_BITS
-from qatlaw.plan import compare_widths, fusion_saving, optimal_loss, plan_run, tokens_for_loss, wasted_tokens
+from qatlaw.plan import (
+    compare_widths,
+    fusion_saving,
+    judge_split,
+    optimal_loss,
+    plan_run,
+    tokens_for_loss,
+    wasted_tokens,
+)
 from qatlaw.plan.run import switch_step, written_fraction
 from qatlaw.plan.waste import split_loss
+from qatlaw.planner_law import PlannerLaw, load_law, synthetic_law
 
 LAW = synthetic_law()
 WIDTHS = (1, 1.58, 2, 3, 4, 5, 6)
@@ -66,15 +73,14 @@ class TestOneRun:
         assert round((1 - written) * 95_367) == plan.switch_step
 
     def test_with_a_law_its_optimum_is_planned_and_told(self) -> None:
-        plan = plan_run(396e6, 100e9, 4, law=LAW, fraction=0.25)
+        plan = plan_run(396e6, 100e9, 4, law=LAW)
         f, lowest = best(396e6, 100e9, 4)
         assert plan.fraction == pytest.approx(f, abs=1e-4)
         assert plan.basis == "loss law"
         assert plan.prediction is not None
         assert plan.prediction.loss == pytest.approx(lowest, rel=1e-9)
         assert plan.prediction.rule.loss == pytest.approx(loss(396e6, 100e9, 0.1, 4), rel=1e-12)
-        assert plan.prediction.asked is not None
-        assert plan.prediction.asked.loss == pytest.approx(loss(396e6, 100e9, 0.25, 4), rel=1e-12)
+        assert judge_split(LAW, 396e6, 100e9, 4, 0.25).loss == pytest.approx(loss(396e6, 100e9, 0.25, 4), rel=1e-12)
         assert plan.prediction.closed_form is not None
         assert plan.prediction.closed_form.fraction == pytest.approx(0.339, abs=5e-4)
         assert plan.prediction.full_precision_loss < plan.prediction.loss
@@ -88,7 +94,7 @@ class TestOneRun:
         assert "S = " not in warning
 
     def test_fewer_tokens_than_bytes_need_a_law(self) -> None:
-        with pytest.raises(LawError, match="S > 1"):
+        with pytest.raises(InputError, match="S > 1"):
             plan_run(1e9, 1e8, 8)
         plan = plan_run(1e9, 1e8, 8, law=LAW)
         assert plan.closed_form is None
@@ -101,10 +107,6 @@ class TestOneRun:
         text = written_fraction(fraction, steps)
         assert switch_step(float(text), steps) == switch_step(fraction, steps)
         assert float(text) == pytest.approx(fraction, abs=1e-4)
-
-    def test_no_law_ships_yet(self) -> None:
-        """When one does, it is one fitted on runs, and `qat.fraction=auto` and the README have to say so."""
-        assert default_law() is None
 
 
 class TestWasted:
@@ -145,7 +147,7 @@ class TestWasted:
 
     @pytest.mark.parametrize("f", [0.0, 1.0, -0.1, math.nan])
     def test_the_ends_are_no_split(self, f: float) -> None:
-        with pytest.raises(LawError, match="between 0 and 1"):
+        with pytest.raises(InputError, match="between 0 and 1"):
             wasted_tokens(LAW.law, 396e6, 1e10, f, 4)
 
     def test_fusion_by_its_definition(self) -> None:
@@ -155,7 +157,7 @@ class TestWasted:
         assert found.sequential_tokens == pytest.approx(D_u, rel=1e-9)
         assert found.saved == pytest.approx(1 - 100 / 112, rel=1e-8)
         assert fusion_saving(LAW.law, 396e6, 100e9, 4, 2.41, 2.4).saved < 0
-        with pytest.raises(LawError, match="no number of tokens"):
+        with pytest.raises(InputError, match="no number of tokens"):
             fusion_saving(LAW.law, 396e6, 100e9, 4, 1.0, 2.4)
 
 
@@ -192,7 +194,7 @@ class TestTheLaw:
         assert law.law.form is QAT_PER_BITS
         assert "runs of synthetic runs" in law.source
         assert plan_run(396e6, 100e9, 4, law=law).fraction == pytest.approx(best(396e6, 100e9, 4)[0], abs=0.05)
-        with pytest.raises(LawError, match=r"--bits = 2: .* 4 bits alone"):
+        with pytest.raises(InputError, match=r"--bits = 2: .* 4 bits alone"):
             plan_run(396e6, 100e9, 2, law=law)
 
     def test_a_law_without_a_split_plans_nothing(self, tmp_path) -> None:
@@ -201,11 +203,11 @@ class TestTheLaw:
 
         path = tmp_path / "fit.json"
         write_fit(path, fit_file(fit(CHEN_2025, table(0).of_width(4.0), starts=4)))
-        with pytest.raises(LawError, match="plans no switch"):
+        with pytest.raises(InputError, match="plans no switch"):
             load_law(str(path))
 
     def test_a_missing_file_names_the_option(self) -> None:
-        with pytest.raises(LawError, match=r"^--law = 'nowhere.json'"):
+        with pytest.raises(InputError, match=r"^--law = 'nowhere.json'"):
             load_law("nowhere.json")
 
     def test_the_synthetic_law_says_what_it_is(self) -> None:
@@ -232,7 +234,7 @@ class TestTheLaw:
         import sys
 
         code = (
-            "import sys, qatlaw.plan, qatlaw.plan.questions, qatlaw.default as d; d.load_law('synthetic');"
+            "import sys, qatlaw.plan, qatlaw.cli, qatlaw.planner_law as d; d.load_law('synthetic');"
             "print(sorted({'torch', 'scipy', 'pandas', 'matplotlib', 'qatscale'} & set(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -241,4 +243,3 @@ class TestTheLaw:
 
 def test_the_split_loss_is_the_law_at_both_phases() -> None:
     assert split_loss(LAW.law, 396e6, 100e9, 0.25, 4) == LAW.law.loss(396e6, 75e9, 25e9, 4)
-    assert qatlaw.plan_run is plan_run

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qatlaw import LawError, optimal_fraction, tokens_per_parameter_byte
-from qatlaw.default import synthetic_law
+from qatlaw import InputError, optimal_fraction, tokens_per_parameter_byte
 from qatlaw.plan import Budget, best_size, compute_optimal, plan_budget, plan_checkpoint
 from qatlaw.plan.budget import spend
+from qatlaw.planner_law import synthetic_law
 
 LAW = synthetic_law()
 
@@ -78,21 +79,25 @@ class TestComputeOptimal:
         f, D = compute_optimal(LAW.law, sizes, 4, 1e21, 6 * sizes, 6 * sizes * overhead)
         losses = LAW.law.loss(sizes, (1 - f) * D, f * D, 4)
         assert sizes[losses.argmin()] == pytest.approx(N, rel=0.006)
+        plan = plan_budget(None, 4, Budget(1e21, "FLOPs", 6, 6 * overhead), law=LAW)
+        assert plan.params == round(N)
+        assert plan.chosen.loss == pytest.approx(losses.min(), abs=1e-7)
 
     def test_without_a_law_the_closed_form_spends_it(self) -> None:
         plan = plan_budget(396e6, 4, budget(1.0))
         assert plan.compute_optimal is plan.token_optimal is None
-        assert plan.chosen is plan.closed_form
+        assert plan.closed_form is not None
+        assert plan.chosen == replace(plan.closed_form, name="planned")
         assert plan.chosen.tokens == pytest.approx(1e21 / (6 * 396e6), rel=1e-12)
         S = tokens_per_parameter_byte(396e6, plan.chosen.tokens, 4)
         assert plan.chosen.fraction == pytest.approx(optimal_fraction(S), rel=1e-12)
         assert plan.chosen.loss is None
-        with pytest.raises(LawError, match="more than 1"):
+        with pytest.raises(InputError, match="more than 1"):
             plan_budget(396e9, 4, budget(1.0, N=396e9))
 
     @pytest.mark.parametrize("amount", [0.0, -1.0, math.inf, math.nan])
     def test_no_budget_is_refused(self, amount: float) -> None:
-        with pytest.raises(LawError, match="positive finite"):
+        with pytest.raises(InputError, match="positive finite"):
             budget(1.0, amount=amount)
 
 
@@ -134,5 +139,5 @@ class TestCheckpoint:
         assert plan.loss is plan.full_precision_loss is None
 
     def test_fewer_tokens_than_bytes_are_refused(self) -> None:
-        with pytest.raises(LawError, match="less than a token per byte"):
+        with pytest.raises(InputError, match="less than a token per byte"):
             plan_checkpoint(1e12, 4, 1e9)

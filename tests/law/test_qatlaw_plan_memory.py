@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qatlaw import LawError
-from qatlaw.default import synthetic_law
+from qatlaw import InputError
 from qatlaw.plan import Shape, plan_memory, shapes_within
+from qatlaw.planner_law import synthetic_law
 from qatscale.config import load_run_config
 from qatscale.config.schema import ModelConfig
 from qatscale.model.sizes import count_parameters
@@ -29,7 +29,7 @@ def model_of(shape: Shape) -> ModelConfig:
 @pytest.mark.parametrize("shape", [Shape(256, 3, 32_000), Shape(1792, 24, 32_000), Shape(4096, 50, 128_256)])
 def test_a_shape_has_the_parameters_of_the_model_it_overrides(shape: Shape) -> None:
     model = model_of(shape)
-    assert (model.hidden_size, model.layers, model.vocab_size) == (shape.width, shape.layers, shape.vocabulary)
+    assert (model.hidden_size, model.layers, model.vocab_size) == (shape.hidden_size, shape.layers, shape.vocabulary)
     assert count_parameters(model).total == shape.params
 
 
@@ -129,5 +129,5 @@ def test_without_a_law_widths_are_not_ranked() -> None:
 
 @pytest.mark.parametrize("budget", [1e6, 1e15])
 def test_a_budget_no_model_fits_is_refused(budget: float) -> None:
-    with pytest.raises(LawError, match=r"--memory = '1e\+?\d*MB'|--memory = '1MB'"):
+    with pytest.raises(InputError, match=r"BYTES = '1e\+?\d*MB'|BYTES = '1MB'"):
         largest_shape(budget, 4)

@@ -15,15 +15,15 @@ from law_runs import command, finished
 from matplotlib.colors import to_rgb
 
 from qatlaw import synthetic
-from qatlaw.default import synthetic_law
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
 from qatlaw.figures.style import amount, memory, thinned, width_dash, width_style
 from qatlaw.fraction import optimal_fraction
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.plan.waste import split_loss, wasted_tokens
+from qatlaw.planner_law import synthetic_law
 from qatlaw.report import Report, html, image, rows_html, write_report
 from qatlaw.runs import LeftOut
-from qatlaw.summary import coefficient_rows, comparison_rows, quality_rows, rivals, summarise
+from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows, rivals, summarise
 from qatlaw.table import RunTable
 
 NAMES = (
@@ -217,7 +217,7 @@ def test_a_page_names_what_makes_it_a_demonstration() -> None:
 def test_the_page_of_a_fit_shows_its_numbers(tmp_path: Path) -> None:
     """Coefficients with their intervals, and the comparison, as the command line prints them."""
     table = synthetic.table(0)
-    table = table.where(np.arange(len(table)) % 3 == 0)
+    table = table.where(np.arange(len(table)) % 2 == 0)
     (summary,) = summarise(QAT_UNIFIED, table, "sequential", resamples=20, starts=4)
     compared = rivals(table, "sequential", starts=1)
     laws = Laws({}, summary.result.law, "qat_unified, fitted on these runs", table.ranges, "sequential")
@@ -225,7 +225,7 @@ def test_the_page_of_a_fit_shows_its_numbers(tmp_path: Path) -> None:
         Evidence(table, laws), "today", [summary], compared, [LeftOut("bad<run>", "diverged: its loss is not finite")]
     )
     page = write_report(report, tmp_path).read_text()
-    for rows in (coefficient_rows(summary), quality_rows(summary), comparison_rows(compared)):
+    for rows in (coefficient_rows(summary), quality_rows(summary), curve_rows(summary), comparison_rows(compared)):
         assert rows_html(rows) in page
     assert {row[0] for row in coefficient_rows(summary)[1:]} == set(synthetic.COEFFICIENTS)
     assert comparison_rows(compared)[1][0] in ("qat_unified", "qat_per_bits"), "rivals know no split"

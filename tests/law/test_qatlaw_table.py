@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from qatlaw import synthetic
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.table import RunTable, read_table
 
 ROW = {
@@ -19,7 +19,7 @@ def rows(*changes):
 
 
 def refusal(*changes, drop=()):
-    with pytest.raises(LawError) as raised:
+    with pytest.raises(InputError) as raised:
         RunTable.from_frame(rows(*changes).drop(columns=list(drop)), "runs.csv")
     return str(raised.value)
 
@@ -39,7 +39,7 @@ def test_names_as_tracking_writes_them():
     frame = rows({}, {}).rename(columns={"loss": "metrics.final/val_loss", "scheme": "params.scheme"})
     assert RunTable.from_frame(frame).loss.tolist() == [3.4, 3.4]
     both = frame.assign(loss=1.0)
-    with pytest.raises(LawError, match="all of them mean loss"):
+    with pytest.raises(InputError, match="all of them mean loss"):
         RunTable.from_frame(both)
 
 
@@ -58,7 +58,7 @@ def test_missing_columns_are_named():
 def test_a_loss_that_is_no_number_is_placed(wrong):
     frame = rows({}, {}, {}).astype({"loss": object})
     frame.loc[1, "loss"] = wrong
-    with pytest.raises(LawError, match=r"runs\.csv: loss of row 2 = .*finite number"):
+    with pytest.raises(InputError, match=r"runs\.csv: loss of row 2 = .*finite number"):
         RunTable.from_frame(frame, "runs.csv")
 
 
@@ -93,29 +93,29 @@ def test_a_scheme_that_its_tokens_contradict_is_refused(change, told):
 
 def test_the_same_run_twice_is_refused_and_a_second_seed_is_not():
     twice = pd.DataFrame([ROW, {**ROW, "loss": 3.41}])
-    with pytest.raises(LawError, match="Repeats need a seed column"):
+    with pytest.raises(InputError, match="Repeats need a seed column"):
         RunTable.from_frame(twice)
     assert len(RunTable.from_frame(twice.assign(seed=[0, 1]))) == 2
-    with pytest.raises(LawError, match="a run is counted once"):
+    with pytest.raises(InputError, match="a run is counted once"):
         RunTable.from_frame(rows({}, {}).assign(run_id="a"))
 
 
 def test_what_is_no_table_is_refused(tmp_path):
-    with pytest.raises(LawError, match=r"a \.csv or \.parquet file"):
+    with pytest.raises(InputError, match=r"a \.csv or \.parquet file"):
         read_table("runs.xlsx")
-    with pytest.raises(LawError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_table(tmp_path / "runs.csv")
     (tmp_path / "runs.parquet").write_text("not one")
-    with pytest.raises(LawError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_table(tmp_path / "runs.parquet")
-    with pytest.raises(LawError, match="at least one"):
+    with pytest.raises(InputError, match="at least one"):
         RunTable.from_frame(rows({}).head(0))
 
 
 def test_rows_on_different_text_are_named_by_their_numbers():
     """A table without names: rows count from 1, as in all that is said of a table."""
     text = {"validation_fingerprint": ["a", "a", "b"], "validation_tokens": [1e6, 1e6, 1e6]}
-    with pytest.raises(LawError, match=r"2 on 1,000,000 tokens of split a \(row 1, row 2\); 1 on .* \(row 3\)"):
+    with pytest.raises(InputError, match=r"2 on 1,000,000 tokens of split a \(row 1, row 2\); 1 on .* \(row 3\)"):
         RunTable.from_frame(rows({}, {}, {}).assign(**text), "runs.csv").check_text()
     unknown = {"validation_fingerprint": ["a", None, ""], "validation_tokens": [1e6, None, "many"]}
     RunTable.from_frame(rows({}, {}, {}).assign(**unknown)).check_text()
@@ -137,7 +137,7 @@ def test_selections_keep_full_precision_runs():
     assert four.widths == [4.0]
     fused = RunTable.from_frame(table.frame.assign(scheme=table.frame["scheme"].replace("sequential", "fused")))
     assert len(fused.of_scheme("sequential")) == 37
-    with pytest.raises(LawError, match=r"^scheme = 'fp'"):
+    with pytest.raises(InputError, match=r"^scheme = 'fp'"):
         table.of_scheme("fp")
 
 

@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.config.schema import ModelConfig, QatConfig
 from qatscale.engine.compilation import Compiled
+from qatscale.model.chunks import chunk_rows
 from qatscale.model.llama import Llama, initialise
-from qatscale.model.loss import cross_entropy, linear_cross_entropy
+from qatscale.model.loss import linear_cross_entropy
 from qatscale.model.tensor_parallel import ALONE, TensorParallel, shard_of
 from qatscale.quant.plugin import QatPlugin, view
+from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import fake_quant_modules
 
 dist.init_process_group("gloo")
@@ -53,20 +55,20 @@ def close(found: Tensor, expected: Tensor, what: str, tolerance: float = 2e-5) -
 def check_loss(parallel: TensorParallel) -> None:
     """Vocabulary-parallel cross-entropy against PyTorch's in float64, with large logits that overflow a naive exp."""
     shard = parallel.shard(0, VOCABULARY)
-    whole = (30 * torch.randn(3, 8, VOCABULARY, generator=torch.Generator().manual_seed(2))).requires_grad_()
-    part = shard.take(whole.detach().movedim(-1, 0)).movedim(0, -1).clone()
-    part[..., shard.size :] = 1e4  # padding takes no part, whatever it holds
-    part.requires_grad_()
-    expected = F.cross_entropy(whole.double().flatten(0, 1), LABELS.flatten())
+    logits = (30 * torch.randn(3, 8, VOCABULARY, generator=torch.Generator().manual_seed(2))).requires_grad_()
+    exact = torch.eye(VOCABULARY)  # the logits as a product, without rounding
+    part = shard.take(exact).clone()
+    part[shard.size :] = 1e4  # padding takes no part, whatever it holds
+    expected = F.cross_entropy(logits.double().flatten(0, 1), LABELS.flatten())
     expected.backward()
-    with LargestOutput() as outputs:
-        loss = cross_entropy(part, LABELS, shard)
-        (7 * loss).backward()
-    assert outputs.largest < whole.numel(), "the logits of the whole vocabulary are on one process"
+    x = logits.detach().clone().requires_grad_()
+    loss = linear_cross_entropy(x, part, LABELS, shard)
+    (7 * loss).backward()
     close(loss.detach(), expected.detach().float(), "loss", 1e-6)
-    assert whole.grad is not None
-    assert part.grad is not None
-    close(part.grad, 7 * shard.take(whole.grad.movedim(-1, 0)).movedim(0, -1), "gradient of the logits")
+    assert logits.grad is not None
+    assert x.grad is not None
+    own = shard.take(logits.grad.movedim(-1, 0)).movedim(0, -1)[..., : shard.size]
+    close(x.grad[..., shard.start : shard.start + shard.size], 7 * own, "gradient of the logits")
 
 
 def check_loss_of_a_product(parallel: TensorParallel) -> None:
@@ -80,8 +82,11 @@ def check_loss_of_a_product(parallel: TensorParallel) -> None:
     of_x, of_table = torch.autograd.grad(expected, wide)
     x.requires_grad_()
     part = shard.take(table).requires_grad_()
-    loss = linear_cross_entropy(x, part, labels, shard)
-    loss.backward()
+    with LargestOutput() as outputs:
+        loss = linear_cross_entropy(x, part, labels, shard)
+        loss.backward()
+    chunk = chunk_rows(tokens, shard.size, "cpu")
+    assert outputs.largest < chunk * VOCABULARY, "the logits of the whole vocabulary are on one process"
     close(loss.detach(), expected.detach().float(), "loss of a product", 1e-6)
     assert part.grad is not None
     close(part.grad, shard.take(of_table).float(), "gradient of the table")
@@ -98,7 +103,7 @@ def build(config: ModelConfig, qat: QatConfig, parallel: TensorParallel) -> Llam
     for _, layer in fake_quant_modules(model):
         shard = shard_of(layer.weight)
         rows = layer.weight.detach() if shard is None else shard.whole(layer.weight)
-        scale, part = layer.quantizer.initial_scale(rows, layer.group_size), shard_of(layer.weight_scale)
+        scale, part = initial_scale(layer.quantizer, rows, layer.group_size), shard_of(layer.weight_scale)
         layer.weight_scale.data.copy_(scale if part is None else part.take(scale))
         layer.calibrated, layer.mode = True, "learned"
     return model

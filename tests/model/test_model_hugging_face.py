@@ -19,7 +19,7 @@ from qatscale.model.hugging_face import (
     from_hugging_face,
     hugging_face_config,
     hugging_face_names,
-    load_hugging_face,
+    open_hugging_face,
     save_safetensors,
     to_hugging_face,
 )
@@ -129,7 +129,7 @@ def test_export_loads_in_transformers_and_here(config, build, batch, tmp_path):
     assert stated.tie_word_embeddings == config.tied_embedding
     assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == config.rope_theta
 
-    read_config, state = load_hugging_face(tmp_path / "out")
+    read_config, state = open_hugging_face(tmp_path / "out")
     normalised = config.model_copy(update={"kv_heads": None if config.kv_heads == config.heads else config.kv_heads})
     assert read_config == normalised
     again = Llama(read_config)
@@ -141,7 +141,7 @@ def test_a_model_saved_by_transformers_is_read(config, batch, tmp_path):
     theirs = LlamaForCausalLM(hugging_face_config(config, 64, SpecialIds(1, 2), torch.float32))
     theirs.save_pretrained(tmp_path, max_shard_size="20kB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    read_config, state = load_hugging_face(tmp_path)
+    read_config, state = open_hugging_face(tmp_path)
     model = Llama(read_config)
     model.load_state_dict(state)
     tokens, _ = batch(config)
@@ -157,7 +157,7 @@ def test_the_config_of_older_releases_is_read(tmp_path, build):
     raw = json.loads(path.read_text())
     del raw["rope_parameters"]
     path.write_text(json.dumps(raw | {"rope_theta": 500_000.0, "rope_scaling": None}))
-    assert load_hugging_face(tmp_path / "out")[0] == config
+    assert open_hugging_face(tmp_path / "out")[0] == config
 
 
 def test_export_in_bf16_rounds_once(build, tmp_path):
@@ -280,7 +280,7 @@ def test_variants_that_would_compute_something_else_are_refused(build, tmp_path,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(UserError, match=told):
-            load_hugging_face(tmp_path / "out")
+            open_hugging_face(tmp_path / "out")
 
 
 def test_damaged_folders_are_refused(build, tmp_path):
@@ -291,34 +291,34 @@ def test_damaged_folders_are_refused(build, tmp_path):
         return tmp_path / name
 
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        load_hugging_face(tmp_path / "nowhere")
+        open_hugging_face(tmp_path / "nowhere")
 
     folder = exported("config")
     (folder / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(UserError, match="is not JSON"):
-        load_hugging_face(folder)
+        open_hugging_face(folder)
 
     folder = exported("truncated")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-10])
     with pytest.raises(UserError, match="is damaged"):
-        load_hugging_face(folder)
+        open_hugging_face(folder)
 
     folder = exported("pickle")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="can hold code"):
-        load_hugging_face(folder)
+        open_hugging_face(folder)
 
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     with pytest.raises(UserError, match="is missing"):
-        load_hugging_face(folder)
+        open_hugging_face(folder)
     index.write_text(json.dumps({"weight_map": {"a": "../truncated/model.safetensors"}}))
     with pytest.raises(UserError, match="no safetensors file beside it"):
-        load_hugging_face(folder)
+        open_hugging_face(folder)
     index.write_text("[]")
     with pytest.raises(UserError, match="is not an index"):
-        load_hugging_face(folder)
+        open_hugging_face(folder)
 
 
 def test_our_config_survives_theirs_for_every_field():

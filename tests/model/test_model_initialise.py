@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from qatscale.config.schema import ModelConfig
-from qatscale.model.llama import Llama, initial_value, initialise, is_norm, parameter_shapes, weight_decay_names
+from qatscale.model.llama import Llama, initial_value, initialise, is_norm
 
 CONFIG = ModelConfig(
     vocab_size=500, hidden_size=64, layers=8, heads=4, kv_heads=2, intermediate_size=160, tied_embedding=False,
@@ -100,11 +100,3 @@ def test_a_bf16_model_gets_the_rounded_values():
     initialise(low, 11)
     for name, parameter in low.named_parameters():
         assert torch.equal(parameter, initial_value(name, CONFIG, 11).bfloat16())
-
-
-def test_weight_decay_is_for_matrices():
-    decayed, free = weight_decay_names(CONFIG)
-    shapes = parameter_shapes(CONFIG)
-    assert sorted(decayed + free) == sorted(shapes)
-    assert all(len(shapes[name]) == 2 for name in decayed)
-    assert all(len(shapes[name]) == 1 for name in free)

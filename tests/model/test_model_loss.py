@@ -7,7 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.model.chunks import chunk_rows
-from qatscale.model.loss import DeferredHead, cross_entropy, fusible_chunk_loss, head_loss, linear_cross_entropy
+from qatscale.model.head import Head
+from qatscale.model.loss import chunk_loss, fusible_chunk_loss, linear_cross_entropy
+from qatscale.model.tensor_parallel import ALONE
+
+
+def cross_entropy(logits, labels):
+    """The loss of logits, as products with an identity matrix, which are exact."""
+    return linear_cross_entropy(logits, torch.eye(logits.shape[-1], dtype=logits.dtype), labels)
 
 
 def reference(logits, labels):
@@ -46,14 +53,14 @@ def test_an_impossible_label_costs_its_logit_difference():
 
 
 def test_equal_logits_cost_log_v():
-    loss = cross_entropy(torch.full((2, 3, 32_000), 5.0), torch.zeros(2, 3, dtype=torch.int64))
+    loss = linear_cross_entropy(torch.full((2, 3, 1), 5.0), torch.ones(32_000, 1), torch.zeros(2, 3, dtype=torch.int64))
     assert loss.item() == pytest.approx(10.373491181781864, rel=2e-7)  # ln 32000
 
 
 def test_bf16_logits_are_summed_in_fp32():
     generator = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn(4, 8, 5000, generator=generator)).bfloat16().requires_grad_()
-    labels = torch.randint(5000, (4, 8), generator=generator)
+    logits = (4 * torch.randn(4, 8, 2000, generator=generator)).bfloat16().requires_grad_()
+    labels = torch.randint(2000, (4, 8), generator=generator)
     expected, expected_grad = reference(logits, labels)
     loss = cross_entropy(logits, labels)
     loss.backward()
@@ -87,7 +94,7 @@ def product_reference(x, weight, labels):
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 300, 777])
-@pytest.mark.parametrize("form", [None, fusible_chunk_loss])
+@pytest.mark.parametrize("form", [chunk_loss, fusible_chunk_loss])
 def test_loss_of_a_product_in_chunks_equals_float64(n, form):
     x, weight, labels = product(n)
     expected, grad_x, grad_weight = product_reference(x, weight, labels)
@@ -149,38 +156,34 @@ def test_without_gradients_none_is_made():
     assert loss.item() == pytest.approx(product_reference(x, weight, labels)[0].item(), rel=1e-6)
 
 
-class OtherProduct(torch.nn.Linear):
-    """A head whose product is an autograd.Function's: what it computes inside must not be taken for the head's."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight):
-            ctx.save_for_backward(x, weight)
-            return torch.nn.functional.linear(x, weight)
-
-        @staticmethod
-        def backward(ctx, grad):
-            x, weight = ctx.saved_tensors
-            return grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)
-
-    def forward(self, x):
-        return self.Function.apply(x, self.weight)
+def a_head(v=131, d=24):
+    head = Head(d, v, ALONE)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    return head
 
 
-@pytest.mark.parametrize("kind", [torch.nn.Linear, OtherProduct])
-def test_the_heads_own_forward_runs_once_with_its_hooks(kind):
+def test_the_head_gives_the_loss_of_its_logits_inside_its_own_forward():
+    """Between its hooks, where ZeRO-3 has its weight; without labels it gives the logits."""
     x, weight, labels = product(600)
-    head, calls = kind(24, 131, bias=False), []
+    head, calls = a_head(), []
     head.weight.data.copy_(weight.data)
     head.register_forward_pre_hook(lambda *_: calls.append("before"))
     head.register_forward_hook(lambda *_: calls.append("after"))
     expected, grad_x, grad_weight = product_reference(x, weight, labels)
-    loss = head_loss(head, x.view(2, 300, 24), labels.view(2, 300))
+    loss = head(x.view(2, 300, 24), labels.view(2, 300))
     loss.backward()
     assert calls == ["before", "after"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(x.grad.double(), grad_x, rtol=1e-5, atol=5e-8)
     torch.testing.assert_close(head.weight.grad.double(), grad_weight, rtol=1e-5, atol=1e-7)
+    assert torch.equal(head(x), torch.nn.functional.linear(x, head.weight))
+
+
+def test_no_tensor_of_a_heads_loss_has_all_logits():
+    head, (x, _, labels) = a_head(v=640), product(n=2048, v=640)
+    with Operations() as operations:
+        head(x, labels).backward()
+    assert operations.largest == 256 * 640
 
 
 def test_a_second_backward_is_refused_not_wrong():
@@ -188,50 +191,3 @@ def test_a_second_backward_is_refused_not_wrong():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):
         loss.backward()
-
-
-def head_and_batch():
-    head = torch.nn.Linear(16, 50, bias=False)
-    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 5, 16, generator=generator).requires_grad_()
-    return head, x, torch.randint(50, (2, 5), generator=generator)
-
-
-def test_the_product_is_taken_over_where_deepspeed_has_replaced_linear():
-    """For ZeRO-3 it puts a Python function in the place of `F.linear`, for the whole process."""
-    head, x, labels = head_and_batch()
-    expected = head_loss(head, x, labels)
-    products = []
-
-    def replacement(x, weight):
-        products.append(x @ weight.T)
-        return products[-1]
-
-    original, torch.nn.functional.linear = torch.nn.functional.linear, replacement
-    try:
-        assert head_loss(head, x, labels).item() == expected.item()
-        assert products == [], "all logits were there"
-        assert torch.nn.functional.linear is replacement
-    finally:
-        torch.nn.functional.linear = original
-
-
-def test_a_deferred_head_gives_its_gradient_after_that_of_the_stream():
-    head, x, labels = head_and_batch()
-    expected = head_loss(head, x, labels)
-    grads = torch.autograd.grad(expected, (x, head.weight))
-    deferred = DeferredHead()
-    for _ in range(2):
-        head.weight.grad = x.grad = None
-        out = deferred.take(head, x)
-        seen = []
-        out.register_hook(lambda _, seen=seen: seen.append(head.weight.grad))
-        loss = deferred.loss(out, labels)
-        loss.backward()
-        assert seen == [None], "what is cleared when the stream's gradient arrives would be lost"
-        assert loss.item() == expected.item()
-        assert torch.equal(x.grad, grads[0])
-        assert torch.equal(head.weight.grad, grads[1])
-    with torch.no_grad():
-        assert deferred.loss(deferred.take(head, x), labels).item() == expected.item()

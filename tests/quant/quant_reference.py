@@ -1,10 +1,10 @@
-"""The table of quantizers.md again, one Python float at a time: the tests' float64 reference."""
+"""The table of `quant/bit_widths.py` again, one Python float at a time: the tests' float64 reference."""
 
 from __future__ import annotations
 
 import math
 
-BITS = (1, 1.58, 2, 3, 4, 5, 6, 8)
+from qatlaw.bit_widths import BIT_WIDTHS as BITS
 
 
 def value_and_slopes(w: float, alpha: float, bits: float) -> tuple[float, float, float]:
@@ -42,6 +42,8 @@ LEVELS = {
     1: [-1, 1],
     1.58: [-2 / 3, 0, 2 / 3],
     2: [-0.75, -0.25, 0.25, 0.75],
-    **{b: list(range(-(2 ** (b - 1)), 2 ** (b - 1))) for b in (3, 4, 5, 6, 8)},
+    **{b: list(range(-(2 ** (int(b) - 1)), 2 ** (int(b) - 1))) for b in BITS[3:]},
 }
 """In units of α."""
+CODES = {**LEVELS, 1.58: [-1, 0, 1], 2: [-2, -1, 0, 1]}
+"""Of LSQ and at 1 bit they are the levels."""

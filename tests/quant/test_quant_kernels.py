@@ -1,9 +1,11 @@
-"""The fast implementations against the plain one: values and dL/dw to the bit, dL/dα to the rounding of its sum."""
+"""The Triton kernels against the plain arithmetic: values and dL/dw to the bit, dL/dα to the rounding of its sum.
+
+And the plain arithmetic against the table in float64.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType
 
 import pytest
@@ -12,29 +14,25 @@ from quant_reference import BITS, value_and_slopes
 from torch import Tensor
 from triton_interpreted import interpreted_kernels
 
-from qatscale.quant.kernels import cpu, dispatch, reference
-from qatscale.quant.quantizers import Quantizer, get_quantizer
+from qatscale.quant import reference
+from qatscale.quant.bit_widths import SCALE_FLOOR, Quantizer, get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.scales import initial_scale
 
-FLOOR = reference.ALPHA_FLOOR
 Case = tuple[Tensor, Tensor, Tensor]
 """w, α, dL/dŵ."""
 
 
-@cache
-def implementation(name: str) -> ModuleType:
-    return cpu if name == "cpu" else interpreted_kernels()
-
-
-@pytest.fixture(params=["cpu", "triton"])
-def kernels(request: pytest.FixtureRequest) -> ModuleType:
-    return implementation(request.param)
+@pytest.fixture(name="kernels")
+def triton_kernels() -> ModuleType:
+    return interpreted_kernels()
 
 
 def random_case(quantizer: Quantizer, shape: tuple[int, ...], group_size: int | None, dtype: torch.dtype) -> Case:
     """Gaussian weights with scales small enough that some of every row are clipped."""
     generator = torch.Generator().manual_seed(sum(shape))
     w = torch.randn(shape, generator=generator).to(dtype)
-    alpha = quantizer.initial_scale(w, group_size)
+    alpha = initial_scale(quantizer, w, group_size)
     alpha *= torch.linspace(0.5, 1.1, alpha.numel()).reshape(alpha.shape)
     return w, alpha, torch.randn(shape, generator=generator).to(dtype)
 
@@ -47,8 +45,8 @@ def awkward_case(quantizer: Quantizer, dtype: torch.dtype) -> Case:
         [edges, torch.tensor([-1.0, -0.99, 0.99, 1.0, 0.0, -0.0, 1e-40, -1e-40, 1e-45, -1e-45, 1e30, -1e30])]
     )
     edges = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
-    scales = torch.tensor([1.0, 0.5, 3e-5, 0.7, FLOOR, 9e-6, 0.0, -1.0, 1.0])
-    w = edges * scales.clamp_min(FLOOR).unsqueeze(-1)
+    scales = torch.tensor([1.0, 0.5, 3e-5, 0.7, SCALE_FLOOR, 9e-6, 0.0, -1.0, 1.0])
+    w = edges * scales.clamp_min(SCALE_FLOOR).unsqueeze(-1)
     w[-1] = 0
     grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
     return w.to(dtype), scales.to(dtype), grad.to(dtype)
@@ -76,7 +74,7 @@ def exact_alpha_gradient(quantizer: Quantizer, case: Case, grad_factor: float) -
     """
     w, alpha, grad = case
     x, a = reference.rows_of(w, alpha)
-    v, code = x / a, reference.encode(quantizer, x, a).double()
+    v, code = x / a, reference.encode_rows(quantizer, x, a).double()
     inside = (v >= quantizer.low) & (v <= quantizer.high)
     level, exact_v = (code + quantizer.shift) / quantizer.steps, x.double() / a.double()
     outside = code if quantizer.name == "ternary" else level
@@ -154,19 +152,8 @@ def test_the_plain_arithmetic_in_float64_is_the_tables(bits: float) -> None:
     torch.testing.assert_close(grad_alpha, (grad * slope_alpha).sum(-1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_matrix_of_several_blocks(bits: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a last block that is smaller, and rows longer than a block."""
-    quantizer = get_quantizer(bits)
-    for block in (64, 300, 1 << 20):
-        monkeypatch.setattr(cpu, "BLOCK", block)
-        monkeypatch.setattr(cpu, "_SHARE", 0)
-        check(cpu, quantizer, random_case(quantizer, (7, 100), None, dtype))
-
-
-def test_rows_of_several_tiles_and_tiles_of_several_rows() -> None:
-    kernels, quantizer = implementation("triton"), get_quantizer(2)
+def test_rows_of_several_tiles_and_tiles_of_several_rows(kernels: ModuleType) -> None:
+    quantizer = get_quantizer(2)
     w, alpha, grad = random_case(quantizer, (5, 100), None, torch.float32)
     for weights in (16, 128, 1024):
         tile = kernels.Tile(weights, warps=1)
@@ -177,15 +164,6 @@ def test_rows_of_several_tiles_and_tiles_of_several_rows() -> None:
         torch.testing.assert_close(grad_alpha, expected_alpha, rtol=1e-5, atol=1e-5)
 
 
-def test_the_buffers_of_evaluation_serve_training() -> None:
-    """Made under inference mode, they could not be written to outside of it."""
-    quantizer, case = get_quantizer(2), random_case(get_quantizer(2), (4, 64), None, torch.bfloat16)
-    cpu._kept.__dict__.clear()
-    with torch.inference_mode():
-        cpu.quantize(quantizer, case[0], case[1])
-    check(cpu, quantizer, case)
-
-
 def spied(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[str]:
     """Notes every call of a function."""
     calls: list[str] = []
@@ -194,23 +172,8 @@ def spied(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[st
     return calls
 
 
-def test_which_tensors_take_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, plain = spied(monkeypatch, cpu, "quantize"), spied(monkeypatch, reference, "quantize")
-    quantizer, w, alpha = get_quantizer(2), torch.randn(3, cpu.SMALL), torch.ones(3)
-    dispatch.quantize(quantizer, w, alpha)
-    dispatch.quantize(quantizer, w.bfloat16(), alpha)
-    assert (len(fast), len(plain)) == (2, 0)
-    dispatch.quantize(quantizer, w.double(), alpha)
-    assert dispatch.quantize(quantizer, w.to("meta"), alpha.to("meta")).shape == w.shape
-    dispatch.quantize(quantizer, w[:1], alpha[:1])
-    assert (len(fast), len(plain)) == (2, 3)
-    torch.compile(lambda: dispatch.quantize(quantizer, w, alpha), backend="eager", fullgraph=True)()
-    assert len(fast) == 2
-
-
-def test_the_operators_run_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA a graph holds the kernels as operators. Here dispatch is made to send CPU tensors there, interpreted."""
-    implementation("triton")
+def test_the_operators_run_in_a_compiled_graph(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a graph holds the kernels as operators. Here CPU tensors are sent there too, interpreted."""
     quantizer = get_quantizer(4)
     w, alpha, grad = random_case(quantizer, (5, 48), 16, torch.float32)
 
@@ -219,12 +182,12 @@ def test_the_operators_run_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) 
         out = function(*leaves)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
-    expected = gradients_of(lambda w, alpha: quantizer.fake_quantize(w, alpha, 0.5))
-    monkeypatch.setattr(dispatch, "_implementation", lambda w, alpha: "triton")  # noqa: ARG005
-    operators = spied(monkeypatch, implementation("triton"), "quantize")
+    expected = gradients_of(lambda w, alpha: fake_quantize(quantizer, w, alpha, 0.5))
+    monkeypatch.setattr("qatscale.quant.fake_quantize._has_kernels", lambda w, scale: True)  # noqa: ARG005
+    operators = spied(monkeypatch, kernels, "quantize")
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda w, alpha: quantizer.fake_quantize(w, alpha, 0.5), fullgraph=True, backend="aot_eager"
+        lambda w, alpha: fake_quantize(quantizer, w, alpha, 0.5), fullgraph=True, backend="aot_eager"
     )
     for found, wanted in zip(gradients_of(compiled), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

@@ -11,22 +11,26 @@ from quant_models import TinyModel, a_batch
 from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
-from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantLinear
+from qatscale.model.head import Head
+from qatscale.model.tensor_parallel import ALONE
+from qatscale.quant.bit_widths import get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantHead, FakeQuantLinear
 from qatscale.quant.plugin import PlainMasters, QatPlugin
-from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.scales import initial_scale, ptq_scale
 
 
 def a_linear(bits: float = 2, group_size: int | None = None, bias: bool = False) -> FakeQuantLinear:
     torch.manual_seed(3)
     layer = FakeQuantLinear.convert(nn.Linear(16, 6, bias=bias), bits, group_size=group_size)
-    layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight, group_size) * 0.7
+    layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight, group_size) * 0.7
     return layer
 
 
 def an_embedding(bits: float = 4, group_size: int | None = None, **options: object) -> FakeQuantEmbedding:
     torch.manual_seed(4)
     layer = FakeQuantEmbedding.convert(nn.Embedding(20, 16, **options), bits, group_size=group_size)
-    layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight, group_size) * 0.7
+    layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight, group_size) * 0.7
     return layer
 
 
@@ -71,7 +75,7 @@ def test_learned_linear_is_linear_with_the_quantized_weight(bits: float, group_s
 
     w, alpha = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.weight_scale))
     quantizer = get_quantizer(bits)
-    F.linear(x, quantizer.fake_quantize(w, alpha, quantizer.grad_factor(6 * 16)), layer.bias).backward(upstream)
+    F.linear(x, fake_quantize(quantizer, w, alpha, quantizer.grad_factor(6 * 16)), layer.bias).backward(upstream)
     assert torch.equal(layer.weight.grad, w.grad)
     assert torch.equal(layer.weight_scale.grad, alpha.grad)
     assert layer.weight_scale.grad.abs().min() > 0
@@ -88,7 +92,7 @@ def test_embedding_rows_equal_quantizing_the_whole_table(group_size: int | None,
     found.backward(upstream)
 
     w, alpha = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.weight_scale))
-    table = layer.quantizer.fake_quantize(w, alpha)
+    table = fake_quantize(layer.quantizer, w, alpha)
     # The straight-through gradients as arithmetic on the table, with the lookup's own padding and frequency rules.
     leaf = table.detach().requires_grad_()
     expected = F.embedding(ids, leaf, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
@@ -99,6 +103,32 @@ def test_embedding_rows_equal_quantizing_the_whole_table(group_size: int | None,
     torch.testing.assert_close(layer.weight_scale.grad, layer.grad_factor * alpha.grad, rtol=1e-12, atol=1e-14)
     assert layer.grad_factor == (20 * 16 * 7) ** -0.5, "g counts the whole table and not the rows looked up"
     assert layer.weight_scale.grad[5].abs().sum() == 0
+
+
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_a_heads_loss_and_logits_are_those_of_its_quantized_weight(bits: float, group_size: int | None) -> None:
+    """In every mode, with the gradients of weight and scale."""
+    torch.manual_seed(5)
+    head = FakeQuantHead.convert(Head(16, 20, ALONE), bits, group_size=group_size)
+    head.weight_scale.data = initial_scale(head.quantizer, head.weight, group_size) * 0.7
+    x, labels = torch.randn(2, 5, 16), torch.randint(20, (2, 5))
+
+    def expect(weight: Tensor) -> Tensor:
+        torch.testing.assert_close(head(x), F.linear(x, weight))
+        loss = F.cross_entropy(F.linear(x, weight).flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(head(x, labels), loss)
+        return loss
+
+    expect(head.weight)
+    head.mode = "learned"
+    w, alpha = (p.detach().clone().requires_grad_() for p in (head.weight, head.weight_scale))
+    expect(fake_quantize(head.quantizer, w, alpha, head.quantizer.grad_factor(20 * 16))).backward()
+    head(x, labels).backward()
+    torch.testing.assert_close(head.weight.grad, w.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(head.weight_scale.grad, alpha.grad, rtol=1e-5, atol=1e-7)
+    head.mode = "dynamic"
+    expect(fake_quantize(head.quantizer, w, ptq_scale(head.quantizer, w, group_size)))
 
 
 def test_an_empty_lookup() -> None:
@@ -113,7 +143,7 @@ def test_dynamic_finds_its_scale_and_gives_no_gradient() -> None:
     linear, embedding, x = a_linear(2), an_embedding(4), torch.randn(5, 16)
     for layer, inputs in ((linear, x), (embedding, torch.tensor([3, 3, 0]))):
         weight, quantizer = layer.weight.detach(), layer.quantizer
-        expected = quantizer.fake_quantize(weight, quantizer.ptq_scale(weight))
+        expected = fake_quantize(quantizer, weight, ptq_scale(quantizer, weight))
         layer.mode = "dynamic"
         out = layer(inputs)
         assert not out.requires_grad
@@ -181,7 +211,7 @@ def test_a_compiled_block_follows_the_switch() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.linear(x, layer.weight))
     layer.mode = "learned"
-    quantized = layer.quantizer.fake_quantize(layer.weight, layer.weight_scale)
+    quantized = fake_quantize(layer.quantizer, layer.weight, layer.weight_scale)
     torch.testing.assert_close(compiled(x), F.linear(x, quantized))
     compiled = torch.compile(layer, backend="aot_eager")  # the search for a scale stays out of the graph
     for bits in (2, 3, 4):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
-from quant_reference import BITS, LEVELS, initial_alpha, qp_of, value_and_slopes
+from quant_reference import BITS, CODES, LEVELS, initial_alpha, qp_of, value_and_slopes
 from torch import Tensor
+from wrong_values import NO_SUCH_BITS
 
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatscale.errors import UserError
-from qatscale.quant.quantizers import QUANTIZERS, get_quantizer
+from qatscale.quant.bit_widths import QUANTIZERS, get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
+from qatscale.quant.reference import encode
+from qatscale.quant.scales import initial_scale, ptq_scale
 
 ROWS, CHANNELS = 5, 24
 
@@ -22,7 +28,7 @@ def a_weight(dtype: torch.dtype = torch.float64, rows: int = ROWS, channels: int
 
 def an_alpha(bits: float, w: Tensor, shrink: float = 0.6) -> Tensor:
     """Scales small enough that some weights fall outside the range of every quantizer."""
-    return get_quantizer(bits).initial_scale(w) * torch.linspace(shrink, 1.1, w.shape[0], dtype=w.dtype)
+    return initial_scale(get_quantizer(bits), w) * torch.linspace(shrink, 1.1, w.shape[0], dtype=w.dtype)
 
 
 def by_hand(w: Tensor, alpha: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +41,7 @@ def by_hand(w: Tensor, alpha: Tensor, bits: float) -> tuple[Tensor, Tensor, Tens
 def run(bits: float, w: Tensor, alpha: Tensor, upstream: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized weight, dL/dw, dL/dα for L = sum(upstream * ŵ)."""
     w, alpha = w.detach().requires_grad_(), alpha.detach().requires_grad_()
-    out = get_quantizer(bits).fake_quantize(w, alpha, factor)
+    out = fake_quantize(get_quantizer(bits), w, alpha, factor)
     grad_w, grad_alpha = torch.autograd.grad(out, (w, alpha), upstream)
     return out.detach(), grad_w, grad_alpha
 
@@ -95,17 +101,16 @@ def test_a_grid_across_the_range_takes_every_level_and_no_other(bits: float) -> 
     reach = 2.0 * max(1, qp_of(bits))
     w = torch.linspace(-reach, reach, 20_001, dtype=torch.float64).unsqueeze(0)
     alpha = torch.ones(1, dtype=torch.float64)
-    out = quantizer.fake_quantize(w, alpha)
+    out = fake_quantize(quantizer, w, alpha)
     assert out.unique().tolist() == pytest.approx(LEVELS[bits], rel=1e-15)
-    assert quantizer.levels == pytest.approx(tuple(LEVELS[bits]), rel=1e-15)
-    assert tuple(quantizer.codes(w, alpha).unique().tolist()) == quantizer.code_values
-    assert len(quantizer.levels) == {1: 2, 1.58: 3}.get(bits, 2**bits)
+    assert encode(quantizer, w, alpha).unique().tolist() == CODES[bits]
+    assert len(CODES[bits]) == {1: 2, 1.58: 3}.get(bits, 2**bits)
 
 
 def test_binary_zero_is_plus_one() -> None:
     w = torch.tensor([[0.0, -0.0, 1e-30, -1e-30]], requires_grad=True)
     alpha = torch.tensor([0.5], requires_grad=True)
-    out = get_quantizer(1).fake_quantize(w, alpha)
+    out = fake_quantize(get_quantizer(1), w, alpha)
     assert out.tolist() == [[0.5, 0.5, 0.5, -0.5]]
     out.sum().backward()
     assert alpha.grad is not None
@@ -115,13 +120,13 @@ def test_binary_zero_is_plus_one() -> None:
 def test_ties_go_to_even() -> None:
     one = torch.ones(1)
     halves = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]])
-    assert get_quantizer(3).fake_quantize(halves, one).tolist() == [[-2, -2, 0, 0, 2, 2]]
+    assert fake_quantize(get_quantizer(3), halves, one).tolist() == [[-2, -2, 0, 0, 2, 2]]
     # 2v - .5 is 0.5, -0.5, -1.5 at v = 0.5, 0, -0.5: codes 0, 0, -2.
-    assert get_quantizer(2).fake_quantize(torch.tensor([[0.5, 0.0, -0.5]]), one).tolist() == [[0.25, 0.25, -0.75]]
+    assert fake_quantize(get_quantizer(2), torch.tensor([[0.5, 0.0, -0.5]]), one).tolist() == [[0.25, 0.25, -0.75]]
     # 1.5·v = ±0.5 at v = ±1/3, in float64 to the bit.
     thirds = torch.tensor([[0.5 / 1.5, -0.5 / 1.5]], dtype=torch.float64)
     assert (1.5 * thirds).abs().tolist() == [[0.5, 0.5]]
-    assert get_quantizer(1.58).codes(thirds, one.double()).tolist() == [[0, 0]]
+    assert encode(get_quantizer(1.58), thirds, one.double()).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("bits", BITS[1:])
@@ -157,7 +162,7 @@ def test_a_scale_below_the_floor_acts_as_the_floor_and_still_gets_a_gradient(bit
 @pytest.mark.parametrize("group_size", [None, 4, 24])
 def test_the_initial_scale(bits: float, group_size: int | None) -> None:
     w = a_weight()
-    found = get_quantizer(bits).initial_scale(w, group_size)
+    found = initial_scale(get_quantizer(bits), w, group_size)
     groups = w.unflatten(-1, (-1, group_size or CHANNELS))
     expected = torch.tensor([[initial_alpha(group, bits) for group in row] for row in groups.tolist()]).double()
     assert found.shape == ((ROWS,) if group_size is None else (ROWS, CHANNELS // group_size))
@@ -166,8 +171,8 @@ def test_the_initial_scale(bits: float, group_size: int | None) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_row_of_zeros_starts_at_the_floor(bits: float) -> None:
-    assert get_quantizer(bits).initial_scale(torch.zeros(2, 8)).tolist() == pytest.approx([1e-5, 1e-5])
-    assert torch.isfinite(get_quantizer(bits).ptq_scale(torch.zeros(2, 8))).all()
+    assert initial_scale(get_quantizer(bits), torch.zeros(2, 8)).tolist() == pytest.approx([1e-5, 1e-5])
+    assert torch.isfinite(ptq_scale(get_quantizer(bits), torch.zeros(2, 8))).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -182,7 +187,7 @@ def test_no_weight_lies_beyond_the_outermost_level_at_the_switch(
     w = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
     w[:, 3], w[:, 11] = 10 + w[:, 3].abs(), 10 + w[:, 11].abs()
     quantizer = get_quantizer(bits)
-    alpha = quantizer.initial_scale(w, group_size, dtype)
+    alpha = initial_scale(quantizer, w, group_size, dtype)
     assert alpha.dtype == torch.float32
     assert torch.equal(alpha, alpha.to(dtype).float()), "forward sees the master's very value"
 
@@ -214,8 +219,8 @@ def test_grouped_is_the_same_as_each_group_a_row_of_its_own(bits: float) -> None
 def test_leading_dimensions_are_rows(bits: float) -> None:
     w = a_weight(rows=6)
     alpha = an_alpha(bits, w)
-    flat = get_quantizer(bits).fake_quantize(w, alpha)
-    stacked = get_quantizer(bits).fake_quantize(w.reshape(2, 3, -1), alpha.reshape(2, 3))
+    flat = fake_quantize(get_quantizer(bits), w, alpha)
+    stacked = fake_quantize(get_quantizer(bits), w.reshape(2, 3, -1), alpha.reshape(2, 3))
     assert torch.equal(stacked.reshape(w.shape), flat)
 
 
@@ -251,7 +256,7 @@ def test_nothing_but_weight_and_scale_is_kept_for_backward() -> None:
     alpha = an_alpha(2, w.detach()).requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        get_quantizer(2).fake_quantize(w, alpha)
+        fake_quantize(get_quantizer(2), w, alpha)
     assert [t.data_ptr() for t in kept] == [w.data_ptr(), alpha.data_ptr()]
 
 
@@ -261,11 +266,8 @@ def test_inputs_stay_as_they_are(bits: float) -> None:
     alpha = an_alpha(bits, w)
     copies = [t.clone() for t in (w, alpha, upstream)]
     run(bits, w, alpha, upstream)
-    codes = get_quantizer(bits).codes(w, alpha)
-    codes_copy = codes.clone()
-    get_quantizer(bits).decode(codes, alpha)
-    get_quantizer(bits).ptq_scale(w)
-    assert torch.equal(codes, codes_copy)
+    encode(get_quantizer(bits), w, alpha)
+    ptq_scale(get_quantizer(bits), w)
     for tensor, copy in zip((w, alpha, upstream), copies, strict=True):
         assert torch.equal(tensor, copy)
 
@@ -276,8 +278,8 @@ def test_a_frozen_input_gets_no_gradient(bits: float) -> None:
     alpha = an_alpha(bits, w)
     _, grad_w, grad_alpha = run(bits, w, alpha, torch.ones_like(w))
     alone_w, alone_alpha = w.clone().requires_grad_(), alpha.clone().requires_grad_()
-    get_quantizer(bits).fake_quantize(alone_w, alpha).sum().backward()
-    get_quantizer(bits).fake_quantize(w, alone_alpha).sum().backward()
+    fake_quantize(get_quantizer(bits), alone_w, alpha).sum().backward()
+    fake_quantize(get_quantizer(bits), w, alone_alpha).sum().backward()
     assert torch.equal(alone_w.grad, grad_w)
     assert torch.equal(alone_alpha.grad, grad_alpha)
 
@@ -303,10 +305,10 @@ def test_ptq_scale_is_near_the_best_and_never_worse_than_the_initial(bits: float
     w[4, 0] = 30.0  # an outlier, as real rows have
 
     def error(alpha: Tensor) -> Tensor:
-        squares = (quantizer.fake_quantize(w, alpha) - w).square()
+        squares = (fake_quantize(quantizer, w, alpha) - w).square()
         return squares.unflatten(-1, (-1, group_size or 256)).sum(-1).reshape(alpha.shape)
 
-    found, initial = error(quantizer.ptq_scale(w, group_size)), quantizer.initial_scale(w, group_size)
+    found, initial = error(ptq_scale(quantizer, w, group_size)), initial_scale(quantizer, w, group_size)
     assert (found <= error(initial)).all()
     brute = torch.stack([error(initial * r) for r in torch.linspace(0.05, 1.6, 1500, dtype=torch.float64)]).amin(0)
     assert (found / brute).mean() <= {8: 1.06}.get(bits, 1.02)
@@ -318,19 +320,19 @@ def test_ptq_scale_is_near_the_best_and_never_worse_than_the_initial(bits: float
 def test_ptq_scale_of_equal_weights_puts_the_outermost_level_on_them(bits: float, best: float) -> None:
     """SEQ's outermost level is below α, so that its best α is above max|w|."""
     w = torch.tensor([[1.0, -1.0] * 32], dtype=torch.float64)
-    assert get_quantizer(bits).ptq_scale(w).item() == pytest.approx(best, rel=0.01)
+    assert ptq_scale(get_quantizer(bits), w).item() == pytest.approx(best, rel=0.01)
 
 
 def test_ptq_scale_works_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     w = a_weight(torch.float32, rows=11)
-    whole = get_quantizer(3).ptq_scale(w)
-    monkeypatch.setattr("qatscale.quant.quantizers._PTQ_CHUNK", 2 * CHANNELS)
-    assert torch.equal(get_quantizer(3).ptq_scale(w), whole)
+    whole = ptq_scale(get_quantizer(3), w)
+    monkeypatch.setattr("qatscale.quant.scales._PTQ_CHUNK", 2 * CHANNELS)
+    assert torch.equal(ptq_scale(get_quantizer(3), w), whole)
 
 
 def test_wrong_bits_and_shapes_are_errors() -> None:
-    with pytest.raises(UserError, match=r"bits = 7: .*1, 1\.58, 2, 3, 4, 5, 6, 8"):
-        get_quantizer(7)
+    with pytest.raises(UserError, match=f"bits = {NO_SUCH_BITS}: .*{re.escape(BIT_WIDTHS_TEXT)}"):
+        get_quantizer(NO_SUCH_BITS)
     for shape in [(3,), (5, 7), (1, 5), ()]:
         with pytest.raises(ValueError, match="does not fit"):
-            get_quantizer(4).fake_quantize(torch.ones(5, 24), torch.ones(shape))
+            fake_quantize(get_quantizer(4), torch.ones(5, 24), torch.ones(shape))

@@ -6,11 +6,14 @@ import pytest
 import torch
 from quant_models import TinyModel, a_batch
 from torch import nn
+from wrong_values import NO_SUCH_BITS
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
+from qatscale.quant.bit_widths import get_quantizer
+from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.plugin import PlainMasters, QatPlugin, view
-from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import fake_quant_modules
 
 
@@ -33,7 +36,7 @@ def ptq_by_hand(model: TinyModel, bits: float, embedding_bits: float | None, gro
         if isinstance(module, nn.Linear | nn.Embedding) and width is not None and id(module.weight) not in seen:
             seen.add(id(module.weight))
             quantizer, w = get_quantizer(width), module.weight.detach()
-            module.weight.data.copy_(quantizer.fake_quantize(w, quantizer.ptq_scale(w, group_size)))
+            module.weight.data.copy_(fake_quantize(quantizer, w, ptq_scale(quantizer, w, group_size)))
     return plain(*a_batch()).item()
 
 
@@ -75,10 +78,9 @@ def test_ptq_follows_the_recipes_embedding_bits() -> None:
 def test_each_ptq_view_searches_once_and_sees_the_weights_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = a_model(), a_batch()
     calls = []
-    search = type(get_quantizer(2)).ptq_scale
-    monkeypatch.setattr(
-        type(get_quantizer(2)), "ptq_scale", lambda *args: calls.append(1) or search(*args)
-    )  # counts, and still searches
+    monkeypatch.setattr(  # counts, and still searches
+        "qatscale.quant.layers.ptq_scale", lambda *args: calls.append(1) or ptq_scale(*args)
+    )
     with view(model, "ptq", 2):
         first = model(*batch).item()
         assert model(*batch).item() == first
@@ -101,7 +103,7 @@ def test_wrong_views_are_errors_that_change_nothing() -> None:
     model = a_model(switched=False)
     for arguments, said in [
         (("ptqq", 2), "view = 'ptqq'.*Did you mean 'ptq'"),
-        (("ptq", 7), "bits = 7"),
+        (("ptq", NO_SUCH_BITS), f"bits = {NO_SUCH_BITS}"),
         (("fp", 4), "only 'ptq' takes others"),
         (("quantized",), "has not switched to QAT"),
     ]:

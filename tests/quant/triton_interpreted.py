@@ -13,7 +13,7 @@ REASON = "needs Triton (pip install triton), whose interpreter runs the GPU kern
 
 
 def interpreted_kernels() -> ModuleType:
-    """`qatscale.quant.kernels.triton`, interpreted. Skips where Triton is not installed.
+    """`qatscale.quant.triton_kernels`, interpreted. Skips where Triton is not installed.
 
     The interpreter's casts between bf16 and fp32 are repaired: it cuts off where a GPU rounds to even (PTX cvt.rn), and
     takes denormals for 0. And `tl.sum`, itself a kernel, is for the GPU where torch has imported Triton before.
@@ -22,7 +22,7 @@ def interpreted_kernels() -> ModuleType:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
     try:
-        from qatscale.quant.kernels import triton as kernels
+        from qatscale.quant import triton_kernels as kernels
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

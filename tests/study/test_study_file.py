@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from wrong_values import NO_SUCH_BITS
 
 from qatlaw import synthetic
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.laws import QAT_PER_BITS
@@ -36,7 +38,9 @@ WRONG = {
     "no tokens": ({"tokens": None}, ("tokens:", "tokens_per_parameter: [20, 80]")),
     "tokens twice": ({"tokens_per_parameter": "[20]"}, ("tokens:", "says the same thing", "Keep one")),
     "no amount": ({"tokens": "[2X]"}, ("tokens[0] = '2X'", "2.3B")),
-    "no such width": ({"bits": "[2, 7]"}, ("bits[1] = 7", "1, 1.58, 2, 3, 4, 5, 6, 8", "Nearest: 6")),
+    "no such width": (
+        {"bits": f"[2, {NO_SUCH_BITS}]"}, (f"bits[1] = {NO_SUCH_BITS}", BIT_WIDTHS_TEXT, f"Nearest: {BIT_WIDTHS[-1]}"),
+    ),
     "per cent": ({"fractions": "[0, 30]"}, ("fractions[1] = 30", "0 (full precision) to 1", "Did you mean 0.3?")),
     "a scheme's name": ({"schemes": "[sequentiel]"}, ("schemes[0] = 'sequentiel'", "Did you mean 'sequential'?")),
     "a scheme without a split": ({"schemes": "[scratch]"}, ("schemes[0] = 'scratch'", "Put 1 into fractions")),

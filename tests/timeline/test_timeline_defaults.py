@@ -5,8 +5,8 @@ import math
 import pytest
 from timeline_configs import TOKENS_PER_STEP, make_config
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.config.recipe import load_run_config, recipe_names
-from qatscale.config.schema import BIT_WIDTHS
 from qatscale.errors import UserError
 from qatscale.model.sizes import count_parameters
 from qatscale.timeline import build_timeline

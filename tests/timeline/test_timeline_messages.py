@@ -22,51 +22,51 @@ def test_warmup_and_cooldown_longer_than_the_run(scheme):
     schedule = {"warmup_fraction": 0.3, "cooldown_fraction": 0.8}
     error = error_of(schedule=schedule, qat={"scheme": scheme})
     assert (error.key, error.value) == ("schedule.cooldown_fraction", 0.8)
-    assert "80 (schedule.cooldown_fraction)" in error.allowed
-    assert "30 (schedule.warmup_fraction)" in error.allowed
-    assert "the 100 steps of the run" in error.allowed
-    assert error.do == "Set schedule.cooldown_fraction <= 0.7, or schedule.warmup_fraction <= 0.2."
+    assert "80 (schedule.cooldown_fraction)" in error.problem
+    assert "30 (schedule.warmup_fraction)" in error.problem
+    assert "the 100 steps of the run" in error.problem
+    assert error.fix == "Set schedule.cooldown_fraction <= 0.7, or schedule.warmup_fraction <= 0.2."
 
 
 def test_a_length_in_tokens_is_mended_in_tokens():
     error = error_of(schedule={"warmup_fraction": 0.1, "cooldown_tokens": 95 * TOKENS_PER_STEP})
     assert error.key == "schedule.cooldown_tokens"
-    assert error.do.startswith("Set schedule.cooldown_tokens <= 90000, or schedule.warmup_fraction <= 0.05")
+    assert error.fix.startswith("Set schedule.cooldown_tokens <= 90000, or schedule.warmup_fraction <= 0.05")
 
 
 def test_sequential_names_the_phase_that_is_too_short():
     schedule = {"cooldown_tokens": 20 * TOKENS_PER_STEP, "warmup_fraction": 0}
     qat = {"scheme": "sequential", "warmup_fraction": 0}
     assert (
-        "the 10 steps of the full-precision phase" in error_of(schedule=schedule, qat=qat | {"fraction": 0.9}).allowed
+        "the 10 steps of the full-precision phase" in error_of(schedule=schedule, qat=qat | {"fraction": 0.9}).problem
     )
-    assert "the 10 steps of the QAT phase" in error_of(schedule=schedule, qat=qat | {"fraction": 0.1}).allowed
+    assert "the 10 steps of the QAT phase" in error_of(schedule=schedule, qat=qat | {"fraction": 0.1}).problem
 
 
 def test_fused_cooldown_longer_than_qat_names_both_mends():
     schedule = {"warmup_fraction": 0.1, "cooldown_fraction": 0.2}
     error = error_of(schedule=schedule, qat={"scheme": "fused", "fraction": 0.15})
     assert (error.key, error.value) == ("schedule.cooldown_fraction", 0.2)
-    assert "the 15 steps of the QAT phase" in error.allowed
-    assert error.do == "Set schedule.cooldown_fraction <= 0.15, or qat.fraction >= 0.2."
+    assert "the 15 steps of the QAT phase" in error.problem
+    assert error.fix == "Set schedule.cooldown_fraction <= 0.15, or qat.fraction >= 0.2."
 
 
 def test_fused_rewarmup_counts_for_the_mends():
     # 20 steps of cooldown and a fifth of the phase: 25 steps are the shortest phase that holds both.
     qat = {"scheme": "fused", "fraction": 0.22, "warmup_fraction": 0.2}
     error = error_of(schedule={"cooldown_fraction": 0.2}, qat=qat)
-    assert "20 (schedule.cooldown_fraction)" in error.allowed
-    assert "4 (qat.warmup_fraction)" in error.allowed
-    assert "schedule.cooldown_fraction <= 0.18" in error.do
-    assert "qat.warmup_fraction <= 0.0909," in error.do  # 2 of 22 steps
-    assert "qat.fraction >= 0.25" in error.do
+    assert "20 (schedule.cooldown_fraction)" in error.problem
+    assert "4 (qat.warmup_fraction)" in error.problem
+    assert "schedule.cooldown_fraction <= 0.18" in error.fix
+    assert "qat.warmup_fraction <= 0.0909," in error.fix  # 2 of 22 steps
+    assert "qat.fraction >= 0.25" in error.fix
 
 
 def test_a_mend_has_the_digits_it_needs():
     # Only a QAT phase of exactly 1,001 of 3,000 steps fits both; 0.334 would give it 1,002.
     schedule = {"warmup_tokens": 1999 * TOKENS_PER_STEP, "cooldown_tokens": 1001 * TOKENS_PER_STEP}
     error = error_of(steps=3000, schedule=schedule, qat={"scheme": "fused", "fraction": 0.1})
-    assert "qat.fraction >= 0.3337." in error.do
+    assert "qat.fraction >= 0.3337." in error.fix
     mended = build_timeline(make_config(3000, schedule=schedule, qat={"scheme": "fused", "fraction": 0.3337}))
     assert mended.qat_steps == 1001
 
@@ -75,7 +75,7 @@ def test_fused_warmup_longer_than_the_full_precision_phase():
     schedule = {"warmup_fraction": 0.3, "cooldown_fraction": 0.2}
     error = error_of(schedule=schedule, qat={"scheme": "fused", "fraction": 0.8})
     assert error.key == "schedule.warmup_fraction"
-    assert error.do == "Set schedule.warmup_fraction <= 0.2, or qat.fraction <= 0.7."
+    assert error.fix == "Set schedule.warmup_fraction <= 0.2, or qat.fraction <= 0.7."
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_fused_warmup_longer_than_the_full_precision_phase():
 def test_a_length_that_was_asked_for_does_not_vanish(schedule, key, least):
     error = error_of(schedule=schedule)
     assert error.key == key
-    assert error.do == f"Set {key}=0 for none, or at least {least}."
+    assert error.fix == f"Set {key}=0 for none, or at least {least}."
 
 
 @pytest.mark.parametrize(("fraction", "phase"), [(0.004, "QAT"), (0.996, "full-precision")])
 def test_a_fraction_without_a_step_is_an_error_with_the_possible_ones(fraction, phase):
     error = error_of(qat={"scheme": "sequential", "fraction": fraction})
     assert (error.key, error.value) == ("qat.fraction", fraction)
-    assert f"leaves no {phase} step" in error.allowed
-    assert error.do == "The smallest possible is 0.01, the largest is 0.99."
+    assert f"leaves no {phase} step" in error.problem
+    assert error.fix == "The smallest possible is 0.01, the largest is 0.99."
 
 
 @pytest.mark.parametrize("qat", TWO_PHASES)

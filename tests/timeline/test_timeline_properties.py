@@ -152,8 +152,8 @@ def unfit(config):
     try:
         build_timeline(config)
     except UserError as error:
-        where = re.search(r"do not fit into the \d+ steps of ([^.]+)\.", error.allowed)
-        return (where[1], error.do) if where else None
+        where = re.search(r"do not fit into the \d+ steps of ([^.]+)\.", error.problem)
+        return (where[1], error.fix) if where else None
     return None
 
 
@@ -177,7 +177,7 @@ def test_the_named_smallest_and_largest_fraction_are_possible(steps):
     schedule = {"warmup_fraction": 0, "cooldown_fraction": 0}
     with pytest.raises(UserError, match="smallest possible") as caught:
         build_timeline(make_config(steps, schedule=schedule, qat={"scheme": "fused", "fraction": 0.1 / steps}))
-    smallest, largest = (float(found) for found in re.findall(r"is ([0-9.e-]*[0-9])", caught.value.do))
+    smallest, largest = (float(found) for found in re.findall(r"is ([0-9.e-]*[0-9])", caught.value.fix))
     for fraction, qat_steps in ((smallest, 1), (largest, steps - 1)):
         timeline = build_timeline(make_config(steps, schedule=schedule, qat={"scheme": "fused", "fraction": fraction}))
         assert timeline.qat_steps == qat_steps

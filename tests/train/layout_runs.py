@@ -35,15 +35,9 @@ def layout(
 
 
 SEQUENCE, RECOMPUTE = "engine.sequence_parallel=true", "engine.activation_checkpointing=true"
-OFF, ON = "engine.quantized_weight_cache=off", "engine.quantized_weight_cache=on"
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, layout(micro_batch=8)),
-    "one4": (1, layout()),
-    "one4off": (1, layout(1, 1, "1", 2, "fp32", OFF)),
-    "d2z2off": (2, layout(1, 1, "2", 2, "fp32", OFF)),
     "d2z2": (2, layout(zero="2")),
-    "p2coff": (2, layout(1, 2, "1", 1, "fp32", RECOMPUTE, OFF)),
-    "p2con": (2, layout(1, 2, "1", 1, "fp32", RECOMPUTE, ON)),
     "t2z1": (2, layout(2, zero="1", micro_batch=8)),
     "t2z2": (2, layout(2, zero="2", micro_batch=1)),
     "t2z3": (2, layout(2, zero="3")),

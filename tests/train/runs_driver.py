@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints import save_load as checkpoint
-from qatscale.quant.kernels.reference import ALPHA_FLOOR
+from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.selection import fake_quant_modules
 from qatscale.train.loop import train
@@ -34,7 +34,7 @@ def after_step(plugin, step, masters):
 
             def check(layer, _, name=name):
                 hooks.pop(name).remove()
-                scale = layer.weight_scale.detach().float().clamp_min(ALPHA_FLOOR)
+                scale = layer.weight_scale.detach().float().clamp_min(SCALE_FLOOR)
                 groups = layer.weight.detach().float().unflatten(-1, (-1, layer.group_size or layer.weight.shape[1]))
                 largest = (groups / scale.view(*groups.shape[:2], 1)).abs().max().item()
                 assert largest <= layer.quantizer.qp, f"{name}: a weight of {largest} scales at the switch"

@@ -111,7 +111,7 @@ def test_what_a_refusal_advises_is_accepted(trained: Trained) -> None:
     longer = ["tokens=10240", "schedule.cooldown_fraction=0.1"]
     with pytest.raises(UserError) as caught:
         plan(trained, "trunk@16", *longer, "qat.fraction=0.5")
-    assert "qat.fraction <= 0.2" in caught.value.do
+    assert "qat.fraction <= 0.2" in caught.value.fix
     start = plan(trained, "trunk@16", *longer, "qat.fraction=0.2")
     assert start is not None
     assert start.step == 16

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from driving import SWITCH
 from trained_runs import REFERENCE, Trained
+from wrong_values import NO_SUCH_BITS
 
 from qatscale.data.manifest import Manifest
 from qatscale.errors import UserError
@@ -90,8 +91,8 @@ def test_errors(tmp_path: Path, trained: Trained) -> None:
         evaluate_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match="there are: 7, 9, 12"):
         evaluate_checkpoint(f"{trained.runs / REFERENCE}@3")
-    with pytest.raises(UserError, match="bits = 7"):
-        evaluate_checkpoint(str(trained.runs / REFERENCE), [7])
+    with pytest.raises(UserError, match=f"bits = {NO_SUCH_BITS}"):
+        evaluate_checkpoint(str(trained.runs / REFERENCE), [NO_SUCH_BITS])
     with pytest.raises(UserError, match=r"data\.path"):
         evaluate_checkpoint(str(trained.runs / REFERENCE), data=tmp_path / "nothing")
     alone = tmp_path / "run" / "checkpoints" / "step-00000012"

@@ -10,7 +10,8 @@ from driving import STEPS, SWITCH, records
 from trained_runs import Trained
 
 from qatscale.engine.checkpoints.files import CheckpointReader
-from qatscale.quant.quantizers import get_quantizer
+from qatscale.quant.bit_widths import get_quantizer
+from qatscale.quant.reference import encode
 from qatscale.tracking.run_folder import RunFolder
 
 
@@ -23,12 +24,9 @@ def test_scales_at_the_floor_and_flipping_codes_are_those_of_the_checkpoints(nam
         reader = CheckpointReader(folder.checkpoints / f"step-{step:08d}")
         scales = {n: reader.parameter(n, "weight") for n in reader.manifest.parameters if n.endswith("weight_scale")}
         floored[step] = (torch.cat(list(scales.values())) <= 1e-5).double().mean().item()
-        codes[step] = torch.cat([
-            get_quantizer(4 if n.startswith("embed") else 1)
-            .codes(reader.parameter(n.removesuffix("_scale"), "weight"), scale)
-            .flatten()
-            for n, scale in scales.items()
-        ])  # fmt: skip
+        weights = {n: reader.parameter(n.removesuffix("_scale"), "weight") for n in scales}
+        bits = {n: 4 if n.startswith("embed") else 1 for n in scales}
+        codes[step] = torch.cat([encode(get_quantizer(bits[n]), weights[n], scales[n]).flatten() for n in scales])
     flips = {after: (codes[after] != codes[before]).double().mean().item() for before, after in pairwise(codes)}
     assert min(floored.values()) > 0.1
     assert min(flips.values()) > 0

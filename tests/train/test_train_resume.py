@@ -42,7 +42,7 @@ def test_another_configuration_is_refused_with_key_old_and_new_value(
     with pytest.raises(UserError) as caught:
         plan(trained, "unfinished", override)
     assert says in str(caught.value)
-    assert "another name, or branch" in caught.value.do
+    assert "another name, or branch" in caught.value.fix
 
 
 @pytest.mark.dist
@@ -172,7 +172,7 @@ def test_runs_of_a_version_with_another_order_of_data(tmp_path: Path, trained: T
     assert plan(trained, REFERENCE, former) is None, "done"
     with pytest.raises(UserError, match="in another order") as caught:
         plan(trained, "unfinished", former)
-    assert "branch" in caught.value.do
+    assert "branch" in caught.value.fix
     for runs, notices in ((tmp_path, 1), (trained.runs, 0)):
         branch = plan(trained, "new", former, branch_from=str(runs / "unfinished"))
         assert branch is not None

@@ -5,8 +5,8 @@
 Parts: `correct` holds both passes against the plain arithmetic (values and dL/dw to the bit, dL/dα to float64) and
 against themselves (bit for bit the same every time). `bandwidth` times them in a CUDA graph, over weights that do not
 fit the second-level cache, beside a copy, and at 4 bits in bf16 for several ways to cut them up. `layer` times
-FakeQuantLinear against Linear over the tokens of a micro-batch. `--device cpu` runs the same with the CPU's kernels on
-toy sizes: it tests the script.
+FakeQuantLinear against Linear over the tokens of a micro-batch. `--device cpu` runs the same with the plain arithmetic
+on toy sizes: it tests the script.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ import torch
 from record import Record, about_here, require
 from torch import Tensor, nn
 
-from qatscale.quant.kernels import cpu, reference
+from qatscale.quant import reference
+from qatscale.quant.bit_widths import QUANTIZERS, Quantizer
 from qatscale.quant.layers import FakeQuantLinear
-from qatscale.quant.quantizers import QUANTIZERS, Quantizer
+from qatscale.quant.scales import initial_scale
 
 PARTS = ("correct", "bandwidth", "layer")
 SHAPES: tuple[tuple[tuple[int, ...], int | None], ...] = (
@@ -58,11 +59,11 @@ class Bench:
         self.device = device
         self.on_gpu = device == "cuda"
         if self.on_gpu:
-            from qatscale.quant.kernels import triton
+            from qatscale.quant import triton_kernels
 
-            self.kernels: Any = triton
+            self.kernels: Any = triton_kernels
         else:
-            self.kernels = cpu
+            self.kernels = reference
         self.copies: dict[torch.dtype, float] = {}
 
     # --- correct ---
@@ -100,7 +101,7 @@ class Bench:
         few = quantizer.name == "lsq" and quantizer.bits != 4
         for shape, group_size in SHAPES[: FEW if few or not self.on_gpu else None]:
             w = torch.randn(shape, generator=generator).to(dtype)
-            alpha = quantizer.initial_scale(w, group_size)
+            alpha = initial_scale(quantizer, w, group_size)
             alpha *= torch.linspace(0.5, 1.1, alpha.numel()).reshape(alpha.shape)
             yield tuple(
                 t.to(self.device) for t in (w, alpha.to(dtype), torch.randn(shape, generator=generator).to(dtype))
@@ -117,7 +118,7 @@ class Bench:
     def not_contiguous(self) -> None:
         quantizer = QUANTIZERS[2]
         w = torch.randn(64, 96, device=self.device).T
-        alpha, grad = quantizer.initial_scale(w) * 0.7, torch.randn(1, 64, device=self.device).expand(96, 64)
+        alpha, grad = initial_scale(quantizer, w) * 0.7, torch.randn(1, 64, device=self.device).expand(96, 64)
         self._compare(quantizer, w, alpha, grad)
 
     # --- bandwidth ---
@@ -135,7 +136,7 @@ class Bench:
         copies = min(copies, 64)  # together past the second-level cache, or near it
         ws = [torch.randn(shape, device=self.device).to(dtype) for _ in range(copies)]
         grads = [torch.randn(shape, device=self.device).to(dtype) for _ in range(copies)]
-        alphas = [(quantizer.initial_scale(w) * 0.9).to(dtype) for w in ws]
+        alphas = [(initial_scale(quantizer, w) * 0.9).to(dtype) for w in ws]
         numbers: dict[str, Any] = {}
         for name, moved, run in (
             ("forward", 2, lambda i, *tile: self.kernels.quantize(quantizer, ws[i], alphas[i], *tile)),
@@ -158,18 +159,16 @@ class Bench:
     # --- layer ---
 
     def layer(self, shape: tuple[int, int], tokens: int, compiled: bool) -> Mapping[str, Any]:
-        """Time of forward and backward over a Linear's, quantized each time and quantized before."""
+        """Time of forward and backward over a Linear's."""
         rows, columns = shape
         plain = nn.Linear(columns, rows, bias=False, device=self.device, dtype=torch.bfloat16)
         layers: dict[str, nn.Module] = {"Linear": plain}
-        for name, bits in (("1 bit", 1), ("2 bits", 2), ("4 bits", 4), ("4 bits, held", 4)):
+        for name, bits in (("1 bit", 1), ("2 bits", 2), ("4 bits", 4)):
             layer = FakeQuantLinear.convert(
                 nn.Linear(columns, rows, bias=False, device=self.device, dtype=torch.bfloat16), bits
             )
-            layer.weight_scale.data = layer.quantizer.initial_scale(layer.weight).bfloat16()
+            layer.weight_scale.data = initial_scale(layer.quantizer, layer.weight).bfloat16()
             layer.mode = "learned"
-            if "held" in name:
-                layer.hold()
             layers[name] = layer
         x = torch.randn(tokens, columns, device=self.device, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, rows, device=self.device, dtype=torch.bfloat16)
@@ -228,7 +227,7 @@ def exact_alpha_gradient(
     Which level a weight takes, and whether it is clipped, is what fp32's w/α says: on a tie float64's says otherwise.
     """
     x, a = reference.rows_of(w, alpha)
-    v, code = x / a, reference.encode(quantizer, x, a).double()
+    v, code = x / a, reference.encode_rows(quantizer, x, a).double()
     inside = (v >= quantizer.low) & (v <= quantizer.high)
     level, exact_v = (code + quantizer.shift) / quantizer.steps, x.double() / a.double()
     outside = code if quantizer.name == "ternary" else level

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.fraction import amount
 from qatlaw.laws.points import Floats
 
@@ -23,10 +24,16 @@ WIDTH = 7.4
 """Inches: what a page of paper holds."""
 
 # Okabe and Ito's colours, told apart with every common form of colour blindness; the markers do it without colour.
-_WIDTHS: dict[float, tuple[str, str]] = {
-    1.0: ("#D55E00", "o"), 1.58: ("#CC79A7", "P"), 2.0: ("#E69F00", "s"), 3.0: ("#56B4E9", "v"),
-    4.0: ("#009E73", "^"), 5.0: ("#7F7F7F", "X"), 6.0: ("#0072B2", "D"), 8.0: ("#000000", "p"),
-}  # fmt: skip
+_WIDTHS: dict[float, tuple[str, str]] = dict(
+    zip(
+        BIT_WIDTHS,
+        (
+            ("#D55E00", "o"), ("#CC79A7", "P"), ("#E69F00", "s"), ("#56B4E9", "v"),
+            ("#009E73", "^"), ("#7F7F7F", "X"), ("#0072B2", "D"), ("#000000", "p"),
+        ),
+        strict=True,
+    )
+)  # fmt: skip
 _OTHER = ("#CC79A7", "h")
 _DASHES: tuple[Any, ...] = (
     "solid",

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.laws.points import Floats, Points
 
 
@@ -38,8 +38,8 @@ class Parameter:
 
 
 def coefficient(name: str, meaning: str) -> Parameter:
-    """A term's factor: positive, of any size."""
-    return Parameter(name, 0.0, math.inf, log=True, meaning=meaning)
+    """A term's factor: positive, and away from the ends of doubles, where terms turn into 0 and infinity."""
+    return Parameter(name, 1e-300, 1e300, log=True, meaning=meaning)
 
 
 def exponent(name: str, low: float, high: float, start: tuple[float, float], meaning: str) -> Parameter:
@@ -123,7 +123,7 @@ class LawForm:
     def loss(self, theta: ArrayLike, N: ArrayLike, D_fp: ArrayLike, D_qat: ArrayLike, B: ArrayLike) -> Floats:
         """Loss in nats per token; the four broadcast. D_qat = 0 is a full-precision run, whatever B.
 
-        LawError where the law is not defined: see `Points.of` and `describes`.
+        InputError where the law is not defined: see `Points.of` and `describes`.
         """
         return self.loss_at(theta, Points.of(N, D_fp, D_qat, B))
 
@@ -173,8 +173,8 @@ class LawForm:
         return np.where(points.quantized, shape, 0.0) if term.quantized_only else shape
 
     def optimal_fraction(self, theta: ArrayLike, N: ArrayLike, D_total: ArrayLike, B: ArrayLike) -> Floats:  # noqa: ARG002
-        """The fraction of QAT tokens with the lowest loss; LawError for laws that do not depend on the split."""
-        raise LawError(
+        """The fraction of QAT tokens with the lowest loss; InputError for laws that do not depend on the split."""
+        raise InputError(
             "form",
             self.name,
             "its loss does not depend on how the tokens are split.",
@@ -184,25 +184,27 @@ class LawForm:
     def values(self, theta: ArrayLike) -> dict[str, float]:
         numbers = np.asarray(theta, np.float64)
         if numbers.shape != (len(self.parameters),):
-            raise LawError("theta", numbers.shape, f"{self.name} has {len(self.parameters)} numbers: {self.names}.")
+            raise InputError("theta", numbers.shape, f"{self.name} has {len(self.parameters)} numbers: {self.names}.")
         return dict(zip(self.names, numbers.tolist(), strict=True))
 
     def bind(self, coefficients: Mapping[str, float]) -> Law:
-        """The law with these coefficients, by name. LawError for unknown, missing or unsound ones."""
+        """The law with these coefficients, by name. InputError for unknown, missing or unsound ones."""
         for name in coefficients:
             if name not in self.names:
-                raise LawError(f"coefficients.{name}", coefficients[name], f"{self.name} has {', '.join(self.names)}.")
+                raise InputError(
+                    f"coefficients.{name}", coefficients[name], f"{self.name} has {', '.join(self.names)}."
+                )
         missing = [name for name in self.names if name not in coefficients]
         if missing:
-            raise LawError("coefficients", None, f"{self.name} also needs {', '.join(missing)}.")
+            raise InputError("coefficients", None, f"{self.name} also needs {', '.join(missing)}.")
         return Law(self, tuple(float(coefficients[name]) for name in self.names))
 
     def _refuse_undescribed(self, points: Points) -> None:
         if np.all(self.describes(points)):
             return
         if not self.quantized:
-            raise LawError("D_qat", None, f"{self.name} describes full-precision runs only: D_qat = 0.")
-        raise LawError(
+            raise InputError("D_qat", None, f"{self.name} describes full-precision runs only: D_qat = 0.")
+        raise InputError(
             "D_fp",
             0.0,
             f"{self.name} has no finite loss without full-precision tokens: its interaction term diverges there.",
@@ -220,7 +222,7 @@ class Law:
     def __post_init__(self) -> None:
         for parameter, value in zip(self.form.parameters, self.theta, strict=True):
             if not (math.isfinite(value) and parameter.low <= value <= parameter.high):
-                raise LawError(
+                raise InputError(
                     f"coefficients.{parameter.name}",
                     value,
                     f"{parameter.meaning}: {parameter.low:g} to {parameter.high:g}, where the law is sound.",
@@ -244,10 +246,10 @@ class Law:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Law:
-        """The inverse of `to_dict`. LawError for an unknown form or coefficients that are not its own."""
+        """The inverse of `to_dict`. InputError for an unknown form or coefficients that are not its own."""
         from qatlaw.laws import FORMS  # the package that imports this module
 
         name = data.get("form")
         if name not in FORMS:
-            raise LawError("form", name, f"one of {', '.join(sorted(FORMS))}.")
+            raise InputError("form", name, f"one of {', '.join(sorted(FORMS))}.")
         return FORMS[name].bind(data["coefficients"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 
 Floats = NDArray[np.float64]
 
@@ -44,7 +44,7 @@ class Points:
     def of(cls, N: ArrayLike, D_fp: ArrayLike, D_qat: ArrayLike, B: ArrayLike) -> Points:
         """N parameters, D_fp and D_qat tokens, B bits per quantized weight, broadcast against each other.
 
-        LawError where N or B is not positive, tokens are negative or both phases are empty, or anything is not finite.
+        InputError where N or B is not positive, tokens are negative, both phases are empty or anything is not finite.
         """
         n, fp, qat, bits = np.broadcast_arrays(*(np.asarray(value, np.float64) for value in (N, D_fp, D_qat, B)))
         _refuse("N", n, ~(np.isfinite(n) & (n > 0)), "parameters: a positive finite number.")
@@ -73,4 +73,4 @@ class Points:
 
 def _refuse(key: str, values: Floats, wrong: NDArray[np.bool_], allowed: str) -> None:
     if np.any(wrong):
-        raise LawError(key, float(values[wrong][0]), allowed)
+        raise InputError(key, float(values[wrong][0]), allowed)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.laws.base import LawForm, Parameter, PowerTerm, Term, coefficient, exponent
 from qatlaw.laws.chinchilla import BASE_PARAMETERS, BASE_TERMS
 from qatlaw.laws.points import Floats
@@ -49,7 +49,7 @@ class SplitForm(LawForm):
         for name, value in (("N", N), ("D_total", D_total), ("B", B)):
             amounts = np.asarray(value, np.float64)
             if not np.all(np.isfinite(amounts) & (amounts > 0)):
-                raise LawError(name, None, "a positive finite number.")
+                raise InputError(name, None, "a positive finite number.")
         log_n, log_d, bits = np.log(N), np.log(D_total), np.asarray(B, np.float64)
         log_s = log_d - log_n - np.log(bits / 8)
         # log P/I where both phases had all the tokens; the split's own part is added below.

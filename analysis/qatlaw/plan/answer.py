@@ -3,63 +3,130 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from operator import attrgetter
 from typing import Any
 
-from qatlaw.default import PlannerLaw
-from qatlaw.plan.request import Question
+from qatlaw.fraction import amount
+from qatlaw.planner_law import SYNTHETIC_WARNING, PlannerLaw
 
 TRAIN = ("qatscale", "train", "RECIPE")
+NO_LAW = (
+    "Losses, and what follows from them, need a loss law fitted on runs: --law fit.json, the file that `qatscale fit` "
+    "writes. (--law synthetic shows what the answer looks like, on made-up numbers.)"
+)
+NO_CHOICE = "With --bits, `qatscale plan` also gives the command that runs one of these."
 
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of text; the first column is words or a key, the others are numbers."""
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+Table = Sequence[Sequence[str]]
+"""Rows of cells, the headers first. The first column holds words or a key, the others numbers."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    question: Question
+    question: str
     title: str
     table: Table
     plan: Any
-    """The dataclass, or a list of them, that the table shows."""
+    """The dataclass, or the list of them, that the table shows."""
     law: PlannerLaw | None
-    params: float
-    """Of the model that is to be run: the planned one, or the one that was asked about."""
-    notes: tuple[str, ...] = ()
-    """Definitions and answers in words."""
-    missing: str | None = None
-    """What a loss law would add."""
-    warnings: tuple[str, ...] = ()
+    notes: Sequence[str]
+    warnings: Sequence[str]
+    overrides: Sequence[str] | None = ()
+    """`key=value` settings that run the plan; None where a choice between the rows is still to be made."""
+    params: float = 0
+    """N of the model to train."""
     command: tuple[str, ...] = TRAIN
-    overrides: tuple[str, ...] = ()
-    """Empty where the answer is a choice that is still to be made."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: strict JSON, what is not finite is null."""
-        law = None if self.law is None else {"source": self.law.source, "synthetic": self.law.synthetic}
+        """Strict JSON: a number that is not finite becomes null."""
         return {
             "question": self.question,
             "plan": _plain(self.plan),
-            "law": law,
-            "notes": list(self.notes),
-            "missing": self.missing,
-            "warnings": list(self.warnings),
-            "overrides": list(self.overrides),
+            "law": self.law and {"source": self.law.source, "synthetic": self.law.synthetic},
+            "notes": self._notes(),
+            "warnings": self._warnings(),
+            "overrides": list(self.overrides or ()),
             "command": [*self.command, *self.overrides] if self.overrides else None,
         }
+
+    def text(self) -> str:
+        """For a terminal: sentences are wrapped; rows and the command are not, so that no number is cut."""
+        sentences = [*self._notes(), *(f"warning: {warning}" for warning in self._warnings())]
+        wrapper = textwrap.TextWrapper(
+            shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+        )
+        lines = [self.title, "", *_aligned(self.table), ""]
+        lines += map(wrapper.fill, sentences)
+        lines += ["", f"To run it: {' '.join((*self.command, *self.overrides))}"] if self.overrides else []
+        return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        law = NO_LAW if self.law is None else f"Loss law: {self.law.source}."
+        return [*self.notes, *([NO_CHOICE] if self.overrides is None else []), law]
+
+    def _warnings(self) -> list[str]:
+        made_up = [SYNTHETIC_WARNING] if self.law and self.law.synthetic else []
+        return list(dict.fromkeys([*made_up, *self.warnings]))
+
+
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "bits": ("bits", "g"),
+    "params": ("parameters", "amount"),
+    "hidden_size": ("width", ""),
+    "layers": ("layers", ""),
+    "megabytes": ("MB", ",.4g"),
+    "S": ("tokens per byte", ",.4g"),
+    "name": ("split", ""),
+    "multiple": ("of the deserved", "g"),
+    "fraction": ("QAT fraction", ".1%"),
+    "tokens": ("tokens", "amount"),
+    "tokens_qat": ("QAT tokens", "amount"),
+    "flops": ("training FLOPs", ".3g"),
+    "switch_step": ("switch before step", ","),
+    "loss": ("predicted loss", ".4f"),
+    "wasted": ("tokens wasted", ".2%"),
+    "gap": ("over full precision", "+.4f"),
+    "slope": ("loss per further 1B", ".3g"),
+}
+"""By attribute of a plan: its header and how its values are written."""
+
+
+def columns(items: Sequence[Any], attributes: str, best: object = None) -> Table:
+    """A row for each item. A column that one of them does not know (None) is left out; `best` is marked with *."""
+    table = []
+    for path in attributes.split():
+        header, form = _COLUMNS[path.rpartition(".")[2]]
+        values = [attrgetter(path)(item) for item in items]
+        if None not in values:
+            table.append([header, *(amount(v, 4) if form == "amount" else format(v, form) for v in values)])
+    table[0][1:] = [text + " *" * (item is best) for item, text in zip(items, table[0][1:], strict=True)]
+    return list(zip(*table, strict=True))
+
+
+def facts(known: Mapping[str, str | None]) -> Table:
+    """A row for each quantity that is known."""
+    return [("quantity", "value"), *((name, text) for name, text in known.items() if text)]
+
+
+def _aligned(table: Table) -> Iterable[str]:
+    """Columns as narrow as their cells allow; headers break at spaces."""
+    widths = [max(map(len, (*cells, *header.split()))) for header, *cells in zip(*table, strict=True)]
+    heads = [textwrap.wrap(header, width) for header, width in zip(table[0], widths, strict=True)]
+    depth = max(map(len, heads))
+    above = zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)
+    for row in (*above, ["-" * width for width in widths], *table[1:]):
+        yield "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
 
 
 def _plain(value: Any) -> Any:
     """Dataclasses, with their properties, as objects."""
     if is_dataclass(value) and not isinstance(value, type):
-        kind = type(value)
-        derived = [name for name, attribute in vars(kind).items() if isinstance(attribute, property)]
+        derived = [name for name, attribute in vars(type(value)).items() if isinstance(attribute, property)]
         return {name: _plain(getattr(value, name)) for name in [*(f.name for f in fields(value)), *derived]}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]

@@ -12,17 +12,17 @@ L is convex along that line (its terms are powers with negative exponents), so t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qatlaw.default import PlannerLaw
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fraction import A, tokens_per_parameter_byte
 from qatlaw.laws.base import Law
 from qatlaw.laws.points import Floats
 from qatlaw.plan.run import SEQUENTIAL, Scheme, overrides_of, warnings_of, written_fraction
+from qatlaw.planner_law import PlannerLaw
 
 FLOPS_PER_PARAMETER = 6.0
 """Of forward and backward per token: 2 + 4; the attention scores, which depend on the sequence length, are left out."""
@@ -51,7 +51,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name, value in (("amount", self.amount), ("fp_cost", self.fp_cost), ("qat_cost", self.qat_cost)):
             if not (np.isfinite(value) and value > 0):
-                raise LawError(f"budget.{name}", value, "a positive finite number.")
+                raise InputError(f"budget.{name}", value, "a positive finite number.")
 
     @property
     def overhead(self) -> float:
@@ -63,6 +63,8 @@ class Budget:
 class BudgetSplit:
     """One way to spend a budget."""
 
+    name: str
+    """`compute-optimal`, `token-optimal`, `closed form` or `planned`."""
     fraction: float
     tokens: float
     tokens_qat: float
@@ -75,8 +77,6 @@ class BudgetPlan:
     params: int
     bits: float
     budget: Budget
-    best_size: bool
-    """Whether the size was chosen too, for the lowest loss of this budget."""
     compute_optimal: BudgetSplit | None
     """None without a law."""
     token_optimal: BudgetSplit | None
@@ -88,6 +88,12 @@ class BudgetPlan:
     overrides: tuple[str, ...]
     """`key=value` settings that put the chosen split into a recipe."""
     warnings: tuple[str, ...]
+
+    @property
+    def splits(self) -> list[BudgetSplit]:
+        """Those that are known."""
+        found = (self.compute_optimal, self.token_optimal, self.closed_form, self.chosen)
+        return [split for split in found if split]
 
 
 def compute_optimal(
@@ -141,53 +147,55 @@ def spend(budget: Budget, fraction_of: Callable[[float], float]) -> tuple[float,
 
 
 def plan_budget(
-    params: float,
-    bits: float,
-    budget: Budget,
-    *,
-    law: PlannerLaw | None = None,
-    best_size: bool = False,
-    scheme: Scheme = SEQUENTIAL,
+    params: float | None, bits: float, budget: Budget, *, law: PlannerLaw | None = None, scheme: Scheme = SEQUENTIAL
 ) -> BudgetPlan:
     """The split of a budget for a model of `params` parameters at `bits` bits.
 
+    params: None for the size with the lowest loss, by a law; the budget's costs are then per token and parameter.
     Without a law the compute-optimal fraction is unknown, and the closed form's, which counts tokens, is planned.
-    `scheme` may move what is planned. LawError where neither is defined.
+    `scheme` may move what is planned. InputError where neither is defined.
     """
+    if law is not None:
+        law.check_bits(bits)
+    if params is None:
+        if law is None:
+            fix = "Add --params 396M, or --law fit.json to have the best size chosen."
+            raise InputError("--params", None, "is missing.", fix)
+        params = round(best_size(law.law, bits, budget.amount, budget.fp_cost, budget.qat_cost))
+        budget = Budget(budget.amount, budget.unit, budget.fp_cost * params, budget.qat_cost * params)
 
     def closed(D: float) -> float:
         S = tokens_per_parameter_byte(params, D, bits)
         return float(np.exp(-A / np.log(S))) if S > 1 else 0.0
 
-    def told(f: float, D: float) -> BudgetSplit:
+    def split(name: str, f: float, D: float) -> BudgetSplit:
         loss = None if law is None else float(law.law.loss(params, (1 - f) * D, f * D, bits))
-        return BudgetSplit(f, D, f * D, loss)
+        return BudgetSplit(name, f, D, f * D, loss)
 
     f, D = spend(budget, closed)
     S = tokens_per_parameter_byte(params, D, bits)
-    closed_form = told(f, D) if S > 1 else None
+    closed_form = split("closed form", f, D) if S > 1 else None
     compute, by_tokens = None, None
     if law is not None:
-        law.check_bits(bits)
         best = compute_optimal(law.law, params, bits, budget.amount, budget.fp_cost, budget.qat_cost)
-        compute = told(float(best[0]), float(best[1]))
-        by_tokens = told(*spend(budget, lambda D: float(law.law.optimal_fraction(params, D, bits))))
+        compute = split("compute-optimal", float(best[0]), float(best[1]))
+        optimal = spend(budget, lambda D: float(law.law.optimal_fraction(params, D, bits)))
+        by_tokens = split("token-optimal", *optimal)
     optimum = compute or closed_form
     if optimum is None:
-        raise LawError(
+        raise InputError(
             "budget",
             f"{budget.amount:g} {budget.unit}",
             f"buys {D:.3g} tokens, {S:.3g} per parameter byte, and the closed form needs more than 1.",
             "Take a smaller model or a larger budget.",
         )
-    chosen = optimum
+    chosen = replace(optimum, name="planned")
     if scheme.nearest(optimum.fraction, optimum.tokens) != optimum.fraction:
-        chosen = told(*spend(budget, lambda D: scheme.nearest(optimum.fraction, D)))
+        chosen = split("planned", *spend(budget, lambda D: scheme.nearest(optimum.fraction, D)))
     return BudgetPlan(
         params=round(params),
         bits=bits,
         budget=budget,
-        best_size=best_size,
         compute_optimal=compute,
         token_optimal=by_tokens,
         closed_form=closed_form,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qatlaw.default import PlannerLaw
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fraction import tokens_per_parameter_byte
 from qatlaw.plan.run import Basis, closed_form, warnings_of, written_fraction
+from qatlaw.planner_law import PlannerLaw
 
 MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the deserved tokens, for the table of what they buy."""
@@ -84,7 +84,7 @@ def plan_checkpoint(
 ) -> CheckpointPlan:
     """QAT tokens for a checkpoint that saw `tokens_fp` full-precision tokens, by the law or else by the closed form.
 
-    LawError where no number of tokens makes them the optimal share.
+    InputError where no number of tokens makes them the optimal share.
     """
     basis: Basis = "closed form" if law is None else "loss law"
     if law is not None:
@@ -99,7 +99,7 @@ def plan_checkpoint(
 
     deserved = _total(full_precision_tokens, tokens_fp) - tokens_fp
     if law is None and tokens_per_parameter_byte(params, tokens_fp + deserved, bits) <= 1:
-        raise LawError(
+        raise InputError(
             "trained tokens",
             tokens_fp,
             f"is less than a token per byte of {params:g} parameters at {bits:g} bits; the closed form needs more.",
@@ -136,7 +136,9 @@ def _total(full_precision_tokens: Callable[[float], float], tokens_fp: float) ->
             break
         high *= 2
     else:
-        raise LawError("trained tokens", tokens_fp, "no number of tokens makes these the optimal full-precision share.")
+        raise InputError(
+            "trained tokens", tokens_fp, "no number of tokens makes these the optimal full-precision share."
+        )
     low = tokens_fp
     for _ in range(HALVINGS):
         middle = (low + high) / 2

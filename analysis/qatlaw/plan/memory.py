@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qatlaw.default import PlannerLaw
 from qatlaw.plan.run import RunPlan, plan_run
 from qatlaw.plan.shapes import VOCABULARY, Shape, shapes_within
 from qatlaw.plan.waste import optimal_loss
+from qatlaw.planner_law import PlannerLaw
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,14 @@ class MemoryRow:
     largest: Shape
     """That fits. With so few tokens per byte that a smaller model is better by the law, `shape` is that one."""
     bytes: float
+    """Of its weights."""
     plan: RunPlan
     flops: float
     """Of its training, 6 N D: at the same tokens a larger model costs more."""
+
+    @property
+    def megabytes(self) -> float:
+        return self.bytes / 1e6
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def plan_memory(
     """For each width the best model whose weights fit into `budget` bytes, with its split and its loss.
 
     The best is the largest; with a law, the one with the lowest predicted loss, which is nearly always the largest.
-    The rule behind size and memory is told in `qatlaw.plan.shapes`. LawError where no model fits.
+    The rule behind size and memory is told in `qatlaw.plan.shapes`. InputError where no model fits.
     """
     rows = []
     for bits in widths:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from qatlaw.default import PlannerLaw
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.fraction import extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
 from qatlaw.plan.waste import optimal_loss, split_loss, wasted_tokens
+from qatlaw.planner_law import PlannerLaw
 
 RULE = 0.1
 """The customary share of the tokens for QAT, to compare with."""
@@ -45,6 +45,19 @@ SEQUENTIAL = Scheme()
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What is known of the run to plan: what was asked, and what a recipe of the training stack adds; None: unknown."""
+
+    params: float | None = None
+    tokens: float | None = None
+    bits: float | None = None
+    tokens_per_step: int | None = None
+    flops_per_token: float | None = None
+    """Forward and backward; None: 6 for each parameter."""
+    scheme: Scheme = SEQUENTIAL
+
+
+@dataclass(frozen=True)
 class Split:
     """What the law says of one way to split the tokens."""
 
@@ -67,8 +80,6 @@ class Prediction:
     """The rule of 10 %."""
     closed_form: Split | None
     """None where the closed form is not defined."""
-    asked: Split | None
-    """At the fraction that was asked about."""
     level: float | None = None
     """Share of the resampled laws inside the intervals; None where the law has none."""
     fraction_interval: Interval | None = None
@@ -105,6 +116,11 @@ class RunPlan:
     overrides: tuple[str, ...]
     """`key=value` settings that put the plan into a recipe."""
 
+    @property
+    def loss(self) -> float | None:
+        """Predicted, in nats per token; None without a loss law."""
+        return self.prediction.loss if self.prediction else None
+
 
 def plan_run(
     params: float,
@@ -113,16 +129,14 @@ def plan_run(
     *,
     law: PlannerLaw | None = None,
     tokens_per_step: int | None = None,
-    fraction: float | None = None,
     scheme: Scheme = SEQUENTIAL,
 ) -> RunPlan:
     """The plan for a model of `params` parameters (a tied embedding counted once), `tokens` tokens and `bits` bits.
 
     law: its optimum is planned, and its losses are told; without one the closed form decides. `scheme` may move it.
     tokens_per_step: of an optimizer step, for the switch step.
-    fraction: one that is to be judged by the law, beside the planned one.
 
-    LawError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.optimal_fraction`).
+    InputError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.optimal_fraction`).
     """
     S = tokens_per_parameter_byte(params, tokens, bits)
     optimum, basis = optimum_of(params, tokens, bits, law)
@@ -144,7 +158,7 @@ def plan_run(
         tokens_qat=tokens_qat,
         steps=steps,
         switch_step=None if steps is None else switch_step(planned, steps),
-        prediction=None if law is None else _predict(law, params, tokens, bits, optimum, planned, fraction),
+        prediction=None if law is None else _predict(law, params, tokens, bits, optimum, planned),
         warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law)),
         overrides=overrides_of(tokens, bits, scheme, text),
     )
@@ -161,7 +175,7 @@ def closed_form(S: float) -> float | None:
 
 
 def optimum_of(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[float, Basis]:
-    """The optimal fraction by the law, or else by the closed form. LawError where the closed form is not defined."""
+    """The optimal fraction by the law, or else by the closed form. InputError where the closed form is not defined."""
     if law is not None:
         law.check_bits(bits)
         return float(law.law.optimal_fraction(params, tokens, bits)), "loss law"
@@ -169,7 +183,7 @@ def optimum_of(params: float, tokens: float, bits: float, law: PlannerLaw | None
         return optimal_fraction(tokens_per_parameter_byte(params, tokens, bits)), "closed form"
     except ValueError as error:
         units = "Are --params and --tokens in the right units (396M, 100B)?"
-        raise LawError("plan", None, f"{error}.", units) from None
+        raise InputError("plan", None, f"{error}.", units) from None
 
 
 def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[str, ...]:
@@ -191,15 +205,15 @@ def written_fraction(fraction: float, steps: int | None = None) -> str:
     return next(text for text in same if switch_step(float(text), steps) == switch_step(fraction, steps))
 
 
-def _predict(
-    law: PlannerLaw, params: int, tokens: int, bits: float, optimum: float, planned: float, asked: float | None
-) -> Prediction:
+def judge_split(law: PlannerLaw, params: float, tokens: float, bits: float, fraction: float) -> Split:
+    """What the law says of QAT on this fraction of the tokens. InputError where it is not inside (0, 1)."""
+    loss = split_loss(law.law, params, tokens, fraction, bits)
+    return Split(fraction, float(loss), float(wasted_tokens(law.law, params, tokens, fraction, bits)))
+
+
+def _predict(law: PlannerLaw, params: int, tokens: int, bits: float, optimum: float, planned: float) -> Prediction:
     best = optimal_loss(law.law, params, tokens, bits)
-    fractions = [RULE, closed_form(tokens_per_parameter_byte(params, tokens, bits)), asked]
-    known = [fraction for fraction in fractions if fraction is not None]
-    losses = split_loss(law.law, params, tokens, known, bits)
-    wasted = wasted_tokens(law.law, params, tokens, known, bits)
-    splits = {f: Split(f, float(loss), float(share)) for f, loss, share in zip(known, losses, wasted, strict=True)}
+    closed = closed_form(tokens_per_parameter_byte(params, tokens, bits))
     intervals: dict[str, float | Interval] = {}
     if law.bootstrap is not None:
         low_f, high_f = law.bootstrap.fraction(params, tokens, bits)
@@ -210,8 +224,7 @@ def _predict(
     return Prediction(
         loss=float(best if planned == optimum else split_loss(law.law, params, tokens, planned, bits)),
         full_precision_loss=float(law.law.loss(params, tokens, 0.0, bits)),
-        rule=splits[RULE],
-        closed_form=splits.get(fractions[1]),  # type: ignore[arg-type]
-        asked=splits.get(asked),  # type: ignore[arg-type]
+        rule=judge_split(law, params, tokens, bits, RULE),
+        closed_form=None if closed is None else judge_split(law, params, tokens, bits, closed),
         **intervals,  # type: ignore[arg-type]  # each its own
     )

@@ -1,8 +1,9 @@
-"""What a plan needs of a run that was trained so far: read from the JSON files of its folder, without torch.
+"""What a plan needs to know about a run: read from two small JSON files of its folder, without torch.
 
-run.json                               n_params
-timeline.json                          tokens_per_step, segments
-checkpoints/step-00000120/manifest.json   step, tokens, plugin.switched_at; written last
+run.json         n_params
+timeline.json    tokens_per_step, switch_step, and segments with phase, start, end and quantized
+
+The step of a checkpoint is in its folder's name; a checkpoint is complete once it has a manifest.json.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 
-OPTION = "--from-checkpoint"
+KEY = "RUN"
+FUSED_COOLDOWN = 0.2
+"""Share of all tokens, the default of a recipe; less where the QAT phase is shorter."""
 _STEP = re.compile(r"^step-(\d{8})$")
 
 
@@ -28,7 +31,6 @@ class Trained:
     step: int
     """Optimizer steps done."""
     params: int
-    tokens: int
     tokens_per_step: int
     warmup_steps: int
     """Of the schedule it was trained with."""
@@ -41,65 +43,85 @@ class Trained:
     def checkpoint(self) -> str:
         return f"{self.run}@{self.step}"
 
+    @property
+    def tokens(self) -> int:
+        return self.step * self.tokens_per_step
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if not self.cooling:
+            return ()
+        return ("the checkpoint lies inside its run's cooldown: branch from the stable phase before it, or its end",)
+
+    def overrides(self, tokens: int, tokens_qat: int) -> tuple[str, ...]:
+        """The scheme that fits the checkpoint's point of its schedule, for `tokens_qat` of `tokens` in QAT."""
+        if self.cooled:
+            return ("qat.scheme=sequential",)
+        # At the stable rate: QAT takes over and holds the one cooldown. The warm-up keeps its length in tokens.
+        cooldown = min(round(FUSED_COOLDOWN * tokens / self.tokens_per_step), tokens_qat // self.tokens_per_step)
+        return (
+            "qat.scheme=fused",
+            "schedule.warmup_fraction=null",
+            f"schedule.warmup_tokens={self.warmup_steps * self.tokens_per_step}",
+            "schedule.cooldown_fraction=null",
+            f"schedule.cooldown_tokens={cooldown * self.tokens_per_step}",
+        )
+
 
 def read_trained(what: str) -> Trained:
     """The newest checkpoint of a run's folder, or that of RUN@STEP, or a checkpoint's folder.
 
-    LawError where there is none, where a file cannot be read, and where QAT began before it.
+    InputError where there is none, where a file cannot be read, and where QAT began before it.
     """
-    checkpoint = _find(what)
-    run = checkpoint.parent.parent
-    manifest, about, timeline = (
-        _read(path) for path in (checkpoint / "manifest.json", run / "run.json", run / "timeline.json")
-    )
     try:
-        step = int(manifest["step"])
-        switched = manifest["plugin"]["switched_at"]
+        run, step = _find(what)
+    except OSError as error:
+        raise InputError(KEY, what, f"cannot be read: {error.strerror}.") from None
+    about, timeline = _read(run / "run.json"), _read(run / "timeline.json")
+    try:
         segments = [segment for segment in timeline["segments"] if not segment["quantized"]]
         cooldowns = [segment for segment in segments if segment["phase"] == "cooldown"]
         trained = Trained(
-            run=str(run) if Path(what) == checkpoint else what.removesuffix(f"@{step}"),
+            run=str(run),
             step=step,
             params=int(about["n_params"]),
-            tokens=int(manifest["tokens"]),
             tokens_per_step=int(timeline["tokens_per_step"]),
             warmup_steps=sum(s["end"] - s["start"] for s in segments if s["phase"] == "warmup"),
             cooled=any(segment["end"] <= step for segment in cooldowns),
             cooling=any(segment["start"] < step < segment["end"] for segment in cooldowns),
         )
+        switch = timeline["switch_step"]
+        switched = switch is not None and switch < step
     except (KeyError, TypeError, ValueError) as error:
-        raise LawError(OPTION, what, f"a file of it lacks something: {error!r}.") from error
-    if switched is not None:
-        raise LawError(
-            OPTION,
-            what,
-            f"was trained in QAT since step {switched}.",
-            f"Give an earlier one: RUN@STEP up to {switched}.",
-        )
+        raise InputError(KEY, what, f"run.json or timeline.json lacks something: {error!r}.") from error
+    if switched:
+        fix = f"Give an earlier one: RUN@STEP up to {switch}."
+        raise InputError(KEY, what, f"was trained in QAT since step {switch}.", fix)
     return trained
 
 
-def _find(what: str) -> Path:
+def _find(what: str) -> tuple[Path, int]:
+    """The run's folder and the checkpoint's step."""
     path, at = Path(what), ""
     if not path.exists() and "@" in what:
         text, _, at = what.rpartition("@")
         path = Path(text)
-    if _STEP.match(path.name) and (path / "manifest.json").is_file():
-        return path
+    if (match := _STEP.match(path.name)) and (path / "manifest.json").is_file():
+        return path.resolve().parent.parent, int(match[1])
     if not (path / "run.json").is_file():
-        told = "The folder does not exist." if not path.is_dir() else "It holds no run.json."
-        raise LawError(OPTION, what, "no run's folder and no checkpoint.", told)
-    found = {int(match[1]): file.parent for file in sorted((path / "checkpoints").glob("step-*/manifest.json"))
-             if (match := _STEP.match(file.parent.name))}  # fmt: skip
+        why = "It holds no run.json." if path.is_dir() else "The folder does not exist."
+        raise InputError(KEY, what, "is neither a run's folder nor a checkpoint.", why)
+    found = [int(match[1]) for file in sorted((path / "checkpoints").glob("step-*/manifest.json"))
+             if (match := _STEP.match(file.parent.name))]  # fmt: skip
     if not found:
-        raise LawError(OPTION, what, "has no checkpoint yet.")
+        raise InputError(KEY, what, "has no checkpoint yet.")
     if at and (not at.isdigit() or int(at) not in found):
-        raise LawError(OPTION, what, f"no checkpoint at step {at}; there are: {', '.join(map(str, found))}.")
-    return found[int(at)] if at else found[max(found)]
+        raise InputError(KEY, what, f"has no checkpoint at step {at}.", f"Take one of {', '.join(map(str, found))}.")
+    return path, int(at or found[-1])
 
 
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LawError(OPTION, str(path), f"cannot be read: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(KEY, str(path), f"cannot be read: {error}.") from error

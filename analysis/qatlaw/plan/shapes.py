@@ -20,7 +20,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qatlaw.errors import LawError
+from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
+from qatlaw.errors import InputError
 
 VOCABULARY = 32_000
 """Rows of the embedding: Llama 2's."""
@@ -30,9 +31,11 @@ MLP = 2.7
 """Width of the SwiGLU over that of the model, rounded to a multiple of 128."""
 SHALLOW, DEEP = 100, 56
 """Width over depth, at most and at least."""
-EMBEDDING_LEAST_BITS = 4
-UNQUANTIZED_BITS = 16
-"""Of scales and norms, as bf16 holds them."""
+RULE = (
+    f"Llama-style shapes, {DEEP} to {SHALLOW} times as wide as deep, embedding and head tied. Memory counts weights "
+    f"alone: blocks at B bits, the embedding at max({EMBEDDING_LEAST_BITS}, B), norms and a scale a row at "
+    f"{UNQUANTIZED_BITS}."
+)
 
 Integers = NDArray[np.int64]
 
@@ -41,34 +44,34 @@ Integers = NDArray[np.int64]
 class Shape:
     """A model's shape."""
 
-    width: int
+    hidden_size: int
     layers: int
     vocabulary: int
 
     @property
     def intermediate(self) -> int:
         """Width of the gate and up projections."""
-        return int(_intermediate(np.array(self.width)))
+        return int(_intermediate(np.array(self.hidden_size)))
 
     @property
     def heads(self) -> int:
         """Of 128 channels from a width of 1536 on, else of 64."""
-        return self.width // (128 if self.width >= 1536 else 64)
+        return self.hidden_size // (128 if self.hidden_size >= 1536 else 64)
 
     @property
     def params(self) -> int:
         """N: all parameters, the tied table once, without scales."""
-        return int(_params(np.array(self.width), np.array(self.layers), self.vocabulary))
+        return int(_params(np.array(self.hidden_size), np.array(self.layers), self.vocabulary))
 
     def bytes(self, bits: float) -> float:
         """Of its quantized weights with all that belongs to them."""
-        return float(_bytes(np.array(self.width), np.array(self.layers), self.vocabulary, bits))
+        return float(_bytes(np.array(self.hidden_size), np.array(self.layers), self.vocabulary, bits))
 
     @property
     def overrides(self) -> tuple[str, ...]:
         return (
             f"model.vocab_size={self.vocabulary}",
-            f"model.hidden_size={self.width}",
+            f"model.hidden_size={self.hidden_size}",
             f"model.layers={self.layers}",
             f"model.heads={self.heads}",
             "model.kv_heads=null",
@@ -80,18 +83,18 @@ class Shape:
 def shapes_within(budget: float, bits: float, vocabulary: int = VOCABULARY) -> list[Shape]:
     """The usual shapes whose weights fit into `budget` bytes at `bits` bits, by rising number of parameters.
 
-    LawError where not even the smallest one fits, and where the largest one does not fill the budget.
+    InputError where not even the smallest one fits, and where the largest one does not fill the budget.
     """
     widths, layers = _all_shapes()
     sizes = _bytes(widths, layers, vocabulary, bits)
     fits = sizes <= budget
     if not fits.any() or fits.all():
         least, most = sizes.min(), sizes.max()
-        raise LawError(
-            "--memory",
+        raise InputError(
+            "BYTES",
             f"{budget / 1e6:g}MB",
-            f"models of Llama's shape with {vocabulary} pieces at {bits:g} bits take {least / 1e6:.3g}MB to "
-            f"{most / 1e9:.3g}GB.",
+            f"models of Llama's shape with {vocabulary} tokens of vocabulary take {least / 1e6:.3g}MB to "
+            f"{most / 1e9:.3g}GB at {bits:g} bits.",
         )
     order = np.argsort(_params(widths[fits], layers[fits], vocabulary), kind="stable")
     return [Shape(int(w), int(n), vocabulary) for w, n in zip(widths[fits][order], layers[fits][order], strict=True)]

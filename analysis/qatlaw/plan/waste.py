@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qatlaw.errors import LawError
+from qatlaw.errors import InputError
 from qatlaw.laws.base import Law
 from qatlaw.laws.points import Floats
 
@@ -77,11 +77,11 @@ def tokens_for_loss(law: Law, N: ArrayLike, loss: ArrayLike, B: ArrayLike, near:
 def wasted_tokens(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike) -> Floats:
     """Share of D that the fraction f wastes, in [0, 1); 0 at the optimal fraction. Broadcasts.
 
-    LawError where f is not inside (0, 1): at its ends there is no QAT run with two phases.
+    InputError where f is not inside (0, 1): at its ends there is no QAT run with two phases.
     """
     shares = np.asarray(f, np.float64)
     if not np.all((shares > 0) & (shares < 1)):
-        raise LawError("fraction", shares.tolist(), "a QAT fraction lies between 0 and 1.")
+        raise InputError("fraction", shares.tolist(), "a QAT fraction lies between 0 and 1.")
     loss = split_loss(law, N, D, f, B)
     return np.maximum(0.0, 1 - tokens_for_loss(law, N, loss, B, D) / np.asarray(D, np.float64))
 
@@ -99,12 +99,12 @@ class FusionSaving:
 def fusion_saving(law: Law, N: float, D: float, B: float, fused_loss: float, sequential_loss: float) -> FusionSaving:
     """From the measured losses of a fused and a sequential run of the same N, D and B, in nats per token.
 
-    Only their difference is used: the law says what it is worth. LawError where no number of tokens is worth it.
+    Only their difference is used: the law says what it is worth. InputError where no number of tokens is worth it.
     """
     target = optimal_loss(law, N, D, B) + fused_loss - sequential_loss
     tokens = float(tokens_for_loss(law, N, target, B, D))
     if not np.isfinite(tokens):
-        raise LawError(
+        raise InputError(
             "--fused-loss",
             fused_loss,
             f"is {sequential_loss - fused_loss:.4g} nats below the sequential loss, which by the law no number of "

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qatlaw.default import PlannerLaw
-from qatlaw.fraction import tokens_per_parameter_byte
 from qatlaw.plan.run import SEQUENTIAL, RunPlan, Scheme, plan_run
+from qatlaw.planner_law import PlannerLaw
 
 TOLERANCE = 0.01
 """Nats per token: about 1 % of the perplexity."""
@@ -16,7 +15,6 @@ TOLERANCE = 0.01
 @dataclass(frozen=True)
 class WidthRow:
     bits: float
-    S: float
     plan: RunPlan
     gap: float | None
     """Predicted loss less that of the full-precision run, in nats per token; None without a law."""
@@ -55,7 +53,7 @@ def compare_widths(
     for bits in widths:
         plan = plan_run(params, tokens, bits, law=law, tokens_per_step=tokens_per_step, scheme=scheme)
         gap = plan.prediction.loss - plan.prediction.full_precision_loss if plan.prediction else None
-        rows.append(WidthRow(bits, tokens_per_parameter_byte(params, tokens, bits), plan, gap))
+        rows.append(WidthRow(bits, plan, gap))
     within = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= tolerance]
     predicted = [row.plan.prediction for row in rows]
     return Comparison(

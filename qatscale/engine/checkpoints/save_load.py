@@ -196,7 +196,7 @@ def _raise_everywhere(check: Any, runtime: Runtime) -> None:
     except UserError as error:
         found = error
     everyone: list[Any] = [None] * runtime.ranks
-    dist.all_gather_object(everyone, (found.key, found.value, found.allowed, found.do) if found else None)
+    dist.all_gather_object(everyone, (found.key, found.value, found.problem, found.fix) if found else None)
     first = next((e for e in everyone if e), None)
     if first:
         raise UserError(*first)

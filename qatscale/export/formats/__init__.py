@@ -1,7 +1,7 @@
 """The export formats. Each is one module of this package, and this list is the only other place that names it.
 
 To add one, write a module whose FORMAT is an instance of a subclass of `base.Format`, and add it here, to
-tests/export/expected.py and to the README; tests fail until all of it is done.
+tests/export/expected.py and to analysis/guides/ship-it.md; tests fail until all of it is done.
 """
 
 FORMATS = {

@@ -138,7 +138,7 @@ class Gguf(Format):
         plain = PlainEncoding(source.dtype)
         if parameter.quantizer is None:
             return [PlainEncoding(torch.float32) if parameter.is_norm else plain]
-        types = BLOCK_TYPES[parameter.quantizer.width]
+        types = BLOCK_TYPES[parameter.quantizer.bits_text]
         if self.q1_0 and parameter.quantizer.bits == 1:
             types = (blocks.Q1_0, *types)
         return [*map(BlockEncoding, types), plain]

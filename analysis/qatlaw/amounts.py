@@ -1,0 +1,37 @@
+"""Numbers as people type them: 396M parameters, 100B tokens, 500MB, 1e21 FLOPs, 4 bits, 0.25 of the tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.errors import InputError
+
+_PLAIN = {"": 1.0}
+_UNITS = _PLAIN | {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+_BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12} | {
+    "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40,
+}  # fmt: skip
+_NUMBER = r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*$"
+
+Reader = Callable[[str, str], float]
+"""From an option's name and text to a finite number above 0; InputError for another text."""
+
+
+def _reader(allowed: str, units: Mapping[str, float], holds: Callable[[float], bool] = lambda _: True) -> Reader:
+    def read(option: str, text: str) -> float:
+        match = re.match(_NUMBER, text)
+        unit = units.get(match[2].upper()) if match else None
+        value = float(match[1].replace("_", "")) * unit if match and unit else 0.0
+        if not (0 < value < float("inf") and holds(value)):
+            raise InputError(option, text, f"must be {allowed}.")
+        return value
+
+    return read
+
+
+parse_amount = _reader("a number above 0, with K, M, B or T if it is long: 2.3B", _UNITS)
+parse_bytes = _reader("bytes above 0 with their unit: 500MB, 1.5GB, 512MiB", _BYTES)
+parse_share = _reader("above 0 and below 1: 0.25", _PLAIN, lambda share: share < 1)
+parse_bits = _reader(f"one of {BIT_WIDTHS_TEXT}", _PLAIN, BIT_WIDTHS.__contains__)

@@ -1,0 +1,16 @@
+"""The bit widths that a weight can be quantized to. Every list, text and table of them derives from this module."""
+
+from __future__ import annotations
+
+BIT_WIDTHS: tuple[int | float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
+"""Bits per weight; 1.58 is ternary. Of 3 bits and more, a width needs nothing but its place here (and a colour in
+`figures.style`)."""
+BIT_WIDTHS_TEXT = ", ".join(f"{bits:g}" for bits in BIT_WIDTHS)
+EMBEDDING_LEAST_BITS = 4
+"""Embedding and head are quantized to no fewer bits."""
+UNQUANTIZED_BITS = 16
+"""Bits of a weight in full precision, as bf16 holds it."""
+EMBEDDING_BITS: tuple[int, ...] = (
+    *(int(bits) for bits in BIT_WIDTHS if bits >= EMBEDDING_LEAST_BITS), UNQUANTIZED_BITS,
+)  # fmt: skip
+"""Bits that embedding and head can have."""

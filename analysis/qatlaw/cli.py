@@ -1,0 +1,403 @@
+"""The planner's command line, one command for each question. `qatscale plan` and `python -m qatlaw` mount it.
+
+An option is declared here once, together with the function that reads its text. Under `qatscale plan` the context holds
+what qatscale knows of recipes and GPUs (`qatscale.cli.plan.RecipesAndGpus`); elsewhere it holds None.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_bytes, parse_share
+from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.errors import InputError
+from qatlaw.fraction import amount
+from qatlaw.plan.answer import Answer, columns, facts
+from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
+from qatlaw.plan.checkpoint import plan_checkpoint
+from qatlaw.plan.memory import plan_memory
+from qatlaw.plan.run import Interval, Recipe, Split, judge_split, plan_run, warnings_of
+from qatlaw.plan.run_folder import read_trained
+from qatlaw.plan.shapes import RULE
+from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
+from qatlaw.plan.widths import TOLERANCE, compare_widths
+from qatlaw.planner_law import PlannerLaw, law_names, load_law
+
+
+def _option(metavar: str, text: str, read: Reader = parse_amount) -> Any:
+    def convert(parameter: typer.CallbackParam, value: str | None) -> float | None:
+        return None if value is None else read(parameter.opts[0], value)
+
+    return typer.Option(metavar=metavar, help=text, parser=str, callback=convert)
+
+
+PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.")
+RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe, with its tokens, bits, batch and schedule.")
+TOKENS = _option("100B", "Training tokens of both phases.")
+BITS = _option("4", f"Bits per quantized weight: {BIT_WIDTHS_TEXT}.", parse_bits)
+BATCH_TOKENS = _option("1M", "Tokens of an optimizer step, for the step of the switch.")
+NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)")
+VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.")
+FLOPS = _option("1e21", "The budget: floating-point operations.")
+GPU_HOURS = _option("500", "The budget: GPU-hours, all GPUs together.")
+GPU = typer.Option(metavar="H200", help="A GPU by name, for its peak.")
+PEAK_FLOPS = _option("989T", "Instead of --gpu: its peak in FLOP/s.")
+MFU = _option("0.4", "Share of the peak that full-precision training reaches.", parse_share)
+TOKENS_PER_SECOND = _option("150K", "Instead of a peak and --mfu: measured on one GPU in full precision.")
+QAT_OVERHEAD = _option("1.2", "Time of a QAT step over that of a full-precision step.")
+TRAINED_TOKENS = _option("60B", "Instead of RUN: full-precision tokens so far. Needs --params.")
+FRACTION = _option("0.1", "QAT tokens over all tokens.", parse_share)
+FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.")
+SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.")
+LAW = typer.Option(
+    metavar="LAW",
+    help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.)",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+BUDGETS = (
+    ("--flops",),
+    ("--gpu-hours", "--gpu", "--mfu"),
+    ("--gpu-hours", "--peak-flops", "--mfu"),
+    ("--gpu-hours", "--tokens-per-second"),
+)
+
+planner = typer.Typer(
+    invoke_without_command=True, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+@planner.callback(epilog="Example: qatscale plan --params 396M --tokens 100B --bits 4")
+def run(
+    ctx: typer.Context,
+    params: Annotated[float | None, PARAMS] = None,
+    recipe: Annotated[str | None, RECIPE] = None,
+    tokens: Annotated[float | None, TOKENS] = None,
+    bits: Annotated[float | None, BITS] = None,
+    batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
+    law: Annotated[str | None, LAW] = None,
+    as_json: Json = False,
+) -> None:
+    """When should a run switch from full precision to QAT? The commands below answer other questions.
+
+    Without --bits, every bit width is planned. Without a loss law, the answer has fractions and tokens but no losses.
+    """
+    if ctx.invoked_subcommand is not None:
+        if any(ctx.params.values()):
+            raise InputError(ctx.invoked_subcommand, None, "has options of its own.", "Write options after it.")
+        return
+    known = _known(ctx, recipe, params, tokens, batch_tokens)
+    width = bits or known.bits
+    if width is None:
+        bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, as_json=as_json)
+        return
+    N, D, loss_law = *_size(known), _law(law)
+    plan = plan_run(N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme)
+    table = {
+        "tokens per parameter byte": f"{plan.S:,.4g}",
+        "optimal QAT fraction (closed form)": _text(plan.closed_form, ".1%"),
+        "optimal QAT fraction (loss law)": None,
+        "planned QAT fraction": None if plan.fraction == plan.optimum else f"{plan.fraction:.1%}",
+        "tokens in full precision": _tokens(plan.tokens_fp),
+        "tokens in QAT": _tokens(plan.tokens_qat),
+        "switch to QAT before step": None if plan.steps is None else f"{plan.switch_step:,} of {plan.steps:,}",
+    }
+    if p := plan.prediction:
+        optimum = f"{plan.optimum:.1%}{_interval(p.fraction_interval, '.1%', p.level)}"
+        table |= {
+            "optimal QAT fraction (loss law)": optimum,
+            "predicted loss": f"{p.loss:.4f}{_interval(p.loss_interval, '.4f', p.level)}",
+            "predicted loss in full precision": f"{p.full_precision_loss:.4f}",
+            "  the closed form's fraction": _judged(p.closed_form),
+            "  QAT on 10 % of the tokens": _judged(p.rule),
+        }
+    notes = [f"Losses in nats per token; {WASTED}."] if law else []
+    warnings = (*plan.warnings, *warnings_of(N, D, width, None))
+    title = _run(N, D, width)
+    _show(ctx, as_json, Answer("run", title, facts(table), plan, loss_law, notes, warnings, plan.overrides, N), recipe)
+
+
+@planner.command("bit-widths", epilog="Example: qatscale plan bit-widths --params 396M --tokens 100B")
+def bit_widths(
+    ctx: typer.Context,
+    params: Annotated[float | None, PARAMS] = None,
+    recipe: Annotated[str | None, RECIPE] = None,
+    tokens: Annotated[float | None, TOKENS] = None,
+    batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
+    tolerance: Annotated[float | None, NATS] = None,
+    law: Annotated[str | None, LAW] = None,
+    as_json: Json = False,
+) -> None:
+    """What does QAT at each bit width need, and lose against full precision?"""
+    known, loss_law = _known(ctx, recipe, params, tokens, batch_tokens), _law(law)
+    (N, D), step, scheme = _size(known), known.tokens_per_step, known.scheme
+    if tolerance and law is None:
+        raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
+    widths, nats = _widths(None, loss_law), tolerance or TOLERANCE
+    plan = compare_widths(N, D, widths, law=loss_law, tolerance=nats, tokens_per_step=step, scheme=scheme)
+    best = None if plan.smallest is None else plan.rows[plan.smallest]
+    table = columns(plan.rows, "bits plan.S plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
+    notes = []
+    if law:
+        within = f"within {nats:g} nats ({math.expm1(nats):.2%} of the perplexity) of full precision"
+        start = f"* the smallest bit width {within}" if best else f"No bit width is {within}"
+        notes = [f"{start}, whose predicted loss is {_text(plan.full_precision_loss, '.4f')}."]
+    title = f"{_tokens(N)} parameters, {_tokens(D)} tokens: QAT at each bit width"
+    overrides = best.plan.overrides if best else None
+    _show(ctx, as_json, Answer("bit-widths", title, table, plan, loss_law, notes, plan.warnings, overrides, N), recipe)
+
+
+@planner.command(epilog="Example: qatscale plan memory 500MB --tokens 100B --bits 4")
+def memory(
+    ctx: typer.Context,
+    budget: Annotated[str, typer.Argument(metavar="BYTES", help="For the weights: 500MB, 1.5GB or 512MiB.")],
+    tokens: Annotated[float, TOKENS],
+    bits: Annotated[float | None, BITS] = None,
+    vocab_size: Annotated[float, VOCABULARY] = 32_000,
+    law: Annotated[str | None, LAW] = None,
+    as_json: Json = False,
+) -> None:
+    """Which model fits into a memory budget, and at which bit width is it best?"""
+    loss_law, size = _law(law), parse_bytes("BYTES", budget)
+    plan = plan_memory(size, tokens, _widths(bits, loss_law), law=loss_law, vocabulary=round(vocab_size))
+    best = None if plan.best is None else plan.rows[plan.best]
+    wanted = "bits plan.params shape.hidden_size shape.layers megabytes plan.S plan.fraction flops plan.loss"
+    table = columns(plan.rows, wanted, best if law else None)
+    notes = [f"The {'best' if law else 'largest'} that fit. {RULE}", *(["* the lowest predicted loss."] if law else [])]
+    if small := [f"{row.bits:g}" for row in plan.rows if row.shape != row.largest]:
+        notes.append(f"At {', '.join(small)} bits a larger model fits, but has too few tokens per byte to be better.")
+    title = f"{size / 1e6:,.4g} MB of weights, {_tokens(tokens)} tokens"
+    overrides, N = ((*best.plan.overrides, *best.shape.overrides), best.plan.params) if best else (None, 0)
+    _show(ctx, as_json, Answer("memory", title, table, plan, loss_law, notes, plan.warnings, overrides, N))
+
+
+@planner.command(epilog="Example: qatscale plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4")
+def compute(
+    ctx: typer.Context,
+    flops: Annotated[float | None, FLOPS] = None,
+    gpu_hours: Annotated[float | None, GPU_HOURS] = None,
+    gpu: Annotated[str | None, GPU] = None,
+    peak_flops: Annotated[float | None, PEAK_FLOPS] = None,
+    mfu: Annotated[float | None, MFU] = None,
+    tokens_per_second: Annotated[float | None, TOKENS_PER_SECOND] = None,
+    qat_overhead: Annotated[float | None, QAT_OVERHEAD] = None,
+    params: Annotated[float | None, PARAMS] = None,
+    recipe: Annotated[str | None, RECIPE] = None,
+    bits: Annotated[float | None, BITS] = None,
+    law: Annotated[str | None, LAW] = None,
+    as_json: Json = False,
+) -> None:
+    """How many tokens does a compute budget buy, and how should they be split?
+
+    With a law and without --params, also: for which size of model?
+    """
+    parts = {"--flops": flops, "--gpu-hours": gpu_hours, "--gpu": gpu, "--peak-flops": peak_flops, "--mfu": mfu}
+    parts |= {"--tokens-per-second": tokens_per_second}
+    given = tuple(flag for flag, value in parts.items() if value is not None)
+    if given not in BUDGETS:
+        ways = "; or ".join(" ".join(flags) for flags in BUDGETS)
+        raise InputError(" ".join(given) or "compute", None, "is not a budget.", f"Give {ways}.")
+    known, loss_law = _known(ctx, recipe, params), _law(law)
+    if tokens_per_second and known.params is None:
+        raise InputError("--params", None, "is missing.", "Add the size that the tokens per second belong to.")
+    peak = _stack(ctx, "--gpu", gpu).peak_flops(gpu) if gpu else peak_flops
+    flops_per_unit = peak * mfu * 3600 if peak and mfu else 1.0
+    if tokens_per_second:
+        cost, source = 1 / tokens_per_second / 3600, "what was measured"
+    elif known.flops_per_token:
+        cost, source = known.flops_per_token / flops_per_unit, "the recipe's FLOPs, attention included"
+    else:  # for each parameter, where the size is to be chosen
+        cost = FLOPS_PER_PARAMETER * (known.params or 1.0) / flops_per_unit
+        source = "6 FLOPs per parameter, attention scores left out"
+    ratio = qat_overhead or 1.0
+    budget = Budget(flops or gpu_hours or 0.0, "FLOPs" if flops else "GPU-hours", cost, cost * ratio)
+    widths = _widths(bits, loss_law)
+    plans = [plan_budget(known.params, width, budget, law=loss_law, scheme=known.scheme) for width in widths]
+    one = plans[0] if len(plans) == 1 else None
+    best = one or (min(plans, key=lambda plan: plan.chosen.loss or 0.0) if law else None)
+    if one:
+        table = columns(one.splits, "name fraction tokens tokens_qat loss")
+    else:
+        table = columns(plans, "bits params chosen.fraction chosen.tokens chosen.tokens_qat chosen.loss", best)
+    notes = [f"A full-precision token costs {source}; a QAT token {ratio:.4g} times as much."]
+    notes += ["* the lowest predicted loss."] if law and not one else []
+    warnings = [warning for plan in plans for warning in plan.warnings]
+    if one and one.closed_form:
+        warnings += warnings_of(one.params, one.closed_form.tokens, one.bits, None)
+    if qat_overhead is None:
+        warnings.append(
+            "a QAT token was taken to cost as much as a full-precision one: divide tokens_per_second_fp of a finished "
+            "run by its tokens_per_second_qat, and give that as --qat-overhead"
+        )
+    title = f"{budget.amount:g} {budget.unit}"
+    title += f", {_tokens(one.params)} parameters, {one.bits:g} bits" if one else ""
+    overrides, N = (best.overrides, best.params) if best else (None, 0)
+    _show(ctx, as_json, Answer("compute", title, table, one or plans, loss_law, notes, warnings, overrides, N), recipe)
+
+
+@planner.command(epilog="Example: qatscale plan checkpoint --trained-tokens 60B --params 396M --bits 2")
+def checkpoint(
+    ctx: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Folder of a run, RUN@STEP or a checkpoint.")] = None,
+    trained_tokens: Annotated[float | None, TRAINED_TOKENS] = None,
+    params: Annotated[float | None, PARAMS] = None,
+    bits: Annotated[float | None, BITS] = None,
+    law: Annotated[str | None, LAW] = None,
+    as_json: Json = False,
+) -> None:
+    """How many QAT tokens does a full-precision checkpoint deserve, and what do they buy?"""
+    for flag, value in (("--trained-tokens", trained_tokens), ("--params", params)):
+        if run is None and value is None:
+            raise InputError(flag, None, "is missing.", "Add it, or name a RUN.")
+        if run is not None and value is not None:
+            raise InputError(flag, value, "is read from RUN.", "Leave it out.")
+    trained, loss_law = read_trained(run) if run else None, _law(law)
+    N, D = (trained.params, trained.tokens) if trained else (params or 0.0, trained_tokens or 0.0)
+    plans = [plan_checkpoint(N, width, D, law=loss_law) for width in _widths(bits, loss_law)]
+    plans = [plan.whole_steps(trained.tokens_per_step) for plan in plans] if trained else plans
+    one = plans[0] if len(plans) == 1 else None
+    table = columns(plans, "bits tokens_qat fraction loss")
+    notes = ["Deserved: with them, the tokens trained so far are the optimal full-precision share of all tokens."]
+    if one:
+        table = columns(one.purchases, "multiple tokens_qat fraction loss slope")
+        notes.insert(0, f"It deserves {_tokens(one.tokens_qat)} QAT tokens, {one.fraction:.1%} of the run.")
+    warnings = list(trained.warnings) if trained else []
+    warnings += [f"{plan.bits:g} bits: {warning}" for plan in plans for warning in plan.warnings]
+    title = f"{_tokens(N)} parameters, {_tokens(D)} tokens in full precision"
+    overrides: tuple[str, ...] | None = None
+    if one and trained:
+        overrides = (*one.overrides(trained.tokens_per_step), *trained.overrides(one.tokens, one.tokens_qat))
+    elif one:
+        overrides = (*one.overrides(), "qat.scheme=sequential")
+    command = ("qatscale", "branch", trained.checkpoint if trained else "RUN", "name=NAME")
+    answer = Answer("checkpoint", title, table, one or plans, loss_law, notes, warnings, overrides, N, command)
+    _show(ctx, as_json, answer)
+
+
+@planner.command(
+    epilog="Example: qatscale plan waste --params 396M --tokens 100B --bits 4 --fraction 0.1 --law synthetic"
+)
+def waste(
+    ctx: typer.Context,
+    params: Annotated[float, PARAMS],
+    tokens: Annotated[float, TOKENS],
+    bits: Annotated[float, BITS],
+    fraction: Annotated[float, FRACTION],
+    law: Annotated[str, LAW],
+    as_json: Json = False,
+) -> None:
+    """What share of the tokens does a QAT fraction waste, against the optimal one?"""
+    loss_law = load_law(law)
+    best = plan_run(params, tokens, bits, law=loss_law)
+    splits = [judge_split(loss_law, params, tokens, bits, each) for each in (fraction, best.optimum)]
+    table = columns(splits, "fraction loss wasted", best=splits[1])
+    notes = ["* the optimal QAT fraction.", f"Losses in nats per token; {WASTED}."]
+    answer = Answer("waste", _run(params, tokens, bits), table, splits[0], loss_law, notes, best.warnings)
+    _show(ctx, as_json, answer)
+
+
+@planner.command(
+    epilog="Example: qatscale plan fusion --params 396M --tokens 100B --bits 4 --fused-loss 2.31 "
+    "--sequential-loss 2.32 --law synthetic"
+)
+def fusion(
+    ctx: typer.Context,
+    params: Annotated[float, PARAMS],
+    tokens: Annotated[float, TOKENS],
+    bits: Annotated[float, BITS],
+    fused_loss: Annotated[float, FUSED_LOSS],
+    sequential_loss: Annotated[float, SEQUENTIAL_LOSS],
+    law: Annotated[str, LAW],
+    as_json: Json = False,
+) -> None:
+    """What share of the tokens did fusing QAT with the cooldown save, by two measured losses?"""
+    loss_law = load_law(law)
+    loss_law.check_bits(bits)
+    saving = fusion_saving(loss_law.law, params, tokens, bits, fused_loss, sequential_loss)
+    table = {
+        "fused loss less sequential loss": f"{fused_loss - sequential_loss:+.4f}",
+        "tokens the sequential scheme would need": _tokens(saving.sequential_tokens),
+        "saved by fusion": f"{saving.saved:+.1%}",
+    }
+    notes, warnings = [f"In this table, {SAVED}."], warnings_of(params, tokens, bits, loss_law)
+    answer = Answer("fusion", _run(params, tokens, bits), facts(table), saving, loss_law, notes, warnings)
+    _show(ctx, as_json, answer)
+
+
+def _known(
+    ctx: typer.Context,
+    recipe: str | None,
+    params: float | None,
+    tokens: float | None = None,
+    batch_tokens: float | None = None,
+) -> Recipe:
+    """What the options, and a recipe, say about the run."""
+    if batch_tokens and tokens and batch_tokens > tokens:
+        raise InputError("--batch-tokens", batch_tokens, f"is more than all {tokens:g} tokens.")
+    if recipe is None:
+        return Recipe(params, tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
+    for flag, value in (("--params", params), ("--batch-tokens", batch_tokens)):
+        if value is not None:
+            raise InputError(flag, value, "contradicts --recipe, which has its own.", "Leave one of them out.")
+    known = _stack(ctx, "--recipe", recipe).recipe(recipe)
+    return replace(known, tokens=tokens or known.tokens)
+
+
+def _size(known: Recipe) -> tuple[float, float]:
+    """Parameters and tokens."""
+    if known.params is None:
+        raise InputError("--params", None, "is missing.", "Add --params 396M.")
+    if known.tokens is None:
+        raise InputError("--tokens", None, "is missing.", "Add --tokens 100B.")
+    return known.params, known.tokens
+
+
+def _stack(ctx: typer.Context, flag: str, value: str) -> Any:
+    if ctx.obj is None:
+        raise InputError(flag, value, "needs `qatscale plan`.", "Or give --params, and --peak-flops.")
+    return ctx.obj
+
+
+def _law(name: str | None) -> PlannerLaw | None:
+    return None if name is None else load_law(name)
+
+
+def _widths(bits: float | None, law: PlannerLaw | None) -> tuple[float, ...]:
+    """The bit width that was asked for, or all that the law describes."""
+    if bits is not None:
+        return (bits,)
+    low, high = law.range["bits"] if law and law.law.form.one_width else (0, math.inf)
+    return tuple(width for width in BIT_WIDTHS if low <= width <= high)
+
+
+def _show(ctx: typer.Context, as_json: bool, answer: Answer, recipe: str | None = None) -> None:
+    if ctx.obj is not None:
+        answer = ctx.obj.runnable(answer, recipe)
+    print(json.dumps(answer.to_dict(), indent=2, allow_nan=False) if as_json else answer.text())
+
+
+def _judged(split: Split | None) -> str | None:
+    return None if split is None else f"{split.loss:.4f}, {split.wasted:.2%} of the tokens wasted"
+
+
+def _interval(interval: Interval | None, form: str, level: float | None) -> str:
+    if interval is None:
+        return ""
+    return f" ({interval[0]:{form}} to {interval[1]:{form}} in {level:.0%} of resampled fits)"
+
+
+def _run(params: float, tokens: float, bits: float) -> str:
+    return f"{_tokens(params)} parameters, {_tokens(tokens)} tokens, {bits:g} bits"
+
+
+def _tokens(value: float) -> str:
+    return amount(value, 4)
+
+
+def _text(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)

@@ -1,0 +1,120 @@
+"""The loss law that a plan stands on, with the range of its runs.
+
+A law is named on the command line: `synthetic`, a law that ships with the package, or the path of a `fit.json`. Without
+one, plans stand on the closed form of the optimal fraction, which predicts no losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qatlaw.errors import InputError
+from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
+
+if TYPE_CHECKING:  # the names of the laws are read for every --help, which waits for no law
+    from qatlaw.intervals import Bootstrap
+    from qatlaw.laws.base import Law
+
+SYNTHETIC = "synthetic"
+SYNTHETIC_WARNING = "every prediction here comes from a made-up law, for demonstration: plan nothing by it"
+SHIPPED = Path(__file__).parent / "laws" / "shipped"
+"""Laws that come with the package: NAME.json, as `qatscale fit` writes it."""
+
+
+@dataclass(frozen=True)
+class PlannerLaw:
+    """A law with what the reader of a plan has to know about it."""
+
+    law: Law
+    source: str
+    """Where it comes from, in words."""
+    range: Mapping[str, tuple[float, float]]
+    """(low, high) of n_params, tokens, bits and s_total in the runs behind it; a missing key is an unknown range."""
+    synthetic: bool = False
+    """Whether the law, or the runs behind it, are made up."""
+    bootstrap: Bootstrap | None = None
+    """Laws fitted to resampled runs, for intervals."""
+    sizes: tuple[float, ...] = ()
+    """N of the runs behind it; empty where unknown."""
+
+    def warning(self, N: float, D: float, B: float | None = None) -> str | None:
+        """Names each number that lies outside the range of the law's runs; None where all lie inside.
+
+        B: bits per quantized weight; None for a full-precision run.
+        """
+        amounts = {"n_params": ("N", N), "tokens": ("D", D)}
+        if B is not None:
+            amounts |= {"bits": ("B", B), "s_total": ("S", tokens_per_parameter_byte(N, D, B))}
+        outside = []
+        for key, (symbol, value) in amounts.items():
+            low, high = self.range.get(key, (0.0, float("inf")))
+            if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
+                outside.append(f"{symbol} = {amount(value)} (its runs: {amount(low)} to {amount(high)})")
+        sentences = [f"the loss law is extrapolated: {', '.join(outside)}"] if outside else []
+        if len(self.sizes) == 2 and all(abs(N / size - 1) > ROUNDING for size in self.sizes):
+            known = " and ".join(map(amount, self.sizes))
+            sentences.append(
+                f"runs of two sizes ({known}) do not determine losses at another: trust the fractions alone"
+            )
+        return "; ".join(sentences) or None
+
+    def check_bits(self, bits: float) -> None:
+        """InputError where a law of one bit width is asked about another."""
+        low, high = self.range.get("bits", (0.0, float("inf")))
+        if self.law.form.one_width and not low <= bits <= high:
+            raise InputError(
+                "--bits", bits, f"{self.source} is a law of {low:g} bits alone.", "Ask for those, or give another law."
+            )
+
+
+def law_names(shipped: Path = SHIPPED) -> list[str]:
+    """The names that `load_law` knows."""
+    return [SYNTHETIC, *sorted(file.stem for file in shipped.glob("*.json"))]
+
+
+def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
+    """The law of this name, or else of the `fit.json` at this path.
+
+    InputError for what is neither, and for laws without an optimal fraction.
+    """
+    if name == SYNTHETIC:
+        return synthetic_law()
+    from qatlaw.fit_file import read_fit
+
+    named = name in law_names(shipped)
+    path = shipped / f"{name}.json" if named else Path(name)
+    try:
+        path.stat()
+    except OSError as error:
+        known = ", ".join(law_names(shipped))
+        problem = f"neither the name of a law ({known}) nor a file ({error.strerror})."
+        raise InputError("--law", name, problem, "Fit one with `qatscale fit`.") from None
+    file = read_fit(path)
+    if not file.law.form.has_fraction:
+        problem = f"{file.law.form.name} does not depend on how the tokens are split, so it plans no switch."
+        raise InputError("--law", name, problem, "Fit qat_unified or qat_per_bits.")
+    return PlannerLaw(
+        law=file.law,
+        source=f"{name}, " * named
+        + f"{file.law.form.name} fitted on {file.data['runs']} runs of {file.data['source']}",
+        range=file.range,
+        synthetic=file.data["synthetic"],
+        bootstrap=file.bootstrap,
+        sizes=tuple(file.data["sizes"]),
+    )
+
+
+def synthetic_law() -> PlannerLaw:
+    """The made-up law, with the range that it was made for."""
+    from qatlaw import fraction, synthetic
+
+    ranges = {
+        "n_params": fraction.MEASURED_PARAMETERS,
+        "tokens": fraction.MEASURED_TOKENS,
+        "bits": fraction.MEASURED_BITS,
+        "s_total": fraction.MEASURED_S,
+    }
+    return PlannerLaw(synthetic.law(), "synthetic, fitted on no runs", ranges, synthetic=True)

@@ -1,0 +1,264 @@
+"""What a run would need on a job of some size, whether it fits, and which single change would help.
+
+The estimate is for the process that needs most, in the phase that needs most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qatscale.config import ds_config_names, load_ds_config, merge_ds_config, precision_of
+from qatscale.config.schema import RunConfig
+from qatscale.engine.estimate.host import HostMemory, host_memory
+from qatscale.engine.estimate.local_sizes import local_sizes
+from qatscale.engine.estimate.memory import ON_DEVICE, Kind, fullest_moment, start_bytes
+from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time, traffic_of
+from qatscale.engine.estimate.zero import zero_settings
+from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
+from qatscale.errors import UserError, UserErrors
+from qatscale.model.sizes import device_memory, device_names, flops_per_token, peak_flops
+
+Phase = Literal["fp", "qat"]
+_WORTH_A_CHANGE = 1.05
+"""A step this many times as long as its arithmetic is worth a sentence on the network."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a process of one stage at the fullest moment of a step, and before the first step."""
+
+    stage: int
+    phase: Phase
+    moment: str
+    kinds: dict[Kind, int]
+    start: int
+    """While the share of the model is on the device as it was built, undivided and in fp32."""
+
+    @property
+    def step(self) -> int:
+        """On the device."""
+        return sum(self.kinds[kind] for kind in ON_DEVICE)
+
+    @property
+    def total(self) -> int:
+        return max(self.step, self.start)
+
+    @property
+    def when(self) -> str:
+        """When the total is reached."""
+        return f"{self.moment}, {self.phase}" if self.step >= self.start else "start"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a person says about the machines; None = not known."""
+
+    gpu: str | None = None
+    mfu: float | None = None
+    """The share of the device's bf16 peak that a stage reaches while it works."""
+    network: float | None = None
+    """GB/s that a process sends over the job's slowest link; None = by the kind of link."""
+    host_memory: float | None = None
+    """GB of a node."""
+
+
+@dataclass(frozen=True)
+class JobEstimate:
+    layout: Layout
+    zero_stage: int
+    precision: Literal["fp32", "bf16"]
+    micro_batches: int
+    stages: tuple[StageMemory, ...]
+    """Each stage in its fuller phase."""
+    host: HostMemory
+    traffic: Traffic
+    """Kind → bytes that a process of the busiest stage sends a step, in the last phase."""
+    network: NetworkTime
+    bubble: float
+    notices: tuple[str, ...]
+    given: Given
+    gpu_memory: int | None
+    compute_seconds: float | None
+    """Arithmetic and bubble of a step; None without a device and an MFU."""
+
+    @property
+    def fullest(self) -> StageMemory:
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def fits(self) -> bool | None:
+        """On the device; None: not compared."""
+        return None if self.gpu_memory is None else self.fullest.total <= self.gpu_memory
+
+    @property
+    def fits_host(self) -> bool | None:
+        return None if self.given.host_memory is None else self.host.total <= self.given.host_memory * 1e9
+
+    @property
+    def step_seconds(self) -> float | None:
+        if self.compute_seconds is None or self.network.overlapped is None:
+            return None
+        return self.compute_seconds + self.network.seconds - self.network.overlapped
+
+
+def estimate_job(
+    config: RunConfig, ds_config: Mapping[str, Any], processes: int, given: Given | None = None
+) -> JobEstimate:
+    """UserError for a layout that cannot work, a batch that does not divide, a device without known numbers."""
+    given = given or Given()
+    layout = plan_layout(config, ds_config, processes)
+    merged = merge_ds_config(config, ds_config, layout.data)
+    zero, precision = zero_settings(merged, layout.data), precision_of(merged)
+    phases: tuple[Phase, ...] = {"fp": ("fp",), "scratch": ("qat",)}.get(config.qat.scheme, ("fp", "qat"))  # type: ignore[assignment]
+    local = [local_sizes(config, layout, stage) for stage in stages_of(config)]
+    stages = []
+    for sizes in local:
+        found = []
+        for phase in phases:
+            moment, kinds = fullest_moment(config, layout, sizes, zero, quantized=phase == "qat")
+            found.append(StageMemory(sizes.stage.index, phase, moment, kinds, start_bytes(sizes, zero)))
+        stages.append(max(found, key=lambda memory: memory.step))
+    traffics = [traffic_of(config, layout, sizes, zero, quantized=phases[-1] == "qat") for sizes in local]
+    traffic = {kind: size for kind, size in max(traffics, key=lambda sent: sum(sent.values())).items() if size}
+    micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
+    waiting = bubble(micro_batches, layout.pipeline)
+    speed = _speed(config, processes, given, precision)
+    compute = config.tokens_per_step / speed / (1 - waiting) if speed else None
+    return JobEstimate(
+        layout=layout,
+        zero_stage=zero.stage,
+        precision=precision,
+        micro_batches=micro_batches,
+        stages=tuple(stages),
+        host=host_memory(config, layout, local, zero),
+        traffic=traffic,
+        network=network_time(
+            traffic, layout, zero, bandwidth=given.network, compute=compute, micro_batches=micro_batches,
+            recomputes=config.engine.activation_checkpointing,
+        ),
+        bubble=waiting,
+        notices=layout_notices(config, layout),
+        given=given,
+        gpu_memory=device_memory(given.gpu) if given.gpu else None,
+        compute_seconds=compute,
+    )  # fmt: skip
+
+
+def _speed(config: RunConfig, processes: int, given: Given, precision: str) -> float | None:
+    """Tokens/s of the job while it computes: MFU x peak over the FLOPs of a token."""
+    for option, value in (("--network", given.network), ("--host-memory", given.host_memory)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(option, value, "a number of GB above 0.")
+    mfu, gpu = given.mfu, given.gpu
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError("--mfu", mfu, "a share of the device's peak, above 0 and at most 1, e.g. 0.4.")
+    if mfu is not None and gpu is None:
+        raise UserError("--mfu", mfu, "is a share of a device's peak.", "Name the device with --gpu.")
+    if gpu is None:
+        return None
+    peak = peak_flops(gpu)
+    if peak is None:
+        known = ", ".join(device_names())
+        raise UserError(
+            "--gpu", gpu, "its peak and memory are not known here, and are not guessed.", f"Known: {known}."
+        )
+    if mfu is None:
+        return None
+    if precision == "fp32":
+        raise UserError("--mfu", mfu, "is of the bf16 peak, and the ds_config computes in fp32.", "Take a bf16 one.")
+    return mfu * peak * processes / flops_per_token(config.model, config.data.sequence_length)
+
+
+# --- what would help ---
+
+
+def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> None:
+    """UserError where a process needs more than its device has or a node more than its host, with what would fit."""
+    problems = []
+    if job.fits is False:
+        assert job.gpu_memory is not None
+        whose = f"a process of stage {job.fullest.stage}" if job.layout.pipeline > 1 else "a process"
+        needs = f"{whose} needs {_gigabytes(job.fullest.total)} ({job.fullest.when})"
+        fitting = [f"{what} ({_gigabytes(o.fullest.total)})" for what, o in _changes(config, ds_config, job) if o.fits]
+        problems.append(
+            UserError("--gpu", job.given.gpu, f"has {_gigabytes(job.gpu_memory)}; {needs}.", _would(fitting))
+        )
+    if job.fits_host is False:
+        assert job.given.host_memory is not None
+        needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory ({job.host.when})"
+        fitting = [
+            f"{what} ({_gigabytes(o.host.total)})"
+            for what, o in _changes(config, ds_config, job)
+            if o.fits_host and o.fits is not False
+        ]
+        problems.append(UserError("--host-memory", f"{job.given.host_memory:g} GB", f"{needs}.", _would(fitting)))
+    if problems:
+        raise problems[0] if len(problems) == 1 else UserErrors(problems)
+
+
+def network_advice(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> str | None:
+    """Which change shortens the step most where the network makes it long; None where it does not, or is unknown."""
+    if job.step_seconds is None or job.compute_seconds is None:
+        return None
+    if job.step_seconds < _WORTH_A_CHANGE * job.compute_seconds:
+        return None
+    longer = job.step_seconds / job.compute_seconds - 1
+    bound = "bound by the network" if job.network.seconds > job.compute_seconds else f"the network adds {longer:.0%}"
+    same_arithmetic = ("batch.micro_batch", "engine.ds_config", "zero_optimization")
+    shorter = [
+        (other.step_seconds, what, other)
+        for what, other in _changes(config, ds_config, job)
+        if what.startswith(same_arithmetic) and other.fits and other.step_seconds and not other.host.offloaded
+    ]
+    if not shorter or min(shorter)[0] > job.step_seconds / _WORTH_A_CHANGE:
+        return f"{bound}: no batch.micro_batch, engine.ds_config or overlap that fits shortens the step by 5 %"
+    seconds, what, other = min(shorter)
+    less = sum(job.traffic.values()) / max(1, sum(other.traffic.values()))
+    sends = f"sends {less:,.2g} x less" if less > 1.1 else "hides what it sends behind the arithmetic"
+    return f"{bound}: {what} fits and {sends}, {seconds:,.3g} s a step"
+
+
+def _changes(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> Iterator[tuple[str, JobEstimate]]:
+    """(one change to the run, its estimate), of those that can work."""
+    processes, micro, tensor = job.layout.processes, config.batch.micro_batch, 2 * job.layout.tensor
+    candidates: list[tuple[str, RunConfig, Mapping[str, Any], int]] = []
+
+    def vary(section: str, key: str, value: object) -> None:
+        part = getattr(config, section).model_copy(update={key: value})
+        change = f"{section}.{key}={str(value).lower()}"
+        candidates.append((change, config.model_copy(update={section: part}), ds_config, processes))
+
+    if not config.engine.activation_checkpointing:
+        vary("engine", "activation_checkpointing", True)
+    if micro > 1:
+        vary("batch", "micro_batch", micro // 2)
+    while (micro := 2 * micro) * job.layout.data <= config.batch.sequences:
+        vary("batch", "micro_batch", micro)
+    for name in ds_config_names():
+        other = load_ds_config(name)
+        if precision_of(other) == job.precision and other != ds_config:
+            candidates.append((f"engine.ds_config={name}", config, other, processes))
+    overlapping = {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], "overlap_comm": True}}
+    candidates.append(("zero_optimization.overlap_comm=true", config, overlapping, processes))
+    vary("engine", "tensor_parallel", tensor)
+    if config.checkpoint.background:
+        vary("checkpoint", "background", False)
+    candidates.append((f"--processes {2 * processes}", config, ds_config, 2 * processes))
+    for change, changed, ds, wanted in candidates:
+        try:
+            yield change, estimate_job(changed, ds, wanted, job.given)
+        except (UserError, UserErrors):
+            continue
+
+
+def _would(fitting: list[str]) -> str:
+    return (
+        f"Would fit: {'; '.join(fitting)}." if fitting else "No single change fits: combine several, or take more GPUs."
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"

@@ -1,0 +1,113 @@
+"""The parameters that one process holds under a layout: matrices, norms and quantizer scales, by arithmetic alone.
+
+`qatscale.model.llama`, `qatscale.quant.selection` and `qatscale.engine.initialize.optimizer_groups` create these
+tensors; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from qatscale.config.schema import QatConfig, RunConfig
+from qatscale.engine.layout import Layout
+from qatscale.model.stages import Stage
+from qatscale.quant.bit_widths import embedding_rule
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix [rows, columns], or this process's part of it."""
+
+    rows: int
+    columns: int
+    bits: float | None
+    """None: it stays in full precision and has no scales."""
+    scales: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class LocalSizes:
+    """What each process of one pipeline stage holds. Any number of equal blocks costs the same arithmetic."""
+
+    stage: Stage
+    hidden_size: int
+    block: tuple[Matrix, ...]
+    """q, k, v, o, gate, up, down of one block."""
+    embed: Matrix | None
+    """None on every stage but the first."""
+    head: Matrix | None
+    """None on every stage but the last. The same object as `embed` where they are one tensor."""
+
+    @property
+    def blocks(self) -> int:
+        return self.stage.blocks.stop - self.stage.blocks.start
+
+    @property
+    def tied_here(self) -> bool:
+        return self.head is not None and self.head is self.embed
+
+    @property
+    def matrices(self) -> list[tuple[Matrix, int]]:
+        """Each matrix with the number of its kind."""
+        ends = [self.embed, None if self.tied_here else self.head]
+        return [(m, self.blocks) for m in self.block] + [(m, 1) for m in ends if m is not None]
+
+    @property
+    def groups(self) -> dict[str, Counter[int]]:
+        """Optimizer group → elements of a parameter → number of such parameters."""
+        found: dict[str, Counter[int]] = {"matrices": Counter(), "norms": Counter()}
+        found["norms"][self.hidden_size] = 2 * self.blocks + self.stage.is_last
+        for matrix, count in self.matrices:
+            found["matrices"][matrix.numel] += count
+            if matrix.bits is not None:
+                found.setdefault(f"scales_{matrix.bits:g}bit", Counter())[matrix.scales] += count
+        return found
+
+    @property
+    def weights(self) -> int:
+        """Elements of all parameters but the scales."""
+        return sum(matrix.numel * count for matrix, count in self.matrices) + self.norms
+
+    @property
+    def norms(self) -> int:
+        return self.hidden_size * (2 * self.blocks + self.stage.is_last)
+
+    @property
+    def scales(self) -> int:
+        return sum(matrix.scales * count for matrix, count in self.matrices)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(matrix.numel for matrix, _ in self.matrices)
+
+
+def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
+    """The sizes on a process of `stage`; of its tensor-parallel processes the first, which holds the least padding."""
+    model, qat, tensor = config.model, config.qat, layout.tensor
+    width, inner = model.hidden_size, model.intermediate_size // tensor
+    attended = width // tensor
+    key_values = width // model.heads * (model.kv_heads or model.heads) // tensor
+    bits = table_bits(qat, model.tied_embedding)
+
+    def matrix(rows: int, columns: int, bits: float | None = qat.bits) -> Matrix:
+        groups = columns // qat.group_size if qat.group_size else 1
+        return Matrix(rows, columns, bits, rows * groups if bits is not None else 0)
+
+    table = matrix(-(-model.vocab_size // tensor), width, bits)
+    query, key = matrix(attended, width), matrix(key_values, width)
+    gate, down = matrix(inner, width), matrix(width, inner)
+    block = (query, key, key, matrix(width, attended), gate, gate, down)
+    head = table if model.tied_embedding and stage.is_first else matrix(table.rows, width, bits)
+    return LocalSizes(stage, width, block, table if stage.is_first else None, head if stage.is_last else None)
+
+
+def table_bits(qat: QatConfig, tied: bool) -> float | None:
+    """Bits of embedding and head; None: full precision."""
+    rule = embedding_rule(qat.embedding_bits, tied)
+    return None if rule is None else rule.at(qat.bits)

@@ -1,0 +1,191 @@
+"""`--law`: a fit.json by its path, laws that ship with the package by their name, and files that hold no sound law."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qatlaw import synthetic
+from qatlaw.__main__ import main
+from qatlaw.errors import InputError
+from qatlaw.fit_file import FitFile, write_fit
+from qatlaw.intervals import Bootstrap
+from qatlaw.planner_law import SHIPPED, law_names, load_law
+
+LAW = synthetic.law()
+THETAS = np.array([LAW.theta, LAW.theta])
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """A sound fit.json, as it is written."""
+    file = FitFile(
+        law=LAW,
+        intervals={"rho": (0.04, 0.05)},
+        bootstrap=Bootstrap(LAW.form, THETAS, level=0.9),
+        range={"n_params": (86e6, 2.2e9), "tokens": (2.3e9, 1.4e12), "bits": (1.0, 6.0), "s_total": (35.0, 1e5)},
+        data={"hash": "x", "runs": 2, "sizes": [86e6, 2.2e9], "source": "two runs", "left_out": {}, "synthetic": False},
+        quality={"r2": 0.99},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    write_fit(folder / "sound.json", file)
+    return json.loads((folder / "sound.json").read_text())
+
+
+def set_field(data: Any, field: str, value: Any) -> None:
+    *parents, last = [int(name) if name.isdigit() else name for name in field.split(".")]
+    reduce(getitem, parents, data)[last] = value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", 2),
+        ("format", "1"),
+        ("form", 7),
+        ("form", "unheard_of"),
+        ("coefficients", [1, 2]),
+        ("coefficients.beta", "2085"),
+        ("coefficients.beta", None),
+        ("coefficients.beta", True),
+        ("coefficients.beta", math.nan),
+        ("coefficients.beta", math.inf),
+        ("coefficients.beta", 0),
+        ("coefficients.beta", 0.0),
+        ("coefficients.beta", -1.0),
+        ("coefficients.beta", 1e308),
+        ("coefficients.beta", 1e-308),
+        ("coefficients.xi", 0),
+        ("coefficients.xi", 1e308),
+        ("coefficients.unheard_of", 1.0),
+        ("intervals", None),
+        ("intervals.rho", [0.1]),
+        ("range", "all"),
+        ("range.bits", [1]),
+        ("range.bits", ["1", "6"]),
+        ("range.tokens", [math.nan, 1e12]),
+        ("range.tokens", [0, 1e12]),
+        ("data", []),
+        ("data.runs", "many"),
+        ("data.runs", 10**400),
+        ("data.source", None),
+        ("data.sizes", 86e6),
+        ("data.sizes", [math.nan]),
+        ("data.synthetic", "no"),
+        ("quality", 0.99),
+        ("created", 2026),
+        ("bootstrap", [1]),
+        ("bootstrap.level", 1.5),
+        ("bootstrap.thetas", []),
+        ("bootstrap.thetas", [[1.0, 2.0]]),
+        ("bootstrap.thetas.1.0", math.nan),
+        ("bootstrap.thetas.1.0", 0),
+        ("bootstrap.unknown", "alpha"),
+        ("bootstrap.loss_sizes", ["86M"]),
+    ],
+)
+def test_an_unsound_field_is_refused_by_its_name(
+    tmp_path: Path, field: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = content(tmp_path)
+    set_field(data, field, value)
+    path = tmp_path / "fit.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(SystemExit) as stop:
+        main(["--params", "396M", "--tokens", "100B", "--bits", "4", "--law", str(path)])
+    out, error = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert f"fit.json: {field.partition('.1.0')[0]}" in error
+
+
+@pytest.mark.parametrize("field", ["form", "coefficients", "coefficients.xi", "range", "data", "data.runs", "created"])
+def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
+    data = content(tmp_path)
+    *parents, last = field.split(".")
+    holder = data[parents[0]] if parents else data
+    del holder[last]
+    (tmp_path / "fit.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=last):
+        load_law(str(tmp_path / "fit.json"))
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"format": ' * 100_000])
+def test_what_is_not_a_fit_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "fit.json").write_bytes(text)
+    with pytest.raises(InputError, match=r"fit\.json"):
+        load_law(str(tmp_path / "fit.json"))
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e300])
+@pytest.mark.parametrize("name", [parameter.name for parameter in LAW.form.parameters if parameter.log])
+def test_at_the_ends_of_what_is_sound_every_question_has_an_answer(
+    tmp_path: Path, name: str, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer or a refusal, never a traceback."""
+    data = content(tmp_path)
+    data["coefficients"][name] = value
+    data["bootstrap"]["thetas"] = [[data["coefficients"][p] for p in LAW.form.names]] * 2
+    path = tmp_path / "fit.json"
+    path.write_text(json.dumps(data))
+    run = "--params 396M --tokens 100B --bits 4"
+    for words in (
+        run, "bit-widths --params 396M --tokens 100B", "memory 500MB --tokens 100B", "compute --flops 1e21",
+        "checkpoint --trained-tokens 60B --params 396M --bits 2", f"waste {run} --fraction 0.1",
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            main([*words.split(), "--law", str(path), "--json"])
+        error = capsys.readouterr().err
+        assert (stop.value.code, error) == (0, "") or (stop.value.code == 2 and error.startswith("error: "))
+
+
+def test_files_of_former_versions_are_read(tmp_path: Path) -> None:
+    """They have neither sizes nor trunks, and so no interval of the loss."""
+    data = content(tmp_path)
+    del data["data"]["sizes"]
+    path = tmp_path / "fit.json"
+    path.write_text(json.dumps(data | {"bootstrap": {"level": 0.9, "thetas": THETAS.tolist()}}))
+    law = load_law(str(path))
+    assert law.sizes == ()
+    assert law.law == LAW
+    assert law.bootstrap is not None
+    assert np.isfinite(law.bootstrap.fraction(396e6, 1e11, 4)).all()
+    assert np.isnan(law.bootstrap.loss(396e6, 6e10, 4e10, 4)).all()
+
+
+# ---- laws that ship with the package ----
+
+
+def test_a_law_in_the_shipped_folder_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "ladder.json").write_text(json.dumps(content(tmp_path)))
+    assert law_names(shipped) == ["synthetic", "ladder"]
+    law = load_law("ladder", shipped)
+    assert law.law == LAW
+    assert law.source == "ladder, qat_unified fitted on 2 runs of two runs"
+    assert not law.synthetic
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ladder").write_text("a file of the same name")
+    assert load_law("ladder", shipped).law == LAW, "the name comes before a path"
+    with pytest.raises(InputError, match=r"--law = 'laddder': .*\(synthetic, ladder\)"):
+        load_law("laddder", shipped)
+
+
+def test_shipped_laws_are_beside_the_laws_and_in_the_wheel() -> None:
+    import tomllib
+
+    import qatlaw.laws
+
+    assert SHIPPED.parent == Path(qatlaw.laws.__file__).parent
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert f"{SHIPPED.name}/*.json" in project["tool"]["setuptools"]["package-data"]["qatlaw.laws"]
+    for name in law_names():
+        assert load_law(name).law.form.has_fraction

@@ -1,0 +1,39 @@
+"""The guides' shell and Python blocks run as they stand, in order, from an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GUIDES = sorted((Path(__file__).parents[1] / "analysis" / "guides").glob("[a-z]*.md"))
+
+
+def script(guide: Path) -> str:
+    """The blocks as one shell script; other languages (console, yaml, text) are for reading."""
+    lines = ["set -euo pipefail"]
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```", guide.read_text(), re.DOTALL | re.MULTILINE):
+        if language == "sh":
+            lines.append(code)
+        elif language == "python":
+            lines.append(f"python - <<'END-OF-BLOCK'\n{code}END-OF-BLOCK")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    done = subprocess.run(
+        ["bash", "-c", script(guide)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_table_of_guides_is_complete() -> None:
+    listed = re.findall(r"\]\(([\w-]+\.md)\)", (GUIDES[0].parent / "README.md").read_text())
+    assert sorted(listed) == [guide.name for guide in GUIDES]
