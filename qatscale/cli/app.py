@@ -234,7 +234,12 @@ def evaluate(
     harness: Annotated[
         str | None, typer.Option(metavar="TASKS", help="Instead: tasks of lm-evaluation-harness: arc_easy,hellaswag.")
     ] = None,
-    tasks_folder: Annotated[Path | None, typer.Option(help="With --harness: a folder of task definitions.")] = None,
+    tasks_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --harness: a folder of task definitions. Python functions that they name are executed."
+        ),
+    ] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="With --harness: worked examples. [default: the task's]")
     ] = None,
@@ -270,17 +275,18 @@ def evaluate(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="RUN, RUN@STEP, a checkpoint folder, or an exported folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from standard input.")],
-    tokens: Annotated[int, typer.Option(help="At most so many; fewer where the model ends its text.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token, always the same.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Only among so many of the likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only among the likeliest with this probability together.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed, the same text.")] = 0,
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at most; the model may end its text earlier.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among this many of the likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens with this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the draws; equal seeds give equal text.")] = 0,
     view: Annotated[
-        str | None, typer.Option(help="Of a checkpoint: fp or quantized. [default: quantized once it has switched]")
+        str | None,
+        typer.Option(help="View of a checkpoint's weights: fp or quantized. [default: quantized once it has switched]"),
     ] = None,
 ) -> None:
-    """What a model says: text that goes on from a prompt, as it comes."""
+    """Continue a prompt with text from a model, printed as it is generated."""
     from qatscale.cli.inference import print_text
 
     print_text(model, prompt, view, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -36,8 +36,8 @@ class Sampling:
 class Detokenizer:
     """The text by which each new token continues a prompt.
 
-    Decoding a token alone loses its leading space, and a character may be spread over several tokens. The last pieces
-    are therefore decoded again with each new token, and an incomplete character waits for the next one.
+    A token decoded by itself loses its leading space, and a character may be spread over several tokens. The last
+    pieces are therefore decoded again with each new token, and an incomplete character waits for the next one.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]) -> None:

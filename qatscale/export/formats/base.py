@@ -29,7 +29,7 @@ class Format(ABC):
     library: ClassVar[str] = "transformers"
     """`library_name` of the model card."""
     suffix: ClassVar[str] = ".safetensors"
-    """Of the files of weights."""
+    """Ending of the files of weights."""
     holds_full_precision: ClassVar[bool] = False
     """Whether it also takes a model without any quantized parameter."""
 
@@ -89,7 +89,7 @@ class Format(ABC):
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a Hugging Face folder; None where there is none. UserError for a damaged one."""
+    """config.json of a Hugging Face folder, None without one. UserError for a damaged one."""
     path = folder / "config.json"
     return read_object(path, "model") if path.is_file() else None
 
