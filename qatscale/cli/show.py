@@ -71,8 +71,8 @@ def print_recipes() -> None:
 
 
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
-    from qatscale.config.ds_config import ds_config_warnings
     from qatscale.config.amounts import format_amount
+    from qatscale.config.ds_config import ds_config_warnings
     from qatscale.schedule.build import build_timeline
     from qatscale.schedule.show import COLUMNS, describe
 

@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.model.chunks import chunk_rows
-from qatscale.model.head import Head
-from qatscale.model.loss import chunk_loss, fusible_chunk_loss, linear_cross_entropy
+from qatscale.model.head import Head, chunk_loss, fusible_chunk_loss, linear_cross_entropy
 from qatscale.model.tensor_parallel import UNSPLIT
 
 
