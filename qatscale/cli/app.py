@@ -43,12 +43,22 @@ app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})
 
 @app.command()
 def config(
-    key: Annotated[str, typer.Argument(help="Only keys that start so: qat, schedule.cooldown.")] = "",
+    what: Annotated[
+        str, typer.Argument(metavar="[KEY|RECIPE]", help="Part of the keys (qat, qat.bits), or a recipe: name or file.")
+    ] = "",
+    overrides: Overrides = None,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a recipe.")] = False,
 ) -> None:
-    """Every key of a recipe: its type, default and meaning."""
-    from qatscale.cli.show import print_keys
+    """Every key of a recipe with its type, default and meaning; of a given recipe the keys and values, as YAML.
 
-    print_keys(key)
+    `qatscale config quickstart > mine.yaml` writes a recipe to edit.
+    """
+    from qatscale.cli.show import print_config, print_json_schema
+
+    if json_schema:
+        print_json_schema()
+    else:
+        print_config(what, overrides or ())
 
 
 @app.command()

@@ -44,7 +44,7 @@ def print_dry_run(
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
     from qatscale.cli.show import print_timeline
-    from qatscale.config import load_ds_config
+    from qatscale.config import run_ds_config
 
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
@@ -53,7 +53,7 @@ def print_dry_run(
         print_timeline(config, figure)
         if branch:
             console().print(f"begins at step {branch['step']:,} of {branch['checkpoint']}", soft_wrap=True)
-    ds_config = load_ds_config(config.engine.ds_config)
+    ds_config = run_ds_config(config)
     job = estimate_job(config, ds_config, processes or job_size(config), given)
     advice = network_advice(config, ds_config, job)
     if as_json:
@@ -170,6 +170,7 @@ def as_dict(job: JobEstimate, config: RunConfig) -> dict[str, Any]:
 
 
 def _timeline(config: RunConfig) -> dict[str, Any]:
+    from qatscale.config import ds_config_warnings
     from qatscale.timeline import build_timeline
 
     timeline = build_timeline(config)
@@ -181,5 +182,5 @@ def _timeline(config: RunConfig) -> dict[str, Any]:
         "switch_step": timeline.switch_step,
         "qat_fraction": timeline.qat_fraction,
         "qat_lr_ratio": timeline.qat_lr_ratio,
-        "warnings": list(timeline.warnings),
+        "warnings": [*timeline.warnings, *ds_config_warnings(config)],
     }

@@ -1,6 +1,13 @@
 """One RunConfig per run: a recipe and its overrides (the science), merged with a ds_config (the system)."""
 
-from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
+from qatscale.config.ds_config import (
+    ds_config_names,
+    ds_config_warnings,
+    load_ds_config,
+    merge_ds_config,
+    precision_of,
+    run_ds_config,
+)
 from qatscale.config.recipe import (
     config_differences,
     flatten,
@@ -17,6 +24,7 @@ __all__ = [
     "RunConfig",
     "config_differences",
     "ds_config_names",
+    "ds_config_warnings",
     "explain",
     "flatten",
     "is_unaltered",
@@ -27,4 +35,5 @@ __all__ = [
     "recipe_hash",
     "recipe_names",
     "resolved_yaml",
+    "run_ds_config",
 ]

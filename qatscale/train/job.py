@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qatscale.config import load_ds_config, merge_ds_config
+from qatscale.config import ds_config_warnings, merge_ds_config, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.save_load import load_checkpoint
@@ -43,7 +43,7 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
     """The plan of the run that `config` describes; None if it is done. UserError for whatever is wrong with the input:
     every process finds it alone, before any waits for another."""
     timeline = build_timeline(config)
-    ds_config = load_ds_config(config.engine.ds_config)
+    ds_config = run_ds_config(config)
     start = plan_start(config, timeline, branch_from)
     if start is None:
         return None
@@ -54,6 +54,7 @@ def plan_run(config: RunConfig, branch_from: str | None = None) -> Plan | None:
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
+        *ds_config_warnings(config),
         *layout_notices(config, layout),
         *start.notices,
         *check_data(config, start, batches.stream.manifest.fingerprint),
