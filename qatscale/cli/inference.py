@@ -21,7 +21,7 @@ def print_text(model: str, prompt: str, view: str | None, **sampling: Any) -> No
 
     settings = Sampling(**sampling)
     if view not in (None, "fp", "quantized"):
-        raise UserError("--view", view, "fp or quantized.")
+        raise UserError("--view", view, "must be fp or quantized.")
     text = sys.stdin.read() if prompt == "-" else prompt
     generator = open_text_generator(model, view)
     ids = prompt_ids(generator, text, settings)

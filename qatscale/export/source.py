@@ -173,8 +173,8 @@ def open_source(
         at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not come down"
         before_the_switch = config.qat.scheme != "fp" and source.switched_at is None
         missing = ", and it has not switched to QAT" if before_the_switch else ""
-        do = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
-        raise UserError("checkpoint", what, f"{at}{missing}.", do)
+        fix = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
+        raise UserError("checkpoint", what, f"{at}{missing}.", fix)
     return source
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qatscale.errors import UserError
 from qatscale.export.clients import Client
 from qatscale.export.encoding import ExportLayout
 from qatscale.model.hugging_face import hugging_face_names
@@ -88,7 +89,10 @@ def stored_model(layout: ExportLayout) -> Llama:
 def verify_export(
     layout: ExportLayout, path: Path, clients: Sequence[type[Client]], trained: Llama, held_out: Sequence[Tensor]
 ) -> Verification:
-    """Compare. path: what the clients load; trained: see `materialised`; held_out: sequences of token ids, [t + 1]."""
+    """Compare. UserError where a client raises an exception.
+
+    path: what the clients load; trained: see `materialised`; held_out: sequences of token ids, [t + 1].
+    """
     stored = stored_model(layout)
     report = Verification(
         tokens=_predicted(held_out),
@@ -131,8 +135,11 @@ def _ask(
         client = kind(path)
         _compare_weights(report, layout, client)
         _compare_logits(report, client, stored, held_out)
+    except UserError:
+        raise
     except Exception as error:  # each library raises other errors
-        report.problems.append(f"it failed with {type(error).__name__}: {first_line(error)}")
+        problem = f"failed on the export, which was removed: {type(error).__name__}: {first_line(error)}."
+        raise UserError(report.client, None, problem, "Repair the package, or export with --no-verify.") from error
     return report
 
 

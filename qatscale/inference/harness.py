@@ -38,14 +38,15 @@ def open_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
         problem = f"needs lm-evaluation-harness, and {error.name} is not installed."
         raise UserError("--harness", None, problem, "pip install 'qatscale[harness]'") from None
     if folder is not None and not folder.is_dir():
-        raise UserError("--tasks-folder", str(folder), "a folder with task definitions (YAML).")
+        raise UserError("--tasks-folder", str(folder), "is not a folder of task definitions (YAML).")
     if not tasks:
-        raise UserError("--harness", None, "names tasks, with commas between them: arc_easy,hellaswag.")
+        raise UserError("--harness", None, "names no task.", "Give names with commas between them: arc_easy,hellaswag.")
     manager = TaskManager(include_path=str(folder) if folder else None)
     for task in tasks:
         if task not in manager.all_tasks:
-            do = did_you_mean(task, manager.all_tasks) or "`lm-eval ls tasks` lists them."
-            raise UserError("--harness", task, f"one of the harness's {len(manager.all_tasks):,} tasks and groups.", do)
+            fix = did_you_mean(task, manager.all_tasks) or "`lm-eval ls tasks` lists them."
+            problem = f"is not among the harness's {len(manager.all_tasks):,} tasks and groups."
+            raise UserError("--harness", task, problem, fix)
     return manager
 
 
@@ -81,8 +82,8 @@ def run_harness(
         )
     except OSError as error:  # datasets' errors for a hub or a file out of reach
         problem = f"a data set cannot be loaded: {first_line(error)}"
-        do = "Tasks in --tasks-folder may name local files."
-        raise UserError("--harness", ",".join(tasks), problem, do) from None
+        fix = "Tasks in --tasks-folder may name local files."
+        raise UserError("--harness", ",".join(tasks), problem, fix) from None
     return _scores(results)
 
 

@@ -90,8 +90,8 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
         state = computed_weights(model)
     tokens = tokenizer_folder(config.data.path)
     if tokens is None:
-        do = "Export it with --tokenizer FOLDER, and generate from the export."
-        raise UserError("model", what, "the data of its run hold no tokenizer.", do)
+        fix = "Export it with --tokenizer FOLDER, and generate from the export."
+        raise UserError("model", what, "the data of its run hold no tokenizer.", fix)
     with tempfile.TemporaryDirectory() as folder:
         special = export_tokenizer(tokens, Path(folder))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

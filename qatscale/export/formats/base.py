@@ -69,8 +69,8 @@ class Format(ABC):
         """
         if not source.is_quantized and not self.holds_full_precision:
             why = "has not switched to QAT" if source.config.qat.scheme != "fp" else "was trained in full precision"
-            do = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
-            raise UserError("--format", self.name, f"stores quantized weights, and the checkpoint {why}.", do)
+            fix = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
+            raise UserError("--format", self.name, f"stores quantized weights, and the checkpoint {why}.", fix)
         entries = []
         for parameter in source.parameters:
             first, *others = self.encodings(parameter, source)
@@ -82,9 +82,9 @@ class Format(ABC):
         if refused and not fallback:
             more = f" And {len(refused) - 1} more like it." if len(refused) > 1 else ""
             cost = sum(map(layout.fallback_cost, refused)) / 2**20
-            do = f"Add --fallback to store such tensors in the next type that holds them exactly, {cost:.2f} MiB more"
+            fix = f"Add --fallback to store such tensors in the next type that holds them exactly, {cost:.2f} MiB more"
             problem = f"cannot hold {refused[0].parameter}: {refused[0].fallback}{more}"
-            raise UserError("--format", self.name, problem, f"{do}; or choose hf.")
+            raise UserError("--format", self.name, problem, f"{fix}; or choose hf.")
         return layout
 
 

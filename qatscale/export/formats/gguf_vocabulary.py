@@ -113,5 +113,5 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def _no_such(what: str) -> UserError:
-    do = "Add --tokenizer none for a file of ids only, with the tokenizer's files beside it; or choose another format."
-    return UserError("--format", "gguf", f"llama.cpp has no tokenizer like {what}.", do)
+    fix = "Add --tokenizer none for a file of ids only, with the tokenizer's files beside it; or choose another format."
+    return UserError("--format", "gguf", f"llama.cpp has no tokenizer like {what}.", fix)
