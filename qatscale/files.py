@@ -26,6 +26,16 @@ class HeldError(RuntimeError):
     """Another process holds a lock."""
 
 
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, and False for a name that is too long for a file."""
+    return os.path.isfile(path)  # noqa: PTH113 - pathlib raises on such a name
+
+
+def is_folder(path: Path) -> bool:
+    """As `Path.is_dir`, and False for a name that is too long for a folder."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the renames in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

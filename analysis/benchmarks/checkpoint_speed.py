@@ -22,7 +22,7 @@ from result import Result, Table, options_of, report
 from torch import Tensor
 
 from qatscale.config import load_run_config
-from qatscale.config.ds_config import load_ds_config, merge_ds_config
+from qatscale.config.ds_config import merge_ds_config, run_ds_config
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.host_copy import HostCopy
 from qatscale.engine.checkpoints.save_load import load_checkpoint, slices_of
@@ -50,7 +50,7 @@ class Bench:
         shape = [f"data.sequence_length={SEQUENCE}", "batch.sequences=1", "batch.micro_batch=1", "qat.scheme=fp"]
         on_cpu = ["engine.ds_config=zero1_fp32"] if self.runtime.device.type == "cpu" else []  # bf16 is slow there
         config = self.config = load_run_config(recipe, [*shape, *on_cpu, "engine.compile=off", "qat.fraction=auto"])
-        ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), 1)
+        ds_config = merge_ds_config(config, run_ds_config(config), 1)
         self.job = assemble(config, Layout(), ds_config, self.runtime, switch_step=None)
         self.topology, self.engine, self.masters = self.job.topology, self.job.engine, self.job.masters
         self.batch = torch.randint(0, config.model.vocab_size, (1, SEQUENCE + 1))

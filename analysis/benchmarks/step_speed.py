@@ -20,7 +20,7 @@ from steppers import BareLoop, Stepper, bare_stepper, batch_of, engine_stepper
 from torch import Tensor, nn
 
 from qatscale.config import load_run_config
-from qatscale.config.ds_config import load_ds_config, precision_of
+from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import FLOPS_CONVENTION, flops_per_token, peak_flops
 from qatscale.engine.runtime import start_runtime
@@ -103,7 +103,7 @@ def _transformers(
     """LlamaForCausalLM in the bare loop, with PyTorch's attention, on the very labels that ours gets."""
     from transformers import LlamaForCausalLM
 
-    precision = precision_of(load_ds_config(config.engine.ds_config))
+    precision = precision_of(run_ds_config(config))
     theirs = hugging_face_config(config.model, config.data.sequence_length, SpecialIds(None, None), torch.float32)
     theirs._attn_implementation = "sdpa"
     model = LlamaForCausalLM(theirs).to(device).train()

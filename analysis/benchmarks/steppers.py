@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatscale.config.ds_config import load_ds_config, merge_ds_config, precision_of
+from qatscale.config.ds_config import merge_ds_config, precision_of, run_ds_config
 from qatscale.config.schema import Phase, RunConfig
 from qatscale.engine.compilation import Compiled
 from qatscale.engine.initialize import apply_settings, optimizer_groups
@@ -60,7 +60,7 @@ def training_step(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
     """(batch [sequences, t + 1] → loss of its last micro-batch, what ends it), through DeepSpeed on one process."""
     config, layout = _from_step_0(config, compiled), Layout()
-    ds_config = merge_ds_config(config, load_ds_config(config.engine.ds_config), layout.data)
+    ds_config = merge_ds_config(config, run_ds_config(config), layout.data)
     job = assemble(config, layout, ds_config, runtime, switch_step=0)
     if quantized:
         job.plugin.maybe_switch(0, job.masters)
@@ -86,7 +86,7 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     plugin = QatPlugin(config.qat, 0)
     plugin.prepare(model)
     model.to(runtime.device)
-    precision = precision_of(load_ds_config(config.engine.ds_config))
+    precision = precision_of(run_ds_config(config))
     loop = BareLoop(model, optimizer_groups(model, plugin), config, batch_of(config, runtime.device), precision)
     if quantized:
         plugin.maybe_switch(0, loop.masters)

@@ -44,7 +44,7 @@ def print_dry_run(
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
     from qatscale.cli.show import print_timeline
-    from qatscale.config.ds_config import load_ds_config
+    from qatscale.config.ds_config import ds_config_warnings, run_ds_config
     from qatscale.schedule.build import build_timeline
 
     if as_json and figure is not None:
@@ -54,13 +54,14 @@ def print_dry_run(
         print_timeline(config, figure)
         if branch:
             console().print(f"begins at step {branch['step']:,} of {branch['checkpoint']}", soft_wrap=True)
-    ds_config = load_ds_config(config.engine.ds_config)
+    ds_config = run_ds_config(config)
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
     job = estimate_job(config, ds_config, processes or job_size(smallest), given)
     advice = network_advice(config, ds_config, job)
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
         timeline = {"name": config.name, **build_timeline(config).to_dict()}
+        timeline["warnings"] = [*timeline["warnings"], *ds_config_warnings(config)]
         print(json.dumps({"timeline": timeline, "branch": branch, "scale": scale}, indent=2))
     else:
         print_scale(job, config, advice)

@@ -22,4 +22,5 @@ __all__ = [
     "recipe_hash",
     "recipe_names",
     "resolved_yaml",
+    "run_ds_config",
 ]

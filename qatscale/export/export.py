@@ -32,7 +32,7 @@ Verifier = Callable[[ExportLayout, Path], Verification]
 
 
 class VerificationError(RuntimeError):
-    """A client computes something else than what was trained, or cannot load the export. The folder is removed."""
+    """A client computes something else than what was trained. The folder is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
@@ -90,17 +90,17 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
         return None
     if given is not None:
         if not Path(given).is_dir():
-            allowed = f"a folder with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
-            raise UserError("--tokenizer", given, allowed)
+            fix = f"Give one with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
+            raise UserError("--tokenizer", given, "is not a folder.", fix)
         return Path(given)
     data = source.config.data.path
-    do = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
+    fix = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
         gone = "the run's data, which hold the tokenizer, are gone."
-        raise UserError("data.path", str(data) if data else None, gone, do)
+        raise UserError("data.path", str(data) if data else None, gone, fix)
     folder = tokenizer_folder(data)
     if folder is None or not folder.is_dir():
-        raise UserError("tokenizer", None, f"{data} holds none.", do)
+        raise UserError("tokenizer", None, f"{data} holds none.", fix)
     for file in folder.iterdir():
         file.open("rb").close()  # what may not be read is reported before anything is written
     return folder
@@ -127,6 +127,6 @@ def _held_out(source: ExportSource, tokens: int) -> Sequence[Tensor]:
     try:
         reader = open_validation(source.config.model_copy(update={"evaluation": evaluation}))
     except UserError as error:
-        do = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
-        raise UserError(error.key, error.value, error.problem, do) from None
+        fix = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
+        raise UserError(error.key, error.value, error.problem, fix) from None
     return [torch.from_numpy(row) for batch in reader.batches() for row in batch.tokens]

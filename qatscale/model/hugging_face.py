@@ -51,7 +51,7 @@ _IN_BLOCK = {
 
 
 def hugging_face_names(config: ModelConfig) -> dict[str, str]:
-    """Our name → Hugging Face's name of every parameter; a tied head has none of its own in either."""
+    """Our name → Hugging Face's name of every parameter; a tied head has no name of its own in either."""
     names = {}
     for name in parameter_shapes(config):
         if name in _OUTER:
@@ -63,9 +63,9 @@ def hugging_face_names(config: ModelConfig) -> dict[str, str]:
 
 
 def to_hugging_face(state: State, config: ModelConfig) -> State:
-    """The state of a `Llama` under Hugging Face's names; the very same tensors, lazy where `state` is.
+    """The state of a `Llama` under Hugging Face's names, with the same tensors, lazy where `state` is lazy.
 
-    Raises UserError when a parameter is missing, of another shape or unknown, or a tied head is not the embedding.
+    Raises UserError when a parameter is missing, unknown or of another shape, or a tied head is not the embedding.
     """
     state = _without_tied_head(state, config, "head.weight", "embed.weight")
     _check(state, parameter_shapes(config))
@@ -75,7 +75,7 @@ def to_hugging_face(state: State, config: ModelConfig) -> State:
 def from_hugging_face(state: State, config: ModelConfig) -> State:
     """The inverse: a state that `Llama(config).load_state_dict` takes. A tied head is the embedding's tensor.
 
-    Raises UserError as `to_hugging_face` does. Buffers of rotary frequencies in old checkpoints are left out.
+    Raises UserError as `to_hugging_face` does. Buffers of rotary frequencies in old checkpoints are ignored.
     """
     state = renamed(state, {name: name for name in state if not name.endswith(".rotary_emb.inv_freq")})
     state = _without_tied_head(state, config, "lm_head.weight", "model.embed_tokens.weight")
@@ -90,21 +90,21 @@ def _without_tied_head(state: State, config: ModelConfig, head: str, embed: str)
     if embed in state:
         one, other = state[head], state[embed]
         if one is not other and not torch.equal(one, other):
-            raise UserError(head, None, f"differs from {embed}, but the model is said to tie the two.")
+            raise UserError(head, None, f"differs from {embed}, but the configuration ties the two.")
     return renamed(state, {name: name for name in state if name != head})
 
 
 def _check(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    found = shapes_of(state)
+    state_shapes = shapes_of(state)
     for name, shape in shapes.items():
-        if name not in found:
+        if name not in state_shapes:
             raise UserError("weights", None, f"{name} is missing.")
-        if found[name] != shape:
-            told = f"has the shape {list(found[name])}, where the configuration asks for {list(shape)}."
-            raise UserError("weights", None, f"{name} {told}")
-    if unknown := sorted(set(found) - set(shapes)):
-        do = "Quantizer scales have no place in this format: fold them into the weights, or leave them out."
-        raise UserError("weights", None, _few(unknown) + " would be lost: a Llama has no such parameter.", do)
+        if state_shapes[name] != shape:
+            problem = f"{name} has the shape {list(state_shapes[name])}; the configuration requires {list(shape)}."
+            raise UserError("weights", None, problem)
+    if unknown := sorted(set(state_shapes) - set(shapes)):
+        fix = "Quantizer scales have no place in this format: fold them into the weights, or leave them out."
+        raise UserError("weights", None, _few(unknown) + " would be lost: a Llama has no such parameter.", fix)
 
 
 def _few(names: Iterable[str]) -> str:
@@ -113,7 +113,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def hugging_face_config(config: ModelConfig, sequence_length: int, special: SpecialIds, dtype: torch.dtype) -> Any:
-    """The `transformers.LlamaConfig` of this model; `sequence_length` is what it was trained on."""
+    """The `transformers.LlamaConfig` of this model, which was trained on sequences of `sequence_length` tokens."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -145,16 +145,16 @@ def export_hugging_face(
     tokenizer_folder: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, and AutoTokenizer where a tokenizer is given.
+    """Write a folder that `AutoModelForCausalLM` loads, and AutoTokenizer where a tokenizer is given.
 
-    `dtype`: of the written weights; None = as they are. Weights above 4 GB are split into shards. Beside the model at
-    most one tensor is held in memory, and of a lazy state one in all. The folder appears whole or not at all. One
-    process calls this, with full (not partitioned) weights. Raises UserError when `folder` holds something already or
-    the weights do not fit.
+    dtype: of the written weights; None keeps theirs. Weights above 4 GB are split into shards. At most one tensor is
+    held in memory beside the state, of a lazy state one in total. The folder appears complete or not at all. One
+    process calls this, with full (not partitioned) weights. Raises UserError when `folder` is not empty or the weights
+    do not fit the configuration.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("export folder", str(folder), "exists already and is not empty.", "Choose another one.")
+        raise UserError("export folder", str(folder), "exists and is not empty.", "Choose another one.")
     state = to_hugging_face(model.state_dict() if isinstance(model, nn.Module) else model, config)
     written_as = dtype or state["model.embed_tokens.weight"].dtype
 
@@ -177,10 +177,10 @@ def write_config(
     dtype: torch.dtype,
     further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Everything of a Hugging Face folder but its weights: config.json, generation_config.json, tokenizer.
+    """Write all files of a Hugging Face folder but its weights: config.json, generation_config.json, tokenizer.
 
-    `further`: keys of config.json beyond `LlamaConfig`'s. `rope_theta` is also written where transformers before 5,
-    mlx-lm and llama.cpp look for it; they take 10,000 where it is missing.
+    further: keys of config.json beyond `LlamaConfig`'s. `rope_theta` is also written where transformers before 5,
+    mlx-lm and llama.cpp look for it; without it they assume 10,000.
     """
     from transformers import GenerationConfig
 
@@ -193,7 +193,7 @@ def write_config(
 
 
 def save_safetensors(state: State, folder: Path, types: Types, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `state` as model.safetensors, or in shards with an index where it is larger than `shard_bytes`."""
+    """Write `state` as model.safetensors, or as shards with an index where it is larger than `shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     shapes = shapes_of(state)
@@ -223,12 +223,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def trained_length(folder: Path) -> int | None:
-    """Positions that the model was trained on, by its configuration; None where it does not say."""
+    """The positions that the model was trained on, from its configuration; None where that does not say."""
     return _read_json(folder / "config.json").get("max_position_embeddings")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A config.json of model type llama."""
+    """The content of a config.json, which must be of model type llama."""
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -236,23 +236,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(str(path), None, f"is not JSON: {error}.") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-        found = raw.get("model_type") if isinstance(raw, dict) else raw
-        raise UserError("model_type", found, f"only 'llama' can be loaded ({path}).")
+        value = raw.get("model_type") if isinstance(raw, dict) else raw
+        raise UserError("model_type", value, f"only 'llama' can be loaded ({path}).")
     return raw
 
 
 def _model_config(raw: dict[str, Any], key: str) -> ModelConfig:
-    """key: what an error names."""
+    """key: the file that an error names."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig
 
     try:
         theirs = LlamaConfig.from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise UserError(key, None, f"is no valid Llama configuration: {error}") from None
+        raise UserError(key, None, f"is not a valid Llama configuration: {error}") from None
 
     heads = theirs.num_attention_heads
-    for name, found, allowed in (
+    for name, value, allowed in (
         ("attention_bias", theirs.attention_bias, False),
         ("mlp_bias", theirs.mlp_bias, False),
         ("attention_dropout", theirs.attention_dropout or 0, 0),
@@ -263,8 +263,8 @@ def _model_config(raw: dict[str, Any], key: str) -> ModelConfig:
         ("sliding_window", raw.get("sliding_window"), None),
         ("quantization_config", raw.get("quantization_config"), None),
     ):
-        if found != allowed:
-            raise UserError(name, found, f"only {allowed!r} can be loaded ({key}).")
+        if value != allowed:
+            raise UserError(name, value, f"only {allowed!r} can be loaded ({key}).")
     try:
         return ModelConfig(
             vocab_size=theirs.vocab_size,
@@ -282,8 +282,8 @@ def _model_config(raw: dict[str, Any], key: str) -> ModelConfig:
         first = error.errors()[0]
         clash = first.get("ctx", {}).get("error")
         ours = clash.key if isinstance(clash, ClashError) else ".".join(map(str, first["loc"]))
-        told = f"is no Llama that can be loaded: our {ours} {first['msg'].removeprefix('Value error, ')}."
-        raise UserError(key, None, told) from None
+        problem = f"cannot be loaded as a Llama: our {ours} {first['msg'].removeprefix('Value error, ')}."
+        raise UserError(key, None, problem) from None
 
 
 def _open_safetensors(folder: Path) -> LazyState:
@@ -293,9 +293,9 @@ def _open_safetensors(folder: Path) -> LazyState:
     files = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
         if not (folder / INDEX).is_file():
-            told = f"holds neither {WEIGHTS} nor {INDEX}; other formats can hold code and are not read."
-            do = "Load it with transformers where you trust it, and save it again: model.save_pretrained(FOLDER)."
-            raise UserError("model folder", str(folder), told, do)
+            problem = f"holds neither {WEIGHTS} nor {INDEX}; other formats can hold code and are not read."
+            fix = "Load it with transformers where you trust it, and save it again: model.save_pretrained(FOLDER)."
+            raise UserError("model folder", str(folder), problem, fix)
         try:
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
@@ -304,7 +304,7 @@ def _open_safetensors(folder: Path) -> LazyState:
     holders: dict[str, Any] = {}
     for file in files:
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise UserError(str(folder / INDEX), None, f"names {file!r}, which is no safetensors file beside it.")
+            raise UserError(str(folder / INDEX), None, f"names {file!r}, which is not a safetensors file beside it.")
         try:
             opened = safe_open(folder / file, framework="pt")
         except FileNotFoundError:
@@ -312,9 +312,9 @@ def _open_safetensors(folder: Path) -> LazyState:
         except SafetensorError as error:
             raise UserError(str(folder / file), None, f"is damaged: {error}.") from None
         for name in opened.keys():  # noqa: SIM118 - not a dict
-            about = opened.get_slice(name)
-            if about.get_dtype() not in READABLE_TYPES:
-                allowed = f"{name} is of type {about.get_dtype()}; only {', '.join(READABLE_TYPES)} can be loaded."
-                raise UserError("weights", None, allowed)
-            shapes[name], holders[name] = tuple(about.get_shape()), opened
+            view = opened.get_slice(name)
+            if view.get_dtype() not in READABLE_TYPES:
+                problem = f"{name} is of type {view.get_dtype()}; only {', '.join(READABLE_TYPES)} can be loaded."
+                raise UserError("weights", None, problem)
+            shapes[name], holders[name] = tuple(view.get_shape()), opened
     return LazyState(shapes, lambda name: holders[name].get_tensor(name))

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model, in the form that transformers loads."""
+"""The tokenizer of an exported model, in the format that transformers loads."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ PROBES = (
     "",
     " ",
 )
-"""Texts on which an exported tokenizer must give the ids that SentencePiece gives."""
+"""Texts for which an exported tokenizer must give the same ids as SentencePiece."""
 
 
 class SpecialIds(NamedTuple):
-    """Ids of the pieces for the begin and the end of a sequence; None where there is none."""
+    """Ids of the pieces for the beginning and the end of a sequence; None where a tokenizer has none."""
 
     bos: int | None
     eos: int | None
 
 
 def export_tokenizer(tokenizer_folder: Path, out: Path) -> SpecialIds:
-    """Write the tokenizer of `tokenizer_folder` into the existing folder `out` for transformers' AutoTokenizer.
+    """Write the tokenizer of `tokenizer_folder` into the existing folder `out`, for transformers' AutoTokenizer.
 
-    A Hugging Face tokenizer (`tokenizer.json`) is copied. A SentencePiece model (`tokenizer.model`) is converted and
-    copied beside; the conversion gives the same ids as plain `encode`: nothing is put before or after a text, and
-    "</s>" within a text is text. Raises UserError where there is neither, or no exact conversion.
+    A Hugging Face tokenizer (`tokenizer.json`) is copied. A SentencePiece model (`tokenizer.model`) is converted, and
+    copied too. The converted tokenizer gives the same ids as plain `encode`: it adds nothing before or after a text,
+    and "</s>" within a text is text. Raises UserError where the folder holds neither, or no exact conversion exists.
     """
     tokenizer_folder = Path(tokenizer_folder)
     if (tokenizer_folder / HUGGING_FACE_FILE).is_file():
         return _copy_hugging_face(tokenizer_folder, out)
     if (tokenizer_folder / SENTENCEPIECE_FILE).is_file():
         return _convert_sentencepiece(tokenizer_folder / SENTENCEPIECE_FILE, out)
-    allowed = f"a folder with {HUGGING_FACE_FILE} or {SENTENCEPIECE_FILE}."
-    raise UserError("tokenizer", str(tokenizer_folder), allowed, "Give the folder that `qatscale prepare` wrote.")
+    problem = f"holds neither {HUGGING_FACE_FILE} nor {SENTENCEPIECE_FILE}."
+    raise UserError("tokenizer", str(tokenizer_folder), problem, "Give the folder that `qatscale prepare` wrote.")
 
 
 def _copy_hugging_face(folder: Path, out: Path) -> SpecialIds:
@@ -70,8 +70,8 @@ def _copy_hugging_face(folder: Path, out: Path) -> SpecialIds:
         (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     loaded = load_fast_tokenizer(out, folder)
     if loaded.encode("a") != loaded.encode("a", add_special_tokens=False):
-        told = "The exported tokenizer puts special tokens around a text, and prepared documents have none in front."
-        warnings.warn(f"{told} Encode with add_special_tokens=False.", stacklevel=2)
+        problem = "The exported tokenizer adds special tokens around a text, and prepared documents begin with none."
+        warnings.warn(f"{problem} Encode with add_special_tokens=False.", stacklevel=2)
     return SpecialIds(loaded.bos_token_id, loaded.eos_token_id)
 
 
@@ -92,7 +92,7 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
-        raise UserError("tokenizer", str(path), f"no SentencePiece model ({error}).") from None
+        raise UserError("tokenizer", str(path), f"is not a SentencePiece model ({error}).") from None
 
     def piece(index: int) -> str | None:
         return processor.id_to_piece(index) if index >= 0 else None
@@ -107,7 +107,7 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     ).save_pretrained(out)
-    # the name that releases of transformers before 5 know, too
+    # the name that releases of transformers before 5 know as well
     config = json.loads((out / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -118,8 +118,8 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
     unusual = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED, p.UNUSED)]
     for text in (*PROBES, *(f"a{name} b" for name in unusual)):
         if exported.encode(text) != processor.encode(text):
-            told = f"cannot be converted for transformers with the same ids: the text {text!r} gets others."
-            raise UserError("tokenizer", str(path), told, "Export without a tokenizer and ship the .model file.")
+            problem = f"cannot be converted for transformers: the text {text!r} would get other ids."
+            raise UserError("tokenizer", str(path), problem, "Export without a tokenizer and ship the .model file.")
     return SpecialIds(*(index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id())))
 
 
@@ -129,18 +129,18 @@ def model_proto(model: bytes) -> Any:
     return sentencepiece_model_pb2.ModelProto.FromString(model)
 
 
-def fast_tokenizer(model: bytes) -> Tokenizer:
-    """A `tokenizers.Tokenizer` that does what the SentencePiece model of these bytes does.
+def fast_tokenizer(model: bytes) -> Any:
+    """The `tokenizers.Tokenizer` that encodes as a SentencePiece model does. model: the bytes of its file.
 
-    transformers' own conversion of Llama tokenizers is not used: it drops the normalisation rule and puts no space
+    transformers' own conversion of Llama tokenizers is not used: it drops the normalisation rule, and adds no space
     before a text that starts with one. Raises UserError for models that are not BPE.
     """
     proto = model_proto(model)
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     if trainer.model_type != trainer.BPE:
         kind = trainer.ModelType.Name(trainer.model_type).lower()
-        do = "Export without a tokenizer and ship the .model file."
-        raise UserError("tokenizer", kind, "only BPE models of SentencePiece convert with the same ids.", do)
+        fix = "Export without a tokenizer and ship the .model file."
+        raise UserError("tokenizer", kind, "only BPE models of SentencePiece convert with the same ids.", fix)
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     bpe = models.BPE(
         vocab, _merges(proto), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
@@ -149,10 +149,8 @@ def fast_tokenizer(model: bytes) -> Tokenizer:
 
     steps: list[Any] = []
     if spec.precompiled_charsmap:
-        told = (
-            f"The tokenizer normalises text by {spec.name!r}, which transformers applies to whole clusters of combining"
-        )
-        warnings.warn(f"{told} characters: rare sequences of these get other ids than in training.", stacklevel=2)
+        problem = f"transformers applies the normalisation {spec.name!r} to clusters of combining characters."
+        warnings.warn(f"{problem} Rare sequences of these get other ids than in training.", stacklevel=2)
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(f"^[ {SPACE}]+|[ {SPACE}]+$"), ""))
@@ -171,9 +169,9 @@ def fast_tokenizer(model: bytes) -> Tokenizer:
 def _merges(proto: Any) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best first.
 
-    SentencePiece has no list of merges: of the neighbours that together are a piece it joins those whose piece scores
-    highest, the leftmost of equals. Equals are ways to split one piece that overlap in the text, "-" "--" "-" in a run;
-    merging from the left, the longer part comes to stand on the left, so that split goes first here.
+    SentencePiece has no list of merges. Of the neighbours that together are a piece, it joins those whose piece scores
+    highest, the leftmost of equals. Equals are overlapping ways to split one piece, as "-" "--" "-" in a run. Merging
+    from the left puts the longer part on the left, so that split comes first here.
     """
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     ranked = [

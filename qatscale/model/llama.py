@@ -1,14 +1,15 @@
 """Llama 2 (arXiv 2307.09288): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bias.
 
 Sizes in comments: b = sequences, t = tokens of a sequence, h = heads (query or key-value), d = channels of a head,
-D = hidden size, V = vocabulary. The arithmetic is that of transformers' LlamaForCausalLM, so that weights pass in both
-directions without permutation; in bf16 the two differ, because norms and rotations are rounded only once here.
+D = hidden size, V = vocabulary. The arithmetic is that of transformers' LlamaForCausalLM, so weights convert in both
+directions without permutation. In bf16 the two differ, because norms and rotations are rounded only once here.
 
-Weights are read inside the forward of the module that owns them and nowhere else: ZeRO-3 gathers a weight around
-exactly that call, and the QAT plugin replaces exactly these modules.
+Weights are read only inside the forward of the module that owns them: ZeRO-3 gathers a weight around that call, and the
+QAT plugin replaces these modules.
 
 A process may hold a part of the model: a share of every matrix (`TensorParallel`), a run of blocks (`Stage`), or both.
-Names are those of the whole model. Under tensor parallelism h, V and the MLP's width below are a process's share.
+Parameters keep their names in the full model. Under tensor parallelism, h, V and the MLP's inner size are a process's
+share.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qatscale.config.schema import ModelConfig
 from qatscale.model.head import Head
-from qatscale.model.stages import Stage, whole
+from qatscale.model.stages import Stage, single_stage
 from qatscale.model.tensor_parallel import (
-    ALONE,
+    UNSPLIT,
     TensorParallel,
     column_parallel_linear,
     look_up,
@@ -44,9 +45,9 @@ def rotation_tables(length: int, channels: int, theta: float, device: torch.devi
     """Rotary position embedding (arXiv 2104.09864) of positions 0 … length - 1 for heads of `channels` channels.
 
     Channel i turns together with channel i + channels/2 ("half-split", as in Hugging Face's Llama), by
-    theta^(-2i/channels) radians a position. Computed at every forward instead of kept in a buffer, which costs little
-    beside one block, follows any length and device, and leaves nothing that a cast of the model to bf16 could reach
-    (in bf16, positions from 2,048 on are multiples of 16).
+    theta^(-2i/channels) radians per position. The tables are computed in every forward, which costs little beside one
+    block and works for any length and device. A buffer would be cast to bf16 with the model, and in bf16 positions from
+    2,048 on are multiples of 16.
     """
     pair = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
     position = torch.arange(length, dtype=torch.float32, device=device)
@@ -56,7 +57,7 @@ def rotation_tables(length: int, channels: int, theta: float, device: torch.devi
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn x: [b, t, h, d] by its positions, in fp32, back to the type of x."""
+    """Rotate x: [b, t, h, d] by its positions, in fp32; the result has the dtype of x."""
     cos, sin = rotation
     wide = x.float()
     return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
@@ -65,7 +66,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention, [b, t, D] → [b, t, D].
 
-    The number of heads is taken from the projections' outputs: under tensor parallelism they return a share of them.
+    The number of heads follows from the projections' outputs: under tensor parallelism they return a share of them.
     """
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
@@ -105,14 +106,14 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`, which sums its squares in fp32 whatever the type of its input, of a stream that may be split."""
+    """`nn.RMSNorm`, which sums squares in fp32 for every input dtype. The stream may be split along the sequence."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__(config.hidden_size, eps=config.norm_eps)
         self.parallel = parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        # where each process sees a part of the sequence, each has a part of the gain's gradient
+        # each process sees a part of the sequence, and so has a part of the gain's gradient
         weight = self.parallel.shared(self.weight) if self.parallel.sequence else self.weight
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
@@ -136,22 +137,22 @@ RunBlock = Callable[[nn.Module, Tensor, Rotation], Tensor]
 
 
 def run_block(block: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
-    """A `Block` on the stream x: [b, t, D]. A function, so that a compiled one can take its place for all blocks."""
+    """Apply a `Block` to the stream x: [b, t, D]. One compiled form can replace this function for all blocks."""
     return block(x, rotation)
 
 
 class Llama(nn.Module):
-    """The language model. Give it its weights with `initialise` or `load_state_dict` before use.
+    """The language model. Set its weights with `initialise` or `load_state_dict` before use.
 
     `activation_checkpointing` keeps only the input of each block for the backward pass and recomputes the rest.
-    `parallel` and `stage`: the part of the model that this process holds; blocks of other stages are empty places.
+    `parallel` and `stage`: the part of the model that this process holds. Blocks of other stages are `nn.Identity`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         activation_checkpointing: bool = False,
-        parallel: TensorParallel = ALONE,
+        parallel: TensorParallel = UNSPLIT,
         stage: Stage | None = None,
     ) -> None:
         super().__init__()
@@ -159,8 +160,8 @@ class Llama(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.parallel = parallel
         self.run_block: RunBlock = run_block
-        """May be replaced by a compiled form, which is for training: without gradients the plain one runs."""
-        self.stage = stage = stage or whole(config)
+        """May be replaced by a compiled form for training; without gradients the plain one runs."""
+        self.stage = stage = stage or single_stage(config)
         if stage.is_first:
             self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
         self.blocks = nn.ModuleList(
@@ -173,15 +174,15 @@ class Llama(nn.Module):
 
     @property
     def tied_embedding(self) -> bool:
-        """Whether embedding and head are one table, also where they are on two stages."""
+        """Whether embedding and head are one table, even where they are on two stages."""
         return self.config.tied_embedding
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [b, t, V] of tokens [b, t], or their loss where labels [b, t] are given.
 
         `labels[:, i]` is the token that follows `tokens[:, i]`: the caller shifts. The loss is the mean cross-entropy
-        over all b·t positions in nats, an fp32 scalar. A stage but the first takes the residual stream [b, t, D]; a
-        stage but the last returns it.
+        over all b·t positions in nats, an fp32 scalar. Every stage but the first takes the residual stream [b, t, D];
+        every stage but the last returns it.
         """
         if self.stage.is_first:
             x = self.parallel.leave(look_up(self.embed, x, self.parallel, self.config.vocab_size))
@@ -192,13 +193,13 @@ class Llama(nn.Module):
         trains = torch.is_grad_enabled()
         run = self.run_block if trains else run_block
         for i in self.stage.blocks:
-            if trains and self.activation_checkpointing:  # a block draws no random numbers: no generator state to keep
+            if trains and self.activation_checkpointing:  # blocks draw no random numbers, so no state is preserved
                 x = checkpoint(run, self.blocks[i], x, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = run(self.blocks[i], x, rotation)
         if not self.stage.is_last:
-            return x.contiguous()  # it is sent as it lies in memory
-        assert not self._ties or self.head.weight is self.embed.weight, "the tie has come undone"
+            return x.contiguous()  # it is sent as it is laid out in memory
+        assert not self._ties or self.head.weight is self.embed.weight, "head and embedding are no longer tied"
         return self.head(self.parallel.enter(self.norm(x)), labels)
 
     @property
@@ -217,7 +218,7 @@ class Llama(nn.Module):
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name → full shape of every parameter, in the order of `Llama.named_parameters()`; a tied head is not listed."""
+    """Name → full shape of every parameter, in the order of `Llama.named_parameters()`, without a tied head."""
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741
     kv = D // config.heads * (config.kv_heads or config.heads)
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, D)}
@@ -240,7 +241,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def canonical_name(name: str, config: ModelConfig) -> str:
-    """The name of a parameter in the whole model: on a last stage, a tied head is the embedding's table."""
+    """The name of a parameter in the full model: on a last stage, a tied head is the embedding's table."""
     return f"embed.{name.removeprefix('head.')}" if config.tied_embedding and name.startswith("head.") else name
 
 
@@ -252,13 +253,13 @@ def is_norm(name: str) -> bool:
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter: full shape, fp32, on the CPU.
 
-    Norms are 1. Matrices are normal with mean 0 and standard deviation `init_std`; `o` and `down`, which write into the
-    residual stream, with `init_std` / √(2·layers), so that the stream's variance after 2·layers additions does not grow
-    with depth (GPT-2's rule). Each draw has its own generator, seeded by sha256 of (seed, name): it depends on no other
-    parameter, no order and no layout, so that any rank can draw any parameter, or a part of it, alone.
+    Norms are 1. Matrices are normal with mean 0 and standard deviation `init_std`. `o` and `down`, which write into the
+    residual stream, have `init_std` / √(2·layers), so that the stream's variance does not grow with depth (GPT-2's
+    rule). Each draw has its own generator, seeded by sha256 of (seed, name). It depends on no other parameter, order or
+    layout, so any rank can draw any parameter by itself.
     """
     shape = parameter_shapes(config)[name]
-    if is_norm(name):  # `device` spelled out: under `torch.device("meta")` as default the values would be lost
+    if is_norm(name):  # an explicit device: with `torch.device("meta")` as default the values would be lost
         return torch.ones(shape, device="cpu")
     residual = name.endswith((".o.weight", ".down.weight"))
     std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
@@ -269,7 +270,7 @@ def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: Llama, seed: int) -> None:
-    """Write `initial_value` into every parameter, rounded to its type. Call it before the plugin prepares the model."""
+    """Set every parameter to its `initial_value`, in its dtype. Call it before the plugin prepares the model."""
     for name, parameter in model.named_parameters():
         value, shard = initial_value(canonical_name(name, model.config), model.config, seed), shard_of(parameter)
         parameter.copy_(value if shard is None else shard.take(value))

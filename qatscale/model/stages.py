@@ -1,4 +1,4 @@
-"""Which blocks of a model a pipeline stage holds. Pure arithmetic, no torch."""
+"""The blocks of a model that each pipeline stage holds. Pure arithmetic, no torch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Stage:
         return self.index == self.count - 1
 
 
-def whole(model: ModelConfig) -> Stage:
-    """All of a model on one stage."""
+def single_stage(model: ModelConfig) -> Stage:
+    """The stage that holds a full model."""
     return Stage(0, 1, range(model.layers))
 
 
 def divide(model: ModelConfig, count: int) -> tuple[Stage, ...]:
-    """The stages of a pipeline, the largest as small as can be in parameters, each with at least one block.
+    """The stages of a pipeline, each with at least one block, such that the largest has the fewest parameters.
 
-    A tied embedding counts twice: both end stages hold it. Blocks are equal, so giving each to the stage that is the
-    smallest so far (the earliest of equals) is optimal.
+    A tied embedding counts twice, because both end stages hold it. Blocks are equal, so it is optimal to give each one
+    to the stage that is the smallest so far (the first of equals).
     """
     assert 1 <= count <= model.layers
     parameters, block = stage_parameters(model, [1] * count), _block(model)
@@ -61,7 +61,7 @@ def divide(model: ModelConfig, count: int) -> tuple[Stage, ...]:
 
 
 def stage_parameters(model: ModelConfig, blocks: list[int]) -> list[int]:
-    """Parameters that each stage holds, given its number of blocks; quantizer scales left out."""
+    """The parameters of each stage, without quantizer scales. blocks: the number of blocks per stage."""
     table = model.vocab_size * model.hidden_size
     parameters = [length * _block(model) for length in blocks]
     parameters[0] += table

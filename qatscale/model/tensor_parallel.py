@@ -1,12 +1,12 @@
-"""Tensor parallelism as in Megatron-LM (arXiv 1909.08053): what a process holds of a matrix, and what it exchanges.
+"""Tensor parallelism as in Megatron-LM (arXiv 1909.08053): each process's part of a matrix, and the exchanges.
 
-Weights that make channels (q, k, v, gate, up, the head) are split by rows, weights that mix them (o, down) by columns,
-and the embedding by vocabulary. Between the two only element-wise arithmetic happens, so that a block exchanges
-activations twice: `enter` before the row-split matrices (the paper's f) and `leave` after the column-split ones (its
-g). With `sequence` the residual stream and the norms between `leave` and `enter` are split along the sequence
-(arXiv 2205.05198): the all-reduces become a reduce-scatter and an all-gather of the same volume.
+Weights that make channels (q, k, v, gate, up, the head) are split by rows, those that mix them (o, down) by columns,
+and the embedding by vocabulary. Between the two kinds the arithmetic is element-wise, so a block exchanges activations
+in two places: `enter` before the row-split matrices (the paper's f) and `leave` after the column-split ones (its g).
+With `sequence`, the residual stream and the norms between `leave` and `enter` are split along the sequence
+(arXiv 2205.05198). The all-reduces then become a reduce-scatter and an all-gather of the same volume.
 
-The matrices themselves stay plain `nn.Linear` and `nn.Embedding` of the local size; their weights carry a `Shard`.
+The matrices stay plain `nn.Linear` and `nn.Embedding` modules of the local size; their weights carry a `Shard`.
 
 Sizes in comments: b = sequences, t = tokens of a sequence, D = hidden size.
 """
@@ -26,7 +26,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Embedding)
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The processes that share every matrix, and this one's place among them."""
+    """The processes that share every matrix, and this process's rank among them."""
 
     rank: int = 0
     size: int = 1
@@ -47,17 +47,17 @@ class TensorParallel:
         return _apply(_ScatterSequence if self.sequence else _Sum, x, self)
 
     def shared(self, parameter: Tensor) -> Tensor:
-        """A parameter that is the same on all processes, of which each sees a part of the gradient."""
+        """A parameter that all processes hold alike, where each has a part of its gradient."""
         return parameter if self.size == 1 else _apply(_SumGradient, parameter, self)
 
     def shard(self, dim: int, full: int) -> Shard:
-        """This process's part of a dimension; sizes that do not divide are padded on the last ones."""
+        """This process's part of a dimension. A size that does not divide is padded on the last processes."""
         local = -(-full // self.size)
         start = min(self.rank * local, full)
         return Shard(self, dim, start, min(local, full - start), local, full)
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """In place."""
+        """Reduce x in place over the processes; returns x."""
         if self.size > 1:
             dist.all_reduce(x, op=op, group=self.group)
         return x
@@ -66,7 +66,8 @@ class TensorParallel:
         return f"TensorParallel(rank={self.rank}, size={self.size}, sequence={self.sequence})"
 
 
-ALONE = TensorParallel()
+UNSPLIT = TensorParallel()
+"""Every process holds full matrices."""
 
 
 def _apply(exchange: type[torch.autograd.Function], x: Tensor, parallel: TensorParallel) -> Tensor:
@@ -74,8 +75,7 @@ def _apply(exchange: type[torch.autograd.Function], x: Tensor, parallel: TensorP
 
 
 def keep_out_of_graphs() -> None:
-    """From now on torch.compile ends a graph before an exchange and begins another behind it. (Not from the start:
-    to say so imports the compiler.)"""
+    """From now on torch.compile ends a graph before each exchange. (Not at import: it would load the compiler.)"""
     global _apply
     _apply = torch.compiler.disable(_apply)
 
@@ -84,7 +84,7 @@ def keep_out_of_graphs() -> None:
 class Shard:
     """The part of a parameter that a process holds: `size` rows (dim 0) or columns (dim 1) from `start`, of `full`.
 
-    `local` is what the tensor has, padding included. Attached to the parameter as its attribute `shard`.
+    `local` is the tensor's own size, including padding. A shard is the parameter's attribute `shard`.
     """
 
     parallel: TensorParallel
@@ -97,28 +97,28 @@ class Shard:
     def full_shape(self, local: torch.Size) -> torch.Size:
         return torch.Size([*local[: self.dim], self.full, *local[self.dim + 1 :]])
 
-    def take(self, whole: Tensor) -> Tensor:
-        """This process's part of a whole parameter, padded with zeros."""
-        part = whole.narrow(self.dim, self.start, self.size)
+    def take(self, full: Tensor) -> Tensor:
+        """This process's part of a full parameter, padded with zeros."""
+        part = full.narrow(self.dim, self.start, self.size)
         if self.size == self.local:
             return part
-        padding = [0, 0] * (whole.ndim - 1 - self.dim) + [0, self.local - self.size]
+        padding = [0, 0] * (full.ndim - 1 - self.dim) + [0, self.local - self.size]
         return F.pad(part, padding)
 
-    def whole(self, local: Tensor) -> Tensor:
-        """The whole parameter, from all parts, without gradient. Collective."""
+    def gather(self, local: Tensor) -> Tensor:
+        """The full parameter from all parts, without gradient. Collective."""
         out = local.new_zeros(self.full_shape(local.shape))
         out.narrow(self.dim, self.start, self.size).copy_(local.detach().narrow(self.dim, 0, self.size))
-        return self.parallel.all_reduce(out)  # every element is held by one process: a sum with zeros is exact
+        return self.parallel.all_reduce(out)  # exact: each element is one process's value plus zeros
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """None for a parameter that every process holds whole."""
+    """The shard that a parameter is; None where every process holds the full parameter."""
     return getattr(parameter, "shard", None)
 
 
 def mark(parameter: Tensor, shard: Shard) -> None:
-    """Attach a shard, also in the way that DeepSpeed's gradient norm knows: each part counts, a copy counts once."""
+    """Attach a shard to its parameter, and tell DeepSpeed's gradient norm that every process's part counts."""
     parameter.shard = shard  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
@@ -136,10 +136,10 @@ def row_parallel_linear(inputs: int, outputs: int, parallel: TensorParallel) -> 
     return _marked(nn.Linear(shard.local, outputs, bias=False), shard)
 
 
-def vocabulary_parallel_embedding(vocabulary: int, width: int, parallel: TensorParallel) -> nn.Embedding:
-    """The table's rows of this process's share of the vocabulary; `look_up` reads it."""
+def vocabulary_parallel_embedding(vocabulary: int, hidden_size: int, parallel: TensorParallel) -> nn.Embedding:
+    """The embedding rows of this process's share of the vocabulary; `look_up` reads them."""
     shard = parallel.shard(0, vocabulary)
-    return _marked(nn.Embedding(shard.local, width), shard)
+    return _marked(nn.Embedding(shard.local, hidden_size), shard)
 
 
 def _marked(module: Layer, shard: Shard) -> Layer:
@@ -149,7 +149,7 @@ def _marked(module: Layer, shard: Shard) -> Layer:
 
 
 def look_up(table: nn.Embedding, tokens: Tensor, parallel: TensorParallel, vocabulary: int) -> Tensor:
-    """Rows of tokens [b, t], partial: zeros where another process has the row. Follow it with `leave`."""
+    """The rows [b, t, D] of tokens [b, t], with zeros where another process has the row. `leave` sums them."""
     if parallel.size == 1:
         return table(tokens)
     shard = parallel.shard(0, vocabulary)
@@ -159,7 +159,7 @@ def look_up(table: nn.Embedding, tokens: Tensor, parallel: TensorParallel, vocab
 
 
 class _SumGradient(torch.autograd.Function):
-    """Forward: as it is. Backward: the sum of the gradients of all processes."""
+    """Forward: the identity. Backward: the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:
@@ -172,7 +172,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Forward: the sum of all processes' x. Backward: as it is."""
+    """Forward: the sum of all processes' x. Backward: the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:  # noqa: ARG004 - autograd's signature
@@ -210,10 +210,10 @@ class _ScatterSequence(torch.autograd.Function):
 
 
 def _gather(x: Tensor, parallel: TensorParallel) -> Tensor:
-    mine = x.transpose(0, 1).contiguous()  # collectives join and cut the first dimension
+    mine = x.transpose(0, 1).contiguous()  # collectives concatenate and split the first dimension
     out = mine.new_empty((parallel.size * mine.shape[0], *mine.shape[1:]))
     dist.all_gather_into_tensor(out, mine, group=parallel.group)
-    # contiguous: else each of the matrices that take it would make, and keep for backward, a copy of its own
+    # contiguous: else each matrix that takes it would make a copy of its own and keep it for backward
     return out.transpose(0, 1).contiguous()
 
 

@@ -142,7 +142,7 @@ class FakeQuant(nn.Module):
         if self._dynamic_scale is None:
             rows = self.weight.detach()
             if self._rows_are_split:
-                rows = shard_of(self.weight).whole(rows)  # type: ignore[union-attr]
+                rows = shard_of(self.weight).gather(rows)  # type: ignore[union-attr]
             self._dynamic_scale = ptq_scale(self.dynamic_quantizer, rows, self.group_size)
         return self._dynamic_scale
 

@@ -1,4 +1,4 @@
-"""What the switch needs of whoever holds the fp32 master weights and the optimizer's state."""
+"""The access to fp32 master weights and optimizer state that the switch needs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Masters(Protocol):
     """Access to fp32 masters. `full` and `assign` may be collective: every process calls them in the same order."""
 
     def full(self, parameter: nn.Parameter) -> Tensor:
-        """The whole parameter's fp32 master, in its full shape. Not to be written to."""
+        """The parameter's fp32 master, in its full shape. Do not write to it."""
         ...
 
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Sets master and working copy to `value` (the whole parameter, fp32)."""
+        """Sets master and working copy to `value`, fp32, in the parameter's full shape."""
         ...
 
     def reset_state(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Zeroes Adam's moments and step count. `parameters` are those of one or more whole optimizer groups."""
+        """Zeroes Adam's moments and step count. `parameters` are all those of one or more optimizer groups."""
         ...
 
 
 class PlainMasters:
-    """Masters of a plain PyTorch loop: the parameters are their own masters, so hold them in fp32."""
+    """Masters for a plain PyTorch loop, where the parameters are their own masters: hold them in fp32."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -41,7 +41,7 @@ class PlainMasters:
         parameter.copy_(value)
 
     def reset_state(self, parameters: Iterable[nn.Parameter]) -> None:
-        """ValueError for a parameter that the optimizer does not have: it would never move."""
+        """ValueError for a parameter that the optimizer does not have, because it would never move."""
         known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for parameter in parameters:
             if id(parameter) not in known:
@@ -49,7 +49,7 @@ class PlainMasters:
                     f"a parameter of shape {list(parameter.shape)} is in no group of the optimizer; "
                     "build the optimizer after prepare(model)"
                 )
-            # Without any step there is no state; the next step starts it at zero.
+            # Before its first step a parameter has no state; that step starts it at zero.
             state = self._optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if isinstance(value, Tensor):

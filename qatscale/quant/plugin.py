@@ -40,11 +40,11 @@ __all__ = ["Masters", "NothingQuantizedError", "PlainMasters", "QatPlugin", "Swi
 
 
 class NothingQuantizedError(RuntimeError):
-    """A switch that changes no weight, or scales that do not train: the run would be reported as QAT and be none."""
+    """A switch that changes no weight, or scales that do not train: the run would be called QAT without being it."""
 
 
 class QatPlugin:
-    """Prepares a model for QAT, switches it on once, and remembers that it did.
+    """Prepares a model for QAT and switches QAT on, once.
 
     switch_step: optimizer steps before the switch; 0 = QAT from the start, None = never (scheme `fp`, and only there).
     """
@@ -61,10 +61,10 @@ class QatPlugin:
         """Layer name -> digest of its scale right after the switch."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Converts the layers to quantize, in place, and returns `model`. Nothing computes differently yet.
+        """Converts the layers to quantize, in place, and returns `model`, which computes the same as before.
 
         Call it before the optimizer is built. Parameters stay the same objects; layers that share a weight share one
-        scale. Preparing twice changes nothing; a model that was prepared otherwise is a UserError.
+        scale. A second call changes nothing. UserError where the model was prepared with other settings.
         """
         selection = select(model, self.qat)
         wanted = {id(target.module) for target in selection.targets}
@@ -81,10 +81,10 @@ class QatPlugin:
         """scales: id of a weight -> its scale, for layers that share the weight."""
         module, bits = target.module, target.rule.at(self.qat.bits)
         if isinstance(module, FakeQuant):
-            found = (module.quantizer.bits, module.group_size)
-            if found != (bits, self.qat.group_size):
+            if (module.quantizer.bits, module.group_size) != (bits, self.qat.group_size):
                 raise UserError(
-                    f"model.{target.name}", f"prepared at {found[0]:g} bits, group size {found[1]}",
+                    f"model.{target.name}",
+                    f"prepared at {module.quantizer.bits:g} bits, group size {module.group_size}",
                     f"this recipe says {bits:g} bits, group size {self.qat.group_size}.", _FRESH,
                 )  # fmt: skip
             scales[id(module.weight)] = module.weight_scale
@@ -100,7 +100,7 @@ class QatPlugin:
         scales[id(layer.weight)] = layer.weight_scale
 
     def scale_lr_ratio(self, bits: float) -> float:
-        """The learning rate of the scales of `bits` over that of the weights."""
+        """The learning rate of the scales of a bit width over that of the weights."""
         return get_quantizer(bits).scale_lr_ratio if self.qat.scale_lr_ratio == "auto" else self.qat.scale_lr_ratio
 
     def maybe_switch(self, step: int, masters: Masters) -> SwitchReport | None:
@@ -127,9 +127,9 @@ class QatPlugin:
         return SwitchReport(step, reports, self._selection.left_out)
 
     def check_moving(self, masters: Masters) -> None:
-        """Raises NothingQuantizedError where a layer's scales are all what they were right after the switch.
+        """Raises NothingQuantizedError where all scales of a layer still have their values from the switch.
 
-        Collective. Call it once after steps with a learning rate above 0.
+        Collective. Call it once, after steps with a learning rate above 0.
         """
         if self.switched_at is None:
             raise NothingQuantizedError("the scales cannot move: the model has not switched to QAT")
@@ -143,7 +143,7 @@ class QatPlugin:
             )
 
     def state(self) -> dict[str, Any]:
-        """JSON-able. The scales themselves are parameters and travel with the model."""
+        """The plugin's state as JSON-able data. The scales are parameters, saved with the model."""
         layers = {name: layer.quantizer.bits for name, layer in fake_quant_modules(self._prepared())}
         return {
             "switched_at": self.switched_at,
@@ -153,22 +153,23 @@ class QatPlugin:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up a `state()`; the model's parameters are loaded by others.
+        """Restores a `state()`. It does not load the model's parameters.
 
-        Bits and groups may differ from the state's as long as it had not switched. UserError when they differ after.
+        UserError where bits or groups differ from those of a state after the switch; before it they may differ.
         """
         switched_at = state["switched_at"]
         if switched_at is not None:
-            own = self.state()
-            # a model that is one stage of a pipeline has some of the layers; all of them are compared on some stage
-            theirs = {name: state["bits"].get(name) for name in own["bits"]}
-            for shown, here, there in (
-                ("qat.group_size", own["group_size"], state["group_size"]), ("qat.bits", own["bits"], theirs),
-            ):  # fmt: skip
-                if here != there:
+            present = self.state()
+            # a pipeline stage has some of the layers; each layer is compared on its own stage
+            saved_bits = {name: state["bits"].get(name) for name in present["bits"]}
+            for key, value, saved in (
+                ("qat.group_size", present["group_size"], state["group_size"]),
+                ("qat.bits", present["bits"], saved_bits),
+            ):
+                if value != saved:
                     raise UserError(
-                        shown, _distinct(here),
-                        f"the checkpoint switched to QAT at step {switched_at} with {_distinct(there)}.",
+                        key, _distinct(value),
+                        f"the checkpoint switched to QAT at step {switched_at} with {_distinct(saved)}.",
                         "Bits and groups stay as they are after the switch; branch from a checkpoint before it.",
                     )  # fmt: skip
         self.switched_at = switched_at
@@ -181,10 +182,10 @@ class QatPlugin:
             layer.mode = "learned" if on else "off"
 
     def _digests(self, masters: Masters) -> dict[str, str]:
-        found: dict[str, str] = {}
+        digests: dict[str, str] = {}
         for names, layer in matrices(self._prepared()):
-            found |= dict.fromkeys(names, _digest(masters.full(layer.weight_scale)))
-        return found
+            digests |= dict.fromkeys(names, _digest(masters.full(layer.weight_scale)))
+        return digests
 
     def _prepared(self) -> nn.Module:
         if self._model is None:
@@ -192,11 +193,11 @@ class QatPlugin:
         return self._model
 
 
-_FRESH = "Bits and groups are set once per model object; build the model anew to prepare it otherwise."
+_FRESH = "Bits and groups are set once per model object: build the model anew to change them."
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One `state()` of the parts of a model that several processes hold."""
+    """One `state()` from those of a model's parts, which several processes hold."""
     merged: dict[str, Any] = {}
     for state in states:
         merged = {**merged, **state, **{key: merged.get(key, {}) | state[key] for key in ("bits", "scales_at_switch")}}
@@ -204,7 +205,7 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def scale_groups(model: nn.Module) -> dict[float, list[nn.Parameter]]:
-    """Bits, ascending -> the scales of that width, each once, in the model's order: one optimizer group per width.
+    """Bits, ascending -> the scales of that bit width, each once, in the model's order. Each is an optimizer group.
 
     Scales get no weight decay, and `QatPlugin.scale_lr_ratio(bits)` times the weights' learning rate.
     """
@@ -215,22 +216,22 @@ def scale_groups(model: nn.Module) -> dict[float, list[nn.Parameter]]:
 
 
 def matrices(model: nn.Module) -> list[tuple[tuple[str, ...], FakeQuantLayer]]:
-    """Every quantized weight matrix once: the names of the layers that share it, and the first of them."""
-    found: dict[int, tuple[list[str], FakeQuantLayer]] = {}
+    """Every quantized weight matrix once: the names of the layers that share it, and the first such layer."""
+    by_scale: dict[int, tuple[list[str], FakeQuantLayer]] = {}
     for name, layer in fake_quant_modules(model):
-        found.setdefault(id(layer.weight_scale), ([], layer))[0].append(name)
-    return [(tuple(names), layer) for names, layer in found.values()]
+        by_scale.setdefault(id(layer.weight_scale), ([], layer))[0].append(name)
+    return [(tuple(names), layer) for names, layer in by_scale.values()]
 
 
 def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) -> ModuleReport:
-    """Sets one scale from the fp32 master of its weight and measures what forward will then see."""
+    """Sets one scale from the fp32 master of its weight, and measures the error of the weight that forward will use."""
     quantizer, weight, parameter = layer.quantizer, layer.weight, layer.weight_scale
     master = masters.full(weight)
     if not torch.isfinite(master).all():
         raise FloatingPointError(f"{names[0]}.weight holds NaN or infinity at the switch")
     scale = initial_scale(quantizer, master, layer.group_size, parameter.dtype)
     masters.assign(parameter, scale)
-    # In bf16 forward sees both rounded; a weight that rounding alone changed is not a quantized one.
+    # In bf16 forward uses rounded weights and scales. Rounding alone is no quantization error.
     working = master.to(weight.dtype)
     error = (fake_quantize(quantizer, working, scale.to(parameter.dtype)).detach() - working).float()
     return ModuleReport(
@@ -251,5 +252,5 @@ def _digest(scale: Tensor) -> str:
 
 
 def _distinct(value: Any) -> Any:
-    """Bits per layer as the few different widths."""
+    """The distinct values of a mapping; anything else as it is."""
     return sorted(set(value.values()), key=str) if isinstance(value, Mapping) else value

@@ -1,4 +1,4 @@
-"""What a switch quantized, for logs, tracking and the eye. No torch."""
+"""The report of a switch, for logs, tracking and the terminal. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One weight matrix. Layers that share it are one entry."""
+    """One quantized weight matrix. Layers that share it are one entry."""
 
     names: tuple[str, ...]
     bits: float
@@ -38,7 +38,7 @@ class ModuleReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Including scales."""
+        """Mean bits of storage per weight, including scales."""
         return self.stored_bits / self.numel
 
     @property
@@ -56,10 +56,10 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class SwitchReport:
-    """What one switch from full precision to QAT did."""
+    """The matrices that one switch from full precision to QAT quantized, and the layers that it left out."""
 
     step: int
-    """Optimizer steps done before it."""
+    """Optimizer steps taken before the switch."""
     modules: tuple[ModuleReport, ...]
     left_out: dict[str, str]
     """Name of every other Linear and Embedding -> why it stays in full precision."""
@@ -80,7 +80,7 @@ class SwitchReport:
 
     @property
     def bytes(self) -> int:
-        """Of the quantized weights with their scales."""
+        """Storage of the quantized weights with their scales."""
         return math.ceil(sum(module.stored_bits for module in self.modules) / 8)
 
     @property
@@ -96,7 +96,7 @@ class SwitchReport:
         }  # fmt: skip
 
     def table(self) -> Table:
-        """For a terminal: one row per kind of layer (the last part of its name), bits and shape."""
+        """One row per kind of layer (the last part of its name), bits and shape, for a terminal."""
         table = Table(
             title=f"QAT from step {self.step:,}: {self.layers} layers, {self.bits_per_weight:.2f} bits per weight",
             show_footer=True,
@@ -130,10 +130,10 @@ class SwitchReport:
 
 
 def merge_reports(reports: Sequence[SwitchReport]) -> SwitchReport:
-    """One report of the parts of a model; a table that two parts share is told once, under both its names."""
+    """One report from those of a model's parts. A table that two parts share is one entry with both names."""
     merged: dict[tuple[Any, ...], ModuleReport] = {}
     for module in (module for report in reports for module in report.modules):
-        # embedding and head on two stages are the same numbers
+        # an embedding and a tied head on two stages have the same numbers
         key = (module.shape, module.squared_error, module.squared_norm)
         names = (*merged[key].names, *module.names) if key in merged else module.names
         merged[key] = replace(module, names=names)

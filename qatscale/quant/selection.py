@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized, and to how many bits."""
+"""The selection of a model's layers that are quantized, and their bits."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Target:
 class Selection:
     targets: tuple[Target, ...]
     left_out: dict[str, str]
-    """Name of every other Linear and Embedding -> why."""
+    """Name of every other Linear and Embedding -> the reason."""
 
 
 def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLayer]]:
-    """Converted layers with their names, in the model's order."""
+    """The converted layers of a model with their names, in its order."""
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantLayer):
             yield name, module
 
 
 def select(model: nn.Module, qat: QatConfig) -> Selection:
-    """The layers that `qat` quantizes. Reads shapes and identities only.
+    """The layers that `qat` quantizes. Only shapes and identities of parameters are read.
 
-    UserError where nothing matches, a group size does not divide, or a layer cannot be quantized as it stands.
+    UserError where no layer matches, a group size does not divide, or a layer cannot be quantized as it is.
     """
     rule = embedding_rule(qat.embedding_bits, _is_tied(model))
     targets: list[Target] = []
@@ -64,10 +64,10 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
         else:
             left_out[name] = "its name is not one of the quantized layers'"
     if not any(target.rule == BitsRule() for target in targets):
-        found = ", ".join(left_out) or "no Linear layer at all"
+        others = ", ".join(left_out) or "no Linear layer"
         raise UserError(
             "model", type(model).__name__, f"quantization needs Linear layers named {', '.join(BLOCK_NAMES)} or",
-            f"q_proj, k_proj, ...; this model has {found}.",
+            f"q_proj, k_proj, ...; this model has {others}.",
         )  # fmt: skip
     for target in targets:
         _check_kind(target)
@@ -77,7 +77,7 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
 
 
 def _is_tied(model: nn.Module) -> bool:
-    """Whether one parameter is the weight of an embedding and of a head, or a model that is one stage says so."""
+    """Whether embedding and head share a weight, or the model, which may be one pipeline stage, says that they do."""
     if getattr(model, "tied_embedding", False):
         return True
     named = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in EMBEDDING_NAMES]
@@ -94,7 +94,7 @@ def _check_kind(target: Target) -> None:
         )  # fmt: skip
     if hasattr(module.weight, "ds_id"):
         raise UserError(
-            f"model.{target.name}", "a weight that DeepSpeed has partitioned", "scales are added to whole weights.",
+            f"model.{target.name}", "a weight that DeepSpeed has partitioned", "scales need unpartitioned weights.",
             "Call prepare(model) before deepspeed.initialize and outside of deepspeed.zero.Init.",
         )  # fmt: skip
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
@@ -119,7 +119,7 @@ def _check_group_size(targets: list[Target], group_size: int | None) -> None:
 
 
 def _check_sharing(model: nn.Module, targets: list[Target]) -> None:
-    """A weight that is quantized in one layer and not in another would be two different weights."""
+    """UserError for a weight of which one layer is quantized and another is not: it would act as two weights."""
     quantized = {id(target.module.weight): target.name for target in targets}
     chosen = {id(target.module) for target in targets}
     for name, module in model.named_modules():

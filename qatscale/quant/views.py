@@ -1,4 +1,4 @@
-"""Evaluate the same weights in full precision, with the learned scales, or after post-training quantization."""
+"""Evaluate one model in full precision, with its learned scales, or after post-training quantization."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _MODES: dict[View, Mode] = {"fp": "off", "quantized": "learned", "ptq": "dynamic
 
 @contextmanager
 def view(model: nn.Module, kind: View, bits: float | None = None) -> Iterator[None]:
-    """Within the context a prepared `model` computes in another view; after it, also after an error, as before.
+    """A context in which a prepared `model` computes in another view. Its modes are restored on exit, also by an error.
 
     fp
         The weights as they are.
     quantized
         The weights with the learned scales. UserError before the switch, when the scales mean nothing yet.
     ptq
-        The weights quantized to `bits` (None: the recipe's) by `ptq_scale`, no training involved. Scales are
-        searched for once per context, at each layer's first forward; embedding and head follow the recipe's rule for
-        `bits`. Weights get no gradient.
+        The weights quantized to `bits` (None: the recipe's) by `ptq_scale`, without training. Each layer searches for
+        its scales once per context, at its first forward. Embedding and head follow the recipe's rule for `bits`.
+        Weights get no gradient.
     """
     if kind not in get_args(View):
         raise UserError("view", kind, f"one of {', '.join(get_args(View))}.", did_you_mean(kind, get_args(View)))
@@ -58,7 +58,7 @@ def view(model: nn.Module, kind: View, bits: float | None = None) -> Iterator[No
 
 @torch.no_grad()
 def computed_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the plain model that computes what a prepared `model` does in its present view; without scales."""
+    """The state of a plain model, without scales, that computes what `model` computes in its present view."""
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(".weight_scale")}
     for name, layer in fake_quant_modules(model):
         if layer.mode != "off":

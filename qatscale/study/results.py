@@ -19,6 +19,6 @@ def record(folder: StudyFolder, *names: str) -> None:
 
 
 def unrecorded(folder: StudyFolder) -> list[str]:
-    """Finished runs without a row: their worker ended between the run and its row."""
-    known = folder.recorded()
-    return [name for name in folder.jobs if name not in known and folder.run(name).is_done]
+    """Finished runs without a row, whose worker ended before it wrote one."""
+    recorded = folder.recorded()
+    return [name for name in folder.jobs if name not in recorded and folder.run(name).is_done]

@@ -161,7 +161,7 @@ class Watchdog:
                 )
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, UserError) and self._store is not None:
             self.resolve_failure(error)

@@ -163,7 +163,7 @@ class AsyncCheckpointer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         """Wait for the checkpoint in flight: it holds a good state, whatever error the loop has met since.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qatscale.config.ds_config import load_ds_config, merge_ds_config, precision_of
+from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.open import open_batches, open_validation
@@ -28,7 +28,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     UserError for whatever is wrong with the input. Every process finds it alone, before any waits for another.
     """
     timeline = build_timeline(config)
-    ds_config = load_ds_config(config.engine.ds_config)
+    ds_config = run_ds_config(config)
     resume = plan_resume(config, timeline, branch_from)
     if resume is None:
         return None
@@ -39,6 +39,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
+        *ds_config_warnings(config),
         *layout_notices(config, layout),
         *resume.notices,
         *check_data(config, resume, batches.stream.manifest.fingerprint),

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qatscale.config.schema import ModelConfig, QatConfig
 from qatscale.engine.compilation import Compiled
 from qatscale.model.chunks import chunk_rows
+from qatscale.model.head import linear_cross_entropy
 from qatscale.model.llama import Llama, initialise
-from qatscale.model.loss import linear_cross_entropy
-from qatscale.model.tensor_parallel import ALONE, TensorParallel, shard_of
+from qatscale.model.tensor_parallel import UNSPLIT, TensorParallel, shard_of
 from qatscale.quant.plugin import QatPlugin, view
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import fake_quant_modules
@@ -102,7 +102,7 @@ def build(config: ModelConfig, qat: QatConfig, parallel: TensorParallel) -> Llam
     QatPlugin(qat, 1).prepare(model)
     for _, layer in fake_quant_modules(model):
         shard = shard_of(layer.weight)
-        rows = layer.weight.detach() if shard is None else shard.whole(layer.weight)
+        rows = layer.weight.detach() if shard is None else shard.gather(layer.weight)
         scale, part = initial_scale(layer.quantizer, rows, layer.group_size), shard_of(layer.weight_scale)
         layer.weight_scale.data.copy_(scale if part is None else part.take(scale))
         layer.calibrated, layer.mode = True, "learned"
@@ -119,7 +119,7 @@ def check_model(parallel: TensorParallel, *, tied: bool, bits: float, group_size
         vocab_size=VOCABULARY, hidden_size=48, layers=2, heads=4, kv_heads=2, intermediate_size=64, tied_embedding=tied
     )
     qat = QatConfig(scheme="fused", bits=bits, group_size=group_size, embedding_bits=4)
-    whole, part = build(config, qat, ALONE), build(config, qat, parallel)
+    whole, part = build(config, qat, UNSPLIT), build(config, qat, parallel)
     factors = [(a.full_numel, b.full_numel) for (_, a), (_, b) in zip(*map(fake_quant_modules, (whole, part)))]  # noqa: B905
     assert all(a == b for a, b in factors), "g is that of the whole matrix"
     losses = [model(TOKENS, LABELS) for model in (whole, part)]

@@ -228,7 +228,7 @@ def test_an_existing_folder_is_not_overwritten(build, tmp_path):
         export_hugging_face(build(config, seed=1), config, tmp_path / "empty", sequence_length=99)
     assert (tmp_path / "empty/config.json").read_bytes() == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         export_hugging_face(build(config), config, tmp_path / "file", sequence_length=16)
 
 
@@ -264,8 +264,8 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ({"rope_parameters": SCALED}, "rope_type = 'linear': only 'default'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = "),
-        ({"hidden_size": "wide"}, "no valid Llama configuration"),
-        ({"num_key_value_heads": 3}, "our kv_heads does not divide heads = 4"),
+        ({"hidden_size": "wide"}, "not a valid Llama configuration"),
+        ({"num_key_value_heads": 3}, "our kv_heads does not divide model.heads = 4"),
         ({"intermediate_size": 89}, r"gate_proj.weight has the shape \[88, 32\].*\[89, 32\]"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "would be lost"),
@@ -314,7 +314,7 @@ def test_damaged_folders_are_refused(build, tmp_path):
     with pytest.raises(UserError, match="is missing"):
         open_hugging_face(folder)
     index.write_text(json.dumps({"weight_map": {"a": "../truncated/model.safetensors"}}))
-    with pytest.raises(UserError, match="no safetensors file beside it"):
+    with pytest.raises(UserError, match="not a safetensors file beside it"):
         open_hugging_face(folder)
     index.write_text("[]")
     with pytest.raises(UserError, match="is not an index"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import run
 
-from qatscale.model.tensor_parallel import ALONE, TensorParallel
+from qatscale.model.tensor_parallel import UNSPLIT, TensorParallel
 
 
 @pytest.mark.dist
@@ -34,6 +34,6 @@ def test_shards_cover_a_dimension_once_and_pad_the_end(full: int, size: int, dim
 
 def test_alone_there_is_nothing_to_exchange() -> None:
     x = torch.ones(2, 3, 4, requires_grad=True)
-    assert ALONE.enter(x) is x
-    assert ALONE.leave(x) is x
-    assert ALONE.shared(x) is x
+    assert UNSPLIT.enter(x) is x
+    assert UNSPLIT.leave(x) is x
+    assert UNSPLIT.shared(x) is x

@@ -110,7 +110,7 @@ def test_a_symbol_that_cannot_be_converted_exactly_is_refused(tmp_path):
     """SentencePiece cuts a user-defined symbol out before it merges; a list of merges cannot say that."""
     train(tmp_path / "in", LLAMA_2 | {"user_defined_symbols": ["<sep>"]})
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=r"same ids: the text 'a<sep> b'"):
+    with pytest.raises(UserError, match="the text 'a<sep> b' would get other ids"):
         export_tokenizer(tmp_path / "in", tmp_path / "out")
 
 
@@ -119,10 +119,10 @@ def test_other_kinds_and_missing_files_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="'unigram': only BPE models"):
         export_tokenizer(tmp_path / "unigram", tmp_path / "out")
-    with pytest.raises(UserError, match=r"a folder with tokenizer\.json or tokenizer\.model"):
+    with pytest.raises(UserError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
         export_tokenizer(tmp_path / "nothing", tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="no SentencePiece model"):
+    with pytest.raises(UserError, match="not a SentencePiece model"):
         export_tokenizer(tmp_path, tmp_path / "out")
 
 

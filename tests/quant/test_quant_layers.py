@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
 from qatscale.model.head import Head
-from qatscale.model.tensor_parallel import ALONE
+from qatscale.model.tensor_parallel import UNSPLIT
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantHead, FakeQuantLinear
@@ -110,7 +110,7 @@ def test_embedding_rows_equal_quantizing_the_whole_table(group_size: int | None,
 def test_a_heads_loss_and_logits_are_those_of_its_quantized_weight(bits: float, group_size: int | None) -> None:
     """In every mode, with the gradients of weight and scale."""
     torch.manual_seed(5)
-    head = FakeQuantHead.convert(Head(16, 20, ALONE), bits, group_size=group_size)
+    head = FakeQuantHead.convert(Head(16, 20, UNSPLIT), bits, group_size=group_size)
     head.weight_scale.data = initial_scale(head.quantizer, head.weight, group_size) * 0.7
     x, labels = torch.randn(2, 5, 16), torch.randint(20, (2, 5))
 

@@ -118,7 +118,7 @@ def test_the_default_is_1_sqrt_to_zero():
     [
         ({"shape": "1-sqroot"}, "1-sqrt"),
         ({"shape": "exponential"}, "never reaches 0"),
-        ({"shape": "piecewise"}, "needs them"),
+        ({"shape": "piecewise"}, "needs knots"),
         ({"shape": "piecewise", "knots": [1.0]}, "a start and an end"),
     ],
 )

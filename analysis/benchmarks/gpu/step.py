@@ -180,7 +180,7 @@ class Job:
         import torch
         from torch.nn import functional as F
 
-        from qatscale.model.loss import fusible_chunk_loss, linear_cross_entropy
+        from qatscale.model.head import fusible_chunk_loss, linear_cross_entropy
 
         n, v, d = (32_768, 32_000, 768) if self.device == "cuda" else (600, 512, 64)
         x = torch.randn(n, d, device=self.device, dtype=torch.bfloat16, requires_grad=True)

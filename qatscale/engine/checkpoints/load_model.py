@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qatscale.config.ds_config import load_ds_config, precision_of
+from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, verify_files
 from qatscale.model.llama import Llama
@@ -25,6 +25,6 @@ def load_checkpointed_model(checkpoint: Path, config: RunConfig, device: torch.d
     plugin.prepare(model)
     model.load_state_dict(reader.weights(), strict=False)  # tied weights are stored once; names were checked on saving
     plugin.load_state(reader.manifest.plugin)
-    if precision_of(load_ds_config(config.engine.ds_config)) == "bf16":
+    if precision_of(run_ds_config(config)) == "bf16":
         model.to(torch.bfloat16)  # scales and weights as the forward pass saw them
     return model.to(device), plugin

@@ -7,9 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.model.chunks import chunk_rows
-from qatscale.model.head import Head
-from qatscale.model.loss import chunk_loss, fusible_chunk_loss, linear_cross_entropy
-from qatscale.model.tensor_parallel import ALONE
+from qatscale.model.head import Head, chunk_loss, fusible_chunk_loss, linear_cross_entropy
+from qatscale.model.tensor_parallel import UNSPLIT
 
 
 def cross_entropy(logits, labels):
@@ -157,7 +156,7 @@ def test_without_gradients_none_is_made():
 
 
 def a_head(v=131, d=24):
-    head = Head(d, v, ALONE)
+    head = Head(d, v, UNSPLIT)
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
     return head
 
