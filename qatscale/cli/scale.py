@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qatscale.engine.estimate.fits import (
     refuse_what_cannot_fit,
 )
 from qatscale.engine.estimate.memory import ON_DEVICE, Kind
+from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
 
 _SHOWN: dict[Kind, str] = {
@@ -55,7 +55,8 @@ def print_dry_run(
         if branch:
             console().print(f"begins at step {branch['step']:,} of {branch['checkpoint']}", soft_wrap=True)
     ds_config = run_ds_config(config)
-    job = estimate_job(config, ds_config, processes or job_size(config), given)
+    smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
+    job = estimate_job(config, ds_config, processes or job_size(smallest), given)
     advice = network_advice(config, ds_config, job)
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
@@ -65,12 +66,6 @@ def print_dry_run(
     else:
         print_scale(job, config, advice)
     refuse_what_cannot_fit(config, ds_config, job)
-
-
-def job_size(config: RunConfig) -> int:
-    """WORLD_SIZE; without it, the smallest job of this layout."""
-    smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
-    return int(os.environ.get("WORLD_SIZE", smallest))
 
 
 def _branch(config: RunConfig, branch_from: str) -> dict[str, Any]:

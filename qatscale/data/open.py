@@ -29,8 +29,8 @@ def open_stream(config: RunConfig, split: Split) -> TokenStream:
     minutes on reading the corpus once each. UserError for data that are missing, damaged or of another vocabulary.
     """
     if config.data.path is None:
-        do = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
-        raise UserError("data.path", None, "no data is given.", do)
+        fix = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
+        raise UserError("data.path", None, "no data is given.", fix)
     is_main = int(os.environ.get("RANK", 0)) == 0  # before there is a process group
     stream = TokenStream.open(config.data.path, split, verify="auto" if is_main else "size")
     stream.manifest.check_vocabulary(config.model.vocab_size)

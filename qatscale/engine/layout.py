@@ -4,6 +4,7 @@ meets another; whatever cannot work is refused here."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +47,11 @@ class Layout:
 
     def __str__(self) -> str:
         return f"{self.data} data x {self.tensor} tensor x {self.pipeline} pipeline"
+
+
+def job_size(unlaunched: int = 1) -> int:
+    """Processes of the job, before they have met: WORLD_SIZE. unlaunched: the number without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", unlaunched))
 
 
 def plan_layout(config: RunConfig, ds_config: Mapping[str, Any], processes: int) -> Layout:

@@ -74,18 +74,18 @@ def format_of(source: str) -> Format:
     if find_universal(path) is not None:
         return "universal"
     if list(path.glob("*_optim_states.pt")) or (path / "latest").is_file():
-        do = (
+        fix = (
             "Make it universal first: python -m deepspeed.checkpoint.ds_to_universal --input_folder … --output_folder …"
         )
-        raise UserError("source", source, "is a DeepSpeed checkpoint, which fits one layout only.", do)
+        raise UserError("source", source, "is a DeepSpeed checkpoint, which fits one layout only.", fix)
     is_run = (path / "run.json").is_file() or (path / MANIFEST).is_file()
     if not is_run and ((path / "config.json").is_file() or list(path.glob("*.safetensors*"))):
         return "hf"
     if path.is_dir() and not is_run and not (path / "checkpoints").is_dir():
         names = sorted(item.name for item in path.iterdir())
         held = ", ".join(names[:5]) + (" …" if len(names) > 5 else "") if names else "nothing"
-        do = "Give a run (RUN or RUN@STEP), a checkpoint's folder, a universal checkpoint, or a Hugging Face folder."
-        raise UserError("source", source, f"is nothing that can be converted: it holds {held}.", do)
+        fix = "Give a run (RUN or RUN@STEP), a checkpoint's folder, a universal checkpoint, or a Hugging Face folder."
+        raise UserError("source", source, f"is nothing that can be converted: it holds {held}.", fix)
     find_checkpoint(source)
     return "checkpoint"
 
@@ -93,8 +93,8 @@ def format_of(source: str) -> Format:
 def _refuse_idle(found: Format, recipe: str | None, overrides: Sequence[str], trained_tokens: int | None) -> None:
     """UserError for what would have no effect, and for what the new folder decides."""
     if found == "checkpoint" and (recipe is not None or overrides):
-        do = "Leave it out; keys are set when you branch."
-        raise UserError("--recipe", recipe or " ".join(overrides), "a checkpoint's run has its own recipe.", do)
+        fix = "Leave it out; keys are set when you branch."
+        raise UserError("--recipe", recipe or " ".join(overrides), "a checkpoint's run has its own recipe.", fix)
     if found != "hf" and trained_tokens is not None:
         raise UserError("--trained-tokens", trained_tokens, f"{_SHOWN[found]} knows its own step.", "Leave it out.")
     for override in overrides:

@@ -40,5 +40,5 @@ def _named(config: RunConfig, out: Path) -> RunConfig:
     try:
         return RunConfig.model_validate({**config.model_dump(mode="json"), "name": out.name, "output": out.parent})
     except ValueError:
-        allowed = "is the run's name too: letters, digits and . _ = + -, beginning with a letter or digit."
-        raise UserError("--out", str(out), allowed) from None
+        problem = "is the run's name too: letters, digits and . _ = + -, beginning with a letter or digit."
+        raise UserError("--out", str(out), problem) from None

@@ -134,5 +134,5 @@ class Meter:
 
 
 def _diverged(what: str) -> FloatingPointError:
-    do = "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
-    return FloatingPointError(f"{what}. {do}")
+    fix = "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
+    return FloatingPointError(f"{what}. {fix}")

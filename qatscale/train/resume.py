@@ -44,15 +44,15 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
         _check_output(config.output)
         return _branch(config, timeline, branch_from) if branch_from else ResumePlan(None, None, False, None)
     if folder.imported:
-        allowed = f"{folder.path} was imported from {folder.imported}; it is branched from, not trained."
-        raise UserError("name", config.name, allowed, f"qatscale branch {folder.path} name=NAME KEY=VALUE…")
+        problem = f"{folder.path} was imported from {folder.imported}; it is branched from, not trained."
+        raise UserError("name", config.name, problem, f"qatscale branch {folder.path} name=NAME KEY=VALUE…")
     notices = _check_same_run(config, folder, branch_from)
     if folder.is_done:
         return None
     if _reads_a_former_order(folder):
         problem = f"{folder.path} was begun by a version that read the training data in another order."
-        do = "Finish it with that version, or branch from its checkpoint, which continues in this version's order."
-        raise UserError("name", config.name, problem, do)
+        fix = "Finish it with that version, or branch from its checkpoint, which continues in this version's order."
+        raise UserError("name", config.name, problem, fix)
     if folder.status == "running":
         raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
     parent = folder.run["parent"]
@@ -82,16 +82,16 @@ def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | Non
         line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
         (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)
     if wrong:
-        allowed = f"{folder.path} holds a run of another configuration: {'; '.join(wrong)}."
-        raise UserError("name", config.name, allowed, "Give this run another name, or branch from that one.")
+        problem = f"{folder.path} holds a run of another configuration: {'; '.join(wrong)}."
+        raise UserError("name", config.name, problem, "Give this run another name, or branch from that one.")
     parent = folder.run["parent"]
     if branch_from is not None:
         origin = find_checkpoint(branch_from)
         step = read_manifest(origin).step
         if parent is None or Path(parent["folder"]).resolve() != _run_of(origin).resolve() or parent["step"] != step:
             began = f"was branched from {parent['folder']}@{parent['step']}" if parent else "began fresh"
-            do = "Give this run another name."
-            raise UserError("branch", branch_from, f"{folder.path} holds a run already, which {began}.", do)
+            fix = "Give this run another name."
+            raise UserError("branch", branch_from, f"{folder.path} holds a run already, which {began}.", fix)
     return tuple(f"changed for the rest of the run: {line}" for line in notices)
 
 
@@ -112,30 +112,30 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     for key in ("model", "data.sequence_length", "batch.sequences"):
         for difference in config_differences(parent, config):
             if difference.key == key or difference.key.startswith(f"{key}."):
-                allowed = f"a branch keeps its parent's {key}, which is {difference.old!r}."
-                raise UserError(difference.key, difference.new, allowed)
+                problem = f"a branch keeps its parent's {key}, which is {difference.old!r}."
+                raise UserError(difference.key, difference.new, problem)
     if manifest.step >= timeline.steps:
-        allowed = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
-        raise UserError("branch", branch_from, allowed, "Train on more tokens, or branch from an earlier checkpoint.")
+        problem = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
+        raise UserError("branch", branch_from, problem, "Train on more tokens, or branch from an earlier checkpoint.")
     switched_at = manifest.plugin["switched_at"]
     switched = switched_at is not None
     switch = timeline.switch_step
     if switched and switch != switched_at:
         here = "never switches" if switch is None else f"switches at step {switch}"
-        allowed = f"it is from after its run's switch to QAT at step {switched_at}, and this run {here}."
+        problem = f"it is from after its run's switch to QAT at step {switched_at}, and this run {here}."
         fraction = "" if switch is None else f", or set qat.fraction={1 - switched_at / timeline.steps:.8g}"
-        raise UserError("branch", branch_from, allowed, f"Branch from a checkpoint before the switch{fraction}.")
+        raise UserError("branch", branch_from, problem, f"Branch from a checkpoint before the switch{fraction}.")
     if not switched and switch is not None and switch < manifest.step:
         share = 1 - manifest.step / timeline.steps
-        do = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
+        fix = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
         raise UserError(
-            "branch", branch_from, f"step {manifest.step} lies after this run's switch at step {switch}.", do
+            "branch", branch_from, f"step {manifest.step} lies after this run's switch at step {switch}.", fix
         )
     if switched:
         for difference in config_differences(parent, config):
             if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
-                allowed = f"the checkpoint's scales are for {difference.old!r}; after the switch a branch keeps them."
-                raise UserError(difference.key, difference.new, allowed, "Branch from a checkpoint before the switch.")
+                problem = f"the checkpoint's scales are for {difference.old!r}; after the switch a branch keeps them."
+                raise UserError(difference.key, difference.new, problem, "Branch from a checkpoint before the switch.")
     notices = []
     difference_before = first_difference(build_timeline(parent), timeline, manifest.step)
     if difference_before is not None:
@@ -160,8 +160,8 @@ def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple
         return ("what the branch's parent was trained on is not known",)
     assert resume.checkpoint is not None
     if _run_of(resume.checkpoint) == config.folder.resolve():
-        allowed = "holds other tokens than the run was trained on up to its checkpoint."
+        problem = "holds other tokens than the run was trained on up to its checkpoint."
         raise UserError(
-            "data.path", None, allowed, "Give the folder of the same data, or branch to continue on other data."
+            "data.path", None, problem, "Give the folder of the same data, or branch to continue on other data."
         )
     return ("the branch continues on other data than its parent was trained on",)

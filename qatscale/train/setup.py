@@ -11,9 +11,9 @@ from qatscale.data.open import open_batches, open_validation
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
 from qatscale.engine.initialize import initialize_engine
-from qatscale.engine.layout import Layout, layout_notices, plan_layout
+from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
-from qatscale.engine.runtime import Runtime, job_size
+from qatscale.engine.runtime import Runtime
 from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin

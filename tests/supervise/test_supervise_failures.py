@@ -220,3 +220,36 @@ def test_the_watchdog_process_ends_a_process_that_is_stopped() -> None:
         assert process.poll() is None, "it gives signs of life"
         process.send_signal(signal.SIGSTOP)
         assert process.wait(timeout=30) == -signal.SIGKILL
+
+
+PAUSED = """
+import sys, time
+from pathlib import Path
+import torch
+from qatscale.engine.runtime import Runtime
+from qatscale.supervise import watchdog
+watchdog.SLOW = 0.0
+with watchdog.Watchdog(Runtime(0, 1, 0, torch.device("cpu")), Path(sys.argv[1]), stall_timeout=2.0) as watched:
+    watched.progress(1)
+    print(flush=True)
+    sys.stdin.readline()
+    for _ in range(20):  # longer than the watchdog waits after an alarm before it ends the process
+        watched.progress(2)
+        time.sleep(0.2)
+"""
+
+
+@pytest.mark.dist
+def test_a_process_that_was_stopped_and_continued_is_not_taken_for_one_that_hangs(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PAUSED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.8)  # the watchdog looks before the main thread gets on
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait(timeout=60) == 0
