@@ -38,7 +38,7 @@ def readable(key: str, value: object) -> Iterator[None]:
 
 
 def check_json_files(folder: Path, key: str, auto_class: str = "Auto") -> None:
-    """UserError, about `key`, for a Hugging Face folder with a damaged JSON file or with code of its own.
+    """UserError, about `key`, for a Hugging Face folder with a damaged JSON file or one that names code.
 
     auto_class: the class of transformers whose code would run, or the beginning of its name. Loading with
     `trust_remote_code=False` may ignore such code, and would then compute something else than its author meant.
@@ -48,7 +48,7 @@ def check_json_files(folder: Path, key: str, auto_class: str = "Auto") -> None:
         code = content.get("auto_map") if isinstance(content, dict) else None
         if code and (isinstance(code, list) or any(str(name).startswith(auto_class) for name in code)):
             problem = "names Python code to load it with (auto_map), which qatscale never executes."
-            raise UserError(key, str(path), problem, "Give a folder that transformers loads with its own classes.")
+            raise UserError(key, str(path), problem, "Give a folder that transformers loads with a class it ships.")
 
 
 def check_safetensors(folder: Path, key: str) -> None:
@@ -64,5 +64,5 @@ def check_safetensors(folder: Path, key: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What another library says of a failure, in a line."""
+    """Another library's message, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

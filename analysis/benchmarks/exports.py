@@ -16,11 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.cli import main as qatscale
-from qatscale.cli.quickstart import train_or_reuse
 from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.prepare import prepare
 from qatscale.export.formats import FORMATS
+from qatscale.study.trunk import train_or_reuse
 
 OUT = Path("outputs/exports")
 STEPS, SWITCH, TOKENS = 90, 60, 1024

@@ -1,7 +1,7 @@
 """results.csv, the table that a study leaves: one row a finished run, as tracking knows it.
 
 Columns are `name`, the final metrics and the recipe's keys, without what differs from machine to machine (speeds,
-paths) or does not touch the result. `qatlaw.runs.collect` makes the table to fit on of it: it finds trials of one point
+paths) or touches no result. `qatlaw.runs.collect` makes the table to fit on of it: it finds trials of one point
 and adds a row for each post-training quantization.
 """
 
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from qatlaw.errors import InputError
+from qatlaw.measurement import settings_with_effect
+from qatlaw.names import VAL_LOSS
 from qatlaw.runs import RunRecord
 
 RECIPE = "recipe."
 """Before a recipe's keys, which share names with metrics."""
-_FIRST = ("name", "scheme", "n_params", "bits", "tokens_total", "qat_fraction", "final/val_loss")
+_FIRST = ("name", "scheme", "n_params", "bits", "tokens_total", "qat_fraction", VAL_LOSS)
 _PASSING_METRICS = ("tokens_per_second",)
-_PASSING_KEYS = ("name", "output", "data.path", "checkpoint.", "tracking.", "engine.", "log_interval")
 
 
 def write_results(path: Path, records: Iterable[RunRecord]) -> None:
@@ -64,8 +65,8 @@ def _metrics_first(column: str) -> tuple[bool, str]:
 
 def _row(record: RunRecord) -> dict[str, Any]:
     final = {key: value for key, value in record.final.items() if not key.startswith(_PASSING_METRICS)}
-    recipe = {key: value for key, value in record.recipe.items() if not key.startswith(_PASSING_KEYS)}
     metrics = {key: repr(value) if isinstance(value, float) else value for key, value in final.items()}
+    recipe = settings_with_effect(record.recipe)
     return {"name": record.name, **metrics, **{f"{RECIPE}{key}": value for key, value in recipe.items()}}
 
 

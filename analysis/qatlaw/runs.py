@@ -4,41 +4,31 @@ A record is what tracking keeps of a run: its final numbers by their stable name
 `tokens_fp`, `tokens_qat`, `scheme`, `validation_fingerprint` ...) and its recipe as flat text. `qatlaw.mlflow_runs`
 reads them from MLflow.
 
-**Points and trials.** A law is about points: model size, bits, tokens of both phases, scheme, seed, held-out text and
-every other setting of the recipe. Runs that differ in the optimizer's settings alone (`TRIAL_SETTINGS`) are trials of
-one point. The one with the lowest loss stands for it. Runs that differ in a setting which is none of the optimizer's
-are different points, also where no law here knows that setting.
+A law is about points: model size, bits, tokens of both phases, scheme, seed, held-out text and every other setting of
+the recipe. Runs that differ in the optimizer's settings alone are trials of one point, and the one with the lowest loss
+stands for it. `qatlaw.measurement` says which keys are which.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from qatlaw.errors import InputError
+from qatlaw.measurement import point_settings, trial_settings
+from qatlaw.names import VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
 
-LOSS, PTQ_LOSS = "final/val_loss", "final/val_loss_ptq"
-NEEDED = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme", LOSS)
+NEEDED = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme", VAL_LOSS)
 TEXTS = ("scheme", "data_fingerprint", "validation_fingerprint")
 """Final values that are text, which MLflow keeps as parameters."""
 LARGEST = 1e300
 """MLflow's SQL stores keep an infinite number as the largest float."""
 
-TRIAL_SETTINGS = (
-    "optimizer.", "schedule.phases", "schedule.warmup_",
-    "qat.learning_rate", "qat.lr_ratio", "qat.optimizer_state", "qat.scale_", "qat.warmup_",
-)  # fmt: skip
-"""The optimizer's settings, as beginnings of recipe keys: rates, betas, decay, eps, clipping, warm-ups, moments."""
-NO_SETTINGS = (
-    "name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch", "n_params",
-    "tokens", "seed", "data.seed", "data.path", "qat.scheme", "qat.bits", "qat.fraction",
-)  # fmt: skip
-"""Beginnings of keys that change no result, or that the final numbers, the seed and the data stand for."""
 SAME_IN_ALL = (
     "data.path", "data_fingerprint", "data.sequence_length", "model.vocab_size", "schedule.shape",
     "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size", "qat.embedding_bits",
@@ -146,7 +136,7 @@ def _unfit(record: RunRecord) -> str | None:
     missing = [name for name in NEEDED if record.final.get(name) is None]
     if missing:
         return f"final metrics missing: {', '.join(missing)}"
-    loss = float(record.final[LOSS])
+    loss = float(record.final[VAL_LOSS])
     if not math.isfinite(loss) or abs(loss) > LARGEST:
         return "diverged: its loss is not finite"
     vocabulary = _number(record.recipe.get("model.vocab_size"))
@@ -162,28 +152,6 @@ def _cooldowns(record: RunRecord) -> list[str]:
     return [*keys, "qat.cooldown_fraction"] if record.final["scheme"] == "sequential" else keys
 
 
-def trial_settings(record: RunRecord) -> dict[str, str]:
-    """The optimizer's settings of a run."""
-    return _settings(record, lambda key: key.startswith(TRIAL_SETTINGS))
-
-
-def point_settings(record: RunRecord) -> dict[str, str]:
-    """All other settings that may change the result, and that the final numbers do not stand for."""
-    return _settings(record, lambda key: not key.startswith((*TRIAL_SETTINGS, *NO_SETTINGS)) and _is_science(key))
-
-
-def _is_science(key: str) -> bool:
-    """Layouts change no result; a ds_config holds the precision."""
-    return not key.startswith("engine.") or key == "engine.ds_config"
-
-
-def _settings(record: RunRecord, wanted: Callable[[str], bool]) -> dict[str, str]:
-    """Without those that have no effect under the run's scheme."""
-    scheme = record.final["scheme"]
-    idle = ("qat.",) if scheme == "fp" else () if scheme == "sequential" else ("qat.cooldown_fraction",)
-    return {key: value for key, value in record.recipe.items() if wanted(key) and not key.startswith(idle)}
-
-
 def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str, Any]], list[LeftOut], list[str]]:
     """A row a run; the runs that were trained again with the same settings, of which the latest counts; the settings
     that runs which are one point to any law differ in."""
@@ -194,8 +162,9 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
     rows: dict[str, dict[str, Any]] = {}
     left_out, unlike = [], set()
     for law_point, group in groups.items():
-        settings = [_data_setting(record, knows_data) | point_settings(record) for record in group]
-        trials = [trial_settings(record) for record in group]
+        scheme = law_point[NEEDED.index("scheme")]
+        settings = [_data_setting(record, knows_data) | point_settings(record.recipe, scheme) for record in group]
+        trials = [trial_settings(record.recipe, scheme) for record in group]
         # A setting that some lack belongs to a newer version; an optimizer's may be of one phase alone.
         keys = _differing(settings, missing_differs=False)
         unlike.update(keys)
@@ -210,7 +179,7 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
             columns = ("validation_fingerprint", "validation_tokens", "settings", "trial")
             rows[record.run_id] = {
                 **dict(zip(NEEDED[:-1], law_point[:-1], strict=True)),
-                "loss": float(record.final.get(LOSS, math.nan)),
+                "loss": float(record.final.get(VAL_LOSS, math.nan)),
                 **{"run_id": record.run_id, "name": record.name, "seed": law_point[-1]},
                 **dict(zip(columns, same, strict=True)),
             }
@@ -260,8 +229,8 @@ def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any
     """A row for each post-training quantization of a full-precision run."""
     rows = []
     for name, loss in record.final.items() if point["scheme"] == "fp" else ():
-        if name.startswith(PTQ_LOSS) and loss is not None and math.isfinite(loss) and abs(loss) < LARGEST:
-            bits = float(name.removeprefix(PTQ_LOSS))
+        if name.startswith(VAL_LOSS_PTQ) and loss is not None and math.isfinite(loss) and abs(loss) < LARGEST:
+            bits = float(name.removeprefix(VAL_LOSS_PTQ))
             ptq = {"bits": bits, "scheme": "ptq", "loss": float(loss), "run_id": f"{record.run_id}/ptq{bits:g}"}
             rows.append({**point, **ptq})
     return rows

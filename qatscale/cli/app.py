@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from qatlaw.cli import planner
-from qatscale.cli.bench import bench
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
 from qatscale.cli.plan import RecipesAndGpus
@@ -43,12 +42,22 @@ app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})
 
 @app.command()
 def config(
-    key: Annotated[str, typer.Argument(help="Only keys that start so: qat, schedule.cooldown.")] = "",
+    what: Annotated[
+        str, typer.Argument(metavar="[KEY|RECIPE]", help="Part of the keys (qat, qat.bits), or a recipe: name or file.")
+    ] = "",
+    overrides: Overrides = None,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a recipe.")] = False,
 ) -> None:
-    """Every key of a recipe: its type, default and meaning."""
-    from qatscale.cli.show import print_keys
+    """Every key of a recipe with its type, default and meaning; of a given recipe the keys and values, as YAML.
 
-    print_keys(key)
+    `qatscale config quickstart > mine.yaml` writes a recipe to edit.
+    """
+    from qatscale.cli.show import print_config, print_json_schema
+
+    if json_schema:
+        print_json_schema()
+    else:
+        print_config(what, overrides or ())
 
 
 @app.command()
@@ -224,7 +233,12 @@ def evaluate(
     harness: Annotated[
         str | None, typer.Option(metavar="TASKS", help="Instead: tasks of lm-evaluation-harness: arc_easy,hellaswag.")
     ] = None,
-    tasks_folder: Annotated[Path | None, typer.Option(help="With --harness: a folder of task definitions.")] = None,
+    tasks_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --harness: a folder of task definitions. Python functions that they name are executed."
+        ),
+    ] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="With --harness: worked examples. [default: the task's]")
     ] = None,
@@ -260,17 +274,18 @@ def evaluate(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="RUN, RUN@STEP, a checkpoint folder, or an exported folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from standard input.")],
-    tokens: Annotated[int, typer.Option(help="At most so many; fewer where the model ends its text.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token, always the same.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Only among so many of the likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only among the likeliest with this probability together.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed, the same text.")] = 0,
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at most; the model may end its text earlier.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among this many of the likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens with this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the draws; equal seeds give equal text.")] = 0,
     view: Annotated[
-        str | None, typer.Option(help="Of a checkpoint: fp or quantized. [default: quantized once it has switched]")
+        str | None,
+        typer.Option(help="View of a checkpoint's weights: fp or quantized. [default: quantized once it has switched]"),
     ] = None,
 ) -> None:
-    """What a model says: text that goes on from a prompt, as it comes."""
+    """Continue a prompt with text from a model, printed as it is generated."""
     from qatscale.cli.inference import print_text
 
     print_text(model, prompt, view, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -347,10 +362,7 @@ app.command()(report)
 app.add_typer(study, name="study")
 
 
-# --- cost ---
-
-
-app.add_typer(bench, name="bench")
+# --- first steps ---
 
 
 @app.command()

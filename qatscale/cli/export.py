@@ -21,20 +21,20 @@ def export(
     format: Annotated[str, typer.Option(help=_FORMAT_HELP)] = "hf",
     ptq: Annotated[
         float | None,
-        typer.Option(help="Quantize now, after training, to so many bits; for full-precision checkpoints."),
+        typer.Option(help="Quantize a full-precision checkpoint to this many bits now, after training."),
     ] = None,
     fallback: Annotated[
-        bool, typer.Option(help="Store a tensor that the format's type cannot hold in the next that can.")
+        bool, typer.Option(help="Store a tensor that the format's type cannot hold in the next type that can.")
     ] = False,
     q1_0: Annotated[
         bool,
         typer.Option("--q1-0", help="With gguf: 1 bit as Q1_0, half the size; read by llama.cpp, not by transformers."),
     ] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Its folder, or none. [default: that of the run's prepared data]")
+        str | None, typer.Option(help="Folder of the tokenizer, or none. [default: that of the run's prepared data]")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
-    unfinished: Annotated[bool, typer.Option(help="Also a checkpoint from before the run's end.")] = False,
+    unfinished: Annotated[bool, typer.Option(help="Accept a checkpoint from before the run's end.")] = False,
     tokens: Annotated[
         str | None, typer.Option(help="Held-out tokens to verify on: 1M. [default: the recipe's, at most 64K]")
     ] = None,
@@ -43,10 +43,10 @@ def export(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
 ) -> None:
-    """A model as its users load it: weights and scales as the trained forward pass saw them.
+    """Write a model for the programs that run it, with the weights that the trained forward pass computed with.
 
-    The export is then loaded in the clients that are installed: weights, logits and validation loss are compared with
-    the trained model's, and a difference beyond a stated bound removes the export.
+    The clients that are installed then load it. Weights, logits and validation loss are compared with the trained
+    model's, and a difference beyond a stated bound removes the export.
     """
     from qatscale.cli.show import check_bits
     from qatscale.config.amounts import positive_amount

@@ -1,4 +1,4 @@
-"""What models say and what they score."""
+"""Text and benchmark scores from the command line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qatscale.errors import UserError
 
 
 def print_text(model: str, prompt: str, view: str | None, **sampling: Any) -> None:
-    """The prompt and what follows on standard output; all else on standard error."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # clients draw bars while they load and unpack, amid the text
+    """Write the prompt and what follows to standard output, all else to standard error."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # clients draw progress bars while they load, amid the text
     from qatscale.inference.generate import open_text_generator
     from qatscale.inference.sampling import Sampling, prompt_ids
 
     settings = Sampling(**sampling)
     if view not in (None, "fp", "quantized"):
-        raise UserError("--view", view, "fp or quantized.")
+        raise UserError("--view", view, "must be fp or quantized.")
     text = sys.stdin.read() if prompt == "-" else prompt
     generator = open_text_generator(model, view)
     ids = prompt_ids(generator, text, settings)
@@ -33,7 +33,7 @@ def print_text(model: str, prompt: str, view: str | None, **sampling: Any) -> No
 
 def _write(piece: str) -> None:
     sys.stdout.write(piece)
-    sys.stdout.flush()  # a person reads it as it comes
+    sys.stdout.flush()  # it is read while it is generated
 
 
 def print_harness(

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatscale.cli.terminal import check_figure, console, plain_table
 from qatscale.config.schema import RunConfig
-from qatscale.errors import UserError
+from qatscale.errors import UserError, nearest
+from qatscale.files import is_file
 
 
 def check_bits(key: str, bits: float) -> None:
     if bits not in BIT_WIDTHS:
-        shown = int(bits) if bits == int(bits) else bits
-        raise UserError(key, shown, f"one of {BIT_WIDTHS_TEXT}.")
+        shown = int(bits) if bits.is_integer() else bits
+        raise UserError(key, shown, f"must be one of {BIT_WIDTHS_TEXT}.")
 
 
-def print_keys(prefix: str) -> None:
-    from qatscale.config import explain
+def print_config(what: str, overrides: Sequence[str]) -> None:
+    """The keys under a dotted prefix with their meanings, or the values of a recipe as YAML."""
+    from qatscale.config import explain, load_run_config, recipe_names, resolved_yaml
 
+    if overrides or what in recipe_names() or is_file(Path(what)):
+        print(resolved_yaml(load_run_config(what, overrides)), end="")
+        return
     table = plain_table("key", "allowed", "default", "meaning")
-    for row in explain(prefix):
+    try:
+        rows = explain(what)
+    except UserError:
+        if recipe := nearest(what, recipe_names()):
+            problem = "no key, recipe or file of this name."
+            raise UserError("recipe", what, problem, f"Did you mean {recipe!r}?") from None
+        raise
+    for row in rows:
         table.add_row(row.key, row.allowed, row.default, row.meaning)
     console().print(table)
+
+
+def print_json_schema() -> None:
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 def print_recipes() -> None:
     from qatscale.config import load_run_config, recipe_names
     from qatscale.config.amounts import format_amount
-    from qatscale.model.sizes import count_parameters
+    from qatscale.config.sizes import count_parameters
 
     numbers = ("parameters", "width", "layers", "sequence", "batch (tokens)", "tokens")
     table = plain_table("recipe", *numbers, "ds_config", right=numbers)
@@ -54,7 +72,9 @@ def print_recipes() -> None:
 
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
     from qatscale.config.amounts import format_amount
-    from qatscale.timeline import COLUMNS, build_timeline, describe, draw
+    from qatscale.config.ds_config import ds_config_warnings
+    from qatscale.schedule.build import build_timeline
+    from qatscale.schedule.show import COLUMNS, describe
 
     check_figure(figure)
     timeline = build_timeline(config)
@@ -75,7 +95,9 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
         out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
         rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
         out.print(f"peak rate of the QAT phase: {rate}")
-    for warning in timeline.warnings:
+    for warning in (*timeline.warnings, *ds_config_warnings(config)):
         out.print(f"warning: {warning}", style="yellow", soft_wrap=not out.is_terminal)
     if figure is not None:
+        from qatscale.schedule.figure import draw
+
         out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)

@@ -73,7 +73,7 @@ def run(
         while not stopped:
             state.refresh()
             display.show()
-            if not (local.tend() if count else state.may_go_on):
+            if not (local.restart_dead() if count else state.may_go_on):
                 break
             time.sleep(REFRESH)
     state.refresh()

@@ -1,6 +1,5 @@
 """One RunConfig per run: a recipe and its overrides (the science), merged with a ds_config (the system)."""
 
-from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
 from qatscale.config.recipe import (
     config_differences,
     flatten,
@@ -16,15 +15,12 @@ from qatscale.config.settings import explain
 __all__ = [
     "RunConfig",
     "config_differences",
-    "ds_config_names",
     "explain",
     "flatten",
     "is_unaltered",
-    "load_ds_config",
     "load_run_config",
-    "merge_ds_config",
-    "precision_of",
     "recipe_hash",
     "recipe_names",
     "resolved_yaml",
+    "run_ds_config",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from qatscale.config.describe import Allowed
 from qatscale.errors import UserError
 
+LARGEST = 10**18
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _AMOUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([KMBGTkmbgt]?)\s*$")
 
@@ -18,18 +19,18 @@ _AMOUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9
 def parse_amount(value: Any) -> int:
     """An amount as a whole number of units.
 
-    Takes 2300000000, 2.3e9, '2.3B', '2_300M'. Raises ValueError for anything else, for a
-    negative amount and for one that is no whole number of units.
+    Takes 2300000000, 2.3e9, '2.3B', '2_300M'. Raises ValueError for anything else, and for an amount that is negative,
+    above `LARGEST` or not whole.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
     match = _AMOUNT.match(str(value))
     if match is None:
         raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
-    try:
-        exact = Decimal(match[1].replace("_", "")) * SUFFIXES[match[2].upper()]
-    except InvalidOperation as error:  # pragma: no cover - the pattern admits no such text
-        raise ValueError(f"{value!r} is not an amount") from error
+    number = Decimal(match[1].replace("_", ""))
+    exact = number * SUFFIXES[match[2].upper()] if number <= LARGEST else number
+    if exact > LARGEST:
+        raise ValueError(f"{value!r} is more than {LARGEST:.0e}, the largest amount")
     if exact != exact.to_integral_value():
         raise ValueError(f"{value!r} is {exact} units, and an amount is a whole number of them")
     return int(exact)
@@ -42,7 +43,7 @@ def positive_amount(key: str, value: Any) -> int:
     except ValueError as error:
         raise UserError(key, value, f"{error}.") from None
     if units < 1:
-        raise UserError(key, value, "an amount above 0.")
+        raise UserError(key, value, "must be an amount above 0.")
     return units
 
 
@@ -55,7 +56,9 @@ def format_amount(units: float) -> str:
 
 
 Tokens = Annotated[
-    int, BeforeValidator(parse_amount), Allowed("a whole number of tokens, 0 or more (2.3B, 100M, 50_000)")
+    int,
+    BeforeValidator(parse_amount, json_schema_input_type=int | float | str),
+    Allowed("a whole number of tokens, 0 or more (2.3B, 100M, 50_000)"),
 ]
-"""A number of tokens; in a recipe or on the command line `2.3B` is as good as 2300000000."""
+"""A number of tokens; `2.3B` stands for 2300000000."""
 PositiveTokens = Annotated[Tokens, Field(gt=0), Allowed("a whole number of tokens above 0 (2.3B, 100M, 50_000)")]

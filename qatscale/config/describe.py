@@ -1,4 +1,4 @@
-"""What a key of the recipe takes, in words: for error messages and for `qatscale config`."""
+"""What a key takes, in words: for error messages and for `qatscale config`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Put into `Annotated[...]`: the words for a type that its annotation alone does not tell."""
+    """Put into `Annotated[...]`: the words for a type whose annotation does not say enough."""
 
     words: str
 
 
 def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """The values an annotation allows: `int` with `Gt(0)` -> 'a whole number above 0'."""
+    """The values that an annotation allows: `int` with `Gt(0)` -> 'a whole number above 0'."""
     marks = list(_flat(metadata))
     for mark in reversed(marks):  # the outermost words win
         if isinstance(mark, Allowed):
@@ -32,25 +33,36 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return _either([str(choice) for choice in arguments])
     if origin in (Union, types.UnionType):
         return _either([describe(part, marks) for part in arguments])
-    if origin is tuple:
+    if origin is tuple and arguments[-1] is not Ellipsis:
         return f"a list of {len(arguments)}, each {describe(arguments[0])}"
-    if origin is list:
+    if origin in (list, tuple):
         return f"a list, each {describe(arguments[0])}"
     if origin is dict:
         return f"a section for any of {_either([str(key) for key in get_args(arguments[0])])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a section with the keys {', '.join(annotation.model_fields)}"
     if annotation in _PLAIN:
         return _PLAIN[annotation] + _range(marks)
     raise TypeError(f"no words for {annotation!r}; give it an Allowed(...)")
 
 
-def plain_types(annotation: Any) -> set[Any]:
-    """The types and, of a Literal, the values that an annotation admits at its top level."""
+def members(annotation: Any) -> list[Any]:
+    """The types that a value may have: those of a union, without their `Annotated`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return plain_types(arguments[0])
+        return members(arguments[0])
     if origin in (Union, types.UnionType):
-        return set().union(*(plain_types(part) for part in arguments))
-    return set(arguments) if origin is Literal else {origin or annotation}
+        return [member for part in arguments for member in members(part)]
+    return [annotation]
+
+
+def plain_types(annotation: Any) -> set[Any]:
+    """The types and, of a Literal, the values that an annotation admits at its top level."""
+    found: set[Any] = set()
+    for member in members(annotation):
+        origin = get_origin(member)
+        found |= set(get_args(member)) if origin is Literal else {origin or member}
+    return found
 
 
 _PLAIN: dict[Any, str] = {

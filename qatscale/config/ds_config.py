@@ -1,18 +1,36 @@
-"""The system half of a run: a DeepSpeed JSON file, checked, and merged with the recipe into what DeepSpeed gets."""
+"""The system half of a run: a DeepSpeed JSON file, checked, and merged with the recipe into what DeepSpeed gets.
+
+Files written for other stacks work as they are. "auto" is filled in, a number that equals the recipe's is accepted, a
+feature that is switched off is left out, and a key without effect is a warning. What contradicts the recipe or would
+change the result is an error.
+"""
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qatscale.config.ds_keys import FLAG, TOP, Choice, Number, Refused, Whole
+from pydantic import TypeAdapter, ValidationError
+
+from qatscale.config.describe import describe
+from qatscale.config.ds_keys import (
+    ACCEPTED,
+    FORMER_NAMES,
+    INSTEAD,
+    RECIPE_KEYS,
+    REPEATED,
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+)
+from qatscale.config.problems import join, lookup, together
 from qatscale.config.schema import RunConfig
-from qatscale.errors import UserError, UserErrors, did_you_mean
+from qatscale.errors import UserError, did_you_mean
+from qatscale.files import is_file
 
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
 """In a clone beside the package, in a wheel inside it."""
@@ -20,31 +38,40 @@ _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own progress lines: ours say it already."""
 
+_FROM_HIDDEN_SIZE = {  # as transformers' Trainer fills them (integrations/deepspeed.py)
+    "reduce_bucket_size": lambda hidden: hidden * hidden,
+    "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
+    "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
+}
+_RULES = ACCEPTED | REPEATED
+_SECTIONS = {key[:i] for key in _RULES for i, letter in enumerate(key) if letter == "."}
+
 
 def ds_config_names() -> list[str]:
-    """The ds_configs that come along."""
+    """The ds_configs that come with qatscale."""
     return sorted(_shipped())
 
 
 def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
-    """A ds_config by name or path. Raises UserError naming every key that is wrong, unknown or belongs elsewhere."""
-    path = _path(name_or_path)
-    ds = _read(path)
-    check_ds_config(ds, str(path))
-    return ds
+    """A ds_config by name or path, for any recipe. Raises UserError naming every key that is wrong.
+
+    Bucket sizes may still be "auto", and values that repeat the recipe's are not compared: see `run_ds_config`.
+    """
+    return _read(name_or_path).content
 
 
-def check_ds_config(ds: Mapping[str, Any], source: str = "ds_config") -> None:
-    """Raise UserError for whatever a ds_config holds that DeepSpeed 0.19.8 or this project would not act on."""
-    problems = list(_problems(ds, TOP, ""))
-    zero = ds.get("zero_optimization")
-    if not isinstance(zero, Mapping) or "stage" not in zero:
-        problems.append(UserError("zero_optimization.stage", None, f"is missing. {_STAGES}"))
-    elif zero.get("stage") in (1, 2) and "offload_param" in zero:
-        problems.append(UserError("zero_optimization.offload_param", None, "needs stage 3, which shards parameters."))
-    if problems:
-        in_file = [UserError(p.key, p.value, p.problem, f"{p.fix} (In {source}.)".strip()) for p in problems]
-        raise in_file[0] if len(in_file) == 1 else UserErrors(in_file)
+def run_ds_config(config: RunConfig) -> dict[str, Any]:
+    """The ds_config that a recipe names, without "auto". Raises UserError where it contradicts the recipe."""
+    return _fill(config, _read(config.engine.ds_config))
+
+
+def ds_config_warnings(config: RunConfig) -> tuple[str, ...]:
+    """A sentence for each key without effect in the ds_config that a recipe names."""
+    check = _read(config.engine.ds_config)
+    return tuple(
+        f"{key} in {check.source} has no effect" + (f": use {INSTEAD[key]}" if key in INSTEAD else "")
+        for key in check.without_effect
+    )
 
 
 def precision_of(ds: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
@@ -55,89 +82,149 @@ def precision_of(ds: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
 def merge_ds_config(config: RunConfig, ds: Mapping[str, Any], data_parallel: int) -> dict[str, Any]:
     """What `deepspeed.initialize` gets: `ds` with the recipe's batch and clipping, and DeepSpeed's risky defaults set.
 
-    data_parallel: processes that see different data. Raises UserError where the batch does not divide over them.
+    data_parallel: processes that see different data. Raises UserError where the batch does not divide over them, or
+    where `ds` contradicts the recipe.
 
     DeepSpeed's defaults that would change results unasked: clipping at 1.0; gradients accumulated and reduced in bf16,
     which also makes ZeRO 1 and 2 differ. `ds` may still ask for the bf16 reduction, at half the traffic.
     """
-    check_ds_config(ds)
-    per_pass = config.batch.micro_batch * data_parallel
-    if config.batch.sequences % per_pass:
+    check = _Check(ds, config.engine.ds_config)
+    merged = _fill(config, check)
+    sequences, micro_batch = config.batch.sequences, config.batch.micro_batch
+    if sequences % (micro_batch * data_parallel):
         raise _does_not_divide(config, data_parallel)
-    merged = copy.deepcopy(dict(ds))
-    merged["train_batch_size"] = config.batch.sequences
-    merged["train_micro_batch_size_per_gpu"] = config.batch.micro_batch
-    merged["gradient_accumulation_steps"] = config.batch.sequences // per_pass
+    accumulation = config.batch.micro_batches(data_parallel)
+    if merged.get("gradient_accumulation_steps", accumulation) != accumulation:
+        ours = f"batch.sequences / (batch.micro_batch x data-parallel processes) = {accumulation}"
+        raise check.contradiction("gradient_accumulation_steps", merged["gradient_accumulation_steps"], ours)
+    merged["train_batch_size"] = sequences
+    merged["train_micro_batch_size_per_gpu"] = micro_batch
+    merged["gradient_accumulation_steps"] = accumulation
     merged["gradient_clipping"] = config.optimizer.gradient_clipping
     merged["data_types"] = {"grad_accum_dtype": "fp32", **merged.get("data_types", {})}
     merged.setdefault("communication_data_type", "fp32")
     # A breakdown is printed with the progress line, so asking for one asks for the line as well.
-    merged.setdefault("steps_per_print", config.log_interval if ds.get("wall_clock_breakdown") else NEVER)
-    if ds["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu":
+    merged.setdefault("steps_per_print", config.log_interval if merged.get("wall_clock_breakdown") else NEVER)
+    if merged["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu":
         merged["zero_force_ds_cpu_optimizer"] = False  # else DeepSpeed refuses torch's AdamW under offload
     return merged
 
 
-_STAGES = (
-    "Stages are 1 (optimizer state sharded), 2 (gradients too) and 3 (parameters too); 0 is refused: in bf16 it takes "
-    "a hidden optimizer step before training, and it reports no gradient norm."
-)
+class _Check:
+    """A ds_config sorted into what counts and what has no effect. UserError for what is wrong whatever the recipe."""
+
+    def __init__(self, ds: Mapping[str, Any], source: str) -> None:
+        self.source = source
+        self.content: dict[str, Any] = {}
+        self.without_effect: list[str] = []
+        self._problems: list[UserError] = []
+        self._sort(ds, "", self.content)
+        zero = self.content.get("zero_optimization", {})
+        if "stage" not in zero and not self._problems:
+            words = describe(ACCEPTED["zero_optimization.stage"])
+            self._wrong("zero_optimization.stage", None, f"missing; it must be {words}.")
+        if zero.get("stage") in (1, 2) and zero.get("offload_param", {}).get("device", "none") != "none":
+            self._wrong("zero_optimization.offload_param", None, "needs stage 3, which shards parameters.")
+        if self._problems:
+            raise together(self._problems)
+
+    def contradiction(self, key: str, value: Any, ours: str) -> UserError:
+        fix = f'Remove it or write "auto", or change the recipe. (In {self.source}.)'
+        return UserError(key, value, f"the recipe says {ours}.", fix)
+
+    def _wrong(self, key: str, value: Any, problem: str, fix: str = "") -> None:
+        self._problems.append(UserError(key, value, problem, join(fix, f"(In {self.source}.)")))
+
+    def _sort(self, section: Mapping[str, Any], prefix: str, content: dict[str, Any]) -> None:
+        for written, value in section.items():
+            key = FORMER_NAMES.get(prefix + written, prefix + written)
+            name = key.removeprefix(prefix)
+            if value is None or (key not in _RULES and key not in _SECTIONS and _is_off(value, key)):
+                continue
+            if key in UNSUPPORTED:
+                use = f", or use {INSTEAD[key]}" if key in INSTEAD else ""
+                self._wrong(key, value, "not supported by qatscale.", f"Remove it, switch it off{use}.")
+            elif key in WITHOUT_EFFECT:
+                self.without_effect.append(key)
+            elif key in _SECTIONS and isinstance(value, Mapping):
+                self._sort(value, f"{key}.", content.setdefault(name, {}))
+            elif key in _SECTIONS:
+                self._wrong(key, value, 'must be a section: {"key": value}.')
+            elif key not in _RULES:
+                known = [other for other in (*_RULES, *_SECTIONS) if other.startswith(prefix)]
+                self._wrong(key, None, "unknown key.", did_you_mean(key, known))
+            elif value == "auto" and key == "bf16.enabled":
+                content[name] = True  # such files are written for it
+            elif value == "auto" and key not in REPEATED and name not in _FROM_HIDDEN_SIZE:
+                continue  # DeepSpeed's default, as for DeepSpeed
+            else:
+                self._take(key, value, name, content)
+
+    def _take(self, key: str, value: Any, name: str, content: dict[str, Any]) -> None:
+        try:
+            content[name] = _adapter(key).validate_python(value)
+        except ValidationError:
+            self._wrong(key, value, f"must be {describe(_RULES[key])}.")
+        if content.get(name) == "bfp16":
+            content[name] = "bf16"  # its former name
 
 
-def _problems(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[UserError]:
-    for name, value in section.items():
-        key, rule = f"{prefix}{name}", known.get(name)
-        if rule is None:
-            allowed = [f"{prefix}{k}" for k, r in known.items() if not isinstance(r, Refused)]
-            yield UserError(key, None, "is no key of a ds_config.", did_you_mean(key, allowed))
-        elif isinstance(rule, Refused):
-            yield UserError(key, None, rule.why, rule.do)
-        elif value == "auto":
-            yield UserError(key, value, "is filled in by Hugging Face's Trainer, and nobody here.", "Give a value.")
-        elif isinstance(rule, dict):
-            if not isinstance(value, Mapping):
-                yield UserError(key, value, 'is a section: {"key": value}.')
-            elif rule:
-                yield from _problems(value, rule, f"{key}.")
-        elif complaint := _mismatch(value, rule, key):
-            yield UserError(key, value, complaint)
+def _fill(config: RunConfig, check: _Check) -> dict[str, Any]:
+    """The content of a checked ds_config, with every "auto" filled and without what the recipe says."""
+    problems = []
+    for key, recipe_key in RECIPE_KEYS.items():
+        theirs = lookup(check.content, key.split("."))
+        ours: Any = functools.reduce(getattr, recipe_key.split("."), config)
+        if theirs not in (None, "auto", ours):
+            problems.append(check.contradiction(key, theirs, f"{recipe_key} = {ours}"))
+    if problems:
+        raise together(problems)
+    filled = {name: dict(value) if isinstance(value, dict) else value for name, value in check.content.items()}
+    for key in (*(key for key in RECIPE_KEYS if "." not in key), "optimizer"):
+        filled.pop(key, None)
+    filled.get("pipeline", {}).pop("stages", None)
+    if filled.get("gradient_accumulation_steps") == "auto":
+        del filled["gradient_accumulation_steps"]
+    zero = filled["zero_optimization"]
+    for name, size in _FROM_HIDDEN_SIZE.items():
+        if zero.get(name) == "auto":
+            zero[name] = size(config.model.hidden_size)
+    return filled
 
 
-def _mismatch(value: Any, rule: Any, key: str) -> str:
-    if rule is FLAG:
-        return "" if isinstance(value, bool) else "allowed is true or false, without quotes."
-    if isinstance(rule, Choice):
-        return "" if value in rule.texts else f"allowed is {', '.join(rule.texts)}."
-    assert isinstance(rule, Whole | Number)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if isinstance(rule, Number):
-        return "" if number and value >= rule.least else f"allowed is a number of at least {rule.least}."
-    if number and value == int(value) and value >= rule.least and (rule.most is None or value <= rule.most):
-        return ""
-    if key == "zero_optimization.stage":
-        return _STAGES
-    return f"allowed is a whole number of at least {rule.least}, without quotes."
+def _is_off(value: Any, key: str) -> bool:
+    """Whether a feature is switched off, or left to "auto", for which nothing here asks. Of an unknown key only
+    "enabled": false counts: it may be a misspelling."""
+    if isinstance(value, Mapping) and "enabled" in value:
+        return value["enabled"] in (False, None, "auto")
+    if key not in UNSUPPORTED | WITHOUT_EFFECT:
+        return False
+    if isinstance(value, Mapping):
+        return all(_is_off(inner, key) for inner in value.values())
+    return value in (None, False, "none", "auto", []) or (value is not True and value in (-1, 1))
+
+
+@functools.cache
+def _adapter(key: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_RULES[key])
 
 
 def _does_not_divide(config: RunConfig, data_parallel: int) -> UserError:
-    """Says which batch sizes, and which micro-batches, would do."""
-    sequences, micro, per_pass = (
-        config.batch.sequences,
-        config.batch.micro_batch,
-        config.batch.micro_batch * data_parallel,
-    )
+    """With the batch sizes and the micro-batch that divide."""
+    sequences, micro = config.batch.sequences, config.batch.micro_batch
+    per_pass = micro * data_parallel
     below, above = sequences // per_pass * per_pass, -(-sequences // per_pass) * per_pass
-    do = f"Nearest: batch.sequences={f'{below} or {above}' if below else above}"
+    fix = f"Nearest: batch.sequences={f'{below} or {above}' if below else above}"
     share, rest = divmod(sequences, data_parallel)
     if not rest:
         near = range(min(micro, share), max(0, min(micro, share) - 10_000), -1)
         fitting = next((m for m in near if share % m == 0), math.gcd(micro, share))
-        do += f"; or keep it and set batch.micro_batch={fitting}"
+        fix += f"; or keep it and set batch.micro_batch={fitting}"
     return UserError(
         "batch.sequences",
         sequences,
         f"must be a multiple of batch.micro_batch x data-parallel processes = {micro} x {data_parallel} = {per_pass}.",
-        f"{do}.",
+        f"{fix}.",
     )
 
 
@@ -149,34 +236,35 @@ def _path(name_or_path: str | Path) -> Path:
     if str(name_or_path) in _shipped():
         return _shipped()[str(name_or_path)]
     path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if is_file(path):
         return path
-    what = (
-        "no such file."
-        if path.suffix == ".json" or os.sep in str(name_or_path)
-        else "no ds_config or file of this name."
-    )
-    raise UserError("engine.ds_config", str(name_or_path), what, did_you_mean(path.stem, ds_config_names()))
+    names_a_file = path.suffix == ".json" or os.sep in str(name_or_path)
+    problem = "no such file." if names_a_file else "no ds_config or file of this name."
+    raise UserError("engine.ds_config", str(name_or_path), problem, did_you_mean(path.stem, ds_config_names()))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(name_or_path: str | Path) -> _Check:
+    path = _path(name_or_path)
     try:
         ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}", None, f"is no JSON: {error.msg}.") from error
-    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}, line {error.lineno}", None, f"not valid JSON: {error.msg}.") from error
+    except RecursionError:
+        raise UserError("engine.ds_config", str(path), "nested too deep.") from None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # not UTF-8; a number of more digits than Python reads
         raise UserError("engine.ds_config", str(path), f"cannot be read: {error}.") from error
     if not isinstance(ds, dict):
-        raise UserError(
-            "engine.ds_config", str(path), f"holds a {type(ds).__name__}, not an object of keys and values."
-        )
-    return ds
+        problem = f"holds a {type(ds).__name__}, not an object of keys and values."
+        raise UserError("engine.ds_config", str(path), problem)
+    return _Check(ds, str(path))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in content:
             raise UserError(key, None, "occurs twice in the ds_config; the later one would win.", "Keep one.")
-        found[key] = value
-    return found
+        content[key] = value
+    return content

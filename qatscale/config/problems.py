@@ -1,83 +1,139 @@
-"""From pydantic's list of errors to lines that name the key, its value and what is allowed."""
+"""From pydantic's list of errors to messages that name the key, its value, what it takes and where it was written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from qatscale.config.describe import plain_types
-from qatscale.config.schema import ClashError, Phase
-from qatscale.config.settings import sections, settings, suggest
-from qatscale.errors import UserError, UserErrors, nearest
+from qatscale.config.describe import describe, members, plain_types
+from qatscale.config.section import ClashError, KeyPath, Section
+from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
 
 
-def user_errors(error: ValidationError, raw: Mapping[str, Any], origin: Callable[[str], str]) -> UserError:
-    """Every problem of a recipe, one line each.
+def user_errors(
+    error: ValidationError,
+    model: type[Section],
+    raw: Any,
+    origin: Callable[[KeyPath], str],
+    suggest: Callable[[str], str] | None = None,
+) -> UserError:
+    """Every problem of a file, one line each.
 
-    raw: the mapping that was validated. origin: dotted key -> a sentence on where it was set ('' for nowhere).
+    raw: what was validated as `model`. origin: a sentence on where a value was set, "" if it is unknown. suggest: what
+    the writer of an unknown dotted key may have meant; by default the nearest key of its section.
     """
     problems: dict[str, UserError] = {}
     for detail in error.errors(include_url=False):
-        problem = _problem(detail, raw, origin)
-        problems.setdefault(problem.key, problem)  # a union reports one error per member; one line tells them all
-    if len(problems) == 1:
-        return next(iter(problems.values()))
-    return UserErrors(list(problems.values()))
+        problem = _problem(detail, model, raw, origin, suggest)
+        problems.setdefault(problem.key, problem)  # a union reports an error per member; one line says it all
+    return together(list(problems.values()))
 
 
-def lookup(raw: Any, key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
-    for name in key.split("."):
-        raw = raw.get(name) if isinstance(raw, Mapping) else None
+def together(problems: Sequence[UserError]) -> UserError:
+    """One error for one or several problems."""
+    return problems[0] if len(problems) == 1 else UserErrors(problems)
+
+
+def lookup(raw: Any, path: Iterable[str | int]) -> Any:
+    """The value at a path, None where there is none. A single value may stand for the list or mapping it belongs in."""
+    for part in path:
+        if isinstance(raw, Mapping):
+            raw = raw.get(part)
+        elif isinstance(raw, Sequence) and not isinstance(raw, str) and isinstance(part, int):
+            raw = raw[part] if part < len(raw) else None
     return raw
 
 
-def _problem(detail: Any, raw: Mapping[str, Any], origin: Callable[[str], str]) -> UserError:
-    key, whole = _known_part(detail["loc"]), ".".join(str(part) for part in detail["loc"])
+def dotted(path: Iterable[str | int]) -> str:
+    """`sizes[0].recipe`"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def join(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The part of pydantic's location that a reader knows; it goes on with union members and the like."""
+
+    path: KeyPath
+    annotation: Any
+    metadata: Sequence[Any]
+
+
+def _problem(
+    detail: Any,
+    model: type[Section],
+    raw: Any,
+    origin: Callable[[KeyPath], str],
+    suggest: Callable[[str], str] | None,
+) -> UserError:
+    place, kind = _place(model, detail["loc"]), detail["type"]
+    path, rest = place.path, detail["loc"][len(place.path) :]
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ClashError):
-        clashing = f"{key}.{cause.key}" if key else cause.key
-        return UserError(clashing, lookup(raw, clashing), f"{cause}.", origin(clashing))
-    if detail["type"] == "missing" and whole in settings():
-        return UserError(whole, None, f"is missing; it takes {settings()[whole].allowed}.")
-    if detail["type"] == "missing" and whole in sections():
-        return UserError(whole, None, "is missing; it is a section.", f"See `qatscale config {whole}`.")
-    if detail["type"] == "extra_forbidden":
-        return UserError(whole, None, "is no key of a recipe.", _join(suggest(whole), origin(whole)))
-    if key == "schedule.phases" and whole != key:
-        phase = str(detail["loc"][2])
-        return UserError(
-            f"{key}.{phase}", None, f"is no phase; phases are {', '.join(_PHASES)}.", _meant(phase, _PHASES)
-        )
-    value = lookup(raw, key)
-    if key not in settings():
-        return UserError(key, value, "is a section, which holds `key: value` lines.", origin(key))
-    setting = settings()[key]
-    choices = [choice for choice in plain_types(setting.annotation) if isinstance(choice, str)]
-    allowed = f"{'null; ' if value is None else ''}allowed is {setting.allowed}."
-    return UserError(key, value, allowed, _join(_meant(value, choices), origin(key)))
+        path = (*path, *cause.key.split(".")) if cause.key else path
+        return UserError(dotted(path), lookup(raw, path), f"{cause}.", join(cause.fix, origin(path)))
+    if kind == "extra_forbidden" or rest == ("[key]",):
+        path = (*path, *rest) if kind == "extra_forbidden" else path
+        meant = suggest(dotted(path)) if suggest else did_you_mean(str(path[-1]), _keys(_place(model, path[:-1])))
+        return UserError(dotted(path), None, "unknown key.", join(meant, origin(path)))
+    if kind == "missing" and isinstance(path[-1], int):  # too few items: the list is wrong
+        place = _place(model, path[:-1])
+        path, kind = place.path, ""
+    key, value = dotted(path), lookup(raw, path)
+    if kind == "missing":
+        return UserError(key, None, f"missing; it must be {describe(place.annotation, place.metadata)}.")
+    choices = [choice for choice in plain_types(place.annotation) if isinstance(choice, str)]
+    null = "null; it " if value is None else ""
+    return UserError(
+        key,
+        value,
+        f"{null}must be {describe(place.annotation, place.metadata)}.",
+        join(meant_choice(value, choices), origin(path)),
+    )
 
 
-_PHASES = get_args(Phase)
-
-
-def _meant(value: object, choices: Iterable[str]) -> str:
+def meant_choice(value: object, choices: Iterable[str]) -> str:
+    """`Did you mean 'x'?` where a choice is near."""
     close = nearest(value, choices) if isinstance(value, str) else None
     return f"Did you mean {close!r}?" if close else ""
 
 
-def _join(*sentences: str) -> str:
-    return " ".join(sentence for sentence in sentences if sentence)
+def _place(model: type[Section], loc: Sequence[int | str]) -> _Place:
+    annotation: Any = model
+    metadata: Sequence[Any] = ()
+    for i, part in enumerate(loc):
+        inner = _inside(annotation, part)
+        if inner is None:
+            return _Place(tuple(loc[:i]), annotation, metadata)
+        annotation, metadata = inner
+    return _Place(tuple(loc), annotation, metadata)
 
 
-def _known_part(loc: tuple[int | str, ...]) -> str:
-    """The dotted key inside pydantic's location, which goes on with list positions and union members."""
-    key = ""
-    for part in loc:
-        longer = f"{key}.{part}" if key else str(part)
-        if longer not in settings() and longer not in sections():
-            break
-        key = longer
-    return key
+def _inside(annotation: Any, part: int | str) -> tuple[Any, Sequence[Any]] | None:
+    """Annotation and metadata of a part of a value."""
+    for member in members(annotation):
+        origin, arguments = get_origin(member), get_args(member)
+        if origin in (list, tuple) and isinstance(part, int):
+            return arguments[0], ()
+        if origin is dict:
+            return arguments[1], ()
+        if isinstance(member, type) and issubclass(member, Section) and part in member.model_fields:
+            field = member.model_fields[str(part)]
+            return field.annotation, field.metadata
+    return None
+
+
+def _keys(place: _Place) -> Iterable[str]:
+    """The keys that a mapping may have."""
+    for member in members(place.annotation):
+        if isinstance(member, type) and issubclass(member, Section):
+            return member.model_fields
+        if get_origin(member) is dict and get_origin(get_args(member)[0]) is Literal:
+            return get_args(get_args(member)[0])
+    return ()

@@ -12,11 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from qatscale.config.describe import plain_types
-from qatscale.config.problems import lookup, user_errors
+from qatscale.config.problems import lookup, together, user_errors
 from qatscale.config.schema import RunConfig
+from qatscale.config.section import KeyPath
 from qatscale.config.settings import sections, settings, suggest
-from qatscale.config.yaml_text import parse_yaml, to_yaml
-from qatscale.errors import UserError, UserErrors, did_you_mean
+from qatscale.config.yaml_text import Document, parse_yaml, read_document, to_yaml
+from qatscale.errors import UserError, did_you_mean
+from qatscale.files import is_file, is_folder
 
 RETIRED = ("data.shuffle_block", "engine.quantized_weight_cache")
 """Keys of former versions. Recipes that runs of theirs recorded are still read, without them; no other recipe is."""
@@ -36,27 +38,30 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     Raises UserError for whatever is wrong with either, and lists all of it (UserErrors) where it can.
     """
     path = _recipe_path(recipe)
-    raw = _read(path)
+    document = _read(path)
+    raw = document.value
     if any((path.parent / name).is_file() for name in _RECORDS):
         _drop_retired(raw)
     given = _apply(raw, overrides)
 
-    def origin(key: str) -> str:
-        if any(key == g or key.startswith(f"{g}.") for g in given):
+    def origin(at: KeyPath) -> str:
+        if any(at[: len(key)] == key for key in (tuple(key.split(".")) for key in given)):
             return "(Given on the command line.)"
-        return f"(Given in {path.name if path.parent == RECIPES else path}.)" if lookup(raw, key) is not None else ""
+        line = document.lines.get(at)
+        return f"(Given in {path.name if path.parent == RECIPES else path}, line {line}.)" if line else ""
 
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise user_errors(error, raw, origin) from error
+        raise user_errors(error, RunConfig, raw, origin, suggest) from error
     _refuse_idle_fraction(config, given)
     return config
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
     """What a recipe says itself, unchecked: without defaults and overrides."""
-    return _read(_recipe_path(recipe))
+    value: dict[str, Any] = _read(_recipe_path(recipe)).value
+    return value
 
 
 def resolved_yaml(config: RunConfig) -> str:
@@ -69,7 +74,7 @@ def recipe_hash(path: Path) -> str:
 
     It needs no RunConfig: a later version, whose recipes have other keys and defaults, gets the same hash.
     """
-    return _hash(_read(path))
+    return _hash(_read(path).value)
 
 
 def is_unaltered(path: Path, recorded: str) -> bool:
@@ -77,7 +82,7 @@ def is_unaltered(path: Path, recorded: str) -> bool:
 
     True where the record is of another kind: version 0.1 recorded 16 digits.
     """
-    raw = _read(path)
+    raw = _read(path).value
     if len(recorded) != 64 or _hash(raw) == recorded:
         return True
     _drop_retired(raw)
@@ -128,9 +133,9 @@ def _recipe_path(recipe: str | Path) -> Path:
     if isinstance(recipe, str) and recipe in recipe_names():
         return RECIPES / f"{recipe}.yaml"
     path = Path(recipe).expanduser()
-    if path.is_file():
+    if is_file(path):
         return path
-    if path.is_dir():
+    if is_folder(path):
         raise UserError("recipe", str(recipe), "is a folder.", "Name the YAML file in it.")
     if path.suffix in (".yaml", ".yml") or os.sep in str(recipe):
         near = [str(other) for other in path.parent.glob("*.y*ml")]
@@ -138,25 +143,18 @@ def _recipe_path(recipe: str | Path) -> Path:
     raise UserError("recipe", str(recipe), "no recipe or file of this name.", did_you_mean(str(recipe), recipe_names()))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("recipe", str(path), f"cannot be read: {error}.") from error
-    raw = parse_yaml(text, str(path))
-    if raw is None:
-        raise UserError(
-            "recipe", str(path), "is empty.", f"Start from one that comes along: {', '.join(recipe_names())}."
-        )
-    if not isinstance(raw, dict):
-        raise UserError("recipe", str(path), f"holds a {type(raw).__name__}, not `key: value` lines.")
-    return raw
+def _read(path: Path) -> Document:
+    document = read_document(path, "recipe")
+    if not document.value:
+        names = ", ".join(recipe_names())
+        raise UserError("recipe", str(path), "is empty.", f"Start from one that comes with qatscale: {names}.")
+    return document
 
 
 def _drop_retired(raw: dict[str, Any]) -> None:
     for key in RETIRED:
         section, _, name = key.rpartition(".")
-        if isinstance(values := lookup(raw, section), dict):
+        if isinstance(values := lookup(raw, section.split(".")), dict):
             values.pop(name, None)
 
 
@@ -164,8 +162,8 @@ def _refuse_idle_fraction(config: RunConfig, given: Sequence[str]) -> None:
     """Who asks for a fraction on the command line means it; a recipe may hold one for the schemes that use it."""
     fixed = {"fp": 0.0, "scratch": 1.0}.get(config.qat.scheme)
     if "qat.fraction" in given and fixed is not None and config.qat.fraction not in ("auto", fixed):
-        why = f"has no effect: in scheme {config.qat.scheme!r} it is always {fixed:g}."
-        raise UserError("qat.fraction", config.qat.fraction, why, "Add qat.scheme=fused or qat.scheme=sequential.")
+        problem = f"has no effect: in scheme {config.qat.scheme!r} it is always {fixed:g}."
+        raise UserError("qat.fraction", config.qat.fraction, problem, "Add qat.scheme=fused or qat.scheme=sequential.")
 
 
 def _apply(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -181,7 +179,7 @@ def _apply(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         else:
             given.append(key)
     if problems:
-        raise problems[0] if len(problems) == 1 else UserErrors(problems)
+        raise together(problems)
     return given
 
 
@@ -189,27 +187,26 @@ def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals:
-        do = suggest(key) if key not in settings() else f"Write {key}=VALUE: {settings()[key].allowed}."
-        raise UserError(override, None, "is no override; an override is key=value.", do)
+        fix = suggest(key) if key not in settings() else f"Write {key}=VALUE: {settings()[key].allowed}."
+        raise UserError(override, None, "not an override, which reads key=value.", fix)
     if key in sections() and key not in settings():
         raise UserError(key, text, "is a section; set its keys one by one.", f"See `qatscale config {key}`.")
     if key not in settings():
-        raise UserError(key, None, "is no key of a recipe.", suggest(key))
-    value = parse_yaml(text, override)
-    takes_text = not plain_types(settings()[key].annotation).isdisjoint({str, Path})
-    if takes_text and value is not None and not isinstance(value, str):
-        value = text.strip()  # name=2024 is a name, not a number
-    return key, value
+        raise UserError(key, None, "unknown key.", suggest(key))
+    if plain_types(settings()[key].annotation).isdisjoint({str, Path}):
+        return key, parse_yaml(text, key)
+    # A text is taken as it is: 2024 is a name, and `output=/data/x #1` holds no comment.
+    return key, None if text in ("", "null") else text
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     *path, name = key.split(".")
     at = raw
     for step, part in enumerate(path, start=1):
-        if at.get(part) is None:
-            at[part] = {}
-        at = at[part]
-        if not isinstance(at, dict):
+        inner = {} if at.get(part) is None else at[part]
+        if not isinstance(inner, dict):
             section = ".".join(path[:step])
-            raise UserError(section, at, "is a section in which keys have values; the recipe gives it a value itself.")
+            raise UserError(section, inner, "is a section of `key: value` lines; the recipe gives it a single value.")
+        at[part] = dict(inner)  # an alias elsewhere in the file may stand for the same section
+        at = at[part]
     at[name] = value

@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from qatscale.config.describe import describe
-from qatscale.config.schema import Phase, PhaseOverride, RunConfig, Section
+from qatscale.config.schema import Phase, PhaseOverride, RunConfig
+from qatscale.config.section import Section
 from qatscale.errors import UserError
 
 
@@ -44,11 +45,11 @@ def sections() -> frozenset[str]:
 
 
 def explain(prefix: str = "") -> list[Setting]:
-    """The settings at or under a dotted key; without one, all. Raises UserError for a key that does not exist."""
-    found = [s for key, s in settings().items() if not prefix or key == prefix or key.startswith(f"{prefix}.")]
-    if not found:
-        raise UserError(prefix, None, "is no key of a recipe.", suggest(prefix))
-    return found
+    """The settings at or under a dotted key; without one, all. Raises UserError for an unknown key."""
+    rows = [s for key, s in settings().items() if not prefix or key == prefix or key.startswith(f"{prefix}.")]
+    if not rows:
+        raise UserError(prefix, None, "unknown key.", suggest(prefix))
+    return rows
 
 
 def suggest(key: str) -> str:

@@ -1,18 +1,28 @@
-"""YAML as people mean it: the YAML 1.2 core schema, without duplicate keys, with errors that say where.
+"""The YAML 1.2 core schema, bounded, with the line of every key and without duplicate keys.
 
 PyYAML reads YAML 1.1, where `1e-3` is a text, `no` is false and `1:30` is ninety. Here `1e-3` is a number, only true
-and false are truth values, and a key that occurs twice in a mapping is an error instead of the last one winning.
+and false are truth values, and a key that occurs twice in a mapping is an error instead of the last one winning. Tags,
+depth and size are limited, so that a hostile file ends in an error and not in a full memory.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
+from qatscale.config.section import KeyPath
 from qatscale.errors import UserError
 
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+"""Values of a document, each alias counted with all that it stands for."""
+
+_CORE = "tag:yaml.org,2002:"
 _SCALARS = (  # tag, pattern, first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -25,8 +35,40 @@ _SCALARS = (  # tag, pattern, first characters
 )
 
 
+@dataclass(frozen=True)
+class Document:
+    """A value, and where its parts were written."""
+
+    value: Any
+    lines: Mapping[KeyPath, int]
+    """Line of each key and list item, from 1."""
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's way to say: none of YAML 1.1's
+    yaml_constructors = {  # noqa: RUF012
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(_CORE) in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > MAX_DEPTH:
+            raise _error(f"nested more than {MAX_DEPTH} levels deep", self.peek_event())
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError):  # `!!bool maybe`; an integer of more digits than Python reads
+            raise _error(f"not a valid {node.tag.removeprefix(_CORE)}", node) from None
+
+    def construct_undefined(self, node: yaml.Node) -> NoReturn:
+        raise _error(f"the tag {node.tag.replace(_CORE, '!!')} is not supported; write a plain value", node)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         digits = str(self.construct_scalar(node)).replace("_", "")
@@ -38,9 +80,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if isinstance(key_node, yaml.ScalarNode) and key in first_at:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is here and on line {first_at[key]}; keep one", key_node.start_mark
-                )
+                raise _error(f"the key {key!r} is here and on line {first_at[key]}; keep one", key_node)
             first_at[str(key)] = line
         return super().construct_mapping(node, deep)
 
@@ -54,28 +94,79 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_LIST = "tag:yaml.org,2002:seq"
 for _tag, _pattern, _first in _SCALARS:
     for _either in (_Loader, _Dumper):
-        _either.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+        _either.add_implicit_resolver(f"{_CORE}{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor(f"{_CORE}int", _Loader.construct_yaml_int)
+_Loader.add_constructor(None, _Loader.construct_undefined)
 for _class in (list, tuple):
-    _Dumper.add_representer(_class, lambda dumper, data: dumper.represent_sequence(_LIST, data, flow_style=True))
+    _Dumper.add_representer(
+        _class, lambda dumper, data: dumper.represent_sequence(f"{_CORE}seq", data, flow_style=True)
+    )
 
 
-def parse_yaml(text: str, source: str) -> Any:
-    """The value that `text` stands for. `source` is what an error calls it; raises UserError with the line."""
+def parse_document(text: str, source: str) -> Document:
+    """`source` is what an error calls the text. Raises UserError with the line."""
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return Document(None, {})
+        if _count(node, {}) > MAX_VALUES:
+            raise _error(f"more than {MAX_VALUES:,} values, each alias counted with all that it stands for", node)
+        return Document(loader.construct_document(node), dict(_lines(node, ())))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         reason = " ".join(part for part in (error.context, error.problem) if part)
         raise UserError(where, None, f"{reason}.") from error
-    except (yaml.YAMLError, ValueError) as error:  # an unprintable character; an integer with a stray underscore
-        raise UserError(source, None, f"is no YAML: {error}.") from error
+    except yaml.YAMLError as error:  # an unprintable character
+        raise UserError(source, None, f"not valid YAML: {error}.") from error
+
+
+def read_document(path: Path, key: str) -> Document:
+    """The mapping in a file, {} where it is empty. `key` names the file in an error."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(key, str(path), f"cannot be read: {error}.") from error
+    document = parse_document(text, str(path))
+    if document.value is not None and not isinstance(document.value, dict):
+        raise UserError(key, str(path), f"holds a {type(document.value).__name__}, not `key: value` lines.")
+    return document if document.value is not None else Document({}, {})
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of `parse_document`."""
+    return parse_document(text, source).value
 
 
 def to_yaml(value: Any) -> str:
     """Plain YAML in the order of the keys; `parse_yaml` gives the equal value back. Lists stay on one line."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+
+
+def _children(node: yaml.Node) -> list[tuple[str | int, yaml.Node, yaml.Node]]:
+    """(key or position, the node that has its line, the value) of each part."""
+    if isinstance(node, yaml.MappingNode):
+        return [(key.value, key, value) for key, value in node.value]
+    return [(i, item, item) for i, item in enumerate(node.value)] if isinstance(node, yaml.SequenceNode) else []
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """The values of a node with its aliases expanded; each node is visited once. One that holds itself has no end."""
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES + 1
+        known[id(node)] = 1 + sum(_count(child, known) for _, _, child in _children(node))
+    return known[id(node)]
+
+
+def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    for name, written, child in _children(node):
+        yield (*path, name), written.start_mark.line + 1
+        yield from _lines(child, (*path, name))
+
+
+def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    """`at`: a node or an event."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)

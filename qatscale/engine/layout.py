@@ -86,7 +86,7 @@ def layout_notices(config: RunConfig, layout: Layout) -> tuple[str, ...]:
         shown = ", ".join(
             f"{len(stage.blocks)} ({size / 1e6:,.1f}M)" for stage, size in zip(stages, sizes, strict=True)
         )
-        micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
+        micro_batches = config.batch.micro_batches(layout.data)
         share = bubble(micro_batches, layout.pipeline)
         notices.append(
             f"pipeline: {shown} blocks a stage (parameters); {micro_batches} micro-batches a step leave each stage "

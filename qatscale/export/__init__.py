@@ -1,1 +1,1 @@
-"""Quantized models for the programs that run them: plan, four formats, verification by their clients, model card."""
+"""Quantized models for the programs that run them: layout, formats, verification by their clients, model card."""

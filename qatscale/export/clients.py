@@ -20,7 +20,7 @@ from torch import Tensor, nn
 Weights = Iterator[tuple[str, Tensor]]
 FP32_LOGITS = 1e-4
 """Two fp32 forward passes that sum in different orders are some 1e-6 apart. Another convention of rotation, another
-theta or epsilon, or a permuted head is off by far more than this."""
+theta or epsilon, or a permuted head differs by far more than this."""
 
 
 class Client(ABC):
@@ -108,7 +108,7 @@ class Transformers(Client):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        nn.Module.float(self._model)  # transformers' own refuses once weights were packed, and they no longer are
+        nn.Module.float(self._model)  # transformers' method refuses models that were packed
         return self._model(tokens.unsqueeze(0)).logits[0]
 
 

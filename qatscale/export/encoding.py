@@ -88,8 +88,8 @@ class ExportLayout:
         stored = entry.encoding.stored_scale(matrix.scale)
         if not (torch.isfinite(stored).all() and (stored > 0).all()):
             worst = matrix.scale.max() if not torch.isfinite(stored).all() else matrix.scale.min()
-            allowed = f"{entry.encoding.name} has no scale of {float(worst):.3g}, which {entry.parameter} needs."
-            raise UserError("--format", None, allowed, "Choose hf.")
+            problem = f"{entry.encoding.name} has no scale of {float(worst):.3g}, which {entry.parameter} needs."
+            raise UserError("--format", None, problem, "Choose hf.")
         self.rounding[entry.parameter.name] = float(((stored - matrix.scale).abs() / matrix.scale).max())
         return replace(matrix, scale=stored)
 

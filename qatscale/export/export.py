@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qatscale.data.manifest import tokenizer_folder
+from qatscale.data.open import open_validation
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.card import card
 from qatscale.export.encoding import ExportLayout
@@ -18,8 +20,8 @@ from qatscale.export.formats.lookup import get_format
 from qatscale.export.report import FILE, contents, provenance
 from qatscale.export.source import ExportSource, open_source
 from qatscale.export.verify import Verification, materialised, verify_export
-from qatscale.files import appearing, check_new, write_json_atomic
-from qatscale.train.evaluate import load_checkpointed_model, open_validation, open_view
+from qatscale.files import appearing, check_new, write_json
+from qatscale.train.validation import open_view
 from qatscale.untrusted import readable
 
 NO_TOKENIZER = "none"
@@ -30,7 +32,7 @@ Verifier = Callable[[ExportLayout, Path], Verification]
 
 
 class VerificationError(RuntimeError):
-    """A client computes something else than what was trained, or cannot load the export. The folder is removed."""
+    """A client computes something else than what was trained. The folder is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
@@ -78,7 +80,7 @@ def export(
             raise VerificationError(verification)
         described = contents(layout, chosen, origin, folder, verification)
         (folder / "README.md").write_text(card(described, chosen, source.config, tokenizer_files is not None))
-        write_json_atomic(folder / FILE, described)
+        write_json(folder / FILE, described)
     return described
 
 
@@ -88,17 +90,17 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
         return None
     if given is not None:
         if not Path(given).is_dir():
-            allowed = f"a folder with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
-            raise UserError("--tokenizer", given, allowed)
+            fix = f"Give one with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
+            raise UserError("--tokenizer", given, "is not a folder.", fix)
         return Path(given)
     data = source.config.data.path
-    do = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
+    fix = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
         gone = "the run's data, which hold the tokenizer, are gone."
-        raise UserError("data.path", str(data) if data else None, gone, do)
+        raise UserError("data.path", str(data) if data else None, gone, fix)
     folder = tokenizer_folder(data)
     if folder is None or not folder.is_dir():
-        raise UserError("tokenizer", None, f"{data} holds none.", do)
+        raise UserError("tokenizer", None, f"{data} holds none.", fix)
     for file in folder.iterdir():
         file.open("rb").close()  # what may not be read is reported before anything is written
     return folder
@@ -125,6 +127,6 @@ def _held_out(source: ExportSource, tokens: int) -> Sequence[Tensor]:
     try:
         reader = open_validation(source.config.model_copy(update={"evaluation": evaluation}))
     except UserError as error:
-        do = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
-        raise UserError(error.key, error.value, error.problem, do) from None
+        fix = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
+        raise UserError(error.key, error.value, error.problem, fix) from None
     return [torch.from_numpy(row) for batch in reader.batches() for row in batch.tokens]

@@ -1,4 +1,4 @@
-"""Small whole numbers in as few bits as they need."""
+"""Integers packed into as few bits as they need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
-"""Numbers spread into bits at a time, each of which takes a byte then."""
+"""Integers spread into bits at a time; each bit takes a byte meanwhile."""
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -18,8 +18,8 @@ def packed_words(count: int, bits: int) -> int:
 def pack(values: Tensor, bits: int) -> Tensor:
     """values: [rows, n] of any integer type, of which the lowest `bits` bits count -> int32 [rows, words].
 
-    Number i takes the bits from i·bits on, the lowest first, and may lie across two words; what is left of the last
-    word of a row is 0. Both compressed-tensors' pack-quantized and MLX's affine weights are this stream of bits.
+    Integer i takes the bits from i·bits on, the lowest first, and may cross two words. The rest of a row's last word is
+    0. compressed-tensors' pack-quantized and MLX's affine weights are both this stream of bits.
     """
     rows, count = values.shape
     out = torch.empty(rows, packed_words(count, bits), dtype=torch.int32)

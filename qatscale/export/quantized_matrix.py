@@ -12,7 +12,7 @@ bits      integers        scale
 ========  ==============  ===============
 
 the product in fp32 is, to the bit, the weight that the forward pass computes in fp32: the factors of 2 are exact, and
-ternary levels are computed as code · (α · (1/1.5)) there too.
+the forward pass, too, computes ternary levels as code · (α · (1/1.5)).
 """
 
 from __future__ import annotations

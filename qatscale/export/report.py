@@ -156,5 +156,5 @@ def check_files(folder: Path) -> None:
         except OSError as error:
             raise UserError("model", str(path), f"cannot be read: {error.strerror}.", "Export again.") from None
         if not is_intact:
-            do = f"Export again; if you changed it on purpose, remove its entry from {FILE}."
-            raise UserError("model", str(path), "was altered: its checksum differs from the export's.", do)
+            fix = f"Export again; if you changed it on purpose, remove its entry from {FILE}."
+            raise UserError("model", str(path), "was altered: its checksum differs from the export's.", fix)

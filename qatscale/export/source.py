@@ -1,8 +1,8 @@
 """The checkpoint that is exported: its recipe, and its parameters one at a time as the trained forward pass saw them.
 
-Codes are those of our own quantizer with the very scale of the forward pass: DeepSpeed's bf16 mode casts weights and
-scales to bf16, so both are rounded here before anything is computed from them. A checkpoint of any layout is read; at
-most one parameter is in memory.
+Codes are those of our quantizer with the very scale of the forward pass: DeepSpeed's bf16 mode casts weights and scales
+to bf16, so both are rounded here before anything is computed from them. Checkpoints of any layout are read; at most one
+parameter is in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import load_ds_config, load_run_config, precision_of
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, recipe_beside, verify_files
 from qatscale.errors import UserError
@@ -25,7 +26,7 @@ from qatscale.quant.bit_widths import Quantizer, get_quantizer
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
-from qatscale.timeline import build_timeline
+from qatscale.schedule.build import build_timeline
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def open_source(
     config = load_run_config(recipe, [f"data.path={data}"] if data else [])
     reader = CheckpointReader(folder)
     verify_files(folder, reader.manifest)
-    precision = precision_of(load_ds_config(config.engine.ds_config))
+    precision = precision_of(run_ds_config(config))
     source = ExportSource(
         folder=folder,
         config=config,
@@ -172,8 +173,8 @@ def open_source(
         at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not come down"
         before_the_switch = config.qat.scheme != "fp" and source.switched_at is None
         missing = ", and it has not switched to QAT" if before_the_switch else ""
-        do = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
-        raise UserError("checkpoint", what, f"{at}{missing}.", do)
+        fix = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
+        raise UserError("checkpoint", what, f"{at}{missing}.", fix)
     return source
 
 

@@ -1,7 +1,7 @@
 """Whether a client that loads an export computes what training's model computes.
 
-Three models stand side by side, all in fp32 arithmetic: training's own in the view that is exported, ours with the
-weights as the file stores them (its scales may have been rounded), and the client's.
+It compares three models, all in fp32 arithmetic: training's in the view that is exported, ours with the weights as the
+file stores them (its scales may have been rounded), and the client's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qatscale.errors import UserError
 from qatscale.export.clients import Client
 from qatscale.export.encoding import ExportLayout
 from qatscale.model.hugging_face import hugging_face_names
@@ -88,7 +89,10 @@ def stored_model(layout: ExportLayout) -> Llama:
 def verify_export(
     layout: ExportLayout, path: Path, clients: Sequence[type[Client]], trained: Llama, held_out: Sequence[Tensor]
 ) -> Verification:
-    """Compare. path: what the clients load; trained: see `materialised`; held_out: sequences of token ids, [t + 1]."""
+    """Compare. UserError where a client raises an exception.
+
+    path: what the clients load; trained: see `materialised`; held_out: sequences of token ids, [t + 1].
+    """
     stored = stored_model(layout)
     report = Verification(
         tokens=_predicted(held_out),
@@ -107,16 +111,16 @@ def verify_export(
 
 
 def _compare_stored(report: Verification, layout: ExportLayout, trained: Llama, stored: Llama) -> None:
-    """Stored weights differ from training's by what their scales were rounded and by training's own type, no more."""
+    """Stored weights may differ from training's by the rounding of their scales and of training's type, no more."""
     named = dict(stored.named_parameters())
-    own = 2.0**-8 if layout.source.dtype == torch.bfloat16 else 2.0**-22
+    precision = 2.0**-8 if layout.source.dtype == torch.bfloat16 else 2.0**-22
     for name, weight in trained.named_parameters():
         other, largest = named[name], float(weight.abs().max())
         if torch.equal(weight, other):
             continue
         off = float((weight - other).abs().max()) / largest
         report.weight_change = max(report.weight_change, off)
-        allowed = layout.rounding.get(name, 0.0) + own
+        allowed = layout.rounding.get(name, 0.0) + precision
         if name not in layout.rounding or off > allowed:
             report.problems.append(
                 f"{name} is stored {off:.2g} off training's weights, where {allowed:.2g} is the bound"
@@ -131,8 +135,11 @@ def _ask(
         client = kind(path)
         _compare_weights(report, layout, client)
         _compare_logits(report, client, stored, held_out)
-    except Exception as error:  # each library raises errors of its own
-        report.problems.append(f"it failed with {type(error).__name__}: {first_line(error)}")
+    except UserError:
+        raise
+    except Exception as error:  # each library raises other errors
+        problem = f"failed on the export, which was removed: {type(error).__name__}: {first_line(error)}."
+        raise UserError(report.client, None, problem, "Repair the package, or export with --no-verify.") from error
     return report
 
 

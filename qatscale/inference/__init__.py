@@ -1,1 +1,1 @@
-"""Trained and exported models at work: text from a prompt, other people's benchmarks."""
+"""Text and benchmark scores from trained and exported models."""

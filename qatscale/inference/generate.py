@@ -57,5 +57,5 @@ def _open(
         check_safetensors(export.path, "model")
     try:
         return opener(export)
-    except Exception as error:  # each library raises errors of its own for a folder that it cannot load
+    except Exception as error:  # each library raises other errors for a folder that it cannot load
         raise UserError("model", what, f"{client.name} cannot load it: {first_line(error)}") from None

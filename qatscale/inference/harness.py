@@ -1,4 +1,4 @@
-"""Other people's benchmarks on our models: EleutherAI's lm-evaluation-harness."""
+"""Benchmarks of EleutherAI's lm-evaluation-harness on our models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from qatscale.errors import UserError, did_you_mean
 from qatscale.inference.transformers_model import TransformersModel
+from qatscale.untrusted import first_line
 
 
 @dataclass(frozen=True)
@@ -17,40 +18,35 @@ class Score:
     task: str
     metric: str
     filter: str
-    """What was done to the model's answer before it was judged; `none` for most tasks."""
+    """How the model's answer was processed before it was judged; `none` for most tasks."""
     value: float
     error: float | None
-    """Standard error over the task's questions, by bootstrap where there is no formula; None where there is neither."""
+    """Standard error over the task's questions, by bootstrap for metrics without a formula; None if not estimated."""
     shots: int | None
     questions: int | None
-
-
-def check_harness() -> None:
-    """UserError where the harness is not installed."""
-    try:
-        import lm_eval.models.huggingface  # noqa: F401 - it wants accelerate, which lm_eval does not bring
-    except ImportError:
-        told = "needs lm-evaluation-harness, which is not installed."
-        raise UserError("--harness", None, told, "pip install 'qatscale[harness]'") from None
 
 
 def open_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
     """The harness's TaskManager that knows `tasks`, also those defined in YAML files in `folder`.
 
-    UserError for a task that is not known, with the name that was probably meant.
+    UserError where the harness or `folder` is missing, and for an unknown task, with the nearest name.
     """
-    check_harness()
-    from lm_eval.tasks import TaskManager
-
+    try:
+        import lm_eval.models.huggingface  # noqa: F401 - it needs accelerate, which lm_eval does not bring
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        problem = f"needs lm-evaluation-harness, and {error.name} is not installed."
+        raise UserError("--harness", None, problem, "pip install 'qatscale[harness]'") from None
     if folder is not None and not folder.is_dir():
-        raise UserError("--tasks-folder", str(folder), "a folder with task definitions (YAML).")
+        raise UserError("--tasks-folder", str(folder), "is not a folder of task definitions (YAML).")
     if not tasks:
-        raise UserError("--harness", None, "names tasks, with commas between them: arc_easy,hellaswag.")
+        raise UserError("--harness", None, "names no task.", "Give names with commas between them: arc_easy,hellaswag.")
     manager = TaskManager(include_path=str(folder) if folder else None)
     for task in tasks:
         if task not in manager.all_tasks:
-            do = did_you_mean(task, manager.all_tasks) or "`lm-eval ls tasks` lists them."
-            raise UserError("--harness", task, f"one of the harness's {len(manager.all_tasks):,} tasks and groups.", do)
+            fix = did_you_mean(task, manager.all_tasks) or "`lm-eval ls tasks` lists them."
+            problem = f"is not among the harness's {len(manager.all_tasks):,} tasks and groups."
+            raise UserError("--harness", task, problem, fix)
     return manager
 
 
@@ -65,8 +61,8 @@ def run_harness(
 ) -> list[Score]:
     """The scores of a model, those of groups after those of their tasks.
 
-    shots: worked examples in front of a question; None: the task's own number. limit: questions of each task. Texts are
-    read without a token in front, as in training. UserError where a task's data set cannot be had.
+    shots: worked examples before a question; None: the task's default. limit: questions of each task. No token precedes
+    a text, as in training. UserError where a task's data set cannot be loaded.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -81,29 +77,30 @@ def run_harness(
         add_bos_token=False,
     )
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             judged, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, log_samples=False
         )
-    except (OSError, ConnectionError) as error:  # datasets' errors for a hub or a file out of reach are among these
-        told = f"a data set could not be had: {str(error).splitlines()[0]}"
-        raise UserError("--harness", ",".join(tasks), told, "Tasks in --tasks-folder may name local files.") from None
-    return _scores(found)
+    except OSError as error:  # datasets' errors for a hub or a file out of reach
+        problem = f"a data set cannot be loaded: {first_line(error)}"
+        fix = "Tasks in --tasks-folder may name local files."
+        raise UserError("--harness", ",".join(tasks), problem, fix) from None
+    return _scores(results)
 
 
-def _scores(found: Any) -> list[Score]:
+def _scores(results: Any) -> list[Score]:
     """From {"results": {task: {"metric,filter": value, "metric_stderr,filter": error, "alias": …}}}."""
     scores = []
-    for task, results in (found["results"] | found.get("groups", {})).items():
-        for key, value in results.items():
+    for task, values in (results["results"] | results.get("groups", {})).items():
+        for key, value in values.items():
             metric, _, judged = key.partition(",")
             if not judged or metric.endswith("_stderr") or not isinstance(value, float | int):
                 continue
-            error = results.get(f"{metric}_stderr,{judged}")
-            questions = found.get("n-samples", {}).get(task, {}).get("effective")
+            error = values.get(f"{metric}_stderr,{judged}")
+            questions = results.get("n-samples", {}).get(task, {}).get("effective")
             scores.append(
                 Score(
                     task, metric, judged, float(value), error if isinstance(error, float) else None,
-                    found.get("n-shot", {}).get(task), questions,
+                    results.get("n-shot", {}).get(task), questions,
                 )
             )  # fmt: skip
     return scores

@@ -24,20 +24,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise UserError("--tokens", self.tokens, "at least 1.")
+            raise UserError("--tokens", self.tokens, "must be at least 1.")
         if not 0 <= self.temperature <= 100:
-            raise UserError("--temperature", self.temperature, "0 (the likeliest token) up to 100.")
+            raise UserError("--temperature", self.temperature, "must be 0 (the likeliest token) to 100.")
         if self.top_k < 0:
-            raise UserError("--top-k", self.top_k, "0 (all) or a number of tokens.")
+            raise UserError("--top-k", self.top_k, "must be 0 (all) or a number of tokens.")
         if not 0 < self.top_p <= 1:
-            raise UserError("--top-p", self.top_p, "above 0, up to 1 (all).")
+            raise UserError("--top-p", self.top_p, "must be above 0, up to 1 (all).")
 
 
 class Detokenizer:
     """The text by which each new token continues a prompt.
 
-    Decoding a token alone loses its leading space, and a character may be spread over several tokens. The last pieces
-    are therefore decoded again with each new token, and an incomplete character waits for the next one.
+    A token decoded by itself loses its leading space, and a character may be spread over several tokens. The last
+    pieces are therefore decoded again with each new token, and an incomplete character waits for the next one.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]) -> None:
@@ -83,10 +83,10 @@ def prompt_ids(generator: TextGenerator, prompt: str, sampling: Sampling) -> lis
     """The tokens of a prompt. UserError where it has none, and for a text longer than those of training."""
     ids = generator.encode(prompt)
     if not ids:
-        raise UserError("--prompt", prompt, "a text to continue; it has no tokens.")
+        raise UserError("--prompt", prompt, "cannot be continued: it has no tokens.")
     if generator.length is not None and len(ids) + sampling.tokens > generator.length:
         left = generator.length - len(ids)
-        allowed = f"the model was trained on sequences of {generator.length:,} tokens, and the prompt has {len(ids):,}."
-        do = f"--tokens {left} is the most." if left > 0 else "Give a shorter prompt."
-        raise UserError("--tokens", sampling.tokens, allowed, do)
+        problem = f"the model was trained on sequences of {generator.length:,} tokens, and the prompt has {len(ids):,}."
+        fix = f"--tokens {left} is the most." if left > 0 else "Give a shorter prompt."
+        raise UserError("--tokens", sampling.tokens, problem, fix)
     return ids

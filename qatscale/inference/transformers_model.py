@@ -12,6 +12,7 @@ import torch
 from qatscale.config import load_run_config
 from qatscale.data.manifest import tokenizer_folder
 from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.export.clients import Transformers
@@ -20,7 +21,7 @@ from qatscale.inference.sampling import Detokenizer, Sampling
 from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.quant.views import computed_weights
-from qatscale.train.evaluate import load_checkpointed_model, open_view
+from qatscale.train.validation import open_view
 
 
 class TransformersModel:
@@ -31,7 +32,7 @@ class TransformersModel:
         self.length: int | None = model.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)  # training put nothing before a text
+        return self.tokenizer.encode(text, add_special_tokens=False)  # as in training
 
     @torch.no_grad()
     def stream(self, prompt: list[int], sampling: Sampling, write: Callable[[str], Any]) -> None:
@@ -43,7 +44,7 @@ class TransformersModel:
             prompt_seen = False
 
             def put(self, value: torch.Tensor) -> None:
-                if self.prompt_seen:  # transformers gives the prompt first
+                if self.prompt_seen:  # transformers passes the prompt first
                     for token in value.flatten().tolist():
                         write(pieces.add(token))
                 self.prompt_seen = True
@@ -55,14 +56,14 @@ class TransformersModel:
         ids = torch.tensor([prompt], device=self.model.device)
         drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         if sampling.temperature > 0:
-            # transformers takes 0 for no token at all, and leaves out the filter for None
+            # for top_k transformers takes 0 as no token at all, None as no filter
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p,
                      "top_k": sampling.top_k or None}  # fmt: skip
         self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=sampling.tokens,
-            pad_token_id=self.tokenizer.eos_token_id or 0,  # of one sequence nothing is padded; unset, it warns
+            pad_token_id=self.tokenizer.eos_token_id or 0,  # one sequence is never padded; unset, transformers warns
             streamer=Streamer(),
             **drawn,
         )
@@ -89,8 +90,8 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
         state = computed_weights(model)
     tokens = tokenizer_folder(config.data.path)
     if tokens is None:
-        do = "Export it and lay a tokenizer into the folder, or name the data in the run's recipe."
-        raise UserError("model", what, "there is no tokenizer with the data of its run.", do)
+        fix = "Export it with --tokenizer FOLDER, and generate from the export."
+        raise UserError("model", what, "the data of its run hold no tokenizer.", fix)
     with tempfile.TemporaryDirectory() as folder:
         special = export_tokenizer(tokens, Path(folder))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -98,6 +99,6 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     theirs = transformers.LlamaForCausalLM(
         hugging_face_config(config.model, config.data.sequence_length, special, dtype)
     )
-    theirs.to(dtype).load_state_dict(to_hugging_face(state, config.model), strict=False)  # a tied head is there once
+    theirs.to(dtype).load_state_dict(to_hugging_face(state, config.model), strict=False)  # a tied head is stored once
     theirs.tie_weights()
     return TransformersModel(theirs, tokenizer, f"{checkpoint}: {view} view")

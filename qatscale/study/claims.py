@@ -2,13 +2,13 @@
 
     claims/NAME~0001.json    {"worker", "process", "state", "reason", "started", "ended"}
 
-Each attempt at a run is a file of its own, numbered. Creating a file that must not exist yet is atomic on every file
-system that hosts share, so of several workers that want the same attempt one gets it. Its holder touches the file at
-every heartbeat. A claim whose holder is gone is superseded by the next number and never changed by others; whoever
-finds a higher number than its own has lost the run and must stop at once.
+Each attempt at a run is a numbered file. Creating a file that must not exist yet is atomic on every file system that
+hosts share, so only one of the workers that want an attempt gets it. The holder touches the file at every heartbeat. A
+claim whose holder is gone is superseded by the next number, and others never change it. A worker that finds a higher
+number than its own has lost the run and must stop at once.
 
 Hosts' clocks are not compared: a holder counts as gone once its file has not changed for EXPIRY seconds on the
-*observer's* clock, or at once where the observer can see that the process has ended.
+observer's clock, or at once where the observer can see that the process has ended.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qatscale.files import write_json_atomic
-from qatscale.tracking.process import identity, is_alive
+from qatscale.files import write_json
+from qatscale.supervise.process import identity, is_alive
 
 HEARTBEAT = 10.0
-"""Seconds between two signs of life of a holder."""
+"""Seconds between the heartbeats of a holder."""
 EXPIRY = 120.0
-"""Seconds without one after which a holder on another host counts as gone; network disks show changes late."""
+"""Seconds without a heartbeat after which a holder on another host is gone; network disks show changes late."""
 
 State = Literal["running", "gone", "released", "failed", "done"]
-"""`gone`: the holder has vanished. `released`: it stopped after saving. The last three are the holder's own word."""
+"""`gone`: the holder vanished. `released`: it stopped after saving. The holder itself writes the last three."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Claims:
         """File → (its time of change, when this process first saw that on its own clock)."""
 
     def attempts(self) -> dict[str, Attempt]:
-        """The latest attempt at each run that anybody has tried."""
+        """The latest attempt at each run that has one."""
         latest: dict[str, int] = {}
         if not self.folder.is_dir():
             return {}
@@ -100,8 +100,13 @@ class Claims:
         path = self._path(name, number)
         try:
             changed = path.stat().st_mtime
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):  # just being written; a holder that died in that moment is found by its silence
+            content = dict(json.loads(path.read_text()))
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # being written, or damaged: its holder's silence tells
             changed, content = 0.0, {}
         state = content.get("state", "running")
         if state == "running" and self._is_gone(path, changed, content.get("process")):
@@ -121,7 +126,7 @@ class Claims:
 
 
 class Claim:
-    """A claim that this process holds. Use it as a context: inside, a thread gives signs of life."""
+    """A claim that this process holds."""
 
     def __init__(self, path: Path, successor: Path, content: dict[str, Any]) -> None:
         self.path, self.successor, self.content = path, successor, content
@@ -142,9 +147,9 @@ class Claim:
         self._thread.start()
 
     def close(self, state: State, reason: str = "") -> None:
-        """End the attempt with the holder's word on how it went."""
+        """End the attempt and write how it ended."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
         if not self.successor.exists():
-            write_json_atomic(self.path, {**self.content, "state": state, "reason": reason, "ended": time.time()})
+            write_json(self.path, {**self.content, "state": state, "reason": reason, "ended": time.time()})

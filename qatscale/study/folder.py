@@ -11,23 +11,26 @@
     results.csv           one row a finished run
     fit-*.json  report/   what the runs say, when all are done
 
-A run is done when its folder holds done.json, or results.csv its row: what was trained elsewhere is not trained again.
+A run is done when its folder holds done.json or when results.csv has its row, so that a run from elsewhere is not
+trained again.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
 from qatscale.errors import UserError
-from qatscale.files import locked, write_atomic, write_json_atomic
-from qatscale.model.sizes import count_parameters
+from qatscale.files import locked, write_atomic, write_json
 from qatscale.study.claims import Claims
 from qatscale.study.file import read_study
 from qatscale.study.grid import StudyRun, grid
@@ -103,20 +106,25 @@ class StudyFolder:
 
     @property
     def jobs(self) -> dict[str, StudyJob]:
-        """By name, each after the one it branches from; the same object until the study grows. UserError where nothing
-        was laid out yet."""
+        """By name, each after the one it branches from; the same object until the study grows. UserError if tree.json
+        is missing or damaged."""
         try:
             changed = self.tree_file.stat().st_mtime_ns
+            if changed != self._tree[0]:
+                jobs = TypeAdapter(list[StudyJob]).validate_json(self.tree_file.read_bytes())
+                self._tree = changed, {job.name: job for job in jobs}
         except OSError:
-            do = "Lay it out with `qatscale study run STUDY.yaml`."
-            raise UserError("study", str(self.path), "holds no tree.json.", do) from None
-        if changed != self._tree[0]:
-            jobs = [StudyJob(**{**raw, "keep": tuple(raw["keep"])}) for raw in json.loads(self.tree_file.read_text())]
-            self._tree = changed, {job.name: job for job in jobs}
+            fix = "Lay it out with `qatscale study run STUDY.yaml`."
+            raise UserError("study", str(self.path), "holds no tree.json.", fix) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "top level"
+            problem = f"is damaged ({where}: {first['msg']})."
+            raise UserError("study", str(self.tree_file), problem, "Remove it, then start `study run` again.") from None
         return self._tree[1]
 
     def recorded(self) -> set[str]:
-        """The runs that results.csv has a row of."""
+        """The runs that have a row in results.csv."""
         from qatlaw.results import read_results
 
         return {record.name for record in read_results(self.results)} if self.results.exists() else set()
@@ -125,7 +133,7 @@ class StudyFolder:
 def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     """Write or extend the tree of a study; returns notes for the user.
 
-    What is done or begun stays as it is: a larger study branches from the checkpoints that are left of it. UserError
+    Runs that were begun stay as they are, and a study that grows branches from the checkpoints they left. UserError
     where a run that was begun would become another one, and where workers are training.
     """
     with locked(folder.path / ".layout", wait=60):
@@ -156,11 +164,11 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             if job.name in configs and job.name not in begun:
                 _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in job.keep])
         write_atomic(folder.study_file, text.encode())
-        write_json_atomic(folder.tree_file, [asdict(job) for job in jobs])
+        write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
-    gone = [name for name in old if name in begun and name not in kept]
-    if gone:
-        notes.append(f"no longer in the study, their folders stay: {_listed(gone)}")
+    dropped = [name for name in old if name in begun and name not in kept]
+    if dropped:
+        notes.append(f"no longer in the study, their folders stay: {_listed(dropped)}")
     return (*notes, *cells.warnings)
 
 
@@ -189,19 +197,19 @@ def _job(run: StudyRun, job: Job, kept: Iterable[int]) -> StudyJob:
 
 
 def _offered_steps(folder: StudyFolder, job: StudyJob) -> tuple[int, ...]:
-    """The checkpoints of a run that was begun: those on disk that stay, and those it will still write."""
+    """Steps of the checkpoints of a run that was begun: those on disk that stay, and those it will still write."""
     run = folder.run(job.name)
     if not run.run_file.exists():
         return ()  # trained elsewhere
-    there = {int(path.name.removeprefix("step-")) for path in list_checkpoints(run.checkpoints)}
+    on_disk = {int(path.name.removeprefix("step-")) for path in list_checkpoints(run.checkpoints)}
     if run.is_done:
-        return tuple(sorted(there))
-    reached = max(there, default=0)
-    return tuple(step for step in (*job.keep, job.steps) if step in there or step > reached)
+        return tuple(sorted(on_disk))
+    reached = max(on_disk, default=0)
+    return tuple(step for step in (*job.keep, job.steps) if step in on_disk or step > reached)
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """With the data where they lie now: workers start in other folders."""
+    """With an absolute path of the data: workers start in other folders."""
     path = config.data.path
     return config if path is None else config.model_copy(
         update={"data": config.data.model_copy(update={"path": path.resolve()})}
@@ -217,10 +225,8 @@ def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> No
 
 def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:
     """A name stands for one configuration."""
-    passing = ("checkpoint.", "output", "data.path", "tracking.", "engine.", "log_interval")
-    differences = [one for one in config_differences(folder.config(name), config) if not one.key.startswith(passing)]
-    if differences:
-        first = differences[0]
+    differences = config_differences(folder.config(name), config)
+    if first := next((one for one in differences if not one.key.startswith(WITHOUT_EFFECT)), None):
         problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."
         raise UserError("study", str(folder.path), problem, "Use another folder, or give the sizes other names.")
 

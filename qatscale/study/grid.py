@@ -1,7 +1,7 @@
 """From a study file to its runs, and to what the tree of runs needs to know of each.
 
 The tree and its meaning are `qatlaw.study`'s; what a run prescribes at each step is its timeline's. So two runs share a
-trunk exactly as long as `qatscale.timeline.first_difference` finds none: a warm-up that is a share of the tokens, and
+trunk exactly as long as `schedule.timeline.first_difference` finds none: a warm-up that is a share of the tokens, and
 not a number of them, parts runs of different length at the first step.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 from qatlaw.study import Piece, Route
 from qatscale.config import RunConfig, load_run_config
 from qatscale.config.amounts import format_amount, parse_amount
+from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.config.yaml_text import to_yaml
 from qatscale.errors import UserError
-from qatscale.model.sizes import count_parameters, flops_per_token
-from qatscale.study.file import TWO_PHASES, Axes, Size, Study
-from qatscale.timeline import Timeline, build_timeline
-from qatscale.timeline.segments import Segment
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Segment, Timeline
+from qatscale.study.file import PLAIN_AXES, Axes, Sets, Size, Study
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Grid:
+    name: str
+    """The study's."""
     runs: tuple[StudyRun, ...]
     left_out: tuple[tuple[str, str], ...]
     """(run, why its schedule does not fit)."""
@@ -48,44 +50,31 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Choice:
+    """One value of an axis."""
+
+    label: str
+    """In the run's name; "" for a default, so that a study that gets another axis keeps its names."""
+    settings: tuple[tuple[str, Any], ...]
+    """Recipe keys and their values."""
+
+
+@dataclass(frozen=True)
+class Cell:
     """One combination of the axes."""
 
     size: Size
-    tokens: int
-    scheme: str
-    bits: float | None
-    """None for full precision."""
-    fraction: float
-    seed: int
-    varied: tuple[tuple[str, Any], ...]
-    ptq_bits: tuple[float, ...]
-    """The widths at which a full-precision run is evaluated after training."""
+    choices: tuple[Choice, ...]
 
     @property
     def name(self) -> str:
-        """Of the run: whatever an axis gives, so that a study that grows keeps its names."""
-        parts = [self.size.name, _exact_amount(self.tokens), self.scheme]
-        if self.bits is not None:
-            parts.append(f"{self.bits:g}bit")
-        if self.scheme in TWO_PHASES:
-            parts.append(f"f{self.fraction!r}")
-        parts += [re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{key}={_plain(value)}") for key, value in self.varied]
-        if self.seed:
-            parts.append(f"seed{self.seed}")
-        return "-".join(parts)
+        """Name of the run."""
+        return "-".join([self.size.name, *filter(None, (choice.label for choice in self.choices))])
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        own = [f"name={self.name}", f"tokens={self.tokens}", f"seed={self.seed}", f"data.seed={self.seed}"]
-        own.append(f"qat.scheme={self.scheme}")
-        if self.bits is None:
-            own.append(f"evaluation.ptq_bits=[{', '.join(f'{bits:g}' for bits in self.ptq_bits)}]")
-        else:
-            own += [f"qat.bits={self.bits:g}", "evaluation.ptq_bits=[]"]
-        if self.scheme in TWO_PHASES:
-            own.append(f"qat.fraction={self.fraction!r}")
-        return (*own, *(f"{key}={_plain(value)}" for key, value in self.varied))
+        settings = [("name", self.name), *(setting for choice in self.choices for setting in choice.settings)]
+        return tuple(f"{key}={_text(value)}" for key, value in settings)
 
 
 def grid(study: Study) -> Grid:
@@ -95,7 +84,7 @@ def grid(study: Study) -> Grid:
     for cell in _cells(study):
         if cell.name in runs or cell.name in left_out:
             continue  # grids may overlap
-        overrides = (*study.overrides, *cell.size.overrides, *cell.overrides)
+        overrides = (*study.set, *cell.size.set, *cell.overrides)
         config = load_run_config(cell.size.recipe, overrides)
         try:
             timeline = build_timeline(config)
@@ -107,33 +96,39 @@ def grid(study: Study) -> Grid:
     if not runs:
         first = next(iter(left_out.values()))
         raise UserError("study", study.name, f"none of its runs has a schedule that fits; the first: {first}")
-    return Grid(tuple(runs.values()), tuple(left_out.items()), _warnings(list(runs.values())))
+    return Grid(study.name, tuple(runs.values()), tuple(left_out.items()), _warnings(list(runs.values())))
 
 
-def _cells(study: Study) -> Iterator[_Cell]:
-    widths: dict[tuple[Hashable, ...], dict[float, None]] = {}
-    for axes in study.grids:  # a full-precision run serves the widths of every grid that it stands in
-        for size, tokens, seed in _models(study, axes):
-            widths.setdefault((size.name, tokens, seed), {}).update(dict.fromkeys(axes.bits))
-    for axes in study.grids:
-        for (size, tokens, seed), fraction in itertools.product(_models(study, axes), axes.fractions):
-            ptq = tuple(widths[size.name, tokens, seed])
-            if fraction == 0:
-                for varied in _variations(axes, quantized=False):
-                    yield _Cell(size, tokens, "fp", None, 0.0, seed, varied, ptq)
-                continue
-            schemes = ("scratch",) if fraction == 1 else axes.schemes
-            for scheme, bits in itertools.product(schemes, axes.bits):
-                for varied in _variations(axes, quantized=True):
-                    yield _Cell(size, tokens, scheme, bits, fraction, seed, varied, ptq)
+def _cells(study: Study) -> Iterator[Cell]:
+    bits: dict[Hashable, dict[float, None]] = {}
+    for axes in study.parts:  # a full-precision run serves the bit widths of every grid that it stands in
+        for size, *shared in _models(study, axes):
+            bits.setdefault((size.name, *shared), {}).update(dict.fromkeys(axes.bits))
+    for axes in study.parts:
+        for size, tokens, *plain in _models(study, axes):
+            for qat in _quantizations(axes, list(bits[size.name, tokens, *plain])):
+                for varied in _variations(axes, quantized=qat.label != "fp"):
+                    yield Cell(size, (tokens, qat, *varied, *plain))
 
 
-def _models(study: Study, axes: Axes) -> Iterator[tuple[Size, int, int]]:
+def _models(study: Study, axes: Axes) -> Iterator[tuple[Any, ...]]:
+    """(size, choice of tokens, a choice of each plain axis)"""
+    plain = [_choices(axes, name, sets) for name, sets in PLAIN_AXES.items()]
     for size in axes.sizes:
-        params = _parameters(size.recipe, (*study.overrides, *size.overrides))
+        params = _parameters(size.recipe, (*study.set, *size.set))
         budgets = axes.tokens or tuple(round(params * ratio) for ratio in axes.tokens_per_parameter)
-        for seed, tokens in itertools.product(axes.seeds, budgets):
-            yield size, tokens, seed
+        amounts = [Choice(_exact_amount(tokens), (("tokens", tokens),)) for tokens in budgets]
+        for *choices, tokens in itertools.product(*plain, amounts):
+            yield size, tokens, *choices
+
+
+def _choices(axes: Axes, name: str, sets: Sets) -> list[Choice]:
+    default = Axes.model_fields[name].default
+    choices = [
+        Choice("" if value in default else f"{sets.label}{_text(value)}", tuple((key, value) for key in sets.keys))
+        for value in getattr(axes, name)
+    ]
+    return choices or [Choice("", ())]  # the recipe's own value
 
 
 @cache
@@ -141,14 +136,29 @@ def _parameters(recipe: str, overrides: tuple[str, ...]) -> int:
     return count_parameters(load_run_config(recipe, overrides).model).total
 
 
-def _variations(axes: Axes, quantized: bool) -> Iterator[tuple[tuple[str, Any], ...]]:
-    chosen = [(key, values) for key, values in axes.vary if quantized or not _concerns_qat(key)]
-    for values in itertools.product(*(values for _, values in chosen)):
-        yield tuple((key, value) for (key, _), value in zip(chosen, values, strict=True))
+def _quantizations(axes: Axes, ptq_bits: list[float]) -> Iterator[Choice]:
+    """Full precision, evaluated at `ptq_bits` after training, QAT from scratch, and each scheme of two phases."""
+    for fraction in axes.fractions:
+        if fraction == 0:
+            yield Choice("fp", (("qat.scheme", "fp"), ("evaluation.ptq_bits", ptq_bits)))
+            continue
+        for scheme, bits in itertools.product(("scratch",) if fraction == 1 else axes.schemes, axes.bits):
+            label = f"{scheme}-{bits:g}bit"
+            settings: list[tuple[str, Any]] = [("qat.scheme", scheme), ("qat.bits", bits), ("evaluation.ptq_bits", [])]
+            if scheme != "scratch":
+                label += f"-f{fraction!r}"
+                settings.append(("qat.fraction", fraction))
+            yield Choice(label, tuple(settings))
 
 
-def _concerns_qat(key: str) -> bool:
-    return key.startswith(("qat.", "schedule.phases.qat_"))
+def _variations(axes: Axes, quantized: bool) -> Iterator[tuple[Choice, ...]]:
+    """All combinations of `vary`, without the keys that a full-precision run does not use."""
+    varied = [
+        [Choice(re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{key}={_text(value)}"), ((key, value),)) for value in values]
+        for key, values in axes.vary.items()
+        if quantized or not key.startswith(("qat.", "schedule.phases.qat_"))
+    ]
+    return itertools.product(*varied)
 
 
 def _exact_amount(tokens: int) -> str:
@@ -156,7 +166,7 @@ def _exact_amount(tokens: int) -> str:
     return short if parse_amount(short) == tokens else str(tokens)
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any) -> str:
     """A value as an override writes it."""
     return value if isinstance(value, str) else to_yaml(value).removesuffix("\n...\n").strip()
 
@@ -205,13 +215,13 @@ def _rule(segment: Segment, config: RunConfig) -> Hashable:
 def _warnings(runs: Sequence[StudyRun]) -> tuple[str, ...]:
     lengths = {run.config.tokens for run in runs}
     in_shares = [run for run in runs if run.config.schedule.warmup_tokens is None]
-    found = []
+    warnings = []
     if in_shares and (len(lengths) > 1 or any(run.config.qat.scheme == "sequential" for run in in_shares)):
         sizes = sorted({run.recipe for run in in_shares})
-        found.append(
+        warnings.append(
             f"the warm-up of {', '.join(sizes)} is a share of the tokens, so that runs of different length share "
             "nothing; give it in tokens: set schedule.warmup_tokens and schedule.warmup_fraction=null"
         )
-    # That a recipe's own settings have no effect under a scheme of the grid is the grid's doing.
+    # A setting of the recipe without effect under one scheme has an effect under another.
     seen = dict.fromkeys(warning for run in runs for warning in run.timeline.warnings if "no effect" not in warning)
-    return (*found, *seen)
+    return (*warnings, *seen)

@@ -15,14 +15,14 @@ class Progress:
     tokens_done: int
     tokens: int
     seconds_left: float | None
-    """None before the first run is done, or where nobody trains."""
+    """None before the first run is done, and while no worker trains."""
 
 
 def progress(folder: StudyFolder, state: StudyState) -> Progress:
     """What is done, and how long the rest takes at the speed of the runs that are done.
 
-    The estimate is the larger of what the workers have to do and of the longest chain of runs. Runs that failed or are
-    blocked do not count.
+    The estimate is the larger of two times: all work divided by the workers, and the longest chain of runs. Runs that
+    failed or are blocked do not count.
     """
     jobs = folder.jobs
     steps = {name: state.step(name) for name in jobs if state.states[name].state in ("done", "running", "ready")}
@@ -39,8 +39,8 @@ def progress(folder: StudyFolder, state: StudyState) -> Progress:
     seconds = None
     if workers and speeds and work:
         mean = sum(speeds.values()) / len(speeds)
-        own = {name: flops / speeds.get(jobs[name].n_params, mean) for name, flops in left.items()}
-        seconds = max(sum(own.values()) / workers, _longest(folder, own))
+        durations = {name: flops / speeds.get(jobs[name].n_params, mean) for name, flops in left.items()}
+        seconds = max(sum(durations.values()) / workers, _longest(folder, durations))
     return Progress(done, sum(job.new_tokens for job in jobs.values()), seconds)
 
 
@@ -56,12 +56,12 @@ def _speeds(folder: StudyFolder, state: StudyState) -> dict[int, float]:
     return {size: flops[size] / max(seconds[size], 1e-9) for size in flops}
 
 
-def _longest(folder: StudyFolder, own: dict[str, float]) -> float:
-    """Seconds of the longest chain of runs that are left, each run counted from where its parent's checkpoint is."""
+def _longest(folder: StudyFolder, durations: dict[str, float]) -> float:
+    """Seconds of the longest chain of runs that are left. A run can start once its parent's checkpoint is written."""
     chains: dict[str, float] = {}
     for name, job in folder.jobs.items():
-        if name in own:
-            chains[name] = own[name] + (chains.get(job.parent, 0.0) * _share(folder, job) if job.parent else 0.0)
+        if name in durations:
+            chains[name] = durations[name] + (chains.get(job.parent, 0.0) * _share(folder, job) if job.parent else 0.0)
     return max(chains.values(), default=0.0)
 
 

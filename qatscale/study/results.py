@@ -5,7 +5,7 @@ from __future__ import annotations
 from qatlaw.results import read_results, write_results
 from qatscale.files import locked
 from qatscale.study.folder import StudyFolder
-from qatscale.tracking.compare import run_record
+from qatscale.tracking.run_record import run_record
 
 
 def record(folder: StudyFolder, *names: str) -> None:
@@ -19,6 +19,6 @@ def record(folder: StudyFolder, *names: str) -> None:
 
 
 def unrecorded(folder: StudyFolder) -> list[str]:
-    """Finished runs without a row: their worker ended between the run and its row."""
-    known = folder.recorded()
-    return [name for name in folder.jobs if name not in known and folder.run(name).is_done]
+    """Finished runs without a row, whose worker ended before it wrote one."""
+    recorded = folder.recorded()
+    return [name for name in folder.jobs if name not in recorded and folder.run(name).is_done]

@@ -15,8 +15,8 @@ from qatscale.study.claims import worker_name
 from qatscale.study.folder import StudyFolder
 
 SHORT_LIFE = 30.0
-"""Seconds; a worker that ends sooner and has claimed no run has a fault that starting it again does not cure."""
-MOST_SHORT_LIVES = 3
+"""Seconds; a worker that ends sooner and has claimed no run would fail again."""
+MAX_SHORT_LIVES = 3
 
 
 class WorkerFailedError(RuntimeError):
@@ -24,7 +24,7 @@ class WorkerFailedError(RuntimeError):
 
 
 def default_workers(folder: StudyFolder, per_gpu: int | None) -> int:
-    """One a GPU, or `per_gpu`; fewer where runs take several GPUs each. Without GPUs one a core."""
+    """One worker or `per_gpu` on each GPU, fewer where a run takes several GPUs. Without GPUs one on each core."""
     import torch
 
     gpus, widest = torch.cuda.device_count(), max(job.processes for job in folder.jobs.values())
@@ -34,8 +34,8 @@ def default_workers(folder: StudyFolder, per_gpu: int | None) -> int:
 
 
 @dataclass
-class _Seat:
-    """The place of one worker: its devices, and the process that has it now."""
+class _Slot:
+    """A worker's devices, and the process that uses them now."""
 
     number: int
     gpus: list[int]
@@ -50,12 +50,12 @@ class LocalWorkers:
 
     def __init__(self, folder: StudyFolder, count: int, per_gpu: int | None = None) -> None:
         self.folder = folder
-        self._seats = [_Seat(i, gpus) for i, gpus in enumerate(_devices(folder, count, per_gpu))]
+        self._slots = [_Slot(i, gpus) for i, gpus in enumerate(_devices(folder, count, per_gpu))]
 
     def __enter__(self) -> LocalWorkers:
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        for seat in self._seats:
-            self._start(seat)
+        for slot in self._slots:
+            self._start(slot)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,48 +63,48 @@ class LocalWorkers:
 
     @property
     def alive(self) -> int:
-        return sum(seat.process is not None and seat.process.poll() is None for seat in self._seats)
+        return sum(slot.process is not None and slot.process.poll() is None for slot in self._slots)
 
-    def tend(self) -> bool:
-        """Replace workers that died; False once all have ended by themselves. WorkerFailedError if none can live."""
-        for seat in self._seats:
-            if seat.finished or seat.process is None or (code := seat.process.poll()) is None:
+    def restart_dead(self) -> bool:
+        """Restart workers that died. False once all have ended themselves; WorkerFailedError where one cannot start."""
+        for slot in self._slots:
+            if slot.finished or slot.process is None or (code := slot.process.poll()) is None:
                 continue
             if code in (EXIT_OK, EXIT_REQUEUE):
-                seat.finished = True
+                slot.finished = True
                 continue
-            short = time.monotonic() - seat.started < SHORT_LIFE
-            idle = short and not self.folder.claims.has_claimed(worker_name(seat.process.pid))
-            seat.short_lives = seat.short_lives + 1 if idle else 0
-            if code == EXIT_BAD_INPUT or seat.short_lives >= MOST_SHORT_LIVES:
-                raise WorkerFailedError(f"worker {seat.number} ended with code {code}; see {self._log(seat)}")
-            self._start(seat)
-        return not all(seat.finished for seat in self._seats)
+            short = time.monotonic() - slot.started < SHORT_LIFE
+            idle = short and not self.folder.claims.has_claimed(worker_name(slot.process.pid))
+            slot.short_lives = slot.short_lives + 1 if idle else 0
+            if code == EXIT_BAD_INPUT or slot.short_lives >= MAX_SHORT_LIVES:
+                raise WorkerFailedError(f"worker {slot.number} ended with code {code}; see {self._log(slot)}")
+            self._start(slot)
+        return not all(slot.finished for slot in self._slots)
 
     def stop(self) -> None:
         """Ask all to save and end, and wait for them."""
-        running = [seat.process for seat in self._seats if seat.process is not None and seat.process.poll() is None]
+        running = [slot.process for slot in self._slots if slot.process is not None and slot.process.poll() is None]
         for process in running:
             process.send_signal(signal.SIGTERM)
         for process in running:
             process.wait()
 
-    def _log(self, seat: _Seat) -> Path:
-        return self.folder.logs / f"worker-{seat.number}.log"
+    def _log(self, slot: _Slot) -> Path:
+        return self.folder.logs / f"worker-{slot.number}.log"
 
-    def _start(self, seat: _Seat) -> None:
-        environ = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, seat.gpus))} if seat.gpus else {})
+    def _start(self, slot: _Slot) -> None:
+        environ = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, slot.gpus))} if slot.gpus else {})
         environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
-        with self._log(seat).open("ab") as log:
-            seat.process = subprocess.Popen(
+        with self._log(slot).open("ab") as log:
+            slot.process = subprocess.Popen(
                 [sys.executable, "-m", "qatscale", "study", "work", str(self.folder.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environ,
-                start_new_session=True,  # Ctrl-C is for this process, which then stops them in order
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops them
             )
-        seat.started = time.monotonic()
+        slot.started = time.monotonic()
 
 
 def _devices(folder: StudyFolder, count: int, per_gpu: int | None) -> list[list[int]]:

@@ -12,11 +12,11 @@ from qatscale.engine.checkpoints.files import MANIFEST
 from qatscale.study.claims import Attempt
 from qatscale.study.folder import StudyFolder, StudyJob
 
-MOST_DEATHS = 5
-"""Workers that may end without a word in the same run before the run counts as failed: it may be what kills them."""
+MAX_DEATHS = 5
+"""Workers that may die in the same run before the run counts as failed."""
 
 State = Literal["done", "running", "ready", "waiting", "failed", "blocked"]
-"""`ready`: can start or go on. `waiting`: for a checkpoint of its parent. `blocked`: its parent has failed before."""
+"""`ready`: can start or continue. `waiting`: for a checkpoint of its parent. `blocked`: its parent failed before it."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class StudyState:
             return JobState("running", number)
         if attempt is not None and attempt.state == "failed":
             return JobState("failed", number, attempt.reason)
-        if attempt is not None and attempt.state == "gone" and self._deaths(job.name) >= MOST_DEATHS:
-            return JobState("failed", number, f"{MOST_DEATHS} workers ended in it without a word (out of memory?)")
+        if attempt is not None and attempt.state == "gone" and self._deaths(job.name) >= MAX_DEATHS:
+            return JobState("failed", number, f"{MAX_DEATHS} workers died in it (out of memory?)")
         if job.parent is None or self._has_checkpoint(job):
             return JobState("ready", number)
         parent = before.get(job.parent)
@@ -78,7 +78,7 @@ class StudyState:
         return JobState("waiting", number)
 
     def _has_checkpoint(self, job: StudyJob) -> bool:
-        """Whether it can start from its parent's checkpoint, or go on from its own."""
+        """Whether it can start from its parent's checkpoint, or continue from its own."""
         assert job.parent is not None
         if (self.folder.checkpoint(job.parent, job.start) / MANIFEST).exists():
             return True
@@ -105,7 +105,7 @@ class StudyState:
         return counts
 
     def step(self, name: str) -> int:
-        """Optimizer steps that a run has done, as its folder says; where it starts before its first record."""
+        """Optimizer steps that a run has done, by its metrics file; its first step before the first record."""
         job = self.folder.jobs[name]
         if self.states[name].state == "done":
             return job.steps

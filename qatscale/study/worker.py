@@ -1,7 +1,7 @@
-"""A worker: claims one run of a study after the other and trains it in this process.
+"""A worker claims one run of a study after the other and trains it in its own process.
 
-Start-up (imports, process group) is paid once. A run of several processes is started through the DeepSpeed launcher
-instead. A run that fails is marked with its reason, and the worker goes on with others.
+Imports and the process group are set up once. A run of several processes is started through the DeepSpeed launcher. A
+run that fails is marked with the reason, and the worker continues with others.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from qatscale.study.results import record
 from qatscale.study.state import StudyState
 
 POLL = 1.0
-"""Seconds between two looks for a run that can start; grows tenfold while nothing changes."""
-MOST_REASON = 500
+"""Seconds between two searches for a run that can start; grows tenfold while nothing changes."""
+REASON_LENGTH = 500
 """Characters of an error that a claim keeps; the log has all."""
 
 
@@ -41,7 +41,7 @@ class Worker:
         self._stopped = False
 
     def work(self) -> int:
-        """Returns the exit code: 0 when no run is left for it, 75 after a signal."""
+        """The exit code: 0 when no run is left to train, 75 after a signal."""
         for number in self.SIGNALS:
             signal.signal(number, self._on_signal)
         state, pause = StudyState(self.folder), POLL
@@ -75,11 +75,11 @@ class Worker:
             raise
         except Exception as error:  # whatever ends one run must not end the others
             logging.getLogger("qatscale").exception(job.name)
-            reason = (f"{error}".strip() or type(error).__name__)[:MOST_REASON]
+            reason = (f"{error}".strip() or type(error).__name__)[:REASON_LENGTH]
             print(f"{job.name} failed: {reason}", flush=True)
             claim.close("failed", reason)
             if not _device_works():
-                print("the device answers no more: this worker starts anew", flush=True)
+                print("the device does not respond any more; this worker restarts", flush=True)
                 os.execv(sys.executable, [sys.executable, "-m", "qatscale", "study", "work", str(self.folder.path)])
             return not self._stopped
         if not done:
@@ -91,12 +91,12 @@ class Worker:
         return True
 
     def _train_here(self, job: StudyJob, branch_from: str | None) -> bool:
-        from qatscale.train.loop import train
+        from qatscale.train.run import train
 
         return train(self.folder.config(job.name), branch_from, linger=False).status == "done"
 
     def _launch(self, job: StudyJob, branch_from: str | None) -> bool:
-        """Train through DeepSpeed's launcher, in a process group of its own that signals are passed on to."""
+        """Train through DeepSpeed's launcher in a process group of its own; a signal is passed on to it."""
         deepspeed = Path(sys.executable).with_name("deepspeed")
         command = [str(deepspeed), "--num_gpus", str(job.processes), "--master_port", str(free_port())]
         command += ["--module", "qatscale", "train", str(self.folder.recipe(job.name)), f"output={self.folder.runs}"]
@@ -117,7 +117,7 @@ class Worker:
 
 
 def _device_works() -> bool:
-    """A failed kernel makes every later call to a GPU fail, for as long as the process lives."""
+    """Whether the GPU still computes: after a failed kernel it does not, as long as the process lives."""
     import torch
 
     if not torch.cuda.is_available():
@@ -129,15 +129,15 @@ def _device_works() -> bool:
 
 
 def _lost(name: str) -> None:
-    """Another worker took the run over: this process must not write its folder any more."""
-    print(f"error: {name} was taken over by another worker, which found no sign of life of this one", file=sys.stderr)
+    """End the process at once: another worker took the run over and writes its folder."""
+    print(f"error: {name} was taken over by another worker, which saw no heartbeat of this one", file=sys.stderr)
     sys.stderr.flush()
     os._exit(EXIT_FAILED)
 
 
 def clear_checkpoints(folder: StudyFolder, name: str) -> None:
-    """Remove the checkpoints that `name`, which is done, leaves without a use: its own that no run branches from any
-    more, and its parent's where it was the last one to branch. The final checkpoint of a run stays."""
+    """Remove the checkpoints that nobody needs once the run `name` is done: its own from which no run branches, and its
+    parent's where it was the last one to branch. The final checkpoint of a run stays."""
     jobs = folder.jobs
     waiting = {(job.parent, job.start) for job in jobs.values() if not folder.run(job.name).is_done}
     job = jobs[name]

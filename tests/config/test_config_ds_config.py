@@ -6,142 +6,223 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import (
+from qatscale.config import load_run_config, recipe_names
+from qatscale.config.ds_config import (
     ds_config_names,
+    ds_config_warnings,
     load_ds_config,
-    load_run_config,
     merge_ds_config,
     precision_of,
-    recipe_names,
+    run_ds_config,
 )
-from qatscale.config.ds_config import check_ds_config
 from qatscale.errors import UserError, UserErrors
 
 ZERO1 = {"zero_optimization": {"stage": 1}}
 
-# additions to ZERO1 -> the message
-BAD_DS_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "train_batch_size": (
-        {"train_batch_size": 8},
-        "train_batch_size: belongs to the recipe, not to a ds_config. Set batch.sequences there.",
+# additions to ZERO1 -> the key that is named, and what the message must hold besides
+BAD_DS_CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "scheduler": ({"scheduler": {"type": "WarmupLR"}}, ("scheduler", "schedule.cooldown_fraction")),
+    "another optimizer": ({"optimizer": {"type": "Lion"}}, ("optimizer.type", "'Lion'", "AdamW")),
+    "Adam with L2": ({"optimizer": {"params": {"adam_w_mode": False}}}, ("optimizer.params.adam_w_mode",)),
+    "fp16": ({"fp16": {"enabled": True}}, ("fp16", '"bf16": {"enabled": true}')),
+    "a removed feature": ({"elasticity": {"enabled": True}}, ("elasticity", "True")),
+    "quantized gradients": (
+        {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
+        ("zero_optimization.zero_quantized_gradients",),
     ),
-    "micro batch": (
-        {"train_micro_batch_size_per_gpu": 8},
-        "train_micro_batch_size_per_gpu: belongs to the recipe, not to a ds_config. Set batch.micro_batch there.",
-    ),
-    "accumulation": (
-        {"gradient_accumulation_steps": 8},
-        "gradient_accumulation_steps: follows from the recipe: batch.sequences / (batch.micro_batch x data-parallel "
-        "processes). Remove the key.",
-    ),
-    "optimizer": (
-        {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
-        "optimizer: belongs to the recipe, not to a ds_config. "
-        "Set optimizer.learning_rate, optimizer.betas, optimizer.eps and optimizer.weight_decay there.",
-    ),
-    "scheduler": (
-        {"scheduler": {"type": "WarmupLR"}},
-        "scheduler: belongs to the recipe, not to a ds_config. "
-        "Set schedule.shape, schedule.warmup_fraction and schedule.cooldown_fraction there.",
-    ),
-    "clipping": (
-        {"gradient_clipping": 1.0},
-        "gradient_clipping: belongs to the recipe, not to a ds_config. Set optimizer.gradient_clipping there.",
-    ),
-    "checkpoint": (
-        {"checkpoint": {"load_universal": True}},
-        "checkpoint: would have no effect: qatscale writes its own checkpoints, free of the layout they were saved "
-        "under. Set checkpoint.interval in the recipe.",
-    ),
-    "fp16": (
-        {"fp16": {"enabled": True}},
-        "fp16: is not supported: its loss scaling skips optimizer steps, and with them tokens and the planned switch; "
-        'scales under 6e-5 lose bits in fp16. Write "bf16": {"enabled": true} instead.',
-    ),
-    "removed": ({"elasticity": {}}, "elasticity: DeepSpeed 0.19 has removed elastic training. Remove the key."),
-    "unknown": (
-        {"zero_optimisation": {"stage": 2}},
-        "zero_optimisation: is no key of a ds_config. Did you mean 'zero_optimization'?",
-    ),
-    "unknown in a section": (
-        {"bf16": {"enable": True}},
-        "bf16.enable: is no key of a ds_config. Did you mean 'bf16.enabled'?",
-    ),
-    "stage 0": (
-        {"zero_optimization": {"stage": 0}},
-        "zero_optimization.stage = 0: Stages are 1 (optimizer state sharded), 2 (gradients too) and 3 (parameters "
-        "too); 0 is refused: in bf16 it takes a hidden optimizer step before training, and it reports no gradient "
-        "norm.",
-    ),
+    "AutoTP": ({"tensor_parallel": {"autotp_size": 2}}, ("tensor_parallel", "engine.tensor_parallel")),
+    "unknown": ({"zero_optimisation": {"stage": 2}}, ("zero_optimisation", "'zero_optimization'")),
+    "unknown and off": ({"bf16": {"enable": False}}, ("bf16.enable", "'bf16.enabled'")),
+    "unknown and auto": ({"zero_optimization": {"stage": 1, "bucket": "auto"}}, ("zero_optimization.bucket",)),
+    "stage 0": ({"zero_optimization": {"stage": 0}}, ("zero_optimization.stage", " 0:", "1 (", "2 (", "3 (")),
     "text for a number": (
         {"zero_optimization": {"stage": 1, "reduce_bucket_size": "5e8"}},
-        "zero_optimization.reduce_bucket_size = '5e8': allowed is a whole number of at least 1, without quotes.",
+        ("zero_optimization.reduce_bucket_size", "'5e8'"),
     ),
-    "text for a flag": (
-        {"bf16": {"enabled": "true"}},
-        "bf16.enabled = 'true': allowed is true or false, without quotes.",
+    "too large a number": (
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10**400}},
+        ("zero_optimization.reduce_bucket_size",),
     ),
-    "number for a flag": ({"bf16": {"enabled": 1}}, "bf16.enabled = 1: allowed is true or false, without quotes."),
-    "flag for a section": ({"bf16": True}, 'bf16 = True: is a section: {"key": value}.'),
-    "auto": (
-        {"bf16": {"enabled": "auto"}},
-        "bf16.enabled = 'auto': is filled in by Hugging Face's Trainer, and nobody here. Give a value.",
-    ),
-    "another dtype": (
-        {"communication_data_type": "fp8"},
-        "communication_data_type = 'fp8': allowed is fp32, bf16.",
-    ),
+    "text for a flag": ({"bf16": {"enabled": "true"}}, ("bf16.enabled", "'true'", "true or false")),
+    "number for a flag": ({"bf16": {"enabled": 1}}, ("bf16.enabled", " 1:", "true or false")),
+    "flag for a number": ({"steps_per_print": True}, ("steps_per_print", "True")),
+    "flag for a section": ({"bf16": True}, ("bf16", "True", "section")),
+    "another dtype": ({"communication_data_type": "fp8"}, ("communication_data_type", "'fp8'", "fp32, bf16")),
     "bf16 masters": (
         {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
-        "bf16.bf16_master_weights_and_grads: QAT needs fp32 masters: a scale's updates are lost in bf16.",
+        ("bf16.bf16_master_weights_and_grads",),
     ),
     "NVMe": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
-        "zero_optimization.offload_optimizer.device = 'nvme': allowed is none, cpu.",
+        ("zero_optimization.offload_optimizer.device", "'nvme'", "none or cpu"),
     ),
     "parameters offloaded but not sharded": (
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-        "zero_optimization.offload_param: needs stage 3, which shards parameters.",
+        ("zero_optimization.offload_param", "stage 3"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_DS_CONFIGS)
-def test_a_bad_ds_config_prints(name: str, tmp_path: Path) -> None:
-    additions, message = BAD_DS_CONFIGS[name]
+def test_a_bad_ds_config_is_named(name: str, tmp_path: Path) -> None:
+    additions, (key, *facts) = BAD_DS_CONFIGS[name]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(ZERO1 | additions))
     with pytest.raises(UserError) as caught:
         load_ds_config(path)
-    assert str(caught.value) == f"{message} (In {path}.)"
+    assert caught.value.key == key
+    assert [fact for fact in (str(path), *facts) if fact not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "key"),
     [
-        ("{", "line 1: is no JSON"),
-        ('{"bf16": {"enabled": true,}}', "line 1: is no JSON"),
-        ("[]", "holds a list"),
-        ('{"bf16": {}, "bf16": {}}', "bf16: occurs twice in the ds_config"),
-        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": Infinity}}', "allowed is a whole number"),
-        ('{"zero_optimization": {"stage": NaN}}', "Stages are 1"),
-        ("{}", "zero_optimization.stage: is missing. Stages are 1"),
-        ('{"zero_optimization": {}}', "zero_optimization.stage: is missing. Stages are 1"),
-        ('{"zero_optimization": true}', "is a section"),
+        ("{", "{path}, line 1"),
+        ('{"bf16":\n {"enabled": true,}}', "{path}, line 2"),
+        ("[]", "engine.ds_config"),
+        ("[" * 100_000, "engine.ds_config"),
+        ('{"steps_per_print": ' + "9" * 5000 + "}", "engine.ds_config"),
+        ('{"bf16": {}, "bf16": {}}', "bf16"),
+        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": Infinity}}', "zero_optimization.reduce_bucket_size"),
+        ('{"zero_optimization": {"stage": NaN}}', "zero_optimization.stage"),
+        ("{}", "zero_optimization.stage"),
+        ('{"zero_optimization": {}}', "zero_optimization.stage"),
+        ('{"zero_optimization": true}', "zero_optimization"),
     ],
 )
-def test_a_bad_file_prints(text: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_file_is_named(text: str, key: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_ds_config(path)
-    assert message in str(caught.value)
+    assert caught.value.key == key.format(path=path)
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(UserErrors) as caught:
-        check_ds_config({"train_batch_size": 1, "bf16": {"enabled": 3}, "zero_optimization": {"stage": 0}})
-    assert [p.key for p in caught.value.problems] == ["train_batch_size", "bf16.enabled", "zero_optimization.stage"]
+        merge_ds_config(
+            CONFIG, {"fp16": {"enabled": True}, "bf16": {"enabled": 3}, "zero_optimization": {"stage": 0}}, 1
+        )
+    assert [p.key for p in caught.value.problems] == ["fp16", "bf16.enabled", "zero_optimization.stage"]
+
+
+# --- ds_configs as other training stacks publish them ---
+
+CONFIG = load_run_config("debug", ["batch.sequences=16", "batch.micro_batch=4"])
+BATCH = dict.fromkeys(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
+FP16_AUTO = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+FROM_ELSEWHERE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "axolotl, ZeRO-2": (
+        {
+            **BATCH, "bf16": {"enabled": "auto"}, "fp16": {**FP16_AUTO, "auto_cast": False},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": True},
+        },
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": True},
+        [],
+    ),
+    "axolotl, ZeRO-3": (
+        {
+            **BATCH, "bf16": {"enabled": True},
+            "zero_optimization": {
+                "stage": 3, "sub_group_size": 0, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0, "stage3_gather_16bit_weights_on_model_save": True,
+            },
+        },
+        {
+            "stage": 3, "sub_group_size": 0, "reduce_bucket_size": 64 * 64,
+            "stage3_prefetch_bucket_size": int(0.9 * 64 * 64), "stage3_param_persistence_threshold": 640,
+            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+        },
+        ["zero_optimization.stage3_gather_16bit_weights_on_model_save"],
+    ),
+    "LLaMA-Factory, ZeRO-2": (
+        {
+            **BATCH, "zero_allow_untested_optimizer": True, "fp16": FP16_AUTO, "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": 2, "allgather_bucket_size": 5e8, "reduce_bucket_size": 5e8},
+            "comms_config": {"verbose": False}, "monitor_config": {"enabled": True, "csv_monitor": {"enabled": False}},
+        },
+        {"stage": 2, "allgather_bucket_size": 500_000_000, "reduce_bucket_size": 500_000_000},
+        ["zero_allow_untested_optimizer", "monitor_config"],
+    ),
+    "LLaMA-Factory, ZeRO-3": (
+        {
+            **BATCH, "zero_allow_untested_optimizer": True, "fp16": FP16_AUTO, "bf16": {"enabled": "auto"},
+            "zero_optimization": {
+                "stage": 3, "sub_group_size": 1e9, "reduce_bucket_size": "auto", "prefetch_bucket_size": "auto",
+                "param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+                "gather_16bit_weights_on_model_save": True, "allgather_bucket_size": "auto",
+            },
+        },
+        {
+            "stage": 3, "sub_group_size": 10**9, "reduce_bucket_size": 64 * 64,
+            "stage3_prefetch_bucket_size": int(0.9 * 64 * 64), "stage3_param_persistence_threshold": 640,
+            "stage3_max_live_parameters": 10**9,
+        },
+        ["zero_allow_untested_optimizer", "zero_optimization.stage3_gather_16bit_weights_on_model_save"],
+    ),
+    "Megatron-DeepSpeed, bf16": (
+        {
+            "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4,
+            "gradient_clipping": 1.0, "steps_per_print": 1, "bfloat16": {"enabled": True, "loss_scale": 1.0},
+            "fp16": {"enabled": False, "loss_scale": 0}, "zero_optimization": {"stage": 2},
+            "optimizer": {"type": "Adam", "params": {"lr": 0.003, "betas": [0.9, 0.95], "weight_decay": 1e-1}},
+            "data_types": {"grad_accum_dtype": "fp32"}, "prescale_gradients": False,
+            "activation_checkpointing": {"partition_activations": True}, "communication_data_type": "bfp16",
+            "curriculum_learning": {"enabled": False, "min_difficulty": 8}, "sparse_gradients": False,
+            "a_feature_of_theirs": {"enabled": False},
+        },
+        {"stage": 2},
+        ["activation_checkpointing"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROM_ELSEWHERE)
+def test_a_ds_config_of_another_stack_works_as_it_is(name: str, tmp_path: Path) -> None:
+    content, zero, without_effect = FROM_ELSEWHERE[name]
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(content))
+    config = load_run_config("debug", ["batch.sequences=16", "batch.micro_batch=4", f"engine.ds_config={path}"])
+    ds = run_ds_config(config)
+    assert precision_of(ds) == "bf16"
+    assert ds["zero_optimization"] == zero
+    merged = merge_ds_config(config, ds, 1)
+    assert '"auto"' not in json.dumps(merged)
+    assert (merged["train_batch_size"], merged["gradient_accumulation_steps"]) == (16, 4)
+    assert merged["gradient_clipping"] == 1
+    assert not {"fp16", "optimizer", "bfloat16"} & set(merged)
+    assert merge_ds_config(config, load_ds_config(path), 1) == merged
+    warnings = ds_config_warnings(config)
+    assert [warning.partition(" ")[0] for warning in warnings] == without_effect
+
+
+@pytest.mark.parametrize(
+    ("additions", "keys", "data_parallel"),
+    [
+        ({"train_batch_size": 8}, ["batch.sequences = 16"], 1),
+        ({"train_micro_batch_size_per_gpu": 8}, ["batch.micro_batch = 4"], 1),
+        ({"gradient_clipping": 0.5}, ["optimizer.gradient_clipping = 1.0"], 1),
+        ({"optimizer": {"params": {"lr": 1e-4}}}, ["optimizer.learning_rate = 0.003"], 1),
+        ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, ["optimizer.betas = (0.9, 0.95)"], 1),
+        ({"pipeline": {"stages": 2}}, ["engine.pipeline_stages = 1"], 1),
+        ({"gradient_accumulation_steps": 4}, ["= 2"], 2),
+        (
+            {"train_batch_size": 8, "gradient_clipping": 2},
+            ["batch.sequences = 16", "optimizer.gradient_clipping = 1.0"],
+            1,
+        ),
+    ],
+)
+def test_a_value_that_contradicts_the_recipe_is_refused(
+    additions: dict[str, Any], keys: list[str], data_parallel: int
+) -> None:
+    with pytest.raises(UserError) as caught:
+        merge_ds_config(CONFIG, ZERO1 | additions, data_parallel)
+    assert [key for key in keys if key not in str(caught.value)] == []
+    assert next(iter(additions)) in caught.value.key
 
 
 def test_an_unknown_name() -> None:

@@ -37,6 +37,9 @@ from qatscale.errors import UserError
         ("data.path=~/web", lambda c: c.data.path, Path.home() / "web"),
         ("name=2024", lambda c: c.name, "2024"),
         ("name=1e3", lambda c: c.name, "1e3"),
+        ("output=/data/x #1", lambda c: c.output, Path("/data/x #1")),
+        ("output=[a]", lambda c: c.output, Path("[a]")),
+        ("tracking.experiment='q'", lambda c: c.tracking.experiment, "'q'"),
         ("tracking.uri=none", lambda c: c.tracking.uri, "none"),
         ("model.tied_embedding=false", lambda c: c.model.tied_embedding, False),
         ("checkpoint.keep_at=[1K, 2K]", lambda c: c.checkpoint.keep_at, [1000, 2000]),
@@ -184,8 +187,10 @@ def test_amounts_read_exactly(text: object, units: int) -> None:
     assert parse_amount(text) == units
 
 
-@pytest.mark.parametrize("wrong", ["", "B", "2.3 billion", "-1", "1.5", "1.0001K", "nan", "inf", True, None, [1]])
-def test_what_is_no_amount(wrong: object) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["", "B", "2.3 billion", "-1", "1.5", "1.0001K", "nan", "inf", True, None, [1], "2e18", "1e9999999K"]
+)
+def test_what_is_not_an_amount(wrong: object) -> None:
     with pytest.raises(ValueError, match="amount"):
         parse_amount(wrong)
 

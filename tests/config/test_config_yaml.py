@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qatscale.config.yaml_text import parse_yaml, to_yaml
+from qatscale.config.yaml_text import MAX_VALUES, parse_document, parse_yaml, to_yaml
 from qatscale.errors import UserError
 
 
@@ -47,14 +47,42 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
         ("a: [1\nb: 2\n", "line 2"),
         ("a: 1\n b: 2\n", "line 2"),
         ("a: !!python/name:os.system ''", "line 1"),
-        ("a: \x00", "is no YAML"),
+        ("a: \x00", "not valid YAML"),
+        ("a: 1\nb: !!timestamp 2020-99-9*", "line 2, column 4: the tag !!timestamp"),
+        ("!!set {a}", "the tag !!set"),
+        ("!!bool maybe", "not a valid bool"),
+        ("!!float ''", "not a valid float"),
+        ("9" * 5000, "not a valid int"),
+        ("[" * 2000, "line 1, column 52: nested"),
+        ("{a: " * 2000, "nested"),
+        ("a: &a [*a]", "100,000 values"),
+        ("a: *b", "undefined alias"),
+        ("{[1]: 2}", "unhashable key"),
+        ("a: 1\n---\nb: 2\n", "another document"),
     ],
 )
-def test_errors_tell_file_and_line(text: str, message: str) -> None:
+def test_errors_name_file_and_line(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_yaml(text, "my.yaml")
     assert str(caught.value).startswith("my.yaml")
     assert message in str(caught.value)
+
+
+def test_every_key_and_item_has_its_line() -> None:
+    document = parse_document("a:\n  b: [1,\n    2]\n\n'c d': &x {e: 3}\nf: *x\n", "my.yaml")
+    assert document.value == {"a": {"b": [1, 2]}, "c d": {"e": 3}, "f": {"e": 3}}
+    assert document.lines == {
+        ("a",): 1, ("a", "b"): 2, ("a", "b", 0): 2, ("a", "b", 1): 3, ("c d",): 5, ("c d", "e"): 5, ("f",): 6,
+        ("f", "e"): 5,
+    }  # fmt: skip
+
+
+def test_a_document_has_a_largest_size() -> None:
+    """Aliases count with all that they stand for."""
+    parse_yaml(f"[{'1,' * (MAX_VALUES - 1)}]", "here")
+    for text in (f"[{'1,' * MAX_VALUES}]", f"a: &a [{'1,' * 999}]\nb: [{'*a, ' * 100}]"):
+        with pytest.raises(UserError, match="100,000 values"):
+            parse_yaml(text, "here")
 
 
 PLAIN = st.recursive(

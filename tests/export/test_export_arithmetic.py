@@ -1,4 +1,4 @@
-"""Whole numbers, units, packing and blocks against float64, bit arithmetic and the clients' own unpacking."""
+"""Integers, scales, packing and blocks against float64, bit arithmetic and the clients' own unpacking."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def a_matrix(
 
 @ALL
 @pytest.mark.parametrize("groups", [1, 4])
-def test_integers_times_unit_are_the_quantizers_weights_to_the_bit(quantizer: Quantizer, groups: int) -> None:
+def test_integers_times_scale_are_the_quantizers_weights_to_the_bit(quantizer: Quantizer, groups: int) -> None:
     matrix, decoded = a_matrix(quantizer, groups=groups)
     assert torch.equal(matrix.values(), decoded)
     assert torch.equal(matrix.values(torch.bfloat16), decoded.bfloat16())

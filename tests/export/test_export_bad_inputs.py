@@ -21,10 +21,10 @@ from qatscale.export.formats import FORMATS, gguf
 from qatscale.export.formats.lookup import get_format
 
 
-def refused(qatscale, line: str, *told: str) -> None:
+def refused(qatscale, line: str, *parts: str) -> None:
     code, _, error = qatscale(line)
     assert code == EXIT_BAD_INPUT
-    assert [part for part in told if part not in error] == [], error
+    assert [part for part in parts if part not in error] == [], error
 
 
 def test_an_unfinished_run_is_exported_when_asked_and_says_so(qatscale, runs: Path, tmp_path: Path) -> None:
@@ -143,14 +143,14 @@ def test_a_full_disk_leaves_nothing(format: str, qatscale, runs: Path, tmp_path:
 
 def test_what_is_not_installed_is_named_with_its_command(qatscale, runs: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(clients, "find_spec", lambda _: None)
-    for format, said in (
+    for format, parts in (
         ("gguf", ["transformers was not asked", "pip install transformers gguf accelerate",
                   "llama.cpp was not asked", "pip install llama-cpp-python"]),
         ("mlx", ["mlx-lm was not asked", "pip install 'mlx[cpu]' mlx-lm"]),
     ):  # fmt: skip
         code, out, _ = qatscale(f"export {runs}/two --out {tmp_path}/{format} --format {format}")
         assert code == 0
-        assert [line for line in said if line not in out] == []
+        assert [part for part in parts if part not in out] == []
         assert "pip install" in (tmp_path / format / "README.md").read_text().split("## Verification")[1]
         assert "trained model" in out, "the stored weights are compared all the same"
 

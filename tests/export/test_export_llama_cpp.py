@@ -18,7 +18,7 @@ from qatscale.model.hugging_face_tokenizer import PROBES
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp")
 BOUND = 0.05
-"""Of the error of a logit, in units of the largest: activations in 8 bits."""
+"""Bound on the error of a logit, relative to the largest: activations in 8 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def logits_of(model: llama_cpp.Llama, tokens: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("run", [*WIDTHS, "ternary", "three", "narrow"])
 def test_llama_cpp_is_near_what_was_trained(run: str, exports, runs: Path) -> None:
-    """It rounds activations to 8 bits before each product, by kernels of its own on every CPU: its logits are near, and
+    """It rounds activations to 8 bits before each product, by other kernels on every CPU: its logits are near, and
     its likeliest tokens are ours where the lead is larger than that."""
     folder = exports(run)
     asked = {report["client"].split()[0]: report for report in described(folder)["verification"]["clients"]}

@@ -15,18 +15,19 @@ from qatscale.config import load_run_config
 from qatscale.data.manifest import Manifest
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.formats.lookup import find_export
 from qatscale.inference.generate import open_text_generator
 from qatscale.inference.sampling import Detokenizer, Sampling, prompt_ids
-from qatscale.train.evaluate import load_checkpointed_model, open_view
+from qatscale.train.validation import open_view
 
 PROMPT = "def load(path):\n    return"
 ROUNDING = 1e-5
-"""Of the error of a logit, in units of the largest: sums in another order."""
+"""Bound on the error of a logit, relative to the largest: sums in another order."""
 
 
-def said(what: str, *options: str) -> str:
+def generated(what: str, *options: str) -> str:
     done = CliRunner().invoke(app, ["generate", what, "--prompt", PROMPT, *options], catch_exceptions=False)
     assert done.exit_code == 0
     assert done.stdout.startswith(PROMPT)
@@ -45,7 +46,7 @@ def test_greedy_text_is_that_of_our_own_forward(run: Path, view: str) -> None:
     generator.stream(ids, Sampling(tokens=20, temperature=0), text.append)
     decode = _decoder(config.data.path)
     assert "".join(text).startswith("".join(map(Detokenizer(decode, ids).add, certain)))
-    assert said(str(run), "--tokens", "20", "--temperature", "0", "--view", view) == PROMPT + "".join(text) + "\n"
+    assert generated(str(run), "--tokens", "20", "--temperature", "0", "--view", view) == PROMPT + "".join(text) + "\n"
 
 
 def _decoder(data: Path | None):  # type: ignore[no-untyped-def]
@@ -70,13 +71,13 @@ def test_a_checkpoint_before_the_switch_speaks_in_full_precision(run: Path) -> N
 
 
 def test_the_seed_decides_the_text(run: Path) -> None:
-    one, same, other = (said(str(run), "--tokens", "30", "--seed", seed) for seed in ("1", "1", "2"))
+    one, same, other = (generated(str(run), "--tokens", "30", "--seed", seed) for seed in ("1", "1", "2"))
     assert one == same != other
 
 
 def test_an_exported_folder_says_what_the_checkpoint_says(run: Path, tmp_path: Path) -> None:
-    from qatscale.engine.checkpoints.convert import write_hugging_face
     from qatscale.engine.checkpoints.training_state import read_checkpoint
+    from qatscale.tracking.convert import write_hugging_face
 
     write_hugging_face(read_checkpoint(str(run)), tmp_path / "hf")
     exported, checkpoint = open_text_generator(str(tmp_path / "hf")), open_text_generator(str(run), "fp")
@@ -108,9 +109,9 @@ def test_pieces_join_to_the_whole_text(prepared: Path, text: str) -> None:
     ids = tokenizer.encode_batch([text])[0].tolist()
     for cut in range(1, len(ids)):
         pieces = Detokenizer(tokenizer.decode, ids[:cut])
-        told = "".join([*map(pieces.add, ids[cut:]), pieces.rest()])
+        text_of_pieces = "".join([*map(pieces.add, ids[cut:]), pieces.rest()])
         # a prompt may end within a character: what it shows of it then is no part of the text
-        assert tokenizer.decode(ids[:cut]).rstrip("�") + told == text or "�" in tokenizer.decode(ids[:cut])
+        assert tokenizer.decode(ids[:cut]).rstrip("�") + text_of_pieces == text or "�" in tokenizer.decode(ids[:cut])
 
 
 def test_damaged_exports_are_told(tmp_path: Path) -> None:

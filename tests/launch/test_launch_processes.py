@@ -79,6 +79,6 @@ def test_a_wrong_key_is_told_once(launcher: str, tmp_path: Path) -> None:
     process = start(launcher, "debug", "tokns=1", f"output={tmp_path}")
     output = end(process)
     assert process.returncode not in (0, None)
-    assert output.count("error: tokns: is no key of a recipe. Did you mean 'tokens'?") == 1, output
+    assert output.count("error: tokns: unknown key. Did you mean 'tokens'?") == 1, output
     assert output.count("error: ") == 1
     assert list(tmp_path.iterdir()) == []

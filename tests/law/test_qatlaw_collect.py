@@ -20,12 +20,13 @@ from qatlaw.fit import fit
 from qatlaw.fit_file import read_fit
 from qatlaw.laws import QAT_PER_BITS
 from qatlaw.mlflow_runs import KIND_TAG, mlflow_records
+from qatlaw.results import read_results, write_results
 from qatlaw.runs import RunRecord, collect, counted
 from qatlaw.table import POINT
 from qatscale.cli.fit import collect_runs, folder_records
 from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.model.sizes import count_parameters
+from qatscale.config.sizes import count_parameters
 from qatscale.tracking.run_folder import RunFolder
 
 LAW = synthetic.law()
@@ -172,12 +173,17 @@ BY_NUMBERS = {"tokens", "seed", "data.seed", "qat.scheme", "qat.bits", "qat.frac
 
 
 @pytest.mark.parametrize("key", list(leaves(RunConfig)))
-def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str) -> None:
-    """Of a recipe's keys the optimizer's make trials, those of the job and of reports nothing, the rest points."""
+def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str, tmp_path: Path) -> None:
+    """Of a recipe's keys the optimizer's make trials, those of the job and of reports nothing, the rest points. The
+    rows of results.csv say the same as the runs, but for the data's path, which differs from machine to machine."""
     runs = (record(name, loss, at) for name, loss, at in (("a", 3.0, 1.0), ("b", 3.1, 2.0)))
     one, other = (replace(run, recipe={**run.recipe, key: run.name}) for run in runs)
     found = collect([one, other], "")
     used, reasons = list(found.table.frame["name"]), [left.reason for left in found.left_out]
+    write_results(tmp_path / "results.csv", [one, other])
+    rows = collect(read_results(tmp_path / "results.csv"), "")
+    if key != "data.path":
+        assert (list(rows.table.frame["name"]), [left.reason for left in rows.left_out]) == (used, reasons)
     if key in TRIALS:
         assert (used, reasons) == (["a"], [f"a trial with a higher loss: {key}=b; the best is a"])
     elif key in ("seed", "data.seed"):

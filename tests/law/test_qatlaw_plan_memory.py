@@ -12,7 +12,7 @@ from qatlaw.plan import Shape, plan_memory, shapes_within
 from qatlaw.planner_law import synthetic_law
 from qatscale.config import load_run_config
 from qatscale.config.schema import ModelConfig
-from qatscale.model.sizes import count_parameters
+from qatscale.config.sizes import count_parameters
 
 LAW = synthetic_law()
 

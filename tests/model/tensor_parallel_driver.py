@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qatscale.config.schema import ModelConfig, QatConfig
 from qatscale.engine.compilation import Compiled
 from qatscale.model.chunks import chunk_rows
+from qatscale.model.head import linear_cross_entropy
 from qatscale.model.llama import Llama, initialise
-from qatscale.model.loss import linear_cross_entropy
 from qatscale.model.tensor_parallel import UNSPLIT, TensorParallel, shard_of
 from qatscale.quant.plugin import QatPlugin, view
 from qatscale.quant.scales import initial_scale

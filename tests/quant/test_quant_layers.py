@@ -170,7 +170,7 @@ def a_switched_model(recompute: bool = False, **qat: object) -> TinyModel:
     model = TinyModel(recompute=recompute)
     plugin = QatPlugin(QatConfig(scheme="scratch", **qat), 0)
     plugin.prepare(model)
-    assert plugin.after_step(0, PlainMasters(torch.optim.AdamW(model.parameters()))) is not None
+    assert plugin.maybe_switch(0, PlainMasters(torch.optim.AdamW(model.parameters()))) is not None
     return model
 
 

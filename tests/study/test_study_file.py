@@ -9,7 +9,7 @@ import pytest
 from wrong_values import NO_SUCH_BITS
 
 from qatlaw import synthetic
-from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.laws import QAT_PER_BITS
@@ -32,51 +32,60 @@ def written(folder: Path, **changes: str | None) -> Path:
     return file
 
 
-WRONG = {
-    "an unknown key": ({"fraction": "[0.1]"}, ("fraction:", "no key of a study", "Did you mean 'fractions'?")),
-    "a missing key": ({"bits": None}, ("bits:", "is missing", "[2, 4]")),
-    "no tokens": ({"tokens": None}, ("tokens:", "tokens_per_parameter: [20, 80]")),
-    "tokens twice": ({"tokens_per_parameter": "[20]"}, ("tokens:", "says the same thing", "Keep one")),
-    "no amount": ({"tokens": "[2X]"}, ("tokens[0] = '2X'", "2.3B")),
-    "no such width": (
-        {"bits": f"[2, {NO_SUCH_BITS}]"}, (f"bits[1] = {NO_SUCH_BITS}", BIT_WIDTHS_TEXT, f"Nearest: {BIT_WIDTHS[-1]}"),
+# what is wrong -> changes of the good study, the key that is named, and what the message must hold besides
+WRONG: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
+    "an unknown key": ({"fraction": "[0.1]"}, ("fraction", "'fractions'", "line 6")),
+    "a missing key": ({"bits": None}, ("bits", "[2, 4]")),
+    "nothing": ({"bits": "[]"}, ("bits", "[2, 4]")),
+    "no tokens": ({"tokens": None}, ("tokens", "tokens_per_parameter: [20, 80]")),
+    "tokens twice": ({"tokens_per_parameter": "[20]"}, ("tokens", "tokens_per_parameter")),
+    "not an amount": ({"tokens": "[2X]"}, ("tokens[0]", "'2X'", "2.3B", "line 2")),
+    "no such bit width": (
+        {"bits": f"[2, {NO_SUCH_BITS}]"}, ("bits[1]", f" {NO_SUCH_BITS}:", BIT_WIDTHS_TEXT, "line 3"),
     ),
-    "per cent": ({"fractions": "[0, 30]"}, ("fractions[1] = 30", "0 (full precision) to 1", "Did you mean 0.3?")),
-    "a scheme's name": ({"schemes": "[sequentiel]"}, ("schemes[0] = 'sequentiel'", "Did you mean 'sequential'?")),
-    "a scheme without a split": ({"schemes": "[scratch]"}, ("schemes[0] = 'scratch'", "Put 1 into fractions")),
-    "twice the same": ({"fractions": "[0.3, 0.30]"}, ("fractions[1] = 0.3", "is there twice", "`seeds`")),
-    "nothing": ({"bits": "[]"}, ("bits = []", "is empty")),
-    "a truth value": ({"seeds": "[true]"}, ("seeds[0] = True", "whole number")),
-    "a recipe's name": ({"sizes": "[debgu]"}, ("sizes[0] = 'debgu'", "Did you mean 'debug'?")),
-    "a size's key": ({"sizes": "[{name: a, recipe: debug, sets: []}]"}, ("sizes[0].sets", "Did you mean 'set'?")),
-    "a size without a name": ({"sizes": "[{recipe: debug}]"}, ("sizes[0].name", "is missing")),
-    "two sizes of one name": ({"sizes": "[debug, {name: debug, recipe: quickstart}]"}, ("sizes", "two sizes")),
-    "an override of the grid": ({"set": "[qat.bits=4]"}, ("set[0] = 'qat.bits=4'", "the study's bits")),
-    "a key that no recipe has": ({"vary": "{qat.lr: [1]}"}, ("vary.qat.lr", "no key of a recipe")),
+    "per cent": ({"fractions": "[0, 30]"}, ("fractions[1]", "30", "0 (full precision) to 1", "0.3")),
+    "a scheme's name": ({"schemes": "[sequentiel]"}, ("schemes[0]", "'sequentiel'", "'sequential'")),
+    "a scheme of one phase": ({"schemes": "[scratch]"}, ("schemes[0]", "'scratch'", "1 into fractions")),
+    "twice the same": ({"fractions": "[0.3, 0.30]"}, ("fractions", "0.3 twice", "`seeds`")),
+    "a truth value": ({"seeds": "[true]"}, ("seeds[0]", "True", "whole number")),
+    "a recipe's name": ({"sizes": "[debgu]"}, ("sizes[0].recipe", "'debgu'", "'debug'", "line 1")),
+    "a size that is a number": ({"sizes": "[86]"}, ("sizes[0]", "86", "name, recipe, set, processes")),
+    "a size's key": ({"sizes": "[{name: a, recipe: debug, sets: []}]"}, ("sizes[0].sets", "'set'")),
+    "a size without a name": ({"sizes": "[{recipe: debug}]"}, ("sizes[0].name",)),
+    "two sizes of one name": ({"sizes": "[debug, {name: debug, recipe: quickstart}]"}, ("sizes", "'debug'")),
+    "an override of an axis": ({"set": "[qat.bits=4]"}, ("set[0]", "'qat.bits=4'", "the study's bits")),
+    "an override of the seed": ({"set": "[data.seed=4]"}, ("set[0]", "the study's seeds")),
+    "a key that no recipe has": ({"vary": "{qat.lr: [1]}"}, ("vary.qat.lr", "Known in qat", "line 6")),
     "a key that is an axis": ({"vary": "{qat.bits: [2]}"}, ("vary.qat.bits", "the study's bits")),
-    "values that are no mapping": ({"vary": "[1]"}, ("vary = [1]", "key: [values]")),
-    "a grid's key": ({"grids": "[{bit: [2]}]"}, ("grids[0].bit", "Did you mean 'bits'?")),
-    "a grid's value": ({"grids": "[{bits: [2]}, {bits: [9]}]"}, ("grids[1].bits[0] = 9", "Nearest: 8")),
-    "no grids": ({"grids": "[]"}, ("grids = []", "a list of mappings")),
-    "no processes": ({"sizes": "[{name: a, recipe: debug, processes: 0}]"}, ("sizes[0].processes = 0", "above 0")),
-    "no override": ({"set": "[qat]"}, ("set[0] = 'qat'", "KEY=VALUE", "qatscale config")),
+    "values that are not a mapping": ({"vary": "[1]"}, ("vary", "[1]", "key: [values]")),
+    "a grid's key": ({"grids": "[{bit: [2]}]"}, ("grids[0].bit", "'bits'")),
+    "a grid's value": ({"grids": "[{bits: [2]}, {bits: [9]}]"}, ("grids[1].bits[0]", " 9:", "line 6")),
+    "no grids": ({"grids": "[]"}, ("grids", "[]", "a list of mappings")),
+    "no processes": ({"sizes": "[{name: a, recipe: debug, processes: 0}]"}, ("sizes[0].processes", " 0:", "above 0")),
+    "not an override": ({"set": "[qat]"}, ("set[0]", "'qat'", "KEY=VALUE", "qatscale config")),
     "several": (
-        {"bits": "[9]", "fractions": "[2]", "seed": "1"}, ("3 problems", "bits[0] = 9", "fractions[0] = 2", "'seeds'"),
+        {"bits": "[9]", "fractions": "[2]", "seed": "1"}, ("bits[0]", "3 problems", "fractions[0] = 2", "'seeds'"),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_study_is_refused(what: str, tmp_path: Path) -> None:
-    changes, tells = WRONG[what]
-    with pytest.raises(UserError) as told:
+    changes, (key, *facts) = WRONG[what]
+    with pytest.raises(UserError) as caught:
         read_study(written(tmp_path, **changes))
-    for part in tells:
-        assert part in str(told.value)
+    assert caught.value.key == key
+    assert [fact for fact in facts if fact not in str(caught.value)] == []
 
 
 def names(file: Path) -> list[str]:
     return [run.route.name for run in grid(read_study(file)).runs]
+
+
+def test_one_value_stands_for_a_list_of_one(tmp_path: Path) -> None:
+    lists = names(written(tmp_path, bits="[2]", fractions="[0.5]", seeds="[1]"))
+    assert lists == names(written(tmp_path, sizes="debug", tokens="100K", bits="2", fractions="0.5", seeds="1"))
+    assert lists == ["debug-100K-sequential-2bit-f0.5-seed1"]
 
 
 def test_any_key_can_be_varied(tmp_path: Path) -> None:
@@ -127,7 +136,8 @@ def test_fractions_that_nearly_agree_are_two_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "told"), [("no.yaml", "no such file"), ("bent.yaml", "bent.yaml"), ("empty.yaml", "holds no")]
+    ("what", "told"),
+    [("no.yaml", "no such file"), ("bent.yaml", "bent.yaml"), ("empty.yaml", "holds no"), ("x" * 300, "no such file")],
 )
 def test_a_file_that_is_no_study_is_refused(what: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "bent.yaml").write_text("bits: [2")
@@ -243,3 +253,12 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
     assert "--law = 'nothing.json'" in capsys.readouterr().err
     assert run("study", "plan", file, "--law", "synthetic", "--noise", "0") == 2
     assert "--noise = 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 5000, '{"name": 1}', '[{"name": "a"}]', '[{"name": "a", "parent": null, "start": "x"}]']
+)
+def test_a_damaged_tree_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tree.json").write_text(text)
+    assert run("study", "status", str(tmp_path)) == 2
+    assert str(tmp_path / "tree.json") in capsys.readouterr().err

@@ -1,4 +1,8 @@
-"""The export formats. Each is one module of this package; this list is the only other place that names it."""
+"""The export formats. Each is one module of this package, and this list is the only other place that names it.
+
+To add one, write a module whose FORMAT is an instance of a subclass of `base.Format`, and add it here, to
+tests/export/expected.py and to analysis/guides/ship-it.md; tests fail until all of it is done.
+"""
 
 FORMATS = {
     "hf": "values on the quantizer's grid, for transformers",

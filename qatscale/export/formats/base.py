@@ -29,7 +29,7 @@ class Format(ABC):
     library: ClassVar[str] = "transformers"
     """`library_name` of the model card."""
     suffix: ClassVar[str] = ".safetensors"
-    """Of the files of weights."""
+    """Ending of the files of weights."""
     holds_full_precision: ClassVar[bool] = False
     """Whether it also takes a model without any quantized parameter."""
 
@@ -69,8 +69,8 @@ class Format(ABC):
         """
         if not source.is_quantized and not self.holds_full_precision:
             why = "has not switched to QAT" if source.config.qat.scheme != "fp" else "was trained in full precision"
-            do = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
-            raise UserError("--format", self.name, f"stores quantized weights, and the checkpoint {why}.", do)
+            fix = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
+            raise UserError("--format", self.name, f"stores quantized weights, and the checkpoint {why}.", fix)
         entries = []
         for parameter in source.parameters:
             first, *others = self.encodings(parameter, source)
@@ -82,14 +82,14 @@ class Format(ABC):
         if refused and not fallback:
             more = f" And {len(refused) - 1} more like it." if len(refused) > 1 else ""
             cost = sum(map(layout.fallback_cost, refused)) / 2**20
-            do = f"Add --fallback to store such tensors in the next type that holds them exactly, {cost:.2f} MiB more"
+            fix = f"Add --fallback to store such tensors in the next type that holds them exactly, {cost:.2f} MiB more"
             problem = f"cannot hold {refused[0].parameter}: {refused[0].fallback}{more}"
-            raise UserError("--format", self.name, problem, f"{do}; or choose hf.")
+            raise UserError("--format", self.name, problem, f"{fix}; or choose hf.")
         return layout
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a Hugging Face folder; None where there is none. UserError for a damaged one."""
+    """config.json of a Hugging Face folder, None without one. UserError for a damaged one."""
     path = folder / "config.json"
     return read_object(path, "model") if path.is_file() else None
 

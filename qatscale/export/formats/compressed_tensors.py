@@ -5,7 +5,7 @@ A Linear of name N is stored as N.weight_packed (int32, see `packing`; each inte
 and by vLLM, which asks for just these names, for symmetric scales without zero points, and for the same scheme in what
 it fuses (q, k, v and gate, up: they have one width here).
 
-1 bit takes two (±1 is no two's complement number of one bit), SEQ's 2 bits take three (±1, ±3).
+1 bit takes two (±1 needs two in two's complement), SEQ's 2 bits take three (±1, ±3).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CompressedTensors(Transformers):
 class PackedEncoding(Encoding):
     bits: int
     dtype: torch.dtype
-    """Of scales, and of the weights that clients compute from them."""
+    """Type of scales, and of the weights that clients compute from them."""
     tied: bool
 
     @property

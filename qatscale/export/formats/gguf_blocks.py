@@ -1,7 +1,7 @@
 """GGUF's quantized blocks, made from integers and their scale: none of ggml's quantizers, which choose scales anew.
 
 Layouts are those of llama.cpp's ggml-common.h. A block is 32, 128 or 256 neighbouring weights of a row with their fp16
-scale d (= the scale of `QuantizedMatrix`). Sub-block scales, where there are any, are set to constants:
+scale d (= the scale of `QuantizedMatrix`). Sub-block scales, in types that have them, are constants:
 
 =====  ==========================================  ========================
 type   a weight is                                 so that integers are

@@ -1,4 +1,4 @@
-"""A tokenizer as metadata of a GGUF file, which llama.cpp makes its own from."""
+"""A tokenizer as metadata of a GGUF file, from which llama.cpp builds one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LLAMA3 = "|".join(
      r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
 )  # fmt: skip
 _SPLITS = {_GPT2: "gpt-2", _LLAMA3: "llama-bpe"}
-"""How text is cut before pieces are merged -> llama.cpp's name of it, where it has one."""
+"""Pattern that splits text before pieces are merged -> llama.cpp's name of it."""
 
 
 def vocabulary(folder: Path | None, rows: int) -> dict[str, Any]:
     """Keys of a GGUF file for the tokenizer in `folder`, with as many tokens as the model has `rows`.
 
-    None: no tokenizer, ids only. UserError for one that llama.cpp does not have.
+    None: no tokenizer, ids only. UserError for a kind of tokenizer that llama.cpp does not have.
     """
     if folder is None:
         return {"tokenizer.ggml.model": "no_vocab"}
@@ -64,7 +64,7 @@ _NOTHING_ADDED = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos
 
 
 def _padding(count: int, rows: int) -> list[tuple[str, float, int]]:
-    """Rows of the embedding that no piece belongs to."""
+    """Tokens for the rows of the embedding without a piece."""
     return [(f"[PAD{index}]", -1000.0, TokenType.UNUSED) for index in range(count, rows)]
 
 
@@ -72,7 +72,7 @@ def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
     content = json.loads((folder / HUGGING_FACE_FILE).read_text())
     split = _split_of(content)
     if content["model"]["type"] != "BPE" or split not in _SPLITS or content.get("normalizer") is not None:
-        raise _no_such(f"a {content['model']['type']} tokenizer that cuts and normalises text as this one does")
+        raise _no_such(f"a {content['model']['type']} tokenizer that splits and normalises text as this one does")
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     names = {number: piece for piece, number in content["model"]["vocab"].items()}
     names |= {number: token["content"] for number, token in added.items()}
@@ -94,7 +94,7 @@ def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def _split_of(content: dict[str, Any]) -> str | None:
-    """The pattern by which a byte-level tokenizer cuts text; None for another kind."""
+    """The pattern by which a byte-level tokenizer splits text; None for another kind."""
     steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
@@ -113,5 +113,5 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def _no_such(what: str) -> UserError:
-    do = "Add --tokenizer none for a file of ids only, with the tokenizer's files beside it; or choose another format."
-    return UserError("--format", "gguf", f"llama.cpp has no tokenizer like {what}.", do)
+    fix = "Add --tokenizer none for a file of ids only, with the tokenizer's files beside it; or choose another format."
+    return UserError("--format", "gguf", f"llama.cpp has no tokenizer like {what}.", fix)

@@ -35,7 +35,7 @@ def get_format(name: str) -> Format:
 
 
 def find_export(path: Path) -> Exported | None:
-    """The export at a path, recognised by what its clients look for; None where there is none."""
+    """The export at a path, recognised by what its clients look for; None for anything else."""
     for name in reversed(FORMATS):
         format = get_format(name)
         if (found := format.find(path)) is not None:

@@ -1,0 +1,151 @@
+"""What a study will cost, and how certain a law will be after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qatlaw.information import Certainty, certainties
+from qatlaw.planner_law import PlannerLaw
+from qatlaw.runs import RunRecord, planned_points
+from qatlaw.study import Tree, cheapest_tree
+from qatscale.config.sizes import count_parameters
+from qatscale.study.file import TWO_PHASES, read_study
+from qatscale.study.forecast import Forecast, forecast
+from qatscale.study.grid import Grid, StudyRun, grid
+from qatscale.tracking.mlflow_names import flatten
+
+
+@dataclass(frozen=True)
+class Information:
+    """What the runs of a study tell about a law, if that law holds."""
+
+    law: PlannerLaw
+    noise: float
+    """Standard deviation of a run's log loss."""
+    certainties: Mapping[str, tuple[Certainty | None, Certainty]]
+    """By scheme: with the runs that exist, None without any, and with those of the study as well."""
+    points: tuple[tuple[float, float, float], ...]
+    """(parameters, tokens, bits) of the planned runs with two phases, as far as the law describes them."""
+
+    def fraction_errors(self, certainty: Certainty) -> dict[float, list[float | None]]:
+        """By bit width the standard errors of the optimal fraction at `points`; None where it is not determined."""
+        errors: dict[float, list[float | None]] = {}
+        for N, D, B in self.points:
+            errors.setdefault(B, []).append(certainty.determined_fraction(N, D, B))
+        return errors
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    grid: Grid
+    tree: Tree
+    cost: Forecast
+    information: Information | None
+
+
+def plan_study(
+    file: Path, workers: int = 1, law: PlannerLaw | None = None, noise: float = 0.002, known: pd.DataFrame | None = None
+) -> StudyPlan:
+    """The cheapest tree of a study's runs, its cost, and under `law` what its runs tell beside the `known` ones."""
+    study_grid = grid(read_study(file))
+    tree = cheapest_tree([run.route for run in study_grid.runs])
+    cost = forecast(tree.jobs, {run.route.name: _parameters(run) for run in study_grid.runs}, workers)
+    information = None if law is None else _information(study_grid, law, noise, known)
+    return StudyPlan(study_grid, tree, cost, information)
+
+
+def _information(study_grid: Grid, law: PlannerLaw, noise: float, known: pd.DataFrame | None) -> Information:
+    bits = law.range["bits"][0] if law.law.form.one_width else None
+    planned = planned_points([_record(run) for run in study_grid.runs])
+    points = {
+        (float(_parameters(run)), float(run.timeline.tokens), float(run.config.qat.bits))
+        for run in study_grid.runs
+        if run.config.qat.scheme in TWO_PHASES and bits in (None, run.config.qat.bits)
+    }
+    by_scheme = certainties(law.law, planned, noise, known, bits)
+    return Information(law, noise, by_scheme, tuple(sorted(points)))
+
+
+def _parameters(run: StudyRun) -> int:
+    return count_parameters(run.config.model).total
+
+
+def _record(run: StudyRun) -> RunRecord:
+    """What tracking will keep of a run, but its loss."""
+    tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
+    final = {
+        "n_params": float(_parameters(run)),
+        "bits": float(run.config.qat.bits),
+        "tokens_fp": float(run.timeline.tokens - tokens_qat),
+        "tokens_qat": float(tokens_qat),
+        "scheme": run.config.qat.scheme,
+    }
+    return RunRecord(run.config.name, run.config.name, "PLANNED", final, flatten(run.config.model_dump(mode="json")))
+
+
+# --- for programs ---
+
+
+def as_json(plan: StudyPlan) -> dict[str, Any]:
+    """A run is `qatscale train RECIPE OVERRIDES`, and a branch adds `--branch-from`."""
+    tree = plan.tree
+    content: dict[str, Any] = {
+        "study": plan.grid.name,
+        "runs": _jobs(plan),
+        "left_out": [{"name": name, "reason": reason} for name, reason in plan.grid.left_out],
+        "warnings": list(plan.grid.warnings),
+        "tokens": tree.tokens,
+        "tokens_alone": tree.tokens_alone,
+        "flops": tree.flops,
+        "flops_alone": tree.flops_alone,
+        "forecast": asdict(plan.cost),
+    }
+    if (information := plan.information) is not None:
+        schemes = {
+            scheme: {
+                "before": _errors(information, before) if before else None,
+                "after": _errors(information, after),
+            }
+            for scheme, (before, after) in information.certainties.items()
+        }
+        law = information.law
+        content["information"] = {
+            "law": law.source, "synthetic": law.synthetic, "noise": information.noise, "schemes": schemes,
+        }  # fmt: skip
+    return content
+
+
+def _jobs(plan: StudyPlan) -> list[dict[str, Any]]:
+    runs = {run.route.name: run for run in plan.grid.runs}
+    jobs = []
+    for job in plan.tree.jobs:
+        run = runs[job.route.name]
+        parent = runs[job.parent].config.folder if job.parent else None
+        kept = [step * job.route.tokens_per_step for step in plan.tree.kept[job.route.name]]
+        keep_at = [f"checkpoint.keep_at=[{', '.join(map(str, kept))}]"] if kept else []
+        jobs.append(
+            {
+                "name": job.route.name,
+                "recipe": run.recipe,
+                "overrides": [*run.overrides, *keep_at],
+                "branch_from": f"{parent}@{job.start}" if parent else None,
+                "start": job.start,
+                "steps": job.route.steps,
+                "new_tokens": job.new_tokens,
+            }
+        )
+    return jobs
+
+
+def _errors(information: Information, certainty: Certainty) -> dict[str, Any]:
+    """Standard errors; null for what is not determined."""
+    fractions = information.fraction_errors(certainty)
+    return {
+        "parameters": certainty.determined,
+        "fraction": {f"{bits:g}": errors for bits, errors in fractions.items()},
+    }
