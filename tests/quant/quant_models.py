@@ -70,6 +70,21 @@ class TinyModel(nn.Module):
         return F.cross_entropy(self.logits(tokens).flatten(0, 1), labels.flatten())
 
 
+def prepared(
+    switch_step: int | None = 3, tied: bool = True, **qat: object
+) -> tuple[TinyModel, QatPlugin, torch.optim.AdamW, PlainMasters]:
+    """A prepared model with its optimizer, before the switch."""
+    model = TinyModel(tied)
+    plugin = QatPlugin(QatConfig(**{"scheme": "fused", **qat}), switch_step)
+    plugin.prepare(model)
+    scales = scale_groups(model)
+    of_scales = {id(p) for group in scales.values() for p in group}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in of_scales]}]
+    groups += [{"params": group, "weight_decay": 0.0} for group in scales.values()]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    return model, plugin, optimizer, PlainMasters(optimizer)
+
+
 TRANSITIONS = torch.softmax(2 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(5)), -1)
 """[token, next token] -> probability. To know 40 random distributions takes precise logits, so that bits matter."""
 
@@ -90,30 +105,3 @@ def a_batch(seed: int = 1, sequences: int = 4, length: int = 16) -> tuple[Tensor
         chain.append(torch.multinomial(TRANSITIONS[chain[-1]], 1, generator=generator).squeeze(-1))
     tokens = torch.stack(chain, dim=1)
     return tokens[:, :-1], tokens[:, 1:]
-
-
-NAMES = ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"]
-LAYERS = [f"blocks.{index}.{name}" for index in range(2) for name in NAMES]
-
-
-def prepared(
-    switch_step: int | None = 3, tied: bool = True, **qat: object
-) -> tuple[TinyModel, QatPlugin, torch.optim.AdamW, PlainMasters]:
-    model = TinyModel(tied)
-    plugin = QatPlugin(QatConfig(**{"scheme": "fused", **qat}), switch_step)
-    plugin.prepare(model)
-    scales = scale_groups(model)
-    of_scales = {id(p) for group in scales.values() for p in group}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in of_scales]}]
-    groups += [{"params": group, "weight_decay": 0.0} for group in scales.values()]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    return model, plugin, optimizer, PlainMasters(optimizer)
-
-
-def train(model: TinyModel, optimizer: torch.optim.Optimizer, steps: int) -> float:
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = model(*a_batch(seed=step))
-        loss.backward()
-        optimizer.step()
-    return loss.item()
