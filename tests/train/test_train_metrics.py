@@ -79,7 +79,7 @@ def steps(meter: Meter, count: int) -> dict[str, Any]:
 
 def test_the_first_ten_steps_and_those_after_the_switch_are_marked_as_warm_up(meter: Meter) -> None:
     assert [steps(meter, 4)["warmup"] for _ in range(5)] == [True, True, True, False, False]
-    meter.cold()
+    meter.restart()
     assert [steps(meter, 10)["warmup"] for _ in range(3)] == [True, False, False]
 
 
