@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import unlaunched
 
 GUIDES = sorted((Path(__file__).parents[1] / "analysis" / "guides").glob("[a-z]*.md"))
 
@@ -27,7 +28,7 @@ def script(guide: Path) -> str:
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    environment = unlaunched() | {"PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
     done = subprocess.run(
         ["bash", "-c", script(guide)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
