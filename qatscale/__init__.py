@@ -1,3 +1,3 @@
 """qatscale: plan, run and analyse compute-optimal quantization-aware pre-training on DeepSpeed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

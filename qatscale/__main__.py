@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from qatscale.cli import main
-from qatscale.cli.lasting import Lasting
-from qatscale.engine.environment import adopt
+from qatscale.cli.broken_pipe import IgnoreBrokenPipe
 from qatscale.errors import EXIT_BAD_INPUT, UserError
+from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
@@ -31,11 +31,11 @@ def start(arguments: Sequence[str]) -> None:
             own.append(argument)
     if own and own[0] in TRAINING:
         try:
-            os.environ.update(adopt(os.environ))
+            os.environ.update(launcher_environment(os.environ))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
-        sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
         # torch's C++ side prints a stack of its own for every connection that breaks, below the failure we report
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     main(own)

@@ -1,7 +1,8 @@
-"""Files that are either whole or not there, and locks that end with the process that holds them."""
+"""Files that are complete or absent, strict JSON in them, and locks that end with the process that holds them."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -9,13 +10,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from qatscale.errors import UserError
 
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 PARTIAL = ".partial"
 """Ending of a file that is still being written."""
 
@@ -58,8 +60,53 @@ def write_atomic(path: Path, content: bytes) -> None:
     rename_synced(partial, path)
 
 
-def write_json_atomic(path: Path, content: Any) -> None:
-    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` with `value` as JSON; see `encode` and `write_atomic`."""
+    text = json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. OSError, or ValueError for what is not JSON."""
+    return decode(json.loads(path.read_text(encoding="utf-8")))
+
+
+def encode(value: Any) -> Any:
+    """`value` in the types of strict JSON: NumPy and torch scalars become numbers, paths strings, dataclasses objects.
+
+    JSON has no floats that are not finite. They become the strings "NaN", "Infinity" and "-Infinity", as in the JSON
+    mapping of Protocol Buffers. TypeError for what has no form in JSON.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, str) or value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy or torch scalar
+        value = value.item()
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Iterable):
+        return [encode(item) for item in value]
+    raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode` for numbers: the three strings become floats again."""
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    return value
 
 
 def check_new(out: Path) -> None:

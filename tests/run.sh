@@ -7,6 +7,8 @@ export OMP_NUM_THREADS=1 # two cores, several processes: more threads only get i
 ruff check .
 ruff format --check .
 mypy
+codespell
+vulture
 # Tests of one process leave the second core idle: two at a time, the tests of a file on one worker, with its fixtures.
 # Those that start several processes, of which some watch the clock, run alone.
 run() { pytest "$@" || [ $? -eq 5 ]; } # 5: the arguments select none of these tests

@@ -52,11 +52,12 @@ def places(sizes: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
 
 
 def measure(axis: str, width: int, micro: int, length: int, bits: int, rounds: int, on_gpu: bool) -> Point:
-    from qatscale.bench.measure import Variant, interleaved
-    from qatscale.bench.steppers import engine_stepper
+    from measure import Variant, interleaved
+    from steppers import engine_stepper
+
     from qatscale.config import load_run_config
+    from qatscale.config.sizes import count_parameters
     from qatscale.engine.runtime import start_runtime
-    from qatscale.model.sizes import count_parameters
 
     layers = 8 if on_gpu else 4
     config = load_run_config("quickstart", [
@@ -112,7 +113,8 @@ def main(given: list[str] | None = None) -> None:
         import os
 
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from qatscale.bench.measure import use_threads
+    from measure import use_threads
+
     from qatscale.tracking.environment import environment
 
     threads = use_threads(options.threads)

@@ -1,7 +1,7 @@
 """Training processes that are watched from outside and killed with SIGKILL at a moment drawn before.
 
 They are forked from a process that has imported torch and DeepSpeed: a launch costs 2 seconds instead of 10, and is
-`qatscale.train.loop.train` from its first line on, process group included. Counters in shared memory tell where each
+`qatscale.train.run.train` from its first line on, process group included. Counters in shared memory tell where each
 process is; nothing else of them is changed.
 """
 
@@ -102,7 +102,7 @@ def preload() -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
 
     import qatscale.tracking.curves
-    import qatscale.train.loop  # noqa: F401
+    import qatscale.train.run  # noqa: F401
 
 
 def launch(
@@ -202,29 +202,29 @@ def _train(
     )
     _watch(rank, shared, trap)
     from qatscale.config import load_run_config
-    from qatscale.train.loop import train
+    from qatscale.train.run import train
 
     assert train(load_run_config("debug", overrides)).status == "done"
 
 
 def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
     """Keep the counters of this process. trap: (rank, save, file operation of it) to die at; save 0: none."""
-    from qatscale.train.prefetch import Prefetch
-    from qatscale.train.saver import Saver
+    from qatscale.data.reader import BatchReader
+    from qatscale.train.checkpointing import AsyncCheckpointer
 
     forked = time.perf_counter()
-    take, save, write = Prefetch.take, Saver.save, Saver._write
+    batch, save, write = BatchReader.batch, AsyncCheckpointer.save, AsyncCheckpointer._write
     writer = 0
 
-    def watched_take(self: Any, step: int) -> Any:
+    def watched_batch(self: Any, step: int, *rest: int) -> Any:
         if shared.step[rank] < 0:
             shared.starting[rank] = time.perf_counter() - forked
         shared.step[rank] = step
-        return take(self, step)
+        return batch(self, step, *rest)
 
-    def watched_save(self: Any, draft: Any) -> None:
-        shared.step[rank] = draft.step
-        save(self, draft)
+    def watched_save(self: Any, step: int, reason: str) -> None:
+        shared.step[rank] = step
+        save(self, step, reason)
 
     def watched_write(*arguments: Any) -> Path:
         """In the thread that writes; rotation included."""
@@ -245,6 +245,6 @@ def _watch(rank: int, shared: Shared, trap: tuple[int, int, int]) -> None:
             if rank == trap[0] and shared.begun[rank] >= trap[1] > 0 and shared.operations[rank] == trap[2]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    Prefetch.take = watched_take  # type: ignore[method-assign]
-    Saver.save, Saver._write = watched_save, watched_write  # type: ignore[method-assign, assignment]
+    BatchReader.batch = watched_batch  # type: ignore[method-assign]
+    AsyncCheckpointer.save, AsyncCheckpointer._write = watched_save, watched_write  # type: ignore[method-assign]
     sys.addaudithook(audit)

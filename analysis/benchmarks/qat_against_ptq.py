@@ -15,7 +15,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the quickstart: more threads do not help a model this small
 
-from qatscale.cli.quickstart import branch_config, branch_step, prepare_corpus, train_or_reuse, trunk_config
+from qatscale.cli.quickstart import prepare_corpus
+from qatscale.study.trunk import branch_config, branch_step, train_or_reuse, trunk_config
 from qatscale.tracking.compare import validation_losses
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import evaluate_checkpoint

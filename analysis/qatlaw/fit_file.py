@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qatlaw.errors import InputError
 from qatlaw.intervals import Bootstrap
+from qatlaw.laws import law_from_dict
 from qatlaw.laws.base import Law, LawForm
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def read_fit(path: str | Path) -> FitFile:
     again = "Make the file again with `qatscale fit`."
     try:
         content = _Content.model_validate_json(Path(path).read_bytes(), strict=True)
-        law = Law.from_dict({"form": content.form, "coefficients": content.coefficients})
+        law = law_from_dict({"form": content.form, "coefficients": content.coefficients})
         if law.form.one_width and "bits" not in content.range:
             raise InputError("range.bits", None, f"is missing; {law.form.name} describes one bit width.")
         drawn = content.bootstrap.bind(law.form) if content.bootstrap else None

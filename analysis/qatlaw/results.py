@@ -16,11 +16,12 @@ from typing import Any
 
 from qatlaw.errors import InputError
 from qatlaw.measurement import settings_with_effect
+from qatlaw.names import VAL_LOSS
 from qatlaw.runs import RunRecord
 
 RECIPE = "recipe."
 """Before a recipe's keys, which share names with metrics."""
-_FIRST = ("name", "scheme", "n_params", "bits", "tokens_total", "qat_fraction", "final/val_loss")
+_FIRST = ("name", "scheme", "n_params", "bits", "tokens_total", "qat_fraction", VAL_LOSS)
 _PASSING_METRICS = ("tokens_per_second",)
 
 

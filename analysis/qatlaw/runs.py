@@ -20,10 +20,10 @@ import pandas as pd
 
 from qatlaw.errors import InputError
 from qatlaw.measurement import point_settings, trial_settings
+from qatlaw.names import VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
 
-LOSS, PTQ_LOSS = "final/val_loss", "final/val_loss_ptq"
-NEEDED = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme", LOSS)
+NEEDED = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme", VAL_LOSS)
 TEXTS = ("scheme", "data_fingerprint", "validation_fingerprint")
 """Final values that are text, which MLflow keeps as parameters."""
 LARGEST = 1e300
@@ -136,7 +136,7 @@ def _unfit(record: RunRecord) -> str | None:
     missing = [name for name in NEEDED if record.final.get(name) is None]
     if missing:
         return f"final metrics missing: {', '.join(missing)}"
-    loss = float(record.final[LOSS])
+    loss = float(record.final[VAL_LOSS])
     if not math.isfinite(loss) or abs(loss) > LARGEST:
         return "diverged: its loss is not finite"
     vocabulary = _number(record.recipe.get("model.vocab_size"))
@@ -179,7 +179,7 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
             columns = ("validation_fingerprint", "validation_tokens", "settings", "trial")
             rows[record.run_id] = {
                 **dict(zip(NEEDED[:-1], law_point[:-1], strict=True)),
-                "loss": float(record.final.get(LOSS, math.nan)),
+                "loss": float(record.final.get(VAL_LOSS, math.nan)),
                 **{"run_id": record.run_id, "name": record.name, "seed": law_point[-1]},
                 **dict(zip(columns, same, strict=True)),
             }
@@ -229,8 +229,8 @@ def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any
     """A row for each post-training quantization of a full-precision run."""
     rows = []
     for name, loss in record.final.items() if point["scheme"] == "fp" else ():
-        if name.startswith(PTQ_LOSS) and loss is not None and math.isfinite(loss) and abs(loss) < LARGEST:
-            bits = float(name.removeprefix(PTQ_LOSS))
+        if name.startswith(VAL_LOSS_PTQ) and loss is not None and math.isfinite(loss) and abs(loss) < LARGEST:
+            bits = float(name.removeprefix(VAL_LOSS_PTQ))
             ptq = {"bits": bits, "scheme": "ptq", "loss": float(loss), "run_id": f"{record.run_id}/ptq{bits:g}"}
             rows.append({**point, **ptq})
     return rows

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from qatlaw.errors import InputError
 from qatlaw.laws.points import Floats, Points
+from qatlaw.names import VAL_LOSS, VAL_LOSS_FP
 
 COLUMNS = ("n_params", "bits", "tokens_fp", "tokens_qat", "loss", "scheme")
 """What a table must have. Others (run_id, name...) are kept; `synthetic` marks runs that nobody trained."""
@@ -29,7 +30,7 @@ POINT = (*(name for name in COLUMNS if name != "loss"), "seed", *TEXT, "settings
 point differ in `trial`, the optimizer's settings."""
 SAME_COUNT = 1.02
 """Ratio of token counts up to which the held-out text is the same: counts are cut to whole sequences."""
-ALIASES = {"final/val_loss": "loss", "final/val_loss_fp_view": "loss_fp_view"}
+ALIASES = {VAL_LOSS: "loss", VAL_LOSS_FP: "loss_fp_view"}
 """Names as the tracking of qatscale writes them, with or without MLflow's `metrics.` and `params.` before them."""
 SCHEMES = {
     "fp": "full precision to the end",

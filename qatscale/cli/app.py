@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from qatlaw.cli import planner
-from qatscale.cli.bench import bench
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
 from qatscale.cli.plan import RecipesAndGpus
@@ -363,10 +362,7 @@ app.command()(report)
 app.add_typer(study, name="study")
 
 
-# --- cost ---
-
-
-app.add_typer(bench, name="bench")
+# --- first steps ---
 
 
 @app.command()

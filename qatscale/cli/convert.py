@@ -13,7 +13,7 @@ def run_convert(
     source: str, to: str, out: Path, recipe: str | None, overrides: Sequence[str], trained_tokens: str | None
 ) -> None:
     from qatscale.config.amounts import positive_amount
-    from qatscale.engine.checkpoints.convert import convert
+    from qatscale.tracking.convert import convert
 
     seen = None if trained_tokens is None else positive_amount("--trained-tokens", trained_tokens)
     state = convert(source, to, out, recipe, overrides, seen)

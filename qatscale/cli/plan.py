@@ -18,8 +18,8 @@ class RecipesAndGpus:
 
     def recipe(self, name: str) -> Recipe:
         from qatscale.config import load_run_config
-        from qatscale.model.sizes import count_parameters, flops_per_token
-        from qatscale.timeline import nearest_fraction
+        from qatscale.config.sizes import count_parameters, flops_per_token
+        from qatscale.schedule.fraction import nearest_fraction
 
         config = load_run_config(name)
         two_phases = config
@@ -39,7 +39,7 @@ class RecipesAndGpus:
         )
 
     def peak_flops(self, gpu: str) -> float:
-        from qatscale.model.sizes import device_names, peak_flops
+        from qatscale.config.sizes import device_names, peak_flops
 
         peak = peak_flops(gpu)
         if peak is None:
@@ -50,8 +50,8 @@ class RecipesAndGpus:
     def runnable(self, answer: Answer, recipe: str | None) -> Answer:
         """With the recipe of the planned size, or for a planned shape the nearest one; `RECIPE` where none fits."""
         from qatscale.config import load_run_config, recipe_names
-        from qatscale.model.sizes import count_parameters
-        from qatscale.timeline import build_timeline
+        from qatscale.config.sizes import count_parameters
+        from qatscale.schedule.build import build_timeline
 
         overrides = answer.overrides
         if not overrides or "RECIPE" not in answer.command:

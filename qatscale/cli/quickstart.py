@@ -6,7 +6,7 @@ Every run has the same total tokens D. The trunk is trained once, at the stable 
     sequential   a cooldown in full precision, then QAT with a warm-up and a cooldown of its own
     fused        QAT from the stable rate on, with the one cooldown inside
 
-so that three runs cost about half of what they would alone. A second start reuses what is there.
+so that three runs cost about half of what they would alone. A second start reuses what exists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from qatscale.cli.terminal import console
 from qatscale.config import load_run_config
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
-from qatscale.timeline import build_timeline
 
 SCHEMES = ("fp", "sequential", "fused")
 CORPUS = "self:12M"
@@ -29,9 +28,12 @@ VALIDATION_FRACTION = 0.05
 
 
 def run_quickstart(out: Path) -> None:
-    """Everything goes into `out`. Raises whatever the rooms raise; what is finished by then is reused next time."""
+    """Write everything into `out`. What is finished when an error is raised is reused next time."""
     # On a model this small two threads are 1.3 times as fast as one, and a tenth as fast once something else runs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from qatscale.schedule.build import build_timeline
+    from qatscale.study.trunk import branch_config, branch_step, train_or_reuse, trunk_config
+
     out_console = console()
     started = time.perf_counter()
     _headline(out_console, "Text: this machine's Python packages → tokenizer → token shards")
@@ -50,38 +52,6 @@ def run_quickstart(out: Path) -> None:
     _show(out_console, out, branches)
 
 
-def branch_config(scheme: str, out: Path, data: Path, *overrides: str) -> RunConfig:
-    """One branch: the recipe `quickstart` under this scheme, named after it unless `overrides` say else."""
-    own = [f"name={scheme}", f"qat.scheme={scheme}", *overrides]
-    return load_run_config("quickstart", [*_shared(out, data), *own])
-
-
-def branch_step(config: RunConfig) -> int:
-    """Where a branch leaves the trunk: at its first cooldown or at its switch, whichever comes first."""
-    return build_timeline(config).boundaries[0]
-
-
-def trunk_config(branches: list[RunConfig], *overrides: str) -> RunConfig:
-    """The trunk up to its last branch, with a checkpoint at every branch."""
-    first = branches[0]
-    points = sorted({branch_step(config) * first.tokens_per_step for config in branches})
-    assert first.data.path is not None
-    own = [
-        "name=trunk",
-        "qat.scheme=fp",
-        "schedule.cooldown_fraction=0",
-        f"tokens={points[-1]}",
-        f"checkpoint.keep_at={points}",
-        "evaluation.ptq_bits=[]",
-        *overrides,
-    ]
-    return load_run_config("quickstart", [*_shared(first.output.parent, first.data.path), *own])
-
-
-def _shared(out: Path, data: Path) -> list[str]:
-    return [f"output={out / 'runs'}", f"data.path={data}", f"tracking.uri=sqlite:///{(out / 'mlflow.db').absolute()}"]
-
-
 def prepare_corpus(folder: Path, progress: Console | None = None) -> Path:
     """The embedded corpus as token shards, made now or found."""
     from qatscale.data.prepare import prepare
@@ -91,15 +61,6 @@ def prepare_corpus(folder: Path, progress: Console | None = None) -> Path:
         [CORPUS], folder, vocab_size=vocabulary, validation_fraction=VALIDATION_FRACTION, workers=2, console=progress
     )
     return folder
-
-
-def train_or_reuse(config: RunConfig, branch_from: str | None = None) -> None:
-    """Train a run to its end; one that is done costs nothing. SystemExit 75 where a signal stops it."""
-    from qatscale.errors import EXIT_REQUEUE
-    from qatscale.train.loop import train
-
-    if train(config, branch_from).status == "stopped":
-        raise SystemExit(EXIT_REQUEUE)
 
 
 def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:

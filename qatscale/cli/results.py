@@ -18,7 +18,8 @@ def print_evaluation(
 ) -> None:
     from qatscale.cli.show import check_bits
     from qatscale.config.amounts import positive_amount
-    from qatscale.tracking.compare import perplexity, view_label
+    from qatscale.tracking.compare import view_label
+    from qatscale.tracking.run_folder import perplexity
     from qatscale.train.evaluate import evaluate_checkpoint
 
     for bits in ptq:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qatscale.engine.estimate.fits import (
     refuse_what_cannot_fit,
 )
 from qatscale.engine.estimate.memory import ON_DEVICE, Kind
+from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
 
 _SHOWN: dict[Kind, str] = {
@@ -44,7 +44,8 @@ def print_dry_run(
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
     from qatscale.cli.show import print_timeline
-    from qatscale.config import run_ds_config
+    from qatscale.config.ds_config import ds_config_warnings, run_ds_config
+    from qatscale.schedule.build import build_timeline
 
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
@@ -54,28 +55,25 @@ def print_dry_run(
         if branch:
             console().print(f"begins at step {branch['step']:,} of {branch['checkpoint']}", soft_wrap=True)
     ds_config = run_ds_config(config)
-    job = estimate_job(config, ds_config, processes or job_size(config), given)
+    smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
+    job = estimate_job(config, ds_config, processes or job_size(smallest), given)
     advice = network_advice(config, ds_config, job)
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
-        print(json.dumps({"timeline": _timeline(config), "branch": branch, "scale": scale}, indent=2))
+        timeline = {"name": config.name, **build_timeline(config).to_dict()}
+        timeline["warnings"] = [*timeline["warnings"], *ds_config_warnings(config)]
+        print(json.dumps({"timeline": timeline, "branch": branch, "scale": scale}, indent=2))
     else:
         print_scale(job, config, advice)
     refuse_what_cannot_fit(config, ds_config, job)
 
 
-def job_size(config: RunConfig) -> int:
-    """WORLD_SIZE; without it, the smallest job of this layout."""
-    smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
-    return int(os.environ.get("WORLD_SIZE", smallest))
-
-
 def _branch(config: RunConfig, branch_from: str) -> dict[str, Any]:
     """The checkpoint to branch from and its step. UserError where none exists or it does not fit the run."""
-    from qatscale.timeline import build_timeline
-    from qatscale.train.start import plan_start
+    from qatscale.schedule.build import build_timeline
+    from qatscale.train.resume import plan_resume
 
-    start = plan_start(config, build_timeline(config), branch_from)
+    start = plan_resume(config, build_timeline(config), branch_from)
     return {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
 
 
@@ -167,20 +165,3 @@ def as_dict(job: JobEstimate, config: RunConfig) -> dict[str, Any]:
         "step_seconds": job.step_seconds,
         "tokens_per_second": config.tokens_per_step / job.step_seconds if job.step_seconds else None,
     }  # fmt: skip
-
-
-def _timeline(config: RunConfig) -> dict[str, Any]:
-    from qatscale.config import ds_config_warnings
-    from qatscale.timeline import build_timeline
-
-    timeline = build_timeline(config)
-    return {
-        "name": config.name,
-        "tokens": timeline.tokens,
-        "steps": timeline.steps,
-        "tokens_per_step": timeline.tokens_per_step,
-        "switch_step": timeline.switch_step,
-        "qat_fraction": timeline.qat_fraction,
-        "qat_lr_ratio": timeline.qat_lr_ratio,
-        "warnings": [*timeline.warnings, *ds_config_warnings(config)],
-    }

@@ -46,7 +46,7 @@ def print_json_schema() -> None:
 def print_recipes() -> None:
     from qatscale.config import load_run_config, recipe_names
     from qatscale.config.amounts import format_amount
-    from qatscale.model.sizes import count_parameters
+    from qatscale.config.sizes import count_parameters
 
     numbers = ("parameters", "width", "layers", "sequence", "batch (tokens)", "tokens")
     table = plain_table("recipe", *numbers, "ds_config", right=numbers)
@@ -71,9 +71,10 @@ def print_recipes() -> None:
 
 
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
-    from qatscale.config import ds_config_warnings
     from qatscale.config.amounts import format_amount
-    from qatscale.timeline import COLUMNS, build_timeline, describe, draw
+    from qatscale.config.ds_config import ds_config_warnings
+    from qatscale.schedule.build import build_timeline
+    from qatscale.schedule.show import COLUMNS, describe
 
     check_figure(figure)
     timeline = build_timeline(config)
@@ -97,4 +98,6 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
     for warning in (*timeline.warnings, *ds_config_warnings(config)):
         out.print(f"warning: {warning}", style="yellow", soft_wrap=not out.is_terminal)
     if figure is not None:
+        from qatscale.schedule.figure import draw
+
         out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)

@@ -126,7 +126,7 @@ def _bytes(count: int) -> str:
 
 def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
     """FLOPs a second of a worker; None where --gpu and --mfu are not given."""
-    from qatscale.model.sizes import device_names, peak_flops
+    from qatscale.config.sizes import device_names, peak_flops
 
     if (gpu is None) != (mfu is None):
         raise UserError("--gpu" if gpu is None else "--mfu", None, "missing.", "Give both, or neither.")

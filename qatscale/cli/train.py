@@ -25,7 +25,7 @@ def run_training(config: RunConfig, branch_from: str | None) -> str:
     """Train, then show the result. Returns `done` or `stopped`."""
     import os
 
-    from qatscale.train.loop import train
+    from qatscale.train.run import train
 
     outcome = train(config, branch_from)
     if outcome.status == "done" and int(os.environ.get("RANK", 0)) == 0:

@@ -93,7 +93,7 @@ def merge_ds_config(config: RunConfig, ds: Mapping[str, Any], data_parallel: int
     sequences, micro_batch = config.batch.sequences, config.batch.micro_batch
     if sequences % (micro_batch * data_parallel):
         raise _does_not_divide(config, data_parallel)
-    accumulation = sequences // (micro_batch * data_parallel)
+    accumulation = config.batch.micro_batches(data_parallel)
     if merged.get("gradient_accumulation_steps", accumulation) != accumulation:
         ours = f"batch.sequences / (batch.micro_batch x data-parallel processes) = {accumulation}"
         raise check.contradiction("gradient_accumulation_steps", merged["gradient_accumulation_steps"], ours)

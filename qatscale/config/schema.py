@@ -8,16 +8,18 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
+from qatscale.config import cooldown_shapes
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.describe import Allowed
 from qatscale.config.section import ClashError, NotBool, Positive, Section
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
 Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]
-Shape = Literal[
-    "linear", "cosine", "mirror_cosine", "1-sqrt", "sqrt", "minus_sqrt", "1-square", "lowered_linear", "exponential",
-    "piecewise",
-]  # fmt: skip
+ShapeName = Annotated[
+    Literal[*cooldown_shapes.NAMES],  # type: ignore[valid-type]  # as many as the table has
+    AfterValidator(cooldown_shapes.canonical),
+    Field(description=cooldown_shapes.DESCRIPTION),
+]
 
 
 def _bit_width(value: int | float) -> int | float:
@@ -116,6 +118,10 @@ class BatchConfig(Section):
     micro_batch: Positive
     """Sequences of one forward pass in a process: sequences = micro_batch x accumulation x data-parallel processes."""
 
+    def micro_batches(self, data_parallel: int) -> int:
+        """Micro-batches of an optimizer step on each of so many data-parallel processes."""
+        return self.sequences // (self.micro_batch * data_parallel)
+
 
 class OptimizerConfig(Section):
     """AdamW. Norms and quantizer scales get no weight decay."""
@@ -157,7 +163,7 @@ class ScheduleConfig(Section):
     Where neither this nor cooldown_tokens is given: 20 %, or what the warm-up leaves."""
     cooldown_tokens: Tokens | None = None
     """Length of the cooldown in tokens, instead of cooldown_fraction."""
-    shape: Shape = "1-sqrt"
+    shape: ShapeName = "1-sqrt"
     """Curve of the rate in the cooldown; `sqrt` and `minus_sqrt` are other names of 1-sqrt."""
     exponent: Annotated[float, Field(gt=0)] = 0.5
     """For shape 1-sqrt: the rate falls as 1 - x^exponent."""

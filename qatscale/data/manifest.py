@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, ShardFiles
 from qatscale.errors import UserError
-from qatscale.files import sha256_of, write_json_atomic
+from qatscale.files import sha256_of, write_json
 
 Split = Literal["train", "validation"]
 Verify = Literal["auto", "size", "full"]
@@ -85,7 +85,7 @@ class Manifest(_Part):
         return hashlib.sha256(json.dumps([self.dtype, shards]).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        write_json_atomic(folder / NAME, self.model_dump())
+        write_json(folder / NAME, self.model_dump())
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -11,7 +11,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 import qatscale
 from qatscale.data import state as states
@@ -24,9 +26,6 @@ from qatscale.data.sources import Source, SourceOptions, open_source
 from qatscale.data.state import TOKENIZER, State
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from qatscale.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 VOCABULARY = 32_000
 SAMPLE_BYTES = 50_000_000

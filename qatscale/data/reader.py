@@ -157,10 +157,6 @@ class BatchReader:
         first = step * self.sequences + rank * share
         return self.stream.gather(self._order(first, share), self.sequence_length)
 
-    def epoch(self, step: int) -> float:
-        """Epochs read before 0-based `step`."""
-        return self.epochs(step)
-
     def epochs(self, steps: int) -> float:
         """Epochs that `steps` steps read; above 1, data repeat."""
         return steps * self.sequences / self.sequences_per_epoch

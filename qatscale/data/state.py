@@ -14,7 +14,7 @@ from qatscale.data.encode import SPLITS
 from qatscale.data.manifest import NAME as MANIFEST
 from qatscale.data.manifest import Manifest, Shard, SplitCounts
 from qatscale.errors import UserError
-from qatscale.files import PARTIAL, HeldError, locked, write_json_atomic
+from qatscale.files import PARTIAL, HeldError, locked, write_json
 
 NAME = "progress.json"
 TOKENIZER = "tokenizer"
@@ -63,7 +63,7 @@ class State(BaseModel):
         )
 
     def save(self, folder: Path) -> None:
-        write_json_atomic(folder / NAME, self.model_dump())
+        write_json(folder / NAME, self.model_dump())
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> Manifest | None:

@@ -16,7 +16,7 @@ import numpy as np
 from qatscale.data.indexed import token_dtype
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError
-from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json_atomic
+from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json
 from qatscale.untrusted import check_json_files, first_line, read_json
 
 CARD = "qatscale_tokenizer.json"
@@ -57,7 +57,7 @@ class Tokenizer(abc.ABC):
         partial.mkdir(parents=True)
         self._save_files(partial)
         card = {"kind": self.kind, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
-        write_json_atomic(partial / CARD, card | {"fingerprint": self.fingerprint})
+        write_json(partial / CARD, card | {"fingerprint": self.fingerprint})
         shutil.rmtree(folder, ignore_errors=True)
         rename_synced(partial, folder)
 

@@ -21,8 +21,8 @@ from typing import Any
 from qatscale.config.schema import EngineConfig
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
+from qatscale.model.head import fusible_chunk_loss
 from qatscale.model.llama import Llama, run_block
-from qatscale.model.loss import fusible_chunk_loss
 from qatscale.model.tensor_parallel import keep_out_of_graphs
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from qatscale.config.schema import RunConfig
-from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.topology import Topology, gather_stages
+from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, canonical_name
 from qatscale.model.tensor_parallel import shard_of
 from qatscale.quant.plugin import QatPlugin, scale_groups
-from qatscale.timeline import StepSettings
+from qatscale.schedule.timeline import StepSettings
 
 
 def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ meets another; whatever cannot work is refused here."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,6 +49,11 @@ class Layout:
         return f"{self.data} data x {self.tensor} tensor x {self.pipeline} pipeline"
 
 
+def job_size(unlaunched: int = 1) -> int:
+    """Processes of the job, before they have met: WORLD_SIZE. unlaunched: the number without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", unlaunched))
+
+
 def plan_layout(config: RunConfig, ds_config: Mapping[str, Any], processes: int) -> Layout:
     """The layout of a run on so many processes. UserError with everything that cannot work, and what would."""
     problems = list(_problems(config, ds_config, processes))
@@ -86,7 +92,7 @@ def layout_notices(config: RunConfig, layout: Layout) -> tuple[str, ...]:
         shown = ", ".join(
             f"{len(stage.blocks)} ({size / 1e6:,.1f}M)" for stage, size in zip(stages, sizes, strict=True)
         )
-        micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
+        micro_batches = config.batch.micro_batches(layout.data)
         share = bubble(micro_batches, layout.pipeline)
         notices.append(
             f"pipeline: {shown} blocks a stage (parameters); {micro_batches} micro-batches a step leave each stage "

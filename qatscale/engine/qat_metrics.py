@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qatscale.engine.fragments import Fragment, ZeroMasters
+from qatscale.engine.zero_masters import Fragment, ZeroMasters
 from qatscale.quant.bit_widths import SCALE_FLOOR, Quantizer
 from qatscale.quant.plugin import FakeQuantLayer, matrices
 from qatscale.quant.reference import encode

@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch
 
+from qatscale.engine.layout import job_size
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -46,11 +48,6 @@ class Runtime:
 def uses_gpu() -> bool:
     """Whether there is a GPU and DS_ACCELERATOR does not say to leave it alone."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-
-
-def job_size() -> int:
-    """Processes of the job, before they have met."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation, on whatever engine the layout asks for."""
+"""One optimizer step, and one evaluation, on the engine of any layout."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def train_step(engine: Any, batch: Tensor, micro_batch: int, topology: Topology)
 
 
 def _on_device(batch: Tensor, micro_batch: int, engine: Any) -> Iterator[Tensor]:
+    if engine.device.type == "cuda":
+        batch = batch.pin_memory()  # from pageable memory each copy would wait for all that the GPU has yet to do
     for part in batch.split(micro_batch):
         yield part.to(engine.device, non_blocking=True)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qatscale.data.manifest import tokenizer_folder
+from qatscale.data.open import open_validation
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.card import card
 from qatscale.export.encoding import ExportLayout
@@ -18,8 +20,8 @@ from qatscale.export.formats.lookup import get_format
 from qatscale.export.report import FILE, contents, provenance
 from qatscale.export.source import ExportSource, open_source
 from qatscale.export.verify import Verification, materialised, verify_export
-from qatscale.files import appearing, check_new, write_json_atomic
-from qatscale.train.evaluate import load_checkpointed_model, open_validation, open_view
+from qatscale.files import appearing, check_new, write_json
+from qatscale.train.validation import open_view
 from qatscale.untrusted import readable
 
 NO_TOKENIZER = "none"
@@ -78,7 +80,7 @@ def export(
             raise VerificationError(verification)
         described = contents(layout, chosen, origin, folder, verification)
         (folder / "README.md").write_text(card(described, chosen, source.config, tokenizer_files is not None))
-        write_json_atomic(folder / FILE, described)
+        write_json(folder / FILE, described)
     return described
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import load_ds_config, load_run_config, precision_of
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, recipe_beside, verify_files
 from qatscale.errors import UserError
@@ -25,7 +26,7 @@ from qatscale.quant.bit_widths import Quantizer, get_quantizer
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
-from qatscale.timeline import build_timeline
+from qatscale.schedule.build import build_timeline
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def open_source(
     config = load_run_config(recipe, [f"data.path={data}"] if data else [])
     reader = CheckpointReader(folder)
     verify_files(folder, reader.manifest)
-    precision = precision_of(load_ds_config(config.engine.ds_config))
+    precision = precision_of(run_ds_config(config))
     source = ExportSource(
         folder=folder,
         config=config,

@@ -12,6 +12,7 @@ import torch
 from qatscale.config import load_run_config
 from qatscale.data.manifest import tokenizer_folder
 from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.export.clients import Transformers
@@ -20,7 +21,7 @@ from qatscale.inference.sampling import Detokenizer, Sampling
 from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.quant.views import computed_weights
-from qatscale.train.evaluate import load_checkpointed_model, open_view
+from qatscale.train.validation import open_view
 
 
 class TransformersModel:

@@ -11,7 +11,7 @@ _LEAST = 64
 
 
 def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
-    """The tokens in each chunk of the loss (`qatscale.model.loss`); the last chunk may have fewer.
+    """The tokens in each chunk of the loss (`qatscale.model.head`); the last chunk may have fewer.
 
     vocabulary: rows of the head on this process. device: its type; every device but a CPU counts as a GPU.
     """

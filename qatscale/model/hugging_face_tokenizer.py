@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
 from qatscale.errors import UserError
 from qatscale.untrusted import first_line
 
@@ -133,8 +135,6 @@ def fast_tokenizer(model: bytes) -> Any:
     transformers' own conversion of Llama tokenizers is not used: it drops the normalisation rule, and adds no space
     before a text that starts with one. Raises UserError for models that are not BPE.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-
     proto = model_proto(model)
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     if trainer.model_type != trainer.BPE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qatscale.config.schema import ModelConfig
-from qatscale.model.sizes import count_parameters
+from qatscale.config.sizes import count_parameters
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""QAT as a plugin of a training loop: three verbs, prepare, after_step and state.
+"""QAT as a plugin of a training loop: three methods, prepare, maybe_switch and state.
 
 A loop of plain PyTorch::
 
@@ -7,11 +7,10 @@ A loop of plain PyTorch::
     optimizer = AdamW([{"params": weights}, *({"params": p, "weight_decay": 0.0, "lr": lr * plugin.scale_lr_ratio(bits)}
                                               for bits, p in scale_groups(model).items())])
     masters = PlainMasters(optimizer)
-    plugin.after_step(0, masters)            # QAT from step 0 switches here
     for step in range(steps):
+        report = plugin.maybe_switch(step, masters)
         ...
         optimizer.step()
-        report = plugin.after_step(step + 1, masters)
 
 Scales exist from the start, inert, so that optimizer groups, partitions and checkpoints are the same on both sides of
 the switch. Optimizer steps with 0-based index >= switch_step run quantized.
@@ -104,11 +103,12 @@ class QatPlugin:
         """The learning rate of the scales of a bit width over that of the weights."""
         return get_quantizer(bits).scale_lr_ratio if self.qat.scale_lr_ratio == "auto" else self.qat.scale_lr_ratio
 
-    def after_step(self, step: int, masters: Masters) -> SwitchReport | None:
-        """Call it with the number of optimizer steps done, once before training and after every step.
+    def maybe_switch(self, step: int, masters: Masters) -> SwitchReport | None:
+        """Switch to QAT if `step`, the 0-based optimizer step about to be taken, is the switch step or lies after it.
 
-        Switches when the time has come, once, and then returns the report. Collective: every process switches.
-        NothingQuantizedError where the switch changes no weight; FloatingPointError where weights are not finite.
+        Call it before every step. Returns the report where it switches, which it does once, and None otherwise.
+        Collective where it switches. NothingQuantizedError where the switch changes no weight; FloatingPointError where
+        weights are not finite.
         """
         if self.switch_step is None or self.switched_at is not None or step < self.switch_step:
             return None

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qatscale.files import write_json_atomic
-from qatscale.tracking.process import identity, is_alive
+from qatscale.files import write_json
+from qatscale.supervise.process import identity, is_alive
 
 HEARTBEAT = 10.0
 """Seconds between the heartbeats of a holder."""
@@ -152,4 +152,4 @@ class Claim:
         if self._thread is not None:
             self._thread.join()
         if not self.successor.exists():
-            write_json_atomic(self.path, {**self.content, "state": state, "reason": reason, "ended": time.time()})
+            write_json(self.path, {**self.content, "state": state, "reason": reason, "ended": time.time()})

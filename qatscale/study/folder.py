@@ -27,10 +27,10 @@ from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
 from qatscale.errors import UserError
-from qatscale.files import locked, write_atomic, write_json_atomic
-from qatscale.model.sizes import count_parameters
+from qatscale.files import locked, write_atomic, write_json
 from qatscale.study.claims import Claims
 from qatscale.study.file import read_study
 from qatscale.study.grid import StudyRun, grid
@@ -164,7 +164,7 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             if job.name in configs and job.name not in begun:
                 _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in job.keep])
         write_atomic(folder.study_file, text.encode())
-        write_json_atomic(folder.tree_file, [asdict(job) for job in jobs])
+        write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
     dropped = [name for name in old if name in begun and name not in kept]
     if dropped:

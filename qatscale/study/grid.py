@@ -1,7 +1,7 @@
 """From a study file to its runs, and to what the tree of runs needs to know of each.
 
 The tree and its meaning are `qatlaw.study`'s; what a run prescribes at each step is its timeline's. So two runs share a
-trunk exactly as long as `qatscale.timeline.first_difference` finds none: a warm-up that is a share of the tokens, and
+trunk exactly as long as `schedule.timeline.first_difference` finds none: a warm-up that is a share of the tokens, and
 not a number of them, parts runs of different length at the first step.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 from qatlaw.study import Piece, Route
 from qatscale.config import RunConfig, load_run_config
 from qatscale.config.amounts import format_amount, parse_amount
+from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.config.yaml_text import to_yaml
 from qatscale.errors import UserError
-from qatscale.model.sizes import count_parameters, flops_per_token
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Segment, Timeline
 from qatscale.study.file import PLAIN_AXES, Axes, Sets, Size, Study
-from qatscale.timeline import Timeline, build_timeline
-from qatscale.timeline.segments import Segment
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qatlaw.information import Certainty, certainties
 from qatlaw.planner_law import PlannerLaw
 from qatlaw.runs import RunRecord, planned_points
 from qatlaw.study import Tree, cheapest_tree
-from qatscale.model.sizes import count_parameters
+from qatscale.config.sizes import count_parameters
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.forecast import Forecast, forecast
 from qatscale.study.grid import Grid, StudyRun, grid

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qatlaw.results import read_results, write_results
 from qatscale.files import locked
 from qatscale.study.folder import StudyFolder
-from qatscale.tracking.compare import run_record
+from qatscale.tracking.run_record import run_record
 
 
 def record(folder: StudyFolder, *names: str) -> None:

@@ -91,7 +91,7 @@ class Worker:
         return True
 
     def _train_here(self, job: StudyJob, branch_from: str | None) -> bool:
-        from qatscale.train.loop import train
+        from qatscale.train.run import train
 
         return train(self.folder.config(job.name), branch_from, linger=False).status == "done"
 

@@ -6,21 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
 
 from qatscale.config.amounts import format_amount
-from qatscale.tracking.mlflow_names import flatten
-from qatscale.tracking.run_folder import RunFolder, Status
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from qatlaw.runs import RunRecord
+from qatscale.tracking.final import losses_by_view, median_speeds
+from qatscale.tracking.run_folder import RunFolder, Status, perplexity
 
 NONE = "–"
-LEAST_STEPS = 50
-"""Steps that a speed of record is the median of, at least."""
 _STATUS_STYLES: dict[Status, str] = {
     "done": "green",
     "running": "cyan",
@@ -71,30 +64,10 @@ class ComparisonRow:
         return perplexity(self.losses[view])
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is more than a float holds."""
-    return math.inf if loss > 709 else math.exp(loss)
-
-
 def run_folders(output: Path | str) -> list[RunFolder]:
     """The runs in a folder of run folders, oldest first; empty where it does not exist."""
     found = [RunFolder(file.parent) for file in Path(output).glob("*/run.json")]
     return sorted(found, key=lambda folder: (folder.run["created"], folder.name))
-
-
-def run_record(folder: RunFolder) -> RunRecord:
-    """A run's folder as MLflow would have the run."""
-    from qatlaw.runs import RunRecord
-
-    return RunRecord(
-        run_id=folder.run["id"],
-        name=folder.name,
-        status="FINISHED" if folder.is_done else folder.status,
-        final=folder.final or {},
-        recipe=flatten({key: value for key, value in folder.recipe.items() if key != "tracking"}),
-        created=folder.run["created"],
-        kind="imported" if folder.imported else "training",
-    )
 
 
 def list_runs(output: Path | str) -> list[RunRow]:
@@ -110,12 +83,7 @@ def validation_losses(folder: RunFolder) -> dict[str, float]:
     """Loss by view: the final evaluation, or else the last step at which the run was validated."""
     records = folder.records("validation")
     losses = {record["view"]: record["loss"] for record in records if record["step"] == records[-1]["step"]}
-    for name, value in (folder.final or {}).items():
-        if value is None or not name.startswith("final/val_loss"):
-            continue
-        view = name.removeprefix("final/val_loss").removeprefix("_").removesuffix("_view")
-        losses[view or own_view(folder)] = value
-    return losses
+    return losses | losses_by_view(folder.final or {}, own_view(folder))
 
 
 def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
@@ -125,26 +93,6 @@ def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
         return final.get("tokens_per_second_fp"), final.get("tokens_per_second_qat")
     speeds = median_speeds(folder.records("metrics"))
     return speeds["tokens_per_second_fp"], speeds["tokens_per_second_qat"]
-
-
-def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events, in order.
-
-    Intervals with warm-up steps are left out (evaluation and checkpoints are in none); None where fewer than
-    LEAST_STEPS are left, which is no speed to keep. An interval counts as often as it has steps.
-    """
-    speeds: dict[str, list[float]] = {"fp": [], "qat": []}
-    before, kinds = 0, set()
-    for record in records:
-        kind = "qat" if record["phase"].startswith("qat_") else "fp"
-        if not record.get("warmup", kind not in kinds):  # runs of before there was the mark: each kind's first one
-            speeds[kind] += [record["tokens_per_second"]] * (record["step"] - before)
-        kinds.add(kind)
-        before = record["step"]
-    return {
-        f"tokens_per_second_{kind}": median(values) if len(values) >= LEAST_STEPS else None
-        for kind, values in speeds.items()
-    }
 
 
 def compare(folders: Iterable[RunFolder]) -> list[ComparisonRow]:
@@ -159,8 +107,6 @@ def compare(folders: Iterable[RunFolder]) -> list[ComparisonRow]:
 
 
 def runs_table(rows: Sequence[RunRow]) -> Table:
-    from rich.table import Table
-
     table = Table()
     table.add_column("run", overflow="fold")
     for header in ("scheme", "status"):
@@ -186,8 +132,6 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     """Validation loss, and perplexity in parentheses, in every view that some run was evaluated in."""
-    from rich.table import Table
-
     views = sorted({view for row in rows for view in row.losses}, key=_view_order)
     table = Table(caption="validation loss (perplexity)")
     table.add_column("run", overflow="fold")

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from qatscale.config.amounts import format_amount
 from qatscale.tracking.averages import Averages
 from qatscale.tracking.compare import own_view, validation_losses, view_label
 from qatscale.tracking.records import Record
 from qatscale.tracking.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours tell each other apart for every common colour blindness; the dashes do so without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -161,7 +160,6 @@ def _points(records: Sequence[Record], averages: Averages) -> tuple[np.ndarray, 
 
 def draw_loss_curves(folders: Iterable[RunFolder], path: Path | str) -> None:
     """Draw the comparison into an image file, whose ending says the format. Leaves matplotlib's global state alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = loss_curves(list(folders))
     FigureCanvasAgg(figure)
@@ -170,7 +168,6 @@ def draw_loss_curves(folders: Iterable[RunFolder], path: Path | str) -> None:
 
 def loss_curves(folders: Sequence[RunFolder]) -> Figure:
     """Left: loss over tokens, switch and cooldown marked. Right: the validation losses that each run ended with."""
-    from matplotlib.figure import Figure
 
     shown = curves(folders)
     results = [(c, view, loss) for c in shown if c.asked_for for view, loss in _results(c.folder)]

@@ -11,85 +11,26 @@ import argparse
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 
 from qatscale.files import HeldError, locked
-from qatscale.tracking.mlflow_sync import Cursor, Uploader, lock_file, shown
+from qatscale.tracking.mlflow_sync import Uploader, lock_file, shown
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.tracking.store import quiet_mlflow, resolve_uri
+from qatscale.tracking.start_follower import PATIENCE
+from qatscale.tracking.store import quiet_mlflow
 from qatscale.tracking.system_metrics import SystemMetrics
 
 POLL = 2.0
 """Seconds between two looks at the run folder."""
 LONGEST_PAUSE = 60.0
 """Upper end of the pauses between failed attempts, which double from POLL."""
-PATIENCE = 120.0
-"""Seconds after the run's end in which the follower goes on trying."""
 HANDOVER = 180.0
 """Seconds that a follower waits for its predecessor."""
 TERM_GRACE = 25.0
 """Seconds from SIGTERM to the follower's end; DeepSpeed's launcher and Slurm send SIGKILL after 30."""
-
-
-class Follower(Protocol):
-    def finish(self, seconds: float = 30.0) -> str | None:
-        """Wait at most `seconds` for the upload to end; a line for the user where something is left to do."""
-        ...
-
-
-class NoFollower:
-    """In the place of a follower: on ranks other than 0, and where tracking is off."""
-
-    def finish(self, seconds: float = 30.0) -> str | None:  # noqa: ARG002
-        return None
-
-
-class FollowerProcess:
-    """The trainer's hand on its follower."""
-
-    def __init__(self, folder: RunFolder, child: subprocess.Popen[bytes]) -> None:
-        self.folder, self.child = folder, child
-
-    def finish(self, seconds: float = 30.0) -> str | None:
-        try:
-            code = self.child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            why = f"is not finished after {seconds:.0f} s; it goes on in the background"
-        else:
-            if code == 0:
-                return None
-            why = "failed"
-        log = self.folder.logs / "tracking.log"
-        return f"The upload to MLflow {why} (see {log}). `qatscale track-sync {self.folder.path}` uploads the rest."
-
-
-def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENCE) -> Follower:
-    """Start the upload of a run and return at once. Call it on rank 0, after the `start` or `resume` event, which says
-    whose life the follower watches. `uri`: tracking.uri of the recipe, see `resolve_uri`."""
-    cursor = Cursor.load(folder)
-    resolved = resolve_uri(uri, known=cursor.uri if cursor else None)
-    if resolved is None:
-        return NoFollower()
-    if cursor is None or cursor.uri != resolved:
-        Cursor.at(folder, resolved).save(folder)  # `track-sync` knows where to, even if the store never answers
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "qatscale.tracking.follower", str(folder.path.resolve())]
-    command += ["--uri", resolved, "--patience", str(patience)]
-    with (folder.logs / "tracking.log").open("ab") as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C and a launcher's kill of the process group are not for the follower
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    return FollowerProcess(folder, child)
 
 
 class Following:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qatscale.tracking.records import Record, encode
+from qatscale.files import encode
+from qatscale.tracking.records import Record
 
 _PERF = {"tokens_per_second", "tflops", "mfu", "memory_gib", "data_seconds"}
 _NOT_METRICS = {"event", "time", "step", "steps", "phase", "warmup"}

@@ -13,13 +13,13 @@ import getpass
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from qatscale.files import HeldError, locked
+from qatscale.files import HeldError, encode, locked
 from qatscale.tracking.averages import Averages
+from qatscale.tracking.cursor import Cursor
 from qatscale.tracking.mlflow_names import Point, flatten, points
-from qatscale.tracking.records import Record, Tail, encode, live, read_json, write_json
+from qatscale.tracking.records import Record, Tail, live
 from qatscale.tracking.run_folder import RunFolder, Status
 from qatscale.tracking.store import artifact_location, database, quiet_mlflow, resolve_uri
 
@@ -38,39 +38,6 @@ RUN_TAG = "qatscale.run_id"
 
 _CHUNK = 100_000
 """Bytes of metrics.jsonl between two moves of the cursor: a few hundred records, a few MLflow batches."""
-
-
-@dataclass
-class Cursor:
-    """tracking.json: where the run is uploaded to, and how far."""
-
-    uri: str
-    experiment: str
-    run_id: str | None = None
-    offset: int = 0
-    """Bytes of metrics.jsonl that MLflow has confirmed."""
-    described: bool = False
-    """Parameters and the tags that never change are there."""
-    parent_run_id: str | None = None
-    artifacts: dict[str, list[int]] = field(default_factory=dict)
-    """Size and modification time (ns) of each uploaded file."""
-    status: Status | None = None
-    """The run's status as MLflow knows it."""
-
-    @classmethod
-    def at(cls, folder: RunFolder, uri: str) -> Cursor:
-        """Nothing uploaded yet, at this store."""
-        return cls(uri, folder.recipe["tracking"]["experiment"])
-
-    @classmethod
-    def load(cls, folder: RunFolder) -> Cursor | None:
-        if not folder.tracking_file.exists():
-            return None
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in read_json(folder.tracking_file).items() if key in known})
-
-    def save(self, folder: RunFolder) -> None:
-        write_json(folder.tracking_file, asdict(self))
 
 
 class Uploader:

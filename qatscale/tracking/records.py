@@ -1,72 +1,16 @@
-"""One JSON object a line: writing lines that are whole after any kill, and reading a file that still grows.
-
-JSON has no word for a float that is not finite. They are written as the strings "NaN", "Infinity" and "-Infinity",
-as the JSON mapping of Protocol Buffers does, and read back as floats; every line is valid JSON for any reader.
-"""
+"""Records, one JSON object a line: lines stay complete after any kill, and a file can be read while it grows."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePath
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from qatscale.files import write_atomic
+from qatscale.files import decode, encode
 
 Record = dict[str, Any]
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def encode(value: Any) -> Any:
-    """`value` with only what strict JSON knows: NumPy and torch scalars become numbers, paths strings, dataclasses
-    objects. Raises TypeError for what has no form in JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, str) or value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, PurePath):
-        return str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy or torch scalar
-        value = value.item()
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Iterable):
-        return [encode(item) for item in value]
-    raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
-
-
-def decode(value: Any) -> Any:
-    """The inverse of `encode` for numbers: the three strings become floats again."""
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {key: decode(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all, also after a power failure."""
-    write_text(path, json.dumps(encode(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_json` for any text."""
-    write_atomic(path, text.encode())
-
-
-def read_json(path: Path) -> Any:
-    return decode(json.loads(path.read_text(encoding="utf-8")))
 
 
 class Appender:

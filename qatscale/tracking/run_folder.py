@@ -13,19 +13,19 @@ Rank 0 of the training loop writes; everybody reads.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from qatscale.errors import UserError
-from qatscale.tracking import process
+from qatscale.files import read_json, write_atomic, write_json
+from qatscale.schedule.timeline import Timeline
+from qatscale.supervise import process
 from qatscale.tracking.environment import environment
-from qatscale.tracking.records import Appender, Record, Tail, live, read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    from qatscale.timeline.segments import Timeline
+from qatscale.tracking.records import Appender, Record, Tail, live
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: by a process of another
@@ -35,6 +35,11 @@ the process is gone without a word."""
 EVENTS = ("start", "resume", "metrics", "validation", "switch", "checkpoint", "stopped", "failed", "final")
 _LIFE = ("start", "resume", "stopped", "failed")
 """Events that say whether somebody writes the folder."""
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is more than a float holds."""
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 class RunFolder:
@@ -75,21 +80,10 @@ class RunFolder:
         for folder in (self.path, self.logs, self.checkpoints, self.figures, self.exports):
             folder.mkdir(parents=True, exist_ok=True)
         around = environment(hosts)
-        write_text(self.path / "recipe.yaml", recipe)
+        write_atomic(self.path / "recipe.yaml", recipe.encode())
         write_json(self.path / "ds_config.json", ds_config)
         write_json(self.path / "environment.json", around)
-        segments = [
-            {"phase": s.phase, "start": s.start, "end": s.end, "quantized": s.quantized} for s in timeline.segments
-        ]
-        write_json(
-            self.path / "timeline.json",
-            {
-                "steps": timeline.steps,
-                "tokens_per_step": timeline.tokens_per_step,
-                "switch_step": timeline.switch_step,
-                "segments": segments,
-            },
-        )
+        write_json(self.path / "timeline.json", timeline.to_dict())
         run = {
             "name": self.name,
             "id": uuid.uuid4().hex,
@@ -174,7 +168,7 @@ class RunFolder:
 
     @property
     def timeline(self) -> dict[str, Any]:
-        """timeline.json: ``{"steps", "tokens_per_step", "switch_step", "segments"}``."""
+        """timeline.json, see `Timeline.to_dict`; runs of former versions have fewer of its keys."""
         return read_json(self.path / "timeline.json")
 
     @property

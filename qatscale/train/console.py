@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line per logging step, notices in between, a progress bar when somebody watches."""
+"""The console of a run: a line per logging step, notices in between, a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any, Self
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qatscale.config.amounts import format_amount
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from qatscale.quant.report import SwitchReport
+from qatscale.quant.report import SwitchReport
 
 
 def format_metrics(record: Mapping[str, Any], total_steps: int) -> str:
-    """One line for a `metrics` record of metrics.jsonl. Values are named, so that a line reads alone and greps well;
-    the MFU is left out where the device's peak is unknown, the ETA where there is no speed to tell it from, the share
-    of scales at their floor where it is 0."""
+    """One line for a `metrics` record of metrics.jsonl. Values are named, so that a line reads alone and greps well.
+
+    Left out are the MFU where the device's peak is unknown, the ETA where no speed is known, and the share of scales at
+    their floor where it is 0.
+    """
     step = record["step"]
     parts = [
         f"step {step:>{len(str(total_steps))}}/{total_steps}",
@@ -43,7 +44,7 @@ def format_metrics(record: Mapping[str, Any], total_steps: int) -> str:
 
 
 def eta_seconds(record: Mapping[str, Any], total_steps: int) -> float | None:
-    """Seconds that the steps left take at the record's tokens per second; None without a speed.
+    """Seconds that the remaining steps take at the record's tokens per second; None without a speed.
 
     A QAT step costs more than a full-precision one, so before the switch this is a lower bound.
     """
@@ -61,20 +62,20 @@ def format_duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if round(seconds, 1) < 10:
         return f"{seconds:.1f} s"
-    minutes, whole = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
         return f"{days}d{hours:02d}h"
     if hours:
         return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole:02d}s" if minutes else f"{whole} s"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest} s"
 
 
 class RunConsole:
-    """What the training loop says to a person; this one keeps silent, as on every rank but 0.
+    """The console of a process; this one is silent, as on every rank but 0.
 
-    A context manager, so that a progress bar never outlives an error.
+    A context, so that a progress bar never outlives an error.
     """
 
     def __enter__(self) -> Self:
@@ -92,7 +93,7 @@ class RunConsole:
         """Optimizer steps done; moves the bar between metrics lines."""
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """A `metrics` record, as it went into metrics.jsonl."""
+        """A `metrics` record, as written to metrics.jsonl."""
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """A `validation` record."""
@@ -112,16 +113,13 @@ class RunConsole:
 
 
 class Terminal(RunConsole):
-    """Rank 0. A progress bar under the lines when `stream` is a terminal; plain lines, whole and flushed, when not."""
+    """Rank 0: a progress bar under the lines when `stream` is a terminal, otherwise plain lines, flushed one by one."""
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: IO[str] | None = None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
         self.total_steps = total_steps
         self._stream = stream if stream is not None else sys.stdout
         self._watched = self._stream.isatty()
-        # a file has no width of its own; a table in it must not be folded to 80 columns
+        # a file has no width; a table in it must not be folded to 80 columns
         self._console = Console(file=self._stream, highlight=False, width=None if self._watched else 160)
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
@@ -170,5 +168,5 @@ class Terminal(RunConsole):
 
 
 def run_console(rank: int, total_steps: int, start_step: int = 0, stream: IO[str] | None = None) -> RunConsole:
-    """The console of a process: a `Terminal` on rank 0, silence on all others."""
+    """A `Terminal` on rank 0, a silent console on all others."""
     return Terminal(total_steps, start_step, stream) if rank == 0 else RunConsole()

@@ -1,4 +1,4 @@
-"""The numbers a finished run is known by. Their names are stable: tracking shows them, qatlaw reads them."""
+"""The final evaluation of a run, and the numbers that a finished run is known by: qatlaw reads them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ from typing import Any
 
 import qatlaw
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader
-from qatscale.model.sizes import count_parameters
-from qatscale.timeline import Timeline
-from qatscale.tracking.compare import median_speeds
+from qatscale.schedule.timeline import Timeline
+from qatscale.tracking.final import final_losses, median_speeds
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.evaluate import ptq_view
+from qatscale.train.components import RunSetup, TrainingComponents
+from qatscale.train.run_log import RunLog
+from qatscale.train.validation import ptq_view, validation_losses
 
 FULL_PRECISION_BITS = 16
+
+
+def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog) -> dict[str, Any]:
+    """Evaluate a run after its last step, mark it done, and return its final metrics. Collective."""
+    config, timeline, plugin = setup.config, setup.timeline, components.plugin
+    if plugin.switched_at is not None and setup.resume.step < timeline.steps:
+        plugin.check_moving(components.masters)
+    losses = validation_losses(components.engine, final_views(config), setup.validation, components.topology)
+    log.validation(timeline.steps, losses)
+    final = final_metrics(config, timeline, losses, log.folder)
+    final |= data_metrics(setup.batches.stream.manifest, setup.validation)
+    log.finished(timeline.steps, final)
+    return final
 
 
 def final_views(config: RunConfig) -> list[str]:
@@ -34,9 +49,7 @@ def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float
     tokens_qat = timeline.qat_steps * timeline.tokens_per_step
     metrics = folder.records("metrics")
     return {
-        "final/val_loss": losses["fp" if scheme == "fp" else "quantized"],
-        "final/val_loss_fp_view": losses["fp"],
-        **{f"final/val_loss_{view}": loss for view, loss in losses.items() if view.startswith("ptq")},
+        **final_losses(losses, "fp" if scheme == "fp" else "quantized"),
         "final/scales_floored": metrics[-1].get("scales_floored") if metrics else None,
         "n_params": n_params,
         "bits": bits,

@@ -1,158 +1,101 @@
-"""One run, from its configuration to its completion marker. `train` and `run_steps` are the order of things."""
+"""The training loop: the optimizer steps of a run in order, with the switch to QAT before one of them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from qatscale.config import precision_of, recipe_hash
+import torch
+
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.save_load import describe
 from qatscale.engine.initialize import apply_settings
-from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import gather_stages
-from qatscale.model.sizes import count_parameters
 from qatscale.quant.report import merge_reports
-from qatscale.timeline import Timeline, build_timeline, kept_steps
-from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.evaluate import validation_losses
-from qatscale.train.final import data_metrics, final_metrics, final_views
-from qatscale.train.garbage import Garbage
-from qatscale.train.job import Job, Plan, assemble, plan_run
-from qatscale.train.meter import Meter
-from qatscale.train.prefetch import Prefetch
+from qatscale.schedule.timeline import Timeline, kept_steps
+from qatscale.supervise.signals import StopRequest
+from qatscale.supervise.watchdog import Watchdog
+from qatscale.train.checkpointing import AsyncCheckpointer
+from qatscale.train.components import RunSetup, TrainingComponents
+from qatscale.train.metrics import Meter
 from qatscale.train.run_log import RunLog
-from qatscale.train.saver import Saver
-from qatscale.train.signals import StopRequest
-from qatscale.train.watch import Watch, collective_timeout
+from qatscale.train.validation import validation_losses
+
+GC_INTERVAL = 100
+"""Steps between two garbage collections, the same ones on all processes."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    status: Literal["done", "stopped"]
-    step: int
-    final: dict[str, Any] | None
-    """Final metrics by their stable names; None where a signal stopped the run."""
+def run_steps(
+    setup: RunSetup, components: TrainingComponents, log: RunLog, checkpointer: AsyncCheckpointer, watchdog: Watchdog
+) -> int:
+    """Take the optimizer steps from where the run starts to its end. Collective.
 
-
-def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = True) -> Outcome:
-    """Train the run that `config` describes, from wherever it stands. Every process of a job calls it.
-
-    A run that is done is returned as it is; one whose folder exists goes on from its newest checkpoint; else it starts
-    fresh, or from `branch_from` (a checkpoint folder, a run folder, `RUN@STEP`). UserError for whatever is wrong with
-    the input, before the first step. `linger`: at the end draw the run's figures and wait for its upload to MLflow;
-    a worker of a study does not, and starts the next run at once.
+    Returns the number of steps done: all of them, or fewer where a signal stopped the run, after saving.
     """
-    plan = plan_run(config, branch_from)
-    if plan is None:
-        folder = RunFolder(config.folder)
-        return Outcome("done", build_timeline(config).steps, folder.final)
-    runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
-    with Watch(runtime, config.folder / "logs", config.engine.stall_timeout) as watch:
-        job = assemble(plan, runtime)
-        n_params = count_parameters(config.model).total
-        with RunLog(
-            config, plan.timeline, plan.start, runtime, plan.ds_config, n_params, watch, plan.notices, linger=linger
-        ) as log:
-            try:
-                return run_steps(plan, job, log)
-            finally:
-                job.compilation.close()
-                job.engine.destroy()
-
-
-def run_steps(plan: Plan, job: Job, log: RunLog) -> Outcome:
-    """The optimizer steps from where the run starts to its end, then the final evaluation."""
-    config, timeline, first = plan.config, plan.timeline, plan.start.step
-    runtime, topology, engine, masters, plugin = job.runtime, job.topology, job.engine, job.masters, job.plugin
-    batches, validation = plan.batches, plan.validation
+    config, timeline, first = setup.config, setup.timeline, setup.resume.step
+    batches, validation = setup.batches, setup.validation
+    runtime, topology, engine = components.runtime, components.topology, components.engine
+    masters, plugin, qat_metrics = components.masters, components.plugin, components.qat_metrics
     due = Due(config, timeline)
-    meter = Meter(config, runtime, precision_of(log.ds_config))
-    recipe = recipe_hash(log.folder.path / "recipe.yaml") if runtime.is_main else ""  # the first process's counts
+    meter = Meter(config, runtime, setup.precision)
 
-    def save(step: int, reason: str) -> None:
-        draft = describe(
-            masters,
-            runtime,
-            step=step,
-            tokens=step * config.tokens_per_step,
-            reason=reason,
-            kept=reason in ("boundary", "end"),
-            recipe_hash=recipe,
-            data=batches.stream.manifest.fingerprint,
-            plugin=plugin.state(),
-            layout=asdict(topology.layout),
-        )
-        saver.save(draft)
-
-    saver = Saver(
-        log.folder.checkpoints,
-        masters,
-        runtime,
-        background=config.checkpoint.background,
-        keep=config.checkpoint.keep,
-        saved=lambda manifest, path: log.checkpoint(manifest.step, path, manifest.reason, manifest.kept),
-        notice=log.console.notice,
-    )
-    log.watch.waits_for = saver.waited_for
-    upcoming = Prefetch(
-        lambda step: batches.batch(step, topology.data_rank, topology.data_ranks),
-        *(first, timeline.steps),
-        pin=runtime.device.type == "cuda",
-    )
-    with StopRequest(runtime) as stop, saver, upcoming, Garbage() as garbage:
+    with StopRequest(runtime) as stop, checkpointer, collect_garbage_by_hand():
         for step in range(first, timeline.steps):
-            cold = step in (first, timeline.switch_step)  # compilation, and a branch begins with the switch
-            if cold:
-                with meter.pause():
-                    if report := plugin.after_step(step, masters):
-                        log.switched(merge_reports(gather_stages(report, topology)))
-                        meter.cold()
+            if report := plugin.maybe_switch(step, masters):
+                log.switched(merge_reports(gather_stages(report, topology)))
+                meter.restart()
             settings = timeline.at(step)
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
             apply_settings(engine, settings)
-            log.watch.mark(step, slow=cold)
+            compiles = step in (first, timeline.switch_step)
+            watchdog.progress(step, slow=compiles)
             if settings.quantized and due.metrics(step + 1):
-                job.qat_metrics.before_step()
+                qat_metrics.before_step()
             with meter.data():
-                batch = upcoming.take(step)
+                batch = torch.from_numpy(batches.batch(step, topology.data_rank, topology.data_ranks))
             for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                 meter.add_loss(loss)
-                log.watch.mark(step, slow=cold)
+                watchdog.progress(step, slow=compiles)
             meter.end_step()
 
             done = step + 1
-            log.watch.mark(done, slow=True)
+            watchdog.progress(done, slow=True)  # saving and evaluation may take long
             stopped_by = stop.agreed()
             if due.metrics(done) or stopped_by:
-                counts = job.qat_metrics.counts() if settings.quantized else None
+                counts = qat_metrics.counts() if settings.quantized else None
                 log.metrics(done, meter.read(done, settings, engine, counts))
-            log.console.advance(done)
-            saver.poll()
-            reason = due.checkpoint(done) or ("signal" if stopped_by else None)
-            if news := job.compilation.news():
-                log.console.notice(f"step {done}: {news}")
-            garbage.step(done, pauses=bool(reason) or due.validation(done))
-            if reason or due.validation(done):
+            log.step_done(done, components.compilation.news())
+            checkpointer.poll()
+            save = due.checkpoint(done) or ("signal" if stopped_by else None)
+            validate = due.validation(done)
+            if save or validate:
                 with meter.pause():
-                    if reason:
-                        save(done, reason)
-                    if due.validation(done):
+                    if save:
+                        checkpointer.save(done, save)
+                    if validate:
                         log.validation(done, validation_losses(engine, ["current"], validation, topology))
+            if save or validate or done % GC_INTERVAL == 0:
+                gc.collect()
             if stopped_by and done < timeline.steps:
-                saver.wait()
+                checkpointer.wait()
                 log.stopped(done, stopped_by)
-                return Outcome("stopped", done, None)
+                return done
+    return timeline.steps
 
-    if plugin.switched_at is not None and first < timeline.steps:
-        plugin.check_moving(masters)
-    losses = validation_losses(engine, final_views(config), validation, topology)
-    log.validation(timeline.steps, losses)
-    final = final_metrics(config, timeline, losses, log.folder)
-    final |= data_metrics(batches.stream.manifest, validation)
-    log.finished(timeline.steps, final)
-    return Outcome("done", timeline.steps, final)
+
+@contextmanager
+def collect_garbage_by_hand() -> Iterator[None]:
+    """Python's own collections would come in the middle of a step, on every process at another one, and the others wait
+    for it in their next collective. Tensors are freed by reference counts and do not need the collector."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 class Due:

@@ -1,4 +1,4 @@
-"""Everything a run tells: its folder, the console, MLflow. One process writes; the others keep a log file each."""
+"""Everything that a run reports: its folder, the console, a log file of each process."""
 
 from __future__ import annotations
 
@@ -7,33 +7,29 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from qatscale.config import precision_of, resolved_yaml
+from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
-from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
+from qatscale.engine.checkpoints.files import Manifest
 from qatscale.engine.runtime import Runtime
-from qatscale.quant.plugin import SwitchReport
-from qatscale.timeline import Timeline
-from qatscale.tracking.compare import perplexity
-from qatscale.tracking.follower import Follower, NoFollower, start_follower
-from qatscale.tracking.run_folder import RunFolder
+from qatscale.quant.report import SwitchReport
+from qatscale.supervise.failure_report import Failure
+from qatscale.supervise.watchdog import Watchdog
+from qatscale.tracking.run_folder import RunFolder, perplexity
+from qatscale.train.components import RunSetup
 from qatscale.train.console import run_console
-from qatscale.train.faults import Fault
-from qatscale.train.start import Start
-from qatscale.train.watch import Watch
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
-FAILED_PATIENCE = 5.0
-"""Seconds that a run which failed waits for its upload; launchers kill what is left of a job after 30."""
 
 
 def _line_format(rank: int) -> logging.Formatter:
-    """`2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`: logs of many hosts sort into one."""
+    """Lines such as `2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`: logs of many hosts sort into one."""
     host = socket.gethostname()
     line = f"%(asctime)s.%(msecs)03dZ {host} rank {rank} %(levelname)s %(name)s: %(message)s"
     formatter = logging.Formatter(line, datefmt="%Y-%m-%dT%H:%M:%S")
@@ -42,91 +38,74 @@ def _line_format(rank: int) -> logging.Formatter:
 
 
 class RunLog:
-    """Use it as a context: entering opens or resumes the run's folder, leaving with an error records the error."""
+    """Records the events of a run: rank 0 in the run folder and on the console, each process in its log file."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        timeline: Timeline,
-        start: Start,
-        runtime: Runtime,
-        ds_config: dict[str, Any],
-        n_params: int,
-        watch: Watch,
-        notices: Sequence[str] = (),
-        *,
-        linger: bool = True,
-    ) -> None:
-        self.config, self.timeline, self.start, self.runtime, self.watch = config, timeline, start, runtime, watch
-        self.ds_config, self.n_params, self.notices, self.linger = ds_config, n_params, notices, linger
-        self.folder = RunFolder(config.folder)
-        self.console = run_console(runtime.rank, timeline.steps, start.step)
-        self.follower: Follower = NoFollower()
-        self._step = start.step
-        """Steps done, as far as told: where an error is placed."""
-        self._warned = False
-        self._file: logging.FileHandler | None = None
+    def __init__(self, setup: RunSetup, runtime: Runtime, *, linger: bool = True) -> None:
+        self.setup, self.config, self.timeline, self.resume = setup, setup.config, setup.timeline, setup.resume
+        self.runtime, self.linger = runtime, linger
+        self.n_params = count_parameters(self.config.model).total
+        self.folder = RunFolder(self.config.folder)
+        self.console = run_console(runtime.rank, self.timeline.steps, self.resume.step)
+        self._step = self.resume.step
+        """Steps done, as far as reported: where a failure is placed."""
+        self._is_open = self._warned = False
 
-    def __enter__(self) -> Self:
-        if self.runtime.is_main:
-            if not self.start.resumes:
-                RunFolder.create(
-                    self.folder.path,
-                    recipe=resolved_yaml(self.config),
-                    ds_config=self.ds_config,
-                    timeline=self.timeline,
-                    n_params=self.n_params,
-                    command=sys.argv,
-                    parent=self.start.parent,
-                    hosts=self.watch.hosts,
-                )
-            self.folder.append(
-                "resume" if self.start.resumes else "start", step=self.start.step, hosts=self.watch.hosts
+    def open(self, hosts: dict[str, list[int]]) -> None:
+        """Create or continue the run's folder. hosts: each host's ranks."""
+        if not self.runtime.is_main:
+            return
+        resume = self.resume
+        if not resume.resumes:
+            RunFolder.create(
+                self.folder.path,
+                recipe=resolved_yaml(self.config),
+                ds_config=self.setup.ds_config,
+                timeline=self.timeline,
+                n_params=self.n_params,
+                command=sys.argv,
+                parent=resume.parent,
+                hosts=hosts,
             )
-            self.follower = start_follower(self.folder, self.config.tracking.uri)
-        self.console.__enter__()
-        self._introduce()
-        self.folder.logs.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(self.folder.logs / f"rank-{self.runtime.rank}.log")
-        self._file.setFormatter(_line_format(self.runtime.rank))
-        logging.getLogger().addHandler(self._file)
-        self.watch.on_failure = self._record
-        return self
+        self.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=hosts)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self.watch.settle(error)
-        self.console.__exit__(kind, error, trace)
-        if self.runtime.is_main:
-            patience = [] if error is None else [FAILED_PATIENCE]
-            if self.linger and (message := self.follower.finish(*patience)):
-                self.console.notice(message)
+    @contextmanager
+    def recording(self, watchdog: Watchdog) -> Iterator[None]:
+        """A context around the steps. The watchdog resolves an error inside and has it recorded by `failed`."""
+        try:
+            with self.console, self._log_file():
+                self._introduce(watchdog.clock_notices)
+                self._is_open = True
+                try:
+                    yield
+                except BaseException as error:
+                    watchdog.resolve_failure(error)
+                    raise
+        finally:
+            self._is_open = False
             self.folder.close()
-        self.watch.on_failure = None
-        if self._file is not None:
-            logging.getLogger().removeHandler(self._file)
-            self._file.close()
 
-    def _record(self, first: Fault, own: Fault) -> None:
-        """The job has failed. May come from another thread, while this one hangs in a collective."""
-        logging.getLogger("qatscale").error(f"{own.text}\n{first.sentence}")
-        if self.runtime.is_main:
-            self.folder.append(
-                "failed", step=max(first.step, self._step), error=first.error, rank=first.rank, host=first.host
-            )
+    @contextmanager
+    def _log_file(self) -> Iterator[None]:
+        self.folder.logs.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.folder.logs / f"rank-{self.runtime.rank}.log")
+        handler.setFormatter(_line_format(self.runtime.rank))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
 
-    def _introduce(self) -> None:
+    def _introduce(self, clock_notices: Sequence[str]) -> None:
         config, runtime, timeline = self.config, self.runtime, self.timeline
-        accumulation = self.ds_config["gradient_accumulation_steps"]
-        stage = self.ds_config["zero_optimization"]["stage"]
+        accumulation = self.setup.ds_config["gradient_accumulation_steps"]
+        stage = self.setup.ds_config["zero_optimization"]["stage"]
         self.console.notice(
             f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
             + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
             + f", {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of "
             f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
-            f"{accumulation} x {runtime.ranks} processes), {precision_of(self.ds_config)} ZeRO-{stage} "
+            f"{accumulation} x {runtime.ranks} processes), {self.setup.precision} ZeRO-{stage} "
             f"on {runtime.device_name}"
         )
         if timeline.switch_step is not None:
@@ -134,14 +113,32 @@ class RunLog:
                 f"switch to QAT before step {timeline.switch_step:,}: {timeline.qat_fraction:.2%} of the tokens, "
                 f"at {timeline.qat_lr_ratio:.4g} x the full-precision rate"
             )
-        if self.start.parent and not self.start.resumes:
-            self.console.notice(f"branched from {self.start.parent['folder']}@{self.start.parent['step']}")
-        elif self.start.checkpoint is not None:
-            self.console.resume(self.start.checkpoint, self.start.step)
-        for notice in [*self.watch.clock_notices, *self.notices]:
+        if self.resume.parent and not self.resume.resumes:
+            self.console.notice(f"branched from {self.resume.parent['folder']}@{self.resume.parent['step']}")
+        elif self.resume.checkpoint is not None:
+            self.console.resume(self.resume.checkpoint, self.resume.step)
+        for notice in [*clock_notices, *self.setup.notices]:
             self.console.notice(f"note: {notice}")
 
-    # one verb per event; on other processes none does anything
+    # --- one verb per event; on ranks other than 0 only `failed` does anything ---
+
+    def failed(self, first: Failure, own: Failure) -> None:
+        """The job has failed. May be called by another thread, while this one hangs in a collective."""
+        if not self._is_open:
+            return
+        logging.getLogger("qatscale").error(f"{own.text}\n{first.sentence}")
+        if self.runtime.is_main:
+            step = max(first.step, self._step)
+            self.folder.append("failed", step=step, error=first.error, rank=first.rank, host=first.host)
+
+    def notice(self, text: str) -> None:
+        self.console.notice(text)
+
+    def step_done(self, step: int, compiled: str | None) -> None:
+        """compiled: what was compiled in this step, for a person."""
+        self.console.advance(step)
+        if compiled:
+            self.console.notice(f"step {step}: {compiled}")
 
     def metrics(self, step: int, record: dict[str, Any]) -> None:
         self._step = step
@@ -169,16 +166,16 @@ class RunLog:
                     self.folder.append("validation", step=step, **record, perplexity=perplexity(loss))
                 )
 
-    def checkpoint(self, step: int, path: Path, reason: str, kept: bool) -> None:
+    def checkpoint(self, saved: Manifest, path: Path) -> None:
         if self.runtime.is_main:
-            self.folder.append("checkpoint", step=step, path=str(path), reason=reason, kept=kept)
-            self.console.checkpoint(path, step)
+            self.folder.append("checkpoint", step=saved.step, path=str(path), reason=saved.reason, kept=saved.kept)
+            self.console.checkpoint(path, saved.step)
 
     def stopped(self, step: int, number: int) -> None:
         if self.runtime.is_main:
             name = signal.Signals(number).name
             self.folder.append("stopped", step=step, signal=name)
-            self.console.notice(f"{name}: saved at step {step}; the same command goes on from there")
+            self.console.notice(f"{name}: saved at step {step}; the same command continues from there")
 
     def finished(self, step: int, final: dict[str, Any]) -> None:
         if self.runtime.is_main:
@@ -188,7 +185,7 @@ class RunLog:
 
     def _draw(self) -> None:
         """timeline.png and loss.png in the run's figures. A figure that fails must not cost the run its end."""
-        from qatscale.timeline import draw
+        from qatscale.schedule.figure import draw
         from qatscale.tracking.curves import draw_loss_curves
 
         try:

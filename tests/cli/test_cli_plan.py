@@ -17,9 +17,9 @@ from typer.core import TyperGroup
 
 from qatlaw.cli import planner
 from qatscale.config import load_run_config, recipe_names
-from qatscale.model.sizes import count_parameters, flops_per_token
-from qatscale.timeline import build_timeline, first_difference
-from qatscale.timeline.segments import Timeline
+from qatscale.config.sizes import count_parameters, flops_per_token
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Timeline, first_difference
 
 
 def planned(typed: str) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def test_a_branch_goes_on_from_where_the_trunk_is(tmp_path: Path, cooldown: str,
 
 def test_a_real_trunk_is_branched_by_its_plan(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qatscale.cli.train import branch_config
-    from qatscale.train.start import plan_start
+    from qatscale.train.resume import plan_resume
 
     monkeypatch.chdir(world)
     found = planned("checkpoint runs/trunk@5 --bits 2 --law synthetic")
@@ -225,7 +225,7 @@ def test_a_real_trunk_is_branched_by_its_plan(world: Path, monkeypatch: pytest.M
     assert checkpoint == "runs/trunk@5"
     config = branch_config(checkpoint, ["name=planned" if o == "name=NAME" else o for o in overrides])
     timeline = build_timeline(config)
-    start = plan_start(config, timeline, checkpoint)
+    start = plan_resume(config, timeline, checkpoint)
     assert start is not None
     assert (start.step, timeline.switch_step) == (5, 5)
     assert start.notices == ()

@@ -14,7 +14,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero import offload_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from qatscale.config import ds_config_names, load_ds_config, load_run_config, merge_ds_config, recipe_names
+from qatscale.config import load_run_config, recipe_names
+from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config
 from qatscale.config.ds_keys import ACCEPTED, FORMER_NAMES, REPEATED, UNSUPPORTED, WITHOUT_EFFECT
 
 

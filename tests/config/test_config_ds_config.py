@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import (
+from qatscale.config import load_run_config, recipe_names
+from qatscale.config.ds_config import (
     ds_config_names,
     ds_config_warnings,
     load_ds_config,
-    load_run_config,
     merge_ds_config,
     precision_of,
-    recipe_names,
     run_ds_config,
 )
 from qatscale.errors import UserError, UserErrors

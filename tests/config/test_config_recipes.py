@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from qatscale.config import flatten, load_ds_config, load_run_config, precision_of, recipe_names
+from qatscale.config import flatten, load_run_config, recipe_names
+from qatscale.config.ds_config import load_ds_config, precision_of
 from qatscale.config.recipe import RECIPES
-from qatscale.model.sizes import count_parameters
+from qatscale.config.sizes import count_parameters
 
 SIZES = {"86m": 86e6, "194m": 194e6, "396m": 396e6, "759m": 759e6, "2p2b": 2.2e9, "8b": 8.03e9}
 LADDER = {"86k": 86e3, "194k": 194e3, "396k": 396e3, "759k": 759e3, "2p2m": 2.2e6}

@@ -15,23 +15,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qatscale.config import load_ds_config, load_run_config, merge_ds_config
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import load_ds_config, merge_ds_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.convert import convert
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info
-from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import join_topology
+from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
-from qatscale.timeline import build_timeline
-from qatscale.train.job import open_batches
-from qatscale.train.loop import train
+from qatscale.schedule.build import build_timeline
+from qatscale.tracking.convert import convert
+from qatscale.train.run import train
 
 folder = Path(sys.argv[1])
 asked = json.loads((folder / "asked.json").read_text())

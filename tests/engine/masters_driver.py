@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatscale.config import load_run_config, merge_ds_config
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import merge_ds_config
 from qatscale.engine.checkpoints.files import find_checkpoint, list_checkpoints
 from qatscale.engine.checkpoints.save_load import describe, load_checkpoint, slices_of, write_checkpoint
-from qatscale.engine.fragments import ZeroMasters
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.qat_metrics import SAMPLE, QatMetrics
 from qatscale.engine.runtime import start_runtime
+from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.errors import UserError
 from qatscale.quant.plugin import QatPlugin, scale_groups
 

@@ -10,8 +10,8 @@ import torch
 from qatscale.config.schema import EngineConfig, ModelConfig, QatConfig
 from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
 from qatscale.errors import UserError
+from qatscale.model.head import chunk_loss, fusible_chunk_loss
 from qatscale.model.llama import Llama, initialise
-from qatscale.model.loss import chunk_loss, fusible_chunk_loss
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import fake_quant_modules

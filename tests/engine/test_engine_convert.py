@@ -27,16 +27,16 @@ from fixed_tokens import write_fixed_tokens
 from trained_runs import LEARNING_RATE
 
 from qatscale.config import load_run_config
-from qatscale.engine.checkpoints.convert import convert
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names
-from qatscale.timeline import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.compare import list_runs
+from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.job import open_batches
-from qatscale.train.start import plan_start
+from qatscale.train.resume import plan_resume
 
 pytestmark = pytest.mark.timeout(1200)
 """The first test that asks for `made` waits for both launches: a minute, and several on a busy machine."""
@@ -258,7 +258,7 @@ def test_an_imported_run_is_listed_as_one_and_not_trained(made: Made) -> None:
     assert folder.imported == str(made.folder / "tied")
     config = load_run_config(folder.path / "recipe.yaml")
     with pytest.raises(UserError, match="is branched from, not trained"):
-        plan_start(config, build_timeline(config))
+        plan_resume(config, build_timeline(config))
 
 
 def test_trained_tokens_are_steps_of_the_recipe(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.config import load_ds_config, load_run_config
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import load_ds_config
+from qatscale.config.sizes import count_parameters
 from qatscale.engine.layout import Layout, Place, bubble, layout_notices, plan_layout, stages_of
 from qatscale.errors import UserError
-from qatscale.model.sizes import count_parameters
 from qatscale.model.stages import divide, stage_parameters
 
 DEBUG = ["model.heads=4", "model.layers=4"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qatscale.config import load_run_config
-from qatscale.train.loop import train
+from qatscale.train.run import train
 
 
 @pytest.fixture(scope="session")

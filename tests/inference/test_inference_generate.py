@@ -15,11 +15,12 @@ from qatscale.config import load_run_config
 from qatscale.data.manifest import Manifest
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.formats.lookup import find_export
 from qatscale.inference.generate import open_text_generator
 from qatscale.inference.sampling import Detokenizer, Sampling, prompt_ids
-from qatscale.train.evaluate import load_checkpointed_model, open_view
+from qatscale.train.validation import open_view
 
 PROMPT = "def load(path):\n    return"
 ROUNDING = 1e-5
@@ -75,8 +76,8 @@ def test_the_seed_decides_the_text(run: Path) -> None:
 
 
 def test_an_exported_folder_says_what_the_checkpoint_says(run: Path, tmp_path: Path) -> None:
-    from qatscale.engine.checkpoints.convert import write_hugging_face
     from qatscale.engine.checkpoints.training_state import read_checkpoint
+    from qatscale.tracking.convert import write_hugging_face
 
     write_hugging_face(read_checkpoint(str(run)), tmp_path / "hf")
     exported, checkpoint = open_text_generator(str(tmp_path / "hf")), open_text_generator(str(run), "fp")

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from qatscale.cli.app import app
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.inference.generate import open_transformers
 from qatscale.inference.harness import open_tasks, run_harness
-from qatscale.train.evaluate import load_checkpointed_model, open_view
+from qatscale.train.validation import open_view
 
 QUESTIONS = [
     {"text": "import", "choices": [" os", " zebra", " the"], "answer": 0},
@@ -81,8 +82,8 @@ def test_accuracy_is_that_of_our_own_likelihoods(run: Path, tasks: Path) -> None
 
 
 def test_an_export_is_judged_and_a_part_says_so(run: Path, tasks: Path, tmp_path: Path) -> None:
-    from qatscale.engine.checkpoints.convert import write_hugging_face
     from qatscale.engine.checkpoints.training_state import read_checkpoint
+    from qatscale.tracking.convert import write_hugging_face
 
     write_hugging_face(read_checkpoint(str(run)), tmp_path / "hf")
     options = ["--harness", "completions", "--tasks-folder", str(tasks), "--limit", "2"]

@@ -12,8 +12,8 @@ from qatlaw.laws import Law
 from qatscale.cli import main
 from qatscale.config import load_run_config
 from qatscale.config.recipe import resolved_yaml
-from qatscale.model.sizes import count_parameters
-from qatscale.timeline import build_timeline
+from qatscale.config.sizes import count_parameters
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.mlflow_sync import track_sync
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import quiet_mlflow

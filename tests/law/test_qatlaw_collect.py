@@ -26,7 +26,7 @@ from qatlaw.table import POINT
 from qatscale.cli.fit import collect_runs, folder_records
 from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.model.sizes import count_parameters
+from qatscale.config.sizes import count_parameters
 from qatscale.tracking.run_folder import RunFolder
 
 LAW = synthetic.law()

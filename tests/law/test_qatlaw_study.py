@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatlaw.study import Piece, Route, Tree, cheapest_tree, shared_steps
+from qatscale.schedule.timeline import first_difference
 from qatscale.study import Grid, grid, read_study
-from qatscale.timeline import first_difference
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "analysis" / "studies" / "small.yaml"

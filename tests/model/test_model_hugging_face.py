@@ -265,7 +265,7 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = "),
         ({"hidden_size": "wide"}, "not a valid Llama configuration"),
-        ({"num_key_value_heads": 3}, "our kv_heads does not divide heads = 4"),
+        ({"num_key_value_heads": 3}, "our kv_heads does not divide model.heads = 4"),
         ({"intermediate_size": 89}, r"gate_proj.weight has the shape \[88, 32\].*\[89, 32\]"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "would be lost"),

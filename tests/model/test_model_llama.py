@@ -9,8 +9,8 @@ import pytest
 import torch
 from model_shrunken import CONFIGS
 
+from qatscale.config.sizes import count_parameters
 from qatscale.model.llama import Llama, initialise, parameter_shapes, rotate, rotation_tables
-from qatscale.model.sizes import count_parameters
 
 
 def grads(model):

@@ -24,7 +24,7 @@ def switched_model() -> tuple[TinyModel, list[dict[str, object]]]:
     model = TinyModel(recompute=True)
     plugin = QatPlugin(QatConfig(scheme="scratch", bits=2, group_size=16), 0)
     plugin.prepare(model)
-    plugin.after_step(0, PlainMasters(torch.optim.AdamW(model.parameters())))
+    plugin.maybe_switch(0, PlainMasters(torch.optim.AdamW(model.parameters())))
     of_scales = [p for group in scale_groups(model).values() for p in group]
     ids = {id(p) for p in of_scales}
     weights = [p for p in model.parameters() if id(p) not in ids]

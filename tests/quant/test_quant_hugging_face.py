@@ -44,7 +44,7 @@ def test_prepare_switch_and_train(tied: bool, recompute: bool) -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     masters = PlainMasters(optimizer)
-    report = plugin.after_step(1, masters)
+    report = plugin.maybe_switch(1, masters)
     assert report is not None
     assert len(report.modules) == 14 + tied
     assert list(report.left_out) == ([] if tied else ["model.embed_tokens", "lm_head"])

@@ -22,14 +22,13 @@ def train(qat: QatConfig, switch_step: int | None) -> TinyModel:
     groups += [{"params": p, "weight_decay": 0.0, "ratio": plugin.scale_lr_ratio(bits)} for bits, p in scales.items()]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
     masters = PlainMasters(optimizer)
-    plugin.after_step(0, masters)
     for step in range(STEPS):
+        plugin.maybe_switch(step, masters)
         for group in optimizer.param_groups:
             group["lr"] = group["ratio"] * RATE * min(1.0, 2 * (1 - step / STEPS))
         optimizer.zero_grad()
         model(*a_batch(seed=step, sequences=8)).backward()
         optimizer.step()
-        plugin.after_step(step + 1, masters)
     if switch_step is not None:
         plugin.check_moving(masters)
     return model

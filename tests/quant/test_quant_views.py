@@ -22,7 +22,7 @@ def a_model(switched: bool = True, tied: bool = True, **qat: object) -> TinyMode
     plugin = QatPlugin(QatConfig(scheme="fused", **{"bits": 2, **qat}), 0)
     plugin.prepare(model)
     if switched:
-        plugin.after_step(0, PlainMasters(torch.optim.AdamW(model.parameters())))
+        plugin.maybe_switch(0, PlainMasters(torch.optim.AdamW(model.parameters())))
     return model
 
 

@@ -23,7 +23,8 @@ from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.study.claims import Claims
 from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.state import StudyState
-from qatscale.tracking.compare import run_folders, run_record
+from qatscale.tracking.compare import run_folders
+from qatscale.tracking.run_record import run_record
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,7 @@ def test_a_stopped_study_goes_on_and_trains_nothing_twice(tiny: Path, tmp_path: 
     process.send_signal(signal.SIGTERM)
     code, output = studies.finish(process)
     assert code == 75, output
-    assert "goes on from there" in output
+    assert "continues from there" in output
     assert not studies.workers_of(folder)
     code, output = studies.finish(studies.study("run", folder, "--workers", "2"))
     assert code == 0, output

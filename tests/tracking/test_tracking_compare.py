@@ -17,15 +17,14 @@ from qatscale.tracking.compare import (
     compare,
     comparison_table,
     list_runs,
-    median_speeds,
-    perplexity,
     runs_table,
     tokens_per_second,
     validation_losses,
     view_label,
 )
 from qatscale.tracking.curves import curves, draw_loss_curves, loss_curves, smoothed
-from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.final import median_speeds
+from qatscale.tracking.run_folder import RunFolder, perplexity
 
 
 @dataclass(frozen=True)

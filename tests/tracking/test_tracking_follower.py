@@ -18,9 +18,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 from synthetic_runs import MakeRun, finish, log_metrics
 
-from qatscale.tracking.follower import Following, NoFollower, start_follower
-from qatscale.tracking.mlflow_sync import Cursor, TrackingError, track_sync
+from qatscale.tracking.cursor import Cursor
+from qatscale.tracking.follower import Following
+from qatscale.tracking.mlflow_sync import TrackingError, track_sync
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.start_follower import NoFollower, start_follower
 
 pytestmark = pytest.mark.dist
 
@@ -108,7 +110,7 @@ def test_a_run_is_followed_to_its_end(make_run: MakeRun, sqlite: str, monkeypatc
 
 TRAINER = """
 import sys, time
-from qatscale.tracking.follower import start_follower
+from qatscale.tracking.start_follower import start_follower
 from qatscale.tracking.run_folder import RunFolder
 folder = RunFolder.open(sys.argv[1])
 folder.append("start", step=0)
@@ -188,7 +190,7 @@ def test_a_server_that_does_not_answer_costs_the_trainer_nothing(
     line = follower.finish(0.5)
     assert time.monotonic() - began < 1.5
     assert line is not None
-    assert "goes on in the background" in line
+    assert "continues in the background" in line
     assert f"`qatscale track-sync {folder.path}` uploads the rest" in line
     line = follower.finish(60)
     assert line is not None

@@ -14,8 +14,9 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from synthetic_runs import MakeRun, finish, log_metrics
 
+from qatscale.tracking.cursor import Cursor
 from qatscale.tracking.mlflow_names import flatten, points
-from qatscale.tracking.mlflow_sync import Cursor, TrackingError, Uploader, track_sync
+from qatscale.tracking.mlflow_sync import TrackingError, Uploader, track_sync
 from qatscale.tracking.run_folder import RunFolder
 
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qatscale.tracking.records import Appender, Tail, decode, encode, live, repair, write_json
+from qatscale.files import decode, encode, write_json
+from qatscale.tracking.records import Appender, Tail, live, repair
 
 
 def lines(path: Path) -> list[dict[str, object]]:

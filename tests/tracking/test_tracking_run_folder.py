@@ -14,7 +14,7 @@ import yaml
 from synthetic_runs import MakeRun, finish, log_metrics
 
 from qatscale.errors import UserError
-from qatscale.tracking import process
+from qatscale.supervise import process
 from qatscale.tracking.environment import environment, git_state
 from qatscale.tracking.run_folder import RunFolder
 
@@ -26,7 +26,8 @@ def test_a_new_run_says_what_it_is(make_run: MakeRun) -> None:
     run = json.loads((folder.path / "run.json").read_text())
     assert (run["name"], run["n_params"], run["parent"], run["command"][0]) == ("r", 1_000_000, None, "qatscale")
     assert folder.timeline["switch_step"] == 60
-    assert folder.timeline["segments"][-1] == {"phase": "qat_cooldown", "start": 80, "end": 100, "quantized": True}
+    last = {"phase": "qat_cooldown", "start": 80, "end": 100, "quantized": True}
+    assert last.items() <= folder.timeline["segments"][-1].items()
     for name in ("logs", "checkpoints", "figures", "exports"):
         assert (folder.path / name).is_dir()
     assert (folder.status, folder.is_done, folder.final) == ("created", False, None)

@@ -16,19 +16,19 @@ import sys
 from pathlib import Path
 
 from qatscale.config import load_run_config
+from qatscale.data.reader import BatchReader
 from qatscale.engine.checkpoints import save_load as checkpoint
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.selection import fake_quant_modules
-from qatscale.train.loop import train
-from qatscale.train.prefetch import Prefetch
+from qatscale.train.run import train
 
-TAKE, COMMIT, AFTER_STEP = Prefetch.take, checkpoint.commit, QatPlugin.after_step
+BATCH, COMMIT, MAYBE_SWITCH = BatchReader.batch, checkpoint.commit, QatPlugin.maybe_switch
 
 
-def after_step(plugin, step, masters):
+def maybe_switch(plugin, step, masters):
     """Lets the switched layers check, in their first forward pass, the weights and scales that they compute with."""
-    report = AFTER_STEP(plugin, step, masters)
+    report = MAYBE_SWITCH(plugin, step, masters)
     for name, layer in fake_quant_modules(plugin._model) if report else ():
         if layer.quantizer.name != "binary":
 
@@ -44,7 +44,7 @@ def after_step(plugin, step, masters):
 
 
 hooks = {}
-QatPlugin.after_step = after_step
+QatPlugin.maybe_switch = maybe_switch
 
 
 def arm(run: dict) -> None:
@@ -52,19 +52,19 @@ def arm(run: dict) -> None:
     kill_at = run.get("kill_at", {"step": None, "where": None})
     stop_at = run.get("stop_at", {"step": None, "rank": None})
 
-    def take(self, step):
+    def batch(self, step, *rest):
         if step == kill_at["step"] and kill_at["where"] == "batch":
             os.kill(os.getpid(), signal.SIGKILL)
         if step == stop_at["step"] and int(os.environ["RANK"]) == stop_at["rank"]:
             os.kill(os.getpid(), signal.Signals[stop_at["signal"]])
-        return TAKE(self, step)
+        return BATCH(self, step, *rest)
 
     def commit(folder, manifest):
         if manifest.step == kill_at["step"] and kill_at["where"] == "commit":
             os.kill(os.getpid(), signal.SIGKILL)
         return COMMIT(folder, manifest)
 
-    Prefetch.take, checkpoint.commit = take, commit
+    BatchReader.batch, checkpoint.commit = batch, commit
 
 
 for run in json.loads(Path(sys.argv[1]).read_text()):

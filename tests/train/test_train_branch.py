@@ -10,17 +10,18 @@ from trained_runs import REFERENCE, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.timeline import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.start import Start, plan_start
+from qatscale.train.components import ResumePlan
+from qatscale.train.resume import plan_resume
 
 AFTER = range(SWITCH + 1, STEPS + 1)
 
 
-def plan(trained: Trained, origin: str, *overrides: str) -> Start | None:
+def plan(trained: Trained, origin: str, *overrides: str) -> ResumePlan | None:
     """How a new run would begin at `origin`, a name of a run and a step."""
     new = config(trained.spec("new"), *overrides)
-    return plan_start(new, build_timeline(new), f"{trained.runs}/{origin}")
+    return plan_resume(new, build_timeline(new), f"{trained.runs}/{origin}")
 
 
 @pytest.mark.dist

@@ -13,16 +13,17 @@ from trained_runs import REFERENCE, STOPPED_BF16, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
-from qatscale.timeline import build_timeline
+from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.components import ResumePlan
 from qatscale.train.evaluate import evaluate_checkpoint
-from qatscale.train.loop import train
-from qatscale.train.start import Start, plan_start
+from qatscale.train.resume import plan_resume
+from qatscale.train.run import train
 
 
-def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> Start | None:
+def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> ResumePlan | None:
     again = config(trained.spec(name, *trained.layout("z1", "m8")), *overrides)
-    return plan_start(again, build_timeline(again), branch_from)
+    return plan_resume(again, build_timeline(again), branch_from)
 
 
 @pytest.mark.dist

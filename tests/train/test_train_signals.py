@@ -59,7 +59,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained: Trained) -> None:
     manifest = read_manifest(find_checkpoint(folder.path))
     assert (manifest.step, manifest.reason) == (stopped["step"], "signal")
     assert folder.status == "stopped"
-    assert f"SIGTERM: saved at step {stopped['step']}; the same command goes on from there" in output
+    assert f"SIGTERM: saved at step {stopped['step']}; the same command continues from there" in output
 
     process = start(trained, "signalled", *trained.long)
     output = process.communicate(timeout=100)[0]

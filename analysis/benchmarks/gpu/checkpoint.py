@@ -3,7 +3,7 @@
     python analysis/benchmarks/gpu/checkpoint.py --device cuda --out DIR [--folder DISK]   recipe 396m
     python analysis/benchmarks/gpu/checkpoint.py --device cpu --out DIR                    a test of this script
 
-The tables of `qatscale bench checkpoint`, with DeepSpeed's save and load on the same engine, in under 3 minutes. Writes
+The tables of `checkpoint_speed.py`, with DeepSpeed's save and load on the same engine, in under 3 minutes. Writes
 DIR/checkpoint.json and DIR/checkpoint.md; exit code 0: a save in the background took less than twice the copy, and what
 it wrote is, bit for bit, what the GPU held at that step although steps were taken meanwhile.
 """
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from record import Record, about_here, require
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis"), str(ROOT / "analysis" / "benchmarks")]
 
 MOST = {"cuda": 2.0, "cpu": float("inf")}
 """Times the plain copy: how long a save may stand still. Nothing can be said of a model of 4 MB."""
@@ -38,10 +41,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def tables(options: argparse.Namespace, recipe: str) -> Mapping[str, Any]:
     """Ratios and seconds of every row, by table and row."""
-    from qatscale.bench.checkpoint import BACKGROUND, run
+    from checkpoint_speed import BACKGROUND, run
 
     rounds = 2 if options.device == "cpu" else ROUNDS
-    result = run(peers=True, threads=None, quick=False, recipe=recipe, folder=options.folder, rounds=rounds)
+    result = run(threads=None, quick=False, recipe=recipe, folder=options.folder, rounds=rounds)
     result.write(options.out / "checkpoint_tables.json")
     numbers: dict[str, Any] = {}
     for table in result.tables:
@@ -56,8 +59,8 @@ def tables(options: argparse.Namespace, recipe: str) -> Mapping[str, Any]:
 def right(options: argparse.Namespace, recipe: str) -> Mapping[str, Any]:
     """Save, train on at once, and compare what was written with what the engine held."""
     import torch
+    from checkpoint_speed import BACKGROUND, Bench
 
-    from qatscale.bench.checkpoint import BACKGROUND, Bench
     from qatscale.engine.checkpoints.files import list_checkpoints
     from qatscale.engine.checkpoints.save_load import load_checkpoint
 
@@ -66,7 +69,7 @@ def right(options: argparse.Namespace, recipe: str) -> Mapping[str, Any]:
         expected = {name: values.clone() for name, values in bench.slices.items()}
         bench.save(BACKGROUND)
         bench.train(3)
-        bench.savers[BACKGROUND].wait()
+        bench.checkpointers[BACKGROUND].wait()
         moved = sum(not torch.equal(bench.slices[name], value) for name, value in expected.items())
         (written,) = list_checkpoints(Path(temporary) / BACKGROUND)
         load_checkpoint(written, bench.masters, bench.runtime)

@@ -24,7 +24,7 @@ from typing import Any
 from record import Record, about_here, require
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis"), str(ROOT / "analysis" / "benchmarks")]
 
 MFU = {"86m": 0.38, "396m": 0.45, "759m": 0.48, "2p2b": 0.50, "8b": 0.41}
 """Targets of the compiled full-precision step."""
@@ -66,9 +66,9 @@ class Job:
     def measure(self, recipe: str, kind: str, quantized: bool, compiled: bool) -> Mapping[str, Any]:
         """Median and quartiles over STEPS steps behind WARMUP, each waited for; the first ones compile."""
         import torch
+        from steppers import bare_stepper, engine_stepper
 
-        from qatscale.bench.steppers import bare_stepper, engine_stepper
-        from qatscale.model.sizes import flops_per_token, peak_flops
+        from qatscale.config.sizes import flops_per_token, peak_flops
 
         config = self.config(recipe)
         make = {"engine": engine_stepper, "bare": bare_stepper}[kind]
@@ -116,7 +116,7 @@ class Job:
 
     def targets(self, recipe: str) -> Mapping[str, Any]:
         """Of the compiled step. Not on CPU, where the sizes are toys."""
-        from qatscale.model.sizes import flops_per_token, peak_flops
+        from qatscale.config.sizes import flops_per_token, peak_flops
 
         config = self.config(recipe)
         fp, qat = (self.speeds[recipe, quantized, True, "engine"] for quantized in (False, True))
@@ -180,7 +180,7 @@ class Job:
         import torch
         from torch.nn import functional as F
 
-        from qatscale.model.loss import fusible_chunk_loss, linear_cross_entropy
+        from qatscale.model.head import fusible_chunk_loss, linear_cross_entropy
 
         n, v, d = (32_768, 32_000, 768) if self.device == "cuda" else (600, 512, 64)
         x = torch.randn(n, d, device=self.device, dtype=torch.bfloat16, requires_grad=True)
@@ -275,7 +275,7 @@ def main() -> int:
     options = arguments()
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from qatscale.model.sizes import FLOPS_CONVENTION
+    from qatscale.config.sizes import FLOPS_CONVENTION
 
     about = about_here(options.device, options.commit) | {"FLOPs": FLOPS_CONVENTION}
     record = Record(options.out, "step", "The training step, against a bare loop", about, options.seconds)

@@ -243,13 +243,3 @@ class Law:
 
     def to_dict(self) -> dict[str, Any]:
         return {"form": self.form.name, "coefficients": self.coefficients}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Law:
-        """The inverse of `to_dict`. InputError for an unknown form or coefficients that are not its own."""
-        from qatlaw.laws import FORMS  # the package that imports this module
-
-        name = data.get("form")
-        if name not in FORMS:
-            raise InputError("form", name, f"one of {', '.join(sorted(FORMS))}.")
-        return FORMS[name].bind(data["coefficients"])

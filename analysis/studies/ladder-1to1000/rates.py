@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qatlaw.names import VAL_LOSS
 from qatlaw.results import read_results
-from qatlaw.runs import LOSS, RunRecord
+from qatlaw.runs import RunRecord
 
 POWERS = np.arange(0, 1.51, 0.05)
 FACTORS = 2.0 ** np.arange(-4, 3.01, 0.1)
@@ -69,7 +70,7 @@ def cells_of(records: list[RunRecord], scheme: str) -> list[Cell]:
         if final["scheme"] != scheme or not plain or recipe["qat.lr_ratio"] == "auto":
             continue
         key = (final["n_params"], final["tokens_total"], final["bits"], float(recipe["qat.fraction"]))
-        found.setdefault(key, {})[float(recipe["qat.lr_ratio"])] = final[LOSS]
+        found.setdefault(key, {})[float(recipe["qat.lr_ratio"])] = final[VAL_LOSS]
     cells = []
     for key, losses in sorted(found.items()):
         if len(losses) >= 3:

@@ -23,8 +23,8 @@ from qatscale.engine.checkpoints.files import (
     write_shard,
     writing_folder,
 )
-from qatscale.engine.fragments import MOMENTS, ZeroMasters
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.zero_masters import MOMENTS, ZeroMasters
 from qatscale.errors import UserError
 from qatscale.quant.plugin import merge_states
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import load_run_config, recipe_hash, resolved_yaml
+from qatscale.config import load_run_config, recipe_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import (
     CheckpointReader,
@@ -21,20 +20,15 @@ from qatscale.engine.checkpoints.files import (
     find_checkpoint,
     recipe_beside,
     slice_name,
-    step_folder,
     verify_files,
     writing_folder,
 )
-from qatscale.engine.fragments import MOMENTS
 from qatscale.engine.initialize import optimizer_groups
-from qatscale.errors import UserError
-from qatscale.files import appearing
+from qatscale.engine.zero_masters import MOMENTS
 from qatscale.model.llama import Llama
-from qatscale.model.sizes import count_parameters
 from qatscale.quant.plugin import QatPlugin
+from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import SHARD_BYTES, Shape, write_safetensors
-from qatscale.timeline import build_timeline
-from qatscale.tracking.run_folder import RunFolder
 
 KINDS = ("weight", *MOMENTS)
 UNKNOWN_DATA = ""
@@ -112,36 +106,8 @@ def read_checkpoint(what: str) -> TrainingState:
     )
 
 
-def write_run(state: TrainingState, out: Path) -> None:
-    """A run's folder that holds one checkpoint, to branch from; it says that it was imported."""
-    config = _named(state.config, out)
-    timeline = build_timeline(config)
-    with appearing(out) as path:
-        folder = RunFolder.create(
-            path,
-            recipe=resolved_yaml(config),
-            ds_config={},  # no engine was at work here
-            timeline=timeline,
-            n_params=count_parameters(config.model).total,
-            command=sys.argv,
-            imported=str(Path(state.source).resolve()),
-        )
-        _write_checkpoint(state, folder.checkpoints, config)
-        shown = step_folder(out / folder.checkpoints.name, state.step)
-        folder.append("checkpoint", step=state.step, path=str(shown), reason="imported", kept=True)
-        folder.close()
-
-
-def _named(config: RunConfig, out: Path) -> RunConfig:
-    """A run is named by its folder."""
-    try:
-        return RunConfig.model_validate({**config.model_dump(mode="json"), "name": out.name, "output": out.parent})
-    except ValueError:
-        allowed = "is the run's name too: letters, digits and . _ = + -, beginning with a letter or digit."
-        raise UserError("--out", str(out), allowed) from None
-
-
-def _write_checkpoint(state: TrainingState, checkpoints: Path, config: RunConfig) -> None:
+def write_state(state: TrainingState, checkpoints: Path, config: RunConfig) -> Path:
+    """Write a checkpoint of `state` that belongs to the run of `config`; returns its folder."""
     writing = writing_folder(checkpoints, state.step)
     writing.mkdir(parents=True)
     slices = {
@@ -169,7 +135,7 @@ def _write_checkpoint(state: TrainingState, checkpoints: Path, config: RunConfig
         layout={},
         files=files,
     )
-    commit(checkpoints, manifest)
+    return commit(checkpoints, manifest)
 
 
 def _shards(numels: Mapping[str, int]) -> list[list[str]]:

@@ -35,8 +35,8 @@ from qatscale.data.manifest import Manifest
 from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, skeleton
 from qatscale.errors import UserError
 from qatscale.files import appearing
+from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import Shape
-from qatscale.timeline import build_timeline
 
 DEEPSPEED = "0.19.8"
 """The release whose layout this is."""

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qatscale.config import ds_config_names, load_ds_config, merge_ds_config, precision_of
+from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.estimate.host import HostMemory, host_memory
 from qatscale.engine.estimate.local_sizes import local_sizes
 from qatscale.engine.estimate.memory import ON_DEVICE, Kind, fullest_moment, start_bytes
@@ -19,7 +20,6 @@ from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time,
 from qatscale.engine.estimate.zero import zero_settings
 from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
 from qatscale.errors import UserError, UserErrors
-from qatscale.model.sizes import device_memory, device_names, flops_per_token, peak_flops
 
 Phase = Literal["fp", "qat"]
 _WORTH_A_CHANGE = 1.05
@@ -123,7 +123,7 @@ def estimate_job(
         stages.append(max(found, key=lambda memory: memory.step))
     traffics = [traffic_of(config, layout, sizes, zero, quantized=phases[-1] == "qat") for sizes in local]
     traffic = {kind: size for kind, size in max(traffics, key=lambda sent: sum(sent.values())).items() if size}
-    micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
+    micro_batches = config.batch.micro_batches(layout.data)
     waiting = bubble(micro_batches, layout.pipeline)
     speed = _speed(config, processes, given, precision)
     compute = config.tokens_per_step / speed / (1 - waiting) if speed else None

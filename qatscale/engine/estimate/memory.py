@@ -112,7 +112,7 @@ def _moments(
 ) -> Iterator[tuple[str, Kinds]]:
     """Moment → bytes of each kind beside what is held between steps."""
     made, recomputes = _activations(config, layout, local, zero.weight, device), config.engine.activation_checkpointing
-    micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
+    micro_batches = config.batch.micro_batches(layout.data)
     in_flight = min(layout.pipeline - local.stage.index, micro_batches)  # one forward, one backward
     trained = {name: group for name, group in local.groups.items() if quantized or not name.startswith("scales")}
     grads = gradient_bytes(trained, zero)

@@ -29,7 +29,7 @@ GRADIENTS, WEIGHTS = "gradients over data", "weights over data"
 def traffic_of(config: RunConfig, layout: Layout, local: LocalSizes, zero: ZeroSettings, *, quantized: bool) -> Traffic:
     """The traffic of a process of one stage."""
     model, engine, stage = config.model, config.engine, local.stage
-    micro_batches = config.batch.sequences // (config.batch.micro_batch * layout.data)
+    micro_batches = config.batch.micro_batches(layout.data)
     tokens = config.batch.micro_batch * config.data.sequence_length
     stream = tokens * local.hidden_size * zero.weight
     scales = local.scales if quantized else 0

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qatscale.config import precision_of
+from qatscale.config.ds_config import precision_of
 
 FP32 = 4
 """Bytes of an element."""

@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qatscale.config import load_run_config, merge_ds_config
-from qatscale.engine.fragments import ZeroMasters
+from qatscale.config import load_run_config
+from qatscale.config.ds_config import merge_ds_config
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.layout import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import join_topology
+from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
-from qatscale.timeline import build_timeline
+from qatscale.schedule.build import build_timeline
 
 SWITCH, STEPS = 2, 4
 
@@ -56,7 +57,7 @@ def measure(overrides: list[str], ds_config: dict[str, Any], runtime: Runtime) -
             merged = merge_ds_config(config, ds_config, layout.data)
             engine, masters = initialize_engine(model, plugin, config, merged, topology)
         for step in range(STEPS):
-            plugin.after_step(step, masters)
+            plugin.maybe_switch(step, masters)
             apply_settings(engine, timeline.at(step))
             Sent.total = 0.0
             with record_function(f"step {step}"):

@@ -1,1 +1,0 @@
-"""`qatscale bench`: what this code costs on this machine, beside what does the same elsewhere."""

@@ -1,0 +1,31 @@
+"""Output that outlives its reader: a closed terminal, a lost ssh connection, a launcher that was killed."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+
+class IgnoreBrokenPipe:
+    """A text stream whose writer does not fail when nobody reads any more: what it writes then is lost.
+
+    When a launcher is killed, the pipe to it breaks. The next line on the console would otherwise raise BrokenPipeError
+    in the middle of a step, before the signal to save has even arrived.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,125 @@
+"""Warnings about what a configuration allows but hardly means: settings without an effect, traps of AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from qatscale.config.cooldown_shapes import SHAPES
+from qatscale.config.schema import RunConfig, ScheduleConfig, Section
+from qatscale.schedule.cooldown import cooldown_of
+from qatscale.schedule.timeline import Segment
+
+
+def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
+    """All warnings about a configuration and its segments."""
+    return [
+        *_qat_without_effect(config),
+        *_schedule_without_effect(config, segments),
+        *_rate_jump(config),
+        *_floor_of_knots(config.schedule),
+        *_late_beta2(config, segments, switch_step),
+    ]
+
+
+def _changed(section: Section, prefix: str, names: Sequence[str]) -> list[str]:
+    """The dotted keys among `names` whose value is not the default."""
+    fields = type(section).model_fields
+    return [f"{prefix}.{name}" for name in names if getattr(section, name) != fields[name].default]
+
+
+def _no_effect(keys: Sequence[str], why: str) -> list[str]:
+    return [f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect: {why}"] if keys else []
+
+
+def _qat_without_effect(config: RunConfig) -> list[str]:
+    qat = config.qat
+    common = ["warmup_fraction", "warmup_tokens", "cooldown_fraction", "optimizer_state"]
+    match qat.scheme:
+        case "fp":
+            names = [
+                "bits",
+                "fraction",
+                "learning_rate",
+                "lr_ratio",
+                "scale_lr_ratio",
+                "scale_gradient_factor",
+                *common,
+            ]
+            keys = [key for key in _changed(qat, "qat", names) if not (key == "qat.fraction" and qat.fraction == 0)]
+            return _no_effect(keys, "qat.scheme=fp trains without quantization; for QAT set qat.scheme")
+        case "scratch":
+            names = ["fraction", *common]
+            keys = [key for key in _changed(qat, "qat", names) if not (key == "qat.fraction" and qat.fraction == 1)]
+            return _no_effect(keys, "qat.scheme=scratch quantizes from step 0, with the lengths of `schedule`")
+        case "fused":
+            keys = _changed(qat, "qat", ["cooldown_fraction"])
+            return _no_effect(keys, "qat.scheme=fused has one cooldown, that of `schedule`")
+        case "sequential":
+            return []
+
+
+def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> list[str]:
+    schedule = config.schedule
+    present = [segment.phase for segment in segments]
+    absent = [f"schedule.phases.{phase}" for phase in schedule.phases if phase not in present]
+    lines = _no_effect(absent, f"the phases of this run are {', '.join(present)}")
+    if not any(segment.kind == "cooldown" for segment in segments):
+        names = ["shape", "min_lr_ratio", *(shape.setting for shape in SHAPES.values() if shape.setting)]
+        return lines + _no_effect(
+            _changed(schedule, "schedule", list(dict.fromkeys(names))), "this run has no cooldown"
+        )
+    for owner, shape in SHAPES.items():
+        if owner != schedule.shape and shape.lifted and shape.setting is not None:
+            keys = _changed(schedule, "schedule", [shape.setting])
+            lines += _no_effect(keys, f"it belongs to shape {owner}, and the shape is {schedule.shape}")
+    return lines
+
+
+def _rate_jump(config: RunConfig) -> list[str]:
+    qat, before = config.qat, config.optimizer.learning_rate
+    if qat.learning_rate is not None:
+        setting, after = f"qat.learning_rate={qat.learning_rate:g}", qat.learning_rate
+    elif qat.lr_ratio != "auto":
+        setting, after = f"qat.lr_ratio={qat.lr_ratio:g}", qat.lr_ratio * before
+    else:
+        return []
+    if qat.scheme != "fused" or after == before:
+        return []
+    return [
+        f"{setting} makes the rate jump from {before:g} to {after:g} at the switch; a fused run as published keeps the "
+        "stable rate, and only then does its curve equal that of fp"
+    ]
+
+
+def _floor_of_knots(schedule: ScheduleConfig) -> list[str]:
+    cooldown = cooldown_of(schedule)
+    if cooldown.shape != "piecewise" or cooldown.floor in (0, cooldown.factor(1)):
+        return []
+    return [
+        f"schedule.knots are shares of the way from min_lr_ratio={cooldown.floor:g} up to the peak, so the cooldown "
+        f"ends at {cooldown.factor(1):g} of the peak; end the knots at 0 to end at {cooldown.floor:g}"
+    ]
+
+
+def _late_beta2(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
+    """Adam divides its second moment by 1 - beta2^t, with t the steps it has counted, whatever beta2 was meanwhile.
+
+    A moment that is warm under the old beta2 is then divided by 1 - new^t instead of 1 - old^t, and each update shrinks
+    by sqrt((1 - new^t) / (1 - old^t)), which the logged rate does not show: 0.63 at t = 500 for 0.999 after 0.95.
+    """
+    lines = []
+    for before, after in pairwise(segments):
+        old, new = before.betas[1], after.betas[1]
+        restarted = switch_step is not None and config.qat.optimizer_state == "reset" and after.start >= switch_step
+        t = after.start - (switch_step or 0) if restarted else after.start
+        if new <= old or t == 0 or t >= 5 / (1 - new):
+            continue
+        shrink = math.sqrt((1 - new**t) / (1 - old**t))
+        lines.append(
+            f"beta2 rises from {old:g} to {new:g} where {after.phase} starts, after {t} AdamW steps, fewer than "
+            f"5/(1-beta2) = {5 / (1 - new):.0f}: bias correction scales the first updates by {shrink:.2f}, which the "
+            f"logged rate does not show; raise it later, less, or from the start (schedule.phases.{after.phase}.betas)"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""Watching a job: watchdog, heartbeats, failure report, signals, launcher environments."""

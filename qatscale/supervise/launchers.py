@@ -1,0 +1,227 @@
+"""The launcher of this process: its environment variables as torch.distributed reads them, and whether it still runs.
+
+torchrun and DeepSpeed's launcher set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `srun` and `mpirun` set
+variables of their own. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from qatscale.errors import UserError
+from qatscale.supervise.process import parent_of
+
+TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEFAULT_PORT = 29500
+
+_ON_A_HOST = "deepspeed.launcher.launch"
+_LAUNCHERS = {"deepspeed", "torchrun", "torch.distributed.run", _ON_A_HOST}
+
+
+class Variables(NamedTuple):
+    """The environment variables of one launcher; of several names the first that is set counts."""
+
+    launcher: str
+    rank: tuple[str, ...]
+    size: tuple[str, ...]
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+
+
+MPI = (
+    Variables(
+        "OpenMPI", ("OMPI_COMM_WORLD_RANK",), ("OMPI_COMM_WORLD_SIZE",), ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    Variables(
+        "MVAPICH", ("MV2_COMM_WORLD_RANK",), ("MV2_COMM_WORLD_SIZE",), ("MV2_COMM_WORLD_LOCAL_RANK",),
+        ("MV2_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    Variables(
+        "MPICH", ("PMI_RANK", "PMIX_RANK"), ("PMI_SIZE",), ("MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "PMI_LOCAL_RANK"),
+        ("MPI_LOCALNRANKS", "PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+    ),
+)  # fmt: skip
+SLURM = Variables("Slurm", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",), ())
+
+
+def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables to add to `environ` so that it has what torch.distributed reads.
+
+    None are missing where torch's or DeepSpeed's launcher has set them, and none are added for a process without a
+    launcher. MPI precedes Slurm: under `mpirun` inside a Slurm job, Slurm's variables describe MPI's daemons. UserError
+    with the variable's name where one is missing or contradicts another.
+    """
+    if "RANK" in environ:
+        for name in TORCH:
+            if name not in environ:
+                raise UserError(
+                    name, None, "is not set, though RANK is.", f"A launcher sets all of {', '.join(TORCH)}."
+                )
+        _check(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return {}
+    launchers = [variables for variables in MPI if _first(environ, variables.rank)]
+    if not launchers and "SLURM_PROCID" in environ and _is_srun_task(environ):
+        launchers = [SLURM]
+    if not launchers:
+        return {}
+    variables = launchers[0]
+    rank, size = _of(environ, variables, variables.rank), _of(environ, variables, variables.size)
+    local_rank = _of(environ, variables, variables.local_rank)
+    for other in launchers[1:]:  # OpenMPI also sets PMIX_RANK; all that are set have to agree
+        _agree(environ, rank, _first(environ, other.rank))
+        _agree(environ, size, _first(environ, other.size))
+    _agree(environ, size, "WORLD_SIZE" if "WORLD_SIZE" in environ else None)
+    _check(environ, rank, size, local_rank)
+    wanted = {
+        "RANK": environ[rank],
+        "WORLD_SIZE": environ[size],
+        "LOCAL_RANK": environ[local_rank],
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ, variables, size),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(environ)),
+    }
+    return {name: value for name, value in wanted.items() if environ.get(name) != value}
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Slurm's short form of a list of hosts: `node[01-03,7],login` → node01 node02 node03 node7 login."""
+    hosts: list[str] = []
+    for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        names = [""]
+        for literal, listed in re.findall(r"([^\[]+)|\[([^\]]*)\]", word):
+            names = [
+                name + part for name in names for part in ([literal] if literal else _expand_numbers(listed, text))
+            ]
+        hosts += names
+    return hosts
+
+
+def _expand_numbers(listed: str, text: str) -> list[str]:
+    """`01-03,7` → 01 02 03 7; leading zeros stay."""
+    numbers: list[str] = []
+    for part in listed.split(","):
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if span is None:
+            raise UserError("SLURM_STEP_NODELIST", text, "is not a list of hosts in Slurm's form.", "Set MASTER_ADDR.")
+        first, last = span[1], span[2] or span[1]
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if environ.get(name)), None)
+
+
+def _of(environ: Mapping[str, str], variables: Variables, names: tuple[str, ...]) -> str:
+    """The name of the first variable that is set; UserError where none is."""
+    name = _first(environ, names)
+    if name is None:
+        set_one = "Start it through the launcher, or set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR yourself."
+        raise UserError(
+            names[0], None, f"is not set, though {variables.launcher}'s {_first(environ, variables.rank)} is.", set_one
+        )
+    return name
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"\d+", environ[name]):
+        raise UserError(name, environ[name], "is not the number of a process.", "A launcher sets it.")
+    return int(environ[name])
+
+
+def _agree(environ: Mapping[str, str], name: str, other: str | None) -> None:
+    if other is not None and _number(environ, other) != _number(environ, name):
+        raise UserError(other, environ[other], f"contradicts {name} = {environ[name]}.", f"Unset {other}.")
+
+
+def _check(environ: Mapping[str, str], rank: str, size: str, local_rank: str) -> None:
+    if _number(environ, rank) >= _number(environ, size):
+        raise UserError(rank, environ[rank], f"contradicts {size} = {environ[size]}: ranks count from 0.")
+    if _number(environ, local_rank) > _number(environ, rank):
+        raise UserError(local_rank, environ[local_rank], f"contradicts {rank} = {environ[rank]}, which is less.")
+
+
+def _is_srun_task(environ: Mapping[str, str]) -> bool:
+    """Whether `srun` started this; a batch script's own process has a SLURM_PROCID too."""
+    if environ.get("SLURM_STEP_NUM_TASKS"):
+        return True
+    if int(environ.get("SLURM_NTASKS") or 1) > 1:
+        tasks = environ["SLURM_NTASKS"]
+        raise UserError(
+            "SLURM_NTASKS",
+            tasks,
+            f"this is the batch script itself, not one of its {tasks} tasks.",
+            "Start it with srun.",
+        )
+    return False
+
+
+def _first_host(environ: Mapping[str, str], variables: Variables, size: str) -> str:
+    """Where rank 0 runs."""
+    local_size = _first(environ, variables.local_size)
+    if environ[size] == "1" or (local_size and environ[local_size] == environ[size]):
+        return "127.0.0.1"
+    listed = _first(environ, ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))
+    if listed is not None:
+        return expand_hosts(environ[listed])[0]
+    forward = {"OpenMPI": "mpirun -x MASTER_ADDR=…", "MPICH": "mpirun -genv MASTER_ADDR …"}.get(variables.launcher, "")
+    raise UserError(
+        "MASTER_ADDR", None, f"is not set, and {variables.launcher} does not say which host rank 0 is on.",
+        "Set it to that host's address" + (f": {forward}" if forward else "."),
+    )  # fmt: skip
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    """A port that two jobs on a Slurm node do not share."""
+    job, step = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_STEP_ID", "0")
+    if job.isdigit() and step.isdigit():
+        return 20_000 + (int(job) * 10 + int(step)) % 10_000
+    return DEFAULT_PORT
+
+
+# --- whether the launcher still runs ---
+
+
+class LauncherProcesses:
+    """The processes of DeepSpeed's or torch's launcher that this one descends from.
+
+    SIGTERM to the single-node `deepspeed` command ends that command and nothing else: its launcher and the training
+    processes stay, without a parent. The same happens on a remote host whose ssh connection ends.
+    """
+
+    def __init__(self, first: int | None = None) -> None:
+        self._chain: list[tuple[int, int]] = []
+        """(process, its parent), upwards as far as launchers made them."""
+        process = os.getpid() if first is None else first
+        while (parent := parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
+            self._chain.append((process, parent))
+            process = parent
+
+    def gone(self) -> bool:
+        """Whether one of them has ended: its child has another parent now."""
+        return any(parent_of(process) != parent for process, parent in self._chain)
+
+
+def _is_launcher(process: int) -> bool:
+    """`deepspeed`, `torchrun` and their parts. The process that started such a command may end before it (nohup)."""
+    return any(word.rpartition("/")[2] in _LAUNCHERS for word in _command(process)) or _is_on_host(process)
+
+
+def _is_on_host(process: int) -> bool:
+    """DeepSpeed's launcher of one host, or the shell that ssh started for it.
+
+    The `deepspeed` command or sshd's session starts these, never a person, and has to stay alive.
+    """
+    return any(_ON_A_HOST in word for word in _command(process))
+
+
+def _command(process: int) -> list[str]:
+    """The first words: python [options] SCRIPT or -m MODULE. The training's own arguments follow them."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
+    except OSError:
+        return []

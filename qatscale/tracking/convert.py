@@ -1,0 +1,116 @@
+"""Training checkpoint, DeepSpeed's universal layout, Hugging Face: from any of them to the others.
+
+One parameter is in memory at a time, and the output appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from qatscale.data.manifest import tokenizer_folder
+from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint
+from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
+from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint
+from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal
+from qatscale.errors import UserError, did_you_mean
+from qatscale.files import check_new
+from qatscale.model.hugging_face import export_hugging_face
+from qatscale.tensor_files import LazyState
+from qatscale.tracking.import_run import write_run
+
+Format = Literal["checkpoint", "universal", "hf"]
+_SHOWN: dict[Format, str] = {
+    "checkpoint": "a training checkpoint",
+    "universal": "a universal checkpoint",
+    "hf": "a Hugging Face folder",
+}
+
+
+def convert(
+    source: str,
+    to: str,
+    out: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    trained_tokens: int | None = None,
+) -> TrainingState:
+    """Read `source`, whatever it is, write it in format `to` as the new folder `out`, and return what was read.
+
+    recipe, overrides: of the run that a Hugging Face or universal folder is to be; a checkpoint has its own.
+    trained_tokens: what the model of a Hugging Face folder has seen; None = count from 0.
+    UserError where the source is none of the three, damaged, or not the recipe's model, and where `out` is not empty.
+    """
+    if to not in get_args(Format):
+        raise UserError("--to", to, f"one of {', '.join(get_args(Format))}.", did_you_mean(to, get_args(Format)))
+    found = format_of(source)
+    if found == to:
+        raise UserError("--to", to, f"{source} is {_SHOWN[found]} already.")
+    _refuse_idle(found, recipe, overrides, trained_tokens)
+    check_new(out)
+    match found:
+        case "checkpoint":
+            state = read_checkpoint(source)
+        case "universal":
+            folder = find_universal(Path(source))
+            assert folder is not None
+            state = read_universal(folder, recipe, overrides)
+        case "hf":
+            state = read_hugging_face(Path(source), recipe, overrides, trained_tokens or 0)
+    match to:
+        case "checkpoint":
+            write_run(state, out)
+        case "universal":
+            write_universal(state, out)
+        case "hf":
+            write_hugging_face(state, out)
+    return state
+
+
+def format_of(source: str) -> Format:
+    """By what is in it. UserError where it is none of them."""
+    path = Path(source)
+    if find_universal(path) is not None:
+        return "universal"
+    if list(path.glob("*_optim_states.pt")) or (path / "latest").is_file():
+        fix = (
+            "Make it universal first: python -m deepspeed.checkpoint.ds_to_universal --input_folder … --output_folder …"
+        )
+        raise UserError("source", source, "is a DeepSpeed checkpoint, which fits one layout only.", fix)
+    is_run = (path / "run.json").is_file() or (path / MANIFEST).is_file()
+    if not is_run and ((path / "config.json").is_file() or list(path.glob("*.safetensors*"))):
+        return "hf"
+    if path.is_dir() and not is_run and not (path / "checkpoints").is_dir():
+        names = sorted(item.name for item in path.iterdir())
+        held = ", ".join(names[:5]) + (" …" if len(names) > 5 else "") if names else "nothing"
+        fix = "Give a run (RUN or RUN@STEP), a checkpoint's folder, a universal checkpoint, or a Hugging Face folder."
+        raise UserError("source", source, f"is nothing that can be converted: it holds {held}.", fix)
+    find_checkpoint(source)
+    return "checkpoint"
+
+
+def _refuse_idle(found: Format, recipe: str | None, overrides: Sequence[str], trained_tokens: int | None) -> None:
+    """UserError for what would have no effect, and for what the new folder decides."""
+    if found == "checkpoint" and (recipe is not None or overrides):
+        fix = "Leave it out; keys are set when you branch."
+        raise UserError("--recipe", recipe or " ".join(overrides), "a checkpoint's run has its own recipe.", fix)
+    if found != "hf" and trained_tokens is not None:
+        raise UserError("--trained-tokens", trained_tokens, f"{_SHOWN[found]} knows its own step.", "Leave it out.")
+    for override in overrides:
+        key, _, value = override.removeprefix("--").partition("=")
+        if key in ("name", "output"):
+            raise UserError(key, value, "the run is named by its folder, --out.", "Leave it out.")
+
+
+def write_hugging_face(state: TrainingState, out: Path) -> None:
+    """The weights in full precision, with the tokenizer of the run's data where that exists."""
+    model = state.config.model
+    shapes = {name: shape for name, shape in state.shapes.items() if not name.endswith(".weight_scale")}
+    export_hugging_face(
+        LazyState(shapes, lambda name: state.read("weight", name)),
+        model,
+        out,
+        sequence_length=state.config.data.sequence_length,
+        tokenizer_folder=tokenizer_folder(state.config.data.path),
+    )

@@ -1,0 +1,183 @@
+"""The checkpoints of a run in training, written beside its steps.
+
+The loop stands still while the masters and Adam's state are copied to host memory. A thread writes the copy, waits for
+the writers of the other processes (over a group of their own), commits the checkpoint and rotates. Write errors are
+re-raised in the training loop. A checkpoint is reported only once it is durable on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+from torch import Tensor
+
+from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoints.files import Manifest, rotate
+from qatscale.engine.checkpoints.host_copy import HostCopy
+from qatscale.engine.checkpoints.save_load import describe, slices_of, write_checkpoint
+from qatscale.supervise.failure_report import is_consequence
+from qatscale.supervise.watchdog import Watchdog
+from qatscale.train.components import TrainingComponents
+
+_TIMEOUT = timedelta(days=1)
+"""The group's timeout: processes wait for the slowest writer. The watchdog notices a hang sooner."""
+NICE = 10
+"""Priority of the writing thread. Where the CPU also computes the steps, hashing and copying into the page cache would
+otherwise take half of it from them."""
+NOTICEABLE = 0.1
+"""Seconds of waiting that are reported."""
+PATIENCE_AFTER_ERROR = 600.0
+"""Seconds that a run which has failed waits for the checkpoint in flight."""
+
+
+class _Flight(threading.Thread):
+    """A checkpoint that is being written."""
+
+    def __init__(self, draft: Manifest, write: Callable[[], Path]) -> None:
+        super().__init__(name=f"checkpoint of step {draft.step}", daemon=True)
+        self.draft, self._write = draft, write
+        self.path: Path | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            if sys.platform == "linux":  # elsewhere priorities are those of processes
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            self.path = self._write()
+        except BaseException as error:  # re-raised where the loop looks
+            self.error = error
+
+
+class AsyncCheckpointer:
+    """A context around the steps. Collective to make, to call and to leave without an error.
+
+    With `config.checkpoint.background` false, a save returns when the checkpoint is on disk, and no copy is made.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        config: RunConfig,
+        components: TrainingComponents,
+        watchdog: Watchdog,
+        *,
+        recipe_hash: str,
+        data: str,
+        saved: Callable[[Manifest, Path], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        """recipe_hash: rank 0's counts. data: fingerprint of the training tokens.
+
+        saved: called once for each checkpoint that is complete. notice: called with what a person should know. Both are
+        called by the thread that calls `save`, `poll` or `wait`.
+        """
+        self.checkpoints, self._config, self._components = checkpoints, config, components
+        self._watchdog, self._saved, self._notice = watchdog, saved, notice
+        self._recipe_hash, self._data = recipe_hash, data
+        several = components.runtime.ranks > 1
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if several else None
+        self._copy = HostCopy(slices_of(components.masters)) if config.checkpoint.background else None
+        self._flight: _Flight | None = None
+
+    def save(self, step: int, reason: str) -> None:
+        """Save the state after `step` steps. Returns when the masters may change.
+
+        Waits for the checkpoint before, if that is still being written. reason: see `Manifest.reason`.
+        """
+        if self._flight is not None and self._flight.is_alive():
+            before, began = self._flight.draft.step, time.perf_counter()
+            self.wait()
+            if (waited := time.perf_counter() - began) >= NOTICEABLE:
+                self._notice(
+                    f"note: the checkpoint of step {step} had to wait {waited:.1f} s, and training with it, until that "
+                    f"of step {before} was on disk"
+                )
+        self.poll()
+        draft, slices = self._draft(step, reason), slices_of(self._components.masters)
+        if self._copy is None:
+            self._saved(draft, self._write(draft, slices))
+            return
+        copies, copy = self._copy.take(slices), self._copy
+
+        def write() -> Path:
+            copy.wait()
+            return self._write(draft, copies)
+
+        self._flight = _Flight(draft, write)
+        self._flight.start()
+
+    def _draft(self, step: int, reason: str) -> Manifest:
+        config, components = self._config, self._components
+        return describe(
+            components.masters,
+            components.runtime,
+            step=step,
+            tokens=step * config.tokens_per_step,
+            reason=reason,
+            kept=reason in ("boundary", "end"),
+            recipe_hash=self._recipe_hash,
+            data=self._data,
+            plugin=components.plugin.state(),
+            layout=asdict(components.topology.layout),
+        )
+
+    def _write(self, draft: Manifest, slices: dict[str, Tensor]) -> Path:
+        runtime = self._components.runtime
+        path = write_checkpoint(self.checkpoints, draft, slices, runtime, self._group)
+        if runtime.is_main:
+            rotate(self.checkpoints, self._config.checkpoint.keep)
+        return path
+
+    def poll(self) -> None:
+        """Report a checkpoint that is complete by now, or raise the error of its writing. Call it after every step."""
+        if self._flight is not None and not self._flight.is_alive():
+            self.wait()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the checkpoint in flight, at most so many seconds, then do as `poll`."""
+        flight = self._flight
+        if flight is None:
+            return
+        with self._watchdog.waiting_for(flight.ident):
+            flight.join(seconds)
+        if flight.is_alive():
+            return
+        self._flight = None
+        if flight.error is not None:
+            raise flight.error
+        assert flight.path is not None
+        self._saved(flight.draft, flight.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """Wait for the checkpoint in flight: it holds a good state, whatever error the loop has met since.
+
+        Not where another process has failed, because that one takes part in writing it.
+        """
+        if error is not None:
+            if not is_consequence(error):
+                try:
+                    self.wait(PATIENCE_AFTER_ERROR)
+                except Exception:  # the loop's error is the one to report
+                    logging.getLogger("qatscale").exception("the checkpoint in flight")
+            return
+        self.wait()
+        if self._copy is not None:
+            self._copy.close()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)

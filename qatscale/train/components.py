@@ -1,0 +1,68 @@
+"""What a run consists of: what each process decides alone, and what the processes build together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qatscale.config.schema import RunConfig
+from qatscale.data.reader import BatchReader, EvaluationReader
+from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.compilation import Compilation
+from qatscale.engine.layout import Layout
+from qatscale.engine.qat_metrics import QatMetrics
+from qatscale.engine.runtime import Runtime
+from qatscale.engine.topology import Topology
+from qatscale.engine.zero_masters import ZeroMasters
+from qatscale.quant.plugin import QatPlugin
+from qatscale.schedule.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """Where training begins: at step 0, or at a checkpoint of this run or of the run it branches from."""
+
+    checkpoint: Path | None
+    manifest: Manifest | None
+    """The checkpoint's."""
+    resumes: bool
+    """The run's folder exists and is continued; otherwise a new folder is made."""
+    parent: dict[str, Any] | None
+    """{"name", "folder", "step"} of the run that a branch comes from."""
+    notices: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.step if self.manifest else 0
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Everything about a run that one process can decide without the others."""
+
+    config: RunConfig
+    timeline: Timeline
+    resume: ResumePlan
+    layout: Layout
+    ds_config: dict[str, Any]
+    """Merged with the recipe: what DeepSpeed gets."""
+    precision: Literal["fp32", "bf16"]
+    """The type of forward and backward; the masters are in fp32."""
+    batches: BatchReader
+    validation: EvaluationReader
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingComponents:
+    """What this process has of a run: its place, its part of the model, the engine, access to the fp32 masters."""
+
+    runtime: Runtime
+    topology: Topology
+    engine: Any
+    masters: ZeroMasters
+    plugin: QatPlugin
+    compilation: Compilation
+    qat_metrics: QatMetrics

@@ -1,0 +1,138 @@
+"""The metrics record of a logging interval: loss, speed, arithmetic, memory, quantizers, time spent on data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import flops_per_token, peak_flops
+from qatscale.engine.runtime import Runtime
+from qatscale.schedule.timeline import StepSettings
+
+WARMUP_STEPS = 10
+"""Steps after a start or the switch that no speed counts: compilation, first allocations, cold caches."""
+
+
+def total_peak(device_name: str, devices: int, precision: Literal["fp32", "bf16"]) -> float | None:
+    """Peak FLOP/s of the devices in this precision; None where it is not known: no MFU is better than a wrong one.
+
+    The table holds the peaks of bf16 matrix units, which fp32 arithmetic does not use.
+    """
+    peak = peak_flops(device_name) if precision == "bf16" else None
+    return peak * devices if peak else None
+
+
+class Meter:
+    """Collects over a logging interval without waiting for the device; `read` gives the record and starts anew."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime, precision: Literal["fp32", "bf16"]) -> None:
+        self._runtime = runtime
+        self._tokens_per_step = config.tokens_per_step
+        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._peak = total_peak(runtime.device_name, runtime.ranks, precision)
+        self._since_cold = 0
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
+        self._micro_batches = 0
+        self._steps = 0
+        self._data_seconds = 0.0
+        self._paused = 0.0
+        self._warmup = self._since_cold < WARMUP_STEPS
+        self._started = time.perf_counter()
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """The mean loss of one micro-batch on this process."""
+        self._loss += loss.detach()
+        self._micro_batches += 1
+
+    def end_step(self) -> None:
+        self._steps += 1
+        self._since_cold += 1
+
+    @contextmanager
+    def data(self) -> Iterator[None]:
+        """A context whose time was spent on reading the batch."""
+        start = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - start
+
+    def restart(self) -> None:
+        """Start an empty interval anew, after a switch: its time does not count, and warm-up begins again."""
+        assert self._steps == 0, "a segment ends with a metrics record"
+        self._wait()
+        self._since_cold = 0
+        self._start_interval()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context whose time is not training: checkpoints, validation. It waits for the device on both sides."""
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self._paused += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)
+
+    def read(
+        self, step: int, settings: StepSettings, engine: Any, qat_counts: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """The interval's record after `step` steps. Collective.
+
+        `loss` is the mean over all tokens of the interval's `steps` on all processes. All but the loss and the speeds
+        describe the last step. `warmup` marks an interval that began before WARMUP_STEPS were done, which final speeds
+        leave out. FloatingPointError where the loss or a gradient is not finite: all later numbers would be noise.
+
+        qat_counts: `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the floor,
+        and `code_flips`, the share of quantized weights whose code changed in the interval's last step. A signal that
+        ends an interval early leaves the second out.
+        """
+        sums = self._loss.view(1) if qat_counts is None else torch.cat([self._loss.view(1), qat_counts])
+        if self._runtime.ranks > 1:
+            dist.all_reduce(sums)
+        total, *counts = sums.tolist()  # waits for the device
+        loss = total / (self._micro_batches * self._runtime.ranks)
+        if not math.isfinite(loss):
+            raise _diverged(f"the loss is {loss} in the {self._steps} steps up to step {step}")
+        if engine.skipped_steps:  # DeepSpeed skips such a step silently, and the loss stays where it is
+            raise _diverged(f"the gradient of {engine.skipped_steps} of the steps up to step {step} is not finite")
+        seconds = time.perf_counter() - self._started - self._paused
+        tokens_per_second = self._steps * self._tokens_per_step / seconds
+        flops = tokens_per_second * self._flops_per_token
+        record = {
+            "tokens": step * self._tokens_per_step,
+            "steps": self._steps,
+            "phase": settings.phase,
+            "loss": loss,
+            "learning_rate": settings.learning_rate,
+            "grad_norm": float(engine.get_global_grad_norm()),
+            "tokens_per_second": tokens_per_second,
+            "tflops": flops / 1e12,
+            "mfu": flops / self._peak if self._peak else None,
+            "memory_gib": self._runtime.memory_gib(),
+            "data_seconds": self._data_seconds,
+            "warmup": self._warmup,
+        }
+        if counts:
+            floored, scales, flipped, compared = counts
+            record["scales_floored"] = floored / scales
+            if compared:
+                record["code_flips"] = flipped / compared
+        self._start_interval()
+        return record
+
+
+def _diverged(what: str) -> FloatingPointError:
+    fix = "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
+    return FloatingPointError(f"{what}. {fix}")

@@ -1,0 +1,167 @@
+"""Where a run begins: fresh, resumed, or branched from another run's checkpoint. Decided before any process group."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qatscale.config import config_differences, load_run_config
+from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoints.files import (
+    find_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+)
+from qatscale.errors import UserError
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.timeline import Timeline, first_difference
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.components import ResumePlan
+
+MAY_CHANGE = (
+    "engine.",
+    "checkpoint.",
+    "evaluation.",
+    "tracking.",
+    "batch.micro_batch",
+    "log_interval",
+    "output",
+    "data.path",
+    "name",  # that of the folder, which may have been renamed
+)
+"""Keys that a resume may change. None of them changes what is computed, except for the order of sums."""
+
+
+def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None = None) -> ResumePlan | None:
+    """Where the run that `config` describes begins; None if it is done.
+
+    A folder of this name with the same configuration is resumed from its newest checkpoint. UserError where its
+    configuration differs, naming every key with its old and new value, and where the checkpoint to branch from does
+    not fit the run.
+    """
+    folder = RunFolder(config.folder)
+    if not folder.run_file.exists():
+        _check_output(config.output)
+        return _branch(config, timeline, branch_from) if branch_from else ResumePlan(None, None, False, None)
+    if folder.imported:
+        problem = f"{folder.path} was imported from {folder.imported}; it is branched from, not trained."
+        raise UserError("name", config.name, problem, f"qatscale branch {folder.path} name=NAME KEY=VALUE…")
+    notices = _check_same_run(config, folder, branch_from)
+    if folder.is_done:
+        return None
+    if _reads_a_former_order(folder):
+        problem = f"{folder.path} was begun by a version that read the training data in another order."
+        fix = "Finish it with that version, or branch from its checkpoint, which continues in this version's order."
+        raise UserError("name", config.name, problem, fix)
+    if folder.status == "running":
+        raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
+    parent = folder.run["parent"]
+    newest = newest_checkpoint(folder.checkpoints)
+    if newest:
+        return ResumePlan(newest, read_manifest(newest), True, parent, notices)
+    if parent:  # stopped before its first own checkpoint: from the branch point again
+        trunk = folder.parent  # it may have moved together with this run
+        origin = find_checkpoint(f"{trunk.path if trunk else parent['folder']}@{parent['step']}")
+        return ResumePlan(origin, read_manifest(origin), True, parent, notices)
+    return ResumePlan(None, None, True, None, notices)
+
+
+def _check_output(output: Path) -> None:
+    """UserError where no folder can be made. Every process finds it now, before the others wait for the first."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = f"{existing} is {'write-protected' if existing.is_dir() else 'a file'}."
+        raise UserError("output", str(output), problem, "Choose another folder for the runs.")
+
+
+def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:
+    old = load_run_config(folder.path / "recipe.yaml")
+    notices: list[str] = []
+    wrong: list[str] = []
+    for difference in config_differences(old, config):
+        line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
+        (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)
+    if wrong:
+        problem = f"{folder.path} holds a run of another configuration: {'; '.join(wrong)}."
+        raise UserError("name", config.name, problem, "Give this run another name, or branch from that one.")
+    parent = folder.run["parent"]
+    if branch_from is not None:
+        origin = find_checkpoint(branch_from)
+        step = read_manifest(origin).step
+        if parent is None or Path(parent["folder"]).resolve() != _run_of(origin).resolve() or parent["step"] != step:
+            began = f"was branched from {parent['folder']}@{parent['step']}" if parent else "began fresh"
+            fix = "Give this run another name."
+            raise UserError("branch", branch_from, f"{folder.path} holds a run already, which {began}.", fix)
+    return tuple(f"changed for the rest of the run: {line}" for line in notices)
+
+
+def _reads_a_former_order(folder: RunFolder) -> bool:
+    """Whether a run was begun when sequences were shuffled within blocks: its recipe then has the blocks' size."""
+    return "shuffle_block" in folder.recipe["data"]
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.resolve().parent.parent
+
+
+def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePlan:
+    checkpoint = find_checkpoint(branch_from)
+    manifest = read_manifest(checkpoint)
+    run = _run_of(checkpoint)
+    parent = load_run_config(run / "recipe.yaml")
+    for key in ("model", "data.sequence_length", "batch.sequences"):
+        for difference in config_differences(parent, config):
+            if difference.key == key or difference.key.startswith(f"{key}."):
+                problem = f"a branch keeps its parent's {key}, which is {difference.old!r}."
+                raise UserError(difference.key, difference.new, problem)
+    if manifest.step >= timeline.steps:
+        problem = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
+        raise UserError("branch", branch_from, problem, "Train on more tokens, or branch from an earlier checkpoint.")
+    switched_at = manifest.plugin["switched_at"]
+    switched = switched_at is not None
+    switch = timeline.switch_step
+    if switched and switch != switched_at:
+        here = "never switches" if switch is None else f"switches at step {switch}"
+        problem = f"it is from after its run's switch to QAT at step {switched_at}, and this run {here}."
+        fraction = "" if switch is None else f", or set qat.fraction={1 - switched_at / timeline.steps:.8g}"
+        raise UserError("branch", branch_from, problem, f"Branch from a checkpoint before the switch{fraction}.")
+    if not switched and switch is not None and switch < manifest.step:
+        share = 1 - manifest.step / timeline.steps
+        fix = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
+        raise UserError(
+            "branch", branch_from, f"step {manifest.step} lies after this run's switch at step {switch}.", fix
+        )
+    if switched:
+        for difference in config_differences(parent, config):
+            if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
+                problem = f"the checkpoint's scales are for {difference.old!r}; after the switch a branch keeps them."
+                raise UserError(difference.key, difference.new, problem, "Branch from a checkpoint before the switch.")
+    notices = []
+    difference_before = first_difference(build_timeline(parent), timeline, manifest.step)
+    if difference_before is not None:
+        notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")
+    if parent.data.seed != config.data.seed:
+        notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
+    if _reads_a_former_order(RunFolder(run)):
+        notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
+    return ResumePlan(
+        checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices)
+    )
+
+
+def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple[str, ...]:
+    """Notices about the data of a run that starts from a checkpoint. UserError where a resume would use other data.
+
+    fingerprint: the training data's; it identifies the tokens, wherever they are stored.
+    """
+    if resume.manifest is None or resume.manifest.data == fingerprint:
+        return ()
+    if not resume.manifest.data:
+        return ("what the branch's parent was trained on is not known",)
+    assert resume.checkpoint is not None
+    if _run_of(resume.checkpoint) == config.folder.resolve():
+        problem = "holds other tokens than the run was trained on up to its checkpoint."
+        raise UserError(
+            "data.path", None, problem, "Give the folder of the same data, or branch to continue on other data."
+        )
+    return ("the branch continues on other data than its parent was trained on",)

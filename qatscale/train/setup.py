@@ -1,0 +1,88 @@
+"""Set up a run: `decide` what each process can decide alone, then `build` the engine together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
+from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
+from qatscale.data.open import open_batches, open_validation
+from qatscale.engine.checkpoints.save_load import load_checkpoint
+from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
+from qatscale.engine.initialize import initialize_engine
+from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
+from qatscale.engine.qat_metrics import QatMetrics
+from qatscale.engine.runtime import Runtime
+from qatscale.engine.topology import join_topology
+from qatscale.model.llama import Llama, initialise
+from qatscale.quant.plugin import QatPlugin
+from qatscale.schedule.build import build_timeline
+from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
+from qatscale.train.resume import check_data, plan_resume
+
+
+def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None:
+    """The set-up of the run that `config` describes; None if it is done.
+
+    UserError for whatever is wrong with the input. Every process finds it alone, before any waits for another.
+    """
+    timeline = build_timeline(config)
+    ds_config = run_ds_config(config)
+    resume = plan_resume(config, timeline, branch_from)
+    if resume is None:
+        return None
+    layout = plan_layout(config, ds_config, job_size())
+    plan_compilation(config.engine, ds_config)
+    ds_config = merge_ds_config(config, ds_config, layout.data)
+    batches, validation = open_batches(config), open_validation(config)
+    repetition = batches.repetition(timeline.steps)
+    notices = (
+        *timeline.warnings,
+        *ds_config_warnings(config),
+        *layout_notices(config, layout),
+        *resume.notices,
+        *check_data(config, resume, batches.stream.manifest.fingerprint),
+        *filter(None, [repetition]),
+    )
+    return RunSetup(config, timeline, resume, layout, ds_config, precision_of(ds_config), batches, validation, notices)
+
+
+def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:
+    """The components of a run, at the step where it starts. Collective."""
+    components = assemble(setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step)
+    _load(setup.resume, components)
+    return components
+
+
+def assemble(
+    config: RunConfig, layout: Layout, ds_config: dict[str, Any], runtime: Runtime, switch_step: int | None
+) -> TrainingComponents:
+    """Freshly initialised model, plugin and engine. `ds_config`: merged. Collective."""
+    topology = join_topology(config, layout, runtime)
+    model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
+    initialise(model, config.seed)
+    plugin = QatPlugin(config.qat, switch_step)
+    plugin.prepare(model)
+    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
+    compilation = Compiled(model) if plan_compilation(config.engine, ds_config) else Compilation()
+    qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
+    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics)
+
+
+def _load(resume: ResumePlan, components: TrainingComponents) -> None:
+    """Put the checkpoint to start from, if any, into a fresh engine and plugin.
+
+    Scales that are not in use yet need not fit: a branch may quantize at other bit widths, more layers or fewer than
+    its parent.
+    """
+    if resume.checkpoint is None:
+        return
+    assert resume.manifest is not None
+    inert = resume.manifest.plugin["switched_at"] is None
+    load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
+    components.plugin.load_state(resume.manifest.plugin)
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(".weight_scale")
