@@ -68,3 +68,8 @@ def test_a_reader_of_the_training_loop_trusts_few_files() -> None:
     print(f"\nimport closure of the training loop: {len(closure)} files, {lines} lines")
     assert len(closure) <= 75
     assert lines <= 9000
+
+
+def test_no_file_exceeds_450_lines() -> None:
+    files = [path for folder in ("qatscale", "analysis", "launch", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert [path.name for path in files if len(path.read_text().splitlines()) > 450] == []

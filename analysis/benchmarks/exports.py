@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.cli import main as qatscale
 from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
@@ -23,7 +24,7 @@ from qatscale.study.trunk import train_or_reuse
 
 OUT = Path("outputs/exports")
 STEPS, SWITCH, TOKENS = 90, 60, 1024
-WIDTHS = {"fp32": (1, 1.58, 2, 3, 4, 5, 6, 8), "bf16": (1, 2, 4, 6)}
+WIDTHS = {"fp32": BIT_WIDTHS, "bf16": (1, 2, 4, 6)}
 MORE = ("--fallback", "--tokens", "4K")
 MODEL = [
     "model.vocab_size=2048", "model.hidden_size=256", "model.intermediate_size=768", "model.layers=2", "model.heads=4",

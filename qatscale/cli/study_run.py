@@ -81,7 +81,7 @@ def run(
     counts = state.counts()
     if stopped:
         print(f"stopped by {signal.Signals(stopped[0]).name}: {counts['done']} of {len(state.states)} runs are done; "
-              "the same command goes on from there")  # fmt: skip
+              "the same command continues from there")  # fmt: skip
         sys.exit(EXIT_REQUEUE)
     _print_failures(state)
     _conclude(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import qatscale
+from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale import untrusted
 from qatscale.errors import UserError
 from qatscale.export.encoding import ExportLayout, StoredParameter
@@ -19,7 +20,6 @@ from qatscale.tracking.run_folder import RunFolder
 
 FILE = "export.json"
 FORMAT = 1
-UNQUANTIZED_BITS = 16
 
 
 class Provenance(NamedTuple):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from qatlaw.bit_widths import BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config import explain, flatten, load_run_config
 from qatscale.config.settings import sections, settings
 from qatscale.errors import UserError
@@ -39,12 +40,12 @@ PHASES = ("warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_coold
         ("schedule.lowered_to", "a number above 0 and at most 1", "0.7"),
         ("schedule.min_lr_ratio", "a number from 0 to 1", "0.0"),
         ("qat.scheme", "fp, sequential, fused or scratch", "fp"),
-        ("qat.bits", "one of 1, 1.58, 2, 3, 4, 5, 6, 8", "4"),
+        ("qat.bits", f"one of {BIT_WIDTHS_TEXT}", "4"),
         ("qat.fraction", "a number from 0 to 1 or auto", "auto"),
         ("qat.lr_ratio", "a number above 0 or auto", "auto"),
-        ("qat.embedding_bits", "auto, 4, 5, 6, 8 or 16", "auto"),
+        ("qat.embedding_bits", f"auto, {', '.join(map(str, EMBEDDING_BITS[:-1]))} or 16", "auto"),
         ("evaluation.tokens", "a whole number of tokens above 0 (2.3B, 100M, 50_000)", "1_000_000"),
-        ("evaluation.ptq_bits", "a list, each one of 1, 1.58, 2, 3, 4, 5, 6, 8", "[]"),
+        ("evaluation.ptq_bits", f"a list, each one of {BIT_WIDTHS_TEXT}", "[]"),
     ],
 )
 def test_a_row(key: str, allowed: str, default: str) -> None:

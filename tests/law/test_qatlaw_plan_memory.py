@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatlaw import InputError
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.plan import Shape, plan_memory, shapes_within
 from qatlaw.planner_law import synthetic_law
 from qatscale.config import load_run_config
@@ -14,7 +15,6 @@ from qatscale.config.schema import ModelConfig
 from qatscale.config.sizes import count_parameters
 
 LAW = synthetic_law()
-WIDTHS = (1, 1.58, 2, 3, 4, 5, 6, 8)
 
 
 def largest_shape(budget: float, bits: float) -> Shape:
@@ -89,7 +89,7 @@ def test_the_rule_is_near_the_recipes(recipe: str, bits: float) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(6.8, 10.5), st.floats(0.001, 1), st.sampled_from(WIDTHS))
+@given(st.floats(6.8, 10.5), st.floats(0.001, 1), st.sampled_from(BIT_WIDTHS))
 def test_more_memory_never_means_a_smaller_model_or_a_higher_loss(log: float, more: float, bits: float) -> None:
     small, large = largest_shape(10**log, bits), largest_shape(10 ** (log + more), bits)
     assert small.params <= large.params
@@ -111,9 +111,9 @@ def test_a_smaller_model_than_fits_where_tokens_are_too_few_for_it() -> None:
 
 
 def test_the_best_width_is_the_one_with_the_lowest_loss() -> None:
-    plan = plan_memory(500e6, 100e9, WIDTHS, law=LAW)
+    plan = plan_memory(500e6, 100e9, BIT_WIDTHS, law=LAW)
     losses = {}
-    for bits in WIDTHS:
+    for bits in BIT_WIDTHS:
         N = largest_shape(500e6, bits).params  # at so many tokens the largest is the best at every width
         f = float(LAW.law.optimal_fraction(N, 100e9, bits))
         losses[bits] = float(LAW.law.loss(N, (1 - f) * 100e9, f * 100e9, bits))
@@ -123,7 +123,7 @@ def test_the_best_width_is_the_one_with_the_lowest_loss() -> None:
 
 
 def test_without_a_law_widths_are_not_ranked() -> None:
-    assert plan_memory(500e6, 100e9, WIDTHS).best is None
+    assert plan_memory(500e6, 100e9, BIT_WIDTHS).best is None
     assert plan_memory(500e6, 100e9, (4,)).best == 0, "there is nothing to choose"
 
 

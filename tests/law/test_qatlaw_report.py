@@ -15,6 +15,7 @@ from law_runs import command, finished
 from matplotlib.colors import to_rgb
 
 from qatlaw import synthetic
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
 from qatlaw.figures.style import amount, memory, thinned, width_dash, width_style
 from qatlaw.fraction import optimal_fraction
@@ -167,7 +168,7 @@ def luminance(colour: str) -> float:
 
 
 def test_bit_widths_are_told_apart_without_colour() -> None:
-    widths = (1, 1.58, 2, 3, 4, 5, 6, 8)
+    widths = BIT_WIDTHS
     assert len({width_style(bits)[1] for bits in widths}) == len(widths), "a marker each"
     assert len({width_style(bits)[0] for bits in widths}) == len(widths)
     assert len({str(width_dash(bits, (1, 2, 4, 6))) for bits in (1, 2, 4, 6)}) == 4

@@ -1,4 +1,4 @@
-"""Fixtures of this room: shrunken Llamas with weights so large that a wrong rotation, mask or head order shows."""
+"""Shrunken Llamas with weights so large that a wrong rotation, mask or head order shows."""
 
 from __future__ import annotations
 

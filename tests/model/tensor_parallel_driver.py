@@ -1,4 +1,4 @@
-"""Compares a model split over the processes with the whole one, on every process; fails with what differs.
+"""Compares a model that is split over the processes with the full one, on every process, and names what differs.
 
 python tensor_parallel_driver.py      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 """
@@ -72,7 +72,7 @@ def check_loss(parallel: TensorParallel) -> None:
 
 
 def check_loss_of_a_product(parallel: TensorParallel) -> None:
-    """Of several chunks, against PyTorch's in float64; padding has no gradient."""
+    """The loss of several chunks against PyTorch's in float64; padding has no gradient."""
     shard, tokens, width = parallel.shard(0, VOCABULARY), 600, 16
     generator = torch.Generator().manual_seed(4)
     x, table = torch.randn(tokens, width, generator=generator), torch.randn(VOCABULARY, width, generator=generator)

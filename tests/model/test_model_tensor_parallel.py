@@ -1,4 +1,4 @@
-"""A model split over processes is the whole model: losses, every gradient, and what quantizers do."""
+"""A model split over processes equals the full model: losses, every gradient, and quantization."""
 
 from __future__ import annotations
 

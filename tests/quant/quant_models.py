@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qatscale.config.schema import QatConfig
+from qatscale.quant.plugin import PlainMasters, QatPlugin, scale_groups
+
 VOCABULARY, WIDTH, HIDDEN = 40, 32, 48
 
 
@@ -65,6 +68,21 @@ class TinyModel(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(tokens).flatten(0, 1), labels.flatten())
+
+
+def prepared(
+    switch_step: int | None = 3, tied: bool = True, **qat: object
+) -> tuple[TinyModel, QatPlugin, torch.optim.AdamW, PlainMasters]:
+    """A prepared model with its optimizer, before the switch."""
+    model = TinyModel(tied)
+    plugin = QatPlugin(QatConfig(**{"scheme": "fused", **qat}), switch_step)
+    plugin.prepare(model)
+    scales = scale_groups(model)
+    of_scales = {id(p) for group in scales.values() for p in group}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in of_scales]}]
+    groups += [{"params": group, "weight_decay": 0.0} for group in scales.values()]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    return model, plugin, optimizer, PlainMasters(optimizer)
 
 
 TRANSITIONS = torch.softmax(2 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(5)), -1)

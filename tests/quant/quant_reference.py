@@ -46,4 +46,4 @@ LEVELS = {
 }
 """In units of α."""
 CODES = {**LEVELS, 1.58: [-1, 0, 1], 2: [-2, -1, 0, 1]}
-"""Of LSQ and at 1 bit they are the levels."""
+"""Ascending. For LSQ and 1 bit, codes are levels."""

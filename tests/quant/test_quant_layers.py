@@ -1,4 +1,4 @@
-"""The layers against quantizing the whole weight by hand; activation checkpointing; torch.compile."""
+"""The layers against quantizing the full weight by hand; activation checkpointing; torch.compile."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_activation_checkpointing_changes_nothing(group_size: int | None) -> Non
 
 @pytest.mark.parametrize("bits", [1, 1.58, 2])
 def test_a_compiled_block_equals_the_eager_one(bits: float) -> None:
-    """Captured whole, with no break at the quantizer; `aot_eager` adds no rounding of a compiler's own."""
+    """Captured in one graph, without a break at the quantizer; `aot_eager` adds no rounding of a compiler's own."""
     eager = a_switched_model(bits=bits)
     compiled = copy.deepcopy(eager)
     for index, block in enumerate(compiled.blocks):
