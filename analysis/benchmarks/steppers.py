@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qatscale.config.ds_config import merge_ds_config, precision_of, run_ds_config
 from qatscale.config.schema import Phase, RunConfig
-from qatscale.engine.compilation import Compiled
+from qatscale.engine.compilation import Compilation
 from qatscale.engine.initialize import apply_settings, optimizer_groups
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import Runtime
@@ -72,7 +72,6 @@ def training_step(
         return [loss.detach() for loss in losses][-1]
 
     def close() -> None:
-        job.compilation.close()
         job.engine.destroy()
 
     return step, close
@@ -90,8 +89,8 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     loop = BareLoop(model, optimizer_groups(model, plugin), config, batch_of(config, runtime.device), precision)
     if quantized:
         plugin.maybe_switch(0, loop.masters)
-    compilation = Compiled(model) if compiled else None
-    return Stepper(name, partial(loop.step, model), compilation.close if compilation else lambda: None)
+    Compilation(model, compiled)
+    return Stepper(name, partial(loop.step, model), lambda: None)
 
 
 def _from_step_0(config: RunConfig, compiled: bool) -> RunConfig:

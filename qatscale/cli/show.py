@@ -79,7 +79,7 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
     check_figure(figure)
     timeline = build_timeline(config)
     size = f"{format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of {timeline.tokens_per_step:,}"
-    out, rows = console(), [COLUMNS, *(row.cells() for row in describe(timeline, config))]
+    out, rows = console(), [COLUMNS, *describe(timeline, config)]
     shown = list(COLUMNS)
     for column in ("steps", "tokens", "decay", "betas"):  # the first to go where a terminal is narrow
         widths = [max(len(row[COLUMNS.index(name)]) for row in rows) for name in shown]

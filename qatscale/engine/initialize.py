@@ -21,7 +21,7 @@ def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]
 
     `lr_ratio` is the group's rate over the schedule's. A scale of b bits is about 1/Qp of the row's largest weight, and
     Adam moves every parameter by about the rate: at the weights' rate a scale of 8 bits would be gone in one step. So
-    it is `plugin.scale_lr_ratio`, the quantizer's unless the recipe says else.
+    it is `plugin.scale_lr_ratio`, the quantizer's unless the recipe sets one.
     """
     scales = scale_groups(model)
     of_scales = {id(p) for group in scales.values() for p in group}
@@ -43,9 +43,9 @@ def initialize_engine(
     ds_config: dict[str, Any],
     topology: Topology | None = None,
 ) -> tuple[Any, ZeroMasters]:
-    """The DeepSpeed engine of a prepared model, and the way to its masters. `ds_config`: merged. Collective.
+    """The DeepSpeed engine of a prepared model, and its masters. `ds_config`: merged. Collective.
 
-    topology: None = every process holds the whole model.
+    topology: None = every process holds the entire model.
     """
     import deepspeed
     from deepspeed.utils import groups
@@ -62,17 +62,24 @@ def initialize_engine(
         fused=True,
     )
     names = {p: canonical_name(name, config.model) for name, p in model.named_parameters()}
-    copies: frozenset[str] = frozenset()
+    copies: set[str] = set()
     module, mpu = model, None
     if topology is not None and topology.layout.model_parallel:
-        copies = _copies(names, topology)
         mpu = topology.grid
+        if topology.place.tensor:  # the first of a tensor-parallel group saves what all of it hold undivided
+            copies |= {name for p, name in names.items() if shard_of(p) is None}
+        if not topology.stage.is_first:  # a tied head
+            copies |= {name for name in names.values() if name.startswith("embed.")}
     if topology is not None and topology.layout.pipeline > 1:
         from qatscale.engine.pipeline import LlamaPipeline
 
         assert isinstance(model, Llama)
         module, mpu = LlamaPipeline(model, topology), None  # it has the grid
-        ds_config = {**ds_config, "pipeline": _pipeline_section(ds_config, topology)}
+        # By default DeepSpeed has each process of a tensor-parallel group send its part of what all of them hold alike;
+        # where the sequence is split they hold different things.
+        alike = not topology.tensor.sequence
+        section = {"pipe_partitioned": alike, "grad_partitioned": alike, **ds_config.get("pipeline", {})}
+        ds_config = {**ds_config, "pipeline": section}
     groups.mpu = mpu  # DeepSpeed keeps that of an earlier engine of the same process
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False)
     if module is not model:
@@ -83,7 +90,7 @@ def initialize_engine(
 
 
 def _equal_counts(groups_of_parameters: list[dict[str, Any]], topology: Topology) -> None:
-    """DeepSpeed sums the gradient norm over the stages group by group, and waits for ever for a stage that has fewer.
+    """DeepSpeed sums the gradient norm over the stages group by group, and hangs where a stage has fewer groups.
 
     A stage without the embedding's scales gives single matrices a group of their own. Collective.
     """
@@ -91,22 +98,6 @@ def _equal_counts(groups_of_parameters: list[dict[str, Any]], topology: Topology
     matrices = groups_of_parameters[0]
     for _ in range(missing):
         groups_of_parameters.append({**matrices, "params": [matrices["params"].pop()]})
-
-
-def _pipeline_section(ds_config: dict[str, Any], topology: Topology) -> dict[str, Any]:
-    """By default DeepSpeed has each process of a tensor-parallel group send its part of what all of them hold alike;
-    where the sequence is split they hold different things."""
-    alike = not topology.tensor.sequence
-    return {"pipe_partitioned": alike, "grad_partitioned": alike, **ds_config.get("pipeline", {})}
-
-
-def _copies(names: dict[nn.Parameter, str], topology: Topology) -> frozenset[str]:
-    """Parameters that another process saves: those that the first of a tensor-parallel group holds whole as well, and
-    a tied head on the last stage."""
-    stage = topology.stage
-    of_embedding = {name for name in names.values() if name.startswith("embed.")} if not stage.is_first else set()
-    held_whole = {name for p, name in names.items() if shard_of(p) is None} if topology.place.tensor else set()
-    return frozenset(of_embedding | held_whole)
 
 
 def apply_settings(engine: Any, settings: StepSettings) -> None:

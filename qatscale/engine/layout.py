@@ -1,5 +1,7 @@
-"""How the processes of a job divide the work: data x tensor x pipeline. Pure arithmetic, decided before any of them
-meets another; whatever cannot work is refused here."""
+"""How the processes of a job divide the work: data x tensor x pipeline.
+
+Pure arithmetic, decided before the processes meet. A layout that cannot work is refused here.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qatscale.config.problems import together
 from qatscale.config.schema import RunConfig
-from qatscale.errors import UserError, UserErrors
+from qatscale.errors import UserError
 from qatscale.model.stages import Stage, divide, stage_parameters
-
-_MOST_STAGES = 1024
-"""Every stage is planned by itself."""
 
 
 class Place(NamedTuple):
-    """Where a process stands."""
+    """A process's coordinates."""
 
     stage: int
     data: int
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def model_parallel(self) -> bool:
-        """Whether one process holds less than the whole model."""
+        """Whether one process holds less than the entire model."""
         return self.tensor * self.pipeline > 1
 
     def place(self, rank: int) -> Place:
@@ -58,7 +58,7 @@ def plan_layout(config: RunConfig, ds_config: Mapping[str, Any], processes: int)
     """The layout of a run on so many processes. UserError with everything that cannot work, and what would."""
     problems = list(_problems(config, ds_config, processes))
     if problems:
-        raise problems[0] if len(problems) == 1 else UserErrors(problems)
+        raise together(problems)
     engine = config.engine
     share = engine.tensor_parallel * engine.pipeline_stages
     return Layout(processes // share, engine.tensor_parallel, engine.pipeline_stages)
@@ -72,7 +72,7 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
 def bubble(micro_batches: int, stages: int) -> float:
     """The share of a step in which a stage waits: (p - 1) / (m + p - 1) for m micro-batches through p stages.
 
-    arXiv 2104.04473, section 2.2.1, there as a share of the ideal time; here of the whole.
+    arXiv 2104.04473, section 2.2.1, as a share of the ideal time; here of the entire step.
     """
     return (stages - 1) / (micro_batches + stages - 1)
 
@@ -87,11 +87,9 @@ def layout_notices(config: RunConfig, layout: Layout) -> tuple[str, ...]:
             "padding takes part in nothing and is not saved"
         )
     if layout.pipeline > 1:
-        stages = stages_of(config)
-        sizes = stage_parameters(config.model, [len(stage.blocks) for stage in stages])
-        shown = ", ".join(
-            f"{len(stage.blocks)} ({size / 1e6:,.1f}M)" for stage, size in zip(stages, sizes, strict=True)
-        )
+        blocks = [len(stage.blocks) for stage in stages_of(config)]
+        sizes = stage_parameters(config.model, blocks)
+        shown = ", ".join(f"{count} ({size / 1e6:,.1f}M)" for count, size in zip(blocks, sizes, strict=True))
         micro_batches = config.batch.micro_batches(layout.data)
         share = bubble(micro_batches, layout.pipeline)
         notices.append(
@@ -106,12 +104,11 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
     tensor, pipeline = engine.tensor_parallel, engine.pipeline_stages
     if processes % (tensor * pipeline):
         each = f"engine.tensor_parallel x engine.pipeline_stages = {tensor} x {pipeline}"
-        below = processes // (tensor * pipeline) * tensor * pipeline
-        near = f"{below} or {below + tensor * pipeline}" if below else f"{tensor * pipeline}"
-        yield UserError("processes", processes, f"must be a multiple of {each}.", f"Start {near}.")
+        start = f"Start {_multiples(processes, tensor * pipeline)}."
+        yield UserError("processes", processes, f"must be a multiple of {each}.", start)
     yield from _tensor_problems(config, tensor)
-    if pipeline > _MOST_STAGES:
-        yield UserError("engine.pipeline_stages", pipeline, f"at most {_MOST_STAGES:,} are supported.")
+    if pipeline > 1024:  # every stage is planned by itself
+        yield UserError("engine.pipeline_stages", pipeline, "at most 1,024 are supported.")
     if pipeline > model.layers:
         yield UserError(
             "engine.pipeline_stages", pipeline, f"is more than model.layers = {model.layers}; every stage needs one."
@@ -120,14 +117,14 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
     if pipeline > 1 and zero["stage"] > 1:
         yield UserError(
             "engine.pipeline_stages", pipeline,
-            f"goes with ZeRO-1 alone, and the ds_config has stage {zero['stage']}: gradients and parameters cannot be "
-            "given away between the micro-batches of a pipeline.", "Take a ZeRO-1 ds_config, or one stage.",
+            f"works with ZeRO-1 alone, and the ds_config has stage {zero['stage']}: gradients and parameters cannot be "
+            "divided between the micro-batches of a pipeline.", "Take a ZeRO-1 ds_config, or one stage.",
         )  # fmt: skip
     if pipeline > 1 and zero.get("offload_optimizer", {}).get("device", "none") != "none":
         yield UserError(
             "zero_optimization.offload_optimizer", None,
-            "is wrong with pipeline stages: DeepSpeed 0.19.8 loses a part of the gradient in bf16 (measured: a norm "
-            "of 0.52 for 0.65), without a word.", "Leave it out, or use it with tensor parallelism.",
+            "is wrong with pipeline stages: DeepSpeed 0.19.8 silently loses a part of the gradient in bf16 (measured: "
+            "a norm of 0.52 for 0.65).", "Leave it out, or use it with tensor parallelism.",
         )  # fmt: skip
     if "pipeline" in ds and pipeline == 1:
         yield UserError("pipeline", None, "would have no effect with one stage.", "Set engine.pipeline_stages.")
@@ -137,6 +134,12 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
             "with engine.sequence_parallel the stream between stages is split already, along the sequence.",
             "Remove the section.",
         )  # fmt: skip
+
+
+def _multiples(size: int, of: int) -> str:
+    """The nearest multiples, for a message."""
+    below = size // of * of
+    return f"{below} or {below + of}" if below else str(of)
 
 
 def _tensor_problems(config: RunConfig, tensor: int) -> Iterator[UserError]:
@@ -178,9 +181,3 @@ def _tensor_problems(config: RunConfig, tensor: int) -> Iterator[UserError]:
                     f"does not divide model.{key} / engine.tensor_parallel = {size // tensor}; a "
                     "group would lie on two processes.", "Choose smaller groups or fewer processes.",
                 )  # fmt: skip
-
-
-def _multiples(size: int, of: int) -> str:
-    """The nearest multiples, for a message."""
-    below = size // of * of
-    return f"{below} or {below + of}" if below else str(of)

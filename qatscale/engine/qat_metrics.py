@@ -5,8 +5,6 @@ Both are counted on the fp32 masters, each process on those it holds, so they do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -19,32 +17,8 @@ SAMPLE = 1 << 20
 """Weights of a model whose codes are compared, about; of a larger model the middle rows of every matrix."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Elements [low, high) of what the flattened matrix is to its fragment, which this process holds."""
-
-    fragment: Fragment
-    low: int
-    high: int
-
-    def weights(self) -> Tensor:
-        start = self.low - self.fragment.start
-        return self.fragment.of(self.fragment.partition)[start : start + self.high - self.low]
-
-    def scales(self, scale: Tensor, channels: int) -> Tensor:
-        """The scale of each weight. scale: [rows] or [rows, groups], of a matrix [rows, channels]."""
-        by_group = scale.view(scale.shape[0], -1).to(self.fragment.partition.device)
-        first, end = self.fragment.columns or (0, channels)
-        size = channels // by_group.shape[1]
-        block = by_group[:, first // size : -(-end // size)]
-        shared = (end - first) // block.shape[1]
-        start = self.low // shared
-        spread = block.flatten()[start : -(-self.high // shared)].unsqueeze(-1).expand(-1, shared).flatten()
-        return spread[self.low - start * shared :][: self.high - self.low]
-
-
 class QatMetrics:
-    """Counts over the quantized matrices of a prepared `model`. n_params: of the whole model."""
+    """Counts over the quantized matrices of a prepared `model`. n_params: of the entire model."""
 
     def __init__(self, masters: ZeroMasters, model: nn.Module, n_params: int) -> None:
         self._masters = masters
@@ -55,7 +29,8 @@ class QatMetrics:
         self._pieces = [self._pieces_of(layer, share) for layer in self._layers]
         self._before: list[Tensor] | None = None
 
-    def _pieces_of(self, layer: FakeQuantLayer, share: float) -> list[_Piece]:
+    def _pieces_of(self, layer: FakeQuantLayer, share: float) -> list[tuple[Fragment, int, int]]:
+        """Each piece is elements [low, high) of the flattened matrix or columns that the fragment is of."""
         rows, channels = self._masters.shapes[self._masters.names[id(layer.weight)]]
         count = max(1, round(rows * share))
         skipped = (rows - count) // 2
@@ -66,7 +41,7 @@ class QatMetrics:
                 low = max(fragment.start, skipped * (end - first))
                 high = min(fragment.start + fragment.numel, (skipped + count) * (end - first))
                 if low < high:
-                    pieces.append(_Piece(fragment, low, high))
+                    pieces.append((fragment, low, high))
         return pieces
 
     def before_step(self) -> None:
@@ -96,9 +71,11 @@ class QatMetrics:
         found: dict[Quantizer, list[tuple[Tensor, Tensor]]] = {}
         scales = self._masters.full_all([layer.weight_scale for layer in self._layers])
         for layer, scale, pieces in zip(self._layers, scales, self._pieces, strict=True):
-            for piece in pieces:
-                channels = self._masters.shapes[piece.fragment.name][1]
-                found.setdefault(layer.quantizer, []).append((piece.weights(), piece.scales(scale, channels)))
+            for fragment, low, high in pieces:
+                channels = self._masters.shapes[fragment.name][1]
+                weights = fragment.of(fragment.partition)[low - fragment.start : high - fragment.start]
+                pairs = found.setdefault(layer.quantizer, [])
+                pairs.append((weights, _scale_of_each(scale.to(weights.device), fragment, channels, low, high)))
         dtype = self._layers[0].weight.dtype
         return [
             encode(
@@ -108,3 +85,15 @@ class QatMetrics:
             )
             for quantizer, pairs in found.items()
         ]
+
+
+def _scale_of_each(scale: Tensor, fragment: Fragment, channels: int, low: int, high: int) -> Tensor:
+    """The scale of each weight of a piece. scale: [rows] or [rows, groups], of a matrix [rows, channels]."""
+    by_group = scale.view(scale.shape[0], -1)
+    first, end = fragment.columns or (0, channels)
+    size = channels // by_group.shape[1]
+    block = by_group[:, first // size : -(-end // size)]
+    shared = (end - first) // block.shape[1]
+    start = low // shared
+    spread = block.flatten()[start : -(-high // shared)].unsqueeze(-1).expand(-1, shared).flatten()
+    return spread[low - start * shared :][: high - low]

@@ -8,8 +8,6 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -34,8 +32,8 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def memory_gib(self) -> float:
-        """Peak of this process's device memory since the last call, so that the phases of a run can be told apart; on
-        CPU, its resident memory. GiB."""
+        """Peak device memory since the last call, so that the phases of a run are distinct; on CPU, resident memory.
+        GiB."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -46,12 +44,12 @@ class Runtime:
 
 
 def uses_gpu() -> bool:
-    """Whether there is a GPU and DS_ACCELERATOR does not say to leave it alone."""
+    """Whether a GPU exists and DS_ACCELERATOR does not exclude it."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody uses at the moment."""
+    """A TCP port of this host that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -79,26 +77,23 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     _import_deepspeed_quietly()
     import deepspeed
 
+    device = torch.device("cpu")
+    if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0
+        device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
     if not torch.distributed.is_initialized():
         if on_gpu:
-            torch.cuda.set_device(_device_index(local_rank))
+            torch.cuda.set_device(device)
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
         atexit.register(_leave)
-    device = torch.device("cuda", _device_index(local_rank)) if on_gpu else torch.device("cpu")
     return Runtime(rank, ranks, local_rank, device)
 
 
-def _device_index(local_rank: int) -> int:
-    """Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0."""
-    return local_rank if torch.cuda.device_count() > 1 else 0
-
-
 def _leave() -> None:
-    """Join gloo's threads. Left to the interpreter's teardown they sometimes abort a process that is done (SIGABRT).
+    """Join gloo's threads. At the interpreter's teardown they sometimes abort a process that is done (SIGABRT).
 
-    NCCL waits for the other processes here, which after an error of this one are somewhere else: only where there are
-    none is its group left in order.
+    With NCCL this call waits for the other processes, which never come after an error of this one. So NCCL's group is
+    destroyed only in a job of one process.
     """
     if not torch.distributed.is_initialized():
         return
@@ -108,12 +103,18 @@ def _leave() -> None:
 
 def _import_deepspeed_quietly() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # torch renames two collectives and tells every process so; nothing a user of ours can act on.
+    # torch warns in every process that two collectives were renamed; a user cannot act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with _hidden("mlflow"):  # where it is installed DeepSpeed's autotuner imports it in every process
+    hides = "mlflow" not in sys.modules  # DeepSpeed's autotuner imports it in every process, where it is installed
+    if hides:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
         import deepspeed.ops
         import deepspeed.runtime.bf16_optimizer as bf16_optimizer
         import deepspeed.runtime.compiler as compiler
+    finally:
+        if hides:
+            del sys.modules["mlflow"]
 
     # ZeRO imports Muon to ask whether our optimizer is one, and Muon's decorators would load torch's compiler.
     compile_, compiler.compile = compiler.compile, lambda: lambda function: function
@@ -125,16 +126,3 @@ def _import_deepspeed_quietly() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It prints the memory at every start, asked or not, and resets the peak that we report.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
-
-
-@contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """A context in which importing `module` raises ImportError; one that is imported already stays what it is."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]

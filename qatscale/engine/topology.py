@@ -23,7 +23,7 @@ class Topology:
     tensor: TensorParallel
     stage: Stage
     grid: Any
-    """DeepSpeed's view of the groups; None where every process holds the whole model."""
+    """DeepSpeed's view of the groups; None where every process holds the entire model."""
 
     @property
     def data_rank(self) -> int:
@@ -38,8 +38,13 @@ class Topology:
 def join_topology(config: RunConfig, layout: Layout, runtime: Runtime) -> Topology:
     """Make the groups. Collective, after `start_runtime`."""
     assert layout.processes == runtime.ranks
-    place = layout.place(runtime.rank)
-    grid = _grid(layout) if layout.model_parallel else None
+    place, grid = layout.place(runtime.rank), None
+    if layout.model_parallel:
+        from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+        axes = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints itself
+            grid = PipelineParallelGrid(topology=axes)
     group = grid.get_slice_parallel_group() if grid and layout.tensor > 1 else None
     tensor = TensorParallel(place.tensor, layout.tensor, group, config.engine.sequence_parallel)
     return Topology(layout, place, tensor, stages_of(config)[place.stage], grid)
@@ -52,11 +57,3 @@ def gather_stages(item: Any, topology: Topology) -> list[Any]:
     found: list[Any] = [None] * topology.layout.pipeline
     dist.all_gather_object(found, item, group=topology.grid.get_pipe_parallel_group())
     return found
-
-
-def _grid(layout: Layout) -> Any:
-    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-
-    topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints itself
-        return PipelineParallelGrid(topology=topology)

@@ -1,15 +1,15 @@
 """Access to the fp32 masters and Adam states that this process holds under ZeRO.
 
-ZeRO flattens parameters into fp32 partitions, one tensor per optimizer group and process. The QAT switch and the
-checkpoints see through this with `ZeroMasters`; nothing else here touches DeepSpeed's internals. It speaks of full
-parameters under their names in the entire model, whatever part of them a process holds.
+ZeRO flattens parameters into fp32 partitions, one tensor per optimizer group and process. `ZeroMasters` shows them to
+the QAT switch and the checkpoints as full parameters under their names in the entire model, whatever part of them a
+process holds; no other module touches DeepSpeed's internals.
 DeepSpeed's own `safe_*` functions are not enough: they fail on the last rank under ZeRO-3 where a size does not divide,
 reach the optimizer state of the first group only under ZeRO-1/2, and never Adam's step count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,59 +52,52 @@ class Fragment:
 class ZeroMasters:
     """The fp32 masters and Adam states behind a DeepSpeed engine (ZeRO 1, 2 or 3).
 
-    names: parameter → its name in the entire model; None: those of the engine's module.
+    names: parameter → its name in the entire model.
     copies: names that another process writes to checkpoints, such as a tied head's on the last stage.
     """
 
-    def __init__(
-        self, engine: Any, names: dict[nn.Parameter, str] | None = None, copies: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, engine: Any, names: dict[nn.Parameter, str], copies: Collection[str] = ()) -> None:
         self.zero = engine.optimizer
         self.adam: torch.optim.Optimizer = self.zero.optimizer
         self.stage: int = engine.zero_optimization_stage()
         self.device: torch.device = engine.device
         """Where collectives work: under offload the partitions lie on the CPU, which NCCL cannot reach."""
         assert self.stage in (1, 2, 3), f"ZeRO-{self.stage} keeps no fp32 partitions"
-        if names is None:
-            names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        named = [(name, p) for p, name in names.items() if p.requires_grad]
-        self.names: dict[int, str] = {id(p): name for name, p in named}
-        self.local_shapes: dict[str, torch.Size] = {
-            name: torch.Size(p.ds_shape) if self.stage == 3 else p.shape  # type: ignore[attr-defined]
-            for name, p in named
-        }
+        self.names = {id(p): name for p, name in names.items() if p.requires_grad}
         self.shapes: dict[str, torch.Size] = {}
         """Name → shape of each full parameter of which this process holds a part."""
         self.fragments: list[Fragment] = []
-        for name, parameter in named:
-            shard, local = shard_of(parameter), self.local_shapes[name]
+        for p, name in names.items():
+            if not p.requires_grad:
+                continue
+            shard = shard_of(p)
+            local = torch.Size(p.ds_shape) if self.stage == 3 else p.shape  # type: ignore[attr-defined]
             self.shapes[name] = local if shard is None else shard.full_shape(local)
-            fragment = self._stage3_fragment(name, parameter) if self.stage == 3 else self._fragment(name, parameter)
+            fragment = self._stage3_fragment(name, p) if self.stage == 3 else self._fragment(name, p)
             if fragment is not None and shard is not None:
                 fragment = _in_full(fragment, shard, local)
             if fragment is not None:
                 self.fragments.append(replace(fragment, saved=name not in copies))
 
-    def _partitions(self) -> list[Tensor]:
-        if self.stage == 3:
-            return self.zero.fp32_partitioned_groups_flat
-        if hasattr(self.zero, "fp32_groups_flat_partition"):  # bf16 with fp32 gradient accumulation under ZeRO-1
-            return self.zero.fp32_groups_flat_partition
-        return self.zero.single_partition_of_fp32_groups
-
     def _fragment(self, name: str, parameter: Any) -> Fragment | None:
         mapping = parameter._hp_mapping
         if mapping is None:  # other processes hold all of it
             return None
+        partitions = (
+            self.zero.fp32_groups_flat_partition  # bf16 with fp32 gradient accumulation under ZeRO-1
+            if hasattr(self.zero, "fp32_groups_flat_partition")
+            else self.zero.single_partition_of_fp32_groups
+        )
         in_parameter, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
-        partition = self._partitions()[mapping.param_group_index]
+        partition = partitions[mapping.param_group_index]
         return Fragment(name, parameter, in_parameter.start, in_parameter.numel, partition, in_partition.start)
 
     def _stage3_fragment(self, name: str, parameter: Any) -> Fragment | None:
         group, offset, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
         start = share * self.zero._get_param_partition_rank(parameter)
         numel = min(share, parameter.ds_numel - start)  # the last process holds padding
-        return Fragment(name, parameter, start, numel, self._partitions()[group], offset) if numel > 0 else None
+        partition = self.zero.fp32_partitioned_groups_flat[group]
+        return Fragment(name, parameter, start, numel, partition, offset) if numel > 0 else None
 
     def adam_state(self, partition: Tensor) -> dict[str, Tensor]:
         """Adam's state of a partition, made as Adam itself makes it where no step was taken yet."""
@@ -120,7 +113,7 @@ class ZeroMasters:
         state = self.adam.state.get(partition)
         return int(state["step"]) if state else 0
 
-    # --- the three methods of quant.masters.Masters ---
+    # --- the three methods of quant.plugin.Masters ---
 
     def full(self, parameter: nn.Parameter) -> Tensor:
         """The full fp32 master, on every process that holds some of it. Collective."""

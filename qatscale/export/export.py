@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qatscale.data.manifest import tokenizer_folder
 from qatscale.data.open import open_validation
-from qatscale.engine.checkpoints.load_model import load_checkpointed_model
+from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.card import card
 from qatscale.export.encoding import ExportLayout
@@ -112,7 +112,7 @@ def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verif
     held_out = _held_out(source, limit)
 
     def check(layout: ExportLayout, folder: Path) -> Verification:
-        model, _ = load_checkpointed_model(source.folder, source.config, torch.device("cpu"))
+        model, _ = load_checkpointed_model(source.reader, source.config, torch.device("cpu"))
         with open_view(model, source.view):
             trained = materialised(model)
         del model

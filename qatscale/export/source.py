@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, find_checkpoint, recipe_beside, verify_files
+from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, open_checkpoint
 from qatscale.errors import UserError
 from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.model.llama import Llama, is_norm, parameter_shapes
@@ -154,14 +153,10 @@ def open_source(
     unfinished: accept a checkpoint from before the run's end.
     data: prepared data instead of the run's own.
     """
-    folder = find_checkpoint(what)
-    recipe = recipe_beside(folder, what)
-    config = load_run_config(recipe, [f"data.path={data}"] if data else [])
-    reader = CheckpointReader(folder)
-    verify_files(folder, reader.manifest)
+    config, reader = open_checkpoint(what, [f"data.path={data}"] if data else [])
     precision = precision_of(run_ds_config(config))
     source = ExportSource(
-        folder=folder,
+        folder=reader.folder,
         config=config,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         manifest=reader.manifest,

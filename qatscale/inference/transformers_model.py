@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from qatscale.config import load_run_config
 from qatscale.data.manifest import tokenizer_folder
-from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
-from qatscale.engine.checkpoints.load_model import load_checkpointed_model
+from qatscale.engine.checkpoints.files import open_checkpoint
+from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.export.clients import Transformers
@@ -81,9 +80,8 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     """The weights of a checkpoint, as `view` has them, in transformers' Llama."""
     import transformers
 
-    checkpoint = find_checkpoint(what)
-    config = load_run_config(recipe_beside(checkpoint, what))
-    model, plugin = load_checkpointed_model(checkpoint, config, torch.device("cpu"))
+    config, reader = open_checkpoint(what)
+    model, plugin = load_checkpointed_model(reader, config, torch.device("cpu"))
     if view is None:
         view = "fp" if plugin.switched_at is None else "quantized"
     with open_view(model, view):
@@ -101,4 +99,4 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     )
     theirs.to(dtype).load_state_dict(to_hugging_face(state, config.model), strict=False)  # a tied head is stored once
     theirs.tie_weights()
-    return TransformersModel(theirs, tokenizer, f"{checkpoint}: {view} view")
+    return TransformersModel(theirs, tokenizer, f"{reader.folder}: {view} view")

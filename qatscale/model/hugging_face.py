@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 
 from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
+from qatscale.files import appearing, check_new
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
 from qatscale.model.llama import parameter_shapes
 from qatscale.tensor_files import (
@@ -152,21 +152,12 @@ def export_hugging_face(
     process calls this, with full (not partitioned) weights. Raises UserError when `folder` is not empty or the weights
     do not fit the configuration.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("export folder", str(folder), "exists and is not empty.", "Choose another one.")
+    check_new(folder)
     state = to_hugging_face(model.state_dict() if isinstance(model, nn.Module) else model, config)
     written_as = dtype or state["model.embed_tokens.weight"].dtype
-
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with appearing(folder) as partial:
         write_config(partial, config, sequence_length, tokenizer_folder, written_as)
         save_safetensors(state, partial, written_as)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_config(

@@ -13,6 +13,7 @@ Sizes in comments: b = sequences, t = tokens of a sequence, D = hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Layer = TypeVar("Layer", nn.Linear, nn.Embedding)
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,17 @@ class TensorParallel:
         """Into a parallel region: [b, t, D] on every process; under `sequence` from its share [b, t/size, D]."""
         if self.size == 1:
             return x
-        return _apply(_GatherSequence if self.sequence else _SumGradient, x, self)
+        return _apply(x, self._gather, self._scatter) if self.sequence else self.shared(x)
 
     def leave(self, x: Tensor) -> Tensor:
         """Out of a parallel region: the sum of the partial [b, t, D] of all processes, or this one's share of it."""
         if self.size == 1:
             return x
-        return _apply(_ScatterSequence if self.sequence else _Sum, x, self)
+        return _apply(x, self._scatter, self._gather) if self.sequence else _apply(x, self._sum, _identity)
 
     def shared(self, parameter: Tensor) -> Tensor:
         """A parameter that all processes hold alike, where each has a part of its gradient."""
-        return parameter if self.size == 1 else _apply(_SumGradient, parameter, self)
+        return parameter if self.size == 1 else _apply(parameter, _identity, self._sum)
 
     def shard(self, dim: int, full: int) -> Shard:
         """This process's part of a dimension. A size that does not divide is padded on the last processes."""
@@ -62,6 +64,24 @@ class TensorParallel:
             dist.all_reduce(x, op=op, group=self.group)
         return x
 
+    def _sum(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """[b, t/size, D] of all processes → [b, t, D]."""
+        mine = x.transpose(0, 1).contiguous()  # collectives concatenate and split the first dimension
+        out = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
+        dist.all_gather_into_tensor(out, mine, group=self.group)
+        # contiguous: else each matrix that takes it would make a copy of its own and keep it for backward
+        return out.transpose(0, 1).contiguous()
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        """This process's share [b, t/size, D] of the sum of all [b, t, D]."""
+        everyone = x.transpose(0, 1).contiguous()
+        out = everyone.new_empty((everyone.shape[0] // self.size, *everyone.shape[1:]))
+        dist.reduce_scatter_tensor(out, everyone, group=self.group)
+        return out.transpose(0, 1)
+
     def __repr__(self) -> str:
         return f"TensorParallel(rank={self.rank}, size={self.size}, sequence={self.sequence})"
 
@@ -70,8 +90,8 @@ UNSPLIT = TensorParallel()
 """Every process holds full matrices."""
 
 
-def _apply(exchange: type[torch.autograd.Function], x: Tensor, parallel: TensorParallel) -> Tensor:
-    return exchange.apply(x, parallel)
+def _apply(x: Tensor, forward: Map, backward: Map) -> Tensor:
+    return _Exchange.apply(x, forward, backward)
 
 
 def keep_out_of_graphs() -> None:
@@ -158,67 +178,18 @@ def look_up(table: nn.Embedding, tokens: Tensor, parallel: TensorParallel, vocab
     return table(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0.0)
 
 
-class _SumGradient(torch.autograd.Function):
-    """Forward: the identity. Backward: the sum of the gradients of all processes."""
+class _Exchange(torch.autograd.Function):
+    """A map of x in forward and its adjoint, which maps the gradient, in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:
-        ctx.parallel = parallel
-        return x.view_as(x)
+    def forward(ctx: Any, x: Tensor, forward: Map, backward: Map) -> Tensor:
+        ctx.adjoint = backward
+        return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.parallel.all_reduce(grads[0].clone(memory_format=torch.contiguous_format)), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.adjoint(grads[0]), None, None
 
 
-class _Sum(torch.autograd.Function):
-    """Forward: the sum of all processes' x. Backward: the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:  # noqa: ARG004 - autograd's signature
-        return parallel.all_reduce(x.clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return grads[0], None
-
-
-class _GatherSequence(torch.autograd.Function):
-    """Forward: [b, t/size, D] of all processes to [b, t, D]. Backward: this process's share of the summed gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:
-        ctx.parallel = parallel
-        return _gather(x, parallel)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scatter(grads[0], ctx.parallel), None
-
-
-class _ScatterSequence(torch.autograd.Function):
-    """Forward: this process's share [b, t/size, D] of the sum of all [b, t, D]. Backward: gather the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:
-        ctx.parallel = parallel
-        return _scatter(x, parallel)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.parallel), None
-
-
-def _gather(x: Tensor, parallel: TensorParallel) -> Tensor:
-    mine = x.transpose(0, 1).contiguous()  # collectives concatenate and split the first dimension
-    out = mine.new_empty((parallel.size * mine.shape[0], *mine.shape[1:]))
-    dist.all_gather_into_tensor(out, mine, group=parallel.group)
-    # contiguous: else each matrix that takes it would make a copy of its own and keep it for backward
-    return out.transpose(0, 1).contiguous()
-
-
-def _scatter(x: Tensor, parallel: TensorParallel) -> Tensor:
-    everyone = x.transpose(0, 1).contiguous()
-    out = everyone.new_empty((everyone.shape[0] // parallel.size, *everyone.shape[1:]))
-    dist.reduce_scatter_tensor(out, everyone, group=parallel.group)
-    return out.transpose(0, 1)
+def _identity(x: Tensor) -> Tensor:
+    return x.view_as(x)

@@ -77,7 +77,7 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
 
 
 def _is_tied(model: nn.Module) -> bool:
-    """Whether embedding and head share a weight, or the model, which may be one pipeline stage, says that they do."""
+    """Whether embedding and head share a weight, or the model (perhaps one pipeline stage) declares that they do."""
     if getattr(model, "tied_embedding", False):
         return True
     named = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in EMBEDDING_NAMES]

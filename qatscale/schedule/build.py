@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from qatscale.config.schema import Phase, PhaseOverride, RunConfig
 from qatscale.errors import UserError
 from qatscale.schedule.checks import warnings_of
-from qatscale.schedule.cooldown import cooldown_of
 from qatscale.schedule.fraction import check_two_phases, planned_fraction, qat_bounds
 from qatscale.schedule.lengths import (
     full_precision_lengths,
@@ -18,7 +17,7 @@ from qatscale.schedule.lengths import (
     share_out,
 )
 from qatscale.schedule.rates import qat_peak, resolved_lr_ratio
-from qatscale.schedule.timeline import Segment, Timeline, kept_steps
+from qatscale.schedule.timeline import Segment, Timeline, cooldown_of, kept_steps
 
 
 def build_timeline(config: RunConfig) -> Timeline:
@@ -105,18 +104,10 @@ def _fused(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
     steps, qat_steps = config.steps, config.steps - switch
     share_out(schedule_lengths(config, steps), steps, "the run")  # reports first what fits into no split
     least, most = qat_bounds(config)
-    [warmup], notes = share_out(
-        full_precision_lengths(config, switch),
-        switch,
-        "the full-precision phase",
-        _fraction_mends("<=", least, most, steps),
-    )
-    (rewarmup, cooldown), qat_notes = share_out(
-        qat_lengths(config, qat_steps),
-        qat_steps,
-        "the QAT phase, which holds the one cooldown of a fused run",
-        _fraction_mends(">=", least, most, steps),
-    )
+    shorter, longer = (_fraction_mends(comparison, least, most, steps) for comparison in ("<=", ">="))
+    [warmup], notes = share_out(full_precision_lengths(config, switch), switch, "the full-precision phase", shorter)
+    where = "the QAT phase, which holds the one cooldown of a fused run"
+    (rewarmup, cooldown), qat_notes = share_out(qat_lengths(config, qat_steps), qat_steps, where, longer)
     return [
         _Schedule(0, switch, warmup, 0, config.optimizer.learning_rate, False, tuple(notes)),
         _Schedule(switch, steps, rewarmup, cooldown, qat_rate, True, tuple(qat_notes)),
@@ -141,10 +132,7 @@ def _switch_step(config: RunConfig, planned: float) -> int:
     switch = round((1 - planned) * steps)
     if not 0 < switch < steps:
         phase = "QAT" if switch == steps else "full-precision"
-        raise UserError(
-            "qat.fraction",
-            config.qat.fraction,
-            f"{planned:.4g} of {steps} optimizer steps leaves no {phase} step.",
-            f"The smallest possible is {round_up(1 / steps):g}, the largest is {round_down(1 - 1 / steps, 6):g}.",
-        )
+        problem = f"{planned:.4g} of {steps} optimizer steps leaves no {phase} step."
+        fix = f"The smallest possible is {round_up(1 / steps):g}, the largest is {round_down(1 - 1 / steps, 6):g}."
+        raise UserError("qat.fraction", config.qat.fraction, problem, fix)
     return switch

@@ -8,8 +8,7 @@ from itertools import pairwise
 
 from qatscale.config.cooldown_shapes import SHAPES
 from qatscale.config.schema import RunConfig, ScheduleConfig, Section
-from qatscale.schedule.cooldown import cooldown_of
-from qatscale.schedule.timeline import Segment
+from qatscale.schedule.timeline import Segment, cooldown_of
 
 
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:

@@ -137,10 +137,7 @@ def _check_rounding(length: Length) -> None:
     if length.in_tokens:
         said, least = f"less than one optimizer step of {length.tokens_per_step} tokens.", str(length.tokens_per_step)
     else:
-        said, least = (
-            f"rounds to no optimizer step of {length.total}.",
-            f"{round_up(1 / length.total):g}",
-        )
+        said, least = f"rounds to no optimizer step of {length.total}.", f"{round_up(1 / length.total):g}"
     raise UserError(length.key, length.value, said, f"Set {length.key}=0 for none, or at least {least}.")
 
 
@@ -157,12 +154,8 @@ def _check_fit(lengths: Sequence[Length], steps: int, where: str, other_mends: S
     ]
     if not mends and not other_mends:
         mends = [" and ".join(f"shorter {length.key}" for length in lengths if length.steps)]
-    raise UserError(
-        blamed.key,
-        blamed.value,
-        f"{parts} steps do not fit into the {steps} steps of {where}.",
-        f"Set {', or '.join([*mends, *other_mends])}.",
-    )
+    problem = f"{parts} steps do not fit into the {steps} steps of {where}."
+    raise UserError(blamed.key, blamed.value, problem, f"Set {', or '.join([*mends, *other_mends])}.")
 
 
 def round_down(share: float, digits: int = 4) -> float:

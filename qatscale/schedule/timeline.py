@@ -22,9 +22,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qatscale.config.schema import Phase
+from qatscale.config.cooldown_shapes import SHAPES
+from qatscale.config.schema import Phase, ScheduleConfig
 from qatscale.errors import UserError
-from qatscale.schedule.cooldown import Cooldown
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,32 @@ class StepSettings:
     learning_rate: float
     betas: tuple[float, float]
     weight_decay: float
+
+
+@dataclass(frozen=True)
+class Cooldown:
+    """How the rate falls from the peak."""
+
+    shape: str
+    """A name in `SHAPES`."""
+    setting: float | tuple[float, ...] | None
+    """The value of the shape's own setting, if it has one."""
+    floor: float
+    """min_lr_ratio: the factor where the shape is 0."""
+
+    def factor(self, x: float) -> float:
+        """The rate as a share of the peak, at progress x in [0, 1]."""
+        assert 0 <= x <= 1, x
+        shape = SHAPES[self.shape]
+        value = shape.function(x) if shape.setting is None else shape.function(x, self.setting)
+        return self.floor + (1 - self.floor) * value if shape.lifted else value
+
+
+def cooldown_of(schedule: ScheduleConfig) -> Cooldown:
+    """The cooldown that a recipe's `schedule` section asks for."""
+    key = SHAPES[schedule.shape].setting
+    setting = None if key is None else getattr(schedule, key)
+    return Cooldown(schedule.shape, tuple(setting) if isinstance(setting, list) else setting, schedule.min_lr_ratio)
 
 
 @dataclass(frozen=True)
@@ -163,12 +189,9 @@ def kept_steps(timeline: Timeline, keep_at: Iterable[int]) -> tuple[int, ...]:
     for tokens in keep_at:
         step = round(tokens / timeline.tokens_per_step)
         if not 0 < step <= timeline.steps:
-            raise UserError(
-                "checkpoint.keep_at",
-                tokens,
-                f"lies outside the run, which has {timeline.tokens} tokens in steps of {timeline.tokens_per_step}.",
-                "Take it out, or move it inside.",
-            )
+            size = f"{timeline.tokens} tokens in steps of {timeline.tokens_per_step}"
+            problem = f"lies outside the run, which has {size}."
+            raise UserError("checkpoint.keep_at", tokens, problem, "Take it out, or move it inside.")
         kept.add(step)
     return tuple(sorted(kept))
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 Kind = Literal["error", "gone", "silent", "stalled", "consequence", "witness"]
 """`error`: an exception of the process itself. `gone`: its process ended without a word. `silent`: no heartbeat.
@@ -44,20 +44,13 @@ class Failure:
     text: str = ""
     """The traceback, or the stack of the main thread."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**fields)
-
     @property
     def sentence(self) -> str:
         return f"rank {self.rank} on host {self.host} {_HAPPENED[self.kind]} at step {self.step}: {self.error}"
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an exception only says that other processes are out of reach."""
+    """Whether an exception only means that other processes are out of reach."""
     import torch.distributed as dist
 
     if isinstance(error, dist.DistError | ConnectionError):
@@ -70,33 +63,17 @@ def first_failure(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=lambda failure: (_ORDER.index(failure.kind), failure.time, failure.rank))
 
 
-@dataclass(frozen=True)
-class Standing:
-    """How far a process has come when nothing moves."""
-
-    rank: int
-    step: int
-    waits: bool
-    """Its main thread is inside a call of the communication library."""
-    collectives: int
-    """Collectives that it has entered since its start."""
-
-
-def stragglers(standings: Sequence[Standing]) -> list[int]:
+def stragglers(heartbeats: Sequence[Mapping[str, Any]]) -> list[int]:
     """The ranks that the others wait for; all ranks where nothing tells them apart.
 
-    A process that computes or sleeps while others wait in a collective is one. Where none is seen waiting (NCCL's calls
-    return at once, and the wait is elsewhere), it is the process that lies behind: fewer steps, then fewer collectives.
+    `waits`: the main thread is inside a call of the communication library. A process that computes or sleeps while
+    others wait is a straggler. Where none is seen waiting (NCCL's calls return at once, and the wait is elsewhere), it
+    is the process that lies behind: fewer steps, then fewer collectives entered.
     """
-    busy = [standing for standing in standings if not standing.waits]
-    candidates = busy if 0 < len(busy) < len(standings) else list(standings)
-    last = min((standing.step, standing.collectives) for standing in candidates)
-    return [standing.rank for standing in candidates if (standing.step, standing.collectives) == last]
-
-
-def in_communication(frames: Sequence[tuple[str, str]]) -> bool:
-    """Whether a stack, innermost (file, function) first, is inside torch.distributed or DeepSpeed's wrappers of it."""
-    return any("torch/distributed/" in file or "deepspeed/comm/" in file for file, _ in frames[:6])
+    busy = [beat for beat in heartbeats if not beat["waits"]]
+    candidates = busy if 0 < len(busy) < len(heartbeats) else heartbeats
+    last = min((beat["step"], beat["collectives"]) for beat in candidates)
+    return [beat["rank"] for beat in candidates if (beat["step"], beat["collectives"]) == last]
 
 
 def job_failures(heartbeats: Sequence[Mapping[str, Any]], missing: Mapping[int, Failure]) -> list[Failure]:
@@ -107,9 +84,9 @@ def job_failures(heartbeats: Sequence[Mapping[str, Any]], missing: Mapping[int, 
     A process's own traceback outranks what others have seen of it. An answer without a traceback proves nothing: over a
     cut wire both sides still write into a shared folder.
     """
-    own = [Failure.from_dict(heartbeat["failure"]) for heartbeat in heartbeats if heartbeat["failure"]]
+    own = [Failure(**heartbeat["failure"]) for heartbeat in heartbeats if heartbeat["failure"]]
     confessed = {failure.rank for failure in own if failure.kind == "error"}
-    seen = [Failure.from_dict(heartbeat["seen"]) for heartbeat in heartbeats if heartbeat["seen"]]
+    seen = [Failure(**heartbeat["seen"]) for heartbeat in heartbeats if heartbeat["seen"]]
     others = dict(missing)
     for failure in sorted(seen, key=lambda failure: -failure.time):  # the earliest wins
         if failure.rank not in confessed:
@@ -117,8 +94,7 @@ def job_failures(heartbeats: Sequence[Mapping[str, Any]], missing: Mapping[int, 
     failures = [*own, *others.values()]
     if any(failure.kind != "witness" for failure in failures):
         return failures
-    standings = [Standing(beat["rank"], beat["step"], beat["waits"], beat["collectives"]) for beat in heartbeats]
-    last = stragglers(standings)
+    last = stragglers(heartbeats)
     return [replace(failure, kind="stalled") if failure.rank in last else failure for failure in failures]
 
 

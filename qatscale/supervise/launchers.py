@@ -50,18 +50,16 @@ SLURM = Variables("Slurm", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM
 
 
 def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables to add to `environ` so that it has what torch.distributed reads.
+    """The variables to add to `environ` so that it has what torch.distributed reads; none without a launcher.
 
-    None are missing where torch's or DeepSpeed's launcher has set them, and none are added for a process without a
-    launcher. MPI precedes Slurm: under `mpirun` inside a Slurm job, Slurm's variables describe MPI's daemons. UserError
-    with the variable's name where one is missing or contradicts another.
+    MPI precedes Slurm: under `mpirun` inside a Slurm job, Slurm's variables describe MPI's daemons. UserError with the
+    variable's name where one is missing or contradicts another.
     """
     if "RANK" in environ:
-        for name in TORCH:
-            if name not in environ:
-                raise UserError(
-                    name, None, "is not set, though RANK is.", f"A launcher sets all of {', '.join(TORCH)}."
-                )
+        missing = [name for name in TORCH if name not in environ]
+        if missing:
+            fix = f"A launcher sets all of {', '.join(TORCH)}."
+            raise UserError(missing[0], None, "is not set, though RANK is.", fix)
         _check(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK")
         return {}
     launchers = [variables for variables in MPI if _first(environ, variables.rank)]
@@ -69,9 +67,8 @@ def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
         launchers = [SLURM]
     if not launchers:
         return {}
-    variables = launchers[0]
-    rank, size = _of(environ, variables, variables.rank), _of(environ, variables, variables.size)
-    local_rank = _of(environ, variables, variables.local_rank)
+    first = launchers[0]
+    rank, size, local_rank = (_name(environ, first, names) for names in (first.rank, first.size, first.local_rank))
     for other in launchers[1:]:  # OpenMPI also sets PMIX_RANK; all that are set have to agree
         _agree(environ, rank, _first(environ, other.rank))
         _agree(environ, size, _first(environ, other.size))
@@ -81,7 +78,7 @@ def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
         "RANK": environ[rank],
         "WORLD_SIZE": environ[size],
         "LOCAL_RANK": environ[local_rank],
-        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ, variables, size),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ, first, size),
         "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(environ)),
     }
     return {name: value for name, value in wanted.items() if environ.get(name) != value}
@@ -93,9 +90,8 @@ def expand_hosts(text: str) -> list[str]:
     for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         names = [""]
         for literal, listed in re.findall(r"([^\[]+)|\[([^\]]*)\]", word):
-            names = [
-                name + part for name in names for part in ([literal] if literal else _expand_numbers(listed, text))
-            ]
+            parts = [literal] if literal else _expand_numbers(listed, text)
+            names = [name + part for name in names for part in parts]
         hosts += names
     return hosts
 
@@ -116,14 +112,13 @@ def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if environ.get(name)), None)
 
 
-def _of(environ: Mapping[str, str], variables: Variables, names: tuple[str, ...]) -> str:
+def _name(environ: Mapping[str, str], variables: Variables, names: tuple[str, ...]) -> str:
     """The name of the first variable that is set; UserError where none is."""
     name = _first(environ, names)
     if name is None:
-        set_one = "Start it through the launcher, or set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR yourself."
-        raise UserError(
-            names[0], None, f"is not set, though {variables.launcher}'s {_first(environ, variables.rank)} is.", set_one
-        )
+        problem = f"is not set, though {variables.launcher}'s {_first(environ, variables.rank)} is."
+        fix = "Start it through the launcher, or set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR yourself."
+        raise UserError(names[0], None, problem, fix)
     return name
 
 
@@ -151,12 +146,8 @@ def _is_srun_task(environ: Mapping[str, str]) -> bool:
         return True
     if int(environ.get("SLURM_NTASKS") or 1) > 1:
         tasks = environ["SLURM_NTASKS"]
-        raise UserError(
-            "SLURM_NTASKS",
-            tasks,
-            f"this is the batch script itself, not one of its {tasks} tasks.",
-            "Start it with srun.",
-        )
+        problem = f"this is the batch script itself, not one of its {tasks} tasks."
+        raise UserError("SLURM_NTASKS", tasks, problem, "Start it with srun.")
     return False
 
 
@@ -214,7 +205,7 @@ def _is_launcher(process: int) -> bool:
 def _is_on_host(process: int) -> bool:
     """DeepSpeed's launcher of one host, or the shell that ssh started for it.
 
-    The `deepspeed` command or sshd's session starts these, never a person, and has to stay alive.
+    The `deepspeed` command or sshd's session starts these, never a person, and must stay alive.
     """
     return any(_ON_A_HOST in word for word in _command(process))
 

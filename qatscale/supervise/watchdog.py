@@ -1,16 +1,16 @@
 """The watchdog of a job: a thread per process that notices a process that died, stopped, was cut off or hangs.
 
-A process that dies takes no other with it: the others wait for it in a collective, for the half hour of a process
-group's timeout or for ever (NCCL), while the machines are paid for. So every process publishes a heartbeat every few
-seconds (host, step, whether it waits) and reads that of its neighbour, the next rank. It looks for:
+When a process dies, the others wait for it in a collective: half an hour (a process group's timeout) or for ever
+(NCCL), while the machines cost money. So every process publishes a heartbeat every few seconds (host, step, whether it
+waits) and reads that of its neighbour, the next rank. It looks for:
 
-- a process of this host that is gone: seen at once, by its process id;
+- a process of this host that has ended: noticed at once, by its process id;
 - no heartbeat of the neighbour, or no answer of the store, for `silence` seconds: dead, stopped, cut off;
 - heartbeats of all, but no progress for `stall_timeout` seconds: some process hangs.
 
-A process that sees one of these, or meets an exception, raises the alarm. Then each process says where it stands, in
-the store and in a file beside its log. The lowest rank that answers prints the failure report, and all end with
-EXIT_FAILED. The store's host may be the one that is gone, and the main thread may hang in a call that never returns:
+A process that sees one of these, or meets an exception, raises the alarm. Then each process reports its state, in the
+store and in a file beside its log. The lowest rank that answers prints the failure report, and all end with
+EXIT_FAILED. The store's host may be the one that died, and the main thread may hang in a call that never returns:
 nothing here waits for either.
 """
 
@@ -27,8 +27,9 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -38,15 +39,7 @@ import torch.distributed as dist
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json
-from qatscale.supervise.failure_report import (
-    Failure,
-    Kind,
-    first_failure,
-    in_communication,
-    is_consequence,
-    job_failures,
-    report,
-)
+from qatscale.supervise.failure_report import Failure, Kind, first_failure, is_consequence, job_failures, report
 from qatscale.supervise.heartbeat import Heartbeat, HeartbeatStore
 from qatscale.supervise.launchers import LauncherProcesses
 from qatscale.supervise.process import identity, is_alive
@@ -58,7 +51,7 @@ SILENCE = 60.0
 PERIOD = 2.0
 """Seconds between two heartbeats."""
 GATHER = 10.0
-"""Seconds for all to say where they stand, and for one to report. Launchers kill the rest 30 s after the first left."""
+"""Seconds for all to report their state, and for one to print. Launchers kill the rest 30 s after the first exit."""
 OWN_ERROR = 3.0
 """Seconds after an alarm for the main thread to meet an exception of its own, before the watchdog speaks for it."""
 KILL = 30.0
@@ -117,7 +110,7 @@ class Watchdog:
         self._closed = threading.Event()
 
     def progress(self, step: int, slow: bool = False) -> None:
-        """`step` steps are done and this process gets on. `slow`: what comes next may take SLOW seconds longer."""
+        """`step` steps are done. `slow`: the next one may take SLOW seconds longer."""
         self._step, self._slow, self._progress = step, slow, time.monotonic()
 
     @contextmanager
@@ -199,7 +192,7 @@ class Watchdog:
             if self._killer is not None:
                 self._killer.alive()
             if self._launchers.gone():
-                self._launchers = LauncherProcesses()  # react once
+                self._launchers = LauncherProcesses()  # signal only once
                 logging.getLogger("qatscale").warning("the launcher is gone, which counts as SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
             if self._store is not None:
@@ -211,7 +204,7 @@ class Watchdog:
             if since > OWN_ERROR and not self._own:  # the main thread has met no exception
                 self.resolve_failure(None)
                 self._end()
-            elif since > OWN_ERROR + 2 * GATHER:  # it met one and does not come to an end
+            elif since > OWN_ERROR + 2 * GATHER:  # it met one and does not end
                 self._end()
 
     def _forgive(self, late: float) -> None:
@@ -224,7 +217,7 @@ class Watchdog:
                 self._store.forgive(late)
 
     def _must_end(self) -> bool:
-        """Whether the job has to end. What this process has seen of another is kept in `_seen`."""
+        """Whether the job must end. A failure that this process has seen of another is kept in `_seen`."""
         store = self._store
         if store is not None and store.alarm:
             return True
@@ -287,7 +280,7 @@ class Watchdog:
             return first_failure(self._failures)
 
     def _gather(self, store: HeartbeatStore) -> list[Failure]:
-        """Say where this process stands, and hear all others; a process that does not answer in time is silent."""
+        """Publish this process's state and collect those of the others; one that does not answer in time is silent."""
         self._alarm_since = self._alarm_since or time.monotonic()
         self._state = "ended"
         self._publish(store)
@@ -300,13 +293,8 @@ class Watchdog:
             if missing <= gone or time.monotonic() > until:
                 break
             time.sleep(0.1)
-        left_out = {
-            rank: self._failure_of(rank, "gone", LOST)
-            if rank in gone
-            else self._failure_of(rank, "silent", "no heartbeat: dead, stopped or cut off")
-            for rank in missing
-        }
-        return job_failures(list(answers.values()), left_out)
+        silent = {r: self._failure_of(r, "silent", "no heartbeat: dead, stopped or cut off") for r in missing - gone}
+        return job_failures(list(answers.values()), silent | {r: self._failure_of(r, "gone", LOST) for r in gone})
 
     def _end(self) -> NoReturn:
         """Print the failure report if that falls to this process, and end it, whatever its other threads are doing."""
@@ -339,7 +327,7 @@ class Watchdog:
         store.flush(wait=1)
 
     def _answers(self, store: HeartbeatStore) -> dict[int, Heartbeat]:
-        """Rank → the heartbeat of each that has come to an end."""
+        """Rank → the heartbeat of each that has ended."""
         heartbeats = dict(store.heartbeats)
         for rank in range(self.runtime.ranks):
             if heartbeats[rank]["state"] in ("training", "ended"):
@@ -367,10 +355,10 @@ class Watchdog:
             "count": self._count,
             "state": self._state,
             "step": self._step,
-            "waits": in_communication([(frame.filename, frame.name) for frame in reversed(frames)]),
+            "waits": in_communication([frame.filename for frame in reversed(frames)]),
             "collectives": _collectives() if self._store is not None else 0,
-            "failure": self._own.to_dict() if self._own else None,
-            "seen": self._seen.to_dict() if self._seen else None,
+            "failure": asdict(self._own) if self._own else None,
+            "seen": asdict(self._seen) if self._seen else None,
         }
 
     def _failure_here(self, kind: Kind, error: str, text: str) -> Failure:
@@ -394,6 +382,11 @@ class Watchdog:
         stacks = {"The main thread stood at\n": threading.main_thread().ident, "and waited for\n": self._waited}
         text = "".join("".join([title, *traceback.format_list(_stack(at))]) for title, at in stacks.items() if at)
         return self._failure_here("witness" if self._store is not None else "stalled", waited, text)
+
+
+def in_communication(files: Sequence[str]) -> bool:
+    """Whether a stack, innermost file first, is inside torch.distributed or DeepSpeed's wrappers of it."""
+    return any("torch/distributed/" in file or "deepspeed/comm/" in file for file in files[:6])
 
 
 def _stack(thread: int | None) -> list[traceback.FrameSummary]:
@@ -432,16 +425,16 @@ class WatchdogProcess:
             stdin=subprocess.PIPE,
             start_new_session=True,  # what stops this process's group must not stop it
         )
+        assert self._child.stdin is not None
+        self._pipe = self._child.stdin
 
     def alive(self) -> None:
         """Call it more often than every `limit` seconds."""
-        assert self._child.stdin is not None
-        with contextlib.suppress(OSError):  # somebody ended it; the run does without
-            self._child.stdin.write(b".")
-            self._child.stdin.flush()
+        with contextlib.suppress(OSError):  # it was killed; the run continues without it
+            self._pipe.write(b".")
+            self._pipe.flush()
 
     def close(self) -> None:
-        assert self._child.stdin is not None
         with contextlib.suppress(OSError):
-            self._child.stdin.close()
+            self._pipe.close()
         self._child.wait()

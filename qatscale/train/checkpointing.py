@@ -1,7 +1,7 @@
 """The checkpoints of a run in training, written beside its steps.
 
-The loop stands still while the masters and Adam's state are copied to host memory. A thread writes the copy, waits for
-the writers of the other processes (over a group of their own), commits the checkpoint and rotates. Write errors are
+The loop pauses while the masters and Adam's state are copied to host memory. A thread writes the copy, waits for the
+writers of the other processes (over a group of their own), commits the checkpoint and rotates. Write errors are
 re-raised in the training loop. A checkpoint is reported only once it is durable on disk.
 """
 
@@ -12,20 +12,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import Manifest, rotate
-from qatscale.engine.checkpoints.host_copy import HostCopy
-from qatscale.engine.checkpoints.save_load import describe, slices_of, write_checkpoint
+from qatscale.engine.checkpoints.save_load import parameter_records, slices_of, write_checkpoint
 from qatscale.supervise.failure_report import is_consequence
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.components import TrainingComponents
@@ -39,6 +39,54 @@ NOTICEABLE = 0.1
 """Seconds of waiting that are reported."""
 PATIENCE_AFTER_ERROR = 600.0
 """Seconds that a run which has failed waits for the checkpoint in flight."""
+
+
+class HostCopy:
+    """A copy in host memory of what this process holds, from which a checkpoint is written while training continues.
+
+    One buffer as large as all slices, made once and used for every checkpoint: 12 bytes per parameter, over all
+    processes. Its pages are mapped at the start, so that a copy costs no more than a copy, and a machine that lacks the
+    memory says so before the first step.
+    """
+
+    def __init__(self, slices: Mapping[str, Tensor]) -> None:
+        self._buffer = torch.empty(sum(s.numel() for s in slices.values())).zero_()
+        self._copied: torch.cuda.Event | None = None
+        self._pinned = any(s.is_cuda for s in slices.values())
+        if self._pinned:
+            # torch's own pinned memory has sizes of powers of two: up to twice as much.
+            code = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.nbytes, 0)
+            if int(code):
+                size = f"{self._buffer.nbytes / 2**30:.1f} GiB"
+                raise MemoryError(f"{size} of host memory could not be pinned ({code}); see checkpoint.background")
+
+    @torch.no_grad()
+    def take(self, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the slices, the same in every call, and return the copies under the same names.
+
+        From a GPU the copies are queued in its current stream: later kernels wait for them, this thread does not. The
+        copies are complete after `wait`.
+        """
+        assert sum(s.numel() for s in slices.values()) == self._buffer.numel()
+        copies = dict(zip(slices, self._buffer.split([s.numel() for s in slices.values()]), strict=True))
+        for name, values in slices.items():
+            copies[name].copy_(values, non_blocking=self._pinned)
+        if self._pinned:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return copies
+
+    def wait(self) -> None:
+        """Until the last `take` is done. From any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def close(self) -> None:
+        """Unpin. No thread may still write from it."""
+        if self._pinned:
+            self.wait()
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+            self._pinned = False
 
 
 class _Flight(threading.Thread):
@@ -104,7 +152,23 @@ class AsyncCheckpointer:
                     f"of step {before} was on disk"
                 )
         self.poll()
-        draft, slices = self._draft(step, reason), slices_of(self._components.masters)
+        config, components = self._config, self._components
+        slices = slices_of(components.masters)
+        draft = Manifest(
+            step=step,
+            tokens=step * config.tokens_per_step,
+            reason=reason,
+            kept=reason in ("boundary", "end"),
+            recipe_hash=self._recipe_hash,
+            data=self._data,
+            plugin=components.plugin.state(),
+            parameters=parameter_records(components.masters),
+            layout={
+                "processes": components.runtime.ranks,
+                "zero_stage": components.masters.stage,
+                **asdict(components.topology.layout),
+            },
+        )
         if self._copy is None:
             self._saved(draft, self._write(draft, slices))
             return
@@ -116,21 +180,6 @@ class AsyncCheckpointer:
 
         self._flight = _Flight(draft, write)
         self._flight.start()
-
-    def _draft(self, step: int, reason: str) -> Manifest:
-        config, components = self._config, self._components
-        return describe(
-            components.masters,
-            components.runtime,
-            step=step,
-            tokens=step * config.tokens_per_step,
-            reason=reason,
-            kept=reason in ("boundary", "end"),
-            recipe_hash=self._recipe_hash,
-            data=self._data,
-            plugin=components.plugin.state(),
-            layout=asdict(components.topology.layout),
-        )
 
     def _write(self, draft: Manifest, slices: dict[str, Tensor]) -> Path:
         runtime = self._components.runtime

@@ -1,18 +1,16 @@
-"""The console of a run: a line per logging step, notices in between, a progress bar on a terminal."""
+"""The console of a run: a line per logging step, notices between them, a progress bar on a terminal."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import IO, Any, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qatscale.config.amounts import format_amount
-from qatscale.quant.report import SwitchReport
 
 
 def format_metrics(record: Mapping[str, Any], total_steps: int) -> str:
@@ -73,54 +71,17 @@ def format_duration(seconds: float) -> str:
 
 
 class RunConsole:
-    """The console of a process; this one is silent, as on every rank but 0.
+    """The console of a process, a context so that a progress bar never outlives an error; silent but on rank 0.
 
-    A context, so that a progress bar never outlives an error.
+    A progress bar under the lines when `stream` is a terminal, otherwise plain lines, flushed one by one.
     """
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def notice(self, text: str) -> None:
-        """One line of plain text."""
-
-    def show(self, what: RenderableType) -> None:
-        """Anything rich can draw."""
-
-    def advance(self, step: int) -> None:
-        """Optimizer steps done; moves the bar between metrics lines."""
-
-    def metrics(self, record: Mapping[str, Any]) -> None:
-        """A `metrics` record, as written to metrics.jsonl."""
-
-    def validation(self, record: Mapping[str, Any]) -> None:
-        """A `validation` record."""
-        self.notice(
-            f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.5g} "
-            f"({record['view']} view)"
-        )
-
-    def switch(self, report: SwitchReport) -> None:
-        self.show(report.table())
-
-    def checkpoint(self, path: Path, step: int) -> None:
-        self.notice(f"step {step}: checkpoint {path}")
-
-    def resume(self, path: Path, step: int) -> None:
-        self.notice(f"resume from step {step}: {path}")
-
-
-class Terminal(RunConsole):
-    """Rank 0: a progress bar under the lines when `stream` is a terminal, otherwise plain lines, flushed one by one."""
-
-    def __init__(self, total_steps: int, start_step: int = 0, stream: IO[str] | None = None) -> None:
+    def __init__(self, rank: int, total_steps: int, start_step: int = 0, stream: IO[str] | None = None) -> None:
         self.total_steps = total_steps
         self._stream = stream if stream is not None else sys.stdout
-        self._watched = self._stream.isatty()
+        watched = self._stream.isatty()
         # a file has no width; a table in it must not be folded to 80 columns
-        self._console = Console(file=self._stream, highlight=False, width=None if self._watched else 160)
+        self._console = Console(file=self._stream, highlight=False, width=None if watched else 160, quiet=rank != 0)
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=None),
@@ -129,7 +90,7 @@ class Terminal(RunConsole):
             TimeElapsedColumn(),
             TextColumn("ETA {task.fields[eta]}"),
             console=self._console,
-            disable=not self._watched,
+            disable=not watched or rank != 0,
             refresh_per_second=4,
         )
         self._task = self._progress.add_task(
@@ -143,7 +104,23 @@ class Terminal(RunConsole):
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
+    def notice(self, text: str) -> None:
+        """One line of plain text."""
+        # soft_wrap leaves line breaks to the terminal, so that a copied line is one line
+        self._console.print(text, markup=False, soft_wrap=True)
+        self._stream.flush()
+
+    def show(self, what: RenderableType) -> None:
+        """Anything rich can draw."""
+        self._console.print(what)
+        self._stream.flush()
+
+    def advance(self, step: int) -> None:
+        """Optimizer steps done; moves the bar between metrics lines."""
+        self._progress.update(self._task, completed=step)
+
     def metrics(self, record: Mapping[str, Any]) -> None:
+        """A `metrics` record, as written to metrics.jsonl."""
         left = eta_seconds(record, self.total_steps)
         self._progress.update(
             self._task,
@@ -154,19 +131,9 @@ class Terminal(RunConsole):
         )
         self.notice(format_metrics(record, self.total_steps))
 
-    def advance(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
-
-    def notice(self, text: str) -> None:
-        # soft_wrap leaves line breaks to the terminal, so that a copied line is one line
-        self._console.print(text, markup=False, soft_wrap=True)
-        self._stream.flush()
-
-    def show(self, what: RenderableType) -> None:
-        self._console.print(what)
-        self._stream.flush()
-
-
-def run_console(rank: int, total_steps: int, start_step: int = 0, stream: IO[str] | None = None) -> RunConsole:
-    """A `Terminal` on rank 0, a silent console on all others."""
-    return Terminal(total_steps, start_step, stream) if rank == 0 else RunConsole()
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """A `validation` record."""
+        self.notice(
+            f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.5g} "
+            f"({record['view']} view)"
+        )

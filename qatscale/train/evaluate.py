@@ -1,19 +1,29 @@
-"""Validation losses of a checkpoint, on one process."""
+"""Losses of a checkpoint in all views; the final metrics of a finished run, which qatlaw reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qatscale.config import load_run_config
+import qatlaw
+from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.data.open import open_validation
-from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
-from qatscale.engine.checkpoints.load_model import load_checkpointed_model
+from qatscale.engine.checkpoints.files import open_checkpoint
+from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.quant.bit_widths import get_quantizer
-from qatscale.train.validation import open_view, ptq_view, summed_loss
+from qatscale.schedule.timeline import Timeline
+from qatscale.tracking.final import final_losses, median_speeds
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.components import RunSetup, TrainingComponents
+from qatscale.train.run_log import RunLog
+from qatscale.train.validation import open_view, ptq_view, summed_loss, validation_losses
+
+FULL_PRECISION_BITS = 16
 
 
 def evaluate_checkpoint(
@@ -24,13 +34,11 @@ def evaluate_checkpoint(
     Returns the checkpoint's folder, the number of predicted tokens, and view → loss: `fp`, `quantized` where it has
     switched, and `ptqB` for each of `ptq_bits`.
     """
-    checkpoint = find_checkpoint(what)
-    recipe = recipe_beside(checkpoint, what)
-    overrides = [f"data.path={data}"] if data else []
-    overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
-    config = load_run_config(recipe, overrides)
     for bits in ptq_bits:
         get_quantizer(bits)  # refuses an unknown bit width before anything is loaded
+    overrides = [f"data.path={data}"] if data else []
+    overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
+    config, checkpoint = open_checkpoint(what, overrides)
     reader = open_validation(config)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)
@@ -40,4 +48,47 @@ def evaluate_checkpoint(
         with open_view(model, name):
             total, counted = summed_loss(model, reader, device, 0, 1)
         losses[name] = total / counted
-    return checkpoint, counted, losses
+    return checkpoint.folder, counted, losses
+
+
+def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog) -> dict[str, Any]:
+    """Evaluate a run after its last step, mark it done, and return its final metrics. Collective."""
+    config, timeline, plugin = setup.config, setup.timeline, components.plugin
+    if plugin.switched_at is not None and setup.resume.step < timeline.steps:
+        plugin.check_moving(components.masters)
+    views = ["fp", *([] if config.qat.scheme == "fp" else ["quantized"]), *map(ptq_view, config.evaluation.ptq_bits)]
+    losses = validation_losses(components.engine, views, setup.validation, components.topology)
+    log.validation(timeline.steps, losses)
+    final = final_metrics(config, timeline, losses, log.folder)
+    final |= {  # the data by content: losses on other held-out text do not compare
+        "data_fingerprint": setup.batches.stream.manifest.fingerprint,
+        "validation_fingerprint": setup.validation.stream.manifest.fingerprint_of("validation"),
+        "validation_tokens": setup.validation.tokens,
+    }
+    log.finished(timeline.steps, final)
+    return final
+
+
+def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float], folder: RunFolder) -> dict[str, Any]:
+    """`final/val_loss` is that of the weights as they would be used: quantized, or full precision for scheme fp.
+
+    `final/scales_floored` is the share of scales at or under their floor after the last step; None for scheme fp.
+    """
+    n_params, scheme = count_parameters(config.model).total, config.qat.scheme
+    bits = FULL_PRECISION_BITS if scheme == "fp" else config.qat.bits
+    tokens_qat = timeline.qat_steps * timeline.tokens_per_step
+    metrics = folder.records("metrics")
+    return {
+        **final_losses(losses, "fp" if scheme == "fp" else "quantized"),
+        "final/scales_floored": metrics[-1].get("scales_floored") if metrics else None,
+        "n_params": n_params,
+        "bits": bits,
+        "scheme": scheme,
+        "tokens_total": timeline.tokens,
+        "tokens_fp": timeline.tokens - tokens_qat,
+        "tokens_qat": tokens_qat,
+        "qat_fraction": timeline.qat_fraction,
+        "switch_step": timeline.switch_step,
+        "tokens_per_parameter_byte": qatlaw.tokens_per_parameter_byte(n_params, timeline.tokens, bits),
+        **median_speeds(metrics),
+    }

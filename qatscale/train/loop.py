@@ -86,8 +86,8 @@ def run_steps(
 
 @contextmanager
 def collect_garbage_by_hand() -> Iterator[None]:
-    """Python's own collections would come in the middle of a step, on every process at another one, and the others wait
-    for it in their next collective. Tensors are freed by reference counts and do not need the collector."""
+    """Python's own collections would interrupt a step, on every process another one, and the others would wait in their
+    next collective. Tensors are freed by reference counts and do not need the collector."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -99,7 +99,7 @@ def collect_garbage_by_hand() -> Iterator[None]:
 
 
 class Due:
-    """What has to happen after so many optimizer steps."""
+    """The work that is due after so many optimizer steps."""
 
     def __init__(self, config: RunConfig, timeline: Timeline) -> None:
         self._log_interval = config.log_interval

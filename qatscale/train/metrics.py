@@ -103,10 +103,16 @@ class Meter:
             dist.all_reduce(sums)
         total, *counts = sums.tolist()  # waits for the device
         loss = total / (self._micro_batches * self._runtime.ranks)
+        problem = ""
         if not math.isfinite(loss):
-            raise _diverged(f"the loss is {loss} in the {self._steps} steps up to step {step}")
-        if engine.skipped_steps:  # DeepSpeed skips such a step silently, and the loss stays where it is
-            raise _diverged(f"the gradient of {engine.skipped_steps} of the steps up to step {step} is not finite")
+            problem = f"the loss is {loss} in the {self._steps} steps up to step {step}"
+        elif engine.skipped_steps:  # DeepSpeed skips such a step silently, and the loss does not show it
+            problem = f"the gradient of {engine.skipped_steps} of the steps up to step {step} is not finite"
+        if problem:
+            fix = (
+                "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
+            )
+            raise FloatingPointError(f"{problem}. {fix}")
         seconds = time.perf_counter() - self._started - self._paused
         tokens_per_second = self._steps * self._tokens_per_step / seconds
         flops = tokens_per_second * self._flops_per_token
@@ -131,8 +137,3 @@ class Meter:
                 record["code_flips"] = flipped / compared
         self._start_interval()
         return record
-
-
-def _diverged(what: str) -> FloatingPointError:
-    fix = "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
-    return FloatingPointError(f"{what}. {fix}")

@@ -7,11 +7,7 @@ from pathlib import Path
 
 from qatscale.config import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import (
-    find_checkpoint,
-    newest_checkpoint,
-    read_manifest,
-)
+from qatscale.engine.checkpoints.files import find_checkpoint, newest_checkpoint, read_manifest
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.timeline import Timeline, first_difference
@@ -19,17 +15,11 @@ from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 
 MAY_CHANGE = (
-    "engine.",
-    "checkpoint.",
-    "evaluation.",
-    "tracking.",
-    "batch.micro_batch",
-    "log_interval",
-    "output",
-    "data.path",
-    "name",  # that of the folder, which may have been renamed
-)
-"""Keys that a resume may change. None of them changes what is computed, except for the order of sums."""
+    "engine.", "checkpoint.", "evaluation.", "tracking.", "batch.micro_batch", "log_interval", "output", "data.path",
+    "name",
+)  # fmt: skip
+"""Keys that a resume may change. None of them changes what is computed, except for the order of sums. `name` is the
+folder's, which may have been renamed."""
 
 
 def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None = None) -> ResumePlan | None:
@@ -117,20 +107,18 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     if manifest.step >= timeline.steps:
         problem = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
         raise UserError("branch", branch_from, problem, "Train on more tokens, or branch from an earlier checkpoint.")
-    switched_at = manifest.plugin["switched_at"]
+    switched_at, switch = manifest.plugin["switched_at"], timeline.switch_step
     switched = switched_at is not None
-    switch = timeline.switch_step
     if switched and switch != switched_at:
         here = "never switches" if switch is None else f"switches at step {switch}"
-        problem = f"it is from after its run's switch to QAT at step {switched_at}, and this run {here}."
+        problem = f"its run had switched to QAT at step {switched_at}, and this run {here}."
         fraction = "" if switch is None else f", or set qat.fraction={1 - switched_at / timeline.steps:.8g}"
         raise UserError("branch", branch_from, problem, f"Branch from a checkpoint before the switch{fraction}.")
     if not switched and switch is not None and switch < manifest.step:
+        problem = f"step {manifest.step} lies after this run's switch at step {switch}."
         share = 1 - manifest.step / timeline.steps
         fix = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
-        raise UserError(
-            "branch", branch_from, f"step {manifest.step} lies after this run's switch at step {switch}.", fix
-        )
+        raise UserError("branch", branch_from, problem, fix)
     if switched:
         for difference in config_differences(parent, config):
             if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
@@ -144,9 +132,8 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
         notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
     if _reads_a_former_order(RunFolder(run)):
         notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
-    return ResumePlan(
-        checkpoint, manifest, False, {"name": run.name, "folder": str(run), "step": manifest.step}, tuple(notices)
-    )
+    origin = {"name": run.name, "folder": str(run), "step": manifest.step}
+    return ResumePlan(checkpoint, manifest, False, origin, tuple(notices))
 
 
 def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from qatscale.supervise.watchdog import Watchdog, collective_timeout
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.start_follower import start_follower
 from qatscale.train.checkpointing import AsyncCheckpointer
-from qatscale.train.final import evaluate_final
+from qatscale.train.evaluate import evaluate_final
 from qatscale.train.loop import run_steps
 from qatscale.train.run_log import RunLog
 from qatscale.train.setup import build, decide
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = True) -> Outcome:
-    """Train the run that `config` describes, from wherever it stands. Every process of a job calls it.
+    """Train the run that `config` describes, from its newest state. Every process of a job calls it.
 
     A run that is done is returned as it is. One whose folder exists continues from its newest checkpoint. Any other
     starts fresh, or from `branch_from` (a checkpoint folder, a run folder, `RUN@STEP`). UserError for whatever is wrong
@@ -67,7 +67,6 @@ def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = T
                     return Outcome("stopped", done, None)
                 return Outcome("done", done, evaluate_final(setup, components, log))
             finally:
-                components.compilation.close()
                 components.engine.destroy()
 
 

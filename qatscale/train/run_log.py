@@ -22,19 +22,10 @@ from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.tracking.run_folder import RunFolder, perplexity
 from qatscale.train.components import RunSetup
-from qatscale.train.console import run_console
+from qatscale.train.console import RunConsole
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
-
-
-def _line_format(rank: int) -> logging.Formatter:
-    """Lines such as `2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`: logs of many hosts sort into one."""
-    host = socket.gethostname()
-    line = f"%(asctime)s.%(msecs)03dZ {host} rank {rank} %(levelname)s %(name)s: %(message)s"
-    formatter = logging.Formatter(line, datefmt="%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    return formatter
 
 
 class RunLog:
@@ -45,7 +36,7 @@ class RunLog:
         self.runtime, self.linger = runtime, linger
         self.n_params = count_parameters(self.config.model).total
         self.folder = RunFolder(self.config.folder)
-        self.console = run_console(runtime.rank, self.timeline.steps, self.resume.step)
+        self.console = RunConsole(runtime.rank, self.timeline.steps, self.resume.step)
         self._step = self.resume.step
         """Steps done, as far as reported: where a failure is placed."""
         self._is_open = self._warned = False
@@ -54,8 +45,7 @@ class RunLog:
         """Create or continue the run's folder. hosts: each host's ranks."""
         if not self.runtime.is_main:
             return
-        resume = self.resume
-        if not resume.resumes:
+        if not self.resume.resumes:
             RunFolder.create(
                 self.folder.path,
                 recipe=resolved_yaml(self.config),
@@ -63,10 +53,10 @@ class RunLog:
                 timeline=self.timeline,
                 n_params=self.n_params,
                 command=sys.argv,
-                parent=resume.parent,
+                parent=self.resume.parent,
                 hosts=hosts,
             )
-        self.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=hosts)
+        self.folder.append("resume" if self.resume.resumes else "start", step=self.resume.step, hosts=hosts)
 
     @contextmanager
     def recording(self, watchdog: Watchdog) -> Iterator[None]:
@@ -86,9 +76,13 @@ class RunLog:
 
     @contextmanager
     def _log_file(self) -> Iterator[None]:
+        """Lines such as `2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`, which sort across hosts."""
+        rank, host = self.runtime.rank, socket.gethostname()
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.folder.logs / f"rank-{self.runtime.rank}.log")
-        handler.setFormatter(_line_format(self.runtime.rank))
+        handler = logging.FileHandler(self.folder.logs / f"rank-{rank}.log")
+        line = f"%(asctime)s.%(msecs)03dZ {host} rank {rank} %(levelname)s %(name)s: %(message)s"
+        handler.setFormatter(formatter := logging.Formatter(line, datefmt="%Y-%m-%dT%H:%M:%S"))
+        formatter.converter = time.gmtime
         logging.getLogger().addHandler(handler)
         try:
             yield
@@ -97,16 +91,14 @@ class RunLog:
             handler.close()
 
     def _introduce(self, clock_notices: Sequence[str]) -> None:
-        config, runtime, timeline = self.config, self.runtime, self.timeline
-        accumulation = self.setup.ds_config["gradient_accumulation_steps"]
-        stage = self.setup.ds_config["zero_optimization"]["stage"]
+        config, runtime, timeline, ds_config = self.config, self.runtime, self.timeline, self.setup.ds_config
         self.console.notice(
             f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
             + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
             + f", {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of "
             f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
-            f"{accumulation} x {runtime.ranks} processes), {self.setup.precision} ZeRO-{stage} "
-            f"on {runtime.device_name}"
+            f"{ds_config['gradient_accumulation_steps']} x {runtime.ranks} processes), {self.setup.precision} "
+            f"ZeRO-{ds_config['zero_optimization']['stage']} on {runtime.device_name}"
         )
         if timeline.switch_step is not None:
             self.console.notice(
@@ -116,7 +108,7 @@ class RunLog:
         if self.resume.parent and not self.resume.resumes:
             self.console.notice(f"branched from {self.resume.parent['folder']}@{self.resume.parent['step']}")
         elif self.resume.checkpoint is not None:
-            self.console.resume(self.resume.checkpoint, self.resume.step)
+            self.console.notice(f"resume from step {self.resume.step}: {self.resume.checkpoint}")
         for notice in [*clock_notices, *self.setup.notices]:
             self.console.notice(f"note: {notice}")
 
@@ -155,7 +147,7 @@ class RunLog:
     def switched(self, report: SwitchReport) -> None:
         if self.runtime.is_main:
             self.folder.append("switch", step=report.step, report=report.to_dict())
-            self.console.switch(report)
+            self.console.show(report.table())
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """losses: view -> mean loss in nats."""
@@ -169,7 +161,7 @@ class RunLog:
     def checkpoint(self, saved: Manifest, path: Path) -> None:
         if self.runtime.is_main:
             self.folder.append("checkpoint", step=saved.step, path=str(path), reason=saved.reason, kept=saved.kept)
-            self.console.checkpoint(path, saved.step)
+            self.console.notice(f"step {saved.step}: checkpoint {path}")
 
     def stopped(self, step: int, number: int) -> None:
         if self.runtime.is_main:

@@ -9,7 +9,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.open import open_batches, open_validation
 from qatscale.engine.checkpoints.save_load import load_checkpoint
-from qatscale.engine.compilation import Compilation, Compiled, plan_compilation
+from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
@@ -65,7 +65,7 @@ def assemble(
     plugin = QatPlugin(config.qat, switch_step)
     plugin.prepare(model)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
-    compilation = Compiled(model) if plan_compilation(config.engine, ds_config) else Compilation()
+    compilation = Compilation(model, plan_compilation(config.engine, ds_config))
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
     return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from qatscale.config import load_run_config
 from qatscale.config.ds_config import merge_ds_config
-from qatscale.engine.checkpoints.files import find_checkpoint, list_checkpoints
-from qatscale.engine.checkpoints.save_load import describe, load_checkpoint, slices_of, write_checkpoint
+from qatscale.engine.checkpoints.files import Manifest, find_checkpoint, list_checkpoints
+from qatscale.engine.checkpoints.save_load import load_checkpoint, parameter_records, slices_of, write_checkpoint
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.qat_metrics import SAMPLE, QatMetrics
 from qatscale.engine.runtime import start_runtime
@@ -98,17 +98,10 @@ def adam(masters: ZeroMasters) -> dict[str, list[float]]:
 
 
 def save(folder: Path, step: int) -> Path:
-    draft = describe(
-        masters,
-        runtime,
-        step=step,
-        tokens=0,
-        reason="interval",
-        kept=False,
-        recipe_hash="",
-        data="",
-        plugin=plugin.state(),
-    )
+    draft = Manifest(
+        step=step, tokens=0, reason="interval", kept=False, recipe_hash="", data="", plugin=plugin.state(),
+        parameters=parameter_records(masters), layout={},
+    )  # fmt: skip
     return write_checkpoint(folder, draft, slices_of(masters), runtime)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qatscale.config import load_run_config
-from qatscale.engine.checkpoints.files import find_checkpoint
-from qatscale.engine.checkpoints.load_model import load_checkpointed_model
+from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint
+from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.export.formats.lookup import get_format
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
@@ -28,7 +28,7 @@ def need(format: str) -> None:
 def trained(run: Path) -> Llama:
     """In the precision that training's forward used, computing in the quantized view."""
     config = load_run_config(run / "recipe.yaml")
-    model, _ = load_checkpointed_model(find_checkpoint(run), config, torch.device("cpu"))
+    model, _ = load_checkpointed_model(CheckpointReader(find_checkpoint(run)), config, torch.device("cpu"))
     return model.eval()
 
 

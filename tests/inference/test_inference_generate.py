@@ -14,8 +14,8 @@ from qatscale.cli.app import app
 from qatscale.config import load_run_config
 from qatscale.data.manifest import Manifest
 from qatscale.data.tokenizer import load_tokenizer
-from qatscale.engine.checkpoints.files import find_checkpoint
-from qatscale.engine.checkpoints.load_model import load_checkpointed_model
+from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint
+from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.formats.lookup import find_export
 from qatscale.inference.generate import open_text_generator
@@ -37,7 +37,7 @@ def generated(what: str, *options: str) -> str:
 @pytest.mark.parametrize("view", ["quantized", "fp"])
 def test_greedy_text_is_that_of_our_own_forward(run: Path, view: str) -> None:
     config = load_run_config(run / "recipe.yaml")
-    model, _ = load_checkpointed_model(find_checkpoint(str(run)), config, torch.device("cpu"))
+    model, _ = load_checkpointed_model(CheckpointReader(find_checkpoint(str(run))), config, torch.device("cpu"))
     generator = open_text_generator(str(run), view)
     ids = prompt_ids(generator, PROMPT, Sampling(tokens=20))
     with open_view(model, view):

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from qatscale.cli.app import app
 from qatscale.config import load_run_config
-from qatscale.engine.checkpoints.files import find_checkpoint
-from qatscale.engine.checkpoints.load_model import load_checkpointed_model
+from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint
+from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.inference.generate import open_transformers
 from qatscale.inference.harness import open_tasks, run_harness
@@ -52,9 +52,8 @@ def tasks(tmp_path: Path) -> Path:
 
 def answers(run: Path, view: str) -> list[int]:
     """The likeliest choice of each question by our own forward pass."""
-    model, _ = load_checkpointed_model(
-        find_checkpoint(str(run)), load_run_config(run / "recipe.yaml"), torch.device("cpu")
-    )
+    reader = CheckpointReader(find_checkpoint(str(run)))
+    model, _ = load_checkpointed_model(reader, load_run_config(run / "recipe.yaml"), torch.device("cpu"))
     encode = open_transformers(str(run)).encode
     chosen = []
     with open_view(model, view), torch.no_grad():

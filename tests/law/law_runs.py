@@ -17,7 +17,7 @@ from qatscale.schedule.build import build_timeline
 from qatscale.tracking.mlflow_sync import track_sync
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import quiet_mlflow
-from qatscale.train.final import final_metrics
+from qatscale.train.evaluate import final_metrics
 
 PTQ_BITS = (2.0, 4.0)
 PTQ_LOSS = 0.5

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.config.schema import ModelConfig, QatConfig
-from qatscale.engine.compilation import Compiled
+from qatscale.engine.compilation import Compilation
 from qatscale.model.chunks import chunk_rows
 from qatscale.model.head import linear_cross_entropy
 from qatscale.model.llama import Llama, initialise
@@ -143,7 +143,7 @@ def check_compiled(parallel: TensorParallel) -> None:
     """The exchanges lie between graphs, and the numbers are the plain ones."""
     config = ModelConfig(vocab_size=VOCABULARY, hidden_size=48, layers=1, heads=4, kv_heads=2, intermediate_size=64)
     plain, compiled = (build(config, QatConfig(scheme="fused", bits=2), parallel) for _ in range(2))
-    compilation = Compiled(compiled, "aot_eager")
+    compilation = Compilation(compiled, True, "aot_eager")
     losses = [model(TOKENS, LABELS) for model in (plain, compiled)]
     close(losses[1].detach(), losses[0].detach(), "compiled loss", 1e-6)
     for loss in losses:
@@ -155,7 +155,6 @@ def check_compiled(parallel: TensorParallel) -> None:
     assert compilation.news()
     compiled(TOKENS, LABELS)
     assert compilation.news() is None, "the graphs of one step are not those of the next"
-    compilation.close()
 
 
 for sequence in (False, True):

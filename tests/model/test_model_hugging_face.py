@@ -228,7 +228,7 @@ def test_an_existing_folder_is_not_overwritten(build, tmp_path):
         export_hugging_face(build(config, seed=1), config, tmp_path / "empty", sequence_length=99)
     assert (tmp_path / "empty/config.json").read_bytes() == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="is not empty"):
         export_hugging_face(build(config), config, tmp_path / "file", sequence_length=16)
 
 

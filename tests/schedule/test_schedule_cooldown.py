@@ -10,7 +10,7 @@ from scipy.integrate import quad
 
 from qatscale.config.cooldown_shapes import NAMES, SHAPES
 from qatscale.config.schema import ScheduleConfig
-from qatscale.schedule.cooldown import Cooldown, cooldown_of
+from qatscale.schedule.timeline import Cooldown, cooldown_of
 
 progress = st.floats(0, 1)
 NEEDED = {"exponential": {"min_lr_ratio": 0.01}, "piecewise": {"knots": [1.0, 0.5, 0.0]}}

@@ -22,22 +22,19 @@ def test_rows_say_what_the_segments_do():
     config = make_config(schedule={"shape": "linear", "warmup_fraction": 0.1}, qat=SEQUENTIAL)
     timeline = build_timeline(config)
     rows = describe(timeline, config)
-    assert [(row.phase, row.start_step, row.end_step, row.bits) for row in rows] == [
-        ("warmup", 0, 6, None),
-        ("stable", 6, 48, None),
-        ("cooldown", 48, 60, None),
-        ("qat_warmup", 60, 61, 2),
-        ("qat_stable", 61, 92, 2),
-        ("qat_cooldown", 92, 100, 2),
+    assert [(row[0], row[1], row[2], row[9]) for row in rows] == [
+        ("warmup", "0", "6", "full"),
+        ("stable", "6", "48", "full"),
+        ("cooldown", "48", "60", "full"),
+        ("qat_warmup", "60", "61", "2 bits"),
+        ("qat_stable", "61", "92", "2 bits"),
+        ("qat_cooldown", "92", "100", "2 bits"),
     ]
-    cooldown = rows[2]
-    assert (cooldown.start_tokens, cooldown.end_tokens) == (48_000, 60_000)
-    assert (cooldown.first_rate, cooldown.last_rate) == (1e-3, pytest.approx(1e-3 / 12))
-    assert cooldown.cells() == (
+    assert rows[2] == (
         "cooldown", "48", "60", "12", "12K", "60K", "0.001 → 8.33e-05", "0.9, 0.95", "0.1", "full",
     )  # fmt: skip
-    assert rows[4].cells()[6:] == ("0.0005", "0.9, 0.95", "0.1", "2 bits")
-    assert all(len(row.cells()) == len(COLUMNS) for row in rows)
+    assert rows[4][6:] == ("0.0005", "0.9, 0.95", "0.1", "2 bits")
+    assert all(len(row) == len(COLUMNS) for row in rows)
 
 
 def test_to_dict_survives_json_and_holds_the_rates():

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qatscale.config.recipe import load_run_config, resolved_yaml
-from qatscale.schedule.cooldown import cooldown_of
-from qatscale.schedule.timeline import Segment, Timeline
+from qatscale.schedule.timeline import Segment, Timeline, cooldown_of
 from qatscale.tracking.run_folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 from qatscale.config import load_run_config
-from qatscale.engine.checkpoints import save_load
+from qatscale.engine.checkpoints import files
 from qatscale.supervise import watchdog
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.run import train
 
-PROGRESS, WRITE = Watchdog.progress, save_load.write_shard
+PROGRESS, WRITE = Watchdog.progress, files.write_shard
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -55,7 +55,7 @@ def observed(run: dict) -> dict:
         writes.append([int(folder.name[-8:]), begun, at])
         return file
 
-    Watchdog.progress, save_load.write_shard = progress, write_shard
+    Watchdog.progress, files.write_shard = progress, write_shard
     if "stall" in run:
         watchdog.SLOW = run["stall"]
     found = {"writes": writes, "error": ""}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qatscale.config import load_run_config
 from qatscale.data.reader import BatchReader
-from qatscale.engine.checkpoints import save_load as checkpoint
+from qatscale.engine.checkpoints import files as checkpoint
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.selection import fake_quant_modules

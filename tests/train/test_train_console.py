@@ -8,12 +8,11 @@ import os
 import pty
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qatscale.train.console import RunConsole, Terminal, eta_seconds, format_duration, format_metrics, run_console
+from qatscale.train.console import RunConsole, eta_seconds, format_duration, format_metrics
 
 RECORD: dict[str, Any] = {
     "event": "metrics",
@@ -79,29 +78,24 @@ def test_durations(seconds: float, shown: str) -> None:
 
 def test_into_a_file_go_plain_whole_lines() -> None:
     out = io.StringIO()
-    with run_console(0, 1000, stream=out) as console:
-        console.resume(Path("runs/x/checkpoints/step-200"), 200)
+    with RunConsole(0, 1000, stream=out) as console:
         console.metrics(RECORD)
         console.advance(260)
         console.validation({"step": 250, "view": "quantized", "loss": 2.5, "perplexity": math.exp(2.5)})
-        console.checkpoint(Path("runs/x/checkpoints/step-250"), 250)
         console.notice("[bold] is no markup " + "x" * 300)
     assert out.getvalue().splitlines() == [
-        "resume from step 200: runs/x/checkpoints/step-200",
         format_metrics(RECORD, 1000),
         "step 250: validation loss 2.5000, perplexity 12.182 (quantized view)",
-        "step 250: checkpoint runs/x/checkpoints/step-250",
         "[bold] is no markup " + "x" * 300,
     ]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with run_console(1, 1000) as console:
-        assert not isinstance(console, Terminal)
+    with RunConsole(1, 1000) as console:
         console.metrics(RECORD)
         console.validation({"step": 250, "view": "fp", "loss": 2.5, "perplexity": 12.0})
         console.notice("x")
-        console.checkpoint(Path("x"), 1)
+        console.show("x")
         console.advance(3)
     assert capsys.readouterr() == ("", "")
 
@@ -111,15 +105,15 @@ def test_a_switch_is_shown_as_its_report() -> None:
 
     module = ModuleReport(("blocks.0.mlp.up",), 2, "SEQ", (64, 32), 64, 2, 32, 0.5, 2.0)
     out = io.StringIO()
-    with run_console(0, 1000, stream=out) as console:
-        console.switch(SwitchReport(500, (module,), {"norm": "a norm"}))
+    with RunConsole(0, 1000, stream=out) as console:
+        console.show(SwitchReport(500, (module,), {"norm": "a norm"}).table())
     assert "QAT from step 500" in out.getvalue()
     assert "64 x 32" in out.getvalue()
 
 
 SCRIPT = f"""
-from qatscale.train.console import run_console
-with run_console(0, 1000) as console:
+from qatscale.train.console import RunConsole
+with RunConsole(0, 1000) as console:
     console.metrics({RECORD!r})
     raise SystemExit("an error of the loop")
 """
@@ -147,10 +141,3 @@ def test_a_terminal_gets_a_progress_bar_that_ends_with_the_run() -> None:
     assert "ETA 1m00s" in shown
     assert shown.rindex("\x1b[?25h") > shown.rindex("250/1000 steps"), "the cursor is shown again"
     assert "an error of the loop" in shown
-
-
-def test_the_null_console_has_every_method_of_the_real_one() -> None:
-    def public(kind: type) -> set[str]:
-        return {name for name in dir(kind) if not name.startswith("_")}
-
-    assert public(Terminal) == public(RunConsole)

@@ -8,10 +8,9 @@
 A slice is named `kind/parameter/start` (kind: weight, exp_avg, exp_avg_sq) and holds fp32 elements
 [start, start + n) of the flattened parameter; `kind/parameter/start/first-end`: of its columns [first, end), flattened.
 Any other division of the same parameters can be assembled from them. Where Adam's count is 0, its moments are zero and
-may be left out: an imported model has none. safetensors holds numbers alone: loading runs no
-code from the file.
+may be left out: an imported model has none. safetensors holds numbers alone: loading runs no code from the file.
 
-A checkpoint is written into a hidden folder and renamed when it is whole; what can be seen is complete.
+A checkpoint is written into a hidden folder, which is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qatscale.config import is_unaltered
+from qatscale.config import is_unaltered, load_run_config
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 from qatscale.files import sha256_of, sync
 from qatscale.tensor_files import write_safetensors
@@ -81,12 +82,14 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, None where there is none. UserError where a newer one is half-deleted: going on
-    from an older one without a word would cost the steps between them."""
+    """The newest complete checkpoint; None where none exists.
+
+    UserError where a newer one is half-deleted: an older one would silently cost the steps between them.
+    """
     found = list_checkpoints(checkpoints)
-    there = sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name)) if checkpoints.is_dir() else []
-    if there and (not found or there[-1] != found[-1]):
-        raise UserError("checkpoint", str(there[-1]), f"half-deleted: it has no {MANIFEST}.", _other(there[-1]))
+    folders = sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name)) if checkpoints.is_dir() else []
+    if folders and (not found or folders[-1] != found[-1]):
+        raise UserError("checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", _other(folders[-1]))
     return found[-1] if found else None
 
 
@@ -94,12 +97,19 @@ class _DamageError(Exception):
     """What is wrong with a checkpoint."""
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError for a manifest that is missing or cannot be read, with the checkpoint to use instead."""
+@contextmanager
+def _with_advice(folder: Path) -> Iterator[None]:
+    """A context whose damage becomes a UserError with the checkpoint to use instead."""
     try:
-        return _parse_manifest(folder)
+        yield
     except _DamageError as damage:
         raise UserError("checkpoint", str(folder), str(damage), _other(folder)) from damage.__cause__
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """UserError for a manifest that is missing or cannot be read, with the checkpoint to use instead."""
+    with _with_advice(folder):
+        return _parse_manifest(folder)
 
 
 def _parse_manifest(folder: Path) -> Manifest:
@@ -117,11 +127,9 @@ def _parse_manifest(folder: Path) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
-    """Raise UserError if a shard is missing, truncated or altered. Checks every `shares`-th file, from `share`."""
-    try:
+    """UserError if a shard is missing, truncated or altered. Checks every `shares`-th file, from `share`."""
+    with _with_advice(folder):
         _check_files(folder, manifest, share, shares)
-    except _DamageError as damage:
-        raise UserError("checkpoint", str(folder), str(damage), _other(folder)) from None
 
 
 def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
@@ -135,8 +143,8 @@ def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
             raise _DamageError(f"{name} was altered: checksum differs.")
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether everything of a checkpoint is there and unaltered. Reads all of it."""
+def _is_whole(folder: Path) -> bool:
+    """Whether all files of a checkpoint exist unaltered. Reads all of them."""
     try:
         _check_files(folder, _parse_manifest(folder))
     except _DamageError:
@@ -145,11 +153,11 @@ def is_whole(folder: Path) -> bool:
 
 
 def _other(folder: Path) -> str:
-    """What to do with a damaged checkpoint: the newest one before it that is whole, verified now, and how to use it."""
+    """The fix for a damaged checkpoint: the newest undamaged one before it, and how to use it."""
     before = [p for p in list_checkpoints(folder.parent) if p.name < folder.name]
     if not before:
         return "There is no earlier checkpoint beside it."
-    whole = next((p for p in reversed(before) if is_whole(p)), None)
+    whole = next((p for p in reversed(before) if _is_whole(p)), None)
     if whole is None:
         return f"None of the {len(before)} earlier checkpoints beside it is whole."
     damaged = [p.name for p in [*before, folder] if p.name > whole.name]
@@ -164,7 +172,7 @@ def _other(folder: Path) -> str:
 
 
 def writing_folder(checkpoints: Path, step: int) -> Path:
-    """Where a checkpoint grows until it is whole."""
+    """The hidden folder of a checkpoint that is not complete yet."""
     return checkpoints / f".writing-step-{step:08d}"
 
 
@@ -206,7 +214,7 @@ def rotate(checkpoints: Path, keep: int) -> list[Path]:
     passing = [p for p in list_checkpoints(checkpoints) if _may_go(p)]
     removed = passing[:-keep] if keep else passing
     for path in removed:
-        path.rename(path.with_name(f".old-{path.name}"))  # half-removed must not look whole
+        path.rename(path.with_name(f".old-{path.name}"))  # half-removed must not look complete
     for pattern in (".old-step-*", ".writing-step-*"):
         for leftover in checkpoints.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -236,12 +244,6 @@ class _SavedSlice:
     numel: int
     columns: tuple[int, int] | None
 
-    @classmethod
-    def named(cls, key: str, numel: int, file: str) -> _SavedSlice:
-        _, _, start, *columns = key.split("/")
-        first, _, end = columns[0].partition("-") if columns else ("", "", "")
-        return cls(key, file, int(start), numel, (int(first), int(end)) if columns else None)
-
 
 class CheckpointReader:
     """Any slice of any parameter of a checkpoint, assembled from the slices it was saved in."""
@@ -255,12 +257,14 @@ class CheckpointReader:
             try:
                 self._files[name] = file = safe_open(folder / name, framework="pt")
                 for key in file.keys():  # noqa: SIM118 - not a dict
-                    saved = _SavedSlice.named(key, file.get_slice(key).get_shape()[0], name)
-                    kind, parameter, *_ = key.split("/")
+                    kind, parameter, start, *columns = key.split("/")
+                    first, _, end = columns[0].partition("-") if columns else ("", "", "")
+                    numel = file.get_slice(key).get_shape()[0]
+                    saved = _SavedSlice(key, name, int(start), numel, (int(first), int(end)) if columns else None)
                     self._slices.setdefault((kind, parameter), []).append(saved)
             except (SafetensorError, OSError, ValueError, IndexError) as error:  # the latter two: an altered header
-                told = f"{name} cannot be read ({error})."
-                raise UserError("checkpoint", str(folder), told, _other(folder)) from error
+                problem = f"{name} cannot be read ({error})."
+                raise UserError("checkpoint", str(folder), problem, _other(folder)) from error
 
     def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
         """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
@@ -309,7 +313,7 @@ class CheckpointReader:
         return int(wanted.sum())
 
     def parameter(self, name: str, kind: str = "weight") -> Tensor:
-        """A whole parameter, fp32."""
+        """A full parameter, fp32."""
         shape = torch.Size(self.manifest.parameters[name].shape)
         return self.read(kind, name, 0, shape.numel()).view(shape)
 
@@ -318,24 +322,27 @@ class CheckpointReader:
         return {name: self.parameter(name) for name in self.manifest.parameters}
 
 
-def recipe_beside(checkpoint: Path, what: str) -> Path:
-    """The recipe of a checkpoint's run, in whose folder it lies.
+def open_checkpoint(what: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, CheckpointReader]:
+    """A checkpoint, named as `find_checkpoint` takes it, and its run's configuration with `overrides`.
 
-    UserError, about the checkpoint as the user named it, where there is none or another than when it was saved.
+    UserError where it is damaged, or where the run's recipe is missing or was altered since the save.
     """
-    recipe = checkpoint.resolve().parent.parent / "recipe.yaml"
+    folder = find_checkpoint(what)
+    recipe = folder.resolve().parent.parent / "recipe.yaml"
     if not recipe.is_file():
         raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
-    if not is_unaltered(recipe, read_manifest(checkpoint).recipe_hash):
+    reader = CheckpointReader(folder)
+    if not is_unaltered(recipe, reader.manifest.recipe_hash):
         problem = f"{recipe} was altered after the checkpoint was saved: it describes another model or run."
         raise UserError("checkpoint", what, problem, "Restore the recipe.")
-    return recipe
+    verify_files(folder, reader.manifest)
+    return load_run_config(recipe, overrides), reader
 
 
 def find_checkpoint(what: str | Path) -> Path:
     """A checkpoint from how people name one: its folder, a run folder (its newest), or `RUN@STEP`.
 
-    Raises UserError where there is none, with those there are.
+    UserError where none exists, with those that do.
     """
     path, at = Path(what), ""
     if not path.exists() and "@" in str(what):  # where a path holds one, the last is meant

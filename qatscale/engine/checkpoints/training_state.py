@@ -1,4 +1,4 @@
-"""A model in training, whole and free of any layout, read one tensor at a time: what every conversion passes on."""
+"""The state of a training run without its layout, read one tensor at a time: what every conversion passes on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import load_run_config, recipe_hash
+from qatscale.config import recipe_hash
+from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import (
     CheckpointReader,
     Manifest,
     ParameterRecord,
     commit,
-    find_checkpoint,
-    recipe_beside,
+    open_checkpoint,
     slice_name,
-    verify_files,
     writing_folder,
 )
 from qatscale.engine.initialize import optimizer_groups
@@ -32,7 +31,7 @@ from qatscale.tensor_files import SHARD_BYTES, Shape, write_safetensors
 
 KINDS = ("weight", *MOMENTS)
 UNKNOWN_DATA = ""
-"""The fingerprint of tokens that nobody can name."""
+"""The fingerprint of unknown tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def skeleton(config: RunConfig) -> Skeleton:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands, wherever it is stored."""
+    """The state of a run, in whatever format it is stored."""
 
     config: RunConfig
     source: str
@@ -89,14 +88,11 @@ class TrainingState:
 
 def read_checkpoint(what: str) -> TrainingState:
     """A checkpoint of ours: RUN, RUN@STEP or its folder. UserError where it is damaged or its recipe not beside it."""
-    folder = find_checkpoint(what)
-    recipe = recipe_beside(folder, what)
-    reader = CheckpointReader(folder)
-    verify_files(folder, reader.manifest)
+    config, reader = open_checkpoint(what)
     parameters = reader.manifest.parameters
     return TrainingState(
-        config=load_run_config(recipe),
-        source=str(folder),
+        config=config,
+        source=str(reader.folder),
         step=reader.manifest.step,
         data=reader.manifest.data,
         plugin=reader.manifest.plugin,
@@ -104,6 +100,21 @@ def read_checkpoint(what: str) -> TrainingState:
         adam_steps={name: record.adam_steps for name, record in parameters.items()},
         read=lambda kind, name: reader.parameter(name, kind),
     )
+
+
+@torch.no_grad()
+def load_checkpointed_model(
+    reader: CheckpointReader, config: RunConfig, device: torch.device
+) -> tuple[Llama, QatPlugin]:
+    """The model of a checkpoint of any layout, on one process, in the precision that training's forward used."""
+    model = Llama(config.model)
+    plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
+    plugin.prepare(model)
+    model.load_state_dict(reader.weights(), strict=False)  # tied weights are stored once; names were checked on saving
+    plugin.load_state(reader.manifest.plugin)
+    if precision_of(run_ds_config(config)) == "bf16":
+        model.to(torch.bfloat16)  # scales and weights as the forward pass saw them
+    return model.to(device), plugin
 
 
 def write_state(state: TrainingState, checkpoints: Path, config: RunConfig) -> Path:

@@ -4,7 +4,7 @@
 
     FOLDER/latest_universal                             names the folder below; engine.load_checkpoint looks for it
     FOLDER/step-00000120/
-        zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt   whole parameters: {"param": tensor, "cat_dim": how TP splits it}
+        zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt   full parameters: {"param": tensor, "cat_dim": how TP splits it}
         zero/<parameter>/step.pt                        Adam's count
         zero/optimizer_state.pt                         param_groups, for ZeRO-1 and 2
         mp_rank_00_model_states.pt                      step counts, universal_checkpoint_info with the TP patterns
@@ -12,8 +12,8 @@
 
 DeepSpeed reads it into a plain module under ZeRO-1 and 2, on any number of processes. Under ZeRO-3 it would give every
 parameter group the settings and the step count of the first (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`), so
-that norms and scales are decayed and scales learn at the weights' rate, without a word; what it needs for that is left
-out here, and it stops with an error instead. Our own checkpoints know no such limit.
+that norms and scales are silently decayed and scales learn at the weights' rate. So this layout omits what DeepSpeed
+needs under ZeRO-3, and DeepSpeed stops with an error. Our own checkpoints know no such limit.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ FILES = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq
 
 
 def universal_checkpoint_info(config: RunConfig) -> dict[str, Any]:
-    """What DeepSpeed's converter and loader want to know of a model. Pass it on in the client_state of DeepSpeed's own
-    save_checkpoint, at any degree of tensor parallelism: without it a later split is silently wrong.
+    """The facts about a model that DeepSpeed's converter and loader need.
 
-    Patterns are matched from the start of a name (re.match), and each has to match something.
+    Pass it in the client_state of DeepSpeed's own save_checkpoint, at any degree of tensor parallelism: without it a
+    later split is silently wrong. Patterns match from the start of a name (re.match), and each must match a name.
     """
     patterns: dict[str, list[str]] = {"replicated": [], "rows": [], "vocabulary": []}
     for name, shape in skeleton(config).shapes.items():
@@ -69,7 +69,7 @@ def universal_checkpoint_info(config: RunConfig) -> dict[str, Any]:
 
 
 def _split(name: str, shape: Shape) -> set[str]:
-    """`replicated`: whole on every process; `rows`: row-parallel, cut along dimension 1; `vocabulary`: its rows are
+    """`replicated`: full on every process; `rows`: row-parallel, cut along dimension 1; `vocabulary`: its rows are
     tokens, padded where they do not divide. Neither of the first two: cut along dimension 0."""
     layer = name.rsplit(".", 2)[-2]
     if layer in ("o", "down"):
@@ -83,13 +83,23 @@ def _split(name: str, shape: Shape) -> set[str]:
 
 
 def write_universal(state: TrainingState, out: Path) -> None:
-    """One parameter at a time. The folder appears whole or not at all."""
+    """One parameter at a time. The folder appears when it is complete, or not at all."""
+    model_states = {
+        "ds_version": DEEPSPEED,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "global_steps": state.step,
+        "global_samples": state.step * state.config.batch.sequences,
+        "skipped_steps": 0,
+        "lr_scheduler": None,
+        "universal_checkpoint_info": universal_checkpoint_info(state.config),
+    }
     with appearing(out) as folder:
         inner = folder / f"step-{state.step:08d}"
         for name, shape in state.shapes.items():
             _write_parameter(state, name, shape, inner / "zero" / name)
         _save({"ds_version": DEEPSPEED, "param_groups": _param_groups(state)}, inner / "zero" / OPTIMIZER)
-        _save(_model_states(state), inner / MODEL)
+        _save(model_states, inner / MODEL)
         (inner / RECIPE).write_text(resolved_yaml(state.config))
         known = {"format": 1, "source": state.source, "step": state.step, "data": state.data, "plugin": state.plugin}
         (inner / SIDE_FILE).write_text(json.dumps(known, indent=1))
@@ -109,7 +119,7 @@ def _write_parameter(state: TrainingState, name: str, shape: Shape, folder: Path
 
 
 def _param_groups(state: TrainingState) -> list[dict[str, Any]]:
-    """AdamW's groups with the settings of the next step, which a loop that goes on without ours may rely on."""
+    """AdamW's groups with the settings of the next step, on which another loop that continues may rely."""
     config, timeline = state.config, build_timeline(state.config)
     now = timeline.at(min(state.step, timeline.steps - 1))
     return [
@@ -122,19 +132,6 @@ def _param_groups(state: TrainingState) -> list[dict[str, Any]]:
         }
         for group in skeleton(config).groups
     ]
-
-
-def _model_states(state: TrainingState) -> dict[str, Any]:
-    return {
-        "ds_version": DEEPSPEED,
-        "dp_world_size": 1,
-        "mp_world_size": 1,
-        "global_steps": state.step,
-        "global_samples": state.step * state.config.batch.sequences,
-        "skipped_steps": 0,
-        "lr_scheduler": None,
-        "universal_checkpoint_info": universal_checkpoint_info(state.config),
-    }
 
 
 def _save(content: Any, path: Path) -> None:
@@ -165,24 +162,26 @@ def find_universal(folder: Path) -> Path | None:
 def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> TrainingState:
     """Of the folder that holds zero/, ours or written by DeepSpeed's ds_to_universal from a plain module's checkpoint.
 
-    UserError where it is damaged, holds more than numbers, or is no state that the recipe's run can be in.
+    UserError where it is damaged, holds more than numbers, or is not a state of the recipe's run.
     """
     own = (folder / SIDE_FILE).is_file()
     if own and (recipe is not None or overrides):
-        allowed = f"{folder} brings its own recipe and what else its run knew ({SIDE_FILE})."
-        raise UserError("--recipe", recipe or " ".join(overrides), allowed, "Leave it out, or say it when you branch.")
+        problem = f"{folder} contains its run's recipe and state ({SIDE_FILE})."
+        raise UserError("--recipe", recipe or " ".join(overrides), problem, "Leave it out, or give it to the branch.")
     if not own and recipe is None:
-        allowed = "is needed: a universal checkpoint knows nothing of the run it is from."
-        raise UserError(
-            "--recipe", None, allowed, "Give that run's recipe.yaml, or a name and its key=value overrides."
-        )
+        problem = "is needed: a universal checkpoint does not describe its run."
+        fix = "Give that run's recipe.yaml, or a name and its key=value overrides."
+        raise UserError("--recipe", None, problem, fix)
     config = load_run_config(folder / RECIPE) if own else load_run_config(str(recipe), overrides)
     bones = skeleton(config)
     reader = _Reader(folder, config, bones)
-    reader.check()
     adam_steps = {name: reader.steps(name) for name in bones.shapes}
     if own:
-        step, data, plugin = reader.known()
+        try:
+            known = json.loads((folder / SIDE_FILE).read_text())
+            step, data, plugin = known["step"], known["data"], known["plugin"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise reader.error(f"{SIDE_FILE} cannot be read ({error}).") from None
     else:
         step, plugin = _place(config, bones, adam_steps, reader)
         data = UNKNOWN_DATA if config.data.path is None else Manifest.load(config.data.path).fingerprint
@@ -190,55 +189,46 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
 
 
 class _Reader:
-    """Whole parameters of a universal folder. Scales that are not there have not been switched on: they are 1."""
+    """Full parameters of a universal folder. Missing scales have not been switched on: they are 1.
+
+    UserError unless the folder holds the parameters of the recipe's model, in their shapes.
+    """
 
     def __init__(self, folder: Path, config: RunConfig, bones: Skeleton) -> None:
-        self.folder, self.config, self.bones = folder, config, bones
-        self.there = {path.name for path in (folder / "zero").iterdir() if path.is_dir()}
-
-    def check(self) -> None:
-        """UserError unless it holds the parameters of the recipe's model, in their shapes."""
-        tied = {f"head.{name.partition('.')[2]}" for name in self.bones.shapes if name.startswith("embed.")}
-        expected = set(self.bones.shapes)
-        surplus = sorted(self.there - expected - (tied if self.config.model.tied_embedding else set()))
-        missing = sorted(expected - self.there - set(self.bones.scales))
+        self.folder, self.bones = folder, bones
+        self.present = {path.name for path in (folder / "zero").iterdir() if path.is_dir()}
+        tied = {f"head.{name.partition('.')[2]}" for name in bones.shapes if name.startswith("embed.")}
+        surplus = sorted(self.present - bones.shapes.keys() - (tied if config.model.tied_embedding else set()))
+        missing = sorted(bones.shapes.keys() - self.present - set(bones.scales))
         if surplus or missing:
             what = f"lacks {missing[:3]} of" if missing else f"holds {surplus[:3]}, which are not in"
             count = len(missing or surplus)
-            raise self._error(f"{what} the recipe's model ({count} parameters).", "Is it the right recipe?")
-        for name in sorted(expected & self.there):
+            raise self.error(f"{what} the recipe's model ({count} parameters).", "Is it the right recipe?")
+        for name in sorted(bones.shapes.keys() & self.present):
             for kind in KINDS:
                 found = tuple(self._tensor(kind, name).shape)
-                if found != self.bones.shapes[name]:
-                    raise self._error(f"{kind} of {name} has shape {found}, in the recipe {self.bones.shapes[name]}.")
-
-    def known(self) -> tuple[int, str, dict[str, Any]]:
-        """(step, data, plugin) from our own file beside it."""
-        try:
-            known = json.loads((self.folder / SIDE_FILE).read_text())
-            return known["step"], known["data"], known["plugin"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._error(f"{SIDE_FILE} cannot be read ({error}).") from None
+                if found != bones.shapes[name]:
+                    raise self.error(f"{kind} of {name} has shape {found}, in the recipe {bones.shapes[name]}.")
 
     def steps(self, name: str) -> int:
-        if name not in self.there:
+        if name not in self.present:
             return 0
         path = self.folder / "zero" / name / "step.pt"
         if not path.is_file():
-            allowed = f"{name} has no step.pt: made from ZeRO-3, of which DeepSpeed keeps one count for all parameters."
-            raise self._error(allowed, "Save under ZeRO-1 or 2, or as a checkpoint of ours.")
+            problem = f"{name} has no step.pt: made from ZeRO-3, of which DeepSpeed keeps one count for all parameters."
+            raise self.error(problem, "Save under ZeRO-1 or 2, or as a checkpoint of ours.")
         return int(self._load(path))
 
     def read(self, kind: str, name: str) -> Tensor:
-        return self._tensor(kind, name).float() if name in self.there else torch.ones(self.bones.shapes[name])
+        return self._tensor(kind, name).float() if name in self.present else torch.ones(self.bones.shapes[name])
 
     def _tensor(self, kind: str, name: str) -> Tensor:
         path = self.folder / "zero" / name / FILES[kind]
         content = self._load(path)
         value = content.get("param") if isinstance(content, Mapping) else None
         if not isinstance(value, Tensor):
-            told = f"{path.relative_to(self.folder)} holds no whole parameter: made from ZeRO-3, or from another model."
-            raise self._error(told, "Save under ZeRO-1 or 2, or as a checkpoint of ours.")
+            problem = f"{path.relative_to(self.folder)} is not a full parameter: made from ZeRO-3, or of another model."
+            raise self.error(problem, "Save under ZeRO-1 or 2, or as a checkpoint of ours.")
         return value
 
     def _load(self, path: Path) -> Any:
@@ -247,13 +237,13 @@ class _Reader:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
-            raise self._error(f"{shown} is missing.") from None
+            raise self.error(f"{shown} is missing.") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise self._error(f"{shown} is damaged, or holds more than numbers and is not read: {first}") from None
+            raise self.error(f"{shown} is damaged, or holds more than numbers and is not read: {first}") from None
 
-    def _error(self, allowed: str, do: str = "") -> UserError:
-        return UserError("universal checkpoint", str(self.folder), allowed, do)
+    def error(self, problem: str, fix: str = "") -> UserError:
+        return UserError("universal checkpoint", str(self.folder), problem, fix)
 
 
 def _place(
@@ -261,25 +251,27 @@ def _place(
 ) -> tuple[int, dict[str, Any]]:
     """(optimizer steps done, the plugin's state) of a run of this recipe, from what Adam has counted.
 
-    A scale is 1 until the switch, which sets it and its count anew; the weights' count too where the recipe says so.
+    A scale is 1 until the switch, which resets it and its count; also the weights' count where the recipe asks for it.
     """
     scales = bones.scales
     counts = [{adam_steps[name] for name in group["params"]} for group in bones.groups]
     if any(len(found) > 1 for found in counts):
-        raise reader._error("parameters of one optimizer group have taken different numbers of steps.")
+        raise reader.error("parameters of one optimizer group have taken different numbers of steps.")
     of_weights = adam_steps[next(name for name in bones.shapes if name not in scales)]
     switch = build_timeline(config).switch_step
     if not any(bool((reader.read("weight", name) != 1).any()) for name in scales):
         if switch is not None and of_weights > switch:
-            told = f"its scales are as before the switch, after {of_weights} steps; this recipe switches at {switch}."
-            raise reader._error(told, "Give the recipe it was trained with.")
+            problem = (
+                f"its scales are as before the switch, after {of_weights} steps; this recipe switches at {switch}."
+            )
+            raise reader.error(problem, "Give the recipe it was trained with.")
         return of_weights, bones.plugin
     step = of_weights + (switch or 0 if config.qat.optimizer_state == "reset" else 0)
     since = {adam_steps[name] for name in scales}
     if switch is None or since != {step - switch}:
-        told = f"it has switched to QAT, with {of_weights} steps of the weights and {sorted(since)} of the scales; "
+        problem = f"it has switched to QAT, with {of_weights} steps of the weights and {sorted(since)} of the scales; "
         here = "this recipe never switches." if switch is None else f"this recipe switches at step {switch}."
-        raise reader._error(told + here, "Give the recipe it was trained with.")
+        raise reader.error(problem + here, "Give the recipe it was trained with.")
     # What the scales were right after the switch is unknown: an empty digest equals none.
     at_switch = dict.fromkeys(bones.plugin["bits"], "")
     return step, {**bones.plugin, "switched_at": switch, "scales_at_switch": at_switch}

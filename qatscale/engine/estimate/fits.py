@@ -11,15 +11,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config, precision_of
+from qatscale.config.problems import together
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import device_memory, device_names, flops_per_token, peak_flops
-from qatscale.engine.estimate.host import HostMemory, host_memory
 from qatscale.engine.estimate.local_sizes import local_sizes
-from qatscale.engine.estimate.memory import ON_DEVICE, Kind, fullest_moment, start_bytes
+from qatscale.engine.estimate.memory import (
+    ON_DEVICE,
+    HostMemory,
+    Kind,
+    fullest_moment,
+    host_memory,
+    start_bytes,
+    zero_settings,
+)
 from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time, traffic_of
-from qatscale.engine.estimate.zero import zero_settings
 from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
-from qatscale.errors import UserError, UserErrors
+from qatscale.errors import UserError
 
 Phase = Literal["fp", "qat"]
 _WORTH_A_CHANGE = 1.05
@@ -48,7 +55,7 @@ class StageMemory:
 
     @property
     def when(self) -> str:
-        """When the total is reached."""
+        """The time at which the total is reached."""
         return f"{self.moment}, {self.phase}" if self.step >= self.start else "start"
 
 
@@ -155,16 +162,14 @@ def _speed(config: RunConfig, processes: int, given: Given, precision: str) -> f
     mfu, gpu = given.mfu, given.gpu
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError("--mfu", mfu, "a share of the device's peak, above 0 and at most 1, e.g. 0.4.")
-    if mfu is not None and gpu is None:
-        raise UserError("--mfu", mfu, "is a share of a device's peak.", "Name the device with --gpu.")
     if gpu is None:
+        if mfu is not None:
+            raise UserError("--mfu", mfu, "is a share of a device's peak.", "Name the device with --gpu.")
         return None
     peak = peak_flops(gpu)
     if peak is None:
-        known = ", ".join(device_names())
-        raise UserError(
-            "--gpu", gpu, "its peak and memory are not known here, and are not guessed.", f"Known: {known}."
-        )
+        known = f"Known: {', '.join(device_names())}."
+        raise UserError("--gpu", gpu, "its peak and memory are not known here, and are not guessed.", known)
     if mfu is None:
         return None
     if precision == "fp32":
@@ -183,11 +188,9 @@ def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], job:
         whose = f"a process of stage {job.fullest.stage}" if job.layout.pipeline > 1 else "a process"
         needs = f"{whose} needs {_gigabytes(job.fullest.total)} ({job.fullest.when})"
         fitting = [f"{what} ({_gigabytes(o.fullest.total)})" for what, o in _changes(config, ds_config, job) if o.fits]
-        problems.append(
-            UserError("--gpu", job.given.gpu, f"has {_gigabytes(job.gpu_memory)}; {needs}.", _would(fitting))
-        )
+        problem = f"has {_gigabytes(job.gpu_memory)}; {needs}."
+        problems.append(UserError("--gpu", job.given.gpu, problem, _would(fitting)))
     if job.fits_host is False:
-        assert job.given.host_memory is not None
         needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory ({job.host.when})"
         fitting = [
             f"{what} ({_gigabytes(o.host.total)})"
@@ -196,17 +199,18 @@ def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], job:
         ]
         problems.append(UserError("--host-memory", f"{job.given.host_memory:g} GB", f"{needs}.", _would(fitting)))
     if problems:
-        raise problems[0] if len(problems) == 1 else UserErrors(problems)
+        raise together(problems)
 
 
 def network_advice(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> str | None:
     """Which change shortens the step most where the network makes it long; None where it does not, or is unknown."""
     if job.step_seconds is None or job.compute_seconds is None:
         return None
-    if job.step_seconds < _WORTH_A_CHANGE * job.compute_seconds:
+    longer = job.step_seconds / job.compute_seconds
+    if longer < _WORTH_A_CHANGE:
         return None
-    longer = job.step_seconds / job.compute_seconds - 1
-    bound = "bound by the network" if job.network.seconds > job.compute_seconds else f"the network adds {longer:.0%}"
+    waits = job.network.seconds > job.compute_seconds
+    bound = "bound by the network" if waits else f"the network adds {longer - 1:.0%}"
     same_arithmetic = ("batch.micro_batch", "engine.ds_config", "zero_optimization")
     shorter = [
         (other.step_seconds, what, other)
@@ -223,7 +227,7 @@ def network_advice(config: RunConfig, ds_config: Mapping[str, Any], job: JobEsti
 
 def _changes(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> Iterator[tuple[str, JobEstimate]]:
     """(one change to the run, its estimate), of those that can work."""
-    processes, micro, tensor = job.layout.processes, config.batch.micro_batch, 2 * job.layout.tensor
+    processes, micro = job.layout.processes, config.batch.micro_batch
     candidates: list[tuple[str, RunConfig, Mapping[str, Any], int]] = []
 
     def vary(section: str, key: str, value: object) -> None:
@@ -243,21 +247,21 @@ def _changes(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) 
             candidates.append((f"engine.ds_config={name}", config, other, processes))
     overlapping = {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], "overlap_comm": True}}
     candidates.append(("zero_optimization.overlap_comm=true", config, overlapping, processes))
-    vary("engine", "tensor_parallel", tensor)
+    vary("engine", "tensor_parallel", 2 * job.layout.tensor)
     if config.checkpoint.background:
         vary("checkpoint", "background", False)
     candidates.append((f"--processes {2 * processes}", config, ds_config, 2 * processes))
     for change, changed, ds, wanted in candidates:
         try:
             yield change, estimate_job(changed, ds, wanted, job.given)
-        except (UserError, UserErrors):
+        except UserError:
             continue
 
 
 def _would(fitting: list[str]) -> str:
-    return (
-        f"Would fit: {'; '.join(fitting)}." if fitting else "No single change fits: combine several, or take more GPUs."
-    )
+    if fitting:
+        return f"Would fit: {'; '.join(fitting)}."
+    return "No single change fits: combine several, or take more GPUs."
 
 
 def _gigabytes(size: int) -> str:

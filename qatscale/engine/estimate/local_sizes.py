@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from qatscale.config.schema import QatConfig, RunConfig
+from qatscale.config.schema import RunConfig
 from qatscale.engine.layout import Layout
 from qatscale.model.stages import Stage
 from qatscale.quant.bit_widths import embedding_rule
@@ -60,8 +60,7 @@ class LocalSizes:
     @property
     def groups(self) -> dict[str, Counter[int]]:
         """Optimizer group → elements of a parameter → number of such parameters."""
-        found: dict[str, Counter[int]] = {"matrices": Counter(), "norms": Counter()}
-        found["norms"][self.hidden_size] = 2 * self.blocks + self.stage.is_last
+        found = {"matrices": Counter[int](), "norms": Counter({self.hidden_size: 2 * self.blocks + self.stage.is_last})}
         for matrix, count in self.matrices:
             found["matrices"][matrix.numel] += count
             if matrix.bits is not None:
@@ -93,7 +92,8 @@ def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
     width, inner = model.hidden_size, model.intermediate_size // tensor
     attended = width // tensor
     key_values = width // model.heads * (model.kv_heads or model.heads) // tensor
-    bits = table_bits(qat, model.tied_embedding)
+    rule = embedding_rule(qat.embedding_bits, model.tied_embedding)
+    bits = None if rule is None else rule.at(qat.bits)
 
     def matrix(rows: int, columns: int, bits: float | None = qat.bits) -> Matrix:
         groups = columns // qat.group_size if qat.group_size else 1
@@ -105,9 +105,3 @@ def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
     block = (query, key, key, matrix(width, attended), gate, gate, down)
     head = table if model.tied_embedding and stage.is_first else matrix(table.rows, width, bits)
     return LocalSizes(stage, width, block, table if stage.is_first else None, head if stage.is_last else None)
-
-
-def table_bits(qat: QatConfig, tied: bool) -> float | None:
-    """Bits of embedding and head; None: full precision."""
-    rule = embedding_rule(qat.embedding_bits, tied)
-    return None if rule is None else rule.at(qat.bits)

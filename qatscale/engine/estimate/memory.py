@@ -1,4 +1,8 @@
-"""Memory of one process in an optimizer step, in closed form.
+"""Memory of one process, on its device and on its host, in closed form.
+
+What ZeRO keeps between steps follows ZeRO's table (arXiv 1910.02054, section 5), which divides optimizer state, then
+gradients, then weights by the data-parallel processes. DeepSpeed 0.19.8 adds flat copies and buckets to it
+(`runtime/bf16_optimizer.py`, `runtime/zero`).
 
 Activations are counted as arXiv 2205.05198 (section 4) counts them, for this project's Llama: RMSNorm, SwiGLU, flash
 attention, a loss in chunks. A block keeps per token, with width D, key-value width K, inner width I and w bytes an
@@ -17,15 +21,24 @@ keeps its normalised input in fp32 as well. Not counted: workspaces of kernels, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
+from qatscale.config.ds_config import precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.estimate.local_sizes import LocalSizes, Matrix
-from qatscale.engine.estimate.zero import FP32, ZeroSettings, gathered, gradient_bytes, resident
 from qatscale.engine.layout import Layout
 from qatscale.model.chunks import chunk_rows
 
+FP32 = 4
+"""Bytes of an element."""
+GPUS_A_NODE = 8
+LIBRARIES = 850_000_000
+"""Bytes of a process without its tensors: Python, torch, DeepSpeed, MLflow, batches. Measured on CPU: 0.77 to 0.84 GB
+(analysis/benchmarks/memory_estimate.md). CUDA's own host memory comes on top and is not known here."""
+_BF16_BUCKET = 500_000_000
+"""Elements of a bucket of the BF16_Optimizer: `MEMORY_OPT_ALLREDUCE_SIZE` of DeepSpeed's `runtime/engine.py`."""
 Device = Literal["cuda", "cpu"]
 Kind = Literal["weights", "gradients", "optimizer", "scales", "quantized", "activations", "buffers", "host"]
 """`weights`: those that forward reads, gathered ones included. `gradients`: of weights, all their copies. `optimizer`:
@@ -36,35 +49,179 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 ON_DEVICE: tuple[Kind, ...] = KINDS[:-1]
 Kinds = dict[Kind, int]
 """Bytes."""
+Group = Mapping[int, int]
+"""An optimizer group: elements of a parameter → number of such parameters."""
 
 
-def start_bytes(local: LocalSizes, zero: ZeroSettings) -> int:
-    """Bytes on the device before the first step: the process's share of the model comes to it undivided and in fp32.
+# --- what ZeRO keeps ---
 
-    In fp32 ZeRO-1 and 2 flatten a copy of each optimizer group; a cast to bf16 takes one parameter at a time.
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """A ds_config's settings, with DeepSpeed's defaults for what it leaves out.
+
+    Bytes of an element: `weight`, `accumulated` gradient, `reduced` (communicated) gradient. Other sizes in elements.
     """
-    copied = local.weights - local.norms if zero.weight == FP32 and zero.stage < 3 else 0
-    return FP32 * (local.weights + local.scales + copied)
+
+    stage: int
+    data: int
+    """Processes that share gradients and states."""
+    weight: int
+    accumulated: int
+    reduced: int
+    bucket: int
+    contiguous: bool
+    """Gradients are copied into a buffer of `bucket` elements to be reduced."""
+    overlaps: bool
+    """Gradients are reduced while backward continues, with two buckets in turns."""
+    offloads: bool
+    """Optimizer state lives on the host; with `offloads_weights` ZeRO-3's shards of the weights too."""
+    offloads_weights: bool
+    prefetches: bool
+    most_gathered: int
+    """ZeRO-3 holds gathered weights of up to so many elements: prefetched, or kept for their use in backward."""
+    persists: int
+    """ZeRO-3 leaves parameters of up to so many elements undivided."""
+    sub_group: int
+
+    @property
+    def keeps_fp32_gradients(self) -> bool:
+        """Whether DeepSpeed takes its BF16_Optimizer (`runtime/engine.py`, `_do_optimizer_sanity_check`)."""
+        return self.stage == 1 and self.weight != FP32 and self.accumulated == FP32 and not self.offloads
+
+
+def zero_settings(ds: Mapping[str, Any], data: int) -> ZeroSettings:
+    """The settings of a checked ds_config, before or after `merge_ds_config`."""
+    zero = ds["zero_optimization"]
+    size = {"fp32": FP32, "bf16": 2}
+    weight = size[precision_of(ds)]
+    prefetches = zero.get("stage3_prefetch_bucket_size", 5e7) > 0
+    most_live, reused = zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9)
+    return ZeroSettings(
+        stage=zero["stage"],
+        data=data,
+        weight=weight,
+        accumulated=max(weight, size[ds.get("data_types", {}).get("grad_accum_dtype", "fp32")]),
+        reduced=size[ds.get("communication_data_type", "fp32")],
+        bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        contiguous=zero.get("contiguous_gradients", True),
+        overlaps=zero.get("overlap_comm", zero["stage"] == 3),
+        offloads=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offloads_weights=zero.get("offload_param", {}).get("device", "none") != "none",
+        prefetches=prefetches,
+        most_gathered=int(max(most_live if prefetches else 0, reused / 2)),
+        persists=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+        sub_group=int(zero.get("sub_group_size", 1e9)),
+    )
+
+
+def partition(group: Group, zero: ZeroSettings) -> int:
+    """Elements of a process's part. ZeRO-1 and 2 flatten the group, pad it to a multiple of 2 x data and cut it."""
+    if zero.stage == 3:
+        return sum(-(-numel // zero.data) * count for numel, count in group.items())
+    return -(-_elements(group) // (2 * zero.data)) * 2
+
+
+def _elements(group: Group) -> int:
+    return sum(numel * count for numel, count in group.items())
+
+
+def _undivided(group: Group, zero: ZeroSettings) -> int:
+    """Elements that ZeRO-3 leaves undivided."""
+    return sum(n * count for n, count in group.items() if n <= zero.persists) if zero.data > 1 else 0
+
+
+def gathered(groups: Mapping[str, Group], zero: ZeroSettings) -> tuple[int, int]:
+    """(elements that ZeRO-3 divides, and so gathers for each use; of them those that stay gathered until backward)."""
+    if zero.stage < 3 or zero.data == 1:
+        return 0, 0
+    divided = sum(_elements(group) - _undivided(group, zero) for group in groups.values())
+    return divided, min(divided, zero.most_gathered)
 
 
 def between_steps(local: LocalSizes, zero: ZeroSettings) -> Kinds:
     """What a process holds between two steps, once one was taken."""
     kinds: Kinds = dict.fromkeys(KINDS, 0)
     for name, group in local.groups.items():
-        held = resident(group, zero)
-        kinds["host"] += held.host
-        if name.startswith("scales"):
-            kinds["scales"] += held.weights + held.gradients + held.optimizer
+        part = partition(group, zero)
+        masters, low = FP32 * part, zero.weight * part
+        states = 3 * masters  # the masters and two moments
+        host = 0
+        if zero.stage == 3:
+            weights, gradients = _undivided(group, zero) * zero.weight + low, part * zero.accumulated
+            if zero.offloads_weights:
+                weights, host = weights - low, low
         else:
-            kinds["weights"] += held.weights
-            kinds["gradients"] += held.gradients
-            kinds["optimizer"] += held.optimizer
+            weights, gradients = low * zero.data, masters * zero.data if zero.keeps_fp32_gradients else 0
+        if zero.offloads:  # also gradients on their way down and, before ZeRO-3, weights on their way up
+            host += states + masters + (low if zero.stage < 3 else 0)
+            gradients = states = 0
+        kinds["host"] += host
+        if name.startswith("scales"):
+            kinds["scales"] += weights + gradients + states
+        else:
+            kinds["weights"] += weights
+            kinds["gradients"] += gradients
+            kinds["optimizer"] += states
     if zero.offloads and zero.stage < 3:  # one parameter passes from the device to the host at a time
         kinds["host"] += local.largest * zero.weight
         kinds["buffers"] += local.largest * zero.weight
     if zero.stage == 3 and zero.contiguous:
         kinds["buffers"] += zero.bucket * zero.reduced
     return kinds
+
+
+class _Gradients(NamedTuple):
+    """Bytes that gradients take in a step beside what is held between steps.
+
+    accumulated: after a backward pass. bucket: buffers that gradients pass, made when the first one comes. copy: of a
+    full bucket, to reduce it. reducing: after the last backward pass, beside both. update: in the optimizer's step.
+    """
+
+    accumulated: int
+    bucket: int
+    copy: int
+    reducing: int
+    update: int
+
+
+def _gradients(groups: Mapping[str, Group], zero: ZeroSettings) -> _Gradients:
+    """groups: those whose parameters get gradients."""
+    elements = sum(map(_elements, groups.values()))
+    part = sum(partition(group, zero) for group in groups.values())
+    largest = max(max(group) for group in groups.values())
+    if zero.keeps_fp32_gradients:  # bf16 gradients stay to the step; the fp32 ones are reduced in copies
+        copied = elements * FP32 if elements <= _BF16_BUCKET else 0
+        cast = min(elements, _BF16_BUCKET) * zero.reduced if zero.reduced != FP32 else 0
+        kept = elements * zero.weight
+        return _Gradients(kept, 0, copied + cast, kept, kept)
+    full = min(max(zero.bucket, largest), elements)
+    if zero.stage == 3:
+        return _Gradients(0, 0, full * zero.reduced, 0, 0 if zero.offloads else min(part, zero.sub_group) * FP32)
+    widens = zero.weight != zero.accumulated
+    element = zero.accumulated if zero.stage == 1 else zero.weight
+    bucket = zero.bucket * element * (2 if zero.overlaps else 1) if zero.contiguous else 0
+    copied = element if zero.data > 1 or widens else 0
+    copy = full * (copied + (zero.reduced if zero.reduced != zero.weight else 0))
+    # in bf16 the partition's own elements, summed in fp32; in fp32 all of each parameter that it has a part of
+    kept = part * FP32 if widens else 0 if zero.offloads else min(elements, part + largest) * FP32
+    update = kept if widens or zero.offloads else kept + part * FP32
+    if zero.stage == 2:
+        return _Gradients(kept, bucket, copy, kept, update)
+    waiting = elements * element  # ZeRO-1 keeps all until the last micro-batch
+    return _Gradients(waiting, bucket, copy, waiting + kept - (full * element if bucket else 0), update)
+
+
+# --- the start, the fullest moment, the host ---
+
+
+def start_bytes(local: LocalSizes, zero: ZeroSettings) -> int:
+    """Bytes on the device before the first step: it gets the process's share of the model undivided and in fp32.
+
+    In fp32 ZeRO-1 and 2 flatten a copy of each optimizer group; a cast to bf16 takes one parameter at a time.
+    """
+    copied = local.weights - local.norms if zero.weight == FP32 and zero.stage < 3 else 0
+    return FP32 * (local.weights + local.scales + copied)
 
 
 def fullest_moment(
@@ -76,25 +233,19 @@ def fullest_moment(
     quantized: bool,
     device: Device = "cuda",
 ) -> tuple[str, Kinds]:
-    """(what is going on, bytes) at the moment of a step with the most on the device."""
+    """(name, bytes) of the moment of a step with the most on the device."""
     held = between_steps(local, zero)
     moments = _moments(config, layout, local, zero, quantized, device)
     found = [(name, {kind: held[kind] + more.get(kind, 0) for kind in KINDS}) for name, more in moments]
     return max(found, key=lambda moment: sum(moment[1][kind] for kind in ON_DEVICE))
 
 
-class _Activations(NamedTuple):
-    """Bytes of the tensors of one micro-batch. wide: [tokens, D]. norm: what an RMSNorm keeps but its input.
-    inner: [tokens, I]. block: all that a block keeps without activation checkpointing."""
-
-    stream: int
-    wide: int
-    norm: int
-    inner: int
-    block: int
-
-
-def _activations(config: RunConfig, layout: Layout, local: LocalSizes, weight: int, device: Device) -> _Activations:
+def _moments(
+    config: RunConfig, layout: Layout, local: LocalSizes, zero: ZeroSettings, quantized: bool, device: Device
+) -> Iterator[tuple[str, Kinds]]:
+    """Moment → bytes of each kind beside what is held between steps."""
+    weight, recomputes = zero.weight, config.engine.activation_checkpointing
+    # tensors of one micro-batch; wide: [tokens, D], norm: what an RMSNorm keeps but its input, inner: [tokens, I]
     tokens = config.batch.micro_batch * config.data.sequence_length
     stream_tokens = tokens // (layout.tensor if config.engine.sequence_parallel else 1)
     stream, wide = (n * local.hidden_size * weight for n in (stream_tokens, tokens))
@@ -104,29 +255,23 @@ def _activations(config: RunConfig, layout: Layout, local: LocalSizes, weight: i
     query, key, gate = local.block[0].rows, local.block[1].rows, local.block[4].rows
     attention = 2 * (query + key) * weight + FP32 * config.model.heads // layout.tensor
     inner = tokens * gate * weight
-    return _Activations(stream, wide, norm, inner, 2 * stream + 2 * norm + tokens * attention + 4 * inner)
+    block = 2 * stream + 2 * norm + tokens * attention + 4 * inner
 
-
-def _moments(
-    config: RunConfig, layout: Layout, local: LocalSizes, zero: ZeroSettings, quantized: bool, device: Device
-) -> Iterator[tuple[str, Kinds]]:
-    """Moment → bytes of each kind beside what is held between steps."""
-    made, recomputes = _activations(config, layout, local, zero.weight, device), config.engine.activation_checkpointing
     micro_batches = config.batch.micro_batches(layout.data)
     in_flight = min(layout.pipeline - local.stage.index, micro_batches)  # one forward, one backward
     trained = {name: group for name, group in local.groups.items() if quantized or not name.startswith("scales")}
-    grads = gradient_bytes(trained, zero)
+    grads = _gradients(trained, zero)
     earlier = grads.accumulated if micro_batches > in_flight else 0
-    live = gathered(local.groups, zero)[1] * zero.weight
+    live = gathered(local.groups, zero)[1] * weight
 
     def copies(*matrices: Matrix | None) -> int:
         """Bytes of quantized weights."""
-        return quantized * zero.weight * sum(m.numel for m in matrices if m and m.bits is not None)
+        return quantized * weight * sum(m.numel for m in matrices if m and m.bits is not None)
 
-    kept = made.stream * (1 if local.stage.is_first else 2)  # received, and kept to send its gradient
-    kept += local.blocks * (made.stream if recomputes else made.block) + (made.norm if local.head else 0)
+    kept = stream * (1 if local.stage.is_first else 2)  # received, and kept to send its gradient
+    kept += local.blocks * (stream if recomputes else block) + (norm if local.head else 0)
     kept_copies = 0 if recomputes else local.blocks * copies(*local.block)
-    kept_copies += made.wide if copies(local.embed) else 0  # the embedding quantizes the rows that it looks up
+    kept_copies += wide if copies(local.embed) else 0  # the embedding quantizes the rows that it looks up
 
     def moment(
         name: str, flying: int, gradients: int, buffers: int, activations: int = 0, copies: int = 0
@@ -142,13 +287,12 @@ def _moments(
 
     waiting = 0
     if local.head:
-        tokens = config.batch.micro_batch * config.data.sequence_length
-        logits, gradient = _loss(local.head, tokens, zero.weight, device)
+        logits, gradient = _loss(local.head, tokens, weight, device)
         bucket = grads.bucket if zero.stage == 1 else 0
-        yield moment("loss", in_flight, earlier + gradient, bucket, made.wide + logits, copies(local.head))
-        waiting = local.head.numel * zero.weight if local.tied_here else 0  # for the embedding's gradient
-    waiting += local.block[-1].numel * zero.weight * (2 if quantized else 1)
-    working = (made.block if recomputes else 0) + made.stream + made.inner
+        yield moment("loss", in_flight, earlier + gradient, bucket, wide + logits, copies(local.head))
+        waiting = local.head.numel * weight if local.tied_here else 0  # for the embedding's gradient
+    waiting += local.block[-1].numel * weight * (2 if quantized else 1)
+    working = (block if recomputes else 0) + stream + inner
     again = copies(*local.block) if recomputes else 0
     yield moment("backward", in_flight, earlier + waiting, grads.bucket, working, again)
     buffers = grads.bucket + (grads.copy if zero.stage > 1 and zero.bucket < local.weights else 0)
@@ -166,3 +310,40 @@ def _loss(head: Matrix, tokens: int, weight: int, device: Device) -> tuple[int, 
     if weight != FP32:
         made += max(logits * (FP32 + weight), (logits + head.numel) * weight if chunked else 0)
     return made, head.numel * (FP32 if chunked else weight)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of a node. Token shards are memory-mapped: the system drops their pages when others need the memory."""
+
+    processes: int
+    libraries: int
+    start: int
+    """While each process builds its share of the model in fp32 and draws one parameter at a time."""
+    checkpoint: int
+    """The copy from which `checkpoint.background` writes: 12 bytes a parameter, page-locked with a GPU."""
+    offloaded: int
+
+    @property
+    def total(self) -> int:
+        return self.libraries + max(self.start, self.checkpoint + self.offloaded)
+
+    @property
+    def when(self) -> str:
+        """The time at which the total is reached."""
+        return "at the start" if self.start > self.checkpoint + self.offloaded else "in training"
+
+
+def host_memory(config: RunConfig, layout: Layout, stages: list[LocalSizes], zero: ZeroSettings) -> HostMemory:
+    """The memory of a node whose processes all hold what the fullest stage's do."""
+    processes = min(GPUS_A_NODE, layout.processes)
+    drawn = config.model.vocab_size * config.model.hidden_size
+    copied = 3 * FP32 if config.checkpoint.background else 0
+    parts = [sum(partition(group, zero) for group in local.groups.values()) for local in stages]
+    return HostMemory(
+        processes=processes,
+        libraries=processes * LIBRARIES,
+        start=processes * FP32 * max(local.weights + local.scales + drawn for local in stages),
+        checkpoint=processes * copied * max(parts),
+        offloaded=processes * max(between_steps(local, zero)["host"] for local in stages),
+    )

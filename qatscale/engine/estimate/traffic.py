@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from qatscale.config.schema import RunConfig
 from qatscale.engine.estimate.local_sizes import LocalSizes
-from qatscale.engine.estimate.zero import FP32, ZeroSettings, gathered
+from qatscale.engine.estimate.memory import FP32, GPUS_A_NODE, ZeroSettings, gathered
 from qatscale.engine.layout import Layout
 
-GPUS_A_NODE = 8
 INSIDE, BETWEEN = 400.0, 50.0
 """GB/s that a process sends in a collective (nccl-tests' bus bandwidth), within a node and between nodes.
 

@@ -16,8 +16,7 @@ from processes import run
 
 from qatscale.config import load_run_config
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
-from qatscale.engine.estimate.memory import Kinds, fullest_moment
-from qatscale.engine.estimate.zero import zero_settings
+from qatscale.engine.estimate.memory import Kinds, fullest_moment, zero_settings
 from qatscale.engine.layout import Layout, plan_layout, stages_of
 
 DRIVER = Path(__file__).with_name("memory_driver.py")

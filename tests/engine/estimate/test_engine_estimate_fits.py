@@ -11,8 +11,7 @@ from qatscale.config.ds_config import load_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters, device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.estimate.fits import Given, estimate_job, network_advice, refuse_what_cannot_fit
-from qatscale.engine.estimate.host import LIBRARIES
-from qatscale.engine.estimate.memory import ON_DEVICE
+from qatscale.engine.estimate.memory import LIBRARIES, ON_DEVICE
 from qatscale.errors import UserError
 
 ZERO1_BF16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}

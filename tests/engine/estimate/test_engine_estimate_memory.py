@@ -10,8 +10,7 @@ from qatscale.config import load_run_config, recipe_names
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
-from qatscale.engine.estimate.memory import Kinds, between_steps, fullest_moment
-from qatscale.engine.estimate.zero import partition, zero_settings
+from qatscale.engine.estimate.memory import Kinds, between_steps, fullest_moment, partition, zero_settings
 from qatscale.engine.layout import Layout, plan_layout, stages_of
 
 ZERO1_BF16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}

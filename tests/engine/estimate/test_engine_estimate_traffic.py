@@ -10,8 +10,8 @@ from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.estimate.local_sizes import local_sizes
+from qatscale.engine.estimate.memory import zero_settings
 from qatscale.engine.estimate.traffic import BETWEEN, INSIDE, Traffic, network_time, traffic_of
-from qatscale.engine.estimate.zero import zero_settings
 from qatscale.engine.layout import Layout, stages_of
 
 ZERO1_BF16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
