@@ -73,8 +73,8 @@ def test_the_script_for_a_gpu_runs_on_toy_sizes(tmp_path: Path) -> None:
         f"import sys, torch; sys.path.insert(0, {str(script.parent)!r}); sys.argv = ['step.py', '--device', 'cpu', "
     )
     command += f"'--out', {str(tmp_path)!r}, '--recipes', '86m']; import step; "
-    command += "import steppers, qatscale.train.setup as setup; plain = setup.Compiled; "
-    command += "setup.Compiled = steppers.Compiled = lambda model: plain(model, 'eager'); sys.exit(step.main())"
+    command += "import steppers, qatscale.train.setup as setup; plain = setup.Compilation; "
+    command += "setup.Compilation = steppers.Compilation = lambda m, on: plain(m, on, 'eager'); sys.exit(step.main())"
     done = subprocess.run(
         [sys.executable, "-c", command], env=unlaunched(), capture_output=True, text=True, timeout=280, check=False
     )
