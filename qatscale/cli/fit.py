@@ -44,7 +44,6 @@ Form = Annotated[
 Scheme = Annotated[str | None, typer.Option(help="sequential or fused, where there are runs of both.")]
 Resamples = Annotated[int, typer.Option(help="Of the bootstrap behind the intervals; 0 = no intervals.")]
 Compare = Annotated[bool, typer.Option(help="Also fit the rival laws, and judge all by runs they were not fitted on.")]
-Workers = Annotated[int, typer.Option(help="Processes.")]
 
 
 def fit(
@@ -62,10 +61,8 @@ def fit(
     delta: Annotated[
         float | None, typer.Option(help="Log loss from which on a residual counts linearly. [default: from the noise]")
     ] = None,
-    fp_weight: Annotated[float, typer.Option(help="How often a full-precision run counts.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the cold starts and the bootstrap.")] = 0,
     starts: Annotated[int, typer.Option(help="Cold starts at most; it ends when three agree.")] = 32,
-    workers: Workers = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Fit the loss law to finished runs: coefficients with intervals, quality, rival laws; writes fit.json."""
@@ -74,8 +71,7 @@ def fit(
     chosen = form_named(form)
     collected, where = collect_runs(experiment, table, runs, uri)
     kind = scheme_of(collected.table, scheme)
-    shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "starts": starts}
-    shared |= {"seed": seed, "workers": workers}
+    shared: dict[str, Any] = {"delta": delta, "starts": starts, "seed": seed}
     with _working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, **shared)
     compared = []
@@ -111,7 +107,6 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
     compare: Compare = True,
-    workers: Workers = 1,
 ) -> None:
     """One HTML page of what the runs say: the law, its figures, what was left out. Nothing is loaded from elsewhere."""
     from qatlaw.figures import Evidence
@@ -130,7 +125,7 @@ def report(
         try:
             kind = scheme_of(collected.table, scheme, either=True)
             with _working("fitting"):
-                summaries = summarise(chosen, collected.table, kind, resamples=resamples, workers=workers)
+                summaries = summarise(chosen, collected.table, kind, resamples=resamples)
             laws = _laws_of(summaries)
         except InputError as error:
             if scheme is not None and error.key == "--scheme":
@@ -138,7 +133,7 @@ def report(
             no_law = str(error)
     if compare and summaries:
         with _working("fitting the rival laws without the largest models and the longest runs"):
-            compared = rivals(collected.table, summaries[0].scheme, workers=workers)
+            compared = rivals(collected.table, summaries[0].scheme)
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     whole = Report(
         Evidence(collected.table, laws), created, summaries, compared, collected.left_out, collected.notices, no_law
@@ -204,9 +199,8 @@ def _given_law(name: str, scheme: str) -> Laws:
     from qatlaw.planner_law import load_law
 
     found = load_law(name)
-    own = {found.range["bits"][0]: found.law} if found.law.form.one_width else {}
-    unified = None if own else found.law
-    return Laws(own, unified, found.source, found.range, scheme, demonstration=found.synthetic)
+    width = found.range["bits"][0] if found.law.form.one_width else None
+    return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
 
 
 def _laws_of(summaries: list[Summary]) -> Laws | None:
@@ -216,15 +210,13 @@ def _laws_of(summaries: list[Summary]) -> Laws | None:
     first = summaries[0]
     if not first.result.law.form.has_fraction:
         return None
-    told = f"{first.result.law.form.name}, fitted on these runs"
     ranges = first.result.table.ranges
     widths = [one.bits for one in summaries if one.bits is not None]
     if widths:
         ranges |= {"bits": (min(widths), max(widths))}
     return Laws(
-        by_width={one.bits: one.result.law for one in summaries if one.bits is not None},
-        unified=first.result.law if first.bits is None else None,
-        told=told,
+        by_width={one.bits: one.result.law for one in summaries},
+        source=f"{first.result.law.form.name}, fitted on these runs",
         ranges=ranges,
         scheme=first.scheme,
         demonstration=first.result.table.synthetic,
