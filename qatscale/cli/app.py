@@ -94,7 +94,9 @@ def prepare(
         str | None, typer.Option(help="Stop after so many training tokens, the first ones of the sources: 10B.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
-    restart: Annotated[bool, typer.Option(help="Throw away what an earlier start left in the folder.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what an earlier start left in the folder, and start again.")
+    ] = False,
 ) -> None:
     """Text to token shards (Megatron .bin/.idx), with tokenizer, held-out split and manifest. Killed, it goes on."""
     from qatscale.cli.terminal import console
@@ -141,7 +143,10 @@ def train(
         str | None, typer.Option(help="Start from another run's checkpoint: RUN, RUN@STEP or a checkpoint folder.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Show the timeline, and what a process of the layout would need; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show the timeline, and what a process of the layout would need; train nothing."
+        ),
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="With --dry-run: draw the timeline into this file.")] = None,
     processes: Annotated[

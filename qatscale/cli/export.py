@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,8 @@ def export(
         typer.Option(help="Quantize a full-precision checkpoint to this many bits now, after training."),
     ] = None,
     fallback: Annotated[
-        bool, typer.Option(help="Store a tensor that the format's type cannot hold in the next type that can.")
+        bool,
+        typer.Option("--fallback", help="Store a tensor that the format's type cannot hold in the next type that can."),
     ] = False,
     q1_0: Annotated[
         bool,
@@ -34,14 +34,15 @@ def export(
         str | None, typer.Option(help="Folder of the tokenizer, or none. [default: that of the run's prepared data]")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
-    unfinished: Annotated[bool, typer.Option(help="Accept a checkpoint from before the run's end.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Accept a checkpoint from before the run's end.")
+    ] = False,
     tokens: Annotated[
         str | None, typer.Option(help="Held-out tokens to verify on: 1M. [default: the recipe's, at most 64K]")
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Load the export in its clients and compare with the trained model.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
 ) -> None:
     """Write a model for the programs that run it, with the weights that the trained forward pass computed with.
 
@@ -69,10 +70,7 @@ def export(
     except OSError as error:
         print(f"error: nothing was exported to {out}: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    if as_json:
-        print(json.dumps(described, indent=1))
-    else:
-        _print(described, out)
+    _print(described, out)
 
 
 def _print(described: dict[str, Any], out: Path) -> None:

@@ -59,12 +59,7 @@ def fit(
     ),
     resamples: Resamples = 200,
     compare: Compare = True,
-    delta: Annotated[
-        float | None, typer.Option(help="Log loss from which on a residual counts linearly. [default: from the noise]")
-    ] = None,
-    fp_weight: Annotated[float, typer.Option(help="How often a full-precision run counts.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the cold starts and the bootstrap.")] = 0,
-    starts: Annotated[int, typer.Option(help="Cold starts at most; it ends when three agree.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the cold starts and of the bootstrap.")] = 0,
     workers: Workers = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
@@ -74,14 +69,12 @@ def fit(
     chosen = form_named(form)
     collected, where = collect_runs(experiment, table, runs, uri)
     kind = scheme_of(collected.table, scheme)
-    shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "starts": starts}
-    shared |= {"seed": seed, "workers": workers}
     with _working("fitting"):
-        summaries = summarise(chosen, collected.table, kind, resamples=resamples, **shared)
+        summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed, workers=workers)
     compared = []
     if compare:
         with _working("fitting the rival laws without the largest models and the longest runs"):
-            compared = rivals(collected.table, kind, **shared)
+            compared = rivals(collected.table, kind, seed=seed, workers=workers)
     paths = write_files(summaries, out)
     logged = [_log(where, summary, path) for summary, path in zip(summaries, paths, strict=True)] if where else []
     if as_json:
