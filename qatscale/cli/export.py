@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qatscale.cli.terminal import check_bits, console, plain_table
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.export.formats import FORMATS
 
@@ -49,7 +50,6 @@ def export(
     The clients that are installed then load it. Weights, logits and validation loss are compared with the trained
     model's, and a difference beyond a stated bound removes the export.
     """
-    from qatscale.cli.show import check_bits
     from qatscale.config.amounts import positive_amount
     from qatscale.export.export import VerificationError
     from qatscale.export.export import export as export_to
@@ -74,7 +74,6 @@ def export(
 
 
 def _print(described: dict[str, Any], out: Path) -> None:
-    from qatscale.cli.terminal import console, plain_table
     from qatscale.config.amounts import format_amount
 
     size, checkpoint, tokens = described["size"], described["checkpoint"], described["tokens"]
@@ -101,7 +100,6 @@ def _print(described: dict[str, Any], out: Path) -> None:
 
 
 def _print_verification(verification: dict[str, Any] | None) -> None:
-    from qatscale.cli.terminal import console, plain_table
     from qatscale.export.clients import install_line
 
     if verification is None:

@@ -14,6 +14,7 @@ import typer
 
 from qatlaw.errors import InputError
 from qatlaw.planner_law import law_names
+from qatscale.cli.terminal import Json, console, plain_table
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def fit(
     compare: Compare = True,
     seed: Annotated[int, typer.Option(help="Seed of the cold starts and of the bootstrap.")] = 0,
     workers: Workers = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Fit the loss law to finished runs: coefficients with intervals, quality, rival laws; writes fit.json."""
     from qatlaw.summary import form_named, rivals, scheme_of, summarise, write_files
@@ -246,7 +247,6 @@ def _print_fit(
     collected: Collected, summaries: list[Summary], compared: list[Any], paths: list[Path], logged: list[str]
 ) -> None:
     from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows
-    from qatscale.cli.terminal import console
 
     out = console()
     _say_left_out(collected)
@@ -275,7 +275,6 @@ def _print_fit(
 
 
 def _print_rows(title: str, rows: Rows, right: tuple[str, ...] | None = None) -> None:
-    from qatscale.cli.terminal import console, plain_table
 
     headers, *body = rows
     table = plain_table(*headers, right=headers[1:] if right is None else right, title=title)

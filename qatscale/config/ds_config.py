@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from qatscale.config.describe import describe
 from qatscale.config.ds_keys import (
     ACCEPTED,
     FORMER_NAMES,
@@ -29,6 +28,7 @@ from qatscale.config.ds_keys import (
 )
 from qatscale.config.problems import join, lookup, together
 from qatscale.config.schema import RunConfig
+from qatscale.config.section import describe
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from qatscale.config.describe import Allowed
+from qatscale.config.section import Allowed
 
 
 def _unquoted(value: Any) -> Any:

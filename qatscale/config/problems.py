@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from qatscale.config.describe import describe, members, plain_types
-from qatscale.config.section import ClashError, KeyPath, Section
+from qatscale.config.section import ClashError, KeyPath, Section, describe, members, plain_types
 from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
 
 

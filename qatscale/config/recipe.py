@@ -11,10 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qatscale.config.describe import plain_types
 from qatscale.config.problems import lookup, together, user_errors
 from qatscale.config.schema import RunConfig
-from qatscale.config.section import KeyPath
+from qatscale.config.section import KeyPath, plain_types
 from qatscale.config.settings import sections, settings, suggest
 from qatscale.config.yaml_text import Document, parse_yaml, read_document, to_yaml
 from qatscale.errors import UserError, did_you_mean

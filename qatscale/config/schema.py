@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config import cooldown_shapes
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
-from qatscale.config.describe import Allowed
-from qatscale.config.section import ClashError, NotBool, Positive, Section
+from qatscale.config.section import Allowed, ClashError, NotBool, Positive, Section
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
 Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]

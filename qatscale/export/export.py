@@ -13,11 +13,9 @@ from qatscale.data.manifest import tokenizer_folder
 from qatscale.data.open import open_validation
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
-from qatscale.export.card import card
 from qatscale.export.encoding import ExportLayout
-from qatscale.export.formats.base import Format
-from qatscale.export.formats.lookup import get_format
-from qatscale.export.report import FILE, contents, provenance
+from qatscale.export.formats.base import Format, get_format
+from qatscale.export.report import FILE, card, contents, provenance
 from qatscale.export.source import ExportSource, open_source
 from qatscale.export.verify import Verification, materialised, verify_export
 from qatscale.files import appearing, check_new, write_json

@@ -11,10 +11,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from qatscale.config import recipe_names
 from qatscale.config.amounts import PositiveTokens
-from qatscale.config.describe import Allowed
 from qatscale.config.problems import together, user_errors
 from qatscale.config.schema import Bits
-from qatscale.config.section import ClashError, KeyPath, NotBool, Positive, Section
+from qatscale.config.section import Allowed, ClashError, KeyPath, NotBool, Positive, Section
 from qatscale.config.settings import settings, suggest
 from qatscale.config.yaml_text import read_document
 from qatscale.errors import UserError, did_you_mean

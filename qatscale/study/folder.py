@@ -24,6 +24,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from qatlaw.measurement import WITHOUT_EFFECT
+from qatlaw.results import read_results, write_results
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
@@ -35,6 +36,7 @@ from qatscale.study.claims import Claims
 from qatscale.study.file import read_study
 from qatscale.study.grid import StudyRun, grid
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.run_record import run_record
 
 
 @dataclass(frozen=True)
@@ -240,3 +242,19 @@ def _refuse_while_training(folder: StudyFolder) -> None:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def record(folder: StudyFolder, *names: str) -> None:
+    """Add the rows of finished runs, in the order of the tree. Rows that exist stay as they are."""
+    with locked(folder.path / ".results"):
+        rows = {row.name: row for row in (read_results(folder.results) if folder.results.exists() else [])}
+        for name in names:
+            rows.setdefault(name, run_record(folder.run(name)))
+        order = {name: i for i, name in enumerate(folder.jobs)}
+        write_results(folder.results, sorted(rows.values(), key=lambda row: order.get(row.name, len(order))))
+
+
+def unrecorded(folder: StudyFolder) -> list[str]:
+    """Finished runs without a row, whose worker ended before it wrote one."""
+    recorded = folder.recorded()
+    return [name for name in folder.jobs if name not in recorded and folder.run(name).is_done]

@@ -20,8 +20,7 @@ from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoin
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from qatscale.study.claims import Claim, worker_name
-from qatscale.study.folder import StudyFolder, StudyJob
-from qatscale.study.results import record
+from qatscale.study.folder import StudyFolder, StudyJob, record
 from qatscale.study.state import StudyState
 
 POLL = 1.0

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qatscale.cli.terminal import console, plain_table
+from qatscale.cli.terminal import check_figure, console, plain_table
+from qatscale.config.amounts import format_amount
+from qatscale.config.ds_config import ds_config_warnings, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.estimate.fits import (
     Given,
@@ -20,6 +22,8 @@ from qatscale.engine.estimate.fits import (
 from qatscale.engine.estimate.memory import ON_DEVICE, Kind
 from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.show import COLUMNS, describe
 
 _SHOWN: dict[Kind, str] = {
     "weights": "weights",
@@ -43,10 +47,6 @@ def print_dry_run(
     as_json: bool,
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
-    from qatscale.cli.show import print_timeline
-    from qatscale.config.ds_config import ds_config_warnings, run_ds_config
-    from qatscale.schedule.build import build_timeline
-
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
     branch = None if branch_from is None else _branch(config, branch_from)
@@ -70,11 +70,38 @@ def print_dry_run(
 
 def _branch(config: RunConfig, branch_from: str) -> dict[str, Any]:
     """The checkpoint to branch from and its step. UserError where none exists or it does not fit the run."""
-    from qatscale.schedule.build import build_timeline
     from qatscale.train.resume import plan_resume
 
     start = plan_resume(config, build_timeline(config), branch_from)
     return {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
+
+
+def print_timeline(config: RunConfig, figure: Path | None) -> None:
+    check_figure(figure)
+    timeline = build_timeline(config)
+    size = f"{format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of {timeline.tokens_per_step:,}"
+    out, rows = console(), [COLUMNS, *(row.cells() for row in describe(timeline, config))]
+    shown = list(COLUMNS)
+    for column in ("steps", "tokens", "decay", "betas"):  # the first to go where a terminal is narrow
+        widths = [max(len(row[COLUMNS.index(name)]) for row in rows) for name in shown]
+        if sum(widths) + 2 * len(widths) + 2 > out.width:
+            shown.remove(column)
+    table = plain_table(*shown, right=tuple(shown[1:]), title=f"{config.name}: {config.qat.scheme}, {size}")
+    for row in rows[1:]:
+        table.add_row(*(row[COLUMNS.index(name)] for name in shown))
+    out.print(table)
+    if timeline.switch_step is not None:
+        tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
+        share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
+        out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
+        rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
+        out.print(f"peak rate of the QAT phase: {rate}")
+    for warning in (*timeline.warnings, *ds_config_warnings(config)):
+        out.print(f"warning: {warning}", style="yellow", soft_wrap=not out.is_terminal)
+    if figure is not None:
+        from qatscale.schedule.figure import draw
+
+        out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)
 
 
 def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None:
