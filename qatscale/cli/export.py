@@ -1,4 +1,4 @@
-"""Export from the command line: what is exported, in which format, and what its clients compute from it."""
+"""`qatscale export`: write a model in a format of its clients, and print its sizes and their verification."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def export(
         typer.Option("--q1-0", help="With gguf: 1 bit as Q1_0, half the size; read by llama.cpp, not by transformers."),
     ] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder of the tokenizer, or none. [default: that of the run's prepared data]")
+        str | None, typer.Option(help="Folder of the tokenizer, or none. [default: from the run's prepared data]")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
     unfinished: Annotated[
@@ -42,13 +42,13 @@ def export(
         str | None, typer.Option(help="Held-out tokens to verify on: 1M. [default: the recipe's, at most 64K]")
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Load the export in its clients and compare with the trained model.")
+        bool, typer.Option(help="Skip the comparison of the export, loaded in its clients, with the trained model.")
     ] = True,
 ) -> None:
-    """Write a model for the programs that run it, with the weights that the trained forward pass computed with.
+    """Write a model for the programs that run it, with the weights of the trained forward pass.
 
-    The clients that are installed then load it. Weights, logits and validation loss are compared with the trained
-    model's, and a difference beyond a stated bound removes the export.
+    The installed clients then load it. Their weights, logits and validation loss are compared with the trained model's.
+    A difference beyond a stated bound removes the export.
     """
     from qatscale.config.amounts import positive_amount
     from qatscale.export.export import VerificationError

@@ -64,7 +64,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
 
 
 def resolved_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults and all. Saved as a recipe it loads back to an equal one."""
+    """The entire configuration with its defaults. Saved as a recipe, it loads back to an equal one."""
     return to_yaml(config.model_dump(mode="json"))
 
 

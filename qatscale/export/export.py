@@ -1,4 +1,4 @@
-"""A checkpoint to a folder that a client loads: open, lay out, write, verify, describe. All of it or nothing."""
+"""From a checkpoint to a folder that a client loads: open, lay out, write, verify, describe. An error leaves no folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Verifier = Callable[[ExportLayout, Path], Verification]
 
 
 class VerificationError(RuntimeError):
-    """A client computes something else than what was trained. The folder is removed."""
+    """A client computes something other than the trained model. The folder is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
@@ -94,7 +94,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
     data = source.config.data.path
     fix = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
-        gone = "the run's data, which hold the tokenizer, are gone."
+        gone = "the run's data, which hold the tokenizer, no longer exist."
         raise UserError("data.path", str(data) if data else None, gone, fix)
     folder = tokenizer_folder(data)
     if folder is None or not folder.is_dir():
@@ -105,7 +105,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
 
 
 def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verifier:
-    """Opens the held-out data now, so that missing data are reported before anything is written."""
+    """Opens the held-out data now, so that missing data are reported before any file is written."""
     limit = min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else tokens
     held_out = _held_out(source, limit)
 

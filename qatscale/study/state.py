@@ -95,7 +95,7 @@ class StudyState:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether a worker that has nothing to do now may get something later."""
+        """Whether an idle worker may get a run later."""
         return any(state.state in ("ready", "waiting", "running") for state in self.states.values())
 
     def counts(self) -> dict[State, int]:
