@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder that a client loads: open, lay out, write, verify, describe. An error leaves no folder."""
+"""From a checkpoint to a folder that a client loads: open, lay out, write, verify, describe. Errors leave no folder."""
 
 from __future__ import annotations
 
