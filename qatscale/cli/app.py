@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from qatlaw.cli import planner
@@ -23,18 +25,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_OVERRIDES_MAY_HAVE_DASHES = {"ignore_unknown_options": True}
-"""`--qat.bits=2` reaches the recipe, whose error names the key that was meant."""
+_TAKES_OVERRIDES = (train, resume, branch, convert)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    config, recipes, prepare, adopt, train, resume, branch, evaluate, generate, runs, compare, track_sync, export,
+    convert, fit, report, quickstart,
+)  # fmt: skip
 
 app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})
-for command in (config, recipes, prepare, adopt):
-    app.command()(command)
-for command in (train, resume, branch):
-    app.command(context_settings=_OVERRIDES_MAY_HAVE_DASHES)(command)
-for command in (evaluate, generate, runs, compare, track_sync, export):
-    app.command()(command)
-app.command(context_settings=_OVERRIDES_MAY_HAVE_DASHES)(convert)
-for command in (fit, report):
-    app.command()(command)
 app.add_typer(study, name="study")
-app.command()(quickstart)
+for command in _COMMANDS:
+    # `--qat.bits=2` reaches the recipe, whose error names the key that was meant.
+    settings = {"ignore_unknown_options": True} if command in _TAKES_OVERRIDES else None
+    app.command(context_settings=settings)(command)

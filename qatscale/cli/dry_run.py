@@ -24,6 +24,7 @@ from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.show import COLUMNS, describe
+from qatscale.train.resume import plan_resume
 
 _SHOWN: dict[Kind, str] = {
     "weights": "weights",
@@ -49,7 +50,12 @@ def print_dry_run(
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
-    branch = None if branch_from is None else _branch(config, branch_from)
+    timeline, branch = build_timeline(config), None
+    if branch_from is not None:
+        start = plan_resume(config, timeline, branch_from)
+        branch = (
+            {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
+        )
     if not as_json:
         print_timeline(config, figure)
         if branch:
@@ -60,20 +66,12 @@ def print_dry_run(
     advice = network_advice(config, ds_config, job)
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
-        timeline = {"name": config.name, **build_timeline(config).to_dict()}
-        timeline["warnings"] = [*timeline["warnings"], *ds_config_warnings(config)]
-        print(json.dumps({"timeline": timeline, "branch": branch, "scale": scale}, indent=2))
+        shown = {"name": config.name, **timeline.to_dict()}
+        shown["warnings"] = [*shown["warnings"], *ds_config_warnings(config)]
+        print(json.dumps({"timeline": shown, "branch": branch, "scale": scale}, indent=2))
     else:
         print_scale(job, config, advice)
     refuse_what_cannot_fit(config, ds_config, job)
-
-
-def _branch(config: RunConfig, branch_from: str) -> dict[str, Any]:
-    """The checkpoint to branch from and its step. UserError where none exists or it does not fit the run."""
-    from qatscale.train.resume import plan_resume
-
-    start = plan_resume(config, build_timeline(config), branch_from)
-    return {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
 
 
 def print_timeline(config: RunConfig, figure: Path | None) -> None:
@@ -125,19 +123,27 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
     if any(stage.start > stage.step for stage in stages):
         table.add_row("at the start: fp32, not yet divided", *(_gigabytes(stage.start) for stage in stages))
     out.print(table)
-    _print_traffic(job)
+    if job.traffic:
+        table = plain_table("sent by a process", "GB a step", right=("GB a step",))
+        for name, size in job.traffic.items():
+            table.add_row(name, _gigabytes(size))
+        out.print(table)
     if job.gpu_memory is not None:
         verdict = "fits into" if job.fits else "does not fit into"
         memory = _gigabytes(job.gpu_memory)
         say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu}")
     say(_host(job))
     if job.traffic:
-        say(_network(job))
+        network = job.network
+        where = "between nodes" if network.nodes > 1 else "inside the node"
+        hidden = f", {network.overlapped:,.3g} s of it while the GPU computes" if network.overlapped else ""
+        speed = f"network, {network.gigabytes_per_second:g} GB/s a GPU {where}"
+        say(f"{speed}: {network.seconds:,.3g} s a step{hidden}")
     if job.step_seconds and job.compute_seconds and job.given.mfu:
-        speed = config.tokens_per_step / job.step_seconds
+        rate = config.tokens_per_step / job.step_seconds
         say(
-            f"at {job.given.mfu:.0%} of the peak while a stage works: {speed:,.0f} tokens/s, "
-            f"{job.step_seconds:,.3g} s a step, {config.tokens / speed / 86_400:,.2g} days in all"
+            f"at {job.given.mfu:.0%} of the peak while a stage works: {rate:,.0f} tokens/s, "
+            f"{job.step_seconds:,.3g} s a step, {config.tokens / rate / 86_400:,.2g} days in all"
         )
     for notice in filter(None, (advice, *job.notices)):
         say(notice)
@@ -154,21 +160,6 @@ def _host(job: JobEstimate) -> str:
     shown = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
     node = f" of a node of {host.processes}" if job.layout.processes > 1 else ""
     return f"host memory{node}: {_gigabytes(host.total)} GB {host.when} ({shown})"
-
-
-def _network(job: JobEstimate) -> str:
-    network = job.network
-    where = "between nodes" if network.nodes > 1 else "inside the node"
-    hidden = f", {network.overlapped:,.3g} s of it while the GPU computes" if network.overlapped else ""
-    return f"network, {network.gigabytes_per_second:g} GB/s a GPU {where}: {network.seconds:,.3g} s a step{hidden}"
-
-
-def _print_traffic(job: JobEstimate) -> None:
-    if job.traffic:
-        table = plain_table("sent by a process", "GB a step", right=("GB a step",))
-        for kind, size in job.traffic.items():
-            table.add_row(kind, _gigabytes(size))
-        console().print(table)
 
 
 def _chosen(job: JobEstimate, columns: int) -> list[StageMemory]:

@@ -113,8 +113,8 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
         soft_wrap=True,
     )
     if left_out := plan.grid.left_out:
-        shown = ", ".join(name for name, _ in left_out[:4]) + (", …" if len(left_out) > 4 else "")
-        why = f"whose schedule does not fit ({shown}). The first: {left_out[0][1]}"
+        first = ", ".join(name for name, _ in left_out[:4]) + (", …" if len(left_out) > 4 else "")
+        why = f"whose schedule does not fit ({first}). The first: {left_out[0][1]}"
         out.print(f"left out: {len(left_out)} runs {why}", soft_wrap=True)
     for warning in plan.grid.warnings:
         out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
