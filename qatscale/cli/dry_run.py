@@ -24,7 +24,8 @@ from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.show import COLUMNS, describe
-from qatscale.train.resume import plan_resume
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.resume import plan_resume, with_qat_rate
 
 _SHOWN: dict[Kind, str] = {
     "weights": "weights",
@@ -52,7 +53,8 @@ def print_dry_run(
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
     timeline, branch = build_timeline(config), None
     if branch_from is not None:
-        start = plan_resume(config, timeline, branch_from)
+        resumed = with_qat_rate(config, RunFolder(config.folder))
+        start = plan_resume(resumed, build_timeline(resumed), branch_from)
         branch = (
             {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
         )

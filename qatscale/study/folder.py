@@ -168,6 +168,12 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
         write_atomic(folder.study_file, text.encode())
         write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
+    widths = {name: (configs[name], folder.config(name)) for name in sorted(begun & configs.keys())}
+    unasked = [
+        name for name, (now, then) in widths.items() if set(now.evaluation.ptq_bits) - set(then.evaluation.ptq_bits)
+    ]
+    if unasked:
+        notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {_listed(unasked)}")
     dropped = [name for name in old if name in begun and name not in kept]
     if dropped:
         notes.append(f"no longer in the study, their folders stay: {_listed(dropped)}")

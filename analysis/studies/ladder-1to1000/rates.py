@@ -21,8 +21,8 @@ from qatlaw.names import VAL_LOSS
 from qatlaw.results import read_results
 from qatlaw.runs import RunRecord
 
-POWERS = np.arange(0, 1.51, 0.05)
-FACTORS = 2.0 ** np.arange(-4, 3.01, 0.1)
+POWERS = np.arange(0, 3.01, 0.1)
+FACTORS = 2.0 ** np.arange(-4, 3.01, 0.2)
 DRAWS = 500
 
 
