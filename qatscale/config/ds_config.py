@@ -33,7 +33,7 @@ from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file
 
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
-"""In a clone beside the package, in a wheel inside it."""
+"""Beside the package in a clone, inside it in a wheel."""
 
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own progress lines, which would repeat ours."""
@@ -210,7 +210,7 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 
 
 def _does_not_divide(config: RunConfig, data_parallel: int) -> UserError:
-    """With the batch sizes and the micro-batch that divide."""
+    """The error with the nearest batch sizes and the micro-batch that divide."""
     sequences, micro = config.batch.sequences, config.batch.micro_batch
     per_pass = micro * data_parallel
     below, above = sequences // per_pass * per_pass, -(-sequences // per_pass) * per_pass

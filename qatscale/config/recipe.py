@@ -20,9 +20,9 @@ from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file, is_folder
 
 RETIRED = ("data.shuffle_block", "engine.quantized_weight_cache")
-"""Keys of former versions. Recipes that runs of theirs recorded are still read, without them; no other recipe is."""
+"""Keys of former versions. They are dropped from recipes that runs recorded and refused in all others."""
 _RECORDS = ("run.json", "qatscale.json")
-"""What lies beside a recipe that qatscale recorded: in a run folder, in a universal checkpoint."""
+"""Files beside a recipe that qatscale recorded, in a run folder or a universal checkpoint."""
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -58,7 +58,7 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """What a recipe says itself, unchecked: without defaults and overrides."""
+    """The content of a recipe file, unchecked, without defaults and overrides."""
     value: dict[str, Any] = _read(_recipe_path(recipe)).value
     return value
 
@@ -158,7 +158,7 @@ def _drop_retired(raw: dict[str, Any]) -> None:
 
 
 def _refuse_idle_fraction(config: RunConfig, given: Sequence[str]) -> None:
-    """Who asks for a fraction on the command line means it; a recipe may hold one for the schemes that use it."""
+    """Refuse a fraction from the command line that has no effect. A recipe may hold one for other schemes."""
     fixed = {"fp": 0.0, "scratch": 1.0}.get(config.qat.scheme)
     if "qat.fraction" in given and fixed is not None and config.qat.fraction not in ("auto", fixed):
         problem = f"has no effect: in scheme {config.qat.scheme!r} it is always {fixed:g}."

@@ -11,7 +11,7 @@ from qatscale.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many parameters, in the four ways that matter. A tied table is counted once everywhere."""
+    """Parameter counts of a model. A tied embedding is counted once."""
 
     total: int
     """All of them: the N of the scaling laws here."""
@@ -20,7 +20,7 @@ class ParameterCounts:
     non_embedding: int
     """total - embedding."""
     matmul: int
-    """Those that multiply activations: attention, MLP and the head (tied or not); no embedding look-up, no norms."""
+    """Parameters that multiply activations: attention, MLP and the head (tied or not), without embedding and norms."""
 
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:

@@ -105,7 +105,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
 
 
 def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verifier:
-    """Opens the held-out data now, so that missing data are reported before any file is written."""
+    """The verification. It opens the held-out data at once: missing data are reported before any file is written."""
     limit = min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else tokens
     held_out = _held_out(source, limit)
 

@@ -35,7 +35,7 @@ class SourceParameter:
     """One parameter of the model, and how training quantized it."""
 
     name: str
-    """Ours; a tied head is the embedding."""
+    """Name in our Llama; a tied head is the embedding."""
     shape: tuple[int, ...]
     quantizer: Quantizer | None
     """None = stays in full precision."""

@@ -49,7 +49,7 @@ class Attempt:
 
 
 def worker_name(pid: int) -> str:
-    """A worker on this host."""
+    """The name of a worker on this host, by its process id."""
     return f"{socket.gethostname()}-{pid}"
 
 

@@ -156,7 +156,7 @@ _OF_AN_AXIS = {
 
 
 def read_study(path: Path) -> Study:
-    """UserError, or all of them at once, for whatever is wrong with the file."""
+    """Raises UserError for everything that is wrong with the file, all of it at once."""
     if not is_file(path):
         raise UserError("study", str(path), "no such file.")
     document = read_document(path, "study")

@@ -217,7 +217,7 @@ def _offered_steps(folder: StudyFolder, job: StudyJob) -> tuple[int, ...]:
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """With an absolute path of the data: workers start in other folders."""
+    """The configuration with an absolute data path, since workers start in other folders."""
     path = config.data.path
     return config if path is None else config.model_copy(
         update={"data": config.data.model_copy(update={"path": path.resolve()})}
@@ -232,7 +232,7 @@ def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> No
 
 
 def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:
-    """A name stands for one configuration."""
+    """UserError where a run that was begun would get another configuration."""
     differences = config_differences(folder.config(name), config)
     if first := next((one for one in differences if not one.key.startswith(WITHOUT_EFFECT)), None):
         problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."

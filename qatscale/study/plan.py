@@ -21,7 +21,7 @@ from qatscale.tracking.mlflow_names import flatten
 
 @dataclass(frozen=True)
 class Information:
-    """What the runs of a study tell about a law, if that law holds."""
+    """How certain a law can become with the runs of a study, if the law holds."""
 
     law: PlannerLaw
     noise: float
@@ -50,7 +50,7 @@ class StudyPlan:
 def plan_study(
     file: Path, workers: int = 1, law: PlannerLaw | None = None, noise: float = 0.002, known: pd.DataFrame | None = None
 ) -> StudyPlan:
-    """The cheapest tree of a study's runs, its cost, and under `law` what its runs tell beside the `known` ones."""
+    """The cheapest tree of a study's runs, its cost, and under `law` the information of its and the `known` runs."""
     study_grid = grid(read_study(file))
     tree = cheapest_tree([run.route for run in study_grid.runs])
     cost = forecast(tree.jobs, {run.route.name: _parameters(run) for run in study_grid.runs}, workers)
@@ -75,7 +75,7 @@ def _parameters(run: StudyRun) -> int:
 
 
 def _record(run: StudyRun) -> RunRecord:
-    """What tracking will keep of a run, but its loss."""
+    """The record that tracking will keep of a run, without its loss."""
     tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
     final = {
         "n_params": float(_parameters(run)),
@@ -104,7 +104,7 @@ class Forecast:
     disk: int
     """Bytes of checkpoints at the fullest moment."""
     disk_at_end: int
-    """Bytes of the final checkpoints, which stay."""
+    """Bytes of the final checkpoints, which are kept."""
 
 
 def forecast(jobs: Sequence[Job], parameters: Mapping[str, int], workers: int) -> Forecast:

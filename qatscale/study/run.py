@@ -49,7 +49,7 @@ class _Slot:
 
 
 class LocalWorkers:
-    """A context around `count` workers of a study on this machine. Leaving it stops them, after they have saved."""
+    """A context manager that runs `count` workers on this machine. On exit it stops them, after they have saved."""
 
     def __init__(self, folder: StudyFolder, count: int, per_gpu: int | None = None) -> None:
         self.folder = folder
@@ -63,10 +63,6 @@ class LocalWorkers:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def alive(self) -> int:
-        return sum(slot.process is not None and slot.process.poll() is None for slot in self._slots)
 
     def restart_dead(self) -> bool:
         """Restart workers that died. False once all have ended themselves; WorkerFailedError where one cannot start."""

@@ -12,7 +12,7 @@ from qatscale.train.run import train
 
 
 def branch_config(scheme: str, out: Path, data: Path, *overrides: str) -> RunConfig:
-    """One branch: the recipe `quickstart` under this scheme, named after it unless `overrides` say else."""
+    """One branch: the recipe `quickstart` under this scheme, named after it unless `overrides` name it."""
     own = [f"name={scheme}", f"qat.scheme={scheme}", *overrides]
     return load_run_config("quickstart", [*_shared(out, data), *own])
 

@@ -30,7 +30,7 @@ REASON_LENGTH = 500
 
 
 class Worker:
-    """Trains runs of a study until none is left that it could train."""
+    """Trains runs of a study until none is left to train."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -116,7 +116,7 @@ class Worker:
 
 
 def _device_works() -> bool:
-    """Whether the GPU still computes: after a failed kernel it does not, as long as the process lives."""
+    """Whether the GPU still computes. After a failed kernel it does not, until the process ends."""
     import torch
 
     if not torch.cuda.is_available():

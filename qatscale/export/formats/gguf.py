@@ -73,7 +73,7 @@ class GgufInTransformers(Transformers):
 
 
 class LlamaCpp(Client):
-    """llama.cpp. It multiplies with activations rounded to 8 bits, so its logits are near and not equal."""
+    """llama.cpp. It multiplies with activations rounded to 8 bits, so its logits are close to ours, not equal."""
 
     name = "llama.cpp"
     packages = {"llama-cpp-python": "llama_cpp"}  # noqa: RUF012
@@ -233,7 +233,7 @@ def permutation(parameter: SourceParameter, config: ModelConfig) -> Tensor | Non
 
 
 class TensorInfo(NamedTuple):
-    """`shape` is as in PyTorch; the file has it the other way round."""
+    """A tensor of the file. `shape` is PyTorch's; the file has the reverse."""
 
     name: str
     shape: tuple[int, ...]

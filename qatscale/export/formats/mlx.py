@@ -150,7 +150,7 @@ def _tensors(layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
 
 
 def quantization_config(layout: ExportLayout) -> dict[str, Any] | None:
-    """mlx-lm's: the commonest setting, and by name that of every layer quantized otherwise; None without any."""
+    """mlx-lm's entry: the commonest setting, and that of every other layer by name; None without quantized layers."""
     layers = {
         hf_name(layout, entry).removesuffix(".weight"): entry.encoding
         for entry in layout.entries
