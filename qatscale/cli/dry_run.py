@@ -24,8 +24,6 @@ from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.show import COLUMNS, describe
-from qatscale.tracking.run_folder import RunFolder
-from qatscale.train.resume import plan_resume, with_qat_rate
 
 _SHOWN: dict[Kind, str] = {
     "weights": "weights",
@@ -53,6 +51,9 @@ def print_dry_run(
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
     timeline, branch = build_timeline(config), None
     if branch_from is not None:
+        from qatscale.tracking.run_folder import RunFolder
+        from qatscale.train.resume import plan_resume, with_qat_rate
+
         resumed = with_qat_rate(config, RunFolder(config.folder))
         start = plan_resume(resumed, build_timeline(resumed), branch_from)
         branch = (
