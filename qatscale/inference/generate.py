@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from qatscale.errors import UserError
 from qatscale.export.clients import Client, Transformers, install_line
-from qatscale.export.formats.lookup import Exported, find_export
+from qatscale.export.formats.base import Exported, find_export
 from qatscale.export.formats.mlx import MlxLm
 from qatscale.export.report import check_files
 from qatscale.inference.mlx_model import MlxModel

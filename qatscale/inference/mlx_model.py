@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qatscale.export.formats.lookup import Exported
+from qatscale.export.formats.base import Exported
 from qatscale.inference.sampling import Detokenizer, Sampling
 
 

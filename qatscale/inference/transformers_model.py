@@ -15,7 +15,7 @@ from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.export.clients import Transformers
-from qatscale.export.formats.lookup import Exported
+from qatscale.export.formats.base import Exported
 from qatscale.inference.sampling import Detokenizer, Sampling
 from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
