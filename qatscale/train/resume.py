@@ -82,7 +82,7 @@ def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | Non
     old = with_qat_rate(load_run_config(folder.path / "recipe.yaml"), folder)
     notices: list[str] = []
     wrong: list[str] = []
-    for difference in config_differences(old, config):
+    for difference in config_differences(old, with_qat_rate(config, folder)):
         line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
         (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)
     if wrong:
