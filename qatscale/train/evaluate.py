@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qatscale.config import load_run_config
-from qatscale.data.open import open_validation
+from qatscale.data.reader import open_validation
 from qatscale.engine.checkpoints.files import find_checkpoint, recipe_beside
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu

@@ -180,9 +180,9 @@ def edit(folder: Path, **changes: object) -> None:
     ("damage", "said"),
     [
         (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
-        (lambda f: (f / "manifest.json").write_text("{"), "no manifest of format 1"),
-        (lambda f: edit(f, format=2), "no manifest of format 1: format"),
-        (lambda f: edit(f, dtype="float32"), "holds no tokens"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not a manifest of format 1"),
+        (lambda f: edit(f, format=2), "not a manifest of format 1: format"),
+        (lambda f: edit(f, dtype="float32"), "not a dtype of tokens"),
         (lambda f: edit(f, dtype="int32"), "uint16, and the manifest says"),
         (lambda f: edit(f, splits={}), "no train split"),
         (lambda f: (f / "train-00000.bin").unlink(), "missing"),
