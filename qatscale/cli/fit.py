@@ -190,8 +190,8 @@ def collect_runs(
 
 def folder_records(output: Path) -> list[RunRecord]:
     """The runs of a folder of run folders, as MLflow would tell them. UserError where it holds none."""
+    from qatscale.study.results import run_record
     from qatscale.tracking.compare import run_folders
-    from qatscale.tracking.run_record import run_record
 
     folders = run_folders(output)
     if not folders:

@@ -55,11 +55,11 @@ def print_runs(output: Path, as_json: bool) -> None:
 
 
 def print_comparison(folders: Sequence[Path], figure: Path | None, as_json: bool) -> None:
-    from qatscale.tracking.compare import compare, comparison_table
+    from qatscale.tracking.compare import comparison_table, run_row
 
     check_figure(figure)
     runs = [RunFolder.open(folder) for folder in folders]
-    rows = compare(runs)
+    rows = [run_row(run) for run in runs]
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

@@ -35,8 +35,8 @@ def run_training(config: RunConfig, branch_from: str | None) -> str:
 
 def print_result(folder: Path) -> None:
     from qatscale.cli.terminal import console
-    from qatscale.tracking.compare import compare, comparison_table
+    from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
 
-    console().print(comparison_table(compare([RunFolder(folder)])))
+    console().print(comparison_table([run_row(RunFolder(folder))]))
     print(f"run folder: {folder}")

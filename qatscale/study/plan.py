@@ -17,7 +17,7 @@ from qatscale.config.sizes import count_parameters
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.forecast import Forecast, forecast
 from qatscale.study.grid import Grid, StudyRun, grid
-from qatscale.tracking.mlflow_names import flatten
+from qatscale.tracking.mlflow_sync import flatten
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from qatlaw.results import read_results, write_results
+from qatlaw.runs import RunRecord
 from qatscale.files import locked
 from qatscale.study.folder import StudyFolder
-from qatscale.tracking.run_record import run_record
+from qatscale.tracking.mlflow_sync import flatten
+from qatscale.tracking.run_folder import RunFolder
+
+
+def run_record(folder: RunFolder) -> RunRecord:
+    """A run's folder as qatlaw reads runs, with the names that MLflow has."""
+    return RunRecord(
+        run_id=folder.run["id"],
+        name=folder.name,
+        status="FINISHED" if folder.is_done else folder.status,
+        final=folder.final or {},
+        recipe=flatten({key: value for key, value in folder.recipe.items() if key != "tracking"}),
+        created=folder.run["created"],
+        kind="imported" if folder.imported else "training",
+    )
 
 
 def record(folder: StudyFolder, *names: str) -> None:

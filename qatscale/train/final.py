@@ -10,7 +10,7 @@ from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader
 from qatscale.schedule.timeline import Timeline
-from qatscale.tracking.final import final_losses, median_speeds
+from qatscale.tracking.compare import final_losses, median_speeds
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import RunSetup, TrainingComponents
 from qatscale.train.run_log import RunLog
