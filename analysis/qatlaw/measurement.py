@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import PurePath
 
-WITHOUT_EFFECT = ("name", "output", "data.path", "checkpoint.", "tracking.", "log_interval", "engine.")
+WITHOUT_EFFECT = (
+    "name", "output", "data.path", "checkpoint.", "tracking.", "log_interval", "engine.",
+    "evaluation.interval", "evaluation.ptq_bits",
+)  # fmt: skip
 """Beginnings of the keys that touch no result. The ds_config counts, since it holds the precision."""
 KNOWN_TO_LAWS = (
     "evaluation.", "batch.micro_batch", "n_params", "tokens", "seed", "data.seed", "qat.scheme", "qat.bits",

@@ -140,15 +140,16 @@ def cheapest_tree(routes: Sequence[Route], offers: Sequence[Offer] = ()) -> Tree
     names = [route.name for route in routes]
     assert len(set(names)) == len(names), "runs have names of their own"
     jobs: list[Job] = []
-    placed: dict[Hashable, list[Route]] = {}
+    placed: dict[Hashable, list[Job]] = {}
     for route in sorted(routes, key=lambda route: (route.steps * route.tokens_per_step, names.index(route.name))):
         before = placed.setdefault(route.root, [])
         found = [(offer.route, _offered(offer, route)) for offer in offers]
-        # Of equally good parents the first one has trained the fork itself: an earlier one would share as much.
-        found += [(old, shared_steps(old, route)) for old in before]
+        # Of equally good parents the first one trains the fork itself. One that branches from an offer may begin later.
+        shares = [(old, shared_steps(old.route, route)) for old in before]
+        found += [(old.route, shared) for old, shared in shares if shared > old.start]
         best, start = max(found, key=lambda pair: pair[1], default=(None, 0))
         jobs.append(Job(route, best.name if best is not None and start else None, start))
-        before.append(route)
+        before.append(jobs[-1])
     return Tree(tuple(jobs))
 
 

@@ -71,8 +71,10 @@ def print_dry_run(
 def _branch(config: RunConfig, branch_from: str) -> dict[str, Any]:
     """The checkpoint to branch from and its step. UserError where none exists or it does not fit the run."""
     from qatscale.schedule.build import build_timeline
-    from qatscale.train.resume import plan_resume
+    from qatscale.tracking.run_folder import RunFolder
+    from qatscale.train.resume import plan_resume, with_qat_rate
 
+    config = with_qat_rate(config, RunFolder(config.folder))
     start = plan_resume(config, build_timeline(config), branch_from)
     return {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
 

@@ -209,7 +209,8 @@ class QatConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the QAT phase; null = lr_ratio x optimizer.learning_rate."""
     lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak rate of the QAT phase over that of full precision, instead of qat.learning_rate; `auto` = 1."""
+    """Peak rate of the QAT phase over that of full precision, instead of qat.learning_rate; `auto` = 1 for `fused`
+    and `scratch`, and for `sequential` a measured rule: the shorter the phase, the lower its rate."""
     scale_lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Learning rate of the scales over that of the weights; `auto` = 1/Qp (a scale is a Qp-th of the largest
     weight), and 0.1 at 1 bit, where rows die at 1."""

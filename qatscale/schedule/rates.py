@@ -5,12 +5,19 @@ from __future__ import annotations
 from qatscale.config.schema import RunConfig, Scheme
 
 
-def qat_lr_ratio(scheme: Scheme, bits: float, fraction: float) -> float:  # noqa: ARG001 - what a rule may depend on
+def qat_lr_ratio(scheme: Scheme, bits: float, fraction: float) -> float:
     """Peak rate of the QAT phase over that of full precision, where the recipe says `qat.lr_ratio: auto`.
 
-    fraction: QAT's share of all tokens. The rule is 1, the published set-up: QAT at the full-precision rate.
+    `sequential`: a_B^(1 - f/0.7) up to f = 0.7 and 1 beyond, with a_B = 3/4 * 3^-min(B, 2): 1/4 at 1 bit, 1/12 from
+    2 bits on. Measured at 1, 2 and 4 bits with 86k and 199k parameters: 0.004 nats above the best of up to six rates on
+    average, 0.013 at most (analysis/studies/ladder-1to1000). `fused` continues at the stable rate: 1.
+
+    fraction: QAT's share f of all tokens.
     """
-    return 1.0
+    if scheme != "sequential":
+        return 1.0
+    shortest = 0.75 * 3 ** -min(bits, 2.0)
+    return float(f"{shortest ** max(1 - fraction / 0.7, 0.0):.3g}")
 
 
 def resolved_lr_ratio(config: RunConfig, fraction: float) -> float:

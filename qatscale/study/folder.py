@@ -166,6 +166,10 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
         write_atomic(folder.study_file, text.encode())
         write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
+    unasked = [name for name in sorted(begun & configs.keys())
+               if set(configs[name].evaluation.ptq_bits) - set(folder.config(name).evaluation.ptq_bits)]  # fmt: skip
+    if unasked:
+        notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {_listed(unasked)}")
     dropped = [name for name in old if name in begun and name not in kept]
     if dropped:
         notes.append(f"no longer in the study, their folders stay: {_listed(dropped)}")

@@ -32,6 +32,20 @@ MAY_CHANGE = (
 """Keys that a resume may change. None of them changes what is computed, except for the order of sums."""
 
 
+def with_qat_rate(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """`qat.lr_ratio: auto` as a number: the one that the folder's run began with, or that of the rule for a new run.
+
+    A run keeps its rate when a later version follows another rule.
+    """
+    if config.qat.scheme == "fp" or config.qat.lr_ratio != "auto" or config.qat.learning_rate is not None:
+        return config
+    if folder.run_file.exists():
+        ratio = folder.timeline.get("qat_lr_ratio", 1.0)  # the rule of versions that did not record it
+    else:
+        ratio = build_timeline(config).qat_lr_ratio
+    return config.model_copy(update={"qat": config.qat.model_copy(update={"lr_ratio": ratio})})
+
+
 def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None = None) -> ResumePlan | None:
     """Where the run that `config` describes begins; None if it is done.
 
@@ -75,7 +89,7 @@ def _check_output(output: Path) -> None:
 
 
 def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:
-    old = load_run_config(folder.path / "recipe.yaml")
+    old = with_qat_rate(load_run_config(folder.path / "recipe.yaml"), folder)
     notices: list[str] = []
     wrong: list[str] = []
     for difference in config_differences(old, config):
@@ -108,7 +122,7 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     checkpoint = find_checkpoint(branch_from)
     manifest = read_manifest(checkpoint)
     run = _run_of(checkpoint)
-    parent = load_run_config(run / "recipe.yaml")
+    parent = with_qat_rate(load_run_config(run / "recipe.yaml"), RunFolder(run))
     for key in ("model", "data.sequence_length", "batch.sequences"):
         for difference in config_differences(parent, config):
             if difference.key == key or difference.key.startswith(f"{key}."):

@@ -54,7 +54,7 @@ def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = T
             try:
                 checkpointer = AsyncCheckpointer(
                     log.folder.checkpoints,
-                    config,
+                    setup.config,
                     components,
                     watchdog,
                     recipe_hash=recipe_hash(log.folder.path / "recipe.yaml") if runtime.is_main else "",

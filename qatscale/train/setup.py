@@ -18,8 +18,9 @@ from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
+from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
-from qatscale.train.resume import check_data, plan_resume
+from qatscale.train.resume import check_data, plan_resume, with_qat_rate
 
 
 def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None:
@@ -27,6 +28,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
 
     UserError for whatever is wrong with the input. Every process finds it alone, before any waits for another.
     """
+    config = with_qat_rate(config, RunFolder(config.folder))
     timeline = build_timeline(config)
     ds_config = run_ds_config(config)
     resume = plan_resume(config, timeline, branch_from)

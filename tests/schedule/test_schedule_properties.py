@@ -69,7 +69,7 @@ def test_segments_partition_the_run_and_rates_stay_under_the_peak(config):
     owner = [segment for segment in timeline.segments for _ in range(segment.start, segment.end)]
     assert len(owner) == timeline.steps == config.steps
     first_quantized = timeline.steps if timeline.switch_step is None else timeline.switch_step
-    qat_peak = config.qat.learning_rate or config.optimizer.learning_rate
+    qat_peak = (timeline.qat_lr_ratio or 1) * config.optimizer.learning_rate * (1 + 1e-12)
     for step, segment in enumerate(owner):
         now = timeline.at(step)
         assert now.phase == segment.phase
@@ -138,7 +138,7 @@ def test_sequential_is_an_fp_run_and_a_scratch_run_one_after_the_other(config):
     rest = make_config(
         timeline.qat_steps,
         schedule=config.schedule.model_dump() | own,
-        qat={"scheme": "scratch", "learning_rate": config.qat.learning_rate},
+        qat={"scheme": "scratch", "lr_ratio": timeline.qat_lr_ratio},
     )
     second = build_timeline(rest)
     assert [timeline.at(switch + step) for step in range(second.steps)] == [second.at(i) for i in range(second.steps)]

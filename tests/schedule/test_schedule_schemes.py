@@ -9,6 +9,7 @@ from schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.schedule.build import build_timeline
+from qatscale.schedule.rates import qat_lr_ratio
 
 LINEAR = {"warmup_fraction": 0.1, "cooldown_fraction": 0.2, "shape": "linear"}
 
@@ -72,10 +73,29 @@ def test_the_qat_rate_as_a_ratio(scheme):
         build_timeline(make_config(qat=own | rate))
         for rate in ({"lr_ratio": 0.25}, {"learning_rate": 2.5e-4}, {"lr_ratio": "auto"}, {})
     ]
-    assert [max(rates(timeline)[timeline.switch_step :]) for timeline in timelines] == [2.5e-4, 2.5e-4, 1e-3, 1e-3]
-    assert [timeline.qat_lr_ratio for timeline in timelines] == [0.25, 0.25, 1, 1]
+    auto = float(f"{12 ** -(1 - 0.5 / 0.7):.3g}") if scheme == "sequential" else 1.0
+    assert [timeline.qat_lr_ratio for timeline in timelines] == [0.25, 0.25, auto, auto]
+    peaks = [max(rates(timeline)[timeline.switch_step :]) for timeline in timelines]
+    assert peaks == pytest.approx([2.5e-4, 2.5e-4, auto * 1e-3, auto * 1e-3], rel=1e-12)
     assert timelines[0].segments == timelines[1].segments
     assert timelines[0].to_dict()["qat_lr_ratio"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("bits", "fraction", "ratio"),
+    [
+        (1, 0.35, 0.5),
+        (1, 0.7, 1),
+        (1, 0.9, 1),
+        (2, 0.35, 12**-0.5),
+        (4, 0.35, 12**-0.5),
+        (1.58, 0.35, 0.75**0.5 * 3**-0.79),
+    ],
+)
+def test_the_measured_rule(bits, fraction, ratio):
+    """a_B^(1 - f/0.7), by hand: half of the way to 0.7 is the root of a_B."""
+    assert qat_lr_ratio("sequential", bits, fraction) == pytest.approx(ratio, rel=2e-3)
+    assert qat_lr_ratio("fused", bits, fraction) == qat_lr_ratio("scratch", bits, 1.0) == 1
 
 
 def test_auto_follows_the_rule(monkeypatch):
@@ -106,9 +126,9 @@ def test_sequential_is_two_schedules():
 
 
 def test_sequential_defaults():
-    timeline = build_timeline(make_config(steps=1000, qat={"scheme": "sequential", "fraction": 0.5}))
+    timeline = build_timeline(make_config(steps=1000, qat={"scheme": "sequential", "fraction": 0.5, "lr_ratio": 1}))
     assert [end - start for _, start, end, _ in phases(timeline)] == [5, 395, 100, 10, 390, 100]
-    assert timeline.at(999).learning_rate == timeline.at(499).learning_rate, "null = optimizer.learning_rate"
+    assert timeline.at(999).learning_rate == timeline.at(499).learning_rate, "1 = optimizer.learning_rate"
 
 
 def test_sequential_lengths_in_tokens_hold_for_both_phases_as_given():

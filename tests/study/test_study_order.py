@@ -110,6 +110,17 @@ def test_a_study_that_grows_branches_where_checkpoints_are_left() -> None:
     assert (late.parent, late.start) == ("longer", 80), "the new run passes a later fork than the checkpoint"
 
 
+def test_no_run_branches_from_one_at_a_step_before_that_begins() -> None:
+    """A new run that itself branches from an offer has no checkpoints before its own start."""
+    trunk = route("trunk", ("s", 80), ("cool", 100))
+    first = route("first", ("s", 80), ("slow", 100))
+    second = route("second", ("s", 60), ("end", 100))
+    for steps, start in (((80,), 0), ((50, 80), 50), ((60, 80), 60)):
+        tree = cheapest_tree([first, second], [Offer(trunk, steps)])
+        assert [(job.parent, job.start) for job in tree.jobs] == [("trunk", 80), ("trunk" if start else None, start)]
+        assert tree.kept == {"first": (), "second": ()}
+
+
 def test_a_slot_says_when_its_checkpoint_exists() -> None:
     job = Job(route("r", ("s", 10)), "parent", 4)
     assert Slot(job, begin=100.0, end=106.0).reaches(7) == 103.0

@@ -164,6 +164,9 @@ def test_a_study_that_grows_keeps_what_is_done(tiny: Path, prepared: Path, tmp_p
     assert len(after) == len(before) + 4
     assert all(after[name].final == before[name].final for name in before)
     assert all(len(Claims(folder / "claims").history(name)) == 1 for name in after)
+    notes = lay_out(studies.write_study(file, prepared, bits="[1, 2, 4]"), StudyFolder(folder))
+    assert any("no PTQ at the new ones" in note and "-fp" in note for note in notes)
+    assert sum("1bit" in name for name in StudyFolder(folder).jobs) >= 2, "another bit width is a larger study"
     lay_out(studies.write_study(file, prepared, bits="[2]", fractions="[0.5]"), StudyFolder(folder))
     left = StudyFolder(folder).jobs
     assert {name for name in left if "f0.5" in name} == {name for name in after if "2bit-f0.5" in name}

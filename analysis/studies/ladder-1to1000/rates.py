@@ -1,11 +1,12 @@
-"""Which peak rate the QAT phase wants, by its share of the tokens: tables and rules from the study's results.
+"""Which peak rate the QAT phase wants, by its share of the tokens: tables and rules from the rate study's results.
 
-    python analysis/studies/ladder-1to1000/rates.py analysis/studies/ladder-1to1000/results.csv > rates.md
+    python analysis/studies/ladder-1to1000/rates.py analysis/studies/ladder-1to1000/rates.csv
 
-A cell is one model size, token count, bit width and QAT fraction; its runs differ in `qat.lr_ratio` alone, the rate of
-the QAT phase over that of full precision. Within a cell the loss is read as a parabola in log2(ratio), fitted to the
-best measured ratio and its neighbours. A rule is judged by its regret: the loss at the rule's ratio above the lowest
-of the cell. Intervals are percentiles over cells drawn with replacement.
+A cell is one model size, token count, bit width and QAT fraction f; its runs differ in `qat.lr_ratio` alone, the peak
+rate of the QAT phase over that of full precision. Within a cell the loss is read as a parabola in log2(ratio) through
+the best measured ratio and its neighbours. A rule is judged by its regret: the loss at the rule's ratio above the
+lowest of the cell. The rules compared are constants and a^(1 - f/t) up to f = t, 1 beyond. Intervals are percentiles
+over cells drawn with replacement.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from numpy.typing import NDArray
 from qatlaw.names import VAL_LOSS
 from qatlaw.results import read_results
 from qatlaw.runs import RunRecord
+from qatscale.schedule.rates import qat_lr_ratio
 
-POWERS = np.arange(0, 1.51, 0.05)
-FACTORS = 2.0 ** np.arange(-4, 3.01, 0.1)
-DRAWS = 500
+SHORTEST = np.geomspace(0.04, 0.4, 24)
+"""a: the ratio of a phase of no length."""
+FULL_RATE_FROM = np.arange(0.5, 0.91, 0.05)
+"""t: the fraction from which on the ratio is 1."""
+DRAWS = 1000
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,36 +38,33 @@ class Cell:
     D: float
     B: float
     f: float
-    ratios: NDArray[np.float64]
+    ratios: Floats
     """Rising."""
-    losses: NDArray[np.float64]
+    losses: Floats
 
-    def loss(self, ratio: float) -> float:
-        """Parabola in log2(ratio) through the best measured ratio and its neighbours, to half and double their span."""
+    def loss(self, ratio: Floats) -> Floats:
         x, y = np.log2(self.ratios), self.losses
         at = int(np.clip(np.argmin(y), 1, len(y) - 2))
         parabola = np.polyfit(x[at - 1 : at + 2], y[at - 1 : at + 2], 2)
-        wanted = np.log2(ratio)
-        if x[at - 1] <= wanted <= x[at + 1] and parabola[0] > 0:
-            return float(np.polyval(parabola, wanted))
-        return float(np.interp(wanted, x, y))
+        wanted = np.log2(np.clip(ratio, self.ratios[0], self.ratios[-1]))
+        inside = (x[at - 1] <= wanted) & (wanted <= x[at + 1]) & (parabola[0] > 0)
+        return np.where(inside, np.polyval(parabola, wanted), np.interp(wanted, x, y))
 
     @property
-    def lowest(self) -> float:
-        return min(self.loss(ratio) for ratio in np.geomspace(self.ratios[0], self.ratios[-1], 60))
+    def fine(self) -> Floats:
+        return np.geomspace(self.ratios[0], self.ratios[-1], 60)
 
     @property
     def best(self) -> float:
-        """Ratio of the lowest loss; at an end of the measured ones where it falls towards it."""
-        ratios = np.geomspace(self.ratios[0], self.ratios[-1], 60)
-        return float(ratios[np.argmin([self.loss(ratio) for ratio in ratios])])
+        """Ratio of the lowest loss; at an end of the measured ones where the loss falls towards it."""
+        return float(self.fine[np.argmin(self.loss(self.fine))])
 
-    def regret(self, ratio: float) -> float:
-        return max(self.loss(float(np.clip(ratio, self.ratios[0], self.ratios[-1]))) - self.lowest, 0.0)
+    def regret(self, ratio: Floats) -> Floats:
+        return np.maximum(self.loss(ratio) - self.loss(self.fine).min(), 0.0)
 
 
 def cells_of(records: list[RunRecord], scheme: str) -> list[Cell]:
-    """Of seed 0, with Adam's moments kept and the default re-warm-up."""
+    """The cells of seed 0 with Adam's moments kept and the default re-warm-up, and at least three ratios."""
     found: dict[tuple[float, ...], dict[float, float]] = {}
     for record in records:
         recipe, final = record.recipe, record.final
@@ -71,36 +74,23 @@ def cells_of(records: list[RunRecord], scheme: str) -> list[Cell]:
             continue
         key = (final["n_params"], final["tokens_total"], final["bits"], float(recipe["qat.fraction"]))
         found.setdefault(key, {})[float(recipe["qat.lr_ratio"])] = final[VAL_LOSS]
-    cells = []
-    for key, losses in sorted(found.items()):
-        if len(losses) >= 3:
-            ratios = sorted(losses)
-            cells.append(Cell(*key, np.array(ratios), np.array([losses[ratio] for ratio in ratios])))
-    return cells
-
-
-def power_rule(cells: list[Cell]) -> tuple[float, float, float]:
-    """(c, p, mean regret) of ratio = min(1, c f^p) with the least mean regret."""
-    scores = [
-        (np.mean([cell.regret(min(1.0, c * cell.f**p)) for cell in cells]), c, p) for p in POWERS for c in FACTORS
+    return [
+        Cell(*key, np.array(sorted(losses)), np.array([losses[ratio] for ratio in sorted(losses)]))
+        for key, losses in sorted(found.items())
+        if len(losses) >= 3
     ]
-    regret, c, p = min(scores)
-    return float(c), float(p), float(regret)
 
 
-def described(cells: list[Cell], c: float, p: float) -> str:
-    regrets = np.array([cell.regret(min(1.0, c * cell.f**p)) for cell in cells])
-    return f"{regrets.mean():.4f} | {regrets.max():.4f}"
+def regrets_of_rules(cells: list[Cell]) -> Floats:
+    """[cells, a, t]."""
+    return np.array([
+        cell.regret(SHORTEST[:, None] ** np.maximum(1 - cell.f / FULL_RATE_FROM, 0.0)) for cell in cells
+    ])  # fmt: skip
 
 
-def interval(cells: list[Cell]) -> str:
-    """Of c and p: 95 % over cells drawn with replacement. Regrets are computed once."""
-    rules = [(c, p) for p in POWERS for c in FACTORS]
-    regrets = np.array([[cell.regret(min(1.0, c * cell.f**p)) for c, p in rules] for cell in cells])
-    rng = np.random.default_rng(0)
-    drawn = [rules[int(np.argmin(regrets[rng.integers(0, len(cells), len(cells))].mean(0)))] for _ in range(DRAWS)]
-    low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
-    return f"c {low[0]:.2f} to {high[0]:.2f}, p {low[1]:.2f} to {high[1]:.2f}"
+def best_rule(regrets: Floats) -> tuple[float, float]:
+    a, t = np.unravel_index(np.argmin(regrets.mean(0)), regrets.shape[1:])
+    return float(SHORTEST[a]), float(FULL_RATE_FROM[t])
 
 
 def print_cells(cells: list[Cell]) -> None:
@@ -117,22 +107,30 @@ def print_cells(cells: list[Cell]) -> None:
 
 
 def print_rules(cells: list[Cell]) -> None:
-    print("\n| cells | rule | mean regret | largest |\n|---|---|---|---|")
-    for name, some in [("all", cells), *((f"{B:g} bits", [c for c in cells if c.B == B])
-                                         for B in sorted({cell.B for cell in cells}))]:  # fmt: skip
-        for constant in (1.0, 0.5, 0.25, 0.125):
-            print(f"| {name} | {constant:g} | {described(some, constant, 0.0)} |")
-        c, p, _ = power_rule(some)
-        print(f"| {name} | min(1, {c:.2f} f^{p:.2f}) ({interval(some)}) | {described(some, c, p)} |")
+    print("\n| bits | cells | rule | mean regret | largest |\n|---|---|---|---|---|")
+    for B in sorted({cell.B for cell in cells}):
+        some = [cell for cell in cells if cell.B == B]
+        rows = {f"{ratio:g}": [cell.regret(np.array(ratio)) for cell in some] for ratio in (1, 0.5, 0.25, 0.125)}
+        regrets = regrets_of_rules(some)
+        a, t = best_rule(regrets)
+        rng = np.random.default_rng(0)
+        drawn = [best_rule(regrets[rng.integers(0, len(some), len(some))]) for _ in range(DRAWS)]
+        (a_low, t_low), (a_high, t_high) = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
+        at = np.argmin(abs(SHORTEST - a)), np.argmin(abs(FULL_RATE_FROM - t))
+        spans = f"a {a_low:.2f} to {a_high:.2f}, t {t_low:.2f} to {t_high:.2f}"
+        rows[f"{a:.2f}^(1 - f/{t:.2f}); {spans}"] = list(regrets[:, *at])
+        rows["the recipes' default"] = [cell.regret(np.array(qat_lr_ratio("sequential", B, cell.f))) for cell in some]
+        for rule, found in rows.items():
+            print(f"| {B:g} | {len(some)} | {rule} | {np.mean(found):.4f} | {np.max(found):.4f} |")
 
 
 def main() -> None:
     records = read_results(Path(sys.argv[1]))
     for scheme in ("sequential", "fused"):
+        print(f"\n## {scheme}: loss by the ratio of the QAT phase's rate to that of full precision\n")
         cells = cells_of(records, scheme)
-        if cells:
-            print(f"\n## {scheme}: loss by the ratio of the QAT phase's rate to that of full precision\n")
-            print_cells(cells)
+        print_cells(cells)
+        if scheme == "sequential":
             print_rules(cells)
 
 
