@@ -41,7 +41,7 @@ class _Watch:
         hidden = console is None or not console.is_terminal
         left = (TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(*columns, *left, console=self._console, transient=True, disable=hidden)
-        self._task = self.bar.add_task("")
+        self._task = self.bar.add_task("", total=None)
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -49,7 +49,8 @@ class _Watch:
     def update(self, documents: int, tokens: int, fraction: float | None) -> None:
         """Totals so far; `fraction` of the sources read, None = unknown."""
         text = f"{documents:,} documents  {tokens:,} tokens"
-        self.bar.update(self._task, description=text, total=fraction and 1.0, completed=fraction or 0.0)
+        total = None if fraction is None else 1.0
+        self.bar.update(self._task, description=text, total=total, completed=fraction or 0.0)
 
 
 def prepare(

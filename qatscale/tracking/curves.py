@@ -222,7 +222,7 @@ def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], style
         colour = styles[curve.folder.path]
         marker, face = ("s", "white") if view.startswith("ptq") else ("o", colour)
         axes.plot(loss, row, **_mark(marker, face, colour))
-        place = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+        place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{loss:.3f}", (loss, row), **place, fontsize=8, color=INK)
     axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results])
     axes.set_ylim(max(len(results), 1) - 0.5, -0.5)

@@ -18,7 +18,7 @@ from typing import Any
 
 from qatscale.files import HeldError, encode, locked
 from qatscale.tracking.averages import Averages
-from qatscale.tracking.records import Record, Tail
+from qatscale.tracking.records import Record, Tail, live
 from qatscale.tracking.run_folder import RunFolder, Status
 from qatscale.tracking.store import Cursor, artifact_location, database, quiet_mlflow, resolve_uri
 
@@ -94,7 +94,7 @@ class Uploader:
         parent = folder.run["parent"]
         self._averages = Averages(self.recipe["log_interval"], parent["step"] if parent else 0)
         self._sent: set[Any] = set()
-        """(key, step, value) of each uploaded point."""
+        """(key, step, value) of uploaded points."""
         file = database(uri)
         if file is None:
             self.client = MlflowClient(uri)
@@ -139,7 +139,7 @@ class Uploader:
             mlflow_run = found[0] if found else self.client.create_run(experiment_id, created, tags, run["name"])
             self.cursor.run_id = mlflow_run.info.run_id
             self.cursor.save(self.folder)
-        for record in self._uploaded():
+        for record in live(self._uploaded()):  # a superseded one may never have been sent
             self._sent.update(map(_IDENTITY, self._points(record)))
         self._connected = True
 
@@ -198,8 +198,9 @@ class Uploader:
             fresh: list[Any] = []
             parameters: dict[str, str] = {}
             tags: dict[str, str] = {}
-            switches = [record for record in chunk if record["event"] == "switch"]
-            for record in chunk:
+            new = live(chunk)
+            switches = [record for record in new if record["event"] == "switch"]
+            for record in new:
                 for point in self._points(record):
                     # a resumed run repeats its steps exactly, and the same value at the same step is not a second point
                     if (identity := _IDENTITY(point)) not in self._sent:
