@@ -241,5 +241,6 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _readable(file: Path) -> Path:
     if not data_extension(file):
-        raise UserError("source", str(file), f"files like {file.name!r} are not read.", _KINDS)
+        ending = "".join(file.suffixes[-2:]) if file.suffix.lower() in COMPRESSIONS else file.suffix
+        raise UserError("source", str(file), f"files of kind {ending or 'no ending'!r} are not read.", _KINDS)
     return file

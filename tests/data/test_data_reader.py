@@ -124,7 +124,7 @@ def test_too_little_data() -> None:
     with pytest.raises(UserError, match="holds 2 sequences of 10") as caught:
         BatchReader(counting(21), 10, 3, 0)
     assert caught.value.key == "batch.sequences"
-    with pytest.raises(UserError, match="does not divide among 4"):
+    with pytest.raises(UserError, match="cannot be divided among 4"):
         BatchReader(counting(100), 10, 6, 0).batch(0, 0, 4)
 
 

@@ -167,6 +167,19 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(make_run: MakeRun, sqlite:
     assert history(sqlite, run_id, "train/loss") == written(folder, "loss")
 
 
+def test_points_that_a_resume_superseded_before_they_were_sent_arrive_when_they_come_again(
+    make_run: MakeRun, sqlite: str
+) -> None:
+    folder = make_run(steps=100)
+    folder.append("start", step=0)
+    log_metrics(folder, 0, 60)
+    folder.append("resume", step=40)
+    track_sync(folder, sqlite)  # steps 50 and 60 are superseded, and not sent
+    log_metrics(folder, 40, 100)
+    run_id = track_sync(folder)  # as another process
+    assert history(sqlite, run_id, "train/loss") == written(folder, "loss")
+
+
 def test_a_resumed_run_that_differs_shows_both_points(make_run: MakeRun, sqlite: str) -> None:
     """MLflow takes no point back. The records do: they say what the run is."""
     folder = make_run(steps=100)
