@@ -1,4 +1,4 @@
-"""`qatscale …`: a thin door. A command imports what it needs when it runs, so that --help and plan answer at once."""
+"""The commands of `qatscale`. Each imports what it needs when it runs, so that --help and plan answer at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LATER = 5.0
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line. A wrong input is told in one message and exits with 2.
+    """Run a command line. A wrong input is reported in one message, and the process exits with 2.
 
-    In a job of many processes the first one tells it. The others wait a moment before they do: the launcher ends them
-    when the first one leaves, and what only one of them has met is told all the same.
+    In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
+    first one leaves, and an error of one of them alone is still reported.
     """
     from qatscale.cli.app import app
 

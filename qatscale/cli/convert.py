@@ -1,27 +1,47 @@
-"""Convert from the command line and say what to do with the result."""
+"""`qatscale convert`: between checkpoints, DeepSpeed's universal layout and Hugging Face."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from qatscale.config.amounts import format_amount
+import typer
+
+from qatscale.cli.terminal import Overrides
 
 
-def run_convert(
-    source: str, to: str, out: Path, recipe: str | None, overrides: Sequence[str], trained_tokens: str | None
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder; a universal checkpoint; a Hugging Face folder.")
+    ],
+    overrides: Overrides = None,
+    *,
+    to: Annotated[str, typer.Option(help="checkpoint (a run's folder to branch from), universal or hf.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="From elsewhere to a checkpoint: the recipe of the new run's folder.")
+    ] = None,
+    trained_tokens: Annotated[
+        str | None, typer.Option(help="From Hugging Face: tokens that the model has seen: 90B. [default: count from 0]")
+    ] = None,
 ) -> None:
-    from qatscale.config.amounts import positive_amount
-    from qatscale.tracking.convert import convert
+    """Convert a training checkpoint, DeepSpeed's universal layout or a Hugging Face folder to another of the three.
+
+    DeepSpeed reads the universal layout under ZeRO-1 and 2, with `"checkpoint": {"load_universal": true}`. Under ZeRO-3
+    it would give every parameter group the settings of the first without a warning. The folder lacks what DeepSpeed
+    needs for that, so it stops instead. Checkpoints of qatscale resume under any layout without conversion.
+    """
+    from qatscale.config.amounts import format_amount, positive_amount
+    from qatscale.tracking.convert import convert as convert_to
 
     seen = None if trained_tokens is None else positive_amount("--trained-tokens", trained_tokens)
-    state = convert(source, to, out, recipe, overrides, seen)
+    state = convert_to(source, to, out, recipe, overrides or [], seen)
     tokens = format_amount(state.step * state.config.tokens_per_step)
     print(f"{out}: {state.source}, {sum(map(math.prod, state.shapes.values())):,} parameters with their scales")
     match to:
         case "checkpoint":
-            print(f"at step {state.step:,}, {tokens} tokens; go on with: qatscale branch {out} name=NAME KEY=VALUE…")
+            print(f"at step {state.step:,}, {tokens} tokens; continue with: qatscale branch {out} name=NAME KEY=VALUE…")
         case "universal":
             print('DeepSpeed reads it under ZeRO-1 and 2: "checkpoint": {"load_universal": true} in the ds_config and')
             print(f"engine.load_checkpoint({str(out)!r}); under ZeRO-3 it stops, see convert --help")

@@ -1,14 +1,14 @@
-"""Export from the command line: what is exported, in which format, and what its clients compute from it."""
+"""`qatscale export`: write a model in a format of its clients, and print its sizes and their verification."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qatscale.cli.terminal import check_bits, console, plain_table
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.export.formats import FORMATS
 
@@ -24,31 +24,32 @@ def export(
         typer.Option(help="Quantize a full-precision checkpoint to this many bits now, after training."),
     ] = None,
     fallback: Annotated[
-        bool, typer.Option(help="Store a tensor that the format's type cannot hold in the next type that can.")
+        bool,
+        typer.Option("--fallback", help="Store a tensor that the format's type cannot hold in the next type that can."),
     ] = False,
     q1_0: Annotated[
         bool,
         typer.Option("--q1-0", help="With gguf: 1 bit as Q1_0, half the size; read by llama.cpp, not by transformers."),
     ] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder of the tokenizer, or none. [default: that of the run's prepared data]")
+        str | None, typer.Option(help="Folder of the tokenizer, or none. [default: from the run's prepared data]")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of the run's own.")] = None,
-    unfinished: Annotated[bool, typer.Option(help="Accept a checkpoint from before the run's end.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Accept a checkpoint from before the run's end.")
+    ] = False,
     tokens: Annotated[
         str | None, typer.Option(help="Held-out tokens to verify on: 1M. [default: the recipe's, at most 64K]")
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Load the export in its clients and compare with the trained model.")
+        bool, typer.Option(help="Skip the comparison of the export, loaded in its clients, with the trained model.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
 ) -> None:
-    """Write a model for the programs that run it, with the weights that the trained forward pass computed with.
+    """Write a model for the programs that run it, with the weights of the trained forward pass.
 
-    The clients that are installed then load it. Weights, logits and validation loss are compared with the trained
-    model's, and a difference beyond a stated bound removes the export.
+    The installed clients then load it. Their weights, logits and validation loss are compared with the trained model's.
+    A difference beyond a stated bound removes the export.
     """
-    from qatscale.cli.show import check_bits
     from qatscale.config.amounts import positive_amount
     from qatscale.export.export import VerificationError
     from qatscale.export.export import export as export_to
@@ -69,14 +70,10 @@ def export(
     except OSError as error:
         print(f"error: nothing was exported to {out}: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    if as_json:
-        print(json.dumps(described, indent=1))
-    else:
-        _print(described, out)
+    _print(described, out)
 
 
 def _print(described: dict[str, Any], out: Path) -> None:
-    from qatscale.cli.terminal import console, plain_table
     from qatscale.config.amounts import format_amount
 
     size, checkpoint, tokens = described["size"], described["checkpoint"], described["tokens"]
@@ -103,7 +100,6 @@ def _print(described: dict[str, Any], out: Path) -> None:
 
 
 def _print_verification(verification: dict[str, Any] | None) -> None:
-    from qatscale.cli.terminal import console, plain_table
     from qatscale.export.clients import install_line
 
     if verification is None:

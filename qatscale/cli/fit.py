@@ -14,6 +14,7 @@ import typer
 
 from qatlaw.errors import InputError
 from qatlaw.planner_law import law_names
+from qatscale.cli.terminal import Json, console, plain_table
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,12 +40,15 @@ Uri = Annotated[
     str | None, typer.Option(help="MLflow store of --experiment. [default: MLFLOW_TRACKING_URI, or ./mlflow.db]")
 ]
 Form = Annotated[
-    str, typer.Option(help="qat_unified: one law for all bit widths. qat_per_bits: one each. Or a rival law by name.")
+    str,
+    typer.Option(help="qat_unified: one law for all bit widths; qat_per_bits: one for each; or a rival law by name."),
 ]
-Scheme = Annotated[str | None, typer.Option(help="sequential or fused, where there are runs of both.")]
-Resamples = Annotated[int, typer.Option(help="Of the bootstrap behind the intervals; 0 = no intervals.")]
-Compare = Annotated[bool, typer.Option(help="Also fit the rival laws, and judge all by runs they were not fitted on.")]
-Workers = Annotated[int, typer.Option(help="Processes.")]
+Scheme = Annotated[str | None, typer.Option(help="sequential or fused, if the runs have both.")]
+Resamples = Annotated[int, typer.Option(help="Resamples of the bootstrap behind the intervals; 0: no intervals.")]
+Compare = Annotated[
+    bool, typer.Option(help="Leave out the rival laws, which are judged by runs that no law was fitted on.")
+]
+Workers = Annotated[int, typer.Option(help="Processes that fit resamples.")]
 
 
 def fit(
@@ -54,34 +58,27 @@ def fit(
     uri: Uri = None,
     form: Form = "qat_unified",
     scheme: Scheme = None,
-    out: Annotated[Path, typer.Option(help="Where the law is written; qat_per_bits: one file a width.")] = Path(
+    out: Annotated[Path, typer.Option(help="File for the law; with qat_per_bits a file per bit width.")] = Path(
         "fit.json"
     ),
     resamples: Resamples = 200,
     compare: Compare = True,
-    delta: Annotated[
-        float | None, typer.Option(help="Log loss from which on a residual counts linearly. [default: from the noise]")
-    ] = None,
-    fp_weight: Annotated[float, typer.Option(help="How often a full-precision run counts.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the cold starts and the bootstrap.")] = 0,
-    starts: Annotated[int, typer.Option(help="Cold starts at most; it ends when three agree.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the cold starts and of the bootstrap.")] = 0,
     workers: Workers = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Fit the loss law to finished runs: coefficients with intervals, quality, rival laws; writes fit.json."""
+    """Fit the loss law to finished runs; print coefficients with intervals, quality and rival laws; write fit.json."""
     from qatlaw.summary import form_named, rivals, scheme_of, summarise, write_files
 
     chosen = form_named(form)
     collected, where = collect_runs(experiment, table, runs, uri)
     kind = scheme_of(collected.table, scheme)
-    shared: dict[str, Any] = {"delta": delta, "fp_weight": fp_weight, "starts": starts}
-    shared |= {"seed": seed, "workers": workers}
     with _working("fitting"):
-        summaries = summarise(chosen, collected.table, kind, resamples=resamples, **shared)
+        summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed, workers=workers)
     compared = []
     if compare:
         with _working("fitting the rival laws without the largest models and the longest runs"):
-            compared = rivals(collected.table, kind, **shared)
+            compared = rivals(collected.table, kind, seed=seed, workers=workers)
     paths = write_files(summaries, out)
     logged = [_log(where, summary, path) for summary, path in zip(summaries, paths, strict=True)] if where else []
     if as_json:
@@ -113,10 +110,10 @@ def report(
     compare: Compare = True,
     workers: Workers = 1,
 ) -> None:
-    """One HTML page of what the runs say: the law, its figures, what was left out. Nothing is loaded from elsewhere."""
+    """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
     from qatlaw.figures import Evidence
     from qatlaw.report import Report, write_report
-    from qatlaw.summary import form_named, rivals, scheme_of
+    from qatlaw.summary import form_named, rivals, scheme_of, summarise
 
     chosen = form_named(form)
     collected, _ = collect_runs(experiment, table, runs, uri)
@@ -125,8 +122,6 @@ def report(
     if law is not None:
         laws = _given_law(law, scheme_of(collected.table, scheme, either=True))
     else:
-        from qatlaw.summary import summarise
-
         try:
             kind = scheme_of(collected.table, scheme, either=True)
             with _working("fitting"):
@@ -140,12 +135,12 @@ def report(
         with _working("fitting the rival laws without the largest models and the longest runs"):
             compared = rivals(collected.table, summaries[0].scheme, workers=workers)
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    whole = Report(
+    content = Report(
         Evidence(collected.table, laws), created, summaries, compared, collected.left_out, collected.notices, no_law
     )
     with _working("drawing"):
-        page = write_report(whole, out)
-    for one in whole.drawn:
+        page = write_report(content, out)
+    for one in content.drawn:
         print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")
     if no_law:
         print(f"no loss law: {no_law}")
@@ -158,12 +153,12 @@ def report(
 def collect_runs(
     experiment: str | None, table: Path | None, runs: Path | None, uri: str | None
 ) -> tuple[Collected, tuple[str, str] | None]:
-    """The runs, and (URI, experiment) where they come from MLflow."""
+    """The runs, and (URI, experiment) if they come from MLflow."""
     given = {"--experiment": experiment, "--table": table, "--runs": runs}
     named = [option for option, value in given.items() if value is not None]
     if len(named) != 1:
-        told = f"{' and '.join(named)} are given." if named else "nothing says where the runs are."
-        raise UserError("source", None, told, f"Give one of {', '.join(given)}.")
+        problem = f"{' and '.join(named)} are given." if named else "no source of runs is given."
+        raise UserError("source", None, problem, f"Give one of {', '.join(given)}.")
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
     from qatlaw.results import holds_results, read_results
@@ -189,9 +184,9 @@ def collect_runs(
 
 
 def folder_records(output: Path) -> list[RunRecord]:
-    """The runs of a folder of run folders, as MLflow would tell them. UserError where it holds none."""
-    from qatscale.study.results import run_record
+    """The runs of a folder of run folders, as MLflow records them. UserError if it holds none."""
     from qatscale.tracking.compare import run_folders
+    from qatscale.tracking.run_record import run_record
 
     folders = run_folders(output)
     if not folders:
@@ -216,7 +211,6 @@ def _laws_of(summaries: list[Summary]) -> Laws | None:
     first = summaries[0]
     if not first.result.law.form.has_fraction:
         return None
-    told = f"{first.result.law.form.name}, fitted on these runs"
     ranges = first.result.table.ranges
     widths = [one.bits for one in summaries if one.bits is not None]
     if widths:
@@ -224,7 +218,7 @@ def _laws_of(summaries: list[Summary]) -> Laws | None:
     return Laws(
         by_width={one.bits: one.result.law for one in summaries if one.bits is not None},
         unified=first.result.law if first.bits is None else None,
-        told=told,
+        told=f"{first.result.law.form.name}, fitted on these runs",
         ranges=ranges,
         scheme=first.scheme,
         demonstration=first.result.table.synthetic,
@@ -232,7 +226,7 @@ def _laws_of(summaries: list[Summary]) -> Laws | None:
 
 
 def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
-    """The MLflow run of the fit. What fails there costs no law: it is in its file."""
+    """The MLflow run of the fit; None, with a warning, where MLflow fails. The law is in its file in any case."""
     from qatlaw.mlflow_runs import log_fit
     from qatscale.tracking.mlflow_sync import shown
     from qatscale.tracking.store import quiet_mlflow
@@ -253,7 +247,6 @@ def _print_fit(
     collected: Collected, summaries: list[Summary], compared: list[Any], paths: list[Path], logged: list[str]
 ) -> None:
     from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows
-    from qatscale.cli.terminal import console
 
     out = console()
     _say_left_out(collected)
@@ -261,7 +254,7 @@ def _print_fit(
         result = summary.result
         title = f"{summary.label}: {len(result.table)} runs of {collected.table.source}, {summary.scheme}"
         _print_rows(title, coefficient_rows(summary), right=("value",))
-        _print_rows("How it meets its runs", quality_rows(summary))
+        _print_rows("How it fits its runs", quality_rows(summary))
         if summary.curves:
             _print_rows("Optimal fraction of every measured U-curve", curve_rows(summary))
         out.print(
@@ -277,12 +270,11 @@ def _print_fit(
                 out.print(f"{one.form.name}: {reason}", soft_wrap=True)
     for notice in collected.notices:
         out.print(f"warning: {notice}", style="yellow", soft_wrap=True)
-    told = f", logged to MLflow as run {', '.join(logged)}" if logged else ""
-    out.print(f"{', '.join(map(str, paths))}{told}; `qatscale plan --law {paths[0]}` plans by it", soft_wrap=True)
+    in_mlflow = f", logged to MLflow as run {', '.join(logged)}" if logged else ""
+    out.print(f"{', '.join(map(str, paths))}{in_mlflow}; `qatscale plan --law {paths[0]}` plans by it", soft_wrap=True)
 
 
 def _print_rows(title: str, rows: Rows, right: tuple[str, ...] | None = None) -> None:
-    from qatscale.cli.terminal import console, plain_table
 
     headers, *body = rows
     table = plain_table(*headers, right=headers[1:] if right is None else right, title=title)
@@ -302,7 +294,7 @@ def _say_left_out(collected: Collected) -> None:
 
 @contextmanager
 def _working(what: str) -> Iterator[None]:
-    """A line that says what takes so long, on a terminal only."""
+    """A status line on a terminal while something takes long."""
     from rich.console import Console
 
     with Console(stderr=True).status(what):

@@ -1,4 +1,4 @@
-"""The main job on text that is already here: corpus, tokenizer, shards, one trunk, three branches, a table.
+"""`qatscale quickstart`: corpus, tokenizer, shards, one trunk, three branches, a table.
 
 Every run has the same total tokens D. The trunk is trained once, at the stable rate; from it branch
 
@@ -14,23 +14,28 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 
 from qatscale.cli.terminal import console
-from qatscale.config import load_run_config
-from qatscale.config.amounts import format_amount
-from qatscale.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from qatscale.config.schema import RunConfig
 
 SCHEMES = ("fp", "sequential", "fused")
 CORPUS = "self:12M"
 VALIDATION_FRACTION = 0.05
 
 
-def run_quickstart(out: Path) -> None:
-    """Write everything into `out`. What is finished when an error is raised is reused next time."""
+def quickstart(
+    out: Annotated[Path, typer.Argument(help="Folder that everything is written into.")] = Path("outputs/quickstart"),
+) -> None:
+    """Train a trunk and three branches on text that is already on this machine, in minutes on two cores."""
     # On a model this small two threads are 1.3 times as fast as one, and a tenth as fast once something else runs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from qatscale.config.amounts import format_amount
     from qatscale.schedule.build import build_timeline
     from qatscale.study.trunk import branch_config, branch_step, train_or_reuse, trunk_config
 
@@ -54,6 +59,7 @@ def run_quickstart(out: Path) -> None:
 
 def prepare_corpus(folder: Path, progress: Console | None = None) -> Path:
     """The embedded corpus as token shards, made now or found."""
+    from qatscale.config import load_run_config
     from qatscale.data.prepare import prepare
 
     vocabulary = load_run_config("quickstart").model.vocab_size

@@ -12,10 +12,10 @@ import typer
 from qatlaw.planner_law import law_names
 from qatscale.cli import study_run
 from qatscale.cli.fit import Experiment, Runs, Table, Uri
+from qatscale.cli.terminal import Json, console, plain_table
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
-    from qatscale.study import Grid
     from qatscale.study.plan import Information, StudyPlan
 
 study = typer.Typer(help="Studies: grids of runs that share their trunks.", no_args_is_help=True)
@@ -26,7 +26,7 @@ study.command()(study_run.status)
 
 @study.command()
 def plan(
-    file: Annotated[Path, typer.Argument(help="A study: analysis/studies/small.yaml shows the format.")],
+    file: Annotated[Path, typer.Argument(help="A study file: analysis/guides/recipe-reference.md has the format.")],
     law: Annotated[
         str | None,
         typer.Option(
@@ -40,15 +40,15 @@ def plan(
     table: Table = None,
     runs: Runs = None,
     uri: Uri = None,
-    workers: Annotated[int, typer.Option(min=1, help="Workers, for the time and the disk it takes.")] = 1,
-    gpu: Annotated[str | None, typer.Option(help="Device of each worker, for the hours it takes: H200.")] = None,
-    mfu: Annotated[float | None, typer.Option(help="With --gpu: share of its peak that runs reach: 0.4.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Workers, for time and disk.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="GPU of each worker, for the hours: H200.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="With --gpu: share of its peak that training reaches: 0.4.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """The cheapest tree of runs that covers a study: which run branches where, its tokens, FLOPs, time and disk.
+    """Print the cheapest tree of runs that covers a study: where each run branches, its tokens, FLOPs, time and disk.
 
-    With --law also how certain the law's coefficients and the optimal fraction can become with these runs, beside the
-    runs that exist (--experiment, --table or --runs).
+    With --law it also prints how certain the law's coefficients and the optimal fraction can become with these runs
+    and those that exist (--experiment, --table or --runs).
     """
     from qatlaw.planner_law import load_law
     from qatscale.cli.fit import collect_runs
@@ -76,9 +76,9 @@ def plan(
 
 
 def _print_tree(plan: StudyPlan, speed: float | None) -> None:
+    from rich.filesize import decimal
     from rich.tree import Tree as Branches
 
-    from qatscale.cli.terminal import console, plain_table
     from qatscale.config.amounts import format_amount
     from qatscale.train.console import format_duration
 
@@ -108,30 +108,26 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
         soft_wrap=True,
     )
     out.print(
-        f"disk: checkpoints take {_bytes(cost.disk)} at the fullest moment and {_bytes(cost.disk_at_end)} at the end, "
-        "when one a run is left",
+        f"disk: checkpoints take {decimal(cost.disk)} at the fullest moment and {decimal(cost.disk_at_end)} at the "
+        "end, when one per run is left",
         soft_wrap=True,
     )
-    for line in _left_out_lines(plan.grid):
-        out.print(line, soft_wrap=True)
+    if left_out := plan.grid.left_out:
+        first = ", ".join(name for name, _ in left_out[:4]) + (", …" if len(left_out) > 4 else "")
+        why = f"whose schedule does not fit ({first}). The first: {left_out[0][1]}"
+        out.print(f"left out: {len(left_out)} runs {why}", soft_wrap=True)
     for warning in plan.grid.warnings:
         out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-
-
-def _bytes(count: int) -> str:
-    from qatscale.config.amounts import format_amount
-
-    return f"{format_amount(count).replace('K', ' k').replace('M', ' M').replace('B', ' G').replace('T', ' T')}B"
 
 
 def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
     """FLOPs a second of a worker; None where --gpu and --mfu are not given."""
     from qatscale.config.sizes import device_names, peak_flops
 
-    if (gpu is None) != (mfu is None):
-        raise UserError("--gpu" if gpu is None else "--mfu", None, "missing.", "Give both, or neither.")
-    if gpu is None or mfu is None:
+    if gpu is None and mfu is None:
         return None
+    if gpu is None or mfu is None:
+        raise UserError("--gpu" if gpu is None else "--mfu", None, "missing.", "Give both, or neither.")
     if not 0 < mfu <= 1:
         raise UserError("--mfu", mfu, "must be a share of the device's peak, above 0 and at most 1: 0.4.")
     peak = peak_flops(gpu)
@@ -140,20 +136,11 @@ def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
     return peak * mfu
 
 
-def _left_out_lines(grid: Grid) -> list[str]:
-    if not grid.left_out:
-        return []
-    names = [name for name, _ in grid.left_out]
-    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-    return [f"left out: {len(names)} runs whose schedule does not fit ({shown}). The first: {grid.left_out[0][1]}"]
-
-
 def _print_information(information: Information) -> None:
     from statistics import median
 
     from qatlaw.figures.style import bits_label
     from qatlaw.information import error_text
-    from qatscale.cli.terminal import console, plain_table
 
     out, law = console(), information.law
     for scheme, (before, after) in information.certainties.items():
@@ -172,10 +159,10 @@ def _print_information(information: Information) -> None:
             table.add_row(f"optimal fraction at {bits_label(bits)} (median)", *texts)
         out.print(table)
     out.print(
-        "Standard errors, of coefficients in per cent. They come from the Fisher information of the runs, "
-        "(1/s²) Σ g gᵀ with g = d ln L / dθ, inverted (Cramér–Rao); for the fraction by the delta method. Each scheme "
-        "counts with the full-precision runs, as it is fitted. An error above 30 % leaves a coefficient not "
-        "determined. QAT from scratch and PTQ tell nothing under a law that describes neither. Noise that branches "
-        "share with their trunk is not counted.",
+        "Standard errors, of coefficients in per cent: the inverted Fisher information of the runs, (1/s²) Σ g gᵀ with "
+        "g = d ln L / dθ (Cramér–Rao), and the delta method for the fraction. Each scheme is fitted together with the "
+        "full-precision runs. A coefficient with an error above 30 % counts as not determined. QAT from scratch and "
+        "PTQ carry no information under a law that describes neither. Noise that branches share with their trunk is "
+        "not counted.",
         soft_wrap=True,
     )

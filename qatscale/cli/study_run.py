@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.errors import InputError
+from qatscale.cli.terminal import Json, console, plain_table
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 
 if TYPE_CHECKING:
@@ -25,32 +26,27 @@ REFRESH = 2.0
 """Seconds between two looks at a study."""
 _MOST_ROWS = 12
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
 
 def run(
     study: Annotated[Path, typer.Argument(help="A study file, or the folder of a study that was begun.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The study's folder. [default: studies/NAME, by the study's name]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder. [default: studies/NAME]")] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Workers on this machine; 0: others train. [default: one a GPU, or one a core]"),
+        typer.Option(min=0, help="Workers on this machine; 0: only other hosts train. [default: one per GPU or core]"),
     ] = None,
     workers_per_gpu: Annotated[
-        int | None, typer.Option(min=1, help="Workers that share a GPU: small models do not fill one.")
+        int | None, typer.Option(min=1, help="Workers that share a GPU, for models that do not fill one. [default: 1]")
     ] = None,
     retry: Annotated[
-        list[str] | None, typer.Option(metavar="RUN", help="Train a failed run again; `all`: all that failed.")
+        list[str] | None, typer.Option(metavar="RUN", help="Train a failed run again; all: every failed run.")
     ] = None,
 ) -> None:
     """Train all runs of a study, then fit the law and write the report.
 
-    It may be stopped and started again at any time, and the study file may grow meanwhile: what is done stays. Other
-    hosts that share the folder take part with `qatscale study work FOLDER`.
+    You can stop it and start it again at any time, and the study file may grow: finished runs stay. Other hosts that
+    share the folder take part with `qatscale study work FOLDER`.
     """
-    from qatscale.study.folder import lay_out
-    from qatscale.study.results import record, unrecorded
+    from qatscale.study.folder import lay_out, record, unrecorded
     from qatscale.study.run import LocalWorkers, default_workers
     from qatscale.study.state import StudyState
 
@@ -69,7 +65,7 @@ def run(
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, on_signal)
-    with LocalWorkers(folder, count, workers_per_gpu) as local, _Display(folder, state) as display:
+    with LocalWorkers(folder, count, workers_per_gpu) as local, _Display(state) as display:
         while not stopped:
             state.refresh()
             display.show()
@@ -83,7 +79,12 @@ def run(
         print(f"stopped by {signal.Signals(stopped[0]).name}: {counts['done']} of {len(state.states)} runs are done; "
               "the same command continues from there")  # fmt: skip
         sys.exit(EXIT_REQUEUE)
-    _print_failures(state)
+    for name, reason in state.failures().items():
+        print(f"failed: {name}: {reason}")
+    if counts["blocked"]:
+        print(
+            f"blocked: {counts['blocked']} runs that branch from them. `qatscale study run {folder.path} --retry all`"
+        )
     _conclude(folder)
     if counts["done"] < len(state.states):
         sys.exit(EXIT_FAILED)
@@ -92,8 +93,10 @@ def run(
 def work(
     folder: Annotated[Path, typer.Argument(help="The folder of a study, laid out by `qatscale study run`.")],
 ) -> None:
-    """Train runs of a study in this process, one after the other, until none is left: what Slurm or a person starts on
-    any host that shares the folder."""
+    """Train runs of a study in this process, one after the other, until none is left.
+
+    Slurm or a person starts it on any host that shares the folder.
+    """
     from qatscale.study.folder import StudyFolder
     from qatscale.study.worker import Worker
 
@@ -104,8 +107,7 @@ def status(
     folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
     as_json: Json = False,
 ) -> None:
-    """What is done, running, failed or blocked, and when it will end; a live table on a terminal (Ctrl-C leaves it)."""
-    from qatscale.cli.terminal import console
+    """Print which runs are done, running, failed or blocked, and the time left; live on a terminal, until Ctrl-C."""
     from qatscale.study.folder import StudyFolder
     from qatscale.study.state import StudyState
 
@@ -117,7 +119,7 @@ def status(
     if not console().is_terminal:
         console().print(_status(state))
         return
-    with _Display(state.folder, state) as display:
+    with _Display(state) as display:
         try:
             while state.may_go_on:
                 display.show()
@@ -129,7 +131,7 @@ def status(
 
 
 def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
-    """The study file and the folder of a study."""
+    """The study's file and folder."""
     from qatscale.study.file import read_study
     from qatscale.study.folder import StudyFolder
 
@@ -145,7 +147,7 @@ def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
 
 def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
     """Open the runs that failed for another attempt."""
-    failed = [name for name, one in state.states.items() if one.state == "failed"]
+    failed = list(state.failures())
     for name in names:
         if name != "all" and name not in failed:
             known = f"Failed: {', '.join(failed)}." if failed else "No run has failed."
@@ -157,7 +159,7 @@ def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
 
 
 def _conclude(folder: StudyFolder) -> None:
-    """Fit a law to each scheme and write the report; what cannot be fitted yet is said."""
+    """Fit a law to each scheme and write the report; print why where one is not possible yet."""
     from qatlaw.results import read_results
     from qatscale.cli.fit import fit, report
 
@@ -181,24 +183,21 @@ def _conclude(folder: StudyFolder) -> None:
 class _Display:
     """A live table on a terminal; elsewhere a line whenever the number of finished runs changes."""
 
-    def __init__(self, folder: StudyFolder, state: StudyState) -> None:
+    def __init__(self, state: StudyState) -> None:
         from rich.live import Live
 
-        from qatscale.cli.terminal import console
-
-        self.folder, self.state = folder, state
-        self._console = console()
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self.state = state
+        self._live = Live(console=console(), auto_refresh=False) if console().is_terminal else None
         self._shown: tuple[int, ...] = ()
 
     def __enter__(self) -> _Display:
         if self._live is not None:
-            self._live.__enter__()
+            self._live.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.__exit__(*error)  # type: ignore[arg-type]
+            self._live.stop()
 
     def show(self) -> None:
         if self._live is not None:
@@ -213,10 +212,10 @@ class _Display:
 
 def _headline(state: StudyState) -> str:
     from qatscale.config.amounts import format_amount
-    from qatscale.study.progress import progress
+    from qatscale.study.state import progress
     from qatscale.train.console import format_duration
 
-    counts, now = state.counts(), progress(state.folder, state)
+    counts, now = state.counts(), progress(state)
     parts = [f"{counts['done']} of {len(state.states)} runs done"]
     parts += [f"{counts[one]} {one}" for one in ("running", "ready", "waiting", "failed", "blocked") if counts[one]]
     parts.append(f"{format_amount(now.tokens_done)} of {format_amount(now.tokens)} tokens")
@@ -227,8 +226,6 @@ def _headline(state: StudyState) -> str:
 
 def _status(state: StudyState) -> RenderableType:
     from rich.console import Group
-
-    from qatscale.cli.terminal import plain_table
 
     rows: list[RenderableType] = [_headline(state)]
     running = [name for name, one in state.states.items() if one.state == "running"]
@@ -241,31 +238,18 @@ def _status(state: StudyState) -> RenderableType:
         rows.append(table)
         if len(running) > _MOST_ROWS:
             rows.append(f"and {len(running) - _MOST_ROWS} more")
-    failures = _failures(state)
-    if failures:
+    if failures := state.failures():
         table = plain_table("failed", "why")
-        for name, reason in failures[:_MOST_ROWS]:
-            table.add_row(name, reason)
+        for failure in list(failures.items())[:_MOST_ROWS]:
+            table.add_row(*failure)
         rows.append(table)
     return Group(*rows)
 
 
-def _failures(state: StudyState) -> list[tuple[str, str]]:
-    return [(name, one.reason) for name, one in state.states.items() if one.state == "failed"]
-
-
-def _print_failures(state: StudyState) -> None:
-    for name, reason in _failures(state):
-        print(f"failed: {name}: {reason}")
-    blocked = state.counts()["blocked"]
-    if blocked:
-        print(f"blocked: {blocked} runs that branch from them. `qatscale study run {state.folder.path} --retry all`")
-
-
 def _plain_status(state: StudyState) -> dict[str, object]:
-    from qatscale.study.progress import progress
+    from qatscale.study.state import progress
 
-    now = progress(state.folder, state)
+    now = progress(state)
     return {
         "counts": state.counts(),
         "tokens_done": now.tokens_done,

@@ -1,12 +1,93 @@
-"""Start a training run from the command line and say how it ended."""
+"""`qatscale train`, `resume` and `branch`."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from qatscale.config.schema import RunConfig
-from qatscale.errors import UserError
+import typer
+
+from qatscale.cli.terminal import Json, Overrides, console, refuse
+from qatscale.errors import EXIT_REQUEUE, UserError
+
+if TYPE_CHECKING:
+    from qatscale.config.schema import RunConfig
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe by name (`qatscale recipes`) or the path of a YAML file.")],
+    overrides: Overrides = None,
+    branch_from: Annotated[
+        str | None, typer.Option(help="Start from another run's checkpoint: RUN, RUN@STEP or a checkpoint folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the timeline, memory, traffic and speed of the run; train nothing."),
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="With --dry-run: draw the timeline into this file.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: GPUs of the job. [default: WORLD_SIZE, or one model's]")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --dry-run: check that the run fits into this GPU: H200.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="With --dry-run and --gpu: print tokens/s at this share of its peak: 0.4.")
+    ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(help="With --dry-run: GB/s that a GPU sends (nccl-tests' busbw). [default: 50; 400 in a node]"),
+    ] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(help="With --dry-run: check that the run fits into this many GB of a node's memory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a run, or continue it where it stopped.
+
+    `deepspeed launch/train.py` takes the same arguments and trains on many processes.
+    """
+    from qatscale.config import load_run_config
+
+    config = load_run_config(recipe, overrides or ())
+    if dry_run:
+        from qatscale.cli.dry_run import print_dry_run
+        from qatscale.engine.estimate.fits import Given
+
+        print_dry_run(config, branch_from, figure, processes, Given(gpu, mfu, network, host_memory), as_json)
+        return
+    only_dry = {
+        "--processes": processes, "--gpu": gpu, "--mfu": mfu, "--network": network, "--host-memory": host_memory,
+        "--json": as_json,
+    }  # fmt: skip
+    refuse(only_dry, "has no effect without --dry-run.")
+    _train(config, branch_from)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    overrides: Overrides = None,
+) -> None:
+    """Continue a stopped run from its newest checkpoint. Overrides may not change the result."""
+    from qatscale.config import load_run_config
+    from qatscale.tracking.run_folder import RunFolder
+
+    folder = RunFolder.open(run.resolve())
+    where = [f"output={folder.path.parent}", f"name={folder.path.name}"]  # a run may have been moved or renamed
+    _train(load_run_config(folder.path / "recipe.yaml", [*where, *(overrides or ())]), None)
+
+
+def branch(
+    checkpoint: Annotated[str, typer.Argument(help="Where to start: RUN, RUN@STEP or a checkpoint folder.")],
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="name=NAME KEY=VALUE…", help="What differs from the parent's recipe.")
+    ],
+) -> None:
+    """Start a new run from another run's checkpoint: QAT at some bit width, another cooldown, other betas."""
+    _train(branch_config(checkpoint, overrides), checkpoint)
 
 
 def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
@@ -21,22 +102,13 @@ def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
     return load_run_config(run / "recipe.yaml", [*output, *overrides])
 
 
-def run_training(config: RunConfig, branch_from: str | None) -> str:
-    """Train, then show the result. Returns `done` or `stopped`."""
-    import os
-
-    from qatscale.train.run import train
-
-    outcome = train(config, branch_from)
-    if outcome.status == "done" and int(os.environ.get("RANK", 0)) == 0:
-        print_result(config.folder)
-    return outcome.status
-
-
-def print_result(folder: Path) -> None:
-    from qatscale.cli.terminal import console
+def _train(config: RunConfig, branch_from: str | None) -> None:
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
+    from qatscale.train.run import train
 
-    console().print(comparison_table([run_row(RunFolder(folder))]))
-    print(f"run folder: {folder}")
+    if train(config, branch_from).status == "stopped":
+        sys.exit(EXIT_REQUEUE)
+    if int(os.environ.get("RANK", 0)) == 0:
+        console().print(comparison_table([run_row(RunFolder(config.folder))]))
+        print(f"run folder: {config.folder}")

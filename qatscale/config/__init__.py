@@ -22,5 +22,4 @@ __all__ = [
     "recipe_hash",
     "recipe_names",
     "resolved_yaml",
-    "run_ds_config",
 ]

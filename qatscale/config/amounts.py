@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from qatscale.config.describe import Allowed
+from qatscale.config.section import Allowed
 from qatscale.errors import UserError
 
 LARGEST = 10**18

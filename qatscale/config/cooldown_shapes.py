@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CooldownShape:
-    """One row. A shape is 1 at the full rate and 0 where none is left; `schedule.min_lr_ratio` lifts its end."""
+    """One row. A shape is 1 at the full rate and 0 at rate zero; `schedule.min_lr_ratio` lifts its end."""
 
     formula: str
-    """For people."""
+    """The function as text, for documentation."""
     function: Callable[..., float]
     """f(x), or f(x, value of `setting`)."""
     setting: str | None = None
     """The key of `schedule` that belongs to this shape."""
     aliases: tuple[str, ...] = ()
     monotone: bool = True
-    """Never rises, whatever its setting."""
+    """Whether the rate never rises, under any setting."""
     lifted: bool = True
     """Whether `min_lr_ratio` lifts its end; otherwise it is used as it is."""
 

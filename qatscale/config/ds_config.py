@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from qatscale.config.describe import describe
 from qatscale.config.ds_keys import (
     ACCEPTED,
     FORMER_NAMES,
@@ -29,14 +28,15 @@ from qatscale.config.ds_keys import (
 )
 from qatscale.config.problems import join, lookup, together
 from qatscale.config.schema import RunConfig
+from qatscale.config.section import describe
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file
 
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
-"""In a clone beside the package, in a wheel inside it."""
+"""Beside the package in a clone, inside it in a wheel."""
 
 NEVER = 1_000_000_000
-"""Steps between DeepSpeed's own progress lines: ours say it already."""
+"""Steps between DeepSpeed's own progress lines, which would repeat ours."""
 
 _FROM_HIDDEN_SIZE = {  # as transformers' Trainer fills them (integrations/deepspeed.py)
     "reduce_bucket_size": lambda hidden: hidden * hidden,
@@ -66,7 +66,7 @@ def run_ds_config(config: RunConfig) -> dict[str, Any]:
 
 
 def ds_config_warnings(config: RunConfig) -> tuple[str, ...]:
-    """A sentence for each key without effect in the ds_config that a recipe names."""
+    """A sentence for each key without effect in a recipe's ds_config."""
     check = _read(config.engine.ds_config)
     return tuple(
         f"{key} in {check.source} has no effect" + (f": use {INSTEAD[key]}" if key in INSTEAD else "")
@@ -111,7 +111,7 @@ def merge_ds_config(config: RunConfig, ds: Mapping[str, Any], data_parallel: int
 
 
 class _Check:
-    """A ds_config sorted into what counts and what has no effect. UserError for what is wrong whatever the recipe."""
+    """A ds_config sorted into keys with and without effect. UserError for what is wrong under any recipe."""
 
     def __init__(self, ds: Mapping[str, Any], source: str) -> None:
         self.source = source
@@ -193,7 +193,7 @@ def _fill(config: RunConfig, check: _Check) -> dict[str, Any]:
 
 
 def _is_off(value: Any, key: str) -> bool:
-    """Whether a feature is switched off, or left to "auto", for which nothing here asks. Of an unknown key only
+    """Whether a feature is switched off, or left to "auto", which means off here. Of an unknown key only
     "enabled": false counts: it may be a misspelling."""
     if isinstance(value, Mapping) and "enabled" in value:
         return value["enabled"] in (False, None, "auto")
@@ -210,7 +210,7 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 
 
 def _does_not_divide(config: RunConfig, data_parallel: int) -> UserError:
-    """With the batch sizes and the micro-batch that divide."""
+    """The error with the nearest batch sizes and the micro-batch that divide."""
     sequences, micro = config.batch.sequences, config.batch.micro_batch
     per_pass = micro * data_parallel
     below, above = sequences // per_pass * per_pass, -(-sequences // per_pass) * per_pass

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from qatscale.config.describe import Allowed
+from qatscale.config.section import Allowed
 
 
 def _unquoted(value: Any) -> Any:
@@ -27,7 +27,7 @@ Auto = Literal["auto"]
 Flag = Annotated[bool, Strict(), Allowed("true or false, without quotes")]
 On = Annotated[Literal[True], Allowed("true")]
 Count = Annotated[int, BeforeValidator(_unquoted), Field(ge=0, lt=2**63)]
-"""5e8 is one, as it is for DeepSpeed."""
+"""5e8 is a count, as for DeepSpeed."""
 Whole = Annotated[Count, Allowed("a whole number, 0 or more, without quotes")]
 WholeOrAuto = Annotated[Count | Auto, Allowed("a whole number, 0 or more, without quotes; or auto")]
 Number = Annotated[float, BeforeValidator(_unquoted), Field(ge=0, allow_inf_nan=False)]
@@ -115,7 +115,7 @@ UNSUPPORTED = {
     *_keys("data_types", None, "buffer_dtype keep_in_fp32_modules param_dtype"),
     *_keys("", None, "gradient_allreduce_op managed_gradient_accumulation"),
 }  # fmt: skip
-"""They would change the result, or do not go with the switch to QAT. Each may be written where it is off."""
+"""They would change the result or do not work with the switch to QAT. Each may be present if it is off."""
 
 INSTEAD = {
     "fp16": '"bf16": {"enabled": true}',
@@ -128,7 +128,7 @@ INSTEAD = {
     f"{_ZERO}.cpu_offload": '"offload_optimizer": {"device": "cpu"}',
     f"{_ZERO}.stage3_gather_16bit_weights_on_model_save": "`qatscale export`",
 }
-"""What does the same here."""
+"""Key → what does the same in qatscale."""
 
 FORMER_NAMES = {"bfloat16": "bf16"} | {
     key.replace("stage3_", ""): key for key in (*ACCEPTED, *WITHOUT_EFFECT) if "stage3_" in key

@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from qatscale.config.describe import describe, members, plain_types
-from qatscale.config.section import ClashError, KeyPath, Section
+from qatscale.config.section import ClashError, KeyPath, Section, describe, members, plain_types
 from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
 
 
@@ -38,7 +37,7 @@ def together(problems: Sequence[UserError]) -> UserError:
 
 
 def lookup(raw: Any, path: Iterable[str | int]) -> Any:
-    """The value at a path, None where there is none. A single value may stand for the list or mapping it belongs in."""
+    """The value at a path, None if there is none. A single value may stand for the list or mapping it belongs in."""
     for part in path:
         if isinstance(raw, Mapping):
             raw = raw.get(part)
@@ -58,7 +57,7 @@ def join(*sentences: str) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """The part of pydantic's location that a reader knows; it goes on with union members and the like."""
+    """The part of pydantic's location that a reader knows; pydantic appends union members and the like."""
 
     path: KeyPath
     annotation: Any

@@ -11,19 +11,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qatscale.config.describe import plain_types
 from qatscale.config.problems import lookup, together, user_errors
 from qatscale.config.schema import RunConfig
-from qatscale.config.section import KeyPath
+from qatscale.config.section import KeyPath, plain_types
 from qatscale.config.settings import sections, settings, suggest
 from qatscale.config.yaml_text import Document, parse_yaml, read_document, to_yaml
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file, is_folder
 
 RETIRED = ("data.shuffle_block", "engine.quantized_weight_cache")
-"""Keys of former versions. Recipes that runs of theirs recorded are still read, without them; no other recipe is."""
+"""Keys of former versions. They are dropped from recipes that runs recorded and refused in all others."""
 _RECORDS = ("run.json", "qatscale.json")
-"""What lies beside a recipe that qatscale recorded: in a run folder, in a universal checkpoint."""
+"""Files beside a recipe that qatscale recorded, in a run folder or a universal checkpoint."""
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -59,13 +58,13 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """What a recipe says itself, unchecked: without defaults and overrides."""
+    """The content of a recipe file, unchecked, without defaults and overrides."""
     value: dict[str, Any] = _read(_recipe_path(recipe)).value
     return value
 
 
 def resolved_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults and all. Saved as a recipe it loads back to an equal one."""
+    """The entire configuration with its defaults. Saved as a recipe, it loads back to an equal one."""
     return to_yaml(config.model_dump(mode="json"))
 
 
@@ -159,7 +158,7 @@ def _drop_retired(raw: dict[str, Any]) -> None:
 
 
 def _refuse_idle_fraction(config: RunConfig, given: Sequence[str]) -> None:
-    """Who asks for a fraction on the command line means it; a recipe may hold one for the schemes that use it."""
+    """Refuse a fraction from the command line that has no effect. A recipe may hold one for other schemes."""
     fixed = {"fp": 0.0, "scratch": 1.0}.get(config.qat.scheme)
     if "qat.fraction" in given and fixed is not None and config.qat.fraction not in ("auto", fixed):
         problem = f"has no effect: in scheme {config.qat.scheme!r} it is always {fixed:g}."

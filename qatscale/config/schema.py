@@ -1,4 +1,4 @@
-"""The recipe of a run: what is trained. How it is computed stands in a ds_config (see `ds_config.py`)."""
+"""The recipe of a run: what is trained. A ds_config says how it is computed (see `ds_config.py`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config import cooldown_shapes
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
-from qatscale.config.describe import Allowed
-from qatscale.config.section import ClashError, NotBool, Positive, Section
+from qatscale.config.section import Allowed, ClashError, NotBool, Positive, Section
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
 Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]
@@ -86,7 +85,7 @@ class ModelConfig(Section):
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     """Base of the wavelengths of the rotary position embedding; longer contexts take a larger one."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    """Added to the mean square in RMSNorm, so that nothing is divided by zero."""
+    """Added to the mean square in RMSNorm, against division by zero."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the initial weights; `o` and `down` get it divided by sqrt(2 x layers)."""
 
@@ -106,7 +105,7 @@ class DataConfig(Section):
     path: ExpandedPath | None = None
     """The folder that `qatscale prepare` wrote; a relative path starts in the working folder."""
     sequence_length: Positive
-    """Tokens that the model sees at once; any length goes with any prepared data."""
+    """Tokens that the model sees at once; prepared data serve any length."""
     seed: int = 0
     """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch. A branch
     with its parent's seed continues the parent's order."""
@@ -131,7 +130,7 @@ class OptimizerConfig(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square, per step."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment, so that nothing is divided by zero."""
+    """Added to the root of the second moment, against division by zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled decay: each step multiplies the matrices by 1 - rate x weight_decay."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0

@@ -12,9 +12,8 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from qatscale.config.describe import describe
 from qatscale.config.schema import Phase, PhaseOverride, RunConfig
-from qatscale.config.section import Section
+from qatscale.config.section import Section, describe
 from qatscale.errors import UserError
 
 
@@ -55,27 +54,24 @@ def explain(prefix: str = "") -> list[Setting]:
 def suggest(key: str) -> str:
     """What the writer of an unknown key may have meant: a misspelling, or the same name in another section."""
     section, _, name = key.rpartition(".")
-    known = [*settings(), *sections()]
-    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
-    namesakes = [k for k in known if k.rpartition(".")[2] == name and ".phases." not in k]
-    close = _most_alike(name, siblings, 0.75)
-    if close is None and section and not siblings:
-        close = _most_alike(key, settings(), 0.85)
-    if close is None and len(namesakes) > 1:
-        return f"Did you mean one of {', '.join(namesakes)}?"
-    close = siblings.get(close, close) if close else None
-    close = close or (
-        namesakes[0] if namesakes else None if siblings and section else _most_alike(key, settings(), 0.6)
-    )
+    siblings = {k.rpartition(".")[2]: k for k in [*settings(), *sections()] if k.rpartition(".")[0] == section}
+    close = siblings.get(_most_alike(name, siblings, 0.75)) if siblings else _most_alike(key, settings(), 0.85)
+    if not close:
+        namesakes = [k for k in settings() if k.endswith(f".{name}") and ".phases." not in k]
+        if len(namesakes) > 1:
+            return f"Did you mean one of {', '.join(namesakes)}?"
+        in_a_section = section and siblings
+        close = namesakes[0] if namesakes else "" if in_a_section else _most_alike(key, settings(), 0.6)
     if close:
         return f"Did you mean {close!r}?"
-    within = f" in {section}" if section and siblings else ""
-    names = siblings if within else dict.fromkeys(k.split(".")[0] for k in settings())
-    return f"Known{within}: {', '.join(names)}."
+    if in_a_section:
+        return f"Known in {section}: {', '.join(siblings)}."
+    return f"Known: {', '.join(dict.fromkeys(k.split('.')[0] for k in settings()))}."
 
 
-def _most_alike(name: str, names: Iterable[str], cutoff: float) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+def _most_alike(name: str, names: Iterable[str], cutoff: float) -> str:
+    """The nearest of the names, "" where none is near."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), "")
 
 
 def _walk(section: type[Section], prefix: str) -> list[Setting]:

@@ -11,7 +11,7 @@ from qatscale.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many parameters, in the four ways that matter. A tied table is counted once everywhere."""
+    """Parameter counts of a model. A tied embedding is counted once."""
 
     total: int
     """All of them: the N of the scaling laws here."""
@@ -20,7 +20,7 @@ class ParameterCounts:
     non_embedding: int
     """total - embedding."""
     matmul: int
-    """Those that multiply activations: attention, MLP and the head (tied or not); no embedding look-up, no norms."""
+    """Parameters that multiply activations: attention, MLP and the head (tied or not), without embedding and norms."""
 
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:
@@ -58,8 +58,8 @@ class _Device(NamedTuple):
 
 
 # From the vendors' data sheets: dense bf16 tensor-core peaks, half the figure where a sheet gives only the one with 2:4
-# sparsity; and memory. The names are those of torch.cuda.get_device_name, matched as a whole: a variant with other
-# clocks or units (A100-SXM-64GB, H20, A10G) must not pass for its sibling, and a MIG slice is no whole device.
+# sparsity; and memory. The names are those of torch.cuda.get_device_name, matched entirely: a variant with other
+# clocks or units (A100-SXM-64GB, H20, A10G) must not pass for its sibling, and a MIG slice is not a device.
 _DEVICES = (
     _Device(("A100-SXM4-40GB", "A100-PCIE-40GB"), 312.0, 40),  # NVIDIA A100 data sheet: 312
     _Device(("A100-SXM4-80GB", "A100 80GB PCIe"), 312.0, 80),
@@ -96,7 +96,7 @@ def _device(name: str) -> _Device | None:
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a device in FLOP/s; None for a device that is not in the table, never a guess.
 
-    device_name: as torch.cuda.get_device_name tells it, e.g. 'NVIDIA H100 80GB HBM3'. An MFU against it means
+    device_name: as torch.cuda.get_device_name gives it, e.g. 'NVIDIA H100 80GB HBM3'. An MFU against it means
     something for bf16 runs alone.
     """
     device = _device(device_name)
@@ -106,7 +106,7 @@ def peak_flops(device_name: str) -> float | None:
 def device_memory(device_name: str) -> int | None:
     """Bytes of a device's memory as its data sheet gives it, with 10^9 a gigabyte; None for an unknown device.
 
-    What a driver reports is some 5 % more; that much goes to the CUDA context, NCCL and gaps between allocations.
+    A driver reports some 5 % more, about what the CUDA context, NCCL and gaps between allocations take.
     """
     device = _device(device_name)
     return device.gigabytes * 10**9 if device else None

@@ -106,7 +106,7 @@ for _class in (list, tuple):
 
 
 def parse_document(text: str, source: str) -> Document:
-    """`source` is what an error calls the text. Raises UserError with the line."""
+    """Parse a text, which errors call `source`. Raises UserError with the line."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

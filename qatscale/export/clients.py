@@ -1,6 +1,6 @@
-"""Programs that load exports, as the verification asks them: which weights, which logits.
+"""Programs that load exports, as the verification uses them: their weights and logits.
 
-Each is imported only when it is asked. None is needed to export.
+Each is imported only when it is used. None is needed to export.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Client(ABC):
 
     @abstractmethod
     def weights(self) -> Weights:
-        """(Hugging Face's name, the weights it computes with) of every parameter; nothing where it shows none."""
+        """(Hugging Face's name, the weights it computes with) of every parameter; empty if the client shows none."""
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Transformers(Client):
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without the progress bars and warnings of loading; errors still come."""
+    """Suppress the progress bars and warnings of loading, not its errors."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""A checkpoint to a folder that a client loads: open, lay out, write, verify, describe. All of it or nothing."""
+"""From a checkpoint to a folder that a client loads: open, lay out, write, verify, describe. Errors leave no folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from qatscale.data.manifest import tokenizer_folder
 from qatscale.data.reader import open_validation
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
-from qatscale.export.card import card
 from qatscale.export.encoding import ExportLayout
-from qatscale.export.formats.base import Format
-from qatscale.export.formats.lookup import get_format
-from qatscale.export.report import FILE, contents, provenance
+from qatscale.export.formats.base import Format, get_format
+from qatscale.export.report import FILE, card, contents, provenance
 from qatscale.export.source import ExportSource, open_source
 from qatscale.export.verify import Verification, materialised, verify_export
 from qatscale.files import appearing, check_new, write_json
@@ -32,7 +30,7 @@ Verifier = Callable[[ExportLayout, Path], Verification]
 
 
 class VerificationError(RuntimeError):
-    """A client computes something else than what was trained. The folder is removed."""
+    """A client computes something other than the trained model. The folder is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
@@ -96,7 +94,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
     data = source.config.data.path
     fix = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
-        gone = "the run's data, which hold the tokenizer, are gone."
+        gone = "the run's data, which hold the tokenizer, no longer exist."
         raise UserError("data.path", str(data) if data else None, gone, fix)
     folder = tokenizer_folder(data)
     if folder is None or not folder.is_dir():
@@ -107,7 +105,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
 
 
 def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verifier:
-    """Opens the held-out data now, so that missing data are reported before anything is written."""
+    """The verification. It opens the held-out data at once: missing data are reported before any file is written."""
     limit = min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else tokens
     held_out = _held_out(source, limit)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 import qatscale
-from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale import untrusted
+from qatscale.config import resolved_yaml
+from qatscale.config.amounts import format_amount
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
-from qatscale.export.encoding import ExportLayout, StoredParameter
+from qatscale.export.clients import install_line
+from qatscale.export.encoding import ExportLayout
 from qatscale.export.formats.base import Format
 from qatscale.export.source import ExportSource
 from qatscale.export.verify import Verification
@@ -47,46 +53,44 @@ def provenance(source: ExportSource) -> Provenance:
     return Provenance(names | {"git_commit": run.get("git_commit")}, losses)
 
 
-def storage_rows(layout: ExportLayout) -> list[dict[str, Any]]:
-    """Parameters that are stored alike, by bit width (None = not quantized) and encoding, in the model's order."""
-    alike: dict[tuple[float | None, str, str | None], list[StoredParameter]] = {}
-    for entry in layout.entries:
-        quantizer = entry.parameter.quantizer
-        key = (quantizer.bits if quantizer else None, entry.encoding.name, entry.fallback)
-        alike.setdefault(key, []).append(entry)
+def _tensors(layout: ExportLayout) -> list[dict[str, Any]]:
+    """A row for each parameter, in the model's order; bits None = not quantized."""
     return [
         {
-            "names": list(dict.fromkeys(_role(entry.parameter.name) for entry in entries)),
-            "bits": bits,
-            "stored_as": stored_as,
-            "fallback": fallback,
-            "tensors": len(entries),
-            "weights": sum(entry.parameter.numel for entry in entries),
-            "bytes": sum(entry.size for entry in entries),
-            "ideal_bytes": sum(layout.ideal_size(entry.parameter) for entry in entries),
+            "name": entry.parameter.name, "shape": list(entry.parameter.shape),
+            "bits": entry.parameter.quantizer.bits if entry.parameter.quantizer else None,
+            "stored_as": entry.encoding.name, "bytes": entry.size,
+            "ideal_bytes": layout.ideal_size(entry.parameter), "fallback": entry.fallback,
+            "scale_rounding": layout.rounding.get(entry.parameter.name),
         }
-        for (bits, stored_as, fallback), entries in alike.items()
-    ]
+        for entry in layout.entries
+    ]  # fmt: skip
+
+
+def _weights(tensors: list[dict[str, Any]]) -> int:
+    return sum(math.prod(row["shape"]) for row in tensors)
+
+
+def _storage(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for the parameters that are stored alike."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in tensors:
+        alike.setdefault((row["bits"], row["stored_as"], row["fallback"]), []).append(row)
+    return [
+        {
+            "names": list(dict.fromkeys(_role(row["name"]) for row in rows)),
+            "bits": bits, "stored_as": stored_as, "fallback": fallback,
+            "tensors": len(rows), "weights": _weights(rows),
+            "bytes": sum(row["bytes"] for row in rows), "ideal_bytes": sum(row["ideal_bytes"] for row in rows),
+        }
+        for (bits, stored_as, fallback), rows in alike.items()
+    ]  # fmt: skip
 
 
 def _role(name: str) -> str:
     """blocks.3.mlp.up.weight -> up; blocks.3.attention_norm.weight -> norm."""
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
     return "norm" if last.endswith("norm") else last
-
-
-def _bits_per_quantized_weight(entries: Sequence[StoredParameter]) -> float | None:
-    """Bits in the file, scales included; None where nothing is quantized."""
-    chosen = [entry for entry in entries if entry.parameter.quantizer]
-    if not chosen:
-        return None
-    return 8 * sum(entry.size for entry in chosen) / sum(entry.parameter.numel for entry in chosen)
-
-
-def _bits(source: ExportSource) -> float:
-    if source.ptq_bits is not None:
-        return source.ptq_bits
-    return UNQUANTIZED_BITS if source.switched_at is None else source.config.qat.bits
 
 
 def contents(
@@ -98,7 +102,9 @@ def contents(
     step, switched_at = source.manifest.step, source.switched_at
     qat_steps = 0 if switched_at is None else step - switched_at
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
-    weights = sum(entry.parameter.numel for entry in layout.entries)
+    tensors = _tensors(layout)
+    quantized = [row for row in tensors if row["bits"]]
+    per_weight = 8 * sum(row["bytes"] for row in quantized) / _weights(quantized) if quantized else None
     weight_bytes = sum(path.stat().st_size for path in folder.glob(f"*{format.suffix}"))
     return {
         "format": FORMAT,
@@ -111,29 +117,20 @@ def contents(
         },
         "tokens": {"fp": per_step * (step - qat_steps), "qat": per_step * qat_steps, "total": per_step * step},
         "view": source.view,
-        "bits": _bits(source),
+        "bits": source.bits,
         "scheme": source.config.qat.scheme,
         "run_losses": origin.losses,
         "files": files,
         "size": {
-            "parameters": weights,
+            "parameters": _weights(tensors),
             "bytes": weight_bytes,
-            "ideal_bytes": sum(layout.ideal_size(entry.parameter) for entry in layout.entries),
-            "bits_per_weight": 8 * weight_bytes / weights,
-            "bits_per_quantized_weight": _bits_per_quantized_weight(layout.entries),
+            "ideal_bytes": sum(row["ideal_bytes"] for row in tensors),
+            "bits_per_weight": 8 * weight_bytes / _weights(tensors),
+            "bits_per_quantized_weight": per_weight,
             "fallback_bytes": sum(map(layout.fallback_cost, layout.entries)),
         },
-        "storage": storage_rows(layout),
-        "tensors": [
-            {
-                "name": entry.parameter.name, "shape": list(entry.parameter.shape),
-                "bits": entry.parameter.quantizer.bits if entry.parameter.quantizer else None,
-                "stored_as": entry.encoding.name, "bytes": entry.size,
-                "ideal_bytes": layout.ideal_size(entry.parameter), "fallback": entry.fallback,
-                "scale_rounding": layout.rounding.get(entry.parameter.name),
-            }
-            for entry in layout.entries
-        ],
+        "storage": _storage(tensors),
+        "tensors": tensors,
         "verification": verification.to_dict() if verification else None,
     }  # fmt: skip
 
@@ -158,3 +155,42 @@ def check_files(folder: Path) -> None:
         if not is_intact:
             fix = f"Export again; if you changed it on purpose, remove its entry from {FILE}."
             raise UserError("model", str(path), "was altered: its checksum differs from the export's.", fix)
+
+
+TEMPLATE = "card.md.jinja"
+
+
+def card(described: dict[str, Any], format: Format, config: RunConfig, has_tokenizer: bool) -> str:
+    """described: the content of export.json."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"amount": format_amount, "install": install_line, "count": "{:,.0f}".format}
+    return environment.get_template(TEMPLATE).render(
+        described,
+        title=_title(described),
+        library=format.library,
+        usages=format.usages(has_tokenizer),
+        has_tokenizer=has_tokenizer,
+        recipe=_recipe(config),
+    )
+
+
+def _title(described: dict[str, Any]) -> str:
+    if described["view"] == "fp":
+        return "full precision"
+    trained = "quantized after training" if described["view"].startswith("ptq") else "quantization-aware trained"
+    bits = described["bits"]
+    return f"{bits:g} {'bit' if bits == 1 else 'bits'}, {trained}"
+
+
+def _recipe(config: RunConfig) -> str:
+    """The resolved recipe without paths of the machine that trained it."""
+    content = yaml.safe_load(resolved_yaml(config))
+    del content["output"], content["data"]["path"], content["tracking"]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config import load_run_config
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
@@ -34,7 +35,7 @@ class SourceParameter:
     """One parameter of the model, and how training quantized it."""
 
     name: str
-    """Ours; a tied head is the embedding."""
+    """Name in our Llama; a tied head is the embedding."""
     shape: tuple[int, ...]
     quantizer: Quantizer | None
     """None = stays in full precision."""
@@ -112,6 +113,13 @@ class ExportSource:
         if self.ptq_bits is not None:
             return f"ptq{self.ptq_bits:g}"
         return "fp" if self.switched_at is None else "quantized"
+
+    @property
+    def bits(self) -> float:
+        """Bits per quantized weight of what is exported."""
+        if self.ptq_bits is not None:
+            return self.ptq_bits
+        return UNQUANTIZED_BITS if self.switched_at is None else self.config.qat.bits
 
     def plain(self, parameter: SourceParameter) -> Tensor:
         """The parameter itself in `dtype`. UserError where it holds NaN or infinity."""

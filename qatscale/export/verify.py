@@ -29,7 +29,7 @@ class ClientReport:
     """What one client computes from the export."""
 
     client: str
-    """With versions."""
+    """Name, with versions."""
     exact: int = 0
     """Tensors that are, to the bit, what the file stores."""
     tensors: int = 0
@@ -111,7 +111,7 @@ def verify_export(
 
 
 def _compare_stored(report: Verification, layout: ExportLayout, trained: Llama, stored: Llama) -> None:
-    """Stored weights may differ from training's by the rounding of their scales and of training's type, no more."""
+    """Stored weights may differ from training's by at most the rounding of scales and of training's type."""
     named = dict(stored.named_parameters())
     precision = 2.0**-8 if layout.source.dtype == torch.bfloat16 else 2.0**-22
     for name, weight in trained.named_parameters():

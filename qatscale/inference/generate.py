@@ -16,7 +16,7 @@ from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.export.clients import Client, Transformers, install_line
-from qatscale.export.formats.lookup import Exported, find_export
+from qatscale.export.formats.base import Exported, find_export
 from qatscale.export.formats.mlx import MlxLm
 from qatscale.export.report import check_files
 from qatscale.inference.sampling import Detokenizer, Sampling, TextGenerator

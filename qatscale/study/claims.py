@@ -49,7 +49,7 @@ class Attempt:
 
 
 def worker_name(pid: int) -> str:
-    """A worker on this host."""
+    """The name of a worker on this host, by its process id."""
     return f"{socket.gethostname()}-{pid}"
 
 
@@ -101,12 +101,7 @@ class Claims:
         try:
             changed = path.stat().st_mtime
             content = dict(json.loads(path.read_text()))
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            RecursionError,
-        ):  # being written, or damaged: its holder's silence tells
+        except (OSError, ValueError, TypeError, RecursionError):  # being written, or damaged: expires like a silent one
             changed, content = 0.0, {}
         state = content.get("state", "running")
         if state == "running" and self._is_gone(path, changed, content.get("process")):

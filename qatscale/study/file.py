@@ -1,28 +1,4 @@
-"""The study file: a grid of runs in YAML.
-
-    name: small                       # of the study
-    sizes:                            # recipes by name or path; a mapping changes one
-      - 86m
-      - {name: wide, recipe: quickstart, set: [model.hidden_size=128, model.heads=4]}
-      - {name: large, recipe: 8b, processes: 8}
-    set:                              # overrides of every run, as on the command line
-      - data.path=data/corpus
-    tokens_per_parameter: [20, 80]    # or tokens: [2.3B, 10B], the same for all sizes
-    bits: [1, 2, 4]
-    fractions: [0, 0.1, 0.3, 0.6, 1]  # QAT's share of the tokens
-    schemes: [sequential, fused]      # of the fractions between 0 and 1
-    seeds: [0, 1]                     # of weights and data order; nothing is shared between seeds
-    vary:                             # any other keys of a recipe, all combinations
-      qat.lr_ratio: [1, 0.5, 0.25]
-    grids:                            # optional: the study is the union of these, each with its own values of the keys
-      - {fractions: [0.05, 0.15]}     # above, where it has any
-      - {sizes: [86m], seeds: [0, 1, 2]}
-
-Fraction 0 is one full-precision run for all bit widths, evaluated after post-training quantization at each; 1 is QAT
-from scratch at each width; all between are runs of each scheme at each width. Keys of `qat.` in `vary` do not apply to
-full-precision runs. A run whose schedule does not fit, such as a fused one with less QAT than cooldown, is left out
-and reported. A study may grow: new values add runs, and the names of the others stay.
-"""
+"""The study file: a grid of runs in YAML. Its format is in analysis/guides/recipe-reference.md."""
 
 from __future__ import annotations
 
@@ -35,10 +11,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from qatscale.config import recipe_names
 from qatscale.config.amounts import PositiveTokens
-from qatscale.config.describe import Allowed
 from qatscale.config.problems import together, user_errors
 from qatscale.config.schema import Bits
-from qatscale.config.section import ClashError, KeyPath, NotBool, Positive, Section
+from qatscale.config.section import Allowed, ClashError, KeyPath, NotBool, Positive, Section
 from qatscale.config.settings import settings, suggest
 from qatscale.config.yaml_text import read_document
 from qatscale.errors import UserError, did_you_mean
@@ -181,7 +156,7 @@ _OF_AN_AXIS = {
 
 
 def read_study(path: Path) -> Study:
-    """UserError, or all of them at once, for whatever is wrong with the file."""
+    """Raises UserError for everything that is wrong with the file, all of it at once."""
     if not is_file(path):
         raise UserError("study", str(path), "no such file.")
     document = read_document(path, "study")

@@ -24,6 +24,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from qatlaw.measurement import WITHOUT_EFFECT
+from qatlaw.results import read_results, write_results
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
@@ -35,6 +36,7 @@ from qatscale.study.claims import Claims
 from qatscale.study.file import read_study
 from qatscale.study.grid import StudyRun, grid
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.run_record import run_record
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,10 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
         write_atomic(folder.study_file, text.encode())
         write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
-    unasked = [name for name in sorted(begun & configs.keys())
-               if set(configs[name].evaluation.ptq_bits) - set(folder.config(name).evaluation.ptq_bits)]  # fmt: skip
+    widths = {name: (configs[name], folder.config(name)) for name in sorted(begun & configs.keys())}
+    unasked = [
+        name for name, (now, then) in widths.items() if set(now.evaluation.ptq_bits) - set(then.evaluation.ptq_bits)
+    ]
     if unasked:
         notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {_listed(unasked)}")
     dropped = [name for name in old if name in begun and name not in kept]
@@ -213,7 +217,7 @@ def _offered_steps(folder: StudyFolder, job: StudyJob) -> tuple[int, ...]:
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """With an absolute path of the data: workers start in other folders."""
+    """The configuration with an absolute data path, since workers start in other folders."""
     path = config.data.path
     return config if path is None else config.model_copy(
         update={"data": config.data.model_copy(update={"path": path.resolve()})}
@@ -228,7 +232,7 @@ def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> No
 
 
 def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:
-    """A name stands for one configuration."""
+    """UserError where a run that was begun would get another configuration."""
     differences = config_differences(folder.config(name), config)
     if first := next((one for one in differences if not one.key.startswith(WITHOUT_EFFECT)), None):
         problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."
@@ -244,3 +248,19 @@ def _refuse_while_training(folder: StudyFolder) -> None:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def record(folder: StudyFolder, *names: str) -> None:
+    """Add the rows of finished runs, in the order of the tree. Rows that exist stay as they are."""
+    with locked(folder.path / ".results"):
+        rows = {row.name: row for row in (read_results(folder.results) if folder.results.exists() else [])}
+        for name in names:
+            rows.setdefault(name, run_record(folder.run(name)))
+        order = {name: i for i, name in enumerate(folder.jobs)}
+        write_results(folder.results, sorted(rows.values(), key=lambda row: order.get(row.name, len(order))))
+
+
+def unrecorded(folder: StudyFolder) -> list[str]:
+    """Finished runs without a row, whose worker ended before it wrote one."""
+    recorded = folder.recorded()
+    return [name for name in folder.jobs if name not in recorded and folder.run(name).is_done]

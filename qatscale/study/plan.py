@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,16 @@ import pandas as pd
 from qatlaw.information import Certainty, certainties
 from qatlaw.planner_law import PlannerLaw
 from qatlaw.runs import RunRecord, planned_points
-from qatlaw.study import Tree, cheapest_tree
+from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
 from qatscale.config.sizes import count_parameters
 from qatscale.study.file import TWO_PHASES, read_study
-from qatscale.study.forecast import Forecast, forecast
 from qatscale.study.grid import Grid, StudyRun, grid
 from qatscale.tracking.mlflow_sync import flatten
 
 
 @dataclass(frozen=True)
 class Information:
-    """What the runs of a study tell about a law, if that law holds."""
+    """How certain a law can become with the runs of a study, if the law holds."""
 
     law: PlannerLaw
     noise: float
@@ -51,7 +50,7 @@ class StudyPlan:
 def plan_study(
     file: Path, workers: int = 1, law: PlannerLaw | None = None, noise: float = 0.002, known: pd.DataFrame | None = None
 ) -> StudyPlan:
-    """The cheapest tree of a study's runs, its cost, and under `law` what its runs tell beside the `known` ones."""
+    """The cheapest tree of a study's runs, its cost, and under `law` the information of its and the `known` runs."""
     study_grid = grid(read_study(file))
     tree = cheapest_tree([run.route for run in study_grid.runs])
     cost = forecast(tree.jobs, {run.route.name: _parameters(run) for run in study_grid.runs}, workers)
@@ -76,7 +75,7 @@ def _parameters(run: StudyRun) -> int:
 
 
 def _record(run: StudyRun) -> RunRecord:
-    """What tracking will keep of a run, but its loss."""
+    """The record that tracking will keep of a run, without its loss."""
     tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
     final = {
         "n_params": float(_parameters(run)),
@@ -86,6 +85,52 @@ def _record(run: StudyRun) -> RunRecord:
         "scheme": run.config.qat.scheme,
     }
     return RunRecord(run.config.name, run.config.name, "PLANNED", final, flatten(run.config.model_dump(mode="json")))
+
+
+CHECKPOINT_BYTES = 12
+"""A parameter in a checkpoint: the weight and Adam's two moments, in fp32."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Cost of a tree of runs, with all workers equally fast."""
+
+    workers: int
+    flops: float
+    longest: float
+    """FLOPs of the longest chain of runs: no number of workers ends sooner."""
+    makespan: float
+    """FLOPs of one worker until the last run is done."""
+    disk: int
+    """Bytes of checkpoints at the fullest moment."""
+    disk_at_end: int
+    """Bytes of the final checkpoints, which are kept."""
+
+
+def forecast(jobs: Sequence[Job], parameters: Mapping[str, int], workers: int) -> Forecast:
+    """`jobs`: each after the one it branches from. `parameters`: of each job's model, by the job's name."""
+    slots = {slot.job.route.name: slot for slot in simulate(jobs, workers)}
+    sizes = {name: count * CHECKPOINT_BYTES for name, count in parameters.items()}
+    needed_until: dict[tuple[str, int], float] = {}  # a checkpoint stays until the last run that branches there is done
+    for job in jobs:
+        if job.parent in slots and job.start < slots[job.parent].job.route.steps:
+            key = (job.parent, job.start)
+            needed_until[key] = max(needed_until.get(key, 0.0), slots[job.route.name].end)
+    changes = [(slot.end, sizes[name]) for name, slot in slots.items()]
+    for (parent, step), end in needed_until.items():
+        changes += [(slots[parent].reaches(step), sizes[parent]), (end, -sizes[parent])]
+    held, most = 0, 0
+    for _, change in sorted(changes, key=lambda pair: (pair[0], -pair[1])):
+        held += change
+        most = max(most, held)
+    return Forecast(
+        workers=workers,
+        flops=sum(job.flops for job in jobs),
+        longest=max(longest_paths(jobs).values()),
+        makespan=max(slot.end for slot in slots.values()),
+        disk=most,
+        disk_at_end=held,
+    )
 
 
 # --- for programs ---

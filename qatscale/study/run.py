@@ -1,4 +1,4 @@
-"""Workers of a study on this machine, started, watched and replaced when they die."""
+"""Workers of a study on this machine: started, watched, and replaced when they die."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
@@ -25,12 +25,15 @@ class WorkerFailedError(RuntimeError):
 
 def default_workers(folder: StudyFolder, per_gpu: int | None) -> int:
     """One worker or `per_gpu` on each GPU, fewer where a run takes several GPUs. Without GPUs one on each core."""
+    gpus, widest = _gpus_and_widest(folder)
+    return max(1, gpus // widest) * (per_gpu or 1) if gpus else max(1, (os.cpu_count() or 1) // widest)
+
+
+def _gpus_and_widest(folder: StudyFolder) -> tuple[int, int]:
+    """GPUs of this machine, and processes of the study's widest run."""
     import torch
 
-    gpus, widest = torch.cuda.device_count(), max(job.processes for job in folder.jobs.values())
-    if gpus:
-        return max(1, gpus // widest) * (per_gpu or 1)
-    return max(1, (os.cpu_count() or 1) // widest)
+    return torch.cuda.device_count(), max(job.processes for job in folder.jobs.values())
 
 
 @dataclass
@@ -42,11 +45,11 @@ class _Slot:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     short_lives: int = 0
-    finished: bool = field(default=False)
+    finished: bool = False
 
 
 class LocalWorkers:
-    """A context around `count` workers of a study on this machine. Leaving it stops them, after they have saved."""
+    """A context manager that runs `count` workers on this machine. On exit it stops them, after they have saved."""
 
     def __init__(self, folder: StudyFolder, count: int, per_gpu: int | None = None) -> None:
         self.folder = folder
@@ -60,10 +63,6 @@ class LocalWorkers:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def alive(self) -> int:
-        return sum(slot.process is not None and slot.process.poll() is None for slot in self._slots)
 
     def restart_dead(self) -> bool:
         """Restart workers that died. False once all have ended themselves; WorkerFailedError where one cannot start."""
@@ -98,22 +97,16 @@ class LocalWorkers:
         with self._log(slot).open("ab") as log:
             slot.process = subprocess.Popen(
                 [sys.executable, "-m", "qatscale", "study", "work", str(self.folder.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environ,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops them
-            )
+            )  # fmt: skip
         slot.started = time.monotonic()
 
 
 def _devices(folder: StudyFolder, count: int, per_gpu: int | None) -> list[list[int]]:
     """The GPUs of each worker; empty lists without any."""
-    import torch
-
-    gpus, widest = torch.cuda.device_count(), max(job.processes for job in folder.jobs.values())
+    gpus, widest = _gpus_and_widest(folder)
     if not gpus:
         return [[] for _ in range(count)]
-    groups = max(1, gpus // widest)
-    shared = per_gpu or 1
-    return [[(i // shared % groups) * widest + j for j in range(widest)] for i in range(count)]
+    groups = [i // (per_gpu or 1) % max(1, gpus // widest) for i in range(count)]
+    return [[group * widest + j for j in range(widest)] for group in groups]

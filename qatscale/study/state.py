@@ -95,7 +95,7 @@ class StudyState:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether a worker that has nothing to do now may get something later."""
+        """Whether an idle worker may get a run later."""
         return any(state.state in ("ready", "waiting", "running") for state in self.states.values())
 
     def counts(self) -> dict[State, int]:
@@ -103,6 +103,10 @@ class StudyState:
         for state in self.states.values():
             counts[state.state] += 1
         return counts
+
+    def failures(self) -> dict[str, str]:
+        """Failed run → why."""
+        return {name: one.reason for name, one in self.states.items() if one.state == "failed"}
 
     def step(self, name: str) -> int:
         """Optimizer steps that a run has done, by its metrics file; its first step before the first record."""
@@ -122,3 +126,49 @@ class StudyState:
             except (ValueError, KeyError, TypeError):
                 continue  # torn, or cut at its beginning
         return job.start
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is, for a table."""
+
+    tokens_done: int
+    tokens: int
+    seconds_left: float | None
+    """None before the first run is done, and while no worker trains."""
+
+
+def progress(state: StudyState) -> Progress:
+    """What is done, and how long the rest takes with the workers that train now, at the speed of the finished runs.
+
+    Runs that failed or are blocked do not count.
+    """
+    jobs = state.folder.jobs
+    left: dict[int, float] = {}  # model FLOPs by model size
+    done = 0
+    for name, job in jobs.items():
+        now = state.states[name].state
+        step = max(job.start, state.step(name)) if now in ("done", "running", "ready") else job.start
+        done += (step - job.start) * job.tokens_per_step
+        if now in ("running", "ready", "waiting"):
+            flops = (job.steps - step) * job.tokens_per_step * job.flops_per_token
+            left[job.n_params] = left.get(job.n_params, 0.0) + flops
+    speeds, workers = _speeds(state), state.counts()["running"]
+    seconds = None
+    if workers and speeds and left:
+        mean = sum(speeds.values()) / len(speeds)
+        seconds = sum(flops / speeds.get(size, mean) for size, flops in left.items()) / workers
+    return Progress(done, sum(job.new_tokens for job in jobs.values()), seconds)
+
+
+def _speeds(state: StudyState) -> dict[int, float]:
+    """Model FLOPs a second of a worker by model size, of the runs that were trained in one piece."""
+    flops: dict[int, float] = {}
+    seconds: dict[int, float] = {}
+    jobs = state.folder.jobs
+    for name, attempt in state.attempts.items():
+        if attempt.state == "done" and attempt.number == 1 and attempt.ended is not None and name in jobs:
+            job = jobs[name]
+            flops[job.n_params] = flops.get(job.n_params, 0.0) + job.new_tokens * job.flops_per_token
+            seconds[job.n_params] = seconds.get(job.n_params, 0.0) + attempt.ended - attempt.started
+    return {size: flops[size] / max(seconds[size], 1e-9) for size in flops}

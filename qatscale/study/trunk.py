@@ -12,7 +12,7 @@ from qatscale.train.run import train
 
 
 def branch_config(scheme: str, out: Path, data: Path, *overrides: str) -> RunConfig:
-    """One branch: the recipe `quickstart` under this scheme, named after it unless `overrides` say else."""
+    """One branch: the recipe `quickstart` under this scheme, named after it unless `overrides` name it."""
     own = [f"name={scheme}", f"qat.scheme={scheme}", *overrides]
     return load_run_config("quickstart", [*_shared(out, data), *own])
 
@@ -44,6 +44,6 @@ def _shared(out: Path, data: Path) -> list[str]:
 
 
 def train_or_reuse(config: RunConfig, branch_from: str | None = None) -> None:
-    """Train a run to its end; one that is done costs nothing. SystemExit 75 where a signal stops it."""
+    """Train a run to its end; a finished one is reused. SystemExit 75 if a signal stops it."""
     if train(config, branch_from).status == "stopped":
         raise SystemExit(EXIT_REQUEUE)

@@ -20,8 +20,7 @@ from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoin
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from qatscale.study.claims import Claim, worker_name
-from qatscale.study.folder import StudyFolder, StudyJob
-from qatscale.study.results import record
+from qatscale.study.folder import StudyFolder, StudyJob, record
 from qatscale.study.state import StudyState
 
 POLL = 1.0
@@ -31,7 +30,7 @@ REASON_LENGTH = 500
 
 
 class Worker:
-    """Trains runs of a study until none is left that it could train."""
+    """Trains runs of a study until none is left to train."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -117,7 +116,7 @@ class Worker:
 
 
 def _device_works() -> bool:
-    """Whether the GPU still computes: after a failed kernel it does not, as long as the process lives."""
+    """Whether the GPU still computes. After a failed kernel it does not, until the process ends."""
     import torch
 
     if not torch.cuda.is_available():

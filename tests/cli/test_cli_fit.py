@@ -56,8 +56,6 @@ WRONG = {
     "no QAT run": (["--table", "fp.csv"], ("no run has two phases",)),
     "no run folders": (["--runs", "."], ("--runs = '.'", "holds no runs")),
     "a store without a use": (["--table", "good.csv", "--uri", "sqlite:///a.db"], ("--uri", "--experiment")),
-    "no starts": (["--table", "good.csv", "--starts", "0"], ("starts = 0", "1 or more")),
-    "a delta of 0": (["--table", "good.csv", "--delta", "0"], ("delta = 0.0", "above 0")),
     "few resamples": (["--table", "good.csv", "--resamples", "3"], ("resamples = 3", "20 or more")),
 }
 
@@ -99,7 +97,7 @@ def test_a_law_for_each_width_has_a_file_for_each(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["--form", "qat_per_bits", "--resamples", "0", "--no-compare", "--starts", "4"]
+    options = ["--form", "qat_per_bits", "--resamples", "0", "--no-compare"]
     assert run("fit", "--table", str(tables / "good.csv"), *options) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "fit-1bit.json", "fit-2bit.json", "fit-4bit.json", "fit-6bit.json",
@@ -111,7 +109,7 @@ def test_the_comparison_and_the_quality_are_printed(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("fit", "--table", str(tables / "good.csv"), "--resamples", "0", "--starts", "2") == 0
+    assert run("fit", "--table", str(tables / "good.csv"), "--resamples", "0") == 0
     said = capsys.readouterr().out
     for name in ("MAE of f*", "chen_2025", "kumar_2024", "no optimum", "full precision", "cold starts"):
         assert name in said

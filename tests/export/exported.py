@@ -12,7 +12,7 @@ from torch import Tensor
 from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
-from qatscale.export.formats.lookup import get_format
+from qatscale.export.formats.base import get_format
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
 from qatscale.quant.fake_quantize import fake_quantize

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from qatscale.export.folder import pack, packed_words
 from qatscale.export.formats import gguf_blocks
 from qatscale.export.formats.gguf import BLOCK_TYPES, permutation
 from qatscale.export.formats.gguf_blocks import to_blocks
-from qatscale.export.packing import pack, packed_words
 from qatscale.export.quantized_matrix import QuantizedMatrix, integer_step, lowest_integer, signed_bits
 from qatscale.export.source import SourceParameter
 from qatscale.model.llama import ModelConfig
@@ -80,7 +80,7 @@ def test_packing_is_one_stream_of_bits(bits: int, count: int) -> None:
 def test_packing_in_parts_is_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randint(8, (37, 50))
     whole = pack(values, 3)
-    monkeypatch.setattr("qatscale.export.packing._CHUNK", 120)
+    monkeypatch.setattr("qatscale.export.folder._CHUNK", 120)
     assert torch.equal(pack(values, 3), whole)
 
 

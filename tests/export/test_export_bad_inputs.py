@@ -18,7 +18,7 @@ from wrong_values import NO_SUCH_BITS
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from qatscale.export import clients, source
 from qatscale.export.formats import FORMATS, gguf
-from qatscale.export.formats.lookup import get_format
+from qatscale.export.formats.base import get_format
 
 
 def refused(qatscale, line: str, *parts: str) -> None:

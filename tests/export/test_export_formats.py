@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from qatscale.cli.app import app
 from qatscale.errors import UserError
 from qatscale.export.formats import FORMATS
-from qatscale.export.formats.lookup import Exported, find_export, get_format
+from qatscale.export.formats.base import Exported, find_export, get_format
 
 GUIDE = Path(__file__).parents[2] / "analysis/guides/ship-it.md"
 

@@ -15,7 +15,7 @@ from greedy_text import assert_same_text, decided_text
 
 from qatscale.errors import UserError
 from qatscale.export.formats import FORMATS
-from qatscale.export.formats.lookup import get_format
+from qatscale.export.formats.base import get_format
 from qatscale.inference.generate import open_text_generator
 from qatscale.inference.sampling import Detokenizer, Sampling
 from qatscale.model.hugging_face import from_hugging_face

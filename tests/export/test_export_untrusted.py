@@ -16,7 +16,7 @@ from permissions import as_ordinary_user
 from qatscale.errors import EXIT_BAD_INPUT, UserError
 from qatscale.export import clients
 from qatscale.export.formats import FORMATS
-from qatscale.export.formats.lookup import get_format
+from qatscale.export.formats.base import get_format
 from qatscale.export.formats.mlx import MlxLm
 
 PRODUCT = Path(clients.__file__).parents[1]

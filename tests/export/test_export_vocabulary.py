@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFReader, TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qatscale.errors import UserError
-from qatscale.export.formats.gguf_file import TensorInfo, write_gguf
+from qatscale.export.formats.gguf import TensorInfo, write_gguf
 from qatscale.export.formats.gguf_vocabulary import _LLAMA3, vocabulary
 from qatscale.model.hugging_face_tokenizer import PROBES
 

@@ -17,7 +17,7 @@ from qatscale.data.tokenizer import load_tokenizer
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.engine.checkpoints.load_model import load_checkpointed_model
 from qatscale.errors import UserError
-from qatscale.export.formats.lookup import find_export
+from qatscale.export.formats.base import find_export
 from qatscale.inference.generate import open_text_generator
 from qatscale.inference.sampling import Detokenizer, Sampling, prompt_ids
 from qatscale.train.validation import open_view

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qatlaw.study import Job, Offer, Piece, Route, Slot, cheapest_tree, longest_paths, shared_steps, simulate
 from qatscale.study import grid, read_study
-from qatscale.study.forecast import CHECKPOINT_BYTES, forecast
+from qatscale.study.plan import CHECKPOINT_BYTES, forecast
 
 SMALL = Path(__file__).parents[2] / "analysis" / "studies" / "small.yaml"
 

@@ -22,9 +22,9 @@ from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.study.claims import Claims
 from qatscale.study.folder import StudyFolder, lay_out
-from qatscale.study.results import run_record
 from qatscale.study.state import StudyState
 from qatscale.tracking.compare import run_folders
+from qatscale.tracking.run_record import run_record
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]

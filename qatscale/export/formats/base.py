@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from qatscale.errors import UserError
+from qatscale.errors import UserError, did_you_mean
 from qatscale.export.clients import Client, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, StoredParameter
+from qatscale.export.formats import FORMATS
 from qatscale.export.source import ExportSource, SourceParameter
 from qatscale.untrusted import read_object
 
@@ -117,3 +119,35 @@ def transformers_usage(client: type[Client], has_tokenizer: bool, options: str =
     """options: further arguments of `from_pretrained`, after a comma."""
     code = (_TRANSFORMERS if has_tokenizer else _TRANSFORMERS_IDS).format(options=options)
     return Usage(install=install_line(client.packages), code=code, note=note)
+
+
+class Exported(NamedTuple):
+    """An export on disk."""
+
+    format: Format
+    path: Path
+    """What its clients load: the folder, or its one file of weights."""
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def get_format(name: str) -> Format:
+    """UserError for a name that no format has."""
+    if name not in FORMATS:
+        raise UserError("--format", name, "is not a format of exports.", did_you_mean(name, FORMATS))
+    try:
+        return import_module(f"qatscale.export.formats.{name.replace('-', '_')}").FORMAT
+    except ModuleNotFoundError as error:
+        missing = f"needs the package {error.name}, which is not installed."
+        raise UserError("--format", name, missing, "pip install 'qatscale[clients]'") from None
+
+
+def find_export(path: Path) -> Exported | None:
+    """The export at a path, recognised by what its clients look for; None for anything else."""
+    for name in reversed(FORMATS):
+        format = get_format(name)
+        if (found := format.find(path)) is not None:
+            return Exported(format, found)
+    return None

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from qatscale.export.clients import Transformers
 from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
-from qatscale.export.folder import FileTensor, hf_name, value_tensor, write_folder
+from qatscale.export.folder import FileTensor, hf_name, pack, packed_words, value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config, transformers_usage
-from qatscale.export.packing import pack, packed_words
 from qatscale.export.quantized_matrix import QuantizedMatrix, signed_bits
 from qatscale.export.source import ExportSource, SourceParameter
 

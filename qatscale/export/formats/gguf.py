@@ -7,15 +7,14 @@ head. Norms are fp32. What is not quantized is stored in training's type.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType, LlamaFileType, TensorNameMap, get_tensor_name_map
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFValueType, GGUFWriter, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 
 from qatscale.config.schema import ModelConfig
@@ -26,9 +25,9 @@ from qatscale.export.folder import hf_name
 from qatscale.export.formats import gguf_blocks as blocks
 from qatscale.export.formats.base import Format, Usage, transformers_usage
 from qatscale.export.formats.gguf_blocks import BlockType, to_blocks
-from qatscale.export.formats.gguf_file import TensorInfo, write_gguf
 from qatscale.export.formats.gguf_vocabulary import vocabulary
 from qatscale.export.source import ExportSource, SourceParameter
+from qatscale.files import sync
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 
 FILE = "model.gguf"
@@ -44,7 +43,6 @@ BLOCK_TYPES: dict[str, tuple[BlockType, ...]] = {
 }
 """Bits -> types that hold the integers, best first. Those of 32 weights take rows that those of 256 do not."""
 _PLAIN_TYPES = {torch.float32: GGMLQuantizationType.F32, torch.bfloat16: GGMLQuantizationType.BF16}
-_PLAIN_FILE_TYPES = {torch.float32: LlamaFileType.ALL_F32, torch.bfloat16: LlamaFileType.MOSTLY_BF16}
 
 _LLAMA_CPP = """\
 from llama_cpp import Llama
@@ -75,7 +73,7 @@ class GgufInTransformers(Transformers):
 
 
 class LlamaCpp(Client):
-    """llama.cpp. It multiplies with activations rounded to 8 bits, so its logits are near and not equal."""
+    """llama.cpp. It multiplies with activations rounded to 8 bits, so its logits are close to ours, not equal."""
 
     name = "llama.cpp"
     packages = {"llama-cpp-python": "llama_cpp"}  # noqa: RUF012
@@ -183,7 +181,6 @@ def _metadata(layout: ExportLayout) -> dict[str, Any]:
     config, model = layout.source.config, layout.source.config.model
     return {
         "general.name": config.name,
-        "general.file_type": _file_type(layout),
         "general.quantization_version": 2,
         "llama.vocab_size": model.vocab_size,
         "llama.context_length": config.data.sequence_length,
@@ -196,18 +193,6 @@ def _metadata(layout: ExportLayout) -> dict[str, Any]:
         "llama.rope.dimension_count": model.hidden_size // model.heads,
         "llama.rope.freq_base": float(model.rope_theta),
     }
-
-
-def _file_type(layout: ExportLayout) -> int:
-    """llama.cpp shows it as the file's type: that of most weights."""
-    weights: Counter[int] = Counter()
-    for entry in layout.entries:
-        if isinstance(entry.encoding, BlockEncoding):
-            weights[entry.encoding.type.file_type] += entry.parameter.numel
-        else:
-            assert isinstance(entry.encoding, PlainEncoding)
-            weights[_PLAIN_FILE_TYPES[entry.encoding.dtype].value] += entry.parameter.numel
-    return weights.most_common(1)[0][0]
 
 
 def _tensor(layout: ExportLayout, entry: StoredParameter, names: TensorNameMap) -> TensorInfo:
@@ -245,6 +230,45 @@ def permutation(parameter: SourceParameter, config: ModelConfig) -> Tensor | Non
     channels = config.hidden_size // config.heads
     rows = torch.arange(parameter.shape[0])
     return rows.view(-1, 2, channels // 2).transpose(1, 2).flatten()
+
+
+class TensorInfo(NamedTuple):
+    """A tensor of the file. `shape` is PyTorch's; the file has the reverse."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    size: int
+    """Bytes."""
+    make: Callable[[], np.ndarray]
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+    """Metadata: text, bool, int (unsigned), float, or lists of one of them (integers in lists are signed).
+
+    Raises OSError, e.g. for a full disk; the file is then incomplete.
+    """
+    writer = GGUFWriter(path, "llama")
+    try:
+        for key, value in metadata.items():
+            kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, kind)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        for tensor in tensors:
+            content = np.ascontiguousarray(tensor.make()).view(np.uint8).reshape(-1)
+            assert content.size == tensor.size, f"{tensor.name}: {content.size} bytes, not {tensor.size}"
+            file.write(content.data)  # write_tensor_data uses ndarray.tofile, whose OSError does not say why
+            writer.write_padding(file, tensor.size)
+    finally:
+        writer.close()
+    sync(path)
 
 
 FORMAT = Gguf()

@@ -35,8 +35,6 @@ class BlockType:
     low: int
     high: int
     """The integers it holds."""
-    file_type: int
-    """llama_ftype of a file that is mostly of this type."""
     encode: Callable[[Blocks, np.ndarray], np.ndarray]
     """(integers int16 [blocks, weights], d as bytes [blocks, 2]) -> uint8 [blocks, bytes]."""
 
@@ -108,14 +106,14 @@ def _q8_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.hstack([d, n.astype(np.int8).view(np.uint8)])
 
 
-Q1_0 = BlockType("Q1_0", -1, 1, 40, _q1_0)
-TQ2_0 = BlockType("TQ2_0", -1, 1, 37, _tq2_0)
-Q2_K = BlockType("Q2_K", -3, 3, 10, _q2_k)
-Q3_K = BlockType("Q3_K", -4, 3, 11, _q3_k)
-Q4_0 = BlockType("Q4_0", -8, 7, 2, _q4_0)
-Q5_0 = BlockType("Q5_0", -16, 15, 8, _q5_0)
-Q6_K = BlockType("Q6_K", -32, 31, 18, _q6_k)
-Q8_0 = BlockType("Q8_0", -128, 127, 7, _q8_0)
+Q1_0 = BlockType("Q1_0", -1, 1, _q1_0)
+TQ2_0 = BlockType("TQ2_0", -1, 1, _tq2_0)
+Q2_K = BlockType("Q2_K", -3, 3, _q2_k)
+Q3_K = BlockType("Q3_K", -4, 3, _q3_k)
+Q4_0 = BlockType("Q4_0", -8, 7, _q4_0)
+Q5_0 = BlockType("Q5_0", -16, 15, _q5_0)
+Q6_K = BlockType("Q6_K", -32, 31, _q6_k)
+Q8_0 = BlockType("Q8_0", -128, 127, _q8_0)
 
 
 def to_blocks(block_type: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:

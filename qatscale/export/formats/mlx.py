@@ -18,9 +18,8 @@ from torch import Tensor
 
 from qatscale.export.clients import Client, Weights, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
-from qatscale.export.folder import FileTensor, hf_name, value_tensor, write_folder
+from qatscale.export.folder import FileTensor, hf_name, pack, packed_words, value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config
-from qatscale.export.packing import pack, packed_words
 from qatscale.export.quantized_matrix import QuantizedMatrix, integer_step, lowest_integer
 from qatscale.export.source import ExportSource, SourceParameter
 
@@ -151,7 +150,7 @@ def _tensors(layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
 
 
 def quantization_config(layout: ExportLayout) -> dict[str, Any] | None:
-    """mlx-lm's: the commonest setting, and by name that of every layer quantized otherwise; None without any."""
+    """mlx-lm's entry: the commonest setting, and that of every other layer by name; None without quantized layers."""
     layers = {
         hf_name(layout, entry).removesuffix(".weight"): entry.encoding
         for entry in layout.entries

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qatscale.cli.terminal import console, plain_table
+from qatscale.cli.terminal import check_figure, console, plain_table
+from qatscale.config.amounts import format_amount
+from qatscale.config.ds_config import ds_config_warnings, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.estimate.fits import (
     Given,
@@ -20,6 +22,8 @@ from qatscale.engine.estimate.fits import (
 from qatscale.engine.estimate.memory import ON_DEVICE, Kind
 from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
+from qatscale.schedule.build import build_timeline
+from qatscale.schedule.show import COLUMNS, describe
 
 _SHOWN: dict[Kind, str] = {
     "weights": "weights",
@@ -43,13 +47,18 @@ def print_dry_run(
     as_json: bool,
 ) -> None:
     """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
-    from qatscale.cli.show import print_timeline
-    from qatscale.config.ds_config import ds_config_warnings, run_ds_config
-    from qatscale.schedule.build import build_timeline
-
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
-    branch = None if branch_from is None else _branch(config, branch_from)
+    timeline, branch = build_timeline(config), None
+    if branch_from is not None:
+        from qatscale.tracking.run_folder import RunFolder
+        from qatscale.train.resume import plan_resume, with_qat_rate
+
+        resumed = with_qat_rate(config, RunFolder(config.folder))
+        start = plan_resume(resumed, build_timeline(resumed), branch_from)
+        branch = (
+            {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
+        )
     if not as_json:
         print_timeline(config, figure)
         if branch:
@@ -60,23 +69,40 @@ def print_dry_run(
     advice = network_advice(config, ds_config, job)
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
-        timeline = {"name": config.name, **build_timeline(config).to_dict()}
-        timeline["warnings"] = [*timeline["warnings"], *ds_config_warnings(config)]
-        print(json.dumps({"timeline": timeline, "branch": branch, "scale": scale}, indent=2))
+        shown = {"name": config.name, **timeline.to_dict()}
+        shown["warnings"] = [*shown["warnings"], *ds_config_warnings(config)]
+        print(json.dumps({"timeline": shown, "branch": branch, "scale": scale}, indent=2))
     else:
         print_scale(job, config, advice)
     refuse_what_cannot_fit(config, ds_config, job)
 
 
-def _branch(config: RunConfig, branch_from: str) -> dict[str, Any]:
-    """The checkpoint to branch from and its step. UserError where none exists or it does not fit the run."""
-    from qatscale.schedule.build import build_timeline
-    from qatscale.tracking.run_folder import RunFolder
-    from qatscale.train.resume import plan_resume, with_qat_rate
+def print_timeline(config: RunConfig, figure: Path | None) -> None:
+    check_figure(figure)
+    timeline = build_timeline(config)
+    size = f"{format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of {timeline.tokens_per_step:,}"
+    out, rows = console(), [COLUMNS, *(row.cells() for row in describe(timeline, config))]
+    shown = list(COLUMNS)
+    for column in ("steps", "tokens", "decay", "betas"):  # the first to go where a terminal is narrow
+        widths = [max(len(row[COLUMNS.index(name)]) for row in rows) for name in shown]
+        if sum(widths) + 2 * len(widths) + 2 > out.width:
+            shown.remove(column)
+    table = plain_table(*shown, right=tuple(shown[1:]), title=f"{config.name}: {config.qat.scheme}, {size}")
+    for row in rows[1:]:
+        table.add_row(*(row[COLUMNS.index(name)] for name in shown))
+    out.print(table)
+    if timeline.switch_step is not None:
+        tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
+        share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
+        out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
+        rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
+        out.print(f"peak rate of the QAT phase: {rate}")
+    for warning in (*timeline.warnings, *ds_config_warnings(config)):
+        out.print(f"warning: {warning}", style="yellow", soft_wrap=not out.is_terminal)
+    if figure is not None:
+        from qatscale.schedule.figure import draw
 
-    config = with_qat_rate(config, RunFolder(config.folder))
-    start = plan_resume(config, build_timeline(config), branch_from)
-    return {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
+        out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)
 
 
 def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None:
@@ -100,19 +126,27 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
     if any(stage.start > stage.step for stage in stages):
         table.add_row("at the start: fp32, not yet divided", *(_gigabytes(stage.start) for stage in stages))
     out.print(table)
-    _print_traffic(job)
+    if job.traffic:
+        table = plain_table("sent by a process", "GB a step", right=("GB a step",))
+        for name, size in job.traffic.items():
+            table.add_row(name, _gigabytes(size))
+        out.print(table)
     if job.gpu_memory is not None:
         verdict = "fits into" if job.fits else "does not fit into"
         memory = _gigabytes(job.gpu_memory)
         say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu}")
     say(_host(job))
     if job.traffic:
-        say(_network(job))
+        network = job.network
+        where = "between nodes" if network.nodes > 1 else "inside the node"
+        hidden = f", {network.overlapped:,.3g} s of it while the GPU computes" if network.overlapped else ""
+        speed = f"network, {network.gigabytes_per_second:g} GB/s a GPU {where}"
+        say(f"{speed}: {network.seconds:,.3g} s a step{hidden}")
     if job.step_seconds and job.compute_seconds and job.given.mfu:
-        speed = config.tokens_per_step / job.step_seconds
+        rate = config.tokens_per_step / job.step_seconds
         say(
-            f"at {job.given.mfu:.0%} of the peak while a stage works: {speed:,.0f} tokens/s, "
-            f"{job.step_seconds:,.3g} s a step, {config.tokens / speed / 86_400:,.2g} days in all"
+            f"at {job.given.mfu:.0%} of the peak while a stage works: {rate:,.0f} tokens/s, "
+            f"{job.step_seconds:,.3g} s a step, {config.tokens / rate / 86_400:,.2g} days in all"
         )
     for notice in filter(None, (advice, *job.notices)):
         say(notice)
@@ -129,21 +163,6 @@ def _host(job: JobEstimate) -> str:
     shown = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
     node = f" of a node of {host.processes}" if job.layout.processes > 1 else ""
     return f"host memory{node}: {_gigabytes(host.total)} GB {host.when} ({shown})"
-
-
-def _network(job: JobEstimate) -> str:
-    network = job.network
-    where = "between nodes" if network.nodes > 1 else "inside the node"
-    hidden = f", {network.overlapped:,.3g} s of it while the GPU computes" if network.overlapped else ""
-    return f"network, {network.gigabytes_per_second:g} GB/s a GPU {where}: {network.seconds:,.3g} s a step{hidden}"
-
-
-def _print_traffic(job: JobEstimate) -> None:
-    if job.traffic:
-        table = plain_table("sent by a process", "GB a step", right=("GB a step",))
-        for kind, size in job.traffic.items():
-            table.add_row(kind, _gigabytes(size))
-        console().print(table)
 
 
 def _chosen(job: JobEstimate, columns: int) -> list[StageMemory]:

@@ -1,0 +1,65 @@
+"""`qatscale config` and `recipes`: the keys of a recipe, and the recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatscale.cli.terminal import Overrides, console, plain_table
+from qatscale.errors import UserError, nearest
+
+
+def config(
+    what: Annotated[
+        str, typer.Argument(metavar="[KEY|RECIPE]", help="A section or key (qat, qat.bits), or a recipe: name or file.")
+    ] = "",
+    overrides: Overrides = None,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a recipe.")] = False,
+) -> None:
+    """Print every key of a recipe with its type, default and meaning; for a recipe its keys and values, as YAML.
+
+    `qatscale config quickstart > mine.yaml` writes a recipe to edit.
+    """
+    from qatscale.config import RunConfig, explain, load_run_config, recipe_names, resolved_yaml
+    from qatscale.files import is_file
+
+    if json_schema:
+        print(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return
+    if overrides or what in recipe_names() or is_file(Path(what)):
+        print(resolved_yaml(load_run_config(what, overrides or ())), end="")
+        return
+    table = plain_table("key", "allowed", "default", "meaning")
+    try:
+        rows = explain(what)
+    except UserError:
+        if recipe := nearest(what, recipe_names()):
+            problem = "no key, recipe or file of this name."
+            raise UserError("recipe", what, problem, f"Did you mean {recipe!r}?") from None
+        raise
+    for row in rows:
+        table.add_row(row.key, row.allowed, row.default, row.meaning)
+    console().print(table)
+
+
+def recipes() -> None:
+    """List the recipes that come with qatscale."""
+    from qatscale.config import load_run_config, recipe_names
+    from qatscale.config.amounts import format_amount
+    from qatscale.config.sizes import count_parameters
+
+    numbers = ("parameters", "width", "layers", "sequence", "batch (tokens)", "tokens")
+    table = plain_table("recipe", *numbers, "ds_config", right=numbers)
+    configs = {name: load_run_config(name) for name in recipe_names()}
+    sizes = {name: count_parameters(config.model).total for name, config in configs.items()}
+    for name in sorted(configs, key=lambda name: sizes[name]):
+        config, model = configs[name], configs[name].model
+        table.add_row(
+            name, format_amount(sizes[name]), f"{model.hidden_size}", f"{model.layers}",
+            f"{config.data.sequence_length}", format_amount(config.tokens_per_step), format_amount(config.tokens),
+            config.engine.ds_config,
+        )  # fmt: skip
+    console().print(table)

@@ -1,0 +1,71 @@
+"""`qatscale runs`, `compare` and `track-sync`: what finished runs have to show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatscale.cli.terminal import Json, check_figure, console
+from qatscale.errors import EXIT_FAILED, UserError
+
+
+def runs(
+    output: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), as_json: Json = False
+) -> None:
+    """Print a table of runs."""
+    from qatscale.tracking.compare import list_runs, runs_table
+
+    rows = list_runs(output)
+    if not rows:
+        is_a_run = (output / "run.json").exists()
+        fix = "Its parent folder is what lists runs." if is_a_run else "Name a folder of run folders."
+        raise UserError("output", str(output), "holds no runs.", fix)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        console().print(runs_table(rows))
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    figure: Annotated[Path | None, typer.Option(help="Draw the loss curves into this file (PNG, SVG, PDF).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print runs side by side: losses in each view, switch, speeds; with --figure their loss curves."""
+    from qatscale.tracking import compare as comparison
+    from qatscale.tracking.run_folder import RunFolder
+
+    check_figure(figure)
+    found = [RunFolder.open(folder) for folder in folders]
+    rows = [comparison.run_row(folder) for folder in found]
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        console().print(comparison.comparison_table(rows))
+    if figure is not None:
+        from qatscale.tracking.curves import draw_loss_curves
+
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        draw_loss_curves(found, figure)
+        print(f"figure: {figure}", file=sys.stderr)
+
+
+def track_sync(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    uri: Annotated[str | None, typer.Option(help="Another MLflow store than the one in the run's recipe.")] = None,
+) -> None:
+    """Upload to MLflow what an unreachable server missed."""
+    from qatscale.tracking import mlflow_sync
+    from qatscale.tracking.run_folder import RunFolder
+
+    try:
+        run_id = mlflow_sync.track_sync(RunFolder.open(run), uri)
+    except mlflow_sync.TrackingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    print(f"{run}: MLflow has all of it, as run {run_id}")

@@ -1,0 +1,114 @@
+"""The reference pages and the program name the same keys and options; each example on them works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from qatscale.cli.app import app
+from qatscale.config import load_run_config
+from qatscale.config.settings import settings
+from qatscale.study.file import Axes, Size, Study, read_study
+
+GUIDES = Path(__file__).parents[1] / "analysis" / "guides"
+RECIPES, COMMANDS = GUIDES / "recipe-reference.md", GUIDES / "command-reference.md"
+
+
+def rows(text: str) -> dict[str, tuple[str, str]]:
+    """First column → (default, example) of the tables in a page."""
+    cells = re.findall(r"^\| `([^`]+)` \| .* \| ([^|]+) \| `([^`]+)` \|$", text, re.MULTILINE)
+    return {name: (default.strip("`"), example) for name, default, example in cells}
+
+
+# --- recipes ---
+
+
+KEYS = {re.sub(r"\.phases\.\w+\.", ".phases.PHASE.", key): row.default for key, row in settings().items()}
+del KEYS["schedule.phases"]  # its parts have a row each
+
+
+def test_the_page_has_the_keys_of_a_recipe() -> None:
+    assert {key: default for key, (default, _) in rows(RECIPES.read_text()).items()} == KEYS
+
+
+@pytest.mark.parametrize(
+    ("key", "example"), [(key, example) for key, (_, example) in rows(RECIPES.read_text()).items()]
+)
+def test_a_key_has_an_example_that_loads(key: str, example: str) -> None:
+    assert re.search(rf"(^| ){re.escape(key).replace('PHASE', '[a-z_]+')}=", example)
+    assert load_run_config("debug", shlex.split(example)) != load_run_config("debug")
+
+
+def test_the_study_on_the_page_has_every_key_and_loads(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", RECIPES.read_text(), re.DOTALL | re.MULTILINE)
+    file.write_text(text)
+    study = read_study(file)
+    used = study.model_fields_set.union(*(grid.model_fields_set for grid in study.grids or ()))
+    assert used == set(Study.model_fields) >= set(Axes.model_fields)
+    assert set().union(*(size.model_fields_set for size in study.sizes)) == set(Size.model_fields)
+
+
+# --- commands ---
+
+
+def commands(group: Any, *path: str) -> Iterator[tuple[str, Any]]:
+    if group.callback and path:
+        yield " ".join(("qatscale", *path)), group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *path, name)
+
+
+PROGRAM: Any = typer.main.get_command(app)
+NAMED = dict(commands(PROGRAM))
+SECTIONS = {
+    name: (base, rows(section))
+    for name, section in re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", COMMANDS.read_text(), re.DOTALL | re.MULTILINE)
+    for base in re.findall(r"^\$ (.+)$", section, re.MULTILINE)
+}
+
+
+def options(command: Any) -> dict[str, str | None]:
+    """Name → default; a flag that is on by default goes by the name that switches it off."""
+    found = {}
+    for option in command.params:
+        if option.param_type_name == "option" and option.name != "help":
+            names = option.secondary_opts if option.default is True else option.opts
+            shown = None if option.default is None or isinstance(option.default, bool) else str(option.default)
+            found[names[-1]] = "required" if option.required else shown
+    return found
+
+
+def parse(line: str) -> None:
+    command, words = PROGRAM, shlex.split(line)[1:]
+    with command.make_context("qatscale", ["--help"], resilient_parsing=True) as parent:
+        while words and words[0] in getattr(command, "commands", {}):
+            command, words = command.commands[words[0]], words[1:]
+        with command.make_context(command.name, words, parent=parent) as context:
+            if overrides := context.params.get("overrides"):
+                load_run_config("86m", overrides)
+
+
+def test_the_page_has_the_commands_and_their_options() -> None:
+    assert SECTIONS.keys() == NAMED.keys()
+    for name, (_, documented) in SECTIONS.items():
+        expected = options(NAMED[name])
+        assert documented.keys() == expected.keys(), name
+        for option, default in expected.items():
+            assert default in (None, documented[option][0]), f"{name} {option}"
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_command_has_examples_that_parse(name: str) -> None:
+    base, documented = SECTIONS[name]
+    assert base.startswith(name)
+    parse(base)
+    for option, (_, example) in documented.items():
+        assert option in example.split(), option
+        parse(f"{base} {example}")
