@@ -11,13 +11,17 @@ the law's, of its runs whose interval of the loss does, and of the parameters th
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 
 from qatlaw import synthetic
-from qatlaw.fit import fit, mapped
+from qatlaw.fit import fit
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.table import RunTable
 from qatlaw.uncertainty import bootstrap
@@ -46,7 +50,17 @@ class Draw:
 
 
 def grid(draw: int, seeds: int, trunk_noise: float, sizes: tuple[float, ...]) -> RunTable:
-    return synthetic.ladder(draw, sizes, TOKENS, BITS, FRACTIONS, seeds, OWN, trunk_noise * OWN)
+    """draw: the seed of the noise. trunk_noise: in units of a run's own, one error a size and seed."""
+    rows = []
+    for N, seed, D in itertools.product(sizes, range(seeds), TOKENS):
+        rows.append((N, 16.0, D, 0.0, "fp", seed))
+        rows += [(N, B, D * (1 - f), D * f, "sequential", seed) for B in BITS for f in FRACTIONS]
+    frame = pd.DataFrame(rows, columns=["n_params", "bits", "tokens_fp", "tokens_qat", "scheme", "seed"])
+    rng = np.random.default_rng([draw, seeds])
+    trunks = frame.groupby(["n_params", "seed"]).ngroup().to_numpy()
+    own = OWN * rng.standard_normal(len(frame))
+    noise = own + trunk_noise * OWN * rng.standard_normal(trunks.max() + 1)[trunks]
+    return synthetic.drawn(frame, noise, f"synthetic ladder {draw}")
 
 
 def few_repeats(draw: int, trunk_noise: float) -> RunTable:
@@ -99,10 +113,11 @@ def main() -> None:
     layouts = [(f"2 sizes, {seeds} {'seed' if seeds == 1 else 'seeds'}", seeds, SIZES) for seeds in SEEDS]
     layouts += [("2 sizes, 1 seed, 5 at two cells", None, SIZES), ("3 sizes, 2 seeds", 2, (*SIZES, THIRD))]
     print(HEAD)
-    for name, seeds, sizes in layouts:
-        for trunk_noise in TRUNK_NOISE:
-            once = partial(one, given.resamples, trunk_noise, seeds, sizes)
-            print(row(name, trunk_noise, mapped(once, range(given.draws), given.workers)), flush=True)
+    with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name, seeds, sizes in layouts:
+            for trunk_noise in TRUNK_NOISE:
+                once = partial(one, given.resamples, trunk_noise, seeds, sizes)
+                print(row(name, trunk_noise, list(pool.map(once, range(given.draws)))), flush=True)
 
 
 if __name__ == "__main__":

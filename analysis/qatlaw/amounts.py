@@ -9,14 +9,15 @@ from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.errors import InputError
 
 _PLAIN = {"": 1.0}
-_UNITS = _PLAIN | {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-_BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12} | {
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+_BYTES = {
+    "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
     "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40,
 }  # fmt: skip
 _NUMBER = r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*$"
 
 Reader = Callable[[str, str], float]
-"""From an option's name and text to a finite number above 0; InputError for another text."""
+"""From an option's name and text to a finite number above 0; InputError for any other text."""
 
 
 def _reader(allowed: str, units: Mapping[str, float], holds: Callable[[float], bool] = lambda _: True) -> Reader:

@@ -1,7 +1,7 @@
 """The planner's command line, one command for each question. `qatscale plan` and `python -m qatlaw` mount it.
 
-An option is declared here once, together with the function that reads its text. Under `qatscale plan` the context holds
-what qatscale knows of recipes and GPUs (`qatscale.cli.plan.RecipesAndGpus`); elsewhere it holds None.
+Each option is declared once, with the function that reads its text. Under `qatscale plan` the context holds the recipes
+and GPUs of qatscale (`qatscale.cli.plan.RecipesAndGpus`); elsewhere it holds None.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from qatlaw.fraction import amount
 from qatlaw.plan.answer import Answer, columns, facts
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
 from qatlaw.plan.checkpoint import plan_checkpoint
-from qatlaw.plan.memory import plan_memory
-from qatlaw.plan.run import Interval, Recipe, Split, judge_split, plan_run, warnings_of
+from qatlaw.plan.memory import RULE, plan_memory
+from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
 from qatlaw.plan.run_folder import read_trained
-from qatlaw.plan.shapes import RULE
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
-from qatlaw.plan.widths import TOLERANCE, compare_widths
 from qatlaw.planner_law import PlannerLaw, law_names, load_law
 
 
@@ -37,10 +35,10 @@ def _option(metavar: str, text: str, read: Reader = parse_amount) -> Any:
 
 
 PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.")
-RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe, with its tokens, bits, batch and schedule.")
+RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe with its tokens, bits, batch and schedule.")
 TOKENS = _option("100B", "Training tokens of both phases.")
 BITS = _option("4", f"Bits per quantized weight: {BIT_WIDTHS_TEXT}.", parse_bits)
-BATCH_TOKENS = _option("1M", "Tokens of an optimizer step, for the step of the switch.")
+BATCH_TOKENS = _option("1M", "Tokens of an optimizer step; the answer then names the step of the switch.")
 NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)")
 VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.")
 FLOPS = _option("1e21", "The budget: floating-point operations.")
@@ -48,7 +46,7 @@ GPU_HOURS = _option("500", "The budget: GPU-hours, all GPUs together.")
 GPU = typer.Option(metavar="H200", help="A GPU by name, for its peak.")
 PEAK_FLOPS = _option("989T", "Instead of --gpu: its peak in FLOP/s.")
 MFU = _option("0.4", "Share of the peak that full-precision training reaches.", parse_share)
-TOKENS_PER_SECOND = _option("150K", "Instead of a peak and --mfu: measured on one GPU in full precision.")
+TOKENS_PER_SECOND = _option("150K", "Instead of a peak and --mfu: measured speed of one GPU in full precision.")
 QAT_OVERHEAD = _option("1.2", "Time of a QAT step over that of a full-precision step.")
 TRAINED_TOKENS = _option("60B", "Instead of RUN: full-precision tokens so far. Needs --params.")
 FRACTION = _option("0.1", "QAT tokens over all tokens.", parse_share)
@@ -58,6 +56,7 @@ LAW = typer.Option(
     metavar="LAW",
     help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.)",
 )
+LOWEST = "* the lowest predicted loss."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BUDGETS = (
     ("--flops",),
@@ -96,21 +95,20 @@ def run(
     if width is None:
         bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, as_json=as_json)
         return
-    N, D, loss_law = *_size(known), _law(law)
+    (N, D), loss_law = _size(known), _law(law)
     plan = plan_run(N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme)
     table = {
         "tokens per parameter byte": f"{plan.S:,.4g}",
-        "optimal QAT fraction (closed form)": _text(plan.closed_form, ".1%"),
+        "optimal QAT fraction (closed form)": None if plan.closed_form is None else f"{plan.closed_form:.1%}",
         "optimal QAT fraction (loss law)": None,
         "planned QAT fraction": None if plan.fraction == plan.optimum else f"{plan.fraction:.1%}",
-        "tokens in full precision": _tokens(plan.tokens_fp),
-        "tokens in QAT": _tokens(plan.tokens_qat),
+        "tokens in full precision": amount(plan.tokens_fp, 4),
+        "tokens in QAT": amount(plan.tokens_qat, 4),
         "switch to QAT before step": None if plan.steps is None else f"{plan.switch_step:,} of {plan.steps:,}",
     }
     if p := plan.prediction:
-        optimum = f"{plan.optimum:.1%}{_interval(p.fraction_interval, '.1%', p.level)}"
         table |= {
-            "optimal QAT fraction (loss law)": optimum,
+            "optimal QAT fraction (loss law)": f"{plan.optimum:.1%}{_interval(p.fraction_interval, '.1%', p.level)}",
             "predicted loss": f"{p.loss:.4f}{_interval(p.loss_interval, '.4f', p.level)}",
             "predicted loss in full precision": f"{p.full_precision_loss:.4f}",
             "  the closed form's fraction": _judged(p.closed_form),
@@ -118,8 +116,8 @@ def run(
         }
     notes = [f"Losses in nats per token; {WASTED}."] if law else []
     warnings = (*plan.warnings, *warnings_of(N, D, width, None))
-    title = _run(N, D, width)
-    _show(ctx, as_json, Answer("run", title, facts(table), plan, loss_law, notes, warnings, plan.overrides, N), recipe)
+    answer = Answer("run", _run(N, D, width), facts(table), plan, loss_law, notes, warnings, plan.overrides, N)
+    _show(ctx, as_json, answer, recipe)
 
 
 @planner.command("bit-widths", epilog="Example: qatscale plan bit-widths --params 396M --tokens 100B")
@@ -135,19 +133,22 @@ def bit_widths(
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
     known, loss_law = _known(ctx, recipe, params, tokens, batch_tokens), _law(law)
-    (N, D), step, scheme = _size(known), known.tokens_per_step, known.scheme
+    N, D = _size(known)
     if tolerance and law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
-    widths, nats = _widths(None, loss_law), tolerance or TOLERANCE
-    plan = compare_widths(N, D, widths, law=loss_law, tolerance=nats, tokens_per_step=step, scheme=scheme)
+    nats = tolerance or TOLERANCE
+    plan = compare_widths(
+        N, D, _widths(None, loss_law), law=loss_law, tolerance=nats, tokens_per_step=known.tokens_per_step,
+        scheme=known.scheme,
+    )  # fmt: skip
     best = None if plan.smallest is None else plan.rows[plan.smallest]
     table = columns(plan.rows, "bits plan.S plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
     notes = []
     if law:
         within = f"within {nats:g} nats ({math.expm1(nats):.2%} of the perplexity) of full precision"
         start = f"* the smallest bit width {within}" if best else f"No bit width is {within}"
-        notes = [f"{start}, whose predicted loss is {_text(plan.full_precision_loss, '.4f')}."]
-    title = f"{_tokens(N)} parameters, {_tokens(D)} tokens: QAT at each bit width"
+        notes = [f"{start}, whose predicted loss is {plan.full_precision_loss:.4f}."]
+    title = f"{_run(N, D)}: QAT at each bit width"
     overrides = best.plan.overrides if best else None
     _show(ctx, as_json, Answer("bit-widths", title, table, plan, loss_law, notes, plan.warnings, overrides, N), recipe)
 
@@ -168,10 +169,10 @@ def memory(
     best = None if plan.best is None else plan.rows[plan.best]
     wanted = "bits plan.params shape.hidden_size shape.layers megabytes plan.S plan.fraction flops plan.loss"
     table = columns(plan.rows, wanted, best if law else None)
-    notes = [f"The {'best' if law else 'largest'} that fit. {RULE}", *(["* the lowest predicted loss."] if law else [])]
+    notes = [f"The best that fit. {RULE}", LOWEST] if law else [f"The largest that fit. {RULE}"]
     if small := [f"{row.bits:g}" for row in plan.rows if row.shape != row.largest]:
         notes.append(f"At {', '.join(small)} bits a larger model fits, but has too few tokens per byte to be better.")
-    title = f"{size / 1e6:,.4g} MB of weights, {_tokens(tokens)} tokens"
+    title = f"{size / 1e6:,.4g} MB of weights, {amount(tokens, 4)} tokens"
     overrides, N = ((*best.plan.overrides, *best.shape.overrides), best.plan.params) if best else (None, 0)
     _show(ctx, as_json, Answer("memory", title, table, plan, loss_law, notes, plan.warnings, overrides, N))
 
@@ -208,7 +209,7 @@ def compute(
     peak = _stack(ctx, "--gpu", gpu).peak_flops(gpu) if gpu else peak_flops
     flops_per_unit = peak * mfu * 3600 if peak and mfu else 1.0
     if tokens_per_second:
-        cost, source = 1 / tokens_per_second / 3600, "what was measured"
+        cost, source = 1 / tokens_per_second / 3600, "the measured time"
     elif known.flops_per_token:
         cost, source = known.flops_per_token / flops_per_unit, "the recipe's FLOPs, attention included"
     else:  # for each parameter, where the size is to be chosen
@@ -225,17 +226,17 @@ def compute(
     else:
         table = columns(plans, "bits params chosen.fraction chosen.tokens chosen.tokens_qat chosen.loss", best)
     notes = [f"A full-precision token costs {source}; a QAT token {ratio:.4g} times as much."]
-    notes += ["* the lowest predicted loss."] if law and not one else []
+    notes += [LOWEST] if law and not one else []
     warnings = [warning for plan in plans for warning in plan.warnings]
     if one and one.closed_form:
         warnings += warnings_of(one.params, one.closed_form.tokens, one.bits, None)
     if qat_overhead is None:
         warnings.append(
-            "a QAT token was taken to cost as much as a full-precision one: divide tokens_per_second_fp of a finished "
+            "a QAT token is assumed to cost as much as a full-precision one: divide tokens_per_second_fp of a finished "
             "run by its tokens_per_second_qat, and give that as --qat-overhead"
         )
     title = f"{budget.amount:g} {budget.unit}"
-    title += f", {_tokens(one.params)} parameters, {one.bits:g} bits" if one else ""
+    title += f", {amount(one.params, 4)} parameters, {one.bits:g} bits" if one else ""
     overrides, N = (best.overrides, best.params) if best else (None, 0)
     _show(ctx, as_json, Answer("compute", title, table, one or plans, loss_law, notes, warnings, overrides, N), recipe)
 
@@ -262,13 +263,13 @@ def checkpoint(
     plans = [plan.whole_steps(trained.tokens_per_step) for plan in plans] if trained else plans
     one = plans[0] if len(plans) == 1 else None
     table = columns(plans, "bits tokens_qat fraction loss")
-    notes = ["Deserved: with them, the tokens trained so far are the optimal full-precision share of all tokens."]
+    notes = ["With the deserved QAT tokens, the tokens so far are the optimal full-precision share of all tokens."]
     if one:
         table = columns(one.purchases, "multiple tokens_qat fraction loss slope")
-        notes.insert(0, f"It deserves {_tokens(one.tokens_qat)} QAT tokens, {one.fraction:.1%} of the run.")
+        notes.insert(0, f"It deserves {amount(one.tokens_qat, 4)} QAT tokens, {one.fraction:.1%} of the run.")
     warnings = list(trained.warnings) if trained else []
     warnings += [f"{plan.bits:g} bits: {warning}" for plan in plans for warning in plan.warnings]
-    title = f"{_tokens(N)} parameters, {_tokens(D)} tokens in full precision"
+    title = f"{_run(N, D)} in full precision"
     overrides: tuple[str, ...] | None = None
     if one and trained:
         overrides = (*one.overrides(trained.tokens_per_step), *trained.overrides(one.tokens, one.tokens_qat))
@@ -321,7 +322,7 @@ def fusion(
     saving = fusion_saving(loss_law.law, params, tokens, bits, fused_loss, sequential_loss)
     table = {
         "fused loss less sequential loss": f"{fused_loss - sequential_loss:+.4f}",
-        "tokens the sequential scheme would need": _tokens(saving.sequential_tokens),
+        "tokens the sequential scheme would need": amount(saving.sequential_tokens, 4),
         "saved by fusion": f"{saving.saved:+.1%}",
     }
     notes, warnings = [f"In this table, {SAVED}."], warnings_of(params, tokens, bits, loss_law)
@@ -330,15 +331,11 @@ def fusion(
 
 
 def _known(
-    ctx: typer.Context,
-    recipe: str | None,
-    params: float | None,
-    tokens: float | None = None,
+    ctx: typer.Context, recipe: str | None, params: float | None, tokens: float | None = None,
     batch_tokens: float | None = None,
-) -> Recipe:
-    """What the options, and a recipe, say about the run."""
+) -> Recipe:  # fmt: skip
     if batch_tokens and tokens and batch_tokens > tokens:
-        raise InputError("--batch-tokens", batch_tokens, f"is more than all {tokens:g} tokens.")
+        raise InputError("--batch-tokens", batch_tokens, f"is more than all {amount(tokens)} tokens.")
     if recipe is None:
         return Recipe(params, tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
     for flag, value in (("--params", params), ("--batch-tokens", batch_tokens)):
@@ -349,7 +346,6 @@ def _known(
 
 
 def _size(known: Recipe) -> tuple[float, float]:
-    """Parameters and tokens."""
     if known.params is None:
         raise InputError("--params", None, "is missing.", "Add --params 396M.")
     if known.tokens is None:
@@ -391,13 +387,6 @@ def _interval(interval: Interval | None, form: str, level: float | None) -> str:
     return f" ({interval[0]:{form}} to {interval[1]:{form}} in {level:.0%} of resampled fits)"
 
 
-def _run(params: float, tokens: float, bits: float) -> str:
-    return f"{_tokens(params)} parameters, {_tokens(tokens)} tokens, {bits:g} bits"
-
-
-def _tokens(value: float) -> str:
-    return amount(value, 4)
-
-
-def _text(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
+def _run(params: float, tokens: float, bits: float | None = None) -> str:
+    width = "" if bits is None else f", {bits:g} bits"
+    return f"{amount(params, 4)} parameters, {amount(tokens, 4)} tokens{width}"

@@ -1,12 +1,12 @@
 """U-curves: measured loss over the QAT fraction at one size, token count and bit width, and where its minimum lies.
 
-The minimum is read off each curve alone, with no law in between, by
+The minimum is read off each curve alone, without a law, by
 
     loss = a - b ln f - c ln(1-f),    minimum at f = b / (b + c)
 
-which is what every sum of powers of f and 1-f tends to for small exponents, and is linear in its three unknowns. On
-noise-free curves of the synthetic law it lies 0.01 below the true optimum; a fourth term would mend that, and raises
-the error under noise by half. Against noise it is small: 0.05 % of noise moves the minimum of six runs by 0.04.
+the limit of every sum of powers of f and 1-f for small exponents. It is linear in its three unknowns. On noise-free
+curves of the synthetic law it lies 0.01 below the true optimum. A fourth term would mend that and raise the error under
+noise by half. Noise of 0.05 % moves the minimum of six runs by 0.04.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from qatlaw import fraction
-from qatlaw.laws.points import Floats
+from qatlaw.fraction import tokens_per_parameter_byte
+from qatlaw.laws.base import Floats
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
 UNKNOWNS = 3
 READING = 0.012
-"""What the reading above is off by on noise-free curves of the synthetic law, on average: part of every error bar."""
+"""Mean error of this reading on noise-free curves of the synthetic law; part of every error bar."""
 DRAWS = 400
-"""Of the noise, for the error bar of a minimum."""
+"""Draws of the noise for the error bar of a minimum."""
 ONE_SIGMA = (0.1587, 0.8413)
 
 
@@ -38,7 +38,7 @@ class Curve:
     B: float
     scheme: str
     fractions: Floats
-    """Rising; mixed runs only. QAT from scratch and PTQ are the curve's two ends, not on it."""
+    """Rising; runs of two phases only. QAT from scratch and PTQ are the curve's two ends, not on it."""
     losses: Floats
     optimum: float
     """Measured fraction of lowest loss; the outermost fraction where the curve has no minimum inside."""
@@ -49,23 +49,27 @@ class Curve:
     """Whether the minimum lies between the outermost fractions."""
 
     @property
+    def S(self) -> float:  # noqa: N802 - the symbol
+        """Tokens per parameter byte."""
+        return float(tokens_per_parameter_byte(self.N, self.D_total, self.B))
+
+    @property
     def error(self) -> float:
-        """Half the width of the error bar."""
         return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
 class FractionErrors:
-    """How a law's optimal fractions meet measured ones."""
+    """Optimal fractions of a law against measured ones."""
 
     curves: int
     left_out: int
-    """Curves without a minimum inside, which tell no fraction."""
+    """Curves without a minimum inside."""
     mae: float
     bias: float
     """Mean of law minus measurement."""
     measurement_error: float
-    """Mean error bar of the measured optima: an MAE much above 0.8 of it is the law's own."""
+    """Mean error bar of the measured optima. A perfect law has an MAE of 0.8 of it."""
     within: float
     """Share of the curves whose error bar holds the law's fraction; 0.68 for a perfect law."""
 
@@ -85,18 +89,19 @@ def measured_curves(table: RunTable, *, noise: float | None = None, seed: int = 
             order = np.argsort(f)
             groups.append((key, f[order], rows["loss"].to_numpy(np.float64)[order]))
     if noise is None:
-        noise = _pooled_noise([(f, loss) for _, f, loss in groups])
+        squares, freedom = 0.0, 0
+        for _, f, loss in groups:
+            design = _design(f)
+            rest = loss - design @ np.linalg.lstsq(design, loss, rcond=None)[0]
+            squares += float(np.sum((rest / loss) ** 2))
+            freedom += len(f) - UNKNOWNS
+        noise = float(np.sqrt(squares / freedom)) if freedom else float("nan")
     rng = np.random.default_rng(seed)
     return [_curve(key, f, loss, noise, rng) for key, f, loss in groups]
 
 
 OptimalFraction = Callable[[float, float, float], Any]
-"""The optimal QAT fraction of (N, D, B), as `Law.optimal_fraction` and `closed_form` give it."""
-
-
-def closed_form(N: float, D_total: float, B: float) -> float:
-    """The published optimum as a function of a curve's N, D and B; ValueError at one token per parameter byte."""
-    return fraction.optimal_fraction(fraction.tokens_per_parameter_byte(N, D_total, B))
+"""The optimal QAT fraction of (N, D, B), as `Law.optimal_fraction` gives it."""
 
 
 def fraction_errors(
@@ -104,27 +109,28 @@ def fraction_errors(
 ) -> dict[str, FractionErrors]:
     """By bit width ("4"), and "all"; widths without a usable curve are missing.
 
-    optimum: for all curves, or one for each bit width; curves of other widths are passed over.
+    optimum: for all curves, or one for each bit width; curves of other widths are ignored.
     """
     widths = sorted({curve.B for curve in curves})
     by_width = optimum if isinstance(optimum, Mapping) else dict.fromkeys(widths, optimum)
     known = [curve for curve in curves if curve.B in by_width]
-    used = [curve for curve in known if curve.inside]
-    gaps = np.array([float(by_width[curve.B](curve.N, curve.D_total, curve.B)) - curve.optimum for curve in used])
-    held = np.array([curve.low <= curve.optimum + gap <= curve.high for curve, gap in zip(used, gaps, strict=True)])
-    bars = np.array([curve.error for curve in used])
     found = {}
     for name, wanted in (("all", widths), *((f"{bits:g}", [bits]) for bits in widths)):
-        rows = np.array([curve.B in wanted for curve in used], dtype=bool)
-        if rows.any():
-            found[name] = FractionErrors(
-                curves=int(rows.sum()),
-                left_out=sum(curve.B in wanted and not curve.inside for curve in known),
-                mae=float(np.mean(np.abs(gaps[rows]))),
-                bias=float(np.mean(gaps[rows])),
-                measurement_error=float(np.mean(bars[rows])),
-                within=float(np.mean(held[rows])) if np.isfinite(bars[rows]).all() else float("nan"),
-            )
+        used = [curve for curve in known if curve.inside and curve.B in wanted]
+        if not used:
+            continue
+        law = np.array([float(by_width[curve.B](curve.N, curve.D_total, curve.B)) for curve in used])
+        gaps = law - [curve.optimum for curve in used]
+        bars = np.array([curve.error for curve in used])
+        held = [curve.low <= f <= curve.high for curve, f in zip(used, law, strict=True)]
+        found[name] = FractionErrors(
+            curves=len(used),
+            left_out=sum(curve.B in wanted and not curve.inside for curve in known),
+            mae=float(np.mean(np.abs(gaps))),
+            bias=float(np.mean(gaps)),
+            measurement_error=float(np.mean(bars)),
+            within=float(np.mean(held)) if np.isfinite(bars).all() else float("nan"),
+        )
     return found
 
 
@@ -137,9 +143,8 @@ def _minimum(f: Floats, b: Floats, c: Floats) -> tuple[Floats, np.ndarray]:
     inner = b / np.where(b + c == 0, np.nan, b + c)
     # The lower end where the left wall is missing, the upper one where the right wall is.
     at_end = np.where((b <= 0) & (b < c), f[0], f[-1])
-    inside = (b > 0) & (c > 0) & (inner > f[0]) & (inner < f[-1])
     bowl = (b > 0) & (c > 0)
-    return np.where(inside, inner, np.where(bowl, np.clip(inner, f[0], f[-1]), at_end)), inside
+    return np.where(bowl, np.clip(inner, f[0], f[-1]), at_end), bowl & (inner > f[0]) & (inner < f[-1])
 
 
 def _curve(
@@ -156,14 +161,3 @@ def _curve(
         low, high = max(float(optimum[0] - down), 0.0), min(float(optimum[0] + up), 1.0)
     N, D_total, B, scheme = key
     return Curve(N, D_total, B, scheme, f, loss, float(optimum[0]), low, high, bool(inside[0]))
-
-
-def _pooled_noise(curves: Sequence[tuple[Floats, Floats]]) -> float:
-    """Standard deviation of log loss about the curves' fits; NaN without a degree of freedom."""
-    squares, freedom = 0.0, 0
-    for f, loss in curves:
-        design = _design(f)
-        rest = loss - design @ np.linalg.lstsq(design, loss, rcond=None)[0]
-        squares += float(np.sum((rest / loss) ** 2))
-        freedom += len(f) - UNKNOWNS
-    return float(np.sqrt(squares / freedom)) if freedom else float("nan")

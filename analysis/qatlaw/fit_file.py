@@ -1,164 +1,184 @@
 """`fit.json`: a fitted law with its intervals, the range and hash of its runs, and its quality.
 
-Somebody who plans by a law must see what stands behind it, so nothing of it is optional but the intervals.
+Whoever plans by a law must see what stands behind it, so only the intervals are optional.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qatlaw.errors import InputError
-from qatlaw.intervals import Bootstrap
-from qatlaw.laws import law_from_dict
-from qatlaw.laws.base import Law, LawForm
+from qatlaw.fraction import ROUNDING
+from qatlaw.laws import FORMS
+from qatlaw.laws.base import Floats, Law, LawForm
 
 if TYPE_CHECKING:
     from qatlaw.fit import FitResult
 
-FORMAT = 1
-
 
 @dataclass(frozen=True)
-class FitFile:
-    """What a fit.json holds."""
+class Bootstrap:
+    """Laws fitted to resampled runs, and percentile intervals of what follows from them."""
 
-    law: Law
-    intervals: dict[str, tuple[float, float]]
-    """By coefficient; empty without a bootstrap."""
-    bootstrap: Bootstrap | None
-    """The resampled laws, for intervals of whatever a plan asks."""
-    range: dict[str, tuple[float, float]]
-    """(low, high) of the runs: n_params, tokens, bits, s_total."""
-    data: dict[str, Any]
-    """hash, runs, sizes, source, left_out, and synthetic: whether the runs were drawn from a made-up law."""
-    quality: dict[str, Any]
-    """r2, mae, sigma, per_bits, warnings, and fraction_mae where U-curves were measured."""
-    created: str
+    form: LawForm
+    thetas: Floats
+    """[resamples, parameters]"""
+    level: float = 0.95
+    """Share of the resamples inside an interval."""
+    unknown: tuple[str, ...] = ()
+    """Parameters without an interval: the runs leave them open, or their trunks are too few."""
+    loss_sizes: tuple[float, ...] | None = None
+    """Sizes N at which losses have an interval; None: any."""
 
-    def outside(self, **amounts: float) -> list[str]:
-        """Which of the amounts (named as in `range`) lie outside the runs' range, in words."""
-        told = []
-        for name, value in amounts.items():
-            low, high = self.range.get(name, (-math.inf, math.inf))
-            if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-                told.append(f"{name} = {value:.4g} (the law's runs: {low:.4g} to {high:.4g})")
-        return told
+    @cached_property
+    def coefficients(self) -> dict[str, tuple[float, float]]:
+        """The intervals by parameter, without `unknown`."""
+        low, high = self._interval(self.thetas)
+        known = [i for i, name in enumerate(self.form.names) if name not in self.unknown]
+        return {self.form.names[i]: (float(low[i]), float(high[i])) for i in known}
 
+    def fraction(self, N: ArrayLike, D_total: ArrayLike, B: ArrayLike) -> tuple[Floats, Floats]:
+        """Interval of the optimal fraction."""
+        return self._interval(np.stack([self.form.optimal_fraction(theta, N, D_total, B) for theta in self.thetas]))
 
-def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: Any) -> FitFile:
-    """What of a fit goes into its file. `quality`: further measures, e.g. fraction_errors as dictionaries."""
-    return FitFile(
-        law=result.law,
-        intervals=bootstrap.coefficients if bootstrap else {},
-        bootstrap=bootstrap,
-        range=result.table.ranges,
-        data={
-            "hash": result.table.hash,
-            "runs": len(result.table),
-            "sizes": sorted(set(result.table.column("n_params").tolist())),
-            "source": result.table.source,
-            "left_out": result.left_out,
-            "synthetic": result.table.synthetic,
-        },
-        quality={
-            "r2": result.r2,
-            "mae": result.mae,
-            "sigma": result.quality.sigma,
-            "per_bits": {bits: vars(found) for bits, found in result.per_bits.items()},
-            "standard_errors": result.certainty.parameters,
-            "noise": {"own": result.noise.own, "trunk": result.noise.trunk if result.noise.trunk_is_known else None},
-            "warnings": list(result.warnings),
-            **quality,
-        },
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    def loss(self, N: ArrayLike, D_fp: ArrayLike, D_qat: ArrayLike, B: ArrayLike) -> tuple[Floats, Floats]:
+        """Interval of the law's loss in nats, without the noise of a single run; NaN at sizes outside `loss_sizes`."""
+        low, high = self._interval(np.stack([self.form.loss(theta, N, D_fp, D_qat, B) for theta in self.thetas]))
+        if self.loss_sizes is None:
+            return low, high
+        sizes = np.array(self.loss_sizes)
+        known = (np.abs(np.asarray(N, np.float64)[..., None] / sizes - 1) <= ROUNDING).any(axis=-1)
+        return np.where(known, low, np.nan), np.where(known, high, np.nan)
 
-
-def write_fit(path: str | Path, file: FitFile) -> None:
-    content = {
-        "format": FORMAT,
-        **file.law.to_dict(),
-        "intervals": file.intervals,
-        "range": file.range,
-        "data": file.data,
-        "quality": file.quality,
-        "created": file.created,
-    }
-    if file.bootstrap:
-        drawn = file.bootstrap
-        content["bootstrap"] = {
-            "level": drawn.level, "thetas": drawn.thetas.tolist(), "unknown": drawn.unknown,
-            "loss_sizes": drawn.loss_sizes,
-        }  # fmt: skip
-    # NaN is no JSON: what is unknown is null.
-    Path(path).write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+    def _interval(self, values: Floats) -> tuple[Floats, Floats]:
+        outside = (1 - self.level) / 2
+        low, high = np.quantile(values, [outside, 1 - outside], axis=0)
+        return low, high
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Finite, Field(gt=0)]
 
 
-class _Data(BaseModel):
+class Data(BaseModel):
+    """The runs behind a law. Also: left_out by reason."""
+
     model_config = ConfigDict(extra="allow")
 
+    hash: str = ""
     runs: Annotated[int, Field(ge=1, le=10**9)]
     source: str
     sizes: list[Positive] = []
     synthetic: bool = False
+    """Whether the runs were drawn from a made-up law."""
 
 
-class _Bootstrap(BaseModel):
+class Resampled(BaseModel):
+    """`Bootstrap` without its form."""
+
     level: Annotated[Positive, Field(lt=1)]
     thetas: Annotated[list[list[Finite]], Field(min_length=1)]
     unknown: list[str] | None = None
     loss_sizes: list[Positive] | None = []
-    """Files from before trunks were told apart have no such key: their intervals of the loss are too narrow."""
-
-    def bind(self, form: LawForm) -> Bootstrap:
-        """InputError where one of the resampled laws is not sound."""
-        try:
-            for theta in self.thetas:
-                form.bind(form.values(theta))
-        except InputError as error:
-            raise InputError(f"bootstrap.thetas: {error.key}", error.value, error.problem) from None
-        return Bootstrap(
-            form=form,
-            thetas=np.array(self.thetas),
-            level=self.level,
-            unknown=form.level_parameters if self.unknown is None else tuple(self.unknown),
-            loss_sizes=None if self.loss_sizes is None else tuple(self.loss_sizes),
-        )
+    """Older files, which ignore that trunks share noise, lack the key: their intervals of the loss are too narrow."""
 
 
-class _Content(BaseModel):
+class FitFile(BaseModel):
+    """The content of a fit.json."""
+
     format: Literal[1]
     form: str
     coefficients: dict[str, Finite]
     intervals: dict[str, tuple[Finite, Finite]]
+    """By parameter; empty without a bootstrap."""
     range: dict[str, tuple[Positive, Positive]]
-    data: _Data
+    """(low, high) of the runs: n_params, tokens, bits, s_total."""
+    data: Data
     quality: dict[str, Any]
+    """r2, mae, sigma, per_bits, warnings, and fraction_mae where U-curves were measured."""
     created: str
-    bootstrap: _Bootstrap | None = None
+    resampled: Resampled | None = Field(None, alias="bootstrap")
+
+    @property
+    def law(self) -> Law:
+        """InputError where the form is unknown or a coefficient is not sound."""
+        if self.form not in FORMS:
+            raise InputError("form", self.form, f"is not one of {', '.join(sorted(FORMS))}.")
+        return FORMS[self.form].bind(self.coefficients)
+
+    @property
+    def bootstrap(self) -> Bootstrap | None:
+        """InputError where one of the resampled laws is not sound."""
+        drawn, form = self.resampled, self.law.form
+        if drawn is None:
+            return None
+        try:
+            for theta in drawn.thetas:
+                form.bind(form.values(theta))
+        except InputError as error:
+            raise InputError(f"bootstrap.thetas: {error.key}", error.value, error.problem) from None
+        unknown = form.level_parameters if drawn.unknown is None else tuple(drawn.unknown)
+        sizes = None if drawn.loss_sizes is None else tuple(drawn.loss_sizes)
+        return Bootstrap(form, np.array(drawn.thetas), drawn.level, unknown, sizes)
+
+
+def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: Any) -> FitFile:
+    """The file of a fit. `quality`: further measures, e.g. fraction_errors as dictionaries."""
+    table, noise = result.table, result.noise
+    content = {
+        "format": 1,
+        "form": result.law.form.name,
+        "coefficients": result.law.coefficients,
+        "intervals": bootstrap.coefficients if bootstrap else {},
+        "range": table.ranges,
+        "data": {
+            "hash": table.hash,
+            "runs": len(table),
+            "sizes": sorted(set(table.column("n_params").tolist())),
+            "source": table.source,
+            "left_out": result.left_out,
+            "synthetic": table.synthetic,
+        },
+        "quality": {
+            "r2": result.quality.r2,
+            "mae": result.quality.mae,
+            "sigma": result.quality.sigma,
+            "per_bits": {bits: asdict(found) for bits, found in result.per_bits.items()},
+            "standard_errors": result.certainty.parameters,
+            "noise": {"own": noise.own, "trunk": noise.trunk if noise.trunk_is_known else None},
+            "warnings": list(result.warnings),
+            **quality,
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if bootstrap:
+        content["bootstrap"] = vars(bootstrap) | {"thetas": bootstrap.thetas.tolist()}
+    return FitFile.model_validate(content)
+
+
+def write_fit(path: str | Path, file: FitFile) -> None:
+    """Replace the file at once, so that a reader never sees half of it. JSON has no NaN: what is unknown is null."""
+    partial = Path(path).with_name(f"{Path(path).name}.partial")
+    partial.write_text(file.model_dump_json(by_alias=True, indent=1) + "\n")
+    partial.replace(path)
 
 
 def read_fit(path: str | Path) -> FitFile:
-    """InputError, with the field, where the file is none of ours, of another format, or holds no sound law."""
+    """InputError, with the field, where the file is not a fit.json of this format or holds no sound law."""
     again = "Make the file again with `qatscale fit`."
     try:
-        content = _Content.model_validate_json(Path(path).read_bytes(), strict=True)
-        law = law_from_dict({"form": content.form, "coefficients": content.coefficients})
-        if law.form.one_width and "bits" not in content.range:
-            raise InputError("range.bits", None, f"is missing; {law.form.name} describes one bit width.")
-        drawn = content.bootstrap.bind(law.form) if content.bootstrap else None
+        file = FitFile.model_validate_json(Path(path).read_bytes(), strict=True)
+        if file.law.form.one_width and "bits" not in file.range:
+            raise InputError("range.bits", None, f"is missing; {file.form} describes one bit width.")
+        _ = file.bootstrap  # raises for an unsound resample
     except OSError as error:
         raise InputError("fit", str(path), f"cannot be read: {error.strerror}.", again) from None
     except ValidationError as error:
@@ -167,20 +187,4 @@ def read_fit(path: str | Path) -> FitFile:
         raise InputError(f"{path}: {field}" if field else str(path), None, f"{first['msg']}.", again) from None
     except InputError as error:
         raise InputError(f"{path}: {error.key}", error.value, error.problem, again) from None
-    return FitFile(
-        law=law,
-        intervals=content.intervals,
-        bootstrap=drawn,
-        range=content.range,
-        data=content.data.model_dump(),
-        quality=content.quality,
-        created=content.created,
-    )
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return file

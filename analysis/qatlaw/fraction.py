@@ -2,21 +2,21 @@
 
     f = exp(log S - a / log S) / S = exp(-a / log S),    S = D / (N B / 8),    natural logarithm
 
-The first form is how the paper's note writes it [note], the second is the same thing, shortened [ours]. It is an
-empirical fit: trust it inside the range it was fitted on (`is_extrapolated`), and only there.
+The paper's note writes the first form [note]; the second is the same, shortened [ours]. The form is an empirical fit:
+trust it inside the range it was fitted on (`is_extrapolated`) only.
 """
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 A = 6.7297
 """The closed form's one fitted constant [note]."""
 MEAN_ABSOLUTE_ERROR = 0.091
-"""Of the closed form against the measured optimal fractions [note]."""
+"""The closed form against the measured optimal fractions [note]."""
 MEASURED_PARAMETERS = (86e6, 2.2e9)
 """Model sizes of the 757 runs behind it [paper]."""
 MEASURED_TOKENS = (2.3e9, 1.4e12)
@@ -27,45 +27,44 @@ MEASURED_S = (35.0, 1e5)
 """Tokens per parameter byte that those ranges span, about [ours]."""
 
 ROUNDING = 0.01
-"""The measured ranges are told in two digits, so a model of 85.9M is one of their 86M [ours]."""
-
-Floats = NDArray[np.float64]
+"""The measured ranges have two digits, so a model of 85.9M is one of their 86M [ours]."""
 
 
-@overload
-def tokens_per_parameter_byte(N: float, D: float, B: float) -> float: ...
-@overload
-def tokens_per_parameter_byte(N: ArrayLike, D: ArrayLike, B: ArrayLike) -> float | Floats: ...
-def tokens_per_parameter_byte(N: ArrayLike, D: ArrayLike, B: ArrayLike) -> float | Floats:
-    """S = D / (N B / 8) [paper], in tokens per byte.
+def tokens_per_parameter_byte(N: ArrayLike, D: ArrayLike, B: ArrayLike) -> Any:
+    """S = D / (N B / 8) [paper], in tokens per byte: a float for numbers; arrays broadcast.
 
     N: parameters of the model, a tied embedding counted once. D: tokens. B: bits per quantized weight.
-    Numbers give a float; arrays broadcast. ValueError where one of them is not a positive finite number.
+    ValueError where one of them is not a positive finite number.
     """
     for name, value in (("N", N), ("D", D), ("B", B)):
         amounts = np.asarray(value, dtype=np.float64)
         if not np.all(np.isfinite(amounts) & (amounts > 0)):
-            raise ValueError(f"{name} = {_told(amounts)}: must be a positive finite number")
-    return _plain(np.asarray(D, np.float64) / (np.asarray(N, np.float64) * np.asarray(B, np.float64) / 8))
+            raise ValueError(f"{name} = {amounts}: must be a positive finite number")
+    S = np.asarray(D, np.float64) / (np.asarray(N, np.float64) * np.asarray(B, np.float64) / 8)
+    return S if np.ndim(S) else float(S)
 
 
-@overload
-def optimal_fraction(S: float) -> float: ...
-@overload
-def optimal_fraction(S: ArrayLike) -> float | Floats: ...
-def optimal_fraction(S: ArrayLike) -> float | Floats:
-    """The optimal QAT fraction exp(-A / ln S) [note], in (0, 1), rising with S.
+def optimal_fraction(S: ArrayLike) -> Any:
+    """The optimal QAT fraction exp(-A / ln S) [note], in (0, 1), rising with S: a float for a number, else an array.
 
-    A number gives a float, an array an array. ValueError where S <= 1: at S = 1 the closed form reaches 0, below it has
-    no meaning. Nothing is clipped; whether S lies where the form was measured is `is_extrapolated`'s to say.
+    ValueError where S <= 1: the closed form reaches 0 at S = 1 and has no meaning below. Nothing is clipped:
+    `is_extrapolated` says whether the form was measured at S.
     """
     values = np.asarray(S, dtype=np.float64)
     if not np.all(np.isfinite(values) & (values > 1)):
+        shown = f"{values:.3g}" if values.ndim == 0 else f"{values}"
         raise ValueError(
-            f"S = {_told(values)} tokens per parameter byte: the closed form of the optimal QAT fraction is defined "
+            f"S = {shown} tokens per parameter byte: the closed form of the optimal QAT fraction is defined "
             f"for S > 1 only, and was measured from S = {MEASURED_S[0]:g} on"
         )
-    return _plain(np.exp(-A / np.log(values)))
+    found = np.exp(-A / np.log(values))
+    return found if np.ndim(found) else float(found)
+
+
+def closed_form(N: float, D: float, B: float) -> float | None:
+    """The closed form's fraction of a run; None where it is undefined, or just above S = 1 rounds to 0."""
+    S = tokens_per_parameter_byte(N, D, B)
+    return (optimal_fraction(S) or None) if S > 1 else None
 
 
 def is_extrapolated(S: float) -> bool:
@@ -74,16 +73,13 @@ def is_extrapolated(S: float) -> bool:
 
 
 def extrapolation_warning(N: float, D: float, B: float) -> str | None:
-    """One sentence naming all that lies outside the measured ranges, or None where nothing does."""
+    """One sentence that names all numbers outside the measured ranges, or None."""
     S = tokens_per_parameter_byte(N, D, B)
     outside = []
     if is_extrapolated(S):
         outside.append(f"S = {S:.4g} tokens per parameter byte (measured about {MEASURED_S[0]:g} to {MEASURED_S[1]:g})")
-    for name, value, (low, high) in (
-        ("N", N, MEASURED_PARAMETERS),
-        ("D", D, MEASURED_TOKENS),
-        ("B", B, MEASURED_BITS),
-    ):
+    measured = (("N", N, MEASURED_PARAMETERS), ("D", D, MEASURED_TOKENS), ("B", B, MEASURED_BITS))
+    for name, value, (low, high) in measured:
         if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
             outside.append(f"{name} = {amount(value)} (measured {amount(low)} to {amount(high)})")
     if not outside:
@@ -97,12 +93,3 @@ def amount(value: float, digits: int = 3) -> str:
         if value >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
             return f"{value / unit:.{digits}g}{suffix}"
     return f"{value:.{digits}g}"
-
-
-def _plain(values: Floats | np.float64) -> float | Floats:
-    return float(values) if np.ndim(values) == 0 else np.asarray(values)
-
-
-def _told(values: Floats) -> str:
-    """For an error: a number in three digits, an array as it is."""
-    return f"{values:.3g}" if np.ndim(values) == 0 else str(values)

@@ -1,20 +1,18 @@
-"""What runs tell about a law: Fisher information and the standard errors it allows.
+"""How much runs say about a law: Fisher information and the standard errors it allows.
 
-Of a fit it is taken at the fitted law, of a study at the law that is assumed. One estimator serves both.
-
-Local design theory (H. Chernoff, Locally optimal designs for estimating parameters, Annals of
-Mathematical Statistics 24, 1953): under a law L(theta) and independent normal noise of standard deviation s on log
-loss, n runs carry the Fisher information
+A fit evaluates it at the fitted law, a study at the law that is assumed. Local design theory (H. Chernoff, Locally
+optimal designs for estimating parameters, Annals of Mathematical Statistics 24, 1953): under a law L(theta) and
+independent normal noise of standard deviation s on log loss, n runs carry the Fisher information
 
     I = (1 / s^2) * sum over runs of  g g^T,        g = d ln L / d theta,
 
 and no unbiased estimate has a smaller covariance than its inverse (Cramer-Rao). The optimal fraction follows by the
-delta method: var f* = h^T I^-1 h with h = d f* / d theta. It is an answer under the law that is assumed. Branches of
-one trunk share some of their noise. A fit weighs it down as far as it is known. A study knows nothing of it: levels are
-less certain than this says, and differences between branches more.
+delta method: var f* = h^T I^-1 h with h = d f* / d theta. Branches of one trunk share some of their noise. A fit weighs
+it down as far as it is known. A study does not know it: levels are less certain than this says, and differences between
+branches more.
 
 A law is fitted to the runs of one two-phase scheme and those in full precision, each point by one run (`qatlaw.runs`).
-A study is judged in the same way: `certainties`.
+`certainties` judges a study in the same way.
 """
 
 from __future__ import annotations
@@ -26,18 +24,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from qatlaw.laws.base import Law, Parameter
-from qatlaw.laws.points import Floats, Points
-from qatlaw.table import MIXED_SCHEMES
+from qatlaw.laws.base import Floats, Law, Parameter, Points
+from qatlaw.table import MIXED_SCHEMES, points_of
 
 OPEN = 1e-9
-"""Of the scaled information's eigenvalues over the largest: below, a direction is not determined in float64."""
+"""Eigenvalues of the scaled information over the largest, below which a direction is not determined in float64."""
 NAMED = 1e-3
-"""A parameter (or f*) that moves that much along such a direction is not determined either."""
+"""Component along such a direction above which a parameter (or f*) is not determined either."""
 STEP = 1e-5
-"""Of the central differences of f*, in relative units of a parameter."""
+"""Step of the central differences of f*, in relative units of a parameter."""
 DETERMINED = 0.3
-"""Standard error over the value up to which a parameter counts as determined; of f*, the error itself."""
+"""Standard error over the value up to which a parameter counts as determined; for f*, the error itself."""
 SMALL_EXPONENT = 0.05
 """Exponents below count as this large: a hundredfold of the feature changes their term by a quarter at most."""
 NOT_DETERMINED = "not determined"
@@ -48,42 +45,10 @@ def is_determined(parameter: Parameter, value: float, error: float) -> bool:
     return error <= DETERMINED * (1.0 if parameter.log else max(abs(value), SMALL_EXPONENT))
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Runs as a law takes them; arrays of one length."""
-
-    N: Floats
-    D_fp: Floats
-    D_qat: Floats
-    B: Floats
-
-    def __len__(self) -> int:
-        return len(self.N)
-
-    def __add__(self, other: Runs) -> Runs:
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("N", "D_fp", "D_qat", "B"))
-        return Runs(*(np.concatenate(pair) for pair in pairs))
-
-    @classmethod
-    def of(cls, frame: pd.DataFrame) -> Runs:
-        """Of a table's rows."""
-        columns = (frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "bits"))
-        return cls(*(column.to_numpy(np.float64) for column in columns))
-
-    @property
-    def points(self) -> Points:
-        return Points.of(self.N, self.D_fp, self.D_qat, self.B)
-
-    def described(self, law: Law) -> Runs:
-        """Those that the law says something of."""
-        keep = law.form.describes(self.points)
-        return Runs(self.N[keep], self.D_fp[keep], self.D_qat[keep], self.B[keep])
-
-
 def information(law: Law, points: Points, noise: float, weighed: Callable[[Floats], Floats] | None = None) -> Floats:
     """[parameters, parameters]: Fisher information of the runs' losses, see the module's first lines.
 
-    Coefficients count by their logarithm, so that an error of one is relative; exponents as they are.
+    Coefficients count by their logarithm, so that their errors are relative; exponents as they are.
     noise: standard deviation of a run's log loss. weighed: takes the noise that runs share out of columns of [runs].
     """
     loss, gradient = law.form.loss_and_gradient_at(law.theta, points)
@@ -99,7 +64,7 @@ class Certainty:
 
     law: Law
     covariance: Floats
-    """Of the determined directions."""
+    """Covariance in the determined directions."""
     undetermined: Floats
     """[parameters, directions]: orthonormal in scaled units; may have no column."""
     scale: Floats
@@ -116,7 +81,7 @@ class Certainty:
 
     @property
     def parameters(self) -> dict[str, float]:
-        """By name: of coefficients the relative standard error, of exponents the absolute one."""
+        """By name the standard error: relative for coefficients, absolute for exponents."""
         names = self.law.form.names
         return {name: self._error(np.eye(len(names))[i]) for i, name in enumerate(names)}
 
@@ -128,7 +93,14 @@ class Certainty:
 
     def fraction(self, N: float, D: float, B: float) -> float:
         """Standard error of the optimal fraction at one size, token count and width."""
-        return self._error(_fraction_slope(self.law, N, D, B))
+        theta, units = np.array(self.law.theta), _units(self.law)
+        slope = np.empty(len(theta))
+        for i in range(len(theta)):
+            step = np.zeros(len(theta))
+            step[i] = STEP * units[i]
+            up, down = (self.law.form.optimal_fraction(theta + sign * step, N, D, B) for sign in (1, -1))
+            slope[i] = float(up - down) / (2 * STEP)
+        return self._error(slope)
 
     def determined_fraction(self, N: float, D: float, B: float) -> float | None:
         """`fraction`, or None where it is not determined."""
@@ -136,7 +108,7 @@ class Certainty:
         return error if error <= DETERMINED else None
 
     def _error(self, slope: Floats) -> float:
-        """Of a quantity with this gradient in the parameters."""
+        """Standard error of a quantity with this gradient in the parameters."""
         scaled = slope * self.scale
         norm = float(np.linalg.norm(scaled))
         if norm and self.undetermined.size and np.linalg.norm(self.undetermined.T @ scaled) > NAMED * norm:
@@ -147,18 +119,18 @@ class Certainty:
 def certainties(
     law: Law, planned: pd.DataFrame, noise: float, known: pd.DataFrame | None = None, width: float | None = None
 ) -> dict[str, tuple[Certainty | None, Certainty]]:
-    """By two-phase scheme of the planned runs: the certainty by the runs that are known (None without any), and by them
-    and the planned ones. `fp` stands for all where no run has two phases.
+    """By two-phase scheme of the planned runs: the certainty by the known runs (None without any), and by both.
 
-    planned, known: a row a point, with the columns of a table but the loss. A planned run whose point is known already
-    adds nothing. width: of a law for one bit width.
+    The key is `fp` where no run has two phases. planned, known: a row a point, with the columns of a table but the
+    loss. A planned run whose point is known already adds nothing. width: for a law of one bit width.
     """
 
     def by(rows: pd.DataFrame, scheme: str) -> Certainty:
         own = rows[rows["scheme"].isin(["fp", scheme])]
         if width is not None:
             own = own[(own["tokens_qat"] == 0) | (own["bits"] == width)]
-        return Certainty.of(law, information(law, Runs.of(own).described(law).points, noise))
+        own = own[law.form.describes(points_of(own))]
+        return Certainty.of(law, information(law, points_of(own), noise))
 
     both = planned.assign(point=_named(planned))
     if known is not None:
@@ -168,7 +140,7 @@ def certainties(
 
 
 def _named(rows: pd.DataFrame) -> pd.Series:
-    """By run what a law and a repeat know of it, as text. A table without seeds holds the default one."""
+    """By run, as text, what a law and a repeat know of it. A table without seeds has the default one."""
     seed = rows["seed"].astype(str) if "seed" in rows.columns else pd.Series("0", rows.index)
     bits = rows["bits"].where(rows["tokens_qat"] > 0, 0)
     numbers = (rows["n_params"], bits, rows["tokens_fp"], rows["tokens_qat"])
@@ -177,7 +149,7 @@ def _named(rows: pd.DataFrame) -> pd.Series:
 
 
 def error_text(parameter: Parameter | None, error: float | None) -> str:
-    """A standard error for a table: of coefficients relative, of exponents and of f* (parameter None) absolute."""
+    """A standard error for a table: relative for coefficients, absolute for exponents and for f* (parameter None)."""
     if error is None:
         return NOT_DETERMINED
     return f"{error:.2%}" if parameter is not None and parameter.log else f"{error:.4f}"
@@ -187,15 +159,3 @@ def _units(law: Law) -> Floats:
     """d theta / d (fitted unit): a coefficient's own value, 1 for an exponent."""
     pairs = zip(law.form.parameters, law.theta, strict=True)
     return np.array([value if parameter.log else 1.0 for parameter, value in pairs])
-
-
-def _fraction_slope(law: Law, N: float, D: float, B: float) -> Floats:
-    """d f* / d theta in the units of `information`, by central differences."""
-    theta, units = np.array(law.theta), _units(law)
-    slope = np.empty(len(theta))
-    for i in range(len(theta)):
-        step = np.zeros(len(theta))
-        step[i] = STEP * units[i]
-        up, down = (law.form.optimal_fraction(theta + sign * step, N, D, B) for sign in (1, -1))
-        slope[i] = float(up - down) / (2 * STEP)
-    return slope

@@ -1,10 +1,9 @@
-"""Runs out of MLflow, and a fitted law into it. MLflow is imported when it is asked, not before."""
+"""Runs out of MLflow, and a fitted law into it. MLflow is imported on use."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from qatlaw.fit_file import FitFile
 from qatlaw.runs import TEXTS, RunRecord
 
 KIND_TAG = "qatlaw.kind"
-"""`fit` marks the MLflow run of a fitted law, so that nobody takes it for a training run."""
+"""`fit` marks the MLflow run of a fitted law, so that it is not taken for a training run."""
 PAGE = 500
 _SQLITE = "sqlite:///"
 
@@ -21,61 +20,55 @@ _SQLITE = "sqlite:///"
 def mlflow_records(uri: str, experiment: str) -> list[RunRecord]:
     """Every run of an experiment that is not deleted.
 
-    InputError where there is no such store or experiment. A SQLite file that is missing is not made.
+    InputError where the store or the experiment does not exist. A missing SQLite file is not created.
     """
     from mlflow.tracking import MlflowClient
 
     if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
-        raise InputError(
-            "tracking URI", uri, "no such database.", "Set MLFLOW_TRACKING_URI, or go where mlflow.db lies."
-        )
+        fix = "Set MLFLOW_TRACKING_URI, or change to the folder that holds mlflow.db."
+        raise InputError("tracking URI", uri, "no such database.", fix)
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = [one.name for one in client.search_experiments()]
         near = difflib.get_close_matches(experiment, names, n=1, cutoff=0.5)
-        do = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(sorted(names)) or 'none'}."
-        raise InputError("--experiment", experiment, f"{uri} has no experiment of this name.", do)
-    return [_record(run) for run in _all_runs(client, found.experiment_id)]
+        fix = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(sorted(names)) or 'none'}."
+        raise InputError("--experiment", experiment, f"{uri} has no experiment of this name.", fix)
+    records, token = [], None
+    while True:
+        page = client.search_runs([found.experiment_id], max_results=PAGE, page_token=token)
+        records += [_record(run) for run in page]
+        token = page.token
+        if not token:
+            return records
 
 
 def log_fit(uri: str, experiment: str, file: FitFile, path: Path, name: str) -> str:
-    """Write a fitted law down as a finished run of the experiment, with the file as its artifact; returns its id."""
+    """Record a fitted law as a finished run of the experiment, with the file as its artifact; returns its id."""
     from mlflow.entities import Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     run = client.create_run(found.experiment_id, tags={KIND_TAG: "fit"}, run_name=name)
-    now = run.info.start_time
-    metrics: dict[str, Any] = {f"fit/{key}": value for key, value in file.law.coefficients.items()}
-    metrics |= {f"fit/{key}": file.quality.get(key) for key in ("r2", "mae", "sigma", "fraction_mae")}
+    metrics: dict[str, Any] = dict(file.coefficients)
+    metrics |= {key: file.quality.get(key) for key in ("r2", "mae", "sigma", "fraction_mae")}
     for key, (low, high) in file.intervals.items():
-        metrics |= {f"fit/{key}_low": low, f"fit/{key}_high": high}
-    parameters = {"form": file.law.form.name, "data_hash": file.data["hash"], "runs": file.data["runs"]}
+        metrics |= {f"{key}_low": low, f"{key}_high": high}
+    finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
+    parameters = {"form": file.form, "data_hash": file.data.hash, "runs": file.data.runs}
     client.log_batch(
         run.info.run_id,
-        metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items() if _is_finite(value)],
+        metrics=[Metric(f"fit/{key}", float(value), run.info.start_time, 0) for key, value in finite.items()],
         params=[Param(key, str(value)) for key, value in parameters.items()],
-        tags=[RunTag("form", file.law.form.name)],
+        tags=[RunTag("form", file.form)],
     )
     client.log_artifact(run.info.run_id, str(path))
     client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
 
 
-def _all_runs(client: Any, experiment_id: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = client.search_runs([experiment_id], max_results=PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
 def _record(run: Any) -> RunRecord:
-    tags: Mapping[str, str] = run.data.tags
     recipe: dict[str, str] = dict(run.data.params)
     final: dict[str, Any] = dict(run.data.metrics)
     final |= {name: recipe.pop(name) for name in TEXTS if name in recipe}
@@ -86,9 +79,5 @@ def _record(run: Any) -> RunRecord:
         final=final,
         recipe=recipe,
         created=run.info.start_time or 0,
-        kind=tags.get(KIND_TAG, "imported" if "imported" in tags else "training"),
+        kind=run.data.tags.get(KIND_TAG, "imported" if "imported" in run.data.tags else "training"),
     )
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,7 +1,7 @@
 """The loss law that a plan stands on, with the range of its runs.
 
-A law is named on the command line: `synthetic`, a law that ships with the package, or the path of a `fit.json`. Without
-one, plans stand on the closed form of the optimal fraction, which predicts no losses.
+A command line names a law: `synthetic`, a law that ships with the package, or the path of a `fit.json`. Without one,
+plans stand on the closed form of the optimal fraction, which predicts no losses.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qatlaw import fraction
 from qatlaw.errors import InputError
 from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
 
-if TYPE_CHECKING:  # the names of the laws are read for every --help, which waits for no law
-    from qatlaw.intervals import Bootstrap
+if TYPE_CHECKING:  # every --help reads the names of the laws, and does not wait for a law
+    from qatlaw.fit_file import Bootstrap
     from qatlaw.laws.base import Law
 
 SYNTHETIC = "synthetic"
@@ -36,7 +37,6 @@ class PlannerLaw:
     synthetic: bool = False
     """Whether the law, or the runs behind it, are made up."""
     bootstrap: Bootstrap | None = None
-    """Laws fitted to resampled runs, for intervals."""
     sizes: tuple[float, ...] = ()
     """N of the runs behind it; empty where unknown."""
 
@@ -56,29 +56,25 @@ class PlannerLaw:
         sentences = [f"the loss law is extrapolated: {', '.join(outside)}"] if outside else []
         if len(self.sizes) == 2 and all(abs(N / size - 1) > ROUNDING for size in self.sizes):
             known = " and ".join(map(amount, self.sizes))
-            sentences.append(
-                f"runs of two sizes ({known}) do not determine losses at another: trust the fractions alone"
-            )
+            sentences.append(f"runs of two sizes ({known}) determine fractions at another size, but no losses")
         return "; ".join(sentences) or None
 
     def check_bits(self, bits: float) -> None:
         """InputError where a law of one bit width is asked about another."""
         low, high = self.range.get("bits", (0.0, float("inf")))
         if self.law.form.one_width and not low <= bits <= high:
-            raise InputError(
-                "--bits", bits, f"{self.source} is a law of {low:g} bits alone.", "Ask for those, or give another law."
-            )
+            problem = f"{self.source} is a law of {low:g} bits alone."
+            raise InputError("--bits", bits, problem, f"Ask for {low:g} bits, or give another law.")
 
 
 def law_names(shipped: Path = SHIPPED) -> list[str]:
-    """The names that `load_law` knows."""
     return [SYNTHETIC, *sorted(file.stem for file in shipped.glob("*.json"))]
 
 
 def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
     """The law of this name, or else of the `fit.json` at this path.
 
-    InputError for what is neither, and for laws without an optimal fraction.
+    InputError for anything else, and for laws without an optimal fraction.
     """
     if name == SYNTHETIC:
         return synthetic_law()
@@ -90,26 +86,25 @@ def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
         path.stat()
     except OSError as error:
         known = ", ".join(law_names(shipped))
-        problem = f"neither the name of a law ({known}) nor a file ({error.strerror})."
+        problem = f"is neither the name of a law ({known}) nor a file ({error.strerror})."
         raise InputError("--law", name, problem, "Fit one with `qatscale fit`.") from None
     file = read_fit(path)
-    if not file.law.form.has_fraction:
-        problem = f"{file.law.form.name} does not depend on how the tokens are split, so it plans no switch."
+    form, data = file.law.form, file.data
+    if not form.has_fraction:
+        problem = f"{form.name} does not depend on how the tokens are split, so it plans no switch."
         raise InputError("--law", name, problem, "Fit qat_unified or qat_per_bits.")
     return PlannerLaw(
         law=file.law,
-        source=f"{name}, " * named
-        + f"{file.law.form.name} fitted on {file.data['runs']} runs of {file.data['source']}",
+        source=f"{name}, " * named + f"{form.name} fitted on {data.runs} runs of {data.source}",
         range=file.range,
-        synthetic=file.data["synthetic"],
+        synthetic=data.synthetic,
         bootstrap=file.bootstrap,
-        sizes=tuple(file.data["sizes"]),
+        sizes=tuple(data.sizes),
     )
 
 
 def synthetic_law() -> PlannerLaw:
-    """The made-up law, with the range that it was made for."""
-    from qatlaw import fraction, synthetic
+    from qatlaw import synthetic
 
     ranges = {
         "n_params": fraction.MEASURED_PARAMETERS,

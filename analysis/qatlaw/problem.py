@@ -1,14 +1,14 @@
 """The least-squares problem behind a fit: its variables, residuals, Jacobian and cold starts.
 
-Three choices make it easy, and all were measured (analysis/benchmarks/fit_recovery.md):
+Three choices make it easy, all of them measured (analysis/benchmarks/fit_recovery.md):
 
-- **Centred variables.** A coefficient alone means nothing: beta is what the data term would be at one token, and moves
-  by orders of magnitude with gamma. The variable fitted in its place is the logarithm of what the term contributes at
-  the centre of the data, in nats; the exponents then turn the term about that centre.
-- **Starts by linear least squares.** With the exponents drawn, the coefficients are linear; non-negative least squares
-  gives the best ones, so that a cold start has the right size of every term from the first step.
-- **The residual is that of log loss**, so 0.2 % of noise is 0.002 at any loss, and it is judged by a pseudo-Huber
-  loss: squared up to `delta`, linear beyond.
+- **Centred variables.** A coefficient alone means nothing: beta is the data term at one token, and moves by orders of
+  magnitude with gamma. Fitted in its place is the logarithm of the term at the centre of the data, in nats. The
+  exponents then turn the term about that centre.
+- **Starts by linear least squares.** Given the exponents, the coefficients are linear: non-negative least squares gives
+  the best ones. So every term of a cold start has the right size from the first step.
+- **Residuals of log loss.** Noise of 0.2 % is 0.002 at any loss. A pseudo-Huber loss squares residuals up to `delta`
+  and is linear beyond.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qatlaw.laws.base import LawForm, Term
-from qatlaw.laws.points import Floats, Points
+from qatlaw.laws.base import Floats, LawForm, Points, Term
 
 SMALLEST = 1e-8
-"""Nats that a term contributes at least, at the centre of the data: below, it is as good as gone."""
+"""Least contribution of a term, in nats at the centre of the data: below, the term is as good as absent."""
 FIRST_SIZE = 1e-2
-"""Nats at which a term starts that linear least squares leaves out: a lost term has no gradient to come back by."""
+"""Start, in nats, of a term that linear least squares sets to zero: an absent term has no gradient to return by."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ class Problem:
     points: Points
     loss: Floats
     """[runs], nats."""
-    weights: Floats
-    """[runs]: how often each counts."""
     trunks: NDArray[np.int64]
     """[runs]: equal for runs that share a trunk."""
     trunk_noise: float = 0.0
@@ -75,6 +72,11 @@ class Problem:
             theta[i] = np.exp(variables[i] - self._centre_shape(term, values))
         return theta
 
+    def sound_theta(self, variables: Floats) -> Floats:
+        """`theta` inside the form's bounds, which rounding can leave."""
+        parameters = self.form.parameters
+        return np.clip(self.theta(variables), [p.low for p in parameters], [p.high for p in parameters])
+
     def variables(self, theta: Floats) -> Floats:
         """The inverse of `theta`."""
         variables = np.array(theta, dtype=np.float64)
@@ -101,7 +103,7 @@ class Problem:
         for term in self.form.terms:
             i = self.form.index[term.coefficient]
             by_variable[:, i] *= theta[i]
-            # An exponent turns its term about the centre: the coefficient gives way so that the centre stays.
+            # An exponent turns its term about the centre: the coefficient changes so that the centre stays.
             for name, slope in term.slopes(values, self.centres[term.coefficient]).items():
                 by_variable[:, self.form.index[name]] -= by_variable[:, i] * slope[0]
         return self.whitened(by_variable)
@@ -119,9 +121,8 @@ class Problem:
             self.form.shape_of(term, values, self.points) / np.exp(self._centre_shape(term, values))
             for term in self.form.terms
         ]
-        # Relative to the measured loss, as the residuals are; weights count once, so their roots do here.
-        root = np.sqrt(self.weights)
-        sizes, _ = nnls(np.stack(shapes, axis=1) * (root / self.loss)[:, None], root)
+        # Relative to the measured loss, as the residuals are.
+        sizes, _ = nnls(np.stack(shapes, axis=1) / self.loss[:, None], np.ones_like(self.loss))
         for term, size in zip(self.form.terms, sizes, strict=True):
             variables[self.form.index[term.coefficient]] = np.log(max(size, FIRST_SIZE))
         return np.clip(variables, *self.bounds)
@@ -130,44 +131,26 @@ class Problem:
         """SciPy's result of one descent: trust region with bounds, analytic Jacobian, pseudo-Huber at `delta`."""
         from scipy.optimize import least_squares
 
-        def weighted_pseudo_huber(z: Floats) -> Floats:
-            root = np.sqrt(1 + z)
-            return np.stack([2 * (root - 1), 1 / root, -0.5 / root**3]) * self.weights
-
         low, high = self.bounds
         inside = np.clip(start, low + 1e-9 * (high - low), high - 1e-9 * (high - low))
         return least_squares(
-            self.residuals,
-            inside,
-            self.jacobian,
-            bounds=(low, high),
-            loss=weighted_pseudo_huber,
-            f_scale=delta,
-            x_scale="jac",
-            max_nfev=300,
-            ftol=tolerance,
-            xtol=tolerance,
-            gtol=tolerance,
-        )
+            self.residuals, inside, self.jacobian, bounds=(low, high), loss="soft_l1", f_scale=delta, x_scale="jac",
+            max_nfev=300, ftol=tolerance, xtol=tolerance, gtol=tolerance,
+        )  # fmt: skip
 
-    def _centre_shape(self, term: Term, values: Mapping[str, float]) -> float:
-        return float(term.log_shape(values, self.centres[term.coefficient])[0])
-
-    @cached_property
-    def _shares(self) -> tuple[NDArray[np.int64], Floats, Floats]:
-        """By run its trunk; by trunk its number of runs and how much of its mean is taken out of the residuals.
+    def whitened(self, values: Floats) -> Floats:
+        """Values with the trunks' shared noise weighed down: [runs] or [runs, columns].
 
         Runs that share noise of variance c^2 beside their own of variance 1 have the covariance 1 + c^2 J over a trunk
         of n runs; its inverse root takes the part 1 - 1/sqrt(1 + n c^2) of the trunk's mean out of each residual.
         """
-        _, trunk, count = np.unique(self.trunks, return_inverse=True, return_counts=True)
-        return trunk, count.astype(np.float64), 1 - 1 / np.sqrt(1 + count * self.trunk_noise**2)
-
-    def whitened(self, values: Floats) -> Floats:
-        """Values with the trunks' shared noise weighed down: [runs] or [runs, columns]."""
         if self.trunk_noise == 0:
             return values
-        trunk, count, taken = self._shares
+        _, trunk, count = np.unique(self.trunks, return_inverse=True, return_counts=True)
+        taken = (1 - 1 / np.sqrt(1 + count * self.trunk_noise**2)) / count
         columns = values.reshape(len(values), -1)
         sums = np.stack([np.bincount(trunk, column) for column in columns.T], axis=1)
-        return (columns - (sums * (taken / count)[:, None])[trunk]).reshape(values.shape)
+        return (columns - (sums * taken[:, None])[trunk]).reshape(values.shape)
+
+    def _centre_shape(self, term: Term, values: Mapping[str, float]) -> float:
+        return float(term.log_shape(values, self.centres[term.coefficient])[0])

@@ -5,13 +5,14 @@ A record is what tracking keeps of a run: its final numbers by their stable name
 reads them from MLflow.
 
 A law is about points: model size, bits, tokens of both phases, scheme, seed, held-out text and every other setting of
-the recipe. Runs that differ in the optimizer's settings alone are trials of one point, and the one with the lowest loss
-stands for it. `qatlaw.measurement` says which keys are which.
+the recipe. Runs that differ in the optimizer's settings alone are trials of one point, represented by the one with the
+lowest loss. `qatlaw.measurement` says which keys are which.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,11 @@ from typing import Any
 import pandas as pd
 
 from qatlaw.errors import InputError
-from qatlaw.measurement import point_settings, trial_settings
+from qatlaw.measurement import split_settings
 from qatlaw.names import VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
 
-NEEDED = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme", VAL_LOSS)
+LAW_POINT = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme")
 TEXTS = ("scheme", "data_fingerprint", "validation_fingerprint")
 """Final values that are text, which MLflow keeps as parameters."""
 LARGEST = 1e300
@@ -34,23 +35,23 @@ SAME_IN_ALL = (
     "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size", "qat.embedding_bits",
     "qat.cooldown_fraction", "qat.optimizer_state",
 )  # fmt: skip
-"""Settings that no law here knows: runs that differ in them are comparable only if that does not matter."""
+"""Settings that no law here knows: runs that differ in them compare only if the difference does not matter."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, as tracking tells it."""
+    """One run, as tracking records it."""
 
     run_id: str
     name: str
     status: str
     """FINISHED, or MLflow's word for anything else."""
     final: Mapping[str, Any]
-    """Numbers and `scheme` by their stable names; what is not known is missing."""
+    """Numbers and `scheme` by their stable names; unknown ones are missing."""
     recipe: Mapping[str, str]
     """Dotted key to text, as MLflow's parameters have it."""
     created: float = 0.0
-    """Any clock: of two records of the same run the later one counts."""
+    """Any clock: the later of two records of the same run counts."""
     kind: str = "training"
     """`training`; `fit` for the record of a fitted law; `imported` for a model that was trained elsewhere."""
 
@@ -67,49 +68,49 @@ class Collected:
 
     table: RunTable
     """One row a point, and one for each post-training quantization of an `fp` run."""
-    left_out: tuple[LeftOut, ...]
-    notices: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    notices: tuple[str, ...] = ()
     """What a reader has to know about the runs that were used."""
 
 
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
     """The points of the runs that ended soundly, each by its best trial. InputError where none is left."""
-    training = [record for record in records if record.kind != "fit"]
     left_out, sound = [], []
-    for record in training:
-        reason = _unfit(record)
-        if reason:
+    for record in records:
+        if record.kind == "fit":
+            continue
+        if reason := _unfit(record):
             left_out.append(LeftOut(record.name, reason))
         else:
             sound.append(record)
     if not sound:
-        told = "; ".join(f"{count} {reason}" for reason, count in counted(left_out).items()) or "it holds none"
-        raise InputError("runs", source, f"no finished run to fit on: {told}.", "Train some, or name another source.")
+        reasons = "; ".join(f"{count} {reason}" for reason, count in counted(left_out).items()) or "it holds none"
+        fix = "Train some, or name another source."
+        raise InputError("runs", source, f"no finished run to fit on: {reasons}.", fix)
     knows_data = all(record.final.get("data_fingerprint") for record in sound)
     rows, again, unlike = _rows(sound, knows_data)
     best = best_trials(RunTable.from_frame(pd.DataFrame(rows), source))
     by_id = {record.run_id: record for record in sound}
-    points = [(row, by_id[row["run_id"]]) for row in best.table.frame.to_dict("records")]
-    ptq = [row for point, record in points for row in _ptq_rows(point, record)]
-    table = RunTable.from_frame(pd.DataFrame([*(point for point, _ in points), *ptq]), source)
-    notices = _notices([record for _, record in points], knows_data, unlike)
+    points = best.table.frame.to_dict("records")
+    ptq = [row for point in points for row in _ptq_rows(point, by_id[point["run_id"]])]
+    table = RunTable.from_frame(pd.DataFrame([*points, *ptq]), source)
+    notices = _notices([by_id[point["run_id"]] for point in points], knows_data, unlike)
     return Collected(table, (*left_out, *again, *best.left_out), notices)
 
 
 def best_trials(table: RunTable) -> Collected:
     """Each point of a table by the row with the lowest loss; column `trial` says what rows of one point differ in."""
     if "trial" not in table.frame.columns:
-        return Collected(table, (), ())
+        return Collected(table)
     frame, names = table.frame.fillna({"trial": ""}), table.names
     key = [name for name in POINT if name in frame.columns]
     point = frame.groupby(key, dropna=False, sort=False).ngroup()
     best = point.map(frame.groupby(point)["loss"].idxmin())
-    left_out = [
+    left_out = tuple(
         LeftOut(str(names[i]), f"a trial with a higher loss: {frame['trial'][i]}; the best is {names[best[i]]}")
-        for i in frame.index
-        if best[i] != i
-    ]
-    return Collected(table.where((best == frame.index).to_numpy()), tuple(left_out), ())
+        for i in frame.index[best != frame.index]
+    )
+    return Collected(table.where((best == frame.index).to_numpy()), left_out)
 
 
 def planned_points(records: Sequence[RunRecord]) -> pd.DataFrame:
@@ -119,76 +120,70 @@ def planned_points(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def counted(left_out: Sequence[LeftOut]) -> dict[str, int]:
-    """Reason to number of runs, most first; what differs from run to run (after a colon) left away."""
-    counts: dict[str, int] = {}
-    for one in left_out:
-        reason = one.reason.partition(":")[0]
-        counts[reason] = counts.get(reason, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+    """Reason, up to its first colon, to number of runs, most first."""
+    return dict(Counter(one.reason.partition(":")[0] for one in left_out).most_common())
 
 
 def _unfit(record: RunRecord) -> str | None:
-    """Why a run is no point of a law; None if it is one."""
+    """Why a law cannot use a run; None if it can."""
     if record.kind == "imported":
         return "imported, not trained"
     if record.status != "FINISHED":
         return f"unfinished: {record.status.lower()}"
-    missing = [name for name in NEEDED if record.final.get(name) is None]
+    missing = [name for name in (*LAW_POINT, VAL_LOSS) if record.final.get(name) is None]
     if missing:
         return f"final metrics missing: {', '.join(missing)}"
     loss = float(record.final[VAL_LOSS])
-    if not math.isfinite(loss) or abs(loss) > LARGEST:
+    if not abs(loss) <= LARGEST:
         return "diverged: its loss is not finite"
     vocabulary = _number(record.recipe.get("model.vocab_size"))
     if vocabulary and loss > math.log(vocabulary):
         return f"diverged: its loss of {loss:.3g} is above ln({vocabulary:.0f}) = {math.log(vocabulary):.3g}, guessing"
-    if any(_number(record.recipe.get(key)) == 0 for key in _cooldowns(record)):
-        return "without a cooldown: a trunk, whose loss at the stable rate compares with no run's end"
+    cooldowns = ["schedule.cooldown_fraction", "schedule.cooldown_tokens"]
+    cooldowns += ["qat.cooldown_fraction"] if record.final["scheme"] == "sequential" else []
+    if any(_number(record.recipe.get(key)) == 0 for key in cooldowns):
+        return "without a cooldown: a trunk, whose loss at the stable rate does not compare with a run's end"
     return None
 
 
-def _cooldowns(record: RunRecord) -> list[str]:
-    keys = ["schedule.cooldown_fraction", "schedule.cooldown_tokens"]
-    return [*keys, "qat.cooldown_fraction"] if record.final["scheme"] == "sequential" else keys
-
-
 def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str, Any]], list[LeftOut], list[str]]:
-    """A row a run; the runs that were trained again with the same settings, of which the latest counts; the settings
-    that runs which are one point to any law differ in."""
+    """(a row a run, runs that were trained again later with the same settings, unlike settings).
+
+    Unlike settings are those in which runs differ that are one point to any law.
+    """
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.created):
-        groups.setdefault((*(record.final[name] for name in NEEDED[:-1]), _seed(record)), []).append(record)
+        groups.setdefault((*(record.final[name] for name in LAW_POINT), _seed(record)), []).append(record)
     texts = _validation_texts(records)
     rows: dict[str, dict[str, Any]] = {}
     left_out, unlike = [], set()
     for law_point, group in groups.items():
-        scheme = law_point[NEEDED.index("scheme")]
-        settings = [_data_setting(record, knows_data) | point_settings(record.recipe, scheme) for record in group]
-        trials = [trial_settings(record.recipe, scheme) for record in group]
+        split = [split_settings(record.recipe, record.final["scheme"]) for record in group]
+        settings = [_data_setting(record, knows_data) | own for record, (own, _) in zip(group, split, strict=True)]
+        trials = [trial for _, trial in split]
         # A setting that some lack belongs to a newer version; an optimizer's may be of one phase alone.
         keys = _differing(settings, missing_differs=False)
         unlike.update(keys)
         trial_keys = _differing(trials, missing_differs=True)
         latest: dict[tuple[Any, ...], RunRecord] = {}
         for record, own, trial in zip(group, settings, trials, strict=True):
-            same = (*texts[record.run_id], _told(own, keys), _told(trial, trial_keys))
+            same = (*texts[record.run_id], _listed(own, keys), _listed(trial, trial_keys))
             if same in latest:
                 left_out.append(LeftOut(latest[same].name, f"trained again: as {record.name}, which is later"))
                 del rows[latest[same].run_id]
             latest[same] = record
-            columns = ("validation_fingerprint", "validation_tokens", "settings", "trial")
+            columns = (*LAW_POINT, "seed", "validation_fingerprint", "validation_tokens", "settings", "trial")
             rows[record.run_id] = {
-                **dict(zip(NEEDED[:-1], law_point[:-1], strict=True)),
+                **dict(zip(columns, (*law_point, *same), strict=True)),
                 "loss": float(record.final.get(VAL_LOSS, math.nan)),
-                **{"run_id": record.run_id, "name": record.name, "seed": law_point[-1]},
-                **dict(zip(columns, same, strict=True)),
+                "run_id": record.run_id,
+                "name": record.name,
             }
     ids = dict.fromkeys(record.run_id for record in records)  # a copied folder has the id of its original
     return [rows[run_id] for run_id in ids if run_id in rows], left_out, sorted(unlike)
 
 
 def _differing(settings: Sequence[Mapping[str, str]], missing_differs: bool) -> list[str]:
-    """The keys whose values are not all alike."""
     found = []
     for key in sorted({key for one in settings for key in one}):
         values = {one.get(key) for one in settings}
@@ -197,12 +192,12 @@ def _differing(settings: Sequence[Mapping[str, str]], missing_differs: bool) -> 
     return found
 
 
-def _told(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+def _listed(settings: Mapping[str, str], keys: Sequence[str]) -> str:
     return ", ".join(f"{key}={settings[key]}" for key in keys if key in settings)
 
 
 def _data_setting(record: RunRecord, knows_data: bool) -> dict[str, str]:
-    """What the run was trained on: by its content where all runs say that, else by the path."""
+    """The training data: by its content where all runs record that, else by the path."""
     if knows_data:
         return {"data_fingerprint": record.final["data_fingerprint"]}
     return {"data.path": record.recipe["data.path"]} if "data.path" in record.recipe else {}
@@ -211,7 +206,7 @@ def _data_setting(record: RunRecord, knows_data: bool) -> dict[str, str]:
 def _validation_texts(records: Sequence[RunRecord]) -> dict[str, tuple[str, float | None]]:
     """By run the fingerprint of its held-out split and the tokens read of it.
 
-    Older versions kept neither. Their runs have the fingerprint of a newer run on the same path ('' without one), and
+    Older versions kept neither. Their runs get the fingerprint of a newer run on the same path ('' without one), and
     all runs beside them count the tokens that the recipe asked for.
     """
     exact = all(record.final.get("validation_tokens") is not None for record in records)
@@ -229,7 +224,7 @@ def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any
     """A row for each post-training quantization of a full-precision run."""
     rows = []
     for name, loss in record.final.items() if point["scheme"] == "fp" else ():
-        if name.startswith(VAL_LOSS_PTQ) and loss is not None and math.isfinite(loss) and abs(loss) < LARGEST:
+        if name.startswith(VAL_LOSS_PTQ) and loss is not None and abs(loss) < LARGEST:
             bits = float(name.removeprefix(VAL_LOSS_PTQ))
             ptq = {"bits": bits, "scheme": "ptq", "loss": float(loss), "run_id": f"{record.run_id}/ptq{bits:g}"}
             rows.append({**point, **ptq})
@@ -237,22 +232,21 @@ def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any
 
 
 def _seed(record: RunRecord) -> str:
-    """Of weights and data, one number where they are equal: runs with another of either are repeats."""
+    """The seed of weights and data, or both if they differ: runs with another one are repeats."""
     weights, data = record.recipe.get("seed", "0"), record.recipe.get("data.seed", "0")
     return weights if weights == data else f"{weights}/{data}"
 
 
 def _notices(records: Sequence[RunRecord], knows_data: bool, unlike: Sequence[str]) -> tuple[str, ...]:
-    """`unlike`: settings that runs which are one point to any law differ in."""
-    settings = [
-        {key: value for key, value in record.recipe.items() if key != "data.path"} | _data_setting(record, knows_data)
-        for record in records
-    ]
     notices = []
     for key in dict.fromkeys((*SAME_IN_ALL, *unlike)):
-        values = {one[key] for one in settings if key in one}
+        if key in ("data.path", "data_fingerprint"):
+            found = {_data_setting(record, knows_data).get(key) for record in records}
+        else:
+            found = {record.recipe.get(key) for record in records}
+        values = sorted(value for value in found if value is not None)
         if len(values) > 1:
-            shown = ", ".join(sorted(values)[:4]) + (", …" if len(values) > 4 else "")
+            shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
             notices.append(f"the runs differ in {key} ({shown}), which the law does not know")
     return tuple(notices)
 

@@ -1,19 +1,18 @@
 """The cheapest tree of runs that covers a study, and the order in which several workers train it.
 
-A run prescribes settings for each of its steps. Two runs of the same model, data and seed are one and the
-same training up to the first step whose settings differ; what they share has to be trained once. The runs of a study
-so make a prefix tree over steps, and its edges are the least that must be trained: each is needed by some run, and no
-two edges are equal. Whoever reaches a fork first trains up to it and keeps a checkpoint; the others branch there.
+A run prescribes settings for each of its steps. Two runs of the same model, data and seed are the same training up to
+the first step whose settings differ; the shared steps are trained once. So the runs of a study form a prefix tree over
+steps, and its edges are the least that must be trained: some run needs each edge, and no two are equal. The run that
+reaches a fork first trains up to it and keeps a checkpoint; the others branch there.
 
-A worker that is free takes, of the runs that can start, the one with the longest path below it (R. L. Graham, Bounds on
+A free worker takes, of the runs that can start, the one with the longest path below it (R. L. Graham, Bounds on
 multiprocessing timing anomalies, SIAM Journal on Applied Mathematics 17, 1969, calls this list scheduling).
-`qatlaw.information` says what the runs of a study would reveal about a law.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Route:
-    """One run as the tree sees it: what each of its steps is trained with."""
+    """The settings of each step of one run."""
 
     name: str
     root: Hashable
@@ -43,6 +42,10 @@ class Route:
     def steps(self) -> int:
         return self.pieces[-1].end
 
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
 
 @dataclass(frozen=True)
 class Job:
@@ -52,11 +55,11 @@ class Job:
     parent: str | None
     """The run whose checkpoint it branches from; None: it begins at step 0."""
     start: int
-    """Optimizer steps that the parent has done at the branch."""
+    """Optimizer steps of the parent at the branch."""
 
     @property
     def new_tokens(self) -> int:
-        return (self.route.steps - self.start) * self.route.tokens_per_step
+        return self.route.tokens - self.start * self.route.tokens_per_step
 
     @property
     def flops(self) -> float:
@@ -77,13 +80,12 @@ class Offer:
 
 @dataclass(frozen=True)
 class Tree:
-    """Runs in an order in which they can be trained: each after the one it branches from."""
+    """Runs in an order of training: each after the one it branches from."""
 
     jobs: tuple[Job, ...]
 
     @property
     def tokens(self) -> int:
-        """Trained in all."""
         return sum(job.new_tokens for job in self.jobs)
 
     @property
@@ -92,16 +94,15 @@ class Tree:
 
     @property
     def tokens_alone(self) -> int:
-        """If each run were trained from its first step."""
-        return sum(job.route.steps * job.route.tokens_per_step for job in self.jobs)
+        return sum(job.route.tokens for job in self.jobs)
 
     @property
     def flops_alone(self) -> float:
-        return sum(job.route.steps * job.route.tokens_per_step * job.route.flops_per_token for job in self.jobs)
+        return sum(job.route.tokens * job.route.flops_per_token for job in self.jobs)
 
     @cached_property
     def kept(self) -> dict[str, tuple[int, ...]]:
-        """By run the steps at which others branch from it, before its end: checkpoints to keep."""
+        """By run the checkpoints to keep: the steps before its end at which others branch from it."""
         steps: dict[str, set[int]] = {job.route.name: set() for job in self.jobs}
         ends = {job.route.name: job.route.steps for job in self.jobs}
         for job in self.jobs:
@@ -111,59 +112,50 @@ class Tree:
 
 
 def shared_steps(first: Route, second: Route) -> int:
-    """How many steps two runs have in common, from the first step on."""
+    """Number of steps that two runs have in common, from the first step on."""
     if first.root != second.root:
         return 0
-    done = 0
-    a, b = iter(first.pieces), iter(second.pieces)
-    one, other = next(a), next(b)
-    while one.rule == other.rule:
-        done = min(one.end, other.end)
-        following = _after(one, a, done), _after(other, b, done)
-        if following[0] is None or following[1] is None:
-            return done
-        one, other = following[0], following[1]
+    a, b = first.pieces, second.pieces
+    i = j = done = 0
+    while i < len(a) and j < len(b) and a[i].rule == b[j].rule:
+        done = min(a[i].end, b[j].end)
+        i, j = i + (a[i].end == done), j + (b[j].end == done)
     return done
-
-
-def _after(piece: Piece, rest: Iterator[Piece], step: int) -> Piece | None:
-    """The piece that holds `step`, None at the run's end."""
-    return piece if step < piece.end else next(rest, None)
 
 
 def cheapest_tree(routes: Sequence[Route], offers: Sequence[Offer] = ()) -> Tree:
     """Every run once, each branching off the run that has most of it already.
 
-    Shorter runs first, so that a run which another one passes through on its way exists before that one starts.
-    `offers`: what an earlier part of the study left, which is not trained again and not in the tree.
+    Shorter runs come first: a run that another one passes through must exist before that one starts.
+    offers: left by an earlier part of the study; they are not trained again and not in the tree.
     """
     names = [route.name for route in routes]
-    assert len(set(names)) == len(names), "runs have names of their own"
+    assert len(set(names)) == len(names), "names are unique"
     jobs: list[Job] = []
     placed: dict[Hashable, list[Job]] = {}
-    for route in sorted(routes, key=lambda route: (route.steps * route.tokens_per_step, names.index(route.name))):
+    for route in sorted(routes, key=lambda route: (route.tokens, names.index(route.name))):
         before = placed.setdefault(route.root, [])
-        found = [(offer.route, _offered(offer, route)) for offer in offers]
-        # Of equally good parents the first one trains the fork itself. One that branches from an offer may begin later.
-        shares = [(old, shared_steps(old.route, route)) for old in before]
-        found += [(old.route, shared) for old, shared in shares if shared > old.start]
+        found: list[tuple[Route, int]] = []
+        for offer in offers:
+            shared = shared_steps(offer.route, route)
+            found.append((offer.route, max((step for step in offer.steps if step <= shared), default=0)))
+        # `max` takes the first of equally good parents, which trains the fork itself. A parent that branches from an
+        # offer may begin later than it shares.
+        for old in before:
+            shared = shared_steps(old.route, route)
+            if shared > old.start:
+                found.append((old.route, shared))
         best, start = max(found, key=lambda pair: pair[1], default=(None, 0))
         jobs.append(Job(route, best.name if best is not None and start else None, start))
         before.append(jobs[-1])
     return Tree(tuple(jobs))
 
 
-def _offered(offer: Offer, route: Route) -> int:
-    """The last checkpoint of `offer` that lies on `route`, 0 without one."""
-    shared = shared_steps(offer.route, route)
-    return max((step for step in offer.steps if step <= shared), default=0)
-
-
 # --- the order of training ---
 
 
 def longest_paths(jobs: Iterable[Job]) -> dict[str, float]:
-    """FLOPs from the start of each job to the end of the longest chain of runs below it, by name.
+    """By name, FLOPs from the start of each job to the end of the longest chain of runs below it.
 
     `jobs`: each after the one it branches from. The chain leaves a job where its child branches, not at its end.
     """
@@ -179,7 +171,7 @@ def longest_paths(jobs: Iterable[Job]) -> dict[str, float]:
 
 
 def next_job(ready: Iterable[str], longest: Mapping[str, float]) -> str | None:
-    """Of the jobs that can start the one with the longest path below it; of equals the first. None if none can."""
+    """The job with the longest path below it, of those that can start; the first of equals. None if none can."""
     return max(ready, key=lambda name: longest[name], default=None)
 
 
@@ -202,28 +194,28 @@ def simulate(jobs: Sequence[Job], workers: int) -> list[Slot]:
     A job whose parent is not among `jobs` can start at once.
     """
     longest = longest_paths(jobs)
+    order = {job.route.name: i for i, job in enumerate(jobs)}
     children: dict[str | None, list[Job]] = {}
-    names = {job.route.name for job in jobs}
     for job in jobs:
-        children.setdefault(job.parent if job.parent in names else None, []).append(job)
+        children.setdefault(job.parent if job.parent in order else None, []).append(job)
     ready = {job.route.name: job for job in children.get(None, [])}
-    coming: list[tuple[float, int, Job]] = []  # jobs whose parent is being trained, by when its checkpoint exists
+    coming: list[tuple[float, int]] = []  # (time, place in `jobs`) at which a job's parent checkpoint will exist
     free = [0.0] * workers
     slots: list[Slot] = []
-    order = {job.route.name: i for i, job in enumerate(jobs)}
     while ready or coming:
         now = heapq.heappop(free)
         while coming and coming[0][0] <= now:
-            job = heapq.heappop(coming)[2]
+            job = jobs[heapq.heappop(coming)[1]]
             ready[job.route.name] = job
         if not ready:
             heapq.heappush(free, coming[0][0])
             continue
         name = next_job(sorted(ready, key=order.__getitem__), longest)
         assert name is not None
-        slot = Slot(ready.pop(name), now, now + jobs[order[name]].flops)
+        job = ready.pop(name)
+        slot = Slot(job, now, now + job.flops)
         slots.append(slot)
         heapq.heappush(free, slot.end)
         for child in children.get(name, []):
-            heapq.heappush(coming, (slot.reaches(child.start), order[child.route.name], child))
+            heapq.heappush(coming, (slot.reaches(child.start), order[child.route.name]))
     return slots

@@ -1,6 +1,6 @@
-"""One fit from a table to all that is told of it: coefficients with intervals, quality, U-curves, rival laws.
+"""One fit from a table to all that is reported of it: coefficients with intervals, quality, U-curves, rival laws.
 
-Made once for the command line, the report and fit.json, so that they cannot disagree.
+The command line, the report and fit.json share it, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from qatlaw import fraction
-from qatlaw.curves import Curve, FractionErrors, closed_form, fraction_errors, measured_curves
+from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
 from qatlaw.errors import InputError
 from qatlaw.figures.style import amount, bits_label
 from qatlaw.fit import FitResult, fit, fit_per_bits
-from qatlaw.fit_file import FitFile, fit_file, write_fit
+from qatlaw.fit_file import Bootstrap, FitFile, fit_file, write_fit
+from qatlaw.fraction import closed_form
 from qatlaw.information import error_text
-from qatlaw.intervals import Bootstrap
 from qatlaw.laws import FORMS
 from qatlaw.laws.base import LawForm
 from qatlaw.table import MIXED_SCHEMES, RunTable
@@ -36,14 +35,14 @@ class Summary:
     label: str
     """'qat_unified', or 'qat_per_bits, 4 bits'."""
     bits: float | None
-    """Of a law for one width."""
+    """None for a law of all widths."""
     scheme: str
     result: FitResult
     bootstrap: Bootstrap | None
     fractions: Mapping[str, FractionErrors]
     """By width and 'all'; empty without usable U-curves, or for a law without an optimal fraction."""
     curves: Sequence[Curve]
-    """The measured U-curves that the law speaks of."""
+    """The measured U-curves of the law's widths."""
 
     @property
     def warnings(self) -> list[str]:
@@ -52,88 +51,78 @@ class Summary:
 
     @property
     def closed_form(self) -> Mapping[str, FractionErrors]:
-        """How the published closed form meets the same curves."""
-        return fraction_errors(closed_form, self.curves)
+        """The published closed form against the same curves."""
+        return fraction_errors(closed_form, [curve for curve in self.curves if curve.S > 1])
 
     @property
     def file(self) -> FitFile:
-        told = {bits: asdict(errors) for bits, errors in self.fractions.items()}
-        whole = self.fractions.get("all")
-        more: dict[str, Any] = {"fraction_mae": whole.mae} if whole else {}
-        more |= {"scheme": self.scheme, "fraction_errors": told, "warnings": self.warnings}
-        published = self.closed_form.get("all")
-        more |= {"closed_form_fraction_mae": published.mae} if published else {}
+        errors = {bits: asdict(found) for bits, found in self.fractions.items()}
+        more: dict[str, Any] = {"scheme": self.scheme, "fraction_errors": errors, "warnings": self.warnings}
+        if found := self.fractions.get("all"):
+            more["fraction_mae"] = found.mae
+        if published := self.closed_form.get("all"):
+            more["closed_form_fraction_mae"] = published.mae
         return fit_file(self.result, self.bootstrap, **more)
 
     @property
     def noise(self) -> str:
         """The noise of its runs in a sentence."""
         noise = self.result.noise
-        told = f"A run's own noise is {noise.own:.2%} of its loss"
+        own = f"A run's own noise is {noise.own:.2%} of its loss"
         if noise.shared == 0:
-            return f"{told}; no two runs share a trunk."
+            return f"{own}; no two runs share a trunk."
         known = f"{noise.trunk:.2%}, by {noise.freedom} degrees of freedom" if noise.trunk_is_known else "not known"
-        return f"{told}, that of a trunk (size and seed) {known}."
+        return f"{own}, that of a trunk (size and seed) {known}."
 
 
 def scheme_of(table: RunTable, asked: str | None, *, either: bool = False) -> str:
-    """The two-phase scheme to fit. InputError where the runs are of both and nobody chose.
+    """The two-phase scheme to fit. InputError where the runs are of both and none was chosen.
 
     either: of both, the one with more runs.
     """
     counts = {name: int((table.frame["scheme"] == name).sum()) for name in MIXED_SCHEMES}
-    there = [name for name, count in counts.items() if count]
+    present = [name for name, count in counts.items() if count]
     if asked is not None:
         if asked not in MIXED_SCHEMES:
-            raise InputError("--scheme", asked, f"one of {', '.join(MIXED_SCHEMES)}.")
-        if asked not in there:
-            raise InputError(
-                "--scheme", asked, f"{table.source} has no such run.", f"It has: {', '.join(there) or 'none'}."
-            )
+            raise InputError("--scheme", asked, f"is not one of {', '.join(MIXED_SCHEMES)}.")
+        if asked not in present:
+            fix = f"It has: {', '.join(present) or 'none'}."
+            raise InputError("--scheme", asked, f"{table.source} has no such run.", fix)
         return asked
-    if len(there) > 1 and not either:
-        told = ", ".join(f"{counts[name]} {name}" for name in there)
-        raise InputError(
-            "--scheme", None, f"the runs are of both ({told}), whose U-curves differ.", "Choose one of them."
-        )
-    if not there:
-        raise InputError(
-            f"{table.source}: scheme", None, "no run has two phases, so no split of the tokens was measured."
-        )
-    return max(there, key=lambda name: counts[name])
+    if len(present) > 1 and not either:
+        runs = ", ".join(f"{counts[name]} {name}" for name in present)
+        problem = f"the runs are of both schemes ({runs}), whose U-curves differ."
+        raise InputError("--scheme", None, problem, "Choose one of them.")
+    if not present:
+        problem = "no run has two phases, so no split of the tokens was measured."
+        raise InputError(f"{table.source}: scheme", None, problem)
+    return max(present, key=lambda name: counts[name])
 
 
 def form_named(name: str) -> LawForm:
-    """InputError, with the names there are, for an unknown one."""
+    """InputError, with the known names, for an unknown one."""
     if name not in FORMS:
-        raise InputError("--form", name, f"one of {', '.join(FORMS)}.")
+        raise InputError("--form", name, f"is not one of {', '.join(FORMS)}.")
     return FORMS[name]
 
 
 def summarise(
-    form: LawForm,
-    table: RunTable,
-    scheme: str,
-    *,
-    resamples: int = 200,
-    seed: int = 0,
-    workers: int = 1,
-    **options: Any,
+    form: LawForm, table: RunTable, scheme: str, *, resamples: int = 200, seed: int = 0, **options: Any
 ) -> list[Summary]:
-    """One summary, or one for each bit width of forms that describe one alone. `options` as for `fit`.
+    """One summary, or one for each bit width with forms of one width. `options` as for `fit`.
 
     resamples: of the bootstrap; 0 = no intervals.
     """
     own = table.of_scheme(scheme)
     results: list[tuple[float | None, FitResult]] = []
     if form.one_width:
-        results += fit_per_bits(form, own, seed=seed, workers=workers, **options).items()
+        results += fit_per_bits(form, own, seed=seed, **options).items()
     else:
-        results.append((None, fit(form, own, seed=seed, workers=workers, **options)))
+        results.append((None, fit(form, own, seed=seed, **options)))
     curves = measured_curves(own)
     summaries = []
     for bits, result in results:
-        drawn = bootstrap(result, resamples=resamples, seed=seed, workers=workers) if resamples else None
+        drawn = bootstrap(result, resamples=resamples, seed=seed) if resamples else None
         mine = [curve for curve in curves if bits in (None, curve.B)]
         errors = fraction_errors(result.law.optimal_fraction, mine) if form.has_fraction else {}
         label = form.name if bits is None else f"{form.name}, {bits_label(bits)}"
@@ -143,7 +132,7 @@ def summarise(
 
 def rivals(table: RunTable, scheme: str, **options: Any) -> list[Comparison]:
     """All forms that know quantization on the same runs, the best by held-out error first."""
-    return compare([form for form in FORMS.values() if form.quantized], table.of_scheme(scheme), **options)
+    return compare(list(FORMS.values()), table.of_scheme(scheme), **options)
 
 
 def write_files(summaries: Sequence[Summary], out: Path) -> list[Path]:
@@ -163,34 +152,32 @@ Rows = list[tuple[str, ...]]
 
 
 def coefficient_rows(summary: Summary) -> Rows:
-    """A value that no run determines is not printed: it is where the search happened to stop."""
+    """An open parameter's value is not printed: the search happened to stop there."""
     level = f"{summary.bootstrap.level:.0%} interval" if summary.bootstrap else "interval"
     rows: Rows = [("parameter", "value", "standard error", level, "meaning")]
     result, intervals = summary.result, summary.bootstrap.coefficients if summary.bootstrap else {}
     errors = result.certainty.determined
     for parameter, value in zip(result.law.form.parameters, result.theta, strict=True):
         interval = intervals.get(parameter.name)
-        told = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else NONE
+        ends = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else NONE
         shown = NONE if parameter.name in result.identifiability.open else f"{value:.5g}"
-        error = error_text(parameter, errors[parameter.name])
-        rows.append((parameter.name, shown, error, told, parameter.meaning))
+        rows.append((parameter.name, shown, error_text(parameter, errors[parameter.name]), ends, parameter.meaning))
     return rows
 
 
 def quality_rows(summary: Summary) -> Rows:
     """The law in sample by bit width: its losses, and its optimal fractions beside those of the closed form."""
     rows: Rows = [("weights", "runs", "R²", "MAE (nats)", "curves", "MAE of f*", "closed form's", "error bar")]
-    parts = {"all": summary.result.quality, **summary.result.per_bits}
     published = summary.closed_form
-    for name, quality in parts.items():
-        errors, theirs = summary.fractions.get(name), published.get(name)
-        measured = [
-            f"{theirs.curves}" if theirs else NONE,
-            f"{errors.mae:.3f}" if errors else NONE,
-            *((f"{theirs.mae:.3f}", f"{theirs.measurement_error:.3f}") if theirs else (NONE, NONE)),
-        ]
+    for name, quality in {"all": summary.result.quality, **summary.result.per_bits}.items():
+        curves = law = closed = bar = NONE
+        if theirs := published.get(name):
+            curves, closed, bar = f"{theirs.curves}", f"{theirs.mae:.3f}", f"{theirs.measurement_error:.3f}"
+        if errors := summary.fractions.get(name):
+            law = f"{errors.mae:.3f}"
         label = {"all": "all", "fp": "full precision"}.get(name) or bits_label(float(name))
-        rows.append((label, f"{quality.runs}", f"{quality.r2:.4f}", f"{quality.mae:.4f}", *measured))
+        losses = f"{quality.runs}", f"{quality.r2:.4f}", f"{quality.mae:.4f}"
+        rows.append((label, *losses, curves, law, closed, bar))
     return rows
 
 
@@ -202,18 +189,15 @@ def curve_rows(summary: Summary) -> Rows:
         N, D, B = curve.N, curve.D_total, curve.B
         end = "at most" if curve.optimum == curve.fractions[0] else "at least"
         bar = f" ± {curve.error:.2f}" if np.isfinite(curve.error) else ""
-        rows.append((
-            amount(N), amount(D), f"{B:g}", f"{fraction.tokens_per_parameter_byte(N, D, B):.1f}",
-            f"{curve.optimum:.2f}{bar}" if curve.inside else f"{end} {curve.optimum:.2f}",
-            f"{closed_form(N, D, B):.2f}",
-            f"{float(summary.result.law.optimal_fraction(N, D, B)):.2f}" if has_fraction else NONE,
-        ))  # fmt: skip
+        measured = f"{curve.optimum:.2f}{bar}" if curve.inside else f"{end} {curve.optimum:.2f}"
+        law = f"{float(summary.result.law.optimal_fraction(N, D, B)):.2f}" if has_fraction else NONE
+        published = f"{closed_form(N, D, B):.2f}" if curve.S > 1 else NONE
+        rows.append((amount(N), amount(D), f"{B:g}", f"{curve.S:.1f}", measured, published, law))
     return rows
 
 
 def comparison_rows(comparison: Sequence[Comparison]) -> Rows:
-    held = [f"MAE on {told}" for told in AXES.values()]
-    rows: Rows = [("law", "parameters", "MAE in sample", *held, "MAE of f*")]
+    rows: Rows = [("law", "parameters", "MAE in sample", *(f"MAE on {name}" for name in AXES.values()), "MAE of f*")]
     for one in comparison:
         errors = [f"{one.held_out[axis].mae:.4f}" if axis in one.held_out else NONE for axis in AXES]
         sample = f"{one.in_sample.mae:.4f}" if one.in_sample else NONE

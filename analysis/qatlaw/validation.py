@@ -1,7 +1,7 @@
-"""Whether a law predicts what it was not fitted on: the largest models, the longest runs; and laws against each other.
+"""Errors of a law on runs it was not fitted on, the largest models and the longest runs; laws against each other.
 
-In-sample R² of any of them is above 0.95. Only runs beyond the data tell them apart, and only U-curves
-(`qatlaw.curves`) tell whether the optimal fraction is right.
+The in-sample R² of any law is above 0.95. Only runs beyond the data discriminate between laws, and only U-curves
+(`qatlaw.curves`) test the optimal fraction.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import numpy as np
 
 from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.fit import Quality, fit, fit_per_bits, quality, quality_per_bits
-from qatlaw.laws.base import Law, LawForm
-from qatlaw.laws.points import Floats
+from qatlaw.fit import Quality, fit, fit_per_bits, quality
+from qatlaw.laws.base import Floats, Law, LawForm
 from qatlaw.table import RunTable
 
 Axis = Literal["n_params", "tokens_total"]
@@ -27,21 +26,19 @@ AXES: dict[Axis, str] = {"n_params": "the largest models", "tokens_total": "the 
 class LeaveOut:
     """A law fitted without the upper end of an axis, and its errors there."""
 
-    axis: Axis
     above: float
     """Runs with more than that were left out of the fit."""
     fitted_on: int
     held_out: Quality
-    per_bits: dict[str, Quality]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One form in a comparison; what could not be had is None, and `refused` says why."""
+    """One form in a comparison; `refused` says why something is None or missing."""
 
     form: LawForm
     parameters: int
-    """Numbers fitted in all: of forms for one bit width, once per width."""
+    """Fitted numbers: forms of one bit width are fitted once per width."""
     in_sample: Quality | None
     held_out: dict[Axis, Quality]
     fractions: FractionErrors | None
@@ -50,17 +47,16 @@ class Comparison:
 
 
 def laws_for(form: LawForm, table: RunTable, **options: Any) -> dict[float, Law]:
-    """By bit width the law that describes it: the same for all of a unified form, else one fit each."""
+    """The law of each bit width: the same for all with a unified form, else one fit each."""
     if form.one_width:
         return {bits: result.law for bits, result in fit_per_bits(form, table, **options).items()}
-    law = fit(form, table, **options).law
-    return dict.fromkeys(table.widths, law)
+    return dict.fromkeys(table.widths, fit(form, table, **options).law)
 
 
 def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
     """Losses of the table's quantized runs by the law of their width; NaN for all others.
 
-    Full-precision runs are left out because forms for one width have one full-precision part per width.
+    Full-precision runs are left out because forms of one width have one full-precision part per width.
     """
     losses = np.full(len(table), np.nan)
     columns = [table.column(name) for name in ("n_params", "tokens_fp", "tokens_qat", "bits")]
@@ -73,22 +69,26 @@ def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
 def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> LeaveOut:
     """Fit without the largest value of the axis, predict the quantized runs there. `options` as for `fit`.
 
-    InputError where too little is left to fit, or nothing to predict.
+    Of tokens, which sizes need not share, the longest fifth of the quantized runs is left out. InputError where too
+    little is left to fit, or nothing to predict.
     """
+    where = f"{table.source}: {axis}"
     values = table.tokens_total if axis == "tokens_total" else table.column("n_params")
-    above = _split(values, table, axis)
+    distinct = np.unique(values[table.quantized])
+    if len(distinct) < 2:
+        raise InputError(where, distinct.tolist(), "needs two different values to leave one out.")
+    above = float(distinct[-2])
+    if axis == "tokens_total":
+        above = min(above, float(np.quantile(values[table.quantized], 0.8)))
     rest, ends = table.where(values <= above), table.where((values > above) & table.quantized)
     sizes = sorted(set(rest.column("n_params").tolist()))
     if axis == "n_params" and len(sizes) < 3:
-        raise InputError(
-            f"{table.source}: {axis}", sizes, "two sizes say nothing of the loss of a third: too few are left to fit."
-        )
+        raise InputError(where, sizes, "are too few sizes: two do not determine the loss of a third.")
     found = predicted(laws_for(form, rest, **options), ends)
     known = np.isfinite(found)
     if not known.any():
-        raise InputError(f"{table.source}: {axis}", above, f"no quantized run above it that {form.name} describes.")
-    ends = ends.where(known)
-    return LeaveOut(axis, above, len(rest), quality(found[known], ends.loss), quality_per_bits(found[known], ends))
+        raise InputError(where, above, f"no quantized run above it that {form.name} describes.")
+    return LeaveOut(above, len(rest), quality(found[known], ends.loss[known]))
 
 
 def compare(forms: Sequence[LawForm], table: RunTable, **options: Any) -> list[Comparison]:
@@ -123,13 +123,3 @@ def _compared(form: LawForm, table: RunTable, curves: list[Curve], options: dict
         except InputError as error:
             refused.append(f"without {AXES[axis]}: {error}")
     return Comparison(form, count, in_sample, held, fractions, tuple(refused))
-
-
-def _split(values: Floats, table: RunTable, axis: Axis) -> float:
-    """The largest size but one; of tokens, which sizes need not share, the count that a fifth of the runs lie above."""
-    distinct = np.unique(values[table.quantized])
-    if len(distinct) < 2:
-        raise InputError(f"{table.source}: {axis}", distinct.tolist(), "needs two different values to leave one out.")
-    if axis == "n_params":
-        return float(distinct[-2])
-    return float(min(np.quantile(values[table.quantized], 0.8), distinct[-2]))

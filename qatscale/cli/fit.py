@@ -48,7 +48,6 @@ Resamples = Annotated[int, typer.Option(help="Resamples of the bootstrap behind 
 Compare = Annotated[
     bool, typer.Option(help="Leave out the rival laws, which are judged by runs that no law was fitted on.")
 ]
-Workers = Annotated[int, typer.Option(help="Processes that fit resamples.")]
 
 
 def fit(
@@ -64,7 +63,6 @@ def fit(
     resamples: Resamples = 200,
     compare: Compare = True,
     seed: Annotated[int, typer.Option(help="Seed of the cold starts and of the bootstrap.")] = 0,
-    workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
     """Fit the loss law to finished runs; print coefficients with intervals, quality and rival laws; write fit.json."""
@@ -74,11 +72,11 @@ def fit(
     collected, where = collect_runs(experiment, table, runs, uri)
     kind = scheme_of(collected.table, scheme)
     with _working("fitting"):
-        summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed, workers=workers)
+        summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
     compared = []
     if compare:
         with _working("fitting the rival laws without the largest models and the longest runs"):
-            compared = rivals(collected.table, kind, seed=seed, workers=workers)
+            compared = rivals(collected.table, kind, seed=seed)
     paths = write_files(summaries, out)
     logged = [_log(where, summary, path) for summary, path in zip(summaries, paths, strict=True)] if where else []
     if as_json:
@@ -108,7 +106,6 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
     compare: Compare = True,
-    workers: Workers = 1,
 ) -> None:
     """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
     from qatlaw.figures import Evidence
@@ -125,7 +122,7 @@ def report(
         try:
             kind = scheme_of(collected.table, scheme, either=True)
             with _working("fitting"):
-                summaries = summarise(chosen, collected.table, kind, resamples=resamples, workers=workers)
+                summaries = summarise(chosen, collected.table, kind, resamples=resamples)
             laws = _laws_of(summaries)
         except InputError as error:
             if scheme is not None and error.key == "--scheme":
@@ -133,7 +130,7 @@ def report(
             no_law = str(error)
     if compare and summaries:
         with _working("fitting the rival laws without the largest models and the longest runs"):
-            compared = rivals(collected.table, summaries[0].scheme, workers=workers)
+            compared = rivals(collected.table, summaries[0].scheme)
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     content = Report(
         Evidence(collected.table, laws), created, summaries, compared, collected.left_out, collected.notices, no_law
@@ -199,9 +196,8 @@ def _given_law(name: str, scheme: str) -> Laws:
     from qatlaw.planner_law import load_law
 
     found = load_law(name)
-    own = {found.range["bits"][0]: found.law} if found.law.form.one_width else {}
-    unified = None if own else found.law
-    return Laws(own, unified, found.source, found.range, scheme, demonstration=found.synthetic)
+    width = found.range["bits"][0] if found.law.form.one_width else None
+    return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
 
 
 def _laws_of(summaries: list[Summary]) -> Laws | None:
@@ -216,9 +212,8 @@ def _laws_of(summaries: list[Summary]) -> Laws | None:
     if widths:
         ranges |= {"bits": (min(widths), max(widths))}
     return Laws(
-        by_width={one.bits: one.result.law for one in summaries if one.bits is not None},
-        unified=first.result.law if first.bits is None else None,
-        told=f"{first.result.law.form.name}, fitted on these runs",
+        by_width={one.bits: one.result.law for one in summaries},
+        source=f"{first.result.law.form.name}, fitted on these runs",
         ranges=ranges,
         scheme=first.scheme,
         demonstration=first.result.table.synthetic,

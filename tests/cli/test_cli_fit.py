@@ -88,7 +88,7 @@ def test_a_fit_for_programs_and_its_file(
     low, high = file.intervals["gamma"]
     assert low < file.law.coefficients["gamma"] < high
     assert file.quality["scheme"] == "sequential"
-    assert file.data["synthetic"], "what is drawn from a made-up law stays marked"
+    assert file.data.synthetic, "what is drawn from a made-up law stays marked"
     f = file.law.optimal_fraction(2e8, 50e9, np.array([1.0, 2.0, 4.0]))
     assert np.abs(f - synthetic.law().optimal_fraction(2e8, 50e9, np.array([1.0, 2.0, 4.0]))).max() < 0.02
 

@@ -84,7 +84,7 @@ def test_the_plan_of_a_recipe_is_its_scheme_s(name: str, law: str) -> None:
             held = round(recipe.schedule.cooldown_fraction * timeline.steps)
             optimum = timeline.steps - round((1 - plan["optimum"]) * timeline.steps)
             assert timeline.qat_steps == max(held, optimum)
-            assert any(warning.startswith("planned is a QAT fraction") for warning in plan["warnings"]) == (
+            assert any(warning.startswith("the planned QAT fraction is") for warning in plan["warnings"]) == (
                 held > optimum
             )
             assert plan["tokens_qat"] == round(plan["fraction"] * plan["tokens"])

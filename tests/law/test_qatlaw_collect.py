@@ -79,7 +79,7 @@ def test_round_trip_to_the_law_and_back_into_mlflow(
     assert "logged to MLflow as run" in said
     file = read_fit("fit.json")
     assert file.law.coefficients == pytest.approx(synthetic.COEFFICIENTS, rel=1e-3)
-    assert file.data["runs"] == 45
+    assert file.data.runs == 45
     assert file.range["n_params"][0] == min(collect(mlflow_records(uri, EXPERIMENT), "").table.column("n_params"))
 
     from mlflow.tracking import MlflowClient
@@ -89,7 +89,7 @@ def test_round_trip_to_the_law_and_back_into_mlflow(
     (logged,) = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'fit'")
     assert logged.info.status == "FINISHED"
     assert logged.data.metrics["fit/gamma"] == file.law.coefficients["gamma"]
-    assert logged.data.params["data_hash"] == file.data["hash"]
+    assert logged.data.params["data_hash"] == file.data.hash
     assert [a.path for a in client.list_artifacts(logged.info.run_id)] == ["fit.json"]
     kept = next(path for path in Path(uri.removeprefix("sqlite:///")).parent.rglob("artifacts/fit.json"))
     assert kept.read_bytes() == Path("fit.json").read_bytes()

@@ -10,25 +10,25 @@ import pytest
 
 from qatlaw import synthetic
 from qatlaw.fit import fit
-from qatlaw.information import Certainty, Runs, certainties, information, is_determined
+from qatlaw.information import Certainty, certainties, information, is_determined
 from qatlaw.laws import CHINCHILLA, QAT_UNIFIED
 from qatlaw.runs import RunRecord, planned_points
-from qatlaw.table import RunTable
+from qatlaw.table import RunTable, points_of
 
 
 def test_information_of_a_linear_law_is_that_of_least_squares() -> None:
     """With only alpha to move, ln L has slope alpha / L in ln alpha, and n runs know it to s / sqrt(sum slope^2)."""
     law = synthetic.law()
-    runs = Runs.of(synthetic.table(0).frame)
-    slopes = law.theta[0] / law.loss(runs.N, runs.D_fp, runs.D_qat, runs.B)
-    assert information(law, runs.points, 0.002)[0, 0] == pytest.approx(np.sum(slopes**2) / 0.002**2)
+    points = synthetic.table(0).points
+    slopes = law.theta[0] / law.form.loss_at(law.theta, points)
+    assert information(law, points, 0.002)[0, 0] == pytest.approx(np.sum(slopes**2) / 0.002**2)
 
 
 def test_twice_the_runs_are_worth_a_root_of_two_and_half_the_noise_two() -> None:
-    law, runs = synthetic.law(), Runs.of(synthetic.table(0).frame)
-    once = Certainty.of(law, information(law, runs.points, 0.002))
-    twice = Certainty.of(law, information(law, (runs + runs).points, 0.002))
-    quiet = Certainty.of(law, information(law, runs.points, 0.001))
+    law, frame = synthetic.law(), synthetic.table(0).frame
+    once = Certainty.of(law, information(law, points_of(frame), 0.002))
+    twice = Certainty.of(law, information(law, points_of(pd.concat([frame, frame])), 0.002))
+    quiet = Certainty.of(law, information(law, points_of(frame), 0.001))
     for name, error in once.parameters.items():
         assert twice.parameters[name] == pytest.approx(error / math.sqrt(2), rel=1e-5)
         assert quiet.parameters[name] == pytest.approx(error / 2, rel=1e-5)
@@ -69,9 +69,11 @@ def test_what_the_runs_do_not_determine_is_infinite() -> None:
 
 
 def test_from_scratch_is_no_information_under_this_law() -> None:
-    one = np.ones(1)
-    mixed, scratch = Runs(1e8 * one, 1e9 * one, 1e9 * one, 2 * one), Runs(1e8 * one, 0 * one, 2e9 * one, 2 * one)
-    assert len((mixed + scratch).described(synthetic.law())) == 1
+    law, runs = synthetic.law(), grid("sequential")
+    scratch = runs.iloc[:1].assign(tokens_fp=0.0, scheme="sequential")
+    ((_, without),) = certainties(law, runs, 0.002).values()
+    ((_, beside),) = certainties(law, pd.concat([runs, scratch], ignore_index=True), 0.002).values()
+    assert beside.parameters == without.parameters
 
 
 # --- studies: what counts, and how often ---

@@ -16,7 +16,6 @@ from qatlaw import synthetic
 from qatlaw.__main__ import main
 from qatlaw.errors import InputError
 from qatlaw.fit_file import FitFile, write_fit
-from qatlaw.intervals import Bootstrap
 from qatlaw.planner_law import SHIPPED, law_names, load_law
 
 LAW = synthetic.law()
@@ -26,9 +25,11 @@ THETAS = np.array([LAW.theta, LAW.theta])
 def content(folder: Path) -> dict[str, Any]:
     """A sound fit.json, as it is written."""
     file = FitFile(
-        law=LAW,
+        format=1,
+        form=LAW.form.name,
+        coefficients=LAW.coefficients,
         intervals={"rho": (0.04, 0.05)},
-        bootstrap=Bootstrap(LAW.form, THETAS, level=0.9),
+        bootstrap={"level": 0.9, "thetas": THETAS.tolist()},
         range={"n_params": (86e6, 2.2e9), "tokens": (2.3e9, 1.4e12), "bits": (1.0, 6.0), "s_total": (35.0, 1e5)},
         data={"hash": "x", "runs": 2, "sizes": [86e6, 2.2e9], "source": "two runs", "left_out": {}, "synthetic": False},
         quality={"r2": 0.99},

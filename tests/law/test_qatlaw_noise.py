@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from interval_coverage import BITS, SIZES, TOKENS, grid
 
 from qatlaw import synthetic
 from qatlaw.fit import fit
@@ -16,17 +17,12 @@ from qatlaw.planner_law import load_law
 from qatlaw.table import RunTable
 from qatlaw.uncertainty import bootstrap, interval_notes
 
-OWN = 0.002
-SIZES = (86e6, 194e6)
-TOKENS = (2.3e9, 4.6e9, 9.2e9, 18.4e9)
-BITS = (1.0, 2.0, 4.0)
-FRACTIONS = (0.02, 0.05, 0.15, 0.35, 0.65, 0.9)
 CELLS = [axis.ravel() for axis in np.meshgrid(SIZES, TOKENS, BITS)]
 
 
 def ladder(seeds: int, trunk_noise: float, draw: int) -> RunTable:
     """Runs of the synthetic law on a study's grid: `trunk_noise` in units of a run's own, one error a size and seed."""
-    return synthetic.ladder(draw, SIZES, TOKENS, BITS, FRACTIONS, seeds, OWN, trunk_noise * OWN)
+    return grid(draw, seeds, trunk_noise, SIZES)
 
 
 def covered(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> float:
@@ -76,7 +72,7 @@ def test_one_seed_a_size_gives_no_interval_of_the_loss_and_says_so(tmp_path) -> 
 def test_two_sizes_say_nothing_of_losses_at_a_third(tmp_path) -> None:
     """Their fractions are determined; alpha, zeta and eta are two numbers between them."""
     result = fit(QAT_UNIFIED, ladder(2, 0.5, 1))
-    assert any("alpha, eta and zeta separately" in warning for warning in result.warnings)
+    assert any("alpha, zeta and eta separately" in warning for warning in result.warnings)
     drawn = bootstrap(result, resamples=20)
     low, high = drawn.loss([SIZES[0], 120e6, SIZES[1]], 1e9, 1e9, 2.0)
     assert np.isfinite(low).tolist() == np.isfinite(high).tolist() == [True, False, True]

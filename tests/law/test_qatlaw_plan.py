@@ -13,17 +13,8 @@ from scipy.optimize import brentq, minimize_scalar
 from qatlaw import InputError
 from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.laws import CHEN_2025, QAT_PER_BITS
-from qatlaw.plan import (
-    compare_widths,
-    fusion_saving,
-    judge_split,
-    optimal_loss,
-    plan_run,
-    tokens_for_loss,
-    wasted_tokens,
-)
-from qatlaw.plan.run import switch_step, written_fraction
-from qatlaw.plan.waste import split_loss
+from qatlaw.plan.run import compare_widths, judge_split, plan_run, switch_step, written_fraction
+from qatlaw.plan.waste import fusion_saving, optimal_loss, split_loss, tokens_for_loss, wasted_tokens
 from qatlaw.planner_law import PlannerLaw, load_law, synthetic_law
 
 LAW = synthetic_law()
@@ -53,7 +44,6 @@ class TestOneRun:
         for B, f in zip((1, 2, 4, 6), fractions, strict=True):
             plan = plan_run(N, D, B)
             assert plan.fraction == plan.closed_form == pytest.approx(f, abs=5.001e-4)
-            assert plan.basis == "closed form"
             assert plan.prediction is None
 
     def test_every_token_is_in_one_phase(self) -> None:
@@ -76,7 +66,6 @@ class TestOneRun:
         plan = plan_run(396e6, 100e9, 4, law=LAW)
         f, lowest = best(396e6, 100e9, 4)
         assert plan.fraction == pytest.approx(f, abs=1e-4)
-        assert plan.basis == "loss law"
         assert plan.prediction is not None
         assert plan.prediction.loss == pytest.approx(lowest, rel=1e-9)
         assert plan.prediction.rule.loss == pytest.approx(loss(396e6, 100e9, 0.1, 4), rel=1e-12)
@@ -215,7 +204,7 @@ class TestTheLaw:
         assert "fitted on no runs" in LAW.source
 
     def test_intervals_come_from_the_resampled_laws(self) -> None:
-        from qatlaw.intervals import Bootstrap
+        from qatlaw.fit_file import Bootstrap
 
         thetas = np.array([LAW.law.theta] * 40)
         names = LAW.law.form.names

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatlaw import InputError, optimal_fraction, tokens_per_parameter_byte
-from qatlaw.plan import Budget, best_size, compute_optimal, plan_budget, plan_checkpoint
-from qatlaw.plan.budget import spend
+from qatlaw.plan.budget import Budget, best_size, compute_optimal, plan_budget, spend
+from qatlaw.plan.checkpoint import plan_checkpoint
 from qatlaw.planner_law import synthetic_law
 
 LAW = synthetic_law()

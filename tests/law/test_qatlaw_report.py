@@ -62,7 +62,7 @@ def rich(noise: float = 0.0) -> RunTable:
 
 def made_up_laws(table: RunTable) -> Laws:
     law = synthetic_law()
-    return Laws({}, law.law, law.source, table.ranges, "sequential", demonstration=True)
+    return Laws({None: law.law}, law.source, table.ranges, "sequential", demonstration=True)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_with_few_runs_what_cannot_be_drawn_says_what_it_needs(few: dict[str, Dr
     }  # fmt: skip
     for one in few.values():
         assert one.figure is not None or "law" in one.lacking
-    assert "are no optima" in few["optimal_fraction"].caption
+    assert "are not optima" in few["optimal_fraction"].caption
     assert "extrapolation" in few["optimal_fraction"].warnings[0]
 
 
@@ -221,7 +221,7 @@ def test_the_page_of_a_fit_shows_its_numbers(tmp_path: Path) -> None:
     table = table.where(np.arange(len(table)) % 2 == 0)
     (summary,) = summarise(QAT_UNIFIED, table, "sequential", resamples=20, starts=4)
     compared = rivals(table, "sequential", starts=1)
-    laws = Laws({}, summary.result.law, "qat_unified, fitted on these runs", table.ranges, "sequential")
+    laws = Laws({None: summary.result.law}, "qat_unified, fitted on these runs", table.ranges, "sequential")
     report = Report(
         Evidence(table, laws), "today", [summary], compared, [LeftOut("bad<run>", "diverged: its loss is not finite")]
     )

@@ -93,7 +93,7 @@ def test_a_scheme_that_its_tokens_contradict_is_refused(change, told):
 
 def test_the_same_run_twice_is_refused_and_a_second_seed_is_not():
     twice = pd.DataFrame([ROW, {**ROW, "loss": 3.41}])
-    with pytest.raises(InputError, match="Repeats need a seed column"):
+    with pytest.raises(InputError, match="Add a seed column"):
         RunTable.from_frame(twice)
     assert len(RunTable.from_frame(twice.assign(seed=[0, 1]))) == 2
     with pytest.raises(InputError, match="a run is counted once"):

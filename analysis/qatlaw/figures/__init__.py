@@ -1,19 +1,19 @@
-"""The figures of a report: one subject a module, each a pure function from `Evidence` to `Drawn`. No pyplot."""
+"""The figures of a report: pure functions from `Evidence` to `Drawn`, grouped by subject. No pyplot."""
 
 from collections.abc import Callable
 
-from qatlaw.figures import fraction, full_precision, fusion, law_fit, memory, u_curves, waste
+from qatlaw.figures import by_law, differences, optima
 from qatlaw.figures.evidence import Drawn, Evidence, Laws
 
 SUBJECTS: tuple[Callable[[Evidence], Drawn], ...] = (
-    fraction.draw,
-    u_curves.draw,
-    law_fit.draw_agreement,
-    law_fit.draw_residuals,
-    memory.draw,
-    full_precision.draw,
-    waste.draw,
-    fusion.draw,
+    optima.draw_fractions,
+    optima.draw_u_curves,
+    by_law.draw_agreement,
+    by_law.draw_residuals,
+    by_law.draw_memory,
+    differences.draw_full_precision,
+    by_law.draw_waste,
+    differences.draw_fusion,
 )
 """In the order of the report."""
 

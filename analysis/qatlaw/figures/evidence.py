@@ -1,4 +1,4 @@
-"""What the figures are drawn from, and what a drawn one is."""
+"""The data that figures are drawn from, and a drawn figure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qatlaw.fraction import MEASURED_S, ROUNDING, amount
-from qatlaw.laws.base import Law
-from qatlaw.laws.points import Floats
+from qatlaw.fraction import MEASURED_S, ROUNDING
+from qatlaw.laws.base import Floats, Law
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
 if TYPE_CHECKING:
@@ -25,28 +24,21 @@ if TYPE_CHECKING:
 class Laws:
     """A law for the figures: one for all bit widths, or one for each."""
 
-    by_width: Mapping[float, Law]
-    """Widths that have a law of their own; empty where `unified` serves all."""
-    unified: Law | None
-    told: str
-    """What it is, for captions: 'qat_unified, fitted on these runs'."""
+    by_width: Mapping[float | None, Law]
+    """Key None: the law of all widths."""
+    source: str
+    """For captions: 'qat_unified, fitted on these runs'."""
     ranges: Mapping[str, tuple[float, float]]
-    """Of the runs behind it: n_params, tokens, bits, s_total, as `RunTable.ranges` has them."""
+    """Ranges of the runs behind it, as in `RunTable.ranges`."""
     scheme: str
-    """The two-phase scheme it was fitted on."""
     demonstration: bool = False
-    """Its coefficients are made up."""
 
     def of(self, bits: float) -> Law | None:
-        """The law at a bit width; None where there is none."""
-        return self.unified or self.by_width.get(bits)
-
-    @property
-    def any(self) -> Law:
-        return self.unified or next(iter(self.by_width.values()))
+        """The law at a bit width, if any."""
+        return self.by_width.get(None) or self.by_width.get(bits)
 
     def inside(self, N: Floats | float, D: Floats | float, B: Floats | float) -> NDArray[np.bool_]:
-        """Where the law was fitted: sizes, tokens and widths within those of its runs; arrays broadcast."""
+        """Whether sizes, tokens and widths lie within those of the law's runs; arrays broadcast."""
         inside = np.ones(np.broadcast_shapes(np.shape(N), np.shape(D), np.shape(B)), dtype=bool)
         for name, values in (("n_params", N), ("tokens", D), ("bits", B)):
             if name in self.ranges:
@@ -57,14 +49,14 @@ class Laws:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Runs and, where there is one, the law."""
+    """Runs and, if any, the law."""
 
     table: RunTable
     laws: Laws | None
 
     @cached_property
     def scheme(self) -> str | None:
-        """The two-phase scheme that U-curves are drawn of: the law's, else the one with more runs; None without any."""
+        """The scheme of the U-curves: the law's, else the two-phase scheme with more runs; None without any."""
         if self.laws is not None:
             return self.laws.scheme
         counts = self.table.frame["scheme"].value_counts()
@@ -73,13 +65,13 @@ class Evidence:
 
     @cached_property
     def curves(self) -> tuple[Curve, ...]:
-        """The measured U-curves of `scheme`, those of three fractions or more."""
+        """The measured U-curves of `scheme` with three fractions or more."""
         from qatlaw.curves import measured_curves
 
         return tuple(measured_curves(self.table.of_scheme(self.scheme))) if self.scheme else ()
 
     def losses(self, scheme: str, N: float, D: float, B: float | None = None) -> Floats:
-        """Of the runs of one cell, over their seeds and fractions; of any width where B is None."""
+        """Losses of the runs of one cell, over their seeds and fractions; of any width where B is None."""
         return self._cells.get((scheme, N, D, B), np.array([]))
 
     @cached_property
@@ -100,51 +92,49 @@ class Evidence:
 
     @cached_property
     def widths(self) -> tuple[float, ...]:
-        """Bit widths of its runs, those of post-training quantization among them."""
+        """Bit widths of its runs, including post-training quantization."""
         return tuple(sorted(set(self.rows("sequential", "fused", "scratch", "ptq").column("bits").tolist())))
+
+    @cached_property
+    def law_by_width(self) -> dict[float, Law]:
+        found = {bits: self.laws.of(bits) for bits in self.widths} if self.laws else {}
+        return {bits: law for bits, law in found.items() if law is not None}
 
     def rows(self, *schemes: str) -> RunTable:
         return self.table.where(self.table.frame["scheme"].isin(schemes).to_numpy())
 
     @cached_property
-    def law_told(self) -> str:
-        """For captions."""
+    def about_law(self) -> str:
+        """For captions; empty without a law."""
         if self.laws is None:
             return ""
         made_up = " Its coefficients are made up for demonstration: no run was measured for them."
-        return f"The law is {self.laws.told}.{made_up if self.laws.demonstration else ''}"
+        return f"The law is {self.laws.source}.{made_up if self.laws.demonstration else ''}"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure of the report, or why there is none."""
+    """A figure of the report, or why it is missing."""
 
     name: str
-    """Of its files."""
+    """Stem of its files."""
     title: str
-    caption: str
-    """What is measured, what is law, units, ranges."""
+    caption: str = ""
+    """Says what is measured and what is predicted by a law, with units and ranges."""
     figure: Figure | None = None
     lacking: str = ""
     """What it would need, where `figure` is None."""
     warnings: tuple[str, ...] = ()
-    """Extrapolation and other things to know before trusting it."""
-
-
-def amounts_told(values: Floats) -> str:
-    """'86M to 2.2B', or '86M' alone."""
-    low, high = amount(float(np.min(values))), amount(float(np.max(values)))
-    return low if low == high else f"{low} to {high}"
 
 
 def closed_form_warnings(table: RunTable) -> tuple[str, ...]:
-    """Of quantized runs: how many of them lie where the closed form was not measured."""
-    S = table.tokens_total / (table.column("n_params") * table.column("bits") / 8)
+    """How many quantized runs lie where the closed form was not measured."""
+    S = table.tokens_per_byte
     low, high = MEASURED_S
     outside = int(np.count_nonzero((low > S) | (high < S)))
     if not outside:
         return ()
     return (
-        f"{outside} of {len(S)} runs lie outside of S = {low:g} to {high:g} tokens per parameter byte (theirs: "
+        f"{outside} of {len(S)} runs lie outside S = {low:g} to {high:g} tokens per parameter byte (these runs: "
         f"{np.min(S):.3g} to {np.max(S):.3g}): the closed form is an extrapolation there.",
     )

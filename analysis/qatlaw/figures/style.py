@@ -1,7 +1,7 @@
-"""How the figures look: told apart by colour-blind readers and in a grey print, and nothing drawn over anything else.
+"""Common style of the figures, legible to colour-blind readers and in a grey print.
 
-A bit width has one colour, one marker and one dash pattern in every figure. Filled markers are measured, lines are
-laws; a line is thin and dotted where its law has left the ranges of the runs it was fitted on.
+A bit width has one colour and one marker in every figure. Filled markers are measured, lines are laws; a line is thin
+and dotted outside the ranges of the runs that its law was fitted on.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.fraction import amount
-from qatlaw.laws.points import Floats
+from qatlaw.laws.base import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 INK, SOFT, GRID = "#222222", "#777777", "#E4E4E4"
 WIDTH = 7.4
-"""Inches: what a page of paper holds."""
+"""Inches: the text width of a page."""
 
-# Okabe and Ito's colours, told apart with every common form of colour blindness; the markers do it without colour.
+# Okabe and Ito's colours, distinct under every common form of colour blindness; the markers are distinct without them.
 _WIDTHS: dict[float, tuple[str, str]] = dict(
     zip(
         BIT_WIDTHS,
@@ -36,17 +37,12 @@ _WIDTHS: dict[float, tuple[str, str]] = dict(
 )  # fmt: skip
 _OTHER = ("#CC79A7", "h")
 _DASHES: tuple[Any, ...] = (
-    "solid",
-    (0, (7, 1.5)),
-    (0, (3, 1.2, 1, 1.2)),
-    (0, (1.4, 1.2)),
-    (0, (8, 1.5, 1, 1.5, 1, 1.5)),
-    (0, (4, 2.5)),
-)
+    "solid", (0, (7, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1.4, 1.2)), (0, (8, 1.5, 1, 1.5, 1, 1.5)), (0, (4, 2.5)),
+)  # fmt: skip
 _SERIES: tuple[tuple[str, str], ...] = (
     ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"),
 )  # fmt: skip
-SCHEME_MARKERS = {"sequential": "o", "fused": "D", "scratch": "X", "ptq": "s", "fp": "*"}
+SCHEME_MARKERS = {"sequential": "o", "fused": "D", "scratch": "X", "ptq": "s"}
 
 
 def width_style(bits: float) -> tuple[str, str]:
@@ -55,18 +51,18 @@ def width_style(bits: float) -> tuple[str, str]:
 
 
 def width_dash(bits: float, among: Sequence[float]) -> Any:
-    """A width's dash pattern: by its place among the widths of the figure, so that neighbours differ."""
+    """Dash pattern of a width by its rank among the widths of the figure, so that neighbours differ."""
     return _DASHES[sorted(among).index(bits) % len(_DASHES)]
 
 
 def series_style(place: int) -> tuple[str, str, Any]:
-    """(colour, marker, dashes) of the series at this place, for what is not told apart by bit width."""
+    """(colour, marker, dashes) of the series at this place, where series are not bit widths."""
     colour, marker = _SERIES[place % len(_SERIES)]
     return colour, marker, _DASHES[place % len(_DASHES)]
 
 
 def memory(size: float) -> str:
-    """Bytes in the unit that a device is sold by: 4e8 -> 400 MB."""
+    """Bytes with a decimal unit: 4e8 -> 400 MB."""
     for suffix, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= unit * 0.9995:
             return f"{size / unit:.3g} {suffix}"
@@ -101,38 +97,36 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: str = "bot
         axes.set_ylabel(y, fontsize=8.5, color=INK)
 
 
-def log_axis(axes: Axes, which: str, values: Floats) -> None:
-    """A logarithmic axis told in amounts. Over less than a decade the values themselves are its ticks."""
+def log_axis(axes: Axes, values: Floats) -> None:
+    """A logarithmic x axis labelled in amounts; over less than a decade the values themselves are its ticks."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    getattr(axes, f"set_{which}scale")("log")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
     low, high = float(np.min(values)), float(np.max(values))
     if high < 10 * low:
-        distinct = thinned(sorted(set(np.asarray(values, np.float64).tolist())), 4)
-        axis.set_major_locator(FixedLocator(distinct))
-        axis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(FixedLocator(thinned(np.unique(values).tolist(), 4)))
+        axes.xaxis.set_minor_locator(NullLocator())
         pad = max(high / low, 1.5) ** 0.15
-        getattr(axes, f"set_{which}lim")(low / pad, high * pad)
+        axes.set_xlim(low / pad, high * pad)
     else:
-        axis.set_major_locator(LogLocator(numticks=7))
-        axis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(numticks=7))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def thinned(values: Sequence[float], most: int) -> list[float]:
-    """At most so many of them, evenly, the first and the last among them."""
+    """At most so many of them, evenly spaced, including the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
 
 
 HANDLE, LETTER = 0.62, 0.062
-"""Inches that the mark of a legend's entry takes, and each letter of its label, about."""
+"""Approximate inches of a legend entry's handle, and of each letter of its label."""
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 5) -> None:
-    """One legend outside of the data, each entry once, in so many columns if they fit."""
+    """One legend below the data, each entry once, in so many columns if they fit."""
     entries: dict[str, Any] = {}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
@@ -146,9 +140,21 @@ def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 5) -> None
         )  # fmt: skip
 
 
-def draw_law(axes: Axes, x: Floats, y: Floats, inside: np.ndarray, label: str = "", **style: Any) -> None:
+def mark(
+    axes: Axes, x: ArrayLike, y: ArrayLike, marker: str, colour: str, label: str = "_", *, hollow: bool = False,
+    size: float = 5.5, zorder: float = 5,
+) -> None:  # fmt: skip
+    """Points: filled with a white edge, or hollow."""
+    axes.plot(
+        x, y, marker, markersize=size, markerfacecolor="white" if hollow else colour,
+        markeredgecolor=colour if hollow else "white", markeredgewidth=1.2 if hollow else 0.5,
+        linestyle="none", label=label, zorder=zorder,
+    )  # fmt: skip
+
+
+def draw_law(axes: Axes, x: Floats, y: Floats, inside: np.ndarray, label: str = "_", **style: Any) -> None:
     """A law's line: as styled where `inside` the data's ranges, thin and dotted beyond."""
-    axes.plot(x, np.where(inside, y, np.nan), label=label or "_", **style)
+    axes.plot(x, np.where(inside, y, np.nan), label=label, **style)
     beyond = ~inside
     beyond[1:] |= ~inside[:-1]
     beyond[:-1] |= ~inside[1:]  # the two parts meet

@@ -16,7 +16,7 @@ from qatlaw.planner_law import SYNTHETIC_WARNING, PlannerLaw
 TRAIN = ("qatscale", "train", "RECIPE")
 NO_LAW = (
     "Losses, and what follows from them, need a loss law fitted on runs: --law fit.json, the file that `qatscale fit` "
-    "writes. (--law synthetic shows what the answer looks like, on made-up numbers.)"
+    "writes. (--law synthetic shows such an answer, on made-up numbers.)"
 )
 NO_CHOICE = "With --bits, `qatscale plan` also gives the command that runs one of these."
 
@@ -53,13 +53,11 @@ class Answer:
         }
 
     def text(self) -> str:
-        """For a terminal: sentences are wrapped; rows and the command are not, so that no number is cut."""
+        """For a terminal: only sentences are wrapped, so that no number is cut and the command can be copied."""
+        columns = shutil.get_terminal_size().columns
         sentences = [*self._notes(), *(f"warning: {warning}" for warning in self._warnings())]
-        wrapper = textwrap.TextWrapper(
-            shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
-        )
         lines = [self.title, "", *_aligned(self.table), ""]
-        lines += map(wrapper.fill, sentences)
+        lines += [textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False) for line in sentences]
         lines += ["", f"To run it: {' '.join((*self.command, *self.overrides))}"] if self.overrides else []
         return "\n".join(lines)
 
@@ -91,11 +89,11 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "gap": ("over full precision", "+.4f"),
     "slope": ("loss per further 1B", ".3g"),
 }
-"""By attribute of a plan: its header and how its values are written."""
+"""By attribute of a plan: its header and the format of its values."""
 
 
 def columns(items: Sequence[Any], attributes: str, best: object = None) -> Table:
-    """A row for each item. A column that one of them does not know (None) is left out; `best` is marked with *."""
+    """A row for each item. A column with an unknown value (None) is left out; `best` is marked with *."""
     table = []
     for path in attributes.split():
         header, form = _COLUMNS[path.rpartition(".")[2]]
@@ -107,7 +105,6 @@ def columns(items: Sequence[Any], attributes: str, best: object = None) -> Table
 
 
 def facts(known: Mapping[str, str | None]) -> Table:
-    """A row for each quantity that is known."""
     return [("quantity", "value"), *((name, text) for name, text in known.items() if text)]
 
 
@@ -117,10 +114,9 @@ def _aligned(table: Table) -> Iterable[str]:
     heads = [textwrap.wrap(header, width) for header, width in zip(table[0], widths, strict=True)]
     depth = max(map(len, heads))
     above = zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)
-    for row in (*above, ["-" * width for width in widths], *table[1:]):
-        yield "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
+    for first, *others in (*above, ["-" * width for width in widths], *table[1:]):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells])
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,12 @@
-"""Question 4: FLOPs or GPU-hours to tokens and their split, where a QAT token may cost more than a full-precision one.
+"""Question 4: tokens and their split for FLOPs or GPU-hours, where a QAT token may cost more than a full-precision one.
 
-At the token-optimal fraction another QAT token in the place of a full-precision one gains nothing. If it costs more,
-the same budget buys more tokens at a smaller fraction, so that the *compute*-optimal fraction is smaller. With the
-costs c per token and the budget C,
+At the token-optimal fraction, replacing a full-precision token by a QAT token gains nothing. If it costs more, the same
+budget buys more tokens at a smaller fraction, so the *compute*-optimal fraction is smaller. With the costs c per token
+and the budget C,
 
     minimise L(N, D_fp, D_qat, B)    where    c_fp D_fp + c_qat D_qat = C
 
-L is convex along that line (its terms are powers with negative exponents), so there is one minimum [ours].
+L is convex along that line (its terms are powers with negative exponents), so it has one minimum there [ours].
 """
 
 from __future__ import annotations
@@ -18,40 +18,37 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qatlaw.errors import InputError
-from qatlaw.fraction import A, tokens_per_parameter_byte
-from qatlaw.laws.base import Law
-from qatlaw.laws.points import Floats
+from qatlaw.fraction import closed_form, tokens_per_parameter_byte
+from qatlaw.laws.base import Floats, Law
 from qatlaw.plan.run import SEQUENTIAL, Scheme, overrides_of, warnings_of, written_fraction
 from qatlaw.planner_law import PlannerLaw
 
 FLOPS_PER_PARAMETER = 6.0
-"""Of forward and backward per token: 2 + 4; the attention scores, which depend on the sequence length, are left out."""
+"""Forward and backward per token, 2 + 4, without the attention scores, which depend on the sequence length."""
 WIDEST_LOGIT = 16.0
 """Shares of the budget from 1e-7 to 1 - 1e-7 are searched."""
 POINTS = 41
 ROUNDS = 6
-"""Each looks at POINTS splits and narrows the search 20 times; what is left is 2e-7 of the logit."""
+"""Each tries POINTS splits and narrows the search 20 times; what is left is 2e-7 of the logit."""
 SIZES = (1e6, 1e13)
-"""Parameters between which the best size is looked for."""
+"""Parameters between which the best size is searched."""
 HALVINGS = 60
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount to spend, and what a token of each phase costs of it."""
+    """An amount to spend, and the cost of a token of each phase."""
 
     amount: float
     unit: str
     """FLOPs or GPU-hours."""
     fp_cost: float
-    """Per token of the full-precision phase."""
     qat_cost: float
-    """Per token of the QAT phase."""
 
     def __post_init__(self) -> None:
         for name, value in (("amount", self.amount), ("fp_cost", self.fp_cost), ("qat_cost", self.qat_cost)):
             if not (np.isfinite(value) and value > 0):
-                raise InputError(f"budget.{name}", value, "a positive finite number.")
+                raise InputError(f"budget.{name}", value, "is not a positive finite number.")
 
     @property
     def overhead(self) -> float:
@@ -80,7 +77,7 @@ class BudgetPlan:
     compute_optimal: BudgetSplit | None
     """None without a law."""
     token_optimal: BudgetSplit | None
-    """The budget spent at the fraction that is optimal where tokens alone count; None without a law."""
+    """The budget spent at the fraction that is optimal if only tokens count; None without a law."""
     closed_form: BudgetSplit | None
     """The budget spent at the closed form's fraction; None where that is not defined."""
     chosen: BudgetSplit
@@ -91,7 +88,6 @@ class BudgetPlan:
 
     @property
     def splits(self) -> list[BudgetSplit]:
-        """Those that are known."""
         found = (self.compute_optimal, self.token_optimal, self.closed_form, self.chosen)
         return [split for split in found if split]
 
@@ -101,7 +97,7 @@ def compute_optimal(
 ) -> tuple[Floats, Floats]:
     """(f, D): the compute-optimal fraction and the tokens it buys; broadcasts, f to 1e-6.
 
-    amount: the budget. fp_cost, qat_cost: what a token of each phase costs of it.
+    amount: the budget. fp_cost, qat_cost: of a token of each phase.
     """
     arrays = (np.asarray(value, np.float64) for value in (N, B, amount, fp_cost, qat_cost))
     N, B, amount, fp_cost, qat_cost = (value[..., None] for value in np.broadcast_arrays(*arrays))
@@ -120,7 +116,7 @@ def compute_optimal(
 def best_size(law: Law, B: float, amount: float, fp_cost: float, qat_cost: float) -> float:
     """N with the lowest loss of a budget, at its compute-optimal split. Costs per token *and parameter*.
 
-    Along the sizes the loss is convex in log N, as every term is a power of N once the budget fixes the tokens.
+    The loss is convex in log N, as every term is a power of N once the budget fixes the tokens.
     """
     center, half = np.log(SIZES).mean(), np.log(SIZES[1] / SIZES[0]) / 2
     grid = np.linspace(-1.0, 1.0, POINTS)
@@ -153,7 +149,7 @@ def plan_budget(
 
     params: None for the size with the lowest loss, by a law; the budget's costs are then per token and parameter.
     Without a law the compute-optimal fraction is unknown, and the closed form's, which counts tokens, is planned.
-    `scheme` may move what is planned. InputError where neither is defined.
+    `scheme` may move the plan. InputError where neither is defined.
     """
     if law is not None:
         law.check_bits(bits)
@@ -162,11 +158,10 @@ def plan_budget(
             fix = "Add --params 396M, or --law fit.json to have the best size chosen."
             raise InputError("--params", None, "is missing.", fix)
         params = round(best_size(law.law, bits, budget.amount, budget.fp_cost, budget.qat_cost))
-        budget = Budget(budget.amount, budget.unit, budget.fp_cost * params, budget.qat_cost * params)
+        budget = replace(budget, fp_cost=budget.fp_cost * params, qat_cost=budget.qat_cost * params)
 
     def closed(D: float) -> float:
-        S = tokens_per_parameter_byte(params, D, bits)
-        return float(np.exp(-A / np.log(S))) if S > 1 else 0.0
+        return closed_form(params, D, bits) or 0.0
 
     def split(name: str, f: float, D: float) -> BudgetSplit:
         loss = None if law is None else float(law.law.loss(params, (1 - f) * D, f * D, bits))
@@ -174,35 +169,30 @@ def plan_budget(
 
     f, D = spend(budget, closed)
     S = tokens_per_parameter_byte(params, D, bits)
-    closed_form = split("closed form", f, D) if S > 1 else None
-    compute, by_tokens = None, None
+    by_closed_form = split("closed form", f, D) if S > 1 else None
+    by_compute, by_tokens = None, None
     if law is not None:
         best = compute_optimal(law.law, params, bits, budget.amount, budget.fp_cost, budget.qat_cost)
-        compute = split("compute-optimal", float(best[0]), float(best[1]))
+        by_compute = split("compute-optimal", float(best[0]), float(best[1]))
         optimal = spend(budget, lambda D: float(law.law.optimal_fraction(params, D, bits)))
         by_tokens = split("token-optimal", *optimal)
-    optimum = compute or closed_form
+    optimum = by_compute or by_closed_form
     if optimum is None:
-        raise InputError(
-            "budget",
-            f"{budget.amount:g} {budget.unit}",
-            f"buys {D:.3g} tokens, {S:.3g} per parameter byte, and the closed form needs more than 1.",
-            "Take a smaller model or a larger budget.",
-        )
+        problem = f"buys {D:.3g} tokens, {S:.3g} per parameter byte, and the closed form needs more than 1."
+        fix = "Take a smaller model or a larger budget."
+        raise InputError("budget", f"{budget.amount:g} {budget.unit}", problem, fix)
     chosen = replace(optimum, name="planned")
     if scheme.nearest(optimum.fraction, optimum.tokens) != optimum.fraction:
         chosen = split("planned", *spend(budget, lambda D: scheme.nearest(optimum.fraction, D)))
+    moved = scheme.warnings(optimum.fraction, chosen.fraction)
     return BudgetPlan(
         params=round(params),
         bits=bits,
         budget=budget,
-        compute_optimal=compute,
+        compute_optimal=by_compute,
         token_optimal=by_tokens,
-        closed_form=closed_form,
+        closed_form=by_closed_form,
         chosen=chosen,
         overrides=overrides_of(chosen.tokens, bits, scheme, written_fraction(chosen.fraction)),
-        warnings=(
-            *scheme.warnings(optimum.fraction, chosen.fraction),
-            *warnings_of(params, chosen.tokens, bits, law),
-        ),
+        warnings=(*moved, *warnings_of(params, chosen.tokens, bits, law)),
     )

@@ -1,4 +1,4 @@
-"""What a plan needs to know about a run: read from two small JSON files of its folder, without torch.
+"""What a plan needs to know about a run, read from two small JSON files of its folder, without torch.
 
 run.json         n_params
 timeline.json    tokens_per_step, switch_step, and segments with phase, start, end and quantized
@@ -12,7 +12,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qatlaw.errors import InputError
 
@@ -27,17 +26,15 @@ class Trained:
     """A checkpoint of a full-precision phase."""
 
     run: str
-    """Its folder, as it was given."""
     step: int
     """Optimizer steps done."""
     params: int
     tokens_per_step: int
     warmup_steps: int
-    """Of the schedule it was trained with."""
+    """Length of the warm-up in the schedule it was trained with."""
     cooled: bool
     """Whether its cooldown is over: then QAT needs a schedule of its own."""
     cooling: bool
-    """Whether it lies inside of its cooldown."""
 
     @property
     def checkpoint(self) -> str:
@@ -57,7 +54,7 @@ class Trained:
         """The scheme that fits the checkpoint's point of its schedule, for `tokens_qat` of `tokens` in QAT."""
         if self.cooled:
             return ("qat.scheme=sequential",)
-        # At the stable rate: QAT takes over and holds the one cooldown. The warm-up keeps its length in tokens.
+        # At the stable rate, QAT takes over and holds the one cooldown. The warm-up keeps its length in tokens.
         cooldown = min(round(FUSED_COOLDOWN * tokens / self.tokens_per_step), tokens_qat // self.tokens_per_step)
         return (
             "qat.scheme=fused",
@@ -71,14 +68,11 @@ class Trained:
 def read_trained(what: str) -> Trained:
     """The newest checkpoint of a run's folder, or that of RUN@STEP, or a checkpoint's folder.
 
-    InputError where there is none, where a file cannot be read, and where QAT began before it.
+    InputError where no checkpoint is found, a file cannot be read, or QAT began before the checkpoint.
     """
     try:
         run, step = _find(what)
-    except OSError as error:
-        raise InputError(KEY, what, f"cannot be read: {error.strerror}.") from None
-    about, timeline = _read(run / "run.json"), _read(run / "timeline.json")
-    try:
+        about, timeline = (json.loads((run / name).read_text()) for name in ("run.json", "timeline.json"))
         segments = [segment for segment in timeline["segments"] if not segment["quantized"]]
         cooldowns = [segment for segment in segments if segment["phase"] == "cooldown"]
         trained = Trained(
@@ -92,8 +86,14 @@ def read_trained(what: str) -> Trained:
         )
         switch = timeline["switch_step"]
         switched = switch is not None and switch < step
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(KEY, what, f"cannot be read: {error.strerror}.") from None
+    except (KeyError, TypeError) as error:
         raise InputError(KEY, what, f"run.json or timeline.json lacks something: {error!r}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(KEY, what, f"run.json or timeline.json cannot be read: {error}.") from error
     if switched:
         fix = f"Give an earlier one: RUN@STEP up to {switch}."
         raise InputError(KEY, what, f"was trained in QAT since step {switch}.", fix)
@@ -111,17 +111,10 @@ def _find(what: str) -> tuple[Path, int]:
     if not (path / "run.json").is_file():
         why = "It holds no run.json." if path.is_dir() else "The folder does not exist."
         raise InputError(KEY, what, "is neither a run's folder nor a checkpoint.", why)
-    found = [int(match[1]) for file in sorted((path / "checkpoints").glob("step-*/manifest.json"))
-             if (match := _STEP.match(file.parent.name))]  # fmt: skip
+    names = [file.parent.name for file in sorted((path / "checkpoints").glob("step-*/manifest.json"))]
+    found = [int(match[1]) for match in map(_STEP.match, names) if match]
     if not found:
         raise InputError(KEY, what, "has no checkpoint yet.")
     if at and (not at.isdigit() or int(at) not in found):
         raise InputError(KEY, what, f"has no checkpoint at step {at}.", f"Take one of {', '.join(map(str, found))}.")
     return path, int(at or found[-1])
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(KEY, str(path), f"cannot be read: {error}.") from error

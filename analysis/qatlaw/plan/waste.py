@@ -1,4 +1,4 @@
-"""What a split of the tokens costs in tokens.
+"""The cost of a split of the tokens, in tokens.
 
 wasted tokens [ours]: a run of D tokens at fraction f has the loss that D' tokens at their optimal fraction have;
 1 - D'/D of its tokens were wasted.
@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qatlaw.errors import InputError
-from qatlaw.laws.base import Law
-from qatlaw.laws.points import Floats
+from qatlaw.laws.base import Floats, Law
 
 WASTED = "wasted: 1 - D'/D, where D' tokens at their optimal fraction reach the same loss"
 SAVED = "saved: 1 - D/D_u, where the sequential scheme needs D_u tokens at its optimal fraction for the fused loss"
@@ -21,10 +20,10 @@ SAVED = "saved: 1 - D/D_u, where the sequential scheme needs D_u tokens at its o
 EPSILON = np.finfo(np.float64).eps
 FIRST_STEP = 0.125
 REACH = 32.0
-"""How far, in log tokens, a loss is looked for before it is called out of reach."""
+"""Distance, in log tokens, beyond which a loss counts as out of reach."""
 MOST_STEPS = 100
 TOLERANCE = 1e-13
-"""Of log tokens."""
+"""In log tokens."""
 
 
 def split_loss(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike) -> Floats:
@@ -34,16 +33,16 @@ def split_loss(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike)
 
 
 def optimal_loss(law: Law, N: ArrayLike, D: ArrayLike, B: ArrayLike) -> Floats:
-    """Loss of D tokens at their optimal fraction: the L*(N, D, B) below."""
-    f = np.minimum(law.optimal_fraction(N, D, B), 1 - EPSILON)  # of very many tokens all but a few are for QAT
+    """L*(N, D, B), the loss of D tokens at their optimal fraction."""
+    f = np.minimum(law.optimal_fraction(N, D, B), 1 - EPSILON)  # with very many tokens, nearly all are for QAT
     return split_loss(law, N, D, f, B)
 
 
 def tokens_for_loss(law: Law, N: ArrayLike, loss: ArrayLike, B: ArrayLike, near: ArrayLike) -> Floats:
     """D with L*(N, D, B) = loss; broadcasts. Infinite where no number of tokens reaches it, 0 where any does.
 
-    near: where to look first, in tokens. L* falls with D: an interval is widened until it holds the loss, and narrowed
-    by the Illinois form of regula falsi.
+    near: where the search begins, in tokens. L* falls with D: an interval is widened until it holds the loss, and
+    narrowed by the Illinois form of regula falsi. NumPy alone, as a plan does not wait for SciPy.
     """
     N, loss, B, near = np.broadcast_arrays(*(np.asarray(value, np.float64) for value in (N, loss, B, near)))
 
@@ -77,18 +76,18 @@ def tokens_for_loss(law: Law, N: ArrayLike, loss: ArrayLike, B: ArrayLike, near:
 def wasted_tokens(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike) -> Floats:
     """Share of D that the fraction f wastes, in [0, 1); 0 at the optimal fraction. Broadcasts.
 
-    InputError where f is not inside (0, 1): at its ends there is no QAT run with two phases.
+    InputError where f is not inside (0, 1): a run at its ends does not have two phases.
     """
     shares = np.asarray(f, np.float64)
     if not np.all((shares > 0) & (shares < 1)):
-        raise InputError("fraction", shares.tolist(), "a QAT fraction lies between 0 and 1.")
+        raise InputError("fraction", shares.tolist(), "is not a QAT fraction: one lies between 0 and 1.")
     loss = split_loss(law, N, D, f, B)
     return np.maximum(0.0, 1 - tokens_for_loss(law, N, loss, B, D) / np.asarray(D, np.float64))
 
 
 @dataclass(frozen=True)
 class FusionSaving:
-    """What fusing QAT with the cooldown is worth in tokens."""
+    """The gain of fusing QAT with the cooldown, in tokens."""
 
     sequential_tokens: float
     """D_u: L*(N, D_u, B) = L*(N, D, B) + fused loss - sequential loss."""
@@ -99,15 +98,12 @@ class FusionSaving:
 def fusion_saving(law: Law, N: float, D: float, B: float, fused_loss: float, sequential_loss: float) -> FusionSaving:
     """From the measured losses of a fused and a sequential run of the same N, D and B, in nats per token.
 
-    Only their difference is used: the law says what it is worth. InputError where no number of tokens is worth it.
+    Only their difference counts: the law converts it to tokens. InputError where no number of tokens is worth it.
     """
     target = optimal_loss(law, N, D, B) + fused_loss - sequential_loss
     tokens = float(tokens_for_loss(law, N, target, B, D))
     if not np.isfinite(tokens):
-        raise InputError(
-            "--fused-loss",
-            fused_loss,
-            f"is {sequential_loss - fused_loss:.4g} nats below the sequential loss, which by the law no number of "
-            f"tokens gains at this size and width.",
-        )
+        gain = sequential_loss - fused_loss
+        problem = f"is {gain:.4g} nats below the sequential loss; by the law, no number of tokens gains that much here."
+        raise InputError("--fused-loss", fused_loss, problem)
     return FusionSaving(tokens, 1 - D / tokens)
