@@ -23,7 +23,7 @@ from measure import Skipped, Variant, interleaved
 from result import Result, Table, options_of, report
 
 from qatscale.data.indexed import IndexedReader, encode_index, token_dtype
-from qatscale.data.manifest import Manifest, Shard, SplitCounts, TokenizerCard, Verify
+from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard, Verify
 from qatscale.data.reader import BatchReader, TokenStream
 from qatscale.data.sources import SourceOptions, open_source
 from qatscale.data.tokenizer import SENTENCEPIECE_FILE, train_sentencepiece
@@ -288,8 +288,8 @@ def _write_empty(folder: Path, tokens: int, shards: int = 4) -> None:
         with path.open("wb") as file:
             file.truncate(size * dtype.itemsize)
         path.with_suffix(".idx").write_bytes(index)
-    files = IndexedReader(folder / "train-00000").files()
-    made = [Shard.of(f"train-{number:05d}", files) for number in range(shards)]
+    first = IndexedReader(folder / "train-00000").shard("train-00000")
+    made = [first.model_copy(update={"name": f"train-{number:05d}"}) for number in range(shards)]
     counts = SplitCounts(documents=size // 1000 * shards, tokens=size * shards, text_bytes=None, shards=made)
     card = TokenizerCard(kind="unknown", fingerprint=None, vocab_size=_VOCABULARY, eos_id=None, folder=None)
     Manifest(qatscale="0", dtype=dtype.name, tokenizer=card, sources=[], identity={}, empty_documents=0,

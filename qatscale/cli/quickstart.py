@@ -70,13 +70,13 @@ def prepare_corpus(folder: Path, progress: Console | None = None) -> Path:
 
 
 def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:
-    from qatscale.tracking.compare import compare, comparison_table
+    from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.curves import draw_loss_curves
     from qatscale.tracking.run_folder import RunFolder
     from qatscale.tracking.store import ui_command
 
     runs = [RunFolder(config.folder) for config in branches]
-    rows = compare(runs)
+    rows = [run_row(run) for run in runs]
     out_console.print(comparison_table(rows))
     figure = out / "comparison.png"
     draw_loss_curves(runs, figure)

@@ -42,7 +42,7 @@ def compare(
 
     check_figure(figure)
     found = [RunFolder.open(folder) for folder in folders]
-    rows = comparison.compare(found)
+    rows = [comparison.run_row(folder) for folder in found]
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

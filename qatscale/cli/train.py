@@ -103,12 +103,12 @@ def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def _train(config: RunConfig, branch_from: str | None) -> None:
-    from qatscale.tracking.compare import compare, comparison_table
+    from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
     from qatscale.train.run import train
 
     if train(config, branch_from).status == "stopped":
         sys.exit(EXIT_REQUEUE)
     if int(os.environ.get("RANK", 0)) == 0:
-        console().print(comparison_table(compare([RunFolder(config.folder)])))
+        console().print(comparison_table([run_row(RunFolder(config.folder))]))
         print(f"run folder: {config.folder}")

@@ -1,8 +1,9 @@
-"""What a tokenizing process does: a batch of records in, token ids and counts of both splits out."""
+"""Tokenizing processes: batches of records in, token ids and counts of both splits out."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -19,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from qatscale.data.records import Batch
+from qatscale.data.sources import Batch
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
 _FEW = 6
-"""Batches, of 1 MB each."""
+"""Batches, of 1 MB each, that are tokenized faster than other processes start."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,17 @@ class Encoded:
     empty: int
     """Records without text, left out."""
     position: Any
-    """Where its source goes on."""
+    """Where their source continues."""
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
-    """Whether a document is held out: by its content alone, so that order, shards and copies change nothing."""
+    """Whether a document is held out. Only its content decides, so that order, shards and copies change nothing."""
     first = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
     return first < fraction * 2.0**64
 
 
 def encode(batch: Batch, tokenizer: Tokenizer, validation_fraction: float) -> Encoded:
-    """Raises UserError for a record that is no document."""
+    """Raises UserError for a record that is not a document."""
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
     empty = 0
@@ -70,18 +71,19 @@ def encode(batch: Batch, tokenizer: Tokenizer, validation_fraction: float) -> En
 
 def _encode_texts(texts: list[str], size: int, tokenizer: Tokenizer) -> EncodedSplit:
     eos = np.array([tokenizer.eos_id], tokenizer.dtype)
-    parts: list[np.ndarray] = []
+    parts = [np.zeros(0, tokenizer.dtype)]
+    lengths = []
     for ids in tokenizer.encode_batch(texts):
         parts += (ids, eos)
-    lengths = np.array([len(ids) + 1 for ids in parts[::2]], np.int32)
-    return EncodedSplit(np.concatenate(parts) if parts else np.zeros(0, tokenizer.dtype), lengths, size)
+        lengths.append(len(ids) + 1)
+    return EncodedSplit(np.concatenate(parts), np.array(lengths, np.int32), size)
 
 
 def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: float, workers: int) -> Iterator[Encoded]:
-    """Encode batches in their order with the tokenizer saved in `folder`; at most 3 x workers are on their way.
+    """Encode batches in their order with the tokenizer saved in `folder`; at most 3 x workers are in flight.
 
-    One worker is this process itself, and so it is for few batches: starting others takes longer.
-    Raises UserError like `encode`, RuntimeError when a worker process dies.
+    One worker, or few batches, are encoded in this process. Raises UserError like `encode`, and RuntimeError when a
+    worker process dies.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, _FEW))
@@ -90,40 +92,33 @@ def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: floa
         tokenizer = load_tokenizer(folder)
         yield from (encode(batch, tokenizer, validation_fraction) for batch in batches)
         return
-    # spawn: a fork of a process that has threads (Arrow's, PyTorch's) may deadlock.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (folder, validation_fraction))
+    # spawn: a fork of a process that has threads (Arrow's, PyTorch's) may deadlock
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     waiting: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(_work, batch))
+            waiting.append(pool.submit(_encode_in_worker, batch, folder, validation_fraction))
             if len(waiting) >= 3 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a tokenizing process died, most likely for want of memory; the same command goes on from the last "
-            "finished shard, and fewer workers need less"
+            "a tokenizing process died, probably because memory ran out. The same command continues from the last "
+            "finished shard; fewer --workers need less memory."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_tokenizer: Tokenizer
-_fraction: float
-
-
-def _start_worker(folder: Path, validation_fraction: float) -> None:
-    global _tokenizer, _fraction
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops and ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as cores already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes occupy the cores already
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _tokenizer, _fraction = load_tokenizer(folder), validation_fraction
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next batch for ever."""
+    """A worker whose parent was killed would otherwise wait for its next batch forever."""
     parent = multiprocessing.parent_process()
     with contextlib.suppress(OSError):
         assert parent is not None
@@ -131,5 +126,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(batch: Batch) -> Encoded:
-    return encode(batch, _tokenizer, _fraction)
+_loaded_once = functools.cache(load_tokenizer)
+
+
+def _encode_in_worker(batch: Batch, folder: Path, validation_fraction: float) -> Encoded:
+    return encode(batch, _loaded_once(folder), validation_fraction)

@@ -11,7 +11,7 @@
     int64[S]  sequence_pointers, byte offsets into the .bin
     int64[D]  document_indices: the first sequence of each document, then S
 
-Megatron-LM, GPT-NeoX and NeMo read and write it. In shards written here a sequence is a whole document, EOS included.
+Megatron-LM, GPT-NeoX and NeMo read and write it. In shards written here a sequence is a document with its EOS.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import hashlib
 import mmap
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from qatscale.errors import UserError
-from qatscale.files import PARTIAL, rename_synced, sha256_of
+from qatscale.files import PARTIAL, rename_synced, sha256_of, write_atomic
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -37,11 +37,9 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
 }
 _CODE_OF = {dtype: code for code, dtype in DTYPE_CODES.items()}
 SMALL_VOCABULARY = 65_500
-"""Vocabularies below this are stored in 16 bits; Megatron-LM draws the line at the same size."""
-
-
-PREPARE_AGAIN = "Copy it anew, or run `qatscale prepare` again with --restart."
-WRITE_AGAIN = "Copy both files anew, or write them again with the tool that made them."
+"""Vocabularies below this size are stored in 16 bits, as in Megatron-LM."""
+PREPARE_AGAIN = "Copy it again, or run `qatscale prepare` again with --restart."
+WRITE_AGAIN = "Copy both files again, or write them again with the tool that made them."
 """For shards from elsewhere, which `qatscale prepare` cannot make."""
 
 
@@ -50,10 +48,13 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < SMALL_VOCABULARY else np.dtype("<i4")
 
 
-@dataclass(frozen=True)
-class ShardFiles:
-    """What was written, to be told in the manifest."""
+class Shard(BaseModel):
+    """One `.bin`/`.idx` pair, as the manifest lists it."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """Path without ending, relative to the manifest's folder."""
     documents: int
     tokens: int
     bin_bytes: int
@@ -63,11 +64,11 @@ class ShardFiles:
 
 
 class IndexedWriter:
-    """Writes one shard under temporary names; `finish` makes it appear whole."""
+    """Writes one shard under temporary names; `finish` makes it appear complete."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
+        self._name, self._dtype = prefix.name, dtype
         self._bin, self._idx = prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
-        self._dtype = dtype
         self._partial = self._bin.with_name(self._bin.name + PARTIAL)
         self._file = self._partial.open("wb")
         self._hash = hashlib.sha256()
@@ -75,7 +76,7 @@ class IndexedWriter:
         self.tokens = 0
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append whole documents: `tokens` [sum(lengths)] one after another, `lengths` [documents]."""
+        """Append documents: `tokens` [sum(lengths)] one after another, `lengths` [documents]."""
         assert int(lengths.sum()) == len(tokens)
         assert (lengths > 0).all()
         data = np.ascontiguousarray(tokens, dtype=self._dtype).data
@@ -84,21 +85,17 @@ class IndexedWriter:
         self._lengths.append(lengths.astype("<i4"))
         self.tokens += len(tokens)
 
-    def finish(self) -> ShardFiles:
+    def finish(self) -> Shard:
         """Flush both files to the disk and give them their names."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         lengths = np.concatenate(self._lengths)
         index = encode_index(lengths, self._dtype)
-        idx_partial = self._idx.with_name(self._idx.name + PARTIAL)
-        with idx_partial.open("wb") as file:
-            file.write(index)
-            file.flush()
-            os.fsync(file.fileno())
         rename_synced(self._partial, self._bin)
-        rename_synced(idx_partial, self._idx)
-        return ShardFiles(
+        write_atomic(self._idx, index)
+        return Shard(
+            name=self._name,
             documents=len(lengths),
             tokens=self.tokens,
             bin_bytes=self.tokens * self._dtype.itemsize,
@@ -106,10 +103,6 @@ class IndexedWriter:
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
         )
-
-    def abandon(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
 
 
 def encode_index(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
@@ -129,14 +122,14 @@ class IndexedReader:
     index, and a `.bin` whose size is not what the index says.
     """
 
-    def __init__(self, prefix: Path, cure: str = PREPARE_AGAIN) -> None:
-        """`cure`: what an error advises, PREPARE_AGAIN or WRITE_AGAIN."""
-        self.prefix, self._cure = prefix, cure
+    def __init__(self, prefix: Path, fix: str = PREPARE_AGAIN) -> None:
+        """`fix`: what errors advise, PREPARE_AGAIN or WRITE_AGAIN."""
+        self._fix = fix
         self.bin_path, self.idx_path = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise UserError("shard", str(path), "this file is missing.", self._cure)
-        self.dtype, sequences, documents = self._header()
+                raise UserError("shard", str(path), "the file is missing.", self._fix)
+        self.dtype, sequences, documents = self._read_header()
         index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
         bounds = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * documents])
         self.lengths = index[bounds[0] : bounds[1]].view("<i4")
@@ -147,24 +140,26 @@ class IndexedReader:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.tokens = np.frombuffer(self._map, self.dtype)  # a slice of a np.memmap costs several times as much
 
-    def _header(self) -> tuple[np.dtype[Any], int, int]:
+    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         with self.idx_path.open("rb") as file:
             raw = file.read(HEADER.size)
         if not raw.startswith(MAGIC):
-            raise UserError("shard", str(self.idx_path), f"starts with {raw[:9]!r}, an index with {MAGIC!r}.")
+            raise UserError("shard", str(self.idx_path), f"starts with {raw[:9]!r}, not with {MAGIC!r}.")
         if len(raw) < HEADER.size:
-            raise UserError("shard", str(self.idx_path), "cut off within its header.", self._cure)
+            raise UserError("shard", str(self.idx_path), "is cut off within its header.", self._fix)
         _, version, code, sequences, documents = HEADER.unpack(raw)
         if version != VERSION:
-            raise UserError("shard", str(self.idx_path), f"index version {version}; this reads version {VERSION}.")
+            raise UserError(
+                "shard", str(self.idx_path), f"has index version {version}; only version {VERSION} is supported."
+            )
         dtype = DTYPE_CODES.get(code)
         if dtype is None or dtype.kind == "f":
             kinds = ", ".join(f"{c} = {d.name}" for c, d in DTYPE_CODES.items() if d.kind != "f")
-            raise UserError("shard", str(self.idx_path), f"dtype code {code}; tokens are one of {kinds}.")
+            raise UserError("shard", str(self.idx_path), f"has dtype code {code}; tokens need one of {kinds}.")
         size, expected = self.idx_path.stat().st_size, HEADER.size + 12 * sequences + 8 * documents
         if size != expected:
-            problem = f"{size:,} bytes, and its header says {expected:,}."
-            raise UserError("shard", str(self.idx_path), problem, self._cure)
+            problem = f"has {size:,} bytes, and its header says {expected:,}."
+            raise UserError("shard", str(self.idx_path), problem, self._fix)
         if sequences == 0:
             raise UserError("shard", str(self.idx_path), "holds no documents.")
         return dtype, sequences, documents
@@ -180,22 +175,22 @@ class IndexedReader:
         apart = f"{abs(size - expected):,} bytes" if rest else f"{tokens:,} token{'s' * (tokens != 1)}"
         problem = f"index and data disagree by {apart}: it has {size:,} bytes, and its index says {expected:,}."
         if size > expected and not rest and tokens == len(self.documents) - 1:
-            cause = " It is one token a document: probably the index leaves out end-of-document tokens, as a version of"
-            problem += f"{cause} Megatron-LM's preprocess_data.py did (its issue 431)."
+            problem += " It is one token a document: probably the index leaves out end-of-document tokens, as an old"
+            problem += " preprocess_data.py of Megatron-LM did (its issue 431)."
             raise UserError("shard", str(self.bin_path), problem, "Tokenize again with a later version of the tool.")
-        raise UserError("shard", str(self.bin_path), problem, self._cure)
+        raise UserError("shard", str(self.bin_path), problem, self._fix)
 
     def prefetch(self, start: int, count: int) -> None:
-        """Ask the system to read tokens [start, start + count) from the disk, and do not wait for them."""
+        """Ask the system to read tokens [start, start + count) from the disk, without waiting for them."""
         first, end = start * self.dtype.itemsize, min((start + count) * self.dtype.itemsize, len(self._map))
         page = first - first % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
 
     def check_contiguous(self) -> None:
-        """Raise UserError unless the sequences fill the `.bin` in order, as a flat token stream needs it."""
+        """Raise UserError unless the sequences fill the `.bin` in order, which a flat token stream relies on."""
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
         if self.pointers[0] != 0 or (self.pointers[1:] != ends[:-1]).any() or (self.lengths < 0).any():
-            raise UserError("shard", str(self.idx_path), "its sequences do not lie one after another in the .bin.")
+            raise UserError("shard", str(self.idx_path), "its sequences are not one after another in the .bin.")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -204,9 +199,10 @@ class IndexedReader:
         start = int(self.pointers[sequence]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[sequence])]
 
-    def files(self) -> ShardFiles:
-        """Counts, sizes and checksums; reads both files whole."""
-        return ShardFiles(
+    def shard(self, name: str) -> Shard:
+        """Counts, sizes and checksums under `name`; reads every byte of both files."""
+        return Shard(
+            name=name,
             documents=len(self.documents) - 1,
             tokens=len(self.tokens),
             bin_bytes=self.bin_path.stat().st_size,

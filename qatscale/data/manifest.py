@@ -1,4 +1,4 @@
-"""manifest.json: what a prepared folder holds. It is written last, so a folder without it is no data set."""
+"""manifest.json: what a prepared folder holds. It is written last, so a folder without it is not a dataset."""
 
 from __future__ import annotations
 
@@ -10,43 +10,27 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, ShardFiles
+from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, Shard
 from qatscale.errors import UserError
 from qatscale.files import sha256_of, write_json
 
 Split = Literal["train", "validation"]
 Verify = Literal["auto", "size", "full"]
-FORMAT: Literal[1] = 1
 NAME = "manifest.json"
 FULL_BELOW = 4 << 30
-"""`verify="auto"` reads every byte of a split that is smaller than this: a few seconds."""
+"""`verify="auto"` reads every byte of a split smaller than this, which takes a few seconds."""
+_PREPARE = "Make it: qatscale prepare SOURCE… --out FOLDER"
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Shard(_Part):
-    """One `.bin`/`.idx` pair. `name` is the path without ending, relative to the manifest's folder."""
-
-    name: str
-    documents: int
-    tokens: int
-    bin_bytes: int
-    idx_bytes: int
-    bin_sha256: str
-    idx_sha256: str
-
-    @classmethod
-    def of(cls, name: str, files: ShardFiles) -> Shard:
-        return cls(name=name, **vars(files))
-
-
 class SplitCounts(_Part):
     documents: int
     tokens: int
     text_bytes: int | None
-    """Of the documents in UTF-8; null where only their tokens are known."""
+    """UTF-8 bytes of the documents; null for adopted shards."""
     shards: list[Shard]
 
 
@@ -62,21 +46,21 @@ class TokenizerCard(_Part):
 
 
 class Manifest(_Part):
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     qatscale: str
     """The version that wrote it."""
     dtype: str
     tokenizer: TokenizerCard
     sources: list[str]
-    """As they were named."""
+    """As they were given."""
     identity: dict[str, Any]
-    """What decided the content: the sources' fingerprints and the options. Prepared again alike, nothing is done."""
+    """What decided the content: the sources' fingerprints and the options. Preparing it again does nothing."""
     empty_documents: int
     splits: dict[Split, SplitCounts]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tokens of all splits, in order: two folders with the same one hold the same data."""
+        """sha256 of the tokens of all splits, in order. Folders with equal fingerprints hold the same data."""
         return self.fingerprint_of(*self.splits)
 
     def fingerprint_of(self, *splits: Split) -> str:
@@ -89,10 +73,10 @@ class Manifest(_Part):
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Raises UserError where `folder` is missing, unfinished, or holds a manifest that cannot be read."""
+        """Raises UserError where `folder` is missing or unfinished, or its manifest cannot be read."""
         path = folder / NAME
         if not folder.is_dir():
-            raise UserError("data.path", str(folder), "there is no such folder.", _PREPARE)
+            raise UserError("data.path", str(folder), "no such folder.", _PREPARE)
         if not path.is_file():
             raise UserError("data.path", str(folder), f"holds no {NAME}: not prepared, or not to the end.", _PREPARE)
         try:
@@ -100,61 +84,52 @@ class Manifest(_Part):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "its text"
-            what = f"no manifest of format {FORMAT}: {place}: {first['msg']}."
-            raise UserError("data.path", str(path), what) from None
+            raise UserError("data.path", str(path), f"not a manifest of format 1: {place}: {first['msg']}.") from None
         if manifest.dtype not in {dtype.name for dtype in DTYPE_CODES.values() if dtype.kind != "f"}:
-            raise UserError("data.path", str(path), f"dtype {manifest.dtype!r} holds no tokens.")
+            raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
         return manifest
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise UserError where the data hold ids that a model with `vocab_size` rows has no embedding for."""
-        if self.tokenizer.vocab_size > vocab_size:
-            needed = self.tokenizer.vocab_size
-            allowed = f"smaller than the vocabulary of the data, {needed}; their larger ids would have no embedding."
-            raise UserError("model.vocab_size", vocab_size, allowed, f"Set model.vocab_size={needed} or more.")
-
-    def split(self, split: Split) -> SplitCounts:
-        """Raises UserError where the folder has no such split."""
-        counts = self.splits.get(split)
-        if counts is None or not counts.shards:
-            do = "Prepare it again with a larger validation_fraction." if split == "validation" else _PREPARE
-            raise UserError("data.path", None, f"the data have no {split} split.", do)
-        return counts
+        """Raise UserError if the data hold ids without an embedding in a model with `vocab_size` rows."""
+        needed = self.tokenizer.vocab_size
+        if needed > vocab_size:
+            problem = f"smaller than the vocabulary of the data, {needed}; the larger ids would have no embedding."
+            raise UserError("model.vocab_size", vocab_size, problem, f"Set model.vocab_size={needed} or more.")
 
     def open_shards(self, folder: Path, split: Split, verify: Verify = "auto") -> list[IndexedReader]:
         """The shards of a split, checked: `size` looks at files and headers, `full` reads every byte.
 
-        Raises UserError for a missing, truncated or altered shard.
+        Raises UserError for a missing split and for a missing, truncated or altered shard.
         """
-        counts = self.split(split)
+        counts = self.splits.get(split)
+        if counts is None or not counts.shards:
+            fix = "Prepare it again with a larger validation_fraction." if split == "validation" else _PREPARE
+            raise UserError("data.path", None, f"the data have no {split} split.", fix)
         size = sum(shard.bin_bytes + shard.idx_bytes for shard in counts.shards)
         full = verify == "full" or (verify == "auto" and size < FULL_BELOW)
-        with ThreadPoolExecutor() as pool:  # checksums of several shards at once: hashing lets go of the interpreter
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
             return list(pool.map(lambda shard: self._open_shard(folder, shard, full), counts.shards))
 
     def _open_shard(self, folder: Path, shard: Shard, full: bool) -> IndexedReader:
-        cure = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
-        reader = IndexedReader(folder / shard.name, cure)
+        fix = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
+        reader = IndexedReader(folder / shard.name, fix)
         for path, size in ((reader.bin_path, shard.bin_bytes), (reader.idx_path, shard.idx_bytes)):
             if path.stat().st_size != size:
-                raise UserError("shard", str(path), f"{path.stat().st_size} bytes, and the manifest says {size}.", cure)
+                problem = f"has {path.stat().st_size} bytes, and the manifest says {size}."
+                raise UserError("shard", str(path), problem, fix)
         if reader.dtype.name != self.dtype or len(reader.tokens) != shard.tokens:
-            found = f"{len(reader.tokens)} tokens of {reader.dtype.name}"
+            found = f"holds {len(reader.tokens)} tokens of {reader.dtype.name}"
             problem = f"{found}, and the manifest says {shard.tokens} of {self.dtype}."
-            raise UserError("shard", str(reader.idx_path), problem, cure)
+            raise UserError("shard", str(reader.idx_path), problem, fix)
         if full:
             for path, checksum in ((reader.bin_path, shard.bin_sha256), (reader.idx_path, shard.idx_sha256)):
                 if sha256_of(path) != checksum:
-                    problem = "its checksum is not the one in the manifest: the file was altered."
-                    raise UserError("shard", str(path), problem, cure)
+                    raise UserError("shard", str(path), "was altered: its checksum is not the manifest's.", fix)
             reader.check_contiguous()
         return reader
 
 
-_PREPARE = "Make it: qatscale prepare SOURCE… --out FOLDER"
-
-
 def tokenizer_folder(data: Path | None) -> Path | None:
-    """Of prepared data; None where there is none with it. UserError for a folder that holds no prepared data."""
+    """Where the tokenizer of prepared data is; None without data or tokenizer. UserError if the data are unreadable."""
     name = Manifest.load(data).tokenizer.folder if data else None
     return data / name if data and name else None

@@ -1,8 +1,8 @@
 """From sources of text to a folder of token shards: `prepare`.
 
-Memory stays bounded, and the folder is the same bytes for any number of workers and any number of interruptions: the
-batches are cut by the reader alone and come back in their order, shards end where a batch ends, and after each shard
-`progress.json` says where the sources go on.
+Memory stays bounded. The folder holds the same bytes for any number of workers and any number of interruptions: the
+reader alone cuts the batches, they return in their order, shards end where a batch ends, and after each pair of shards
+`progress.json` says where the sources continue.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import qatscale
 from qatscale.data import state as states
 from qatscale.data.encode import Encoded, encode_all, is_validation
 from qatscale.data.indexed import IndexedWriter
-from qatscale.data.manifest import FORMAT, Manifest, Shard, TokenizerCard
-from qatscale.data.progress import Watch, watch
-from qatscale.data.records import Batch, Unit
-from qatscale.data.sources import Source, SourceOptions, open_source
+from qatscale.data.manifest import Manifest, TokenizerCard
+from qatscale.data.records import Unit
+from qatscale.data.sources import Batch, Source, SourceOptions, open_source
 from qatscale.data.state import TOKENIZER, State
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from qatscale.errors import UserError
@@ -30,7 +30,27 @@ from qatscale.errors import UserError
 VOCABULARY = 32_000
 SAMPLE_BYTES = 50_000_000
 SHARD_TOKENS = 1 << 28
-_UNITS = ("file", "paragraph", "line")
+
+
+class _Watch:
+    """What a person sees: a bar on a terminal, a line per shard in a log, nothing without a console."""
+
+    def __init__(self, console: Console | None) -> None:
+        self._console = console or Console(quiet=True)
+        columns = (BarColumn(bar_width=None), TextColumn("{task.description}"), TimeElapsedColumn())
+        hidden = console is None or not console.is_terminal
+        left = (TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(*columns, *left, console=self._console, transient=True, disable=hidden)
+        self._task = self.bar.add_task("", total=None)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, documents: int, tokens: int, fraction: float | None) -> None:
+        """Totals so far; `fraction` of the sources read, None = unknown."""
+        text = f"{documents:,} documents  {tokens:,} tokens"
+        total = None if fraction is None else 1.0
+        self.bar.update(self._task, description=text, total=total, completed=fraction or 0.0)
 
 
 def prepare(
@@ -52,29 +72,37 @@ def prepare(
 ) -> Manifest:
     """Tokenize `sources` into `out`: `.bin`/`.idx` shards, `tokenizer/`, and at the end `manifest.json`.
 
-    Killed half-way, the same call goes on from the last finished shard; finished, it returns at once.
+    After a kill the same call continues from the last finished shards. On a finished folder it returns at once.
 
-    sources: files, folders, globs (JSON lines, Parquet, plain text), names of Hugging Face data sets (`name`,
-        `name:config`), or `self`, the embedded corpus (`self:30M` = with at most 30 MB); read one after another.
-    out: the folder to make.
-    field: the field that holds a document's text (JSON lines, Parquet, data sets).
-    split: of a Hugging Face data set.
-    text_unit: what is one document in a plain text file: the file, a paragraph (up to a blank line), or a line.
+    sources: files, folders, globs (JSON lines, Parquet, plain text), names of Hugging Face datasets (`name`,
+        `name:config`), or `self`, the embedded corpus (`self:30M` = at most 30 MB); read one after another.
+    field: the field that holds a document's text (JSON lines, Parquet, datasets).
+    split: that of a Hugging Face dataset.
+    text_unit: what a document is in a plain text file: the file, a paragraph (up to a blank line), or a line.
     tokenizer: a SentencePiece .model, a tokenizer's or a prepared folder, or a Hugging Face name; None = train one.
-    vocab_size: of the SentencePiece BPE to train; None = 32000.
-    sample_bytes: text that it is trained on, taken evenly from the sources and their files, held-out documents not.
+    vocab_size: that of the SentencePiece BPE to train; None = 32000.
+    sample_bytes: text to train it on, without held-out documents, taken evenly from the sources and their files.
     validation_fraction: share of the documents that is held out, chosen by a hash of their text; 0 = none.
-    shard_tokens: tokens after which a shard ends.
-    max_tokens: stop soon after this many training tokens, the first ones of the sources; None = read everything.
+    shard_tokens: training tokens after which a pair of shards ends.
+    max_tokens: stop soon after this many training tokens; None = read everything.
     workers: tokenizing processes; None = one per core.
     restart: discard what an earlier call left in `out`, finished or not.
     console: where to show progress; None = nowhere.
 
-    Raises UserError for whatever is wrong with sources or options, and where `out` holds something else.
+    Raises UserError for wrong sources or options, and where `out` holds something else.
     """
     if not sources:
-        raise UserError("sources", None, "name at least one.", "A file, a folder, a data set's name, or self.")
-    _check(text_unit, tokenizer, vocab_size, sample_bytes, validation_fraction, shard_tokens, max_tokens, workers)
+        raise UserError("sources", None, "name at least one.", "Give a file, a folder, a dataset's name, or self.")
+    if text_unit not in get_args(Unit):
+        raise UserError("text_unit", text_unit, f"must be one of {', '.join(get_args(Unit))}.")
+    if tokenizer is not None and vocab_size is not None:
+        raise UserError("vocab_size", vocab_size, "a given tokenizer has its own.", "Leave out one of the two.")
+    if not 0 <= validation_fraction <= 0.5:
+        raise UserError("validation_fraction", validation_fraction, "must be 0 to 0.5.", "1 % is usual: 0.01")
+    counts = {"vocab_size": vocab_size, "sample_bytes": sample_bytes, "shard_tokens": shard_tokens}
+    for name, value in (counts | {"max_tokens": max_tokens, "workers": workers}).items():
+        if value is not None and value < 1:
+            raise UserError(name, value, "must be 1 or more.")
     opened = [open_source(spec, SourceOptions(field, split, text_unit)) for spec in sources]
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     identity: dict[str, Any] = {
@@ -92,56 +120,43 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        told = "is a file." if folder.is_file() else f"cannot be made: {error.strerror}."
-        raise UserError("out", str(folder), told, "Choose a new folder.") from None
-    states.refuse_strangers(folder)  # before the lock's file is put there
-    with states.folder_lock(folder), watch(console) as view:
+        problem = "is a file." if folder.is_file() else f"cannot be made: {error.strerror}."
+        raise UserError("out", str(folder), problem, "Choose a new folder.") from None
+    states.refuse_strangers(folder)  # before the lock's file exists
+    view = _Watch(console)
+    with states.folder_lock(folder), view.bar:
         if restart:
             states.discard(folder)
         manifest = states.finished(folder, identity)
         if manifest is not None:
-            view.say(f"{folder} is prepared already: {_told(manifest)}")
+            view.say(f"{folder} is prepared already: {_summary(manifest)}")
             return manifest
         state = states.resume(folder, identity)
         if state.part:
-            view.say(f"{folder}: going on after shard {state.part - 1} ({state.tokens:,} tokens)")
+            view.say(f"{folder}: continuing after shard {state.part - 1} ({state.tokens:,} tokens)")
         state.save(folder)
         used = _tokenizer(folder, given, opened, identity, view)
         workers = workers or len(os.sched_getaffinity(0))
         _write_shards(folder, state, opened, used, workers, view)
-        manifest = _manifest(state, used, sources)
+        manifest = Manifest(
+            qatscale=qatscale.__version__,
+            dtype=used.dtype.name,
+            tokenizer=TokenizerCard(**used.card, folder=TOKENIZER),
+            sources=list(sources),
+            identity=state.identity,
+            empty_documents=state.empty,
+            splits=state.splits,
+        )
         manifest.save(folder)
         (folder / states.NAME).unlink()
-        view.say(f"{folder}: {_told(manifest)}")
+        view.say(f"{folder}: {_summary(manifest)}")
         return manifest
 
 
-def _check(
-    text_unit: str,
-    tokenizer: str | None,
-    vocab_size: int | None,
-    sample_bytes: int,
-    validation_fraction: float,
-    shard_tokens: int,
-    max_tokens: int | None,
-    workers: int | None,
-) -> None:
-    if text_unit not in _UNITS:
-        raise UserError("text_unit", text_unit, f"allowed is {', '.join(_UNITS)}.")
-    if tokenizer is not None and vocab_size is not None:
-        raise UserError("vocab_size", vocab_size, "a given tokenizer has its own.", "Leave out one of the two.")
-    if not 0 <= validation_fraction <= 0.5:
-        raise UserError("validation_fraction", validation_fraction, "0 to 0.5.", "1 % is usual: 0.01")
-    positive = {"vocab_size": vocab_size, "sample_bytes": sample_bytes, "shard_tokens": shard_tokens}
-    for name, value in (positive | {"max_tokens": max_tokens, "workers": workers}).items():
-        if value is not None and value < 1:
-            raise UserError(name, value, "1 or more.")
-
-
 def _tokenizer(
-    folder: Path, given: Tokenizer | None, sources: list[Source], identity: dict[str, Any], view: Watch
+    folder: Path, given: Tokenizer | None, sources: list[Source], identity: dict[str, Any], view: _Watch
 ) -> Tokenizer:
-    """The one in the folder, else the given one, else one trained now; in the folder in any case."""
+    """The one in the folder, else the given one, else a new one. Saves it in the folder."""
     saved = folder / TOKENIZER
     if saved.is_dir():
         return load_tokenizer(saved)
@@ -161,7 +176,7 @@ def _sample(sources: list[Source], size: int, validation_fraction: float) -> Ite
 
 
 class _Part:
-    """The pair of shards, training and held-out, that covers one stretch of the sources."""
+    """A pair of shards, training and held-out, with the documents of one stretch of the sources."""
 
     def __init__(self, folder: Path, number: int, tokenizer: Tokenizer) -> None:
         self._folder, self._number, self._dtype = folder, number, tokenizer.dtype
@@ -176,98 +191,59 @@ class _Part:
             if len(split.lengths) == 0:
                 continue
             if name not in self._writers:
-                self._writers[name] = IndexedWriter(self._folder / self._name(name), self._dtype)
+                self._writers[name] = IndexedWriter(self._folder / f"{name}-{self._number:05d}", self._dtype)
             self._writers[name].add(split.tokens, split.lengths)
             self._text_bytes[name] = self._text_bytes.get(name, 0) + split.text_bytes
             self.documents += len(split.lengths)
 
-    def _name(self, split: str) -> str:
-        return f"{split}-{self._number:05d}"
-
     def tokens(self, split: str | None = None) -> int:
         return sum(writer.tokens for name, writer in self._writers.items() if split in (None, name))
 
-    @property
-    def text_bytes(self) -> int:
-        return sum(self._text_bytes.values())
-
     def finish(self, state: State, source: int, position: Any) -> None:
-        """Put both shards and then the state that names them on the disk."""
+        """Write both shards and then the state that names them."""
         for name, writer in self._writers.items():
-            state.add(name, Shard.of(self._name(name), writer.finish()), self._text_bytes[name])
+            state.add(name, writer.finish(), self._text_bytes[name])
         state.part, state.source, state.position = self._number + 1, source, position
         state.empty += self.empty
         state.save(self._folder)
 
-    def abandon(self) -> None:
-        for writer in self._writers.values():
-            writer.abandon()
-
 
 def _write_shards(
-    folder: Path, state: State, sources: list[Source], tokenizer: Tokenizer, workers: int, view: Watch
+    folder: Path, state: State, sources: list[Source], tokenizer: Tokenizer, workers: int, view: _Watch
 ) -> None:
-    """Go on from `state` to the end of the sources, or to max_tokens."""
+    """Continue from `state` to the end of the sources, or to max_tokens."""
     limit, shard_tokens = state.identity["max_tokens"], state.identity["shard_tokens"]
     part = _Part(folder, state.part, tokenizer)
     batches = _batches(sources, state.source, state.position)
-    try:
-        for encoded in encode_all(batches, folder / TOKENIZER, state.identity["validation_fraction"], workers):
-            part.add(encoded)
-            source, position = encoded.position
-            counts = state.documents + part.documents, state.tokens + part.tokens()
-            view.update(*counts, state.text_bytes + part.text_bytes, _fraction_read(sources, source))
-            enough = limit is not None and state.splits["train"].tokens + part.tokens("train") >= limit
-            if part.tokens("train") >= shard_tokens or enough:
-                part.finish(state, source, position)
-                view.say(f"shard {state.part - 1}: {state.documents:,} documents, {state.tokens:,} tokens so far")
-                part = _Part(folder, state.part, tokenizer)
-            if enough:
-                return
-        if part.documents or part.empty:
-            part.finish(state, len(sources), None)
-    except BaseException:
-        part.abandon()
-        raise
+    for encoded in encode_all(batches, folder / TOKENIZER, state.identity["validation_fraction"], workers):
+        part.add(encoded)
+        source, position = encoded.position
+        read = sources[source].fraction_read
+        fraction = None if read is None else (source + read) / len(sources)
+        view.update(state.documents + part.documents, state.tokens + part.tokens(), fraction)
+        enough = limit is not None and state.splits["train"].tokens + part.tokens("train") >= limit
+        if part.tokens("train") >= shard_tokens or enough:
+            part.finish(state, source, position)
+            view.say(f"shard {state.part - 1}: {state.documents:,} documents, {state.tokens:,} tokens so far")
+            part = _Part(folder, state.part, tokenizer)
+        if enough:
+            return
+    if part.documents or part.empty:
+        part.finish(state, len(sources), None)
     if not state.splits["train"].documents:
         held_out = state.splits["validation"].documents
-        what = f"{state.empty} empty and {held_out} held-out documents, and none to train on."
-        raise UserError("sources", [source.spec for source in sources], what, "Check the field, or give more text.")
+        problem = f"hold {state.empty} empty and {held_out} held-out documents, and none to train on."
+        raise UserError("sources", [source.spec for source in sources], problem, "Check the field, or give more text.")
 
 
 def _batches(sources: list[Source], first: int, position: Any) -> Iterator[Batch]:
-    """All batches from `position` of source `first` on; their own positions say which source they are of."""
+    """All batches from `position` of source `first` on; their positions name the source too."""
     for index in range(first, len(sources)):
         for batch in sources[index].batches(position if index == first else None):
             yield replace(batch, position=(index, batch.position))
 
 
-def _fraction_read(sources: list[Source], index: int) -> float | None:
-    read = sources[index].fraction_read()
-    return None if read is None else (index + read) / len(sources)
-
-
-def _manifest(state: State, tokenizer: Tokenizer, sources: Sequence[str]) -> Manifest:
-    card = TokenizerCard(
-        kind=tokenizer.kind,
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        folder=TOKENIZER,
-    )
-    return Manifest(
-        format=FORMAT,
-        qatscale=qatscale.__version__,
-        dtype=tokenizer.dtype.name,
-        tokenizer=card,
-        sources=list(sources),
-        identity=state.identity,
-        empty_documents=state.empty,
-        splits=state.splits,
-    )
-
-
-def _told(manifest: Manifest) -> str:
+def _summary(manifest: Manifest) -> str:
     parts = [f"{split} {c.documents:,} documents, {c.tokens:,} tokens" for split, c in manifest.splits.items()]
     empty = f"; {manifest.empty_documents:,} empty documents left out" if manifest.empty_documents else ""
     none = "" if manifest.splits["validation"].documents else "; nothing was held out: no validation is possible"

@@ -1,7 +1,7 @@
 """Token shards as one long stream, and batches as a pure function of (seed, step, rank).
 
-Sequence i of a stream is its tokens [i T, i T + T], T + 1 of them: T inputs and, one further, T labels. So T is chosen
-when training starts, and neighbouring sequences share one token.
+Sequence i of a stream is the T + 1 tokens [i T, i T + T]: T inputs and, shifted by one, T labels. T is chosen when
+training starts, and neighbouring sequences share one token.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import bisect
 import functools
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from qatscale.config.schema import RunConfig
 from qatscale.data.indexed import IndexedReader
 from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.errors import UserError
 
 
 class TokenStream:
-    """The tokens of a split, shard after shard, memory-mapped: any position without a scan."""
+    """The tokens of a split, shard after shard, memory-mapped."""
 
     def __init__(self, manifest: Manifest, shards: Sequence[IndexedReader], name: str) -> None:
-        """`name`: what an error calls it."""
+        """`name`: what errors call it."""
         self.manifest, self.name = manifest, name
         self._shards = shards
         self._ends = list(itertools.accumulate(len(shard.tokens) for shard in shards))
@@ -61,21 +63,19 @@ class TokenStream:
             filled, shard, offset = filled + len(part), shard + 1, 0
 
     def sequences(self, sequence_length: int) -> int:
-        """Whole sequences of `sequence_length` inputs, each with its last label.
-
-        Raises UserError where there is none.
-        """
+        """Complete sequences of `sequence_length` inputs. Raises UserError if there are none."""
         count = (len(self) - 1) // sequence_length
         if count < 1:
-            have = f"{self.name} has {len(self)} tokens, and one sequence takes {sequence_length + 1}."
-            raise UserError("data.sequence_length", sequence_length, have, "Choose a shorter one or prepare more text.")
+            problem = f"{self.name} has {len(self)} tokens, and one sequence takes {sequence_length + 1}."
+            fix = "Choose a shorter one or prepare more text."
+            raise UserError("data.sequence_length", sequence_length, problem, fix)
         return count
 
     def gather(self, indices: np.ndarray, sequence_length: int) -> np.ndarray:
         """Sequences `indices` [n] as int64 [n, sequence_length + 1]."""
         out = np.empty((len(indices), sequence_length + 1), np.int64)
         places = [self._locate(index * sequence_length) for index in indices.tolist()]
-        for shard, offset in places:  # all before the first is read, so that a disk serves them at the same time
+        for shard, offset in places:  # all before the first is read, so that a disk serves them together
             self._shards[shard].prefetch(offset, sequence_length + 1)
         for row, place in zip(out, places, strict=True):
             self._read(*place, row)
@@ -85,12 +85,12 @@ class TokenStream:
 class ShuffledOrder:
     """A pseudo-random permutation of n sequences for every (seed, epoch).
 
-    A Feistel network on a square grid that holds n cells: a round shifts each column by a random number of rows, then
-    each row by a random number of columns. A cell beyond n is permuted again until it lies within n, which leaves a
+    A Feistel network on a square grid of at least n cells: a round shifts each column by a random number of rows, then
+    each row by a random number of columns. A cell beyond n is permuted again until it is below n, which leaves a
     permutation of n ("cycle walking", Black and Rogaway 2002). So any position is found without the ones before it,
     from tables of about 8 sqrt(n) numbers: 2 MB for a billion sequences.
 
-    The shifts come from Philox, whose raw stream NumPy keeps the same for good (its `permutation` may change).
+    The shifts come from Philox, whose raw stream NumPy guarantees (its `permutation` may change).
     """
 
     _ROUNDS = 4
@@ -102,7 +102,7 @@ class ShuffledOrder:
         self._shifts = functools.lru_cache(maxsize=2)(self._draw_shifts)
 
     def __call__(self, first: int, count: int) -> np.ndarray:
-        """Sequence at each of the positions [first, first + count), which run on through the epochs; int64 [count]."""
+        """Sequence at each of the positions [first, first + count), counted through all epochs; int64 [count]."""
         parts = []
         while count:
             epoch, place = divmod(first, self._n)
@@ -131,27 +131,26 @@ class ShuffledOrder:
 
 
 class BatchReader:
-    """Training batches: a pure function of (seed, step, rank). How many ranks there are changes nobody's sequences.
+    """Training batches: a pure function of (seed, step, rank). The global batch is the same for any number of ranks.
 
-    Any steps in a row are a random sample, without replacement within an epoch, of the sequences of the entire stream:
-    how its sources and documents are ordered has no effect on what a short run sees.
+    Consecutive steps are a random sample, without replacement within an epoch, of the sequences of the entire stream.
+    The order of sources and documents does not bias what a short run sees.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, sequences: int, seed: int) -> None:
-        """`sequences`: of the global batch. Raises UserError where the stream cannot fill one batch."""
+        """`sequences`: those of the global batch. Raises UserError where the stream cannot fill one batch."""
         self.stream, self.sequence_length, self.sequences = stream, sequence_length, sequences
         self.sequences_per_epoch = stream.sequences(sequence_length)
         if sequences > self.sequences_per_epoch:
-            have = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
-            raise UserError("batch.sequences", sequences, have, "Choose a smaller batch or prepare more text.")
+            problem = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
+            raise UserError("batch.sequences", sequences, problem, "Choose a smaller batch or prepare more text.")
         self._order = ShuffledOrder(self.sequences_per_epoch, seed)
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
         if self.sequences % ranks:
-            raise UserError(
-                "batch.sequences", self.sequences, f"does not divide among {ranks} data-parallel processes."
-            )
+            problem = f"cannot be divided among {ranks} data-parallel processes."
+            raise UserError("batch.sequences", self.sequences, problem)
         assert 0 <= rank < ranks
         share = self.sequences // ranks
         first = step * self.sequences + rank * share
@@ -162,7 +161,7 @@ class BatchReader:
         return steps * self.sequences / self.sequences_per_epoch
 
     def repetition(self, steps: int) -> str | None:
-        """What to warn of before a run of `steps` steps, or None where no sequence comes twice."""
+        """A warning for a run of `steps` steps, or None if no sequence occurs twice."""
         epochs = self.epochs(steps)
         if epochs <= 1:
             return None
@@ -175,22 +174,22 @@ class EvaluationBatch(NamedTuple):
     tokens: np.ndarray
     """int64 [rows, sequence_length + 1], rows <= micro_batch."""
     weight: int
-    """Sequences that count: rows, or 0 for a filler that only keeps the ranks' forward passes equal in number."""
+    """Sequences that count: rows, or 0 for a filler that keeps the ranks' numbers of forward passes equal."""
 
 
 class EvaluationReader:
     """Sequences spread evenly over a split, the same ones for every run and every number of ranks.
 
-    The split is cut into as many equal parts as there are sequences to take, and a fixed draw takes one of each part.
-    (Sequences at equal distances would all be alike in a split whose documents alternate at that distance.)
+    The split is cut into equal parts, and a fixed draw takes one sequence of each. (Equal distances would be biased in
+    a split whose documents alternate at that distance.)
 
-    The sequences taken are cut into micro-batches, of which the last may be smaller; none is dropped. Micro-batch i
-    goes to rank i mod ranks, and a rank that has one fewer gets a filler of weight 0, because a sharded model's forward
-    pass takes all ranks. The exact mean over tokens is sum(weight x mean loss) / sum(weight), both sums over all ranks.
+    The sequences are cut into micro-batches; the last may be smaller. Rank i mod ranks evaluates micro-batch i. A rank
+    with one fewer gets a filler of weight 0, because a sharded model's forward pass needs all ranks. The exact mean
+    over tokens is sum(weight x mean loss) / sum(weight), both sums over all ranks.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, tokens: int, micro_batch: int) -> None:
-        """`tokens`: how many to use at most, rounded down to whole sequences, at least one.
+        """`tokens`: the most to use, rounded down to sequences, at least one.
 
         Raises UserError where the stream is shorter than a sequence.
         """
@@ -203,19 +202,45 @@ class EvaluationReader:
 
     @property
     def tokens(self) -> int:
-        """Labels that the mean is over."""
+        """Labels in the mean."""
         return self.sequences * self.sequence_length
 
     def batches(self, rank: int = 0, ranks: int = 1) -> list[EvaluationBatch]:
-        """Equally many on every rank; the weights of all ranks add up to `sequences`."""
+        """As many on every rank; the weights of all ranks add up to `sequences`."""
         return [self.batch(i, rank, ranks) for i in range(self.batches_per_rank(ranks))]
 
     def batches_per_rank(self, ranks: int) -> int:
         return -(-self.sequences // (self.micro_batch * ranks))
 
     def batch(self, index: int, rank: int = 0, ranks: int = 1) -> EvaluationBatch:
-        """Batch `index` of a rank; reads only this one."""
         first = (index * ranks + rank) * self.micro_batch
         weight = max(0, min(self.micro_batch, self.sequences - first))
         indices = self._indices[first : first + weight] if weight else self._indices[:1]
         return EvaluationBatch(self.stream.gather(indices, self.sequence_length), weight)
+
+
+def open_batches(config: RunConfig) -> BatchReader:
+    """The training batches of a run. UserError as from `open_stream`, and where the split cannot fill one batch."""
+    stream, length = open_stream(config, "train"), config.data.sequence_length
+    return BatchReader(stream, length, config.batch.sequences, config.data.seed)
+
+
+def open_validation(config: RunConfig) -> EvaluationReader:
+    """The held-out batches of a run. UserError as from `open_stream`."""
+    held_out = open_stream(config, "validation")
+    return EvaluationReader(held_out, config.data.sequence_length, config.evaluation.tokens, config.batch.micro_batch)
+
+
+def open_stream(config: RunConfig, split: Split) -> TokenStream:
+    """A split of the run's data, after checks of its checksums and vocabulary.
+
+    Rank 0 reads the bytes; the other ranks check only sizes, so that a large job does not read the corpus once per
+    process. UserError for data that are missing, damaged or of another vocabulary.
+    """
+    if config.data.path is None:
+        fix = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
+        raise UserError("data.path", None, "is not set.", fix)
+    is_main = int(os.environ.get("RANK", 0)) == 0  # before there is a process group
+    stream = TokenStream.open(config.data.path, split, verify="auto" if is_main else "size")
+    stream.manifest.check_vocabulary(config.model.vocab_size)
+    return stream

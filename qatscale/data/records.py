@@ -1,122 +1,212 @@
-"""Raw records and their batches: what the reading process hands to the tokenizing processes.
+"""Records: what local files and datasets are cut into, and the documents that they hold.
 
-The reader only cuts files into records (lines, mostly); parsing JSON and decoding happen where the tokenizing does, in
-parallel. A record keeps its file and number, so that an error found there still names the place.
+The reading process only cuts files into records. Tokenizing processes parse and decode them in parallel. A record knows
+its file and number, so that an error names the place.
+
+JSON lines and text are not read through `datasets`: it types every column from the first lines, cannot name the
+position of a bad byte, and accepts a .zst file that was cut off. pyarrow reads Parquet and .zst.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from qatscale.errors import UserError, did_you_mean
 
-Kind = Literal["jsonl", "text", "value"]
 Unit = Literal["file", "paragraph", "line"]
 
-BATCH_BYTES = 1 << 20
-"""Bytes (or characters) of records that travel together."""
-
-
-class Record(NamedTuple):
-    """`payload`: a line of JSON or a piece of text as bytes, or a field's value, whatever it is."""
-
-    payload: Any
-    number: int
-    """Counted from 1 within its file: a line, a paragraph or a row."""
+COMPRESSIONS = (".gz", ".xz", ".zst")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+TEXT = (".txt", ".text")
+LARGEST_TEXT_FILE = 256 << 20
+"""Bytes of text that are accepted as one document."""
+_CHUNK = 1 << 20
+_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Neighbouring records of one file."""
+class Origin:
+    """What the records of one file or dataset have in common."""
 
     name: str
-    """The file, or the data set, as an error names it."""
-    kind: Kind
+    """The file or dataset, as errors name it."""
+    kind: Literal["jsonl", "text", "value"]
     field: str
     unit: str
     """What a record is called: line, paragraph, row, ..."""
-    records: list[Record]
-
-    def texts(self) -> Iterator[str]:
-        """The document of each record; "" for an empty one. Raises UserError naming the place."""
-        for record in self.records:
-            try:
-                yield _text(record, self)
-            except UnicodeError as error:
-                raise _not_utf8(self, record, error) from None
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Records to tokenize together, and where reading goes on after them."""
+class Record(NamedTuple):
+    payload: Any
+    """A line of JSON or a piece of text, as bytes; for the kind `value`, a field's value of any type."""
+    number: int
+    """Counted from 1 within its file."""
+    origin: Origin
 
-    pieces: list[Piece]
-    position: Any
-    """What `batches(position)` of the same source takes; JSON."""
+    @property
+    def size(self) -> int:
+        return len(self.payload) if isinstance(self.payload, bytes | str) else 8
 
-    def texts(self) -> Iterator[str]:
-        for piece in self.pieces:
-            yield from piece.texts()
+    def text(self) -> str:
+        """The document; "" for an empty one. Raises UserError that names the place."""
+        try:
+            value = self._value()
+            if value is None:
+                return ""
+            if not isinstance(value, str):
+                raise self._error(f"field {self.origin.field!r} holds a {type(value).__name__}, not text.")
+            value.encode()  # JSON can spell a lone surrogate, which is not text
+            return value
+        except UnicodeEncodeError as error:
+            raise self._error(f"half a surrogate pair at character {error.start} is not text.") from None
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+            fix = "Convert the file: iconv -f ENCODING -t UTF-8"
+            raise self._error(f"{byte} of this {self.origin.unit} is not UTF-8.", fix) from None
 
+    def _value(self) -> Any:
+        if self.origin.kind == "value":
+            return self.payload
+        text = self.payload.decode("utf-8-sig")
+        if self.origin.kind == "text":
+            return text
+        if not text.strip():
+            return ""
+        fix = "Write one JSON object per line."
+        if self.number == 1 and text.lstrip().startswith("["):
+            fix = "The file seems to be one JSON array. Write one object per line: jq -c '.[]' FILE > FILE.jsonl"
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"not JSON: {error}.", fix) from None
+        if not isinstance(row, dict):
+            raise self._error(f"a JSON {type(row).__name__}, not an object with fields.", fix)
+        if self.origin.field not in row:
+            raise missing_field(self.origin.field, list(row), self._place)
+        return row[self.origin.field]
 
-def size_of(payload: Any) -> int:
-    return len(payload) if isinstance(payload, bytes | str) else 8
+    @property
+    def _place(self) -> str:
+        origin = self.origin
+        return origin.name if origin.unit == "file" else f"{origin.name}, {origin.unit} {self.number}"
 
-
-def _text(record: Record, piece: Piece) -> str:
-    if piece.kind == "text":
-        return bytes(record.payload).decode("utf-8-sig")
-    if piece.kind == "value":
-        return _string(record.payload, record, piece)
-    if not record.payload.strip():
-        return ""
-    try:
-        row = json.loads(record.payload.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise _refuse(piece, record, f"no JSON: {error.msg} at character {error.pos}.", _one_object(record)) from None
-    if not isinstance(row, dict):
-        raise _refuse(piece, record, f"a JSON {type(row).__name__}, no object with fields.", _one_object(record))
-    if piece.field not in row:
-        raise missing_field(piece.field, list(row), _place(piece, record))
-    return _string(row[piece.field], record, piece)
-
-
-def _string(value: Any, record: Record, piece: Piece) -> str:
-    """A null is an empty document; anything else that is not text is an error."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _refuse(piece, record, f"field {piece.field!r} holds a {type(value).__name__}, not text.")
-    value.encode()  # a lone surrogate, which JSON can spell, is not text either
-    return value
+    def _error(self, problem: str, fix: str = "") -> UserError:
+        return UserError("source", self._place, problem, fix)
 
 
 def missing_field(field: str, fields: list[str], place: str) -> UserError:
-    known = ", ".join(fields) or "none"
-    return UserError("field", field, f"{place} has the fields {known}.", did_you_mean(field, fields) if fields else "")
+    fix = did_you_mean(field, fields) if fields else ""
+    return UserError("field", field, f"{place} has the fields {', '.join(fields) or 'none'}.", fix)
 
 
-def _place(piece: Piece, record: Record) -> str:
-    return f"{piece.name}, {piece.unit} {record.number}" if piece.unit != "file" else piece.name
+def data_extension(path: Path) -> str:
+    """`.jsonl` of `a.jsonl.gz`; "" for a file that cannot be read."""
+    suffixes, readable = [suffix.lower() for suffix in path.suffixes[-2:]], [*JSON_LINES, *TEXT, ".parquet"]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+        readable.remove(".parquet")
+    return suffixes[-1] if suffixes and suffixes[-1] in readable else ""
 
 
-def _refuse(piece: Piece, record: Record, allowed: str, do: str = "") -> UserError:
-    return UserError("source", _place(piece, record), allowed, do)
+class FileReader:
+    """The records of one file. `raw_position` counts the bytes that were read from the disk."""
+
+    def __init__(self, path: Path, field: str, text_unit: Unit) -> None:
+        self.path, self.raw_position = path, 0
+        extension = data_extension(path)
+        if extension in JSON_LINES:
+            self.origin = Origin(str(path), "jsonl", field, "line")
+        elif extension in TEXT:
+            self.origin = Origin(str(path), "text", field, text_unit)
+        else:
+            self.origin = Origin(str(path), "value", field, "row")
+
+    def records(self, skip: int = 0) -> Iterator[Record]:
+        """All records but the first `skip`. Raises UserError for a file that cannot be read to its end."""
+        payloads = self._rows() if self.origin.kind == "value" else self._pieces()
+        try:
+            for number, payload in enumerate(payloads, start=1):
+                if number > skip:
+                    yield Record(payload, number, self.origin)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            if isinstance(error, OSError) and error.strerror:
+                raise UserError("source", str(self.path), f"cannot be read: {error.strerror}.") from None
+            problem = f"the compressed file is damaged or cut off ({error})."
+            raise UserError("source", str(self.path), problem, "Download or copy it again.") from None
+
+    def _pieces(self) -> Iterator[bytes]:
+        with self.path.open("rb") as raw, _decompressed(raw, self.path.suffix.lower()) as stream:
+            pieces: Iterable[bytes] = stream
+            if self.origin.unit == "file":
+                pieces = self._one_document(stream)
+            elif self.origin.unit == "paragraph":
+                pieces = _paragraphs(stream)
+            for piece in pieces:
+                self.raw_position = raw.tell()
+                yield piece
+
+    def _one_document(self, stream: BinaryIO) -> Iterator[bytes]:
+        text = stream.read(LARGEST_TEXT_FILE + 1)
+        if len(text) > LARGEST_TEXT_FILE:
+            problem = f"holds more than {LARGEST_TEXT_FILE >> 20} MB of text, too much for one document."
+            raise UserError("source", str(self.path), problem, "Set text_unit=paragraph or text_unit=line.")
+        if text:
+            yield text
+
+    def _rows(self) -> Iterator[Any]:
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        number = 0
+        try:
+            with pq.ParquetFile(self.path, buffer_size=_CHUNK) as file:
+                names = file.schema_arrow.names
+                if self.origin.field not in names:
+                    raise missing_field(self.origin.field, names, str(self.path))
+                for rows in file.iter_batches(_ROWS, columns=[self.origin.field], use_threads=False):
+                    yield from rows.column(0).to_pylist()
+                    number += len(rows)
+                    self.raw_position = int(self.path.stat().st_size * number / file.metadata.num_rows)
+        except UnicodeDecodeError as error:
+            place = f"{self.path}, rows {number + 1} to {number + len(rows)}"
+            problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8."
+            raise UserError("source", place, problem, "Write the column again.") from None
+        except pa.ArrowInvalid as error:
+            raise UserError("source", str(self.path), f"not a readable Parquet file ({error}).") from None
 
 
-def _one_object(record: Record) -> str:
-    if record.number == 1 and record.payload.lstrip().startswith(b"["):
-        return "This file is one JSON array; write one object a line: jq -c '.[]' FILE > FILE.jsonl"
-    return "Each line is one JSON object."
+def _paragraphs(stream: BinaryIO) -> Iterator[bytes]:
+    """Runs of lines between blank lines."""
+    lines: list[bytes] = []
+    for line in stream:
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield b"".join(lines)
+            lines = []
+    if lines:
+        yield b"".join(lines)
 
 
-def _not_utf8(piece: Piece, record: Record, error: UnicodeError) -> UserError:
-    if isinstance(error, UnicodeEncodeError):
-        return _refuse(piece, record, f"half a surrogate pair at character {error.start}: not text.", "Mend it.")
-    assert isinstance(error, UnicodeDecodeError)
-    byte = error.object[error.start]
-    allowed = f"byte 0x{byte:02x} at position {error.start} of this {piece.unit} is not UTF-8."
-    return _refuse(piece, record, allowed, "Convert the file: iconv -f ENCODING -t UTF-8")
+def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
+    """The plain bytes. The large buffer matters: iterating over the lines of gzip and lzma is several times slower."""
+    if suffix not in COMPRESSIONS:
+        return raw
+    stream: Any
+    if suffix == ".gz":
+        stream = gzip.GzipFile(fileobj=raw)
+    elif suffix == ".xz":
+        stream = lzma.open(raw)  # noqa: SIM115 - closed with its buffer
+    else:
+        import pyarrow as pa
+
+        stream = pa.CompressedInputStream(raw, "zstd")  # zstandard's reader accepts a frame without its end
+    return cast(BinaryIO, io.BufferedReader(stream, _CHUNK))

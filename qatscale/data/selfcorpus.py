@@ -1,15 +1,12 @@
-"""The embedded corpus: English prose and Python from what is on the machine anyway, so that nothing is downloaded.
+"""The embedded corpus: English prose and Python from the packages of this machine, so that nothing is downloaded.
 
-It comes from the standard library and from the packages that qatscale itself depends on. A module gives two
-kinds of documents: its docstrings, each under the name and arguments of what it describes, and its source without
-them, both cut between definitions.
-Tests, generated tables, and functions, classes or docstrings that occurred before are left out, so that held-out
-documents are not copies of training documents. Modules come in the order of a hash of their names, and the first ones
-that fill the wanted size make the corpus: a sample of all packages, already shuffled. The same Python and the same
-package versions give the same bytes.
+It comes from the standard library and from the packages that qatscale depends on. A module gives two kinds of
+documents, cut between definitions: its docstrings, each under the name and arguments of what it describes, and its
+source without them. Tests, generated tables and repeated definitions are left out, so that held-out documents are not
+copies of training documents. Modules are ordered by a hash of their names, and the first ones that fill the size make
+the corpus, a shuffled sample of all packages. The same Python and package versions give the same bytes.
 
-Prose and code of one field, documents of a few thousand characters: regular enough for a model of a million
-parameters to learn from, and not so regular that it could learn it by heart.
+The text is regular enough for a model of a million parameters to learn from, and too varied to memorise.
 """
 
 from __future__ import annotations
@@ -29,20 +26,20 @@ from qatscale.errors import UserError
 
 DEFAULT_BYTES = 12_000_000
 _SMALLEST, _DOCUMENT, _MODULE = 400, 8_000, 60_000
-"""Characters: of a document at least; about at most; and of what one module gives, lest a few be most of the corpus."""
+"""Characters: least and about the most of a document, and the most of a module, so that no module dominates."""
 _REPEATABLE = 120
-"""Definitions shorter than this may occur again; they are everyday code, no copy of something."""
+"""Shorter definitions may occur again."""
 _LEFT_OUT = re.compile(
     r"(^|/)(tests?|testing|_?test_[^/]*|[^/]*_tests?|idle_test|conftest|_sysconfigdata[^/]*)(/|\.py$)"
     r"|(^|/)(site-packages|dist-packages|__pycache__|config-[^/]*|_vendor|lib2to3|encodings)/|_installed\.py$"
 )
-"""Tests, other people's copies, tables, and what is written when a package is built."""
+"""Tests, vendored copies, tables, and files written when a package is built."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def fingerprint() -> str:
-    """sha256 of what decides the corpus: the versions of Python, of the packages, and of the recipe below."""
+    """sha256 of what decides the corpus: the versions of Python and of the packages, and the constants above."""
     versions = [f"{d.metadata['Name']}=={d.version}" for d in _distributions()]
     recipe = f"{_SMALLEST} {_DOCUMENT} {_MODULE} {_REPEATABLE} {_LEFT_OUT.pattern}"
     return hashlib.sha256("\n".join([platform.python_version(), *versions, recipe]).encode()).hexdigest()
@@ -50,7 +47,7 @@ def fingerprint() -> str:
 
 @functools.lru_cache(maxsize=1)
 def documents(size: int) -> tuple[str, ...]:
-    """Documents of about `size` bytes in all; fewer where the machine holds less."""
+    """Documents of about `size` bytes in all; fewer if the packages hold less."""
     seen: set[bytes] = set()
     found: list[str] = []
     for _, path in modules():
@@ -64,7 +61,7 @@ def documents(size: int) -> tuple[str, ...]:
 
 @functools.cache
 def modules() -> tuple[tuple[str, Path], ...]:
-    """(name, file) of every module considered, in the corpus's order; names do not tell where Python is installed."""
+    """(name, file) of every module considered, in the corpus's order. Names are independent of the installation."""
     library = Path(sysconfig.get_path("stdlib"))
     found = [(path.relative_to(library).as_posix(), path) for path in library.rglob("*.py")]
     for distribution in _distributions():
@@ -75,27 +72,27 @@ def modules() -> tuple[tuple[str, Path], ...]:
 
 
 def _distributions() -> list[importlib.metadata.Distribution]:
-    """The installed packages that qatscale requires itself, by name; those of its extras left out."""
+    """The installed packages that qatscale requires, by name, without those of its extras."""
     try:
         requirements = importlib.metadata.requires("qatscale") or []
     except importlib.metadata.PackageNotFoundError:
-        allowed = "is made of the packages that qatscale requires, and qatscale is not installed."
-        raise UserError("source", "self", allowed, "Run: pip install --no-deps -e CHECKOUT") from None
+        problem = "consists of the packages that qatscale requires, and qatscale is not installed."
+        raise UserError("source", "self", problem, "Run: pip install --no-deps -e CHECKOUT") from None
     required = [r for r in requirements if "extra ==" not in r]
     names = sorted({re.split(r"[^A-Za-z0-9._-]", r, maxsplit=1)[0].lower() for r in required})
     return [importlib.metadata.distribution(name) for name in names]
 
 
 def module_documents(source: bytes, seen: set[bytes]) -> list[str]:
-    """The docstrings of a module and its code, less what is in `seen`, which what is taken is added to."""
+    """The docstrings of a module and its code, without what is in `seen`; adds the rest to it."""
     try:
         text = source.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return []
-    lines = [line + "\n" for line in text.split("\n")]  # as ast counts them: a form feed ends none
+    lines = [line + "\n" for line in text.split("\n")]  # ast does not end a line at a form feed
     docstrings = _docstrings(tree)
     prose = list(_documents(_new((entry for entry, _ in docstrings), seen)))
     for _, node in docstrings:
@@ -108,7 +105,7 @@ def module_documents(source: bytes, seen: set[bytes]) -> list[str]:
 
 
 def _docstrings(tree: ast.Module) -> list[tuple[str, ast.Expr]]:
-    """Each docstring as `name(arguments)` and its text, in the order of the file, with the statement that holds it."""
+    """Each docstring as `name(arguments)` and its text, with the statement that holds it."""
     found: list[tuple[str, ast.Expr]] = []
 
     def visit(node: ast.Module | Definition, prefix: str) -> None:
@@ -127,7 +124,7 @@ def _docstrings(tree: ast.Module) -> list[tuple[str, ast.Expr]]:
 
 
 def _definitions(tree: ast.Module, lines: list[str]) -> Iterator[str]:
-    """The source of each run of top-level statements that ends with a definition, comments before it included."""
+    """The source of each run of top-level statements that ends with a definition, with the comments before it."""
     start = 0
     for node in tree.body:
         if isinstance(node, Definition):
@@ -164,6 +161,6 @@ def _documents(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _is_language(text: str) -> bool:
-    """Tables of numbers and escapes are not: too few of their characters are letters or spaces."""
+    """False for tables of numbers and escapes, which hold few letters and spaces."""
     letters = sum(map(str.isalpha, text)) + text.count(" ")
     return letters > 0.7 * len(text)

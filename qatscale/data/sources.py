@@ -1,4 +1,4 @@
-"""What `qatscale prepare` takes: local files, Hugging Face data sets, and the embedded corpus, all as streams."""
+"""What `qatscale prepare` reads: local files, Hugging Face datasets and the embedded corpus, each as a stream."""
 
 from __future__ import annotations
 
@@ -13,14 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from qatscale.config.amounts import parse_amount
-from qatscale.data.files import COMPRESSIONS, JSON_LINES, KNOWN, TEXT, FileReader, data_extension, edge_fingerprint
-from qatscale.data.records import BATCH_BYTES, Batch, Piece, Record, Unit, missing_field, size_of
+from qatscale.data import selfcorpus
+from qatscale.data.records import (
+    COMPRESSIONS,
+    JSON_LINES,
+    TEXT,
+    FileReader,
+    Origin,
+    Record,
+    Unit,
+    data_extension,
+    missing_field,
+)
 from qatscale.errors import UserError, nearest
 
 SELF = "self"
-"""The name of the embedded corpus; `self:30M` = with at most that many bytes."""
+"""The name of the embedded corpus; `self:30M` is at most 30 MB of it."""
+BATCH_BYTES = 1 << 20
+"""Bytes (or characters) of records that are tokenized together."""
 _SAMPLE_SHARE = 1 << 18
-"""Bytes that a file gives to the tokenizer's sample at least, so that few bytes come from few files."""
+"""Least bytes that a file contributes to the tokenizer's sample, so that a small sample opens few files."""
+_EDGE = 1 << 16
+_KINDS = f"Kinds that are read: {', '.join(JSON_LINES + TEXT)}, each also with {', '.join(COMPRESSIONS)}; .parquet."
 
 
 @dataclass(frozen=True)
@@ -30,31 +44,54 @@ class SourceOptions:
     text_unit: Unit = "file"
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Records to tokenize together."""
+
+    records: list[Record]
+    position: Any
+    """Where reading continues after them, for `batches(position)` of the same source; JSON."""
+
+    def texts(self) -> Iterator[str]:
+        return (record.text() for record in self.records)
+
+
 class Source(abc.ABC):
-    """A stream of batches. The same source gives the same batches, and from a batch's position on the same rest."""
+    """A stream of batches. Reading again gives the same batches; reading from a batch's position gives the rest."""
 
     spec: str
+    fraction_read: float | None = None
+    """For the progress bar; None = unknown."""
 
     @abc.abstractmethod
-    def batches(self, position: Any = None) -> Iterator[Batch]:
-        """From `position` on (None = the start)."""
+    def _records(self, position: Any) -> Iterator[tuple[list[Record], Any]]:
+        """Groups of records from `position` on (None = the start), each with the position after it."""
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What tells this source from another, or from itself with other content; JSON, no absolute paths."""
+        """What distinguishes this source and its content from others; JSON, without absolute paths."""
+
+    def batches(self, position: Any = None) -> Iterator[Batch]:
+        records: list[Record] = []
+        size = 0
+        end = position
+        for group, end in self._records(position):
+            records += group
+            size += sum(record.size for record in group)
+            if size >= BATCH_BYTES:
+                yield Batch(records, end)
+                records, size = [], 0
+        if records:
+            yield Batch(records, end)
 
     def sample(self, size: int) -> Iterator[str]:
-        """Documents, about `size` characters in all, always the same ones. Here: the first ones."""
+        """Documents of about `size` characters in all, the same ones each time. By default the first ones."""
         for batch in self.batches():
             for text in batch.texts():
                 if size <= 0:
                     return
                 size -= len(text)
                 yield text
-
-    def fraction_read(self) -> float | None:
-        """How much of it was read, for the progress bar; None = nobody knows."""
-        return None
 
 
 class LocalSource(Source):
@@ -63,66 +100,46 @@ class LocalSource(Source):
     def __init__(self, spec: str, root: Path, files: list[Path], options: SourceOptions) -> None:
         self.spec, self._root, self._files, self._options = spec, root, files, options
         self._sizes = [file.stat().st_size for file in files]
-        self._reading: tuple[int, FileReader] | None = None
 
     def identity(self) -> dict[str, Any]:
+        """Covers each file's name, size and both ends: cheap, and enough to see that a file was replaced."""
         digest = hashlib.sha256()
-        for file in self._files:
-            name = file.relative_to(self._root).as_posix()
-            digest.update(json.dumps([name, *edge_fingerprint(file)]).encode())
-        return {
-            "kind": "files",
-            "files": len(self._files),
-            "bytes": sum(self._sizes),
-            "fingerprint": digest.hexdigest(),
-        }
+        for path, size in zip(self._files, self._sizes, strict=True):
+            with path.open("rb") as file:
+                ends = hashlib.sha256(file.read(_EDGE))
+                file.seek(max(0, size - _EDGE))
+                ends.update(file.read(_EDGE))
+            digest.update(json.dumps([path.relative_to(self._root).as_posix(), size, ends.hexdigest()]).encode())
+        bytes_ = sum(self._sizes)
+        return {"kind": "files", "files": len(self._files), "bytes": bytes_, "fingerprint": digest.hexdigest()}
 
     def _reader(self, index: int) -> FileReader:
         return FileReader(self._files[index], self._options.field, self._options.text_unit)
 
-    def batches(self, position: Any = None) -> Iterator[Batch]:
+    def _records(self, position: Any) -> Iterator[tuple[list[Record], Any]]:
         start, skip = position or (0, 0)
-        pieces: list[Piece] = []
-        gathered = 0
+        total = max(1, sum(self._sizes))
         for index in range(start, len(self._files)):
-            reader = self._reader(index)
-            self._reading = index, reader
-            records: list[Record] = []
-            piece = Piece(str(reader.path), reader.kind, self._options.field, reader.unit, records)
+            reader, before = self._reader(index), sum(self._sizes[:index])
             for record in reader.records(skip if index == start else 0):
-                records.append(record)
-                gathered += size_of(record.payload)
-                if gathered >= BATCH_BYTES:
-                    yield Batch([*pieces, piece], [index, record.number])
-                    pieces, gathered, records = [], 0, []
-                    piece = Piece(str(reader.path), reader.kind, self._options.field, reader.unit, records)
-            if records:
-                pieces.append(piece)
-        if pieces:
-            yield Batch(pieces, [len(self._files), 0])
+                self.fraction_read = (before + reader.raw_position) / total
+                yield [record], [index, record.number]
 
     def sample(self, size: int) -> Iterator[str]:
         """From the starts of files spread evenly over all of them."""
         count = min(len(self._files), max(1, size // _SAMPLE_SHARE))
         for index in range(count):
-            reader, left = self._reader(index * len(self._files) // count), size // count
-            for record in reader.records():
+            left = size // count
+            for record in self._reader(index * len(self._files) // count).records():
                 if left <= 0:
                     break
-                piece = Piece(str(reader.path), reader.kind, self._options.field, reader.unit, [record])
-                text = next(piece.texts())
+                text = record.text()
                 left -= len(text)
                 yield text
 
-    def fraction_read(self) -> float | None:
-        if self._reading is None:
-            return 0.0
-        index, reader = self._reading
-        return (sum(self._sizes[:index]) + reader.raw_position) / max(1, sum(self._sizes))
-
 
 class HubSource(Source):
-    """A data set that `datasets` loads by name, streamed."""
+    """A dataset that `datasets` loads by name, streamed."""
 
     _ROWS = 256
 
@@ -141,78 +158,52 @@ class HubSource(Source):
         try:
             dataset = datasets.load_dataset(self._name, self._config, split=self._options.split, streaming=True)
         except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
-            allowed = "neither a file or folder here, nor a data set that `datasets` can load."
-            raise UserError("source", self.spec, f"{allowed} It says: {str(error).splitlines()[0]}") from None
+            problem = "neither a local file or folder nor a dataset that `datasets` can load."
+            raise UserError("source", self.spec, f"{problem} It says: {str(error).splitlines()[0]}") from None
         columns = dataset.column_names or list(next(iter(dataset), {}))
         if self._options.field not in columns:
             raise missing_field(self._options.field, columns, self.spec)
         return dataset.select_columns([self._options.field])
 
-    def batches(self, position: Any = None) -> Iterator[Batch]:
+    def _records(self, position: Any) -> Iterator[tuple[list[Record], Any]]:
         dataset = self._load()
         number, state = position or (0, None)
         if state is not None:
             dataset.load_state_dict(state)
-        records: list[Record] = []
-        gathered = 0
+        origin = Origin(self.spec, "value", self._options.field, "row")
         for rows in dataset.iter(self._ROWS):
-            for value in rows[self._options.field]:
-                number += 1
-                gathered += size_of(value)
-                records.append(Record(value, number))
-            if gathered >= BATCH_BYTES:
-                yield self._batch(records, [number, dataset.state_dict()])
-                records, gathered = [], 0
-        if records:
-            yield self._batch(records, [number, dataset.state_dict()])
-
-    def _batch(self, records: list[Record], position: Any) -> Batch:
-        return Batch([Piece(self.spec, "value", self._options.field, "row", records)], position)
+            values = rows[self._options.field]
+            records = [Record(value, index, origin) for index, value in enumerate(values, start=number + 1)]
+            number += len(records)
+            yield records, [number, dataset.state_dict()]
 
 
 class SelfSource(Source):
-    """The embedded corpus: what is on the machine anyway (see `selfcorpus`)."""
+    """The embedded corpus (see `selfcorpus`)."""
 
     def __init__(self, spec: str) -> None:
-        from qatscale.data import selfcorpus
-
         self.spec = spec
         amount = spec.partition(":")[2]
         try:
             self._size = parse_amount(amount) if amount else selfcorpus.DEFAULT_BYTES
         except ValueError as error:
             raise UserError("source", spec, f"{error}.", "Write self or, for example, self:30M.") from None
-        self._read = 0.0
 
     def identity(self) -> dict[str, Any]:
-        from qatscale.data import selfcorpus
-
         return {"kind": "self", "bytes": self._size, "fingerprint": selfcorpus.fingerprint()}
 
-    def batches(self, position: Any = None) -> Iterator[Batch]:
-        from qatscale.data import selfcorpus
-
+    def _records(self, position: Any) -> Iterator[tuple[list[Record], Any]]:
+        origin = Origin(self.spec, "value", "text", "document")
         texts = selfcorpus.documents(self._size)
-        records: list[Record] = []
-        gathered = 0
-        for number, text in enumerate(texts, start=1):
-            if number <= (position or 0):
-                continue
-            records.append(Record(text, number))
-            gathered += len(text)
-            if gathered >= BATCH_BYTES or number == len(texts):
-                self._read = number / len(texts)
-                yield Batch([Piece(self.spec, "value", "text", "document", records)], number)
-                records, gathered = [], 0
-
-    def fraction_read(self) -> float | None:
-        return self._read
+        for number in range((position or 0) + 1, len(texts) + 1):
+            self.fraction_read = number / len(texts)
+            yield [Record(texts[number - 1], number, origin)], number
 
 
 def open_source(spec: str, options: SourceOptions) -> Source:
-    """`self`, a file, a folder, a glob, or else the name of a data set (`owner/name`, `owner/name:config`).
+    """`self`, a file, a folder, a glob, or else the name of a dataset (`owner/name`, `owner/name:config`).
 
-    Raises UserError for a path or glob that finds nothing and for files of an unknown kind.
+    Raises UserError for a path or glob without a file, and for files of an unknown kind.
     """
     if spec == SELF or spec.startswith(SELF + ":"):
         return SelfSource(spec)
@@ -220,50 +211,36 @@ def open_source(spec: str, options: SourceOptions) -> Source:
     if path.is_dir():
         return LocalSource(spec, path, _in_folder(path), options)
     if path.exists():
-        return LocalSource(spec, path.parent, [_known(path)], options)
+        return LocalSource(spec, path.parent, [_readable(path)], options)
     if any(sign in spec for sign in "*?["):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - absolute too
-        files = [_known(file) for file in found if file.is_file()]
+        files = [_readable(file) for file in found if file.is_file()]
         if not files:
             raise UserError("source", spec, "no file matches.", "Quote the pattern so that the shell leaves it alone.")
         root = Path(os.path.commonpath([file.parent for file in files]))
         return LocalSource(spec, root, files, options)
-    if _means_a_file(spec, path):
+    # datasets are called `name` or `owner/name`
+    names_file = data_extension(path) or path.suffix.lower() in COMPRESSIONS or spec.endswith("/")
+    if names_file or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else None
-        do = f"Did you mean {str(path.with_name(near))!r}?" if near else ""
-        raise UserError("source", spec, "there is no such file or folder.", do)
+        fix = f"Did you mean {str(path.with_name(near))!r}?" if near else ""
+        raise UserError("source", spec, "no such file or folder.", fix)
     return HubSource(spec, options)
 
 
-def _means_a_file(spec: str, path: Path) -> bool:
-    """Whether a name under which nothing lies cannot be meant as that of a data set, `name` or `owner/name`."""
-    by_ending = data_extension(path) or path.suffix.lower() in COMPRESSIONS or spec.endswith("/")
-    return bool(by_ending) or spec.startswith((".", "/", "~")) or spec.count("/") > 1
-
-
 def _in_folder(folder: Path) -> list[Path]:
-    """Every file below `folder` that can be read, hidden ones left out, in the order of their names."""
-    hidden = [p for p in folder.rglob("*") if p.is_file()]
-    files = [p for p in hidden if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    known = sorted((p for p in files if data_extension(p)), key=lambda p: p.relative_to(folder).as_posix())
-    if not known:
-        there = ", ".join(sorted({p.suffix or p.name for p in files})) or "nothing"
-        raise UserError("source", str(folder), f"holds no file that can be read (found {there}).", _kinds())
-    return known
+    """Every readable file below `folder` in the order of the names, without hidden ones."""
+    relative = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    visible = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
+    readable = [folder / path for path in sorted(visible, key=Path.as_posix) if data_extension(path)]
+    if not readable:
+        found = ", ".join(sorted({path.suffix or path.name for path in visible})) or "nothing"
+        raise UserError("source", str(folder), f"holds no file that can be read (found {found}).", _KINDS)
+    return readable
 
 
-def _known(file: Path) -> Path:
+def _readable(file: Path) -> Path:
     if not data_extension(file):
         ending = "".join(file.suffixes[-2:]) if file.suffix.lower() in COMPRESSIONS else file.suffix
-        raise UserError("source", str(file), f"files of kind {ending or 'no ending'!r} are not read.", _hint(file))
+        raise UserError("source", str(file), f"files of kind {ending or 'no ending'!r} are not read.", _KINDS)
     return file
-
-
-def _hint(file: Path) -> str:
-    near = nearest(file.suffix, KNOWN)
-    return f"Did you mean {near!r}? {_kinds()}" if near else _kinds()
-
-
-def _kinds() -> str:
-    compressed = f"{', '.join(JSON_LINES + TEXT)}, each also with {', '.join(COMPRESSIONS)}"
-    return f"Kinds that are read: {compressed}; .parquet."

@@ -1,4 +1,4 @@
-"""progress.json: how far an unfinished `prepare` has come, so that the same command goes on from there."""
+"""progress.json: how far an unfinished `prepare` has come, so that the same command continues from it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qatscale.data.encode import SPLITS
+from qatscale.data.indexed import Shard
 from qatscale.data.manifest import NAME as MANIFEST
-from qatscale.data.manifest import Manifest, Shard, SplitCounts
+from qatscale.data.manifest import Manifest, SplitCounts
 from qatscale.errors import UserError
 from qatscale.files import PARTIAL, HeldError, locked, write_json
 
 NAME = "progress.json"
 TOKENIZER = "tokenizer"
-_RESTART = "Choose another folder, or discard what is there and start anew: --restart"
+_RESTART = "Choose another folder, or discard its content and start again: --restart"
 
 
 class State(BaseModel):
-    """Written after every part; what it does not name was not finished."""
+    """Written after every pair of shards; whatever it does not name is unfinished."""
 
     model_config = ConfigDict(extra="forbid")
 
     identity: dict[str, Any]
     source: int = 0
-    """Index of the source to go on with."""
+    """Index of the source to continue with."""
     position: Any = None
-    """Where that source goes on."""
+    """Where that source continues."""
     part: int = 0
     """Number of the next pair of shards."""
     empty: int = 0
@@ -49,10 +50,6 @@ class State(BaseModel):
     def tokens(self) -> int:
         return sum(counts.tokens for counts in self.splits.values())
 
-    @property
-    def text_bytes(self) -> int:
-        return sum(counts.text_bytes or 0 for counts in self.splits.values())
-
     def add(self, split: str, shard: Shard, text_bytes: int) -> None:
         old = self.splits[split]
         self.splits[split] = SplitCounts(
@@ -67,14 +64,14 @@ class State(BaseModel):
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a folder that was prepared alike and to the end.
+    """The manifest of a folder that was prepared from this identity to the end; None where it is unfinished.
 
-    Raises UserError where it was prepared otherwise, or where a shard is missing or has another size.
+    Raises UserError where another identity was prepared, or where a shard is missing or has another size.
     """
     if not (folder / MANIFEST).is_file():
         return None
     manifest = Manifest.load(folder)
-    _same(folder, "a data set", manifest.identity, identity)
+    _check_identity(folder, "a dataset", manifest.identity, identity)
     for split, counts in manifest.splits.items():
         if counts.shards:
             manifest.open_shards(folder, split, "size")
@@ -82,7 +79,7 @@ def finished(folder: Path, identity: dict[str, Any]) -> Manifest | None:
 
 
 def refuse_strangers(folder: Path) -> None:
-    """Raise UserError where the folder holds other things than a data set, finished or not."""
+    """Raise UserError where the folder holds anything but a dataset, finished or not."""
     if (folder / MANIFEST).is_file() or (folder / NAME).is_file():
         return
     strangers = sorted(p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(PARTIAL))
@@ -91,28 +88,27 @@ def refuse_strangers(folder: Path) -> None:
 
 
 def resume(folder: Path, identity: dict[str, Any]) -> State:
-    """The state to go on from, files of anything unfinished removed.
+    """The state to continue from. Removes unfinished files.
 
-    Raises UserError where finished shards were made otherwise, and where the folder holds other things.
+    Raises UserError where finished shards have another identity.
     """
     path = folder / NAME
     if not path.is_file():
-        refuse_strangers(folder)
         return State.fresh(identity)
     try:
         state = State.model_validate_json(path.read_bytes())
     except ValidationError:
         raise UserError("out", str(path), "cannot be read.", _RESTART) from None
-    if state.part == 0 and state.identity != identity:  # nothing to lose
+    if state.part == 0 and state.identity != identity:  # nothing is lost
         discard(folder)
         return State.fresh(identity)
-    _same(folder, "a half-prepared data set", state.identity, identity)
+    _check_identity(folder, "a half-prepared dataset", state.identity, identity)
     _remove_shards(folder, keep={shard.name for counts in state.splits.values() for shard in counts.shards})
     return state
 
 
 def discard(folder: Path) -> None:
-    """Remove what `prepare` made; the manifest first, so that no moment shows a data set with missing shards."""
+    """Remove what `prepare` made; the manifest first, so that it never lists missing shards."""
     for name in (MANIFEST, NAME):
         (folder / name).unlink(missing_ok=True)
     _remove_shards(folder, keep=set())
@@ -126,17 +122,11 @@ def _remove_shards(folder: Path, keep: set[str]) -> None:
                 file.unlink()
 
 
-def _same(folder: Path, what: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    if there == asked:
-        return
-    keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
-    told = "; ".join(f"{key} {_short(there.get(key))} there, {_short(asked.get(key))} asked for" for key in keys)
-    raise UserError("out", str(folder), f"holds {what} made otherwise: {told}.", _RESTART)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 160 else text[:157] + "..."
+def _check_identity(folder: Path, what: str, held: dict[str, Any], asked: dict[str, Any]) -> None:
+    keys = sorted(key for key in held.keys() | asked.keys() if held.get(key) != asked.get(key))
+    if keys:
+        differences = [f"{key} is {held.get(key)!s:.160}, not {asked.get(key)!s:.160}" for key in keys]
+        raise UserError("out", str(folder), f"holds {what} made otherwise: {'; '.join(differences)}.", _RESTART)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ from qatscale.data.indexed import token_dtype
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError
 from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json
-from qatscale.untrusted import check_json_files, first_line, read_json
+from qatscale.untrusted import check_json_files, first_line, read_object, readable
 
 CARD = "qatscale_tokenizer.json"
-"""Beside a saved tokenizer: which kind it is, its EOS and its fingerprint."""
+"""Beside a saved tokenizer: its kind, its EOS and its fingerprint."""
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back. No special token is ever read out of the text of a document, and none is added."""
+    """Text to ids and back. The text of a document never becomes a special token, and none is added."""
 
     kind: str
     vocab_size: int
@@ -35,10 +36,17 @@ class Tokenizer(abc.ABC):
     """Ends every document."""
     fingerprint: str
     """sha256 of everything that decides the ids."""
+    files: dict[str, bytes]
+    """Name -> content of what `save` writes beside the card."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return token_dtype(self.vocab_size)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        kind, size = self.kind, self.vocab_size
+        return {"kind": kind, "vocab_size": size, "eos_id": self.eos_id, "fingerprint": self.fingerprint}
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -47,17 +55,14 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str: ...
 
-    @abc.abstractmethod
-    def _save_files(self, folder: Path) -> None: ...
-
     def save(self, folder: Path) -> None:
-        """Write the tokenizer as `folder`, which appears whole or not at all."""
+        """Write the tokenizer as `folder`, which appears complete or not at all."""
         partial = folder.with_name(folder.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        self._save_files(partial)
-        card = {"kind": self.kind, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
-        write_json(partial / CARD, card | {"fingerprint": self.fingerprint})
+        for name, content in self.files.items():
+            write_atomic(partial / name, content)
+        write_json(partial / CARD, self.card)
         shutil.rmtree(folder, ignore_errors=True)
         rename_synced(partial, folder)
 
@@ -66,14 +71,14 @@ class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, name: str = "") -> None:
-        """`model`: the serialized model; `name`: what to call it in an error."""
+        """`model`: the serialized model; `name`: what errors call it."""
         import sentencepiece
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise UserError("tokenizer", name, f"no SentencePiece model ({error}).") from None
-        self._model = model
+            raise UserError("tokenizer", name, f"not a SentencePiece model ({error}).") from None
+        self.files = {SENTENCEPIECE_FILE: model}
         self.vocab_size = self._processor.get_piece_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
@@ -89,21 +94,25 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._processor.decode([int(i) for i in ids]))
 
-    def _save_files(self, folder: Path) -> None:
-        write_atomic(folder / SENTENCEPIECE_FILE, self._model)
-
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Rust tokenizer (`tokenizer.json`); loads without transformers once it is saved."""
+    """A Rust tokenizer (`tokenizer.json`). Reads its files without transformers."""
 
     kind = "huggingface"
 
-    def __init__(self, backend: Any, eos_id: int, files: dict[str, bytes]) -> None:
-        """`backend`: a tokenizers.Tokenizer; `files`: further files of the tokenizer's folder, name -> content."""
+    def __init__(self, files: dict[str, bytes], eos_id: int, name: str) -> None:
+        """`files`: those of the tokenizer's folder, by name; `name`: what errors call it."""
+        import tokenizers
+
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(files.get(HUGGING_FACE_FILE, b""))
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise UserError("tokenizer", name, f"its {HUGGING_FACE_FILE} cannot be read: {error}.") from None
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" within a document is text
-        self._backend, self._files = backend, files
+        self._backend = backend
+        self.files = files | {HUGGING_FACE_FILE: backend.to_str().encode()}
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = eos_id
         self.fingerprint = hashlib.sha256(f"{backend.to_str()}\n{eos_id}".encode()).hexdigest()
@@ -115,90 +124,67 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
-    def _save_files(self, folder: Path) -> None:
-        for name, content in self._files.items():
-            write_atomic(folder / name, content)
-        write_atomic(folder / HUGGING_FACE_FILE, self._backend.to_str().encode())
-
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """A SentencePiece `.model` file, a folder (saved here, prepared here, or by Hugging Face), or a Hub name.
 
-    Raises UserError when it is none of them, or has no end-of-sequence token.
+    Raises UserError for anything else, and for a tokenizer without an end-of-sequence token.
     """
     path = Path(spec)
-    if path.is_file():
-        return SentencePieceTokenizer(path.read_bytes(), str(spec))
-    for folder in (path, path / "tokenizer"):
-        if (folder / CARD).is_file():
-            return _load_saved(folder)
-    if path.is_dir() and not (path / HUGGING_FACE_FILE).is_file() and (path / SENTENCEPIECE_FILE).is_file():
-        return SentencePieceTokenizer((path / SENTENCEPIECE_FILE).read_bytes(), str(spec))
-    if not path.exists() and (path.suffix == ".model" or path.is_absolute() or str(spec).startswith(".")):
-        raise UserError("tokenizer", str(spec), "there is no such file or folder.")
+    with readable("tokenizer", spec):
+        if path.is_file():
+            return SentencePieceTokenizer(path.read_bytes(), str(spec))
+        for folder in (path, path / "tokenizer"):
+            if (folder / CARD).is_file():
+                return _load_saved(folder)
+        if path.is_dir() and not (path / HUGGING_FACE_FILE).is_file() and (path / SENTENCEPIECE_FILE).is_file():
+            return SentencePieceTokenizer((path / SENTENCEPIECE_FILE).read_bytes(), str(spec))
+        if not path.exists() and (path.suffix == ".model" or path.is_absolute() or str(spec).startswith(".")):
+            raise UserError("tokenizer", str(spec), "no such file or folder.")
     return _load_hugging_face(str(spec))
 
 
 def _load_saved(folder: Path) -> Tokenizer:
-    card = read_json(folder / CARD, "tokenizer")
-    try:
-        kind, eos_id, fingerprint = card["kind"], card["eos_id"], card["fingerprint"]
-    except (TypeError, KeyError) as error:
-        raise UserError("tokenizer", str(folder / CARD), f"is damaged: {error}.") from None
+    card = read_object(folder / CARD, "tokenizer")
+    if missing := {"kind", "eos_id", "fingerprint"} - card.keys():
+        raise UserError("tokenizer", str(folder / CARD), f"is damaged: it lacks {', '.join(sorted(missing))}.")
     tokenizer: Tokenizer
-    if kind == SentencePieceTokenizer.kind:
-        tokenizer = SentencePieceTokenizer(_read(folder / SENTENCEPIECE_FILE), str(folder))
+    if card["kind"] == SentencePieceTokenizer.kind:
+        tokenizer = SentencePieceTokenizer((folder / SENTENCEPIECE_FILE).read_bytes(), str(folder))
     else:
-        import tokenizers
-
-        text = _read(folder / HUGGING_FACE_FILE)
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(text)
-        except Exception as error:  # tokenizers raises plain exceptions
-            raise UserError("tokenizer", str(folder / HUGGING_FACE_FILE), f"cannot be read: {error}.") from None
-        extra = sorted(p for p in folder.iterdir() if p.name not in (CARD, HUGGING_FACE_FILE) and p.is_file())
-        tokenizer = HuggingFaceTokenizer(backend, eos_id, {p.name: p.read_bytes() for p in extra})
-    if tokenizer.fingerprint != fingerprint:
+        tokenizer = HuggingFaceTokenizer(_files_in(folder), card["eos_id"], str(folder))
+    if tokenizer.fingerprint != card["fingerprint"]:
         raise UserError("tokenizer", str(folder), "was altered: its fingerprint is not the one in its card.")
     return tokenizer
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError("tokenizer", str(path), f"cannot be read: {error.strerror}.") from None
+def _files_in(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file() and p.name != CARD}
 
 
 def _load_hugging_face(spec: str) -> Tokenizer:
-    import tempfile
-
     from transformers import AutoTokenizer
 
     check_json_files(Path(spec), "tokenizer", "AutoTokenizer")
     try:
         loaded = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise errors of every kind
-        allowed = "a SentencePiece .model, a tokenizer's folder, or a name on the Hugging Face Hub."
-        raise UserError("tokenizer", spec, f"{allowed} Hugging Face says: {first_line(error)}") from None
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError("tokenizer", spec, "has no fast (tokenizer.json) form, and only that one is used here.")
+        problem = "neither a SentencePiece .model, a tokenizer's folder, nor a name on the Hugging Face Hub."
+        raise UserError("tokenizer", spec, f"{problem} Hugging Face says: {first_line(error)}") from None
+    if getattr(loaded, "backend_tokenizer", None) is None:
+        raise UserError("tokenizer", spec, "has no fast (tokenizer.json) form, the only one that is supported.")
     if loaded.eos_token_id is None:
         raise UserError("tokenizer", spec, "has no end-of-sequence token, and documents end with one.")
     with tempfile.TemporaryDirectory() as folder:
         loaded.save_pretrained(folder)
-        saved = sorted(p for p in Path(folder).iterdir() if p.name != HUGGING_FACE_FILE and p.is_file())
-        files = {p.name: p.read_bytes() for p in saved}
-    return HuggingFaceTokenizer(backend, int(loaded.eos_token_id), files)
+        return HuggingFaceTokenizer(_files_in(Path(folder)), int(loaded.eos_token_id), spec)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """A BPE model in the manner of Llama 2's: byte fallback, digits split, text left as it is, spaces kept.
+    """A BPE model like Llama 2's: byte fallback, single digits, unnormalised text, runs of spaces kept.
 
-    Learns from single lines, so a line break is its byte-fallback piece. The same texts give the same bytes.
-    Raises UserError when the texts do not hold enough for `vocab_size` pieces, or hold nothing, and whatever reading
-    `texts` raises.
+    It learns from single lines, so a line break is its byte-fallback piece. The same texts give the same bytes.
+    Raises UserError when the texts are empty or too few for `vocab_size` pieces, and whatever reading `texts` raises.
     """
     import sentencepiece
 
@@ -207,9 +193,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     def lines() -> Iterator[str]:
         try:
             for text in texts:
-                for line in text.split("\n"):
-                    if line:
-                        yield line
+                yield from filter(None, text.split("\n"))
         except GeneratorExit:
             raise
         except BaseException as error:
@@ -234,23 +218,23 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=4,  # written into the model, so that it must not depend on the machine
+            num_threads=4,  # written into the model, so it must not depend on the machine
             minloglevel=2,
         )
     except RuntimeError as error:
-        if failed:  # SentencePiece would tell no more of it than the line of our code
+        if failed:  # SentencePiece reports only the line of our code
             raise failed[0] from None
         if "sentences_.empty()" in str(error):
-            do = "Check the sources and the field."
-            raise UserError("sources", None, "there is no text to learn pieces from.", do) from None
+            fix = "Check the sources and the field."
+            raise UserError("sources", None, "hold no text to train a tokenizer on.", fix) from None
         raise UserError("vocab_size", vocab_size, _explain(str(error))) from None
     return SentencePieceTokenizer(model.getvalue())
 
 
 def _explain(error: str) -> str:
-    """What SentencePiece's own assertion means for the person who chose the vocabulary size."""
+    """What SentencePiece's own assertion means for the choice of the vocabulary size."""
     if limit := re.search(r"set it to a value <= (\d+)", error):
         return f"the text sample holds pieces for at most {limit[1]}. Choose that or fewer, or give more text."
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"fewer than the {limit[1]} single characters and bytes that must have a piece. Choose more."
+        return f"too small for the {limit[1]} single characters and bytes that must have a piece. Choose more."
     return f"SentencePiece could not train: {error.strip().splitlines()[-1]}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qatscale.data.manifest import tokenizer_folder
-from qatscale.data.open import open_validation
+from qatscale.data.reader import open_validation
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.encoding import ExportLayout

@@ -1,28 +1,108 @@
-"""Opens whatever holds a model: an export, a run, or a checkpoint."""
+"""Models that generate text: exports, runs and checkpoints, with transformers or mlx-lm."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
+
+from qatscale.data.manifest import tokenizer_folder
+from qatscale.engine.checkpoints.files import open_checkpoint
+from qatscale.engine.checkpoints.training_state import load_checkpointed_model
+from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.export.clients import Client, Transformers, install_line
 from qatscale.export.formats.base import Exported, find_export
 from qatscale.export.formats.mlx import MlxLm
 from qatscale.export.report import check_files
-from qatscale.inference.mlx_model import MlxModel
-from qatscale.inference.sampling import TextGenerator
-from qatscale.inference.transformers_model import TransformersModel, from_checkpoint, from_export
+from qatscale.inference.sampling import Detokenizer, Sampling, TextGenerator
+from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
+from qatscale.model.hugging_face_tokenizer import export_tokenizer
+from qatscale.quant.views import computed_weights
+from qatscale.train.validation import open_view
 from qatscale.untrusted import check_json_files, check_safetensors, first_line, readable
 
 Model = TypeVar("Model")
 
 
-def open_text_generator(what: str, view: str | None = None) -> TextGenerator:
-    """The model of an export, or of a run, RUN@STEP or a checkpoint folder, on the GPU where there is one.
+class TransformersModel:
+    def __init__(self, model: Any, tokenizer: Any, about: str) -> None:
+        self.model = model.to("cuda" if uses_gpu() else "cpu").eval()
+        self.tokenizer = tokenizer
+        self.about = about
+        self.length: int | None = model.config.max_position_embeddings
 
-    view: of a checkpoint's weights, `fp` or `quantized`; None: quantized once it has switched. UserError where
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)  # as in training
+
+    @torch.no_grad()
+    def stream(self, prompt: list[int], sampling: Sampling, write: Callable[[str], Any]) -> None:
+        from transformers.generation.streamers import BaseStreamer
+
+        pieces = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True), prompt)
+
+        class Streamer(BaseStreamer):
+            prompt_seen = False
+
+            def put(self, value: torch.Tensor) -> None:
+                if self.prompt_seen:  # transformers passes the prompt first
+                    for token in value.flatten().tolist():
+                        write(pieces.add(token))
+                self.prompt_seen = True
+
+            def end(self) -> None:
+                write(pieces.rest())
+
+        torch.manual_seed(sampling.seed)
+        ids = torch.tensor([prompt], device=self.model.device)
+        drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        if sampling.temperature > 0:
+            # transformers needs top_k=None for no filter
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p,
+                     "top_k": sampling.top_k or None}  # fmt: skip
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.tokens,
+            pad_token_id=self.tokenizer.eos_token_id or 0,  # unused, since one sequence needs no padding
+            streamer=Streamer(),
+            **drawn,
+        )
+
+
+class MlxModel:
+    def __init__(self, export: Exported) -> None:
+        from mlx_lm import load
+
+        self._model, self._tokenizer, config = load(str(export.path), return_config=True)
+        self.about = f"{export.path}: {export.format.name}, with mlx-lm"
+        self.length: int | None = config.get("max_position_embeddings")
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(self, prompt: list[int], sampling: Sampling, write: Callable[[str], Any]) -> None:
+        import mlx.core as mx
+        from mlx_lm import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        mx.random.seed(sampling.seed)
+        sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+        pieces = Detokenizer(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True), prompt)
+        for step in stream_generate(self._model, self._tokenizer, prompt, max_tokens=sampling.tokens, sampler=sampler):
+            if step.token in self._tokenizer.eos_token_ids:
+                break
+            write(pieces.add(step.token))
+        write(pieces.rest())
+
+
+def open_text_generator(what: str, view: str | None = None) -> TextGenerator:
+    """The model of an export, a run, RUN@STEP or a checkpoint folder, on the GPU if one exists.
+
+    view: that of a checkpoint's weights, `fp` or `quantized`; None = quantized after the switch. UserError where
     nothing is found, the export is damaged, or its client is not installed or refuses it.
     """
     openers: dict[type[Client], Callable[[Exported], TextGenerator]] = {Transformers: from_export, MlxLm: MlxModel}
@@ -30,7 +110,7 @@ def open_text_generator(what: str, view: str | None = None) -> TextGenerator:
 
 
 def open_transformers(what: str) -> TransformersModel:
-    """As `open_text_generator`, for models that transformers runs."""
+    """As `open_text_generator`, for models that transformers can load."""
     return _open(what, None, {Transformers: from_export})
 
 
@@ -57,5 +137,39 @@ def _open(
         check_safetensors(export.path, "model")
     try:
         return opener(export)
-    except Exception as error:  # each library raises other errors for a folder that it cannot load
+    except Exception as error:  # libraries raise errors of every kind for a folder that they cannot load
         raise UserError("model", what, f"{client.name} cannot load it: {first_line(error)}") from None
+
+
+def from_export(export: Exported) -> TransformersModel:
+    client = export.format.clients[0]
+    assert issubclass(client, Transformers)
+    about = f"{export.path}: {export.format.name}, with transformers"
+    return TransformersModel(client.load(export.path, "auto"), client.load_tokenizer(export.path), about)
+
+
+@torch.no_grad()
+def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
+    """The weights of a checkpoint in the given view, in transformers' Llama."""
+    import transformers
+
+    config, reader = open_checkpoint(what)
+    model, plugin = load_checkpointed_model(reader, config, torch.device("cpu"))
+    if view is None:
+        view = "fp" if plugin.switched_at is None else "quantized"
+    with open_view(model, view):
+        state = computed_weights(model)
+    tokens = tokenizer_folder(config.data.path)
+    if tokens is None:
+        fix = "Export it with --tokenizer FOLDER, and generate from the export."
+        raise UserError("model", what, "the data of its run have no tokenizer.", fix)
+    with tempfile.TemporaryDirectory() as folder:
+        special = export_tokenizer(tokens, Path(folder))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    dtype = state["embed.weight"].dtype
+    theirs = transformers.LlamaForCausalLM(
+        hugging_face_config(config.model, config.data.sequence_length, special, dtype)
+    )
+    theirs.to(dtype).load_state_dict(to_hugging_face(state, config.model), strict=False)  # a tied head is stored once
+    theirs.tie_weights()
+    return TransformersModel(theirs, tokenizer, f"{reader.folder}: {view} view")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qatscale.errors import UserError, did_you_mean
-from qatscale.inference.transformers_model import TransformersModel
+from qatscale.inference.generate import TransformersModel
 from qatscale.untrusted import first_line
 
 
@@ -18,16 +18,16 @@ class Score:
     task: str
     metric: str
     filter: str
-    """How the model's answer was processed before it was judged; `none` for most tasks."""
+    """How the model's answer is processed before it is judged; `none` for most tasks."""
     value: float
     error: float | None
-    """Standard error over the task's questions, by bootstrap for metrics without a formula; None if not estimated."""
+    """Standard error over the task's questions; None if not estimated."""
     shots: int | None
     questions: int | None
 
 
 def open_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
-    """The harness's TaskManager that knows `tasks`, also those defined in YAML files in `folder`.
+    """The harness's TaskManager, including tasks defined in YAML files in `folder`.
 
     UserError where the harness or `folder` is missing, and for an unknown task, with the nearest name.
     """
@@ -59,10 +59,10 @@ def run_harness(
     limit: int | None = None,
     batch: int = 8,
 ) -> list[Score]:
-    """The scores of a model, those of groups after those of their tasks.
+    """The scores of a model, first of the tasks, then of groups of them.
 
-    shots: worked examples before a question; None: the task's default. limit: questions of each task. No token precedes
-    a text, as in training. UserError where a task's data set cannot be loaded.
+    shots: worked examples before a question; None = the task's default. limit: questions of each task. No token
+    precedes a text, as in training. UserError where a task's dataset cannot be loaded.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -81,7 +81,7 @@ def run_harness(
             judged, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, log_samples=False
         )
     except OSError as error:  # datasets' errors for a hub or a file out of reach
-        problem = f"a data set cannot be loaded: {first_line(error)}"
+        problem = f"a dataset cannot be loaded: {first_line(error)}"
         fix = "Tasks in --tasks-folder may name local files."
         raise UserError("--harness", ",".join(tasks), problem, fix) from None
     return _scores(results)

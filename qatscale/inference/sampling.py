@@ -1,4 +1,4 @@
-"""How text comes out of a model: drawing tokens, and turning them into text piece by piece."""
+"""Drawing tokens from a model, and turning them into text piece by piece."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any, Protocol
 
 from qatscale.errors import UserError
 
+_INCOMPLETE = "\ufffd"
+"""Decoders write it in place of a part of a character."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. Temperature 0 always takes the likeliest."""
 
     tokens: int = 128
-    """At most; fewer where the model ends its text."""
+    """The most; fewer if the model ends its text."""
     temperature: float = 0.8
     top_k: int = 0
-    """Draw among this many of the likeliest tokens; 0: among all."""
+    """Draw from this many of the likeliest tokens; 0: from all."""
     top_p: float = 0.95
-    """Draw among the likeliest tokens whose probabilities add up to this."""
+    """Draw from the likeliest tokens whose probabilities add up to this."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,33 +39,24 @@ class Sampling:
 class Detokenizer:
     """The text by which each new token continues a prompt.
 
-    A token decoded by itself loses its leading space, and a character may be spread over several tokens. The last
-    pieces are therefore decoded again with each new token, and an incomplete character waits for the next one.
+    A token decoded by itself loses its leading space, and a character may be spread over several tokens. So all tokens
+    are decoded with each new one, and an incomplete character waits for the next token.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]) -> None:
-        self._decode = decode
-        self._ids = list(prompt)
-        self._begin, self._shown = max(0, len(prompt) - 8), len(prompt)
-        """Ids before `_begin` are not decoded again; ids before `_shown` are text already returned."""
+        self._decode, self._ids = decode, list(prompt)
+        self._shown = len(decode(self._ids).rstrip(_INCOMPLETE))
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty where it ends within a character."""
         self._ids.append(token)
-        text = self._pending()
-        if text.endswith("\ufffd"):
-            return ""
-        self._begin, self._shown = self._shown, len(self._ids)
-        return text
+        return "" if self._decode(self._ids).endswith(_INCOMPLETE) else self.rest()
 
     def rest(self) -> str:
-        """What still waited for a next token."""
-        text, self._shown = self._pending(), len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        shown = self._decode(self._ids[self._begin : self._shown])
-        return self._decode(self._ids[self._begin :])[len(shown) :]
+        """The text that was not returned yet."""
+        text = self._decode(self._ids)
+        start, self._shown = self._shown, len(text)
+        return text[start:]
 
 
 class TextGenerator(Protocol):
@@ -71,7 +65,7 @@ class TextGenerator(Protocol):
     about: str
     """What it is, in one line."""
     length: int | None
-    """Tokens of the sequences it was trained on; None where nothing says so."""
+    """Tokens of the sequences it was trained on; None if unknown."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -80,7 +74,7 @@ class TextGenerator(Protocol):
 
 
 def prompt_ids(generator: TextGenerator, prompt: str, sampling: Sampling) -> list[int]:
-    """The tokens of a prompt. UserError where it has none, and for a text longer than those of training."""
+    """The tokens of a prompt. UserError if it has none, or if the text would be longer than training sequences."""
     ids = generator.encode(prompt)
     if not ids:
         raise UserError("--prompt", prompt, "cannot be continued: it has no tokens.")

@@ -1,7 +1,7 @@
-"""Metrics records as points of a curve: each a mean over half a logging interval at least.
+"""Metrics records as points of a curve, each a mean over at least half a logging interval.
 
-A record ends where a phase ends or a checkpoint is saved, so some average over one or two steps and would show the
-noise of single batches as a jump. metrics.jsonl keeps them as they are; curves and MLflow show these points.
+A record ends where a phase ends or a checkpoint is saved, so some average over one or two steps. The noise of single
+batches would look like a jump. metrics.jsonl keeps the records; curves and MLflow show these points.
 """
 
 from __future__ import annotations
@@ -16,48 +16,47 @@ _RATES = ("tokens_per_second", "tflops", "mfu")
 class Averages:
     """Takes a run's metrics records in order.
 
-    A record of fewer steps than half of `log_interval` is averaged with those before it, back to that many steps; but
-    not across the switch, where the loss jumps. With too few before it, it is left to the next record.
+    A record of fewer steps than half of `log_interval` is averaged with the ones before it, up to that many steps, but
+    not across the switch, where the loss jumps. If they are too few, it waits for the next record.
     """
 
     def __init__(self, log_interval: int, first_step: int = 0) -> None:
-        """first_step: steps done before the first record; a branch's parent has done them."""
+        """first_step: steps done before the first record; those of a branch's parent."""
         self._interval, self._least, self._done = log_interval, log_interval / 2, first_step
         self._recent: list[tuple[int, Record]] = []
         """(steps, record) of the newest records on this side of the switch, enough for the next mean."""
-        self._left_over = 0
-        """How many of the newest were in no point yet."""
+        self._waiting = 0
+        """How many of the newest are in no point yet."""
 
     def add(self, record: Record) -> tuple[int, Record] | None:
-        """(steps that no earlier point holds, the record with means over its steps), or None if left to the next.
+        """(steps that no earlier point holds, the record with means over its steps), or None if it waits.
 
-        Loss and speeds are weighted by steps, data_seconds is summed, all else is the last record's.
+        Loss and speeds are weighted by steps, data_seconds is summed, everything else is the last record's.
         """
-        steps = record.get("steps") or self._derived(record["step"])
+        steps = record.get("steps")
+        if not steps:  # older runs lack it: the steps since the record before; after a resume a usual record's
+            since = record["step"] - self._done
+            steps = min(since if since > 0 else record["step"], self._interval)
         started = record["step"] - steps
-        # what a resume takes back, and what lies before the switch or before a gap, is in no mean with this one
+        # a mean holds nothing that a resume took back, or that lies before a gap or the switch
         self._recent = [part for part in self._recent if part[1]["step"] <= started]
-        last = self._recent[-1][1] if self._recent else None
-        if last and (last["step"] != started or _is_quantized(last) != _is_quantized(record)):
-            self._recent = []
-        self._left_over = min(self._left_over, len(self._recent))
+        if self._recent:
+            last = self._recent[-1][1]
+            if last["step"] != started or _is_quantized(last) != _is_quantized(record):
+                self._recent = []
+        self._waiting = min(self._waiting, len(self._recent)) + 1
         self._done = record["step"]
         self._recent.append((steps, record))
-        self._left_over += 1
         size, held = 0, 0
-        while size < len(self._recent) and (held < self._least or size < self._left_over):
+        while size < len(self._recent) and (held < self._least or size < self._waiting):
             size += 1
             held += self._recent[-size][0]
         self._recent = self._recent[-size:]
         if held < self._least:
             return None
-        fresh = sum(count for count, _ in self._recent[-self._left_over :])
-        self._left_over = 0
+        fresh = sum(count for count, _ in self._recent[-self._waiting :])
+        self._waiting = 0
         return fresh, _mean(self._recent)
-
-    def _derived(self, step: int) -> int:
-        """Steps of a record that does not tell them: those since the one before; after a resume a usual record's."""
-        return min(step - self._done if step > self._done else step, self._interval)
 
 
 def _is_quantized(record: Record) -> bool:
@@ -65,9 +64,9 @@ def _is_quantized(record: Record) -> bool:
 
 
 def _mean(parts: list[tuple[int, Record]]) -> Record:
-    if len(parts) == 1:
-        return parts[0][1]
     last: Record = dict(parts[-1][1])
+    if len(parts) == 1:
+        return last
     total = sum(steps for steps, _ in parts)
     means: dict[str, Any] = {"loss": sum(steps * record["loss"] for steps, record in parts) / total}
     for name in _RATES:  # per second, so steps over the sum of their seconds

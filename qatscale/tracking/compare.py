@@ -1,19 +1,22 @@
-"""Runs side by side: `qatscale runs` lists a folder of runs, `qatscale compare` says how some of them ended."""
+"""The numbers that identify a run, and runs side by side: `qatscale runs` and `qatscale compare`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from rich.table import Table
 
+from qatlaw.names import VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_PTQ
 from qatscale.config.amounts import format_amount
-from qatscale.tracking.final import losses_by_view, median_speeds
 from qatscale.tracking.run_folder import RunFolder, Status, perplexity
 
 NONE = "–"
+LEAST_STEPS = 50
+"""Fewest steps for a median speed."""
 _STATUS_STYLES: dict[Status, str] = {
     "done": "green",
     "running": "cyan",
@@ -26,84 +29,116 @@ _STATUS_STYLES: dict[Status, str] = {
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run, as `qatscale runs` lists it."""
+    """How one run ended, or how far it came."""
 
     name: str
     scheme: str
     bits: float | None
     """None for scheme fp."""
     qat_fraction: float
-    """The part of the steps that runs quantized, after rounding to steps."""
+    """Share of the steps that run quantized, after rounding to steps."""
+    switch_step: int | None
     tokens: int
-    """Seen so far, with those of the run it was branched from."""
+    """Seen so far, including those of the run it was branched from."""
     tokens_total: int
     step: int
     steps: int
     status: Status
-    val_loss: float | None
-    """The last one in the scheme's own view: full precision for fp, else quantized."""
-    parent: str | None
-    """``name@step`` of the run it was branched from, or the folder that an imported one comes from."""
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """How one run ended, or how far it came."""
-
-    name: str
-    scheme: str
-    bits: float | None
-    tokens: int
-    switch_step: int | None
     losses: dict[str, float]
-    """Validation loss by view, all of the same step: `fp`, `quantized`, `ptq2`, ..."""
+    """Validation loss by view, all at the same step: `fp`, `quantized`, `ptq2`, ..."""
+    val_loss: float | None
+    """The one in the scheme's own view: full precision for fp, else quantized."""
     tokens_per_second_fp: float | None
     tokens_per_second_qat: float | None
+    parent: str | None
+    """``name@step`` of the run it was branched from, or the origin of an imported one."""
 
-    def perplexity(self, view: str) -> float:
-        return perplexity(self.losses[view])
+
+def final_losses(losses: Mapping[str, float], own_view: str) -> dict[str, float]:
+    """Loss by view (`fp`, `quantized`, `ptq4` …) → loss by stable name. own_view: the view that a run is judged by."""
+    by_bits = {f"{VAL_LOSS_PTQ}{v.removeprefix('ptq')}": loss for v, loss in losses.items() if v.startswith("ptq")}
+    return {VAL_LOSS: losses[own_view], VAL_LOSS_FP: losses["fp"], **by_bits}
+
+
+def losses_by_view(final: Mapping[str, Any], own_view: str) -> dict[str, float]:
+    """The inverse of `final_losses`, from all final metrics of a run."""
+    views = {VAL_LOSS: own_view, VAL_LOSS_FP: "fp"}
+    views |= {name: f"ptq{name.removeprefix(VAL_LOSS_PTQ)}" for name in final if name.startswith(VAL_LOSS_PTQ)}
+    return {view: final[name] for name, view in views.items() if final.get(name) is not None}
+
+
+def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
+    """Median tokens/s of the full-precision and the QAT steps, from a run's metrics events in order.
+
+    An interval counts as often as it has steps, unless it holds warm-up steps. Evaluation and checkpoints are in none.
+    None for fewer than LEAST_STEPS steps.
+    """
+    speeds: dict[str, list[float]] = {"fp": [], "qat": []}
+    before, kinds = 0, set()
+    for record in records:
+        kind = "qat" if record["phase"].startswith("qat_") else "fp"
+        if not record.get("warmup", kind not in kinds):  # older runs lack the mark: each kind's first one
+            speeds[kind] += [record["tokens_per_second"]] * (record["step"] - before)
+        kinds.add(kind)
+        before = record["step"]
+    return {
+        f"tokens_per_second_{kind}": median(values) if len(values) >= LEAST_STEPS else None
+        for kind, values in speeds.items()
+    }
 
 
 def run_folders(output: Path | str) -> list[RunFolder]:
-    """The runs in a folder of run folders, oldest first; empty where it does not exist."""
+    """The runs in a folder of run folders, oldest first; empty if the folder does not exist."""
     found = [RunFolder(file.parent) for file in Path(output).glob("*/run.json")]
     return sorted(found, key=lambda folder: (folder.run["created"], folder.name))
 
 
 def list_runs(output: Path | str) -> list[RunRow]:
-    return [_run_row(folder) for folder in run_folders(output)]
+    return [run_row(folder) for folder in run_folders(output)]
 
 
 def own_view(folder: RunFolder) -> str:
-    """The view a run is judged by: `fp` for scheme fp, else `quantized`."""
+    """The view that a run is judged by: `fp` for scheme fp, else `quantized`."""
     return "fp" if folder.recipe["qat"]["scheme"] == "fp" else "quantized"
 
 
 def validation_losses(folder: RunFolder) -> dict[str, float]:
-    """Loss by view: the final evaluation, or else the last step at which the run was validated."""
+    """Loss by view, of the final evaluation or else of the last validation."""
     records = folder.records("validation")
     losses = {record["view"]: record["loss"] for record in records if record["step"] == records[-1]["step"]}
     return losses | losses_by_view(folder.final or {}, own_view(folder))
 
 
 def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
-    """Of the full-precision and of the QAT phase: the final metrics, or else the median of what was logged so far."""
-    final = folder.final
-    if final is not None:
-        return final.get("tokens_per_second_fp"), final.get("tokens_per_second_qat")
-    speeds = median_speeds(folder.records("metrics"))
-    return speeds["tokens_per_second_fp"], speeds["tokens_per_second_qat"]
+    """Of the full-precision and of the QAT phase, from the final metrics or else from the records so far."""
+    speeds = folder.final or median_speeds(folder.records("metrics"))
+    return speeds.get("tokens_per_second_fp"), speeds.get("tokens_per_second_qat")
 
 
-def compare(folders: Iterable[RunFolder]) -> list[ComparisonRow]:
-    rows = []
-    for folder in folders:
-        row = _run_row(folder)
-        switch = folder.timeline["switch_step"]
-        fp, qat = tokens_per_second(folder)
-        losses = validation_losses(folder)
-        rows.append(ComparisonRow(row.name, row.scheme, row.bits, row.tokens, switch, losses, fp, qat))
-    return rows
+def run_row(folder: RunFolder) -> RunRow:
+    recipe, timeline, run = folder.recipe, folder.timeline, folder.run
+    scheme, steps, switch = recipe["qat"]["scheme"], timeline["steps"], timeline["switch_step"]
+    step = max((record["step"] for record in folder.records() if "step" in record), default=0)
+    losses = validation_losses(folder)
+    speeds = tokens_per_second(folder)
+    parent, imported = run["parent"], folder.imported
+    return RunRow(
+        name=run["name"],
+        scheme=scheme,
+        bits=None if scheme == "fp" else recipe["qat"]["bits"],
+        qat_fraction=0.0 if switch is None else (steps - switch) / steps,
+        switch_step=switch,
+        tokens=step * timeline["tokens_per_step"],
+        tokens_total=steps * timeline["tokens_per_step"],
+        step=step,
+        steps=steps,
+        status=folder.status,
+        losses=losses,
+        val_loss=losses.get(own_view(folder)),
+        tokens_per_second_fp=speeds[0],
+        tokens_per_second_qat=speeds[1],
+        parent=f"{parent['name']}@{parent['step']}" if parent else imported and Path(imported).name,
+    )
 
 
 def runs_table(rows: Sequence[RunRow]) -> Table:
@@ -115,11 +150,11 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
         table.add_column(header, justify="right")
     table.add_column("branched from", overflow="fold")
     for row in rows:
-        style = _STATUS_STYLES.get(row.status, "")
+        style = _STATUS_STYLES.get(row.status, "default")
         table.add_row(
             row.name,
             row.scheme,
-            f"[{style}]{row.status}[/]" if style else row.status,
+            f"[{style}]{row.status}[/]",
             _number(row.bits, "g"),
             f"{row.qat_fraction:.1%}",
             f"{row.step:,}/{row.steps:,}",
@@ -130,8 +165,8 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
-    """Validation loss, and perplexity in parentheses, in every view that some run was evaluated in."""
+def comparison_table(rows: Sequence[RunRow]) -> Table:
+    """Validation loss, and perplexity in parentheses, in every view in which a run was evaluated."""
     views = sorted({view for row in rows for view in row.losses}, key=_view_order)
     table = Table(caption="validation loss (perplexity)")
     table.add_column("run", overflow="fold")
@@ -139,14 +174,14 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     for header in ("bits", "tokens", "switch", *map(view_label, views), "tok/s FP", "tok/s QAT"):
         table.add_column(header, justify="right")
     for row in rows:
-        cells = [f"{row.losses[v]:.4f}\n({row.perplexity(v):.4g})" if v in row.losses else NONE for v in views]
+        losses = row.losses
         table.add_row(
             row.name,
             row.scheme,
             _number(row.bits, "g"),
             format_amount(row.tokens),
             _number(row.switch_step, ",d"),
-            *cells,
+            *(f"{losses[v]:.4f}\n({perplexity(losses[v]):.4g})" if v in losses else NONE for v in views),
             _number(row.tokens_per_second_fp, ",.0f"),
             _number(row.tokens_per_second_qat, ",.0f"),
         )
@@ -160,31 +195,12 @@ def view_label(view: str) -> str:
     return {"fp": "full precision"}.get(view, view)
 
 
-def _run_row(folder: RunFolder) -> RunRow:
-    recipe, timeline, run = folder.recipe, folder.timeline, folder.run
-    scheme, steps, switch = recipe["qat"]["scheme"], timeline["steps"], timeline["switch_step"]
-    step = max((record["step"] for record in folder.records() if "step" in record), default=0)
-    parent, imported = run["parent"], folder.imported
-    return RunRow(
-        name=run["name"],
-        scheme=scheme,
-        bits=None if scheme == "fp" else recipe["qat"]["bits"],
-        qat_fraction=0.0 if switch is None else (steps - switch) / steps,
-        tokens=step * timeline["tokens_per_step"],
-        tokens_total=steps * timeline["tokens_per_step"],
-        step=step,
-        steps=steps,
-        status=folder.status,
-        val_loss=validation_losses(folder).get(own_view(folder)),
-        parent=f"{parent['name']}@{parent['step']}" if parent else imported and Path(imported).name,
-    )
-
-
 def _view_order(view: str) -> tuple[int, float]:
+    """Full precision, quantized, then PTQ by bits."""
     if view.startswith("ptq"):
         return 2, float(view.removeprefix("ptq"))
     return (0, 0.0) if view == "fp" else (1, 0.0)
 
 
 def _number(value: float | None, form: str) -> str:
-    return NONE if value is None or (isinstance(value, float) and math.isnan(value)) else format(value, form)
+    return NONE if value is None else format(value, form)

@@ -5,20 +5,25 @@ One parameter is in memory at a time, and the output appears complete or not at 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from qatscale.config import resolved_yaml
+from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import tokenizer_folder
 from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint
 from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
-from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint
+from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint, write_state
 from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal
 from qatscale.errors import UserError, did_you_mean
-from qatscale.files import check_new
+from qatscale.files import appearing, check_new
 from qatscale.model.hugging_face import export_hugging_face
+from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import LazyState
-from qatscale.tracking.import_run import write_run
+from qatscale.tracking.run_folder import RunFolder
 
 Format = Literal["checkpoint", "universal", "hf"]
 _SHOWN: dict[Format, str] = {
@@ -36,48 +41,42 @@ def convert(
     overrides: Sequence[str] = (),
     trained_tokens: int | None = None,
 ) -> TrainingState:
-    """Read `source`, whatever it is, write it in format `to` as the new folder `out`, and return what was read.
+    """Read `source` in any of the formats, write it in format `to` as the new folder `out`, and return what was read.
 
-    recipe, overrides: of the run that a Hugging Face or universal folder is to be; a checkpoint has its own.
+    recipe, overrides: those of the new run for a Hugging Face or universal folder; a checkpoint has its own.
     trained_tokens: what the model of a Hugging Face folder has seen; None = count from 0.
-    UserError where the source is none of the three, damaged, or not the recipe's model, and where `out` is not empty.
+    UserError where the source has another format, is damaged, or differs from the recipe's model, and where `out` is
+    not empty.
     """
     if to not in get_args(Format):
-        raise UserError("--to", to, f"one of {', '.join(get_args(Format))}.", did_you_mean(to, get_args(Format)))
+        problem = f"must be one of {', '.join(get_args(Format))}."
+        raise UserError("--to", to, problem, did_you_mean(to, get_args(Format)))
     found = format_of(source)
     if found == to:
         raise UserError("--to", to, f"{source} is {_SHOWN[found]} already.")
-    _refuse_idle(found, recipe, overrides, trained_tokens)
+    _refuse_unused(found, recipe, overrides, trained_tokens)
     check_new(out)
-    match found:
-        case "checkpoint":
-            state = read_checkpoint(source)
-        case "universal":
-            folder = find_universal(Path(source))
-            assert folder is not None
-            state = read_universal(folder, recipe, overrides)
-        case "hf":
-            state = read_hugging_face(Path(source), recipe, overrides, trained_tokens or 0)
-    match to:
-        case "checkpoint":
-            write_run(state, out)
-        case "universal":
-            write_universal(state, out)
-        case "hf":
-            write_hugging_face(state, out)
+    if found == "checkpoint":
+        state = read_checkpoint(source)
+    elif found == "universal":
+        folder = find_universal(Path(source))
+        assert folder is not None
+        state = read_universal(folder, recipe, overrides)
+    else:
+        state = read_hugging_face(Path(source), recipe, overrides, trained_tokens or 0)
+    {"checkpoint": write_run, "universal": write_universal, "hf": write_hugging_face}[to](state, out)
     return state
 
 
 def format_of(source: str) -> Format:
-    """By what is in it. UserError where it is none of them."""
+    """Recognised by its files. UserError for any other source."""
     path = Path(source)
     if find_universal(path) is not None:
         return "universal"
     if list(path.glob("*_optim_states.pt")) or (path / "latest").is_file():
-        fix = (
-            "Make it universal first: python -m deepspeed.checkpoint.ds_to_universal --input_folder … --output_folder …"
-        )
-        raise UserError("source", source, "is a DeepSpeed checkpoint, which fits one layout only.", fix)
+        command = "python -m deepspeed.checkpoint.ds_to_universal --input_folder … --output_folder …"
+        problem = "is a DeepSpeed checkpoint, which fits one layout only."
+        raise UserError("source", source, problem, f"Make it universal first: {command}")
     is_run = (path / "run.json").is_file() or (path / MANIFEST).is_file()
     if not is_run and ((path / "config.json").is_file() or list(path.glob("*.safetensors*"))):
         return "hf"
@@ -85,13 +84,13 @@ def format_of(source: str) -> Format:
         names = sorted(item.name for item in path.iterdir())
         held = ", ".join(names[:5]) + (" …" if len(names) > 5 else "") if names else "nothing"
         fix = "Give a run (RUN or RUN@STEP), a checkpoint's folder, a universal checkpoint, or a Hugging Face folder."
-        raise UserError("source", source, f"is nothing that can be converted: it holds {held}.", fix)
+        raise UserError("source", source, f"cannot be converted: it holds {held}.", fix)
     find_checkpoint(source)
     return "checkpoint"
 
 
-def _refuse_idle(found: Format, recipe: str | None, overrides: Sequence[str], trained_tokens: int | None) -> None:
-    """UserError for what would have no effect, and for what the new folder decides."""
+def _refuse_unused(found: Format, recipe: str | None, overrides: Sequence[str], trained_tokens: int | None) -> None:
+    """UserError for options without effect, and for keys that the new folder decides."""
     if found == "checkpoint" and (recipe is not None or overrides):
         fix = "Leave it out; keys are set when you branch."
         raise UserError("--recipe", recipe or " ".join(overrides), "a checkpoint's run has its own recipe.", fix)
@@ -103,13 +102,37 @@ def _refuse_idle(found: Format, recipe: str | None, overrides: Sequence[str], tr
             raise UserError(key, value, "the run is named by its folder, --out.", "Leave it out.")
 
 
+def write_run(state: TrainingState, out: Path) -> None:
+    """A run's folder with one checkpoint, to branch from. It is marked as imported and named by its folder."""
+    try:
+        config = RunConfig.model_validate(
+            {**state.config.model_dump(mode="json"), "name": out.name, "output": out.parent}
+        )
+    except ValueError:
+        problem = "is the run's name too, which holds letters, digits and . _ = + -, and begins with a letter or digit."
+        raise UserError("--out", str(out), problem) from None
+    with appearing(out) as path:
+        folder = RunFolder.create(
+            path,
+            recipe=resolved_yaml(config),
+            ds_config={},  # no engine took part
+            timeline=build_timeline(config),
+            n_params=count_parameters(config.model).total,
+            command=sys.argv,
+            imported=str(Path(state.source).resolve()),
+        )
+        written = write_state(state, folder.checkpoints, config)
+        shown = out / folder.checkpoints.name / written.name
+        folder.append("checkpoint", step=state.step, path=str(shown), reason="imported", kept=True)
+        folder.close()
+
+
 def write_hugging_face(state: TrainingState, out: Path) -> None:
-    """The weights in full precision, with the tokenizer of the run's data where that exists."""
-    model = state.config.model
+    """The weights in full precision, with the tokenizer of the run's data if it exists."""
     shapes = {name: shape for name, shape in state.shapes.items() if not name.endswith(".weight_scale")}
     export_hugging_face(
         LazyState(shapes, lambda name: state.read("weight", name)),
-        model,
+        state.config.model,
         out,
         sequence_length=state.config.data.sequence_length,
         tokenizer_folder=tokenizer_folder(state.config.data.path),

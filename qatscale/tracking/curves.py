@@ -1,4 +1,4 @@
-"""The figure of a comparison: loss over tokens, a trunk drawn once with its branches, and where each run ended."""
+"""The figure of a comparison: loss over tokens, with each trunk drawn once, and the loss that each run ended with."""
 
 from __future__ import annotations
 
@@ -9,50 +9,39 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qatlaw.figures.style import INK, new_figure, series_style, tidy
 from qatscale.config.amounts import format_amount
 from qatscale.tracking.averages import Averages
 from qatscale.tracking.compare import own_view, validation_losses, view_label
 from qatscale.tracking.records import Record
 from qatscale.tracking.run_folder import RunFolder
 
-# Okabe and Ito's colours tell each other apart for every common colour blindness; the dashes do so without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES: tuple[Any, ...] = (
-    "solid",
-    (0, (6, 1.5)),
-    (0, (3, 1, 1, 1)),
-    (0, (1.5, 1)),
-    (0, (8, 1.5, 1, 1.5)),
-    (0, (4, 3)),
-)
 _TRUNK = "#4D4D4D"
-_INK = "#222222"
 _SKIPPED = 0.08
-"""Share of the tokens that the loss axis is not scaled to: the fall from the random start would flatten the rest."""
+"""First share of the tokens, which the loss axis ignores: the fall from the random start would flatten the rest."""
 _WINDOWS = 60
-"""Curves are smoothed over this part of all tokens: enough to see through noise, not enough to hide a step."""
+"""Curves are smoothed over one in so many parts of all tokens, which removes noise and keeps steps visible."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's training loss over its own tokens (a branch: from its parent's step on)."""
+    """One run's training loss over its own tokens; a branch's begins at its parent's step."""
 
     folder: RunFolder
     asked_for: bool
-    """False: drawn because a branch hangs on it."""
+    """False for an ancestor of a run that was asked for."""
     tokens: np.ndarray
-    """[points], tokens at the end of each point's steps"""
+    """[points] at the end of each point's steps"""
     loss: np.ndarray
-    """[points], means over half a logging interval at least (`tracking.averages`)"""
+    """[points], means over at least half a logging interval (`tracking.averages`)"""
     x: np.ndarray
-    """[points, + 1 for a branch: it starts at its parent's last point], tokens of the smoothed curve"""
+    """[points, or points + 1 for a branch, which starts at its parent's last point], tokens of the smoothed curve"""
     y: np.ndarray
     """[like x], smoothed loss"""
     switch: float | None
-    """Tokens at the switch, None when it lies outside this curve."""
+    """Tokens at the switch, None if this curve does not cross it."""
     cooldowns: tuple[float, ...]
     """Tokens at the start of each cooldown on this curve."""
     width: float
@@ -64,11 +53,10 @@ class Curve:
 
 
 def smoothed(values: np.ndarray, weights: np.ndarray, window: int, switch: int | None = None) -> np.ndarray:
-    """Moving mean over `window` (odd) points around each, over fewer at the ends, and never over both sides of the
-    index `switch`. It looks no further ahead than back, so that the start of a steep fall is not drawn too low. NaN
-    where a window has no finite value.
+    """Moving mean over `window` (odd) points around each, never across the index `switch`.
 
-    weights: of the points in a mean, their numbers of steps.
+    Windows are shorter at the ends and symmetric, so that the start of a steep fall is not drawn too low. NaN where a
+    window has no finite value. weights: the points' numbers of steps.
     """
     out = np.full(len(values), np.nan)
     for index in range(len(values)):
@@ -84,8 +72,10 @@ def smoothed(values: np.ndarray, weights: np.ndarray, window: int, switch: int |
 
 
 def curves(folders: Iterable[RunFolder]) -> list[Curve]:
-    """Curves of these runs and of those they were branched from, parents first. An ancestor that nobody asked for
-    ends at its last branch; one whose folder is gone is left out."""
+    """Curves of these runs and of their ancestors, parents first.
+
+    An ancestor that is not among `folders` ends at its last branch. One whose folder no longer exists is left out.
+    """
     asked = {folder.path.resolve(): folder for folder in folders}
     drawn: dict[Path, tuple[RunFolder, int | None]] = {path: (folder, None) for path, folder in asked.items()}
     waiting = list(asked.values())
@@ -96,7 +86,7 @@ def curves(folders: Iterable[RunFolder]) -> list[Curve]:
         until = drawn[path][1] if path in drawn else 0
         drawn[path] = (ancestor, max(branch.run["parent"]["step"], until or 0))
         waiting.append(ancestor)
-    # a trunk before its branches, so that they lie on it; branches in the order asked for
+    # a trunk first, so that its branches are drawn over it; branches in the order asked for
     ordered = sorted(drawn.items(), key=lambda item: 0 if item[1][0].parent is None else 1 + (item[0] in asked))
     longest = max((_tokens(folder, folder.timeline["steps"]) for folder, _ in drawn.values()), default=0.0)
     found = [_curve(folder, path in asked, until, longest / _WINDOWS) for path, (folder, until) in ordered]
@@ -114,15 +104,18 @@ def _curve(folder: RunFolder, asked_for: bool, until: int | None, width: float) 
     own = [r for r in folder.records("metrics") if until is None or r["step"] <= until]
     first = parent["step"] if parent else 0
     last = own[-1]["step"] if own else 0
-    # what came before the branch belongs into the mean of its first points
+    # the records before the branch take part in the means of its first points
     before = _before(folder)
     averages = Averages(folder.recipe["log_interval"], 0 if before else first)
-    all_steps, all_losses, weights = _points([*before, *own], averages)
+    points = [point for record in [*before, *own] if (point := averages.add(record))]
+    all_steps = np.array([record["step"] for _, record in points], dtype=int)
+    all_losses = np.array([record["loss"] for _, record in points], dtype=float)
+    weights = np.array([fresh for fresh, _ in points], dtype=float)
     branch = int(np.searchsorted(all_steps, first, side="right"))
     steps, loss = all_steps[branch:], all_losses[branch:]
     spacing = float(np.median(np.diff(steps))) * per_step if len(steps) > 1 else width
     window = max(1, round(width / spacing)) // 2 * 2 + 1
-    # a record of step s tells of the steps done, the last of them s - 1: quantized from s > switch_step on
+    # the last step of a record of step s is s - 1, so it is quantized from s > switch_step on
     switch_index = None if switch_step is None else int(np.searchsorted(all_steps, switch_step, side="right"))
     smooth = smoothed(all_losses, weights, window, switch_index)
     starts = [s["start"] for s in timeline["segments"] if s["phase"].endswith("cooldown")]
@@ -141,37 +134,23 @@ def _curve(folder: RunFolder, asked_for: bool, until: int | None, width: float) 
 
 
 def _before(folder: RunFolder) -> list[Record]:
-    """The metrics of the runs that `folder` was branched from, up to the branch; empty where they are gone."""
+    """The metrics of the ancestors of `folder`, up to the branch; empty where their folders no longer exist."""
     if (ancestor := folder.parent) is None:
         return []
     records = [*_before(ancestor), *ancestor.records("metrics")]
     return [record for record in records if record["step"] <= folder.run["parent"]["step"]]
 
 
-def _points(records: Sequence[Record], averages: Averages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(step, loss, steps that no earlier point holds), each [points]."""
-    found = [point for record in records if (point := averages.add(record))]
-    return (
-        np.array([record["step"] for _, record in found], dtype=int),
-        np.array([record["loss"] for _, record in found], dtype=float),
-        np.array([fresh for fresh, _ in found], dtype=float),
-    )
-
-
 def draw_loss_curves(folders: Iterable[RunFolder], path: Path | str) -> None:
-    """Draw the comparison into an image file, whose ending says the format. Leaves matplotlib's global state alone."""
-
-    figure = loss_curves(list(folders))
-    FigureCanvasAgg(figure)
-    figure.savefig(Path(path), dpi=160)
+    """Draw the comparison into an image file, in the format of its ending. Keeps matplotlib's global state."""
+    loss_curves(list(folders)).savefig(Path(path), dpi=200)
 
 
 def loss_curves(folders: Sequence[RunFolder]) -> Figure:
-    """Left: loss over tokens, switch and cooldown marked. Right: the validation losses that each run ended with."""
-
+    """Left: loss over tokens with switches and cooldowns. Right: the validation losses that each run ended with."""
     shown = curves(folders)
     results = [(c, view, loss) for c in shown if c.asked_for for view, loss in _results(c.folder)]
-    figure = Figure(figsize=(11, max(4.8, 1.2 + 0.5 * len(results))), layout="constrained")
+    figure = new_figure(max(4.0, 1.0 + 0.42 * len(results)), width=9.2)
     left, right = figure.subplots(1, 2, width_ratios=(2.1, 1))
     styles = _styles(shown)
     _draw_curves(left, shown, styles)
@@ -180,21 +159,22 @@ def loss_curves(folders: Sequence[RunFolder]) -> Figure:
 
 
 def _styles(shown: Sequence[Curve]) -> list[tuple[str, Any]]:
-    """(colour, dashes) of each curve; grey for a trunk, that is a run which others are branched from."""
+    """(colour, dashes) of each curve; grey for a trunk, which others are branched from."""
     parents = {parent.path.resolve() for curve in shown if (parent := curve.folder.parent)}
     styles, index = [], 0
     for curve in shown:
         if curve.folder.path.resolve() in parents:
             styles.append((_TRUNK, "solid"))
         else:
-            rounds, place = divmod(index, len(_COLOURS))  # a second round of colours has other dashes
-            styles.append((_COLOURS[place], _DASHES[(place + rounds) % len(_DASHES)]))
+            colour, _, _ = series_style(index)
+            _, _, dashes = series_style(index + index // 6)  # each round of six colours has other dashes
+            styles.append((colour, dashes))
             index += 1
     return styles
 
 
 def _results(folder: RunFolder) -> list[tuple[str, float]]:
-    """(view, loss): the run's own view, and for a full-precision run its post-training quantizations."""
+    """(view, loss) of the run's own view, and of a full-precision run's post-training quantizations."""
     losses, own = validation_losses(folder), own_view(folder)
     quantizations = sorted((view for view in losses if own == "fp" and view.startswith("ptq")), key=losses.__getitem__)
     return [(view, losses[view]) for view in [own, *quantizations] if view in losses]
@@ -204,31 +184,27 @@ def _draw_curves(axes: Axes, shown: Sequence[Curve], styles: Sequence[tuple[str,
     for order, (curve, (colour, dashes)) in enumerate(zip(shown, styles, strict=True)):
         if curve.width:
             axes.plot(curve.tokens, curve.loss, color=colour, linewidth=0.6, alpha=0.22, zorder=1)
-        axes.plot(
-            curve.x, curve.y, color=colour, linestyle=dashes, linewidth=1.7, label=curve.folder.name, zorder=3 + order
-        )
+        line = {"color": colour, "linestyle": dashes, "label": curve.folder.name}
+        axes.plot(curve.x, curve.y, **line, linewidth=1.7, zorder=3 + order)
         for start in curve.cooldowns:
             axes.plot(start, curve.at(start), **_mark("o", "white", colour), zorder=30)
         if curve.switch is not None:
             axes.plot(curve.switch, curve.at(curve.switch), **_mark("D", colour, "white"), zorder=31)
     if any(curve.switch is not None for curve in shown):
-        axes.plot([], [], **_mark("D", _INK, "white"), label="switch to QAT")
+        axes.plot([], [], **_mark("D", INK, "white"), label="switch to QAT")
     if any(curve.cooldowns for curve in shown):
-        axes.plot([], [], **_mark("o", "white", _INK), label="cooldown starts")
+        axes.plot([], [], **_mark("o", "white", INK), label="cooldown starts")
     _scale(axes, shown)
     widths = [curve.width for curve in shown if curve.width]
     smoothing = f", mean over {format_amount(float(f'{max(widths):.2g}'))} tokens" if widths else ""
-    axes.set_ylabel(f"training loss (nats per token{smoothing})")
-    axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(lambda value, _: format_amount(value))
-    axes.set_title("Loss over tokens", loc="left", fontsize=11, color=_INK)
-    _tidy(axes, grid="both")
+    tidy(axes, "Loss over tokens", "tokens", f"training loss (nats per token{smoothing})")
     if shown:
-        axes.legend(frameon=False, fontsize=8.5, loc="best", handlelength=3.2)
+        axes.legend(frameon=False, fontsize=8, loc="best", handlelength=3.2)
 
 
 def _scale(axes: Axes, shown: Sequence[Curve]) -> None:
-    """Axes that show where the runs differ; the steep fall of the first steps leaves through the top."""
+    """Scale the axes to where the runs differ; the steep fall of the first steps is cut off."""
     if not shown:
         return
     end = max(curve.tokens[-1] for curve in shown)
@@ -241,17 +217,14 @@ def _scale(axes: Axes, shown: Sequence[Curve]) -> None:
 
 
 def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], styles: dict[Path, str]) -> None:
-    """One row per (run, view): a dot and its value."""
+    """One row per (run, view), with a dot and its value."""
     for row, (curve, view, loss) in enumerate(results):
         colour = styles[curve.folder.path]
-        face = "white" if view.startswith("ptq") else colour
-        axes.plot(
-            loss, row, marker="s" if view.startswith("ptq") else "o", color=face, markeredgecolor=colour, markersize=7
-        )
-        axes.annotate(
-            f"{loss:.3f}", (loss, row), (9, 0), textcoords="offset points", va="center", fontsize=9, color=_INK
-        )
-    axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results], fontsize=8.5)
+        marker, face = ("s", "white") if view.startswith("ptq") else ("o", colour)
+        axes.plot(loss, row, **_mark(marker, face, colour))
+        place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{loss:.3f}", (loss, row), **place, fontsize=8, color=INK)
+    axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results])
     axes.set_ylim(max(len(results), 1) - 0.5, -0.5)
     for loss in (loss for _, view, loss in results if view == "fp"):
         axes.axvline(loss, color=_TRUNK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)  # what quantization costs
@@ -260,11 +233,9 @@ def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], style
         spread = max(max(losses) - min(losses), 0.02 * abs(max(losses)), 1e-6)
         axes.set_xlim(min(losses) - 0.12 * spread, max(losses) + 0.38 * spread)  # room for the value
     else:
-        axes.text(0.5, 0.5, "no validation yet", transform=axes.transAxes, ha="center", color=_INK)
+        axes.text(0.5, 0.5, "no validation yet", transform=axes.transAxes, ha="center", color=INK)
         axes.set_xticks([])
-    axes.set_xlabel("validation loss (nats per token)")
-    axes.set_title("Where each run ended", loc="left", fontsize=11, color=_INK)
-    _tidy(axes, grid="x")
+    tidy(axes, "Where each run ended", "validation loss (nats per token)", grid="x")
 
 
 def _mark(marker: str, face: str, edge: str) -> dict[str, Any]:
@@ -272,11 +243,3 @@ def _mark(marker: str, face: str, edge: str) -> dict[str, Any]:
         "marker": marker, "markersize": 7, "markerfacecolor": face, "markeredgecolor": edge,
         "markeredgewidth": 1.3, "linestyle": "none",
     }  # fmt: skip
-
-
-def _tidy(axes: Axes, grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#888888")
-    axes.grid(True, axis=grid, color="#E4E4E4", linewidth=0.7)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=9)

@@ -15,36 +15,36 @@ from typing import Any
 
 
 def environment(hosts: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
-    """environment.json. Asks torch only if it is imported already, and never fails for want of git.
+    """environment.json. Names GPUs only if torch is imported already, and works without git.
 
-    `hosts`: each host's ranks; all else is of rank 0's."""
+    `hosts`: each host's ranks; everything else describes rank 0."""
+    torch = sys.modules.get("torch")
+    gpus = range(torch.cuda.device_count() if torch is not None and torch.cuda.is_available() else 0)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "hosts": {host: list(ranks) for host, ranks in (hosts or {socket.gethostname(): [0]}).items()},
-        "packages": package_versions(),
+        "packages": _package_versions(),
         "cpu": {"model": cpu_model(), "cores": os.cpu_count()},
-        "gpus": gpus(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus] if torch is not None else [],
         "git": git_state(Path(__file__).parent),
     }
 
 
-def package_versions(package: str = "qatscale") -> dict[str, str | None]:
-    """Installed version of `package` and of each of its declared dependencies; null = not installed."""
-    try:
-        requirements = importlib.metadata.requires(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        requirements = []
-    # a requirement starts with the name; those behind `extra ==` belong to developers
-    names = [re.match(r"[\w.-]+", line)[0] for line in requirements if "extra ==" not in line]  # type: ignore[index]
-    versions: dict[str, str | None] = {}
-    for name in [package, *sorted(names)]:
+def _package_versions() -> dict[str, str | None]:
+    """Installed version of qatscale and of each of its dependencies; null = not installed."""
+
+    def version(name: str) -> str | None:
         try:
-            versions[name] = importlib.metadata.version(name)
+            return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+            return None
+
+    requirements = importlib.metadata.requires("qatscale") or [] if version("qatscale") else []
+    # a requirement starts with the name; those behind `extra ==` are optional
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
+    return {name: version(name) for name in ["qatscale", *sorted(names)]}
 
 
 def cpu_model() -> str:
@@ -55,32 +55,19 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def gpus() -> list[str]:
-    """Names of the GPUs this process sees; empty where torch is not imported."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """``{"commit", "dirty"}`` of the repository that tracks `folder`; None where none does.
+    """``{"commit", "dirty"}`` of the repository that tracks `folder`; None without one.
 
     `dirty` means that tracked files differ from the commit.
     """
-    # an installed copy inside somebody else's repository is not that repository's code
-    if _git(folder, "ls-files", "--error-unmatch", ".") is None:
-        return None
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit.strip(), "dirty": bool(changes and changes.strip())}
 
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        git("ls-files", "--error-unmatch", ".")  # fails for an installed copy inside another repository
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return None

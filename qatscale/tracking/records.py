@@ -1,4 +1,4 @@
-"""Records, one JSON object a line: lines stay complete after any kill, and a file can be read while it grows."""
+"""Records, one JSON object per line. Lines stay complete after any kill, and a file can be read while it grows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 class Appender:
-    """Appends records. Each reaches the kernel whole before `append` returns, so a SIGKILL costs none of them."""
+    """Appends records. Each reaches the kernel before `append` returns, so a SIGKILL loses none of them."""
 
     def __init__(self, path: Path) -> None:
         repair(path)
@@ -33,7 +33,7 @@ class Appender:
 
 
 def repair(path: Path) -> None:
-    """End a file at a line's end: a last line without its newline is terminated if it is whole JSON, else cut off."""
+    """Complete the last line of a file: if it lacks its newline, add one to valid JSON, and cut off anything else."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -55,14 +55,16 @@ def repair(path: Path) -> None:
 
 
 class Tail:
-    """Reads records from a byte offset on. A last line without its newline is left for the next call."""
+    """Reads records from a byte offset on. A last line without its newline waits for the next call."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path, self.offset = path, offset
 
     def read(self, limit: int = 1 << 22) -> list[Record]:
-        """The whole records of about the next `limit` bytes; empty at the end of the file. Raises ValueError, naming
-        file and offset, for a line that is no JSON."""
+        """The complete records of about the next `limit` bytes; empty at the end of the file.
+
+        Raises ValueError, naming file and offset, for a line that is not JSON.
+        """
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -76,7 +78,7 @@ class Tail:
             try:
                 records.append(decode(json.loads(line)))
             except ValueError as error:
-                raise ValueError(f"{self.path}: the line at byte {self.offset} is no JSON ({error})") from error
+                raise ValueError(f"{self.path}: the line at byte {self.offset} is not JSON ({error})") from error
             self.offset += len(line)
         return records
 
@@ -86,10 +88,10 @@ class Tail:
 
 
 def live(records: Iterable[Record]) -> list[Record]:
-    """The records that a later `resume` did not supersede.
+    """The records that no later `resume` superseded.
 
-    A resume at step k takes the run back to k: what came before it with step > k happens again. A checkpoint at the
-    switch step is taken before the switch, so a resume there switches again, and `switch` goes from step >= k on.
+    A resume at step k takes the run back to k, and supersedes earlier records with step > k. A checkpoint at the switch
+    step precedes the switch, so a resume there switches again and supersedes a `switch` at step k too.
     """
     kept: list[Record] = []
     for record in records:

@@ -1,14 +1,14 @@
-"""The folder of one run: everything that is known about it, complete whether or not any server ever answers.
+"""The folder of one run. It holds everything about the run, whether or not an MLflow server ever answers.
 
 ::
 
     recipe.yaml  ds_config.json  run.json  environment.json  timeline.json     written when the run is created
-    metrics.jsonl                                                              one event a line, only ever appended to
-    tracking.json                                                              MLflow: where, which run, how far
+    metrics.jsonl                                                              one event per line, only appended to
+    tracking.json                                                              MLflow: which store and run, how far
     logs/  checkpoints/  figures/  exports/
     done.json                                                                  the completion marker, written last
 
-Rank 0 of the training loop writes; everybody reads.
+Only rank 0 of the training loop writes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
-"""`imported`: never trained here, only branched from. `created`: no step begun. `running?`: by a process of another
-machine, which only that machine can look for. `stopped`: by a signal, after saving. `failed`: by an error. `killed`:
-the process is gone without a word."""
+"""`imported`: never trained here, only branched from. `created`: no step begun. `running?`: the process is on another
+machine, and only that machine can look for it. `stopped`: by a signal, after saving. `failed`: by an error. `killed`:
+the process has ended without a record."""
 
 EVENTS = ("start", "resume", "metrics", "validation", "switch", "checkpoint", "stopped", "failed", "final")
 _LIFE = ("start", "resume", "stopped", "failed")
-"""Events that say whether somebody writes the folder."""
+"""Events that say whether a process writes the folder."""
 
 
 def perplexity(loss: float) -> float:
@@ -43,10 +43,18 @@ def perplexity(loss: float) -> float:
 
 
 class RunFolder:
-    """A run's folder. `create` makes one, `open` finds one; both give the same object."""
+    """A run's folder. `create` makes one, `open` finds one."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.run_file = self.path / "run.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.done_file = self.path / "done.json"
+        self.tracking_file = self.path / "tracking.json"
+        self.logs = self.path / "logs"
+        self.checkpoints = self.path / "checkpoints"
+        self.figures = self.path / "figures"
+        self.exports = self.path / "exports"
         self._appender: Appender | None = None
         self._life_tail = Tail(self.metrics_file)
         self._last_sign: Record | None = None
@@ -66,11 +74,11 @@ class RunFolder:
         hosts: Mapping[str, Sequence[int]] | None = None,
         imported: str | None = None,
     ) -> Self:
-        """Write the files that describe a run, run.json last, so that a folder with run.json has them all.
+        """Write the files that describe a run. run.json comes last, so a folder with run.json has them all.
 
         `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from. `hosts`:
-        each host's ranks. `imported`: where the model comes from that the folder holds and did not train.
-        Raises UserError where a run lies already.
+        each host's ranks. `imported`: the origin of a model that the folder holds and did not train.
+        Raises UserError where a run exists already.
         """
         self = cls(path)
         if self.run_file.exists():
@@ -99,50 +107,16 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Raises UserError where no run lies."""
+        """Raises UserError where no run exists."""
         self = cls(path)
         if not self.run_file.exists():
-            do = "The folder does not exist." if not self.path.exists() else "It holds no run.json."
-            raise UserError("run", str(path), "give the folder of a run.", do)
+            problem = "the folder does not exist." if not self.path.exists() else "the folder holds no run.json."
+            raise UserError("run", str(path), problem, "Give the folder of a run.")
         return self
-
-    # where things lie
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
-
-    @property
-    def run_file(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def done_file(self) -> Path:
-        return self.path / "done.json"
-
-    @property
-    def tracking_file(self) -> Path:
-        return self.path / "tracking.json"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def exports(self) -> Path:
-        return self.path / "exports"
 
     # what is known
 
@@ -153,8 +127,10 @@ class RunFolder:
 
     @property
     def parent(self) -> RunFolder | None:
-        """The run that this one was branched from, None without one or where its folder is gone. It is looked for where
-        it was, and beside this one, for folders of runs are moved."""
+        """The run that this one was branched from; None without one, or where its folder no longer exists.
+
+        Run folders are moved, so the parent is looked for at its old path and beside this run.
+        """
         parent = self.run["parent"]
         if parent is None:
             return None
@@ -163,23 +139,23 @@ class RunFolder:
 
     @property
     def imported(self) -> str | None:
-        """Where the model comes from that this run holds and did not train; None for one that trains."""
+        """The origin of a model that this run holds and did not train; None for a run that trains."""
         return self.run.get("imported")
 
     @property
     def timeline(self) -> dict[str, Any]:
-        """timeline.json, see `Timeline.to_dict`; runs of former versions have fewer of its keys."""
+        """timeline.json, see `Timeline.to_dict`; runs of earlier versions have fewer of its keys."""
         return read_json(self.path / "timeline.json")
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """recipe.yaml as plain data, readable also when a later version of RunConfig would refuse it."""
+        """recipe.yaml as plain data, so that runs remain readable when RunConfig changes."""
         import yaml
 
         return yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
 
     def records(self, *events: str) -> list[Record]:
-        """The events of metrics.jsonl, all kinds or these, without those that a later resume superseded."""
+        """The events of metrics.jsonl, all kinds or these, without the ones that a later resume superseded."""
         found = live(Tail(self.metrics_file))
         return [record for record in found if not events or record["event"] in events]
 
@@ -194,7 +170,7 @@ class RunFolder:
 
     @property
     def status(self) -> Status:
-        """Cheap to ask again: only what was appended since the last call is read."""
+        """Reads only what was appended since the last call."""
         if self.is_done:
             return "done"
         self._read_on()
@@ -207,7 +183,7 @@ class RunFolder:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nobody writes here any more; False where nobody here can say."""
+        """Whether no process writes here any more; False where that is unknown."""
         return self.status not in ("created", "running", "running?")
 
     @property
@@ -225,10 +201,10 @@ class RunFolder:
     # writing, by rank 0
 
     def append(self, event: str, **fields: Any) -> Record:
-        """Append one event and return it. It is in the kernel's hands, whole, when this returns.
+        """Append one event and return it. The kernel has all of it when this returns.
 
-        Every record gets `time` (seconds since 1970); `start` and `resume` also `process`, who writes from now on.
-        A torn last line that a power failure left behind is repaired first. Raises OSError, e.g. for a full disk.
+        Every record gets `time` (seconds since 1970); `start` and `resume` also `process`, the writer from now on.
+        The first append repairs a last line that a power failure tore. Raises OSError, e.g. for a full disk.
         """
         assert event in EVENTS, event
         record: Record = {"event": event, "time": time.time(), **fields}
@@ -240,7 +216,7 @@ class RunFolder:
         return record
 
     def finish(self, step: int, final: Mapping[str, Any]) -> None:
-        """Append the `final` event, then write done.json: when it is there, everything before it is on the disk."""
+        """Append the `final` event, then write done.json. Once it exists, everything before it is on the disk."""
         record = self.append("final", step=step, metrics=final)
         assert self._appender is not None
         self._appender.sync()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qatlaw.runs import RunRecord
-from qatscale.tracking.mlflow_names import flatten
+from qatscale.tracking.mlflow_sync import flatten
 from qatscale.tracking.run_folder import RunFolder
 
 

@@ -1,4 +1,4 @@
-"""Which MLflow store a run belongs to, and the command that shows it. Imports no mlflow."""
+"""Which MLflow store a run belongs to, how far it is uploaded, and the command that shows it. Imports no mlflow."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from qatscale.files import read_json, write_json
+from qatscale.tracking.run_folder import RunFolder, Status
+
 _SQLITE = "sqlite:///"
 
 
 def resolve_uri(configured: str | None, known: str | None = None) -> str | None:
     """The tracking URI with absolute paths; None = no tracking.
 
-    `configured` (tracking.uri of the recipe) goes before MLFLOW_TRACKING_URI, that before `known` (the store that has
-    the run already), that before SQLite in the working folder. `none` means no tracking.
+    `configured` (tracking.uri of the recipe) precedes MLFLOW_TRACKING_URI, which precedes `known` (the store that has
+    the run already), which precedes SQLite in the working folder. `none` turns tracking off.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or known or f"{_SQLITE}mlflow.db"
     if uri.lower() == "none":
@@ -38,14 +43,14 @@ def database(uri: str) -> Path | None:
 def artifact_location(uri: str, experiment: str) -> str | None:
     """Where a new experiment keeps its artifacts: mlartifacts/ beside a SQLite file; None = the server decides.
 
-    MLflow's own choice would be ./mlruns under whatever folder a process happens to run in.
+    MLflow itself would put them into ./mlruns of the current folder.
     """
     file = database(uri)
     return (file.parent / "mlartifacts" / experiment).as_uri() if file else None
 
 
 def ui_command(uri: str) -> str:
-    """What a person types to see the runs: the command that opens the MLflow UI, or a server's own address."""
+    """The command that opens the runs in MLflow's UI, or the address of a server."""
     if uri.startswith(("http://", "https://")):
         return uri
     beside = Path(sys.executable).with_name("mlflow")
@@ -57,8 +62,10 @@ def ui_command(uri: str) -> str:
 
 @contextmanager
 def quiet_mlflow(timeout: int = 10) -> Iterator[None]:
-    """MLflow without its INFO lines and telemetry, with HTTP requests that give up after `timeout` seconds; retries
-    are the caller's. What the user set in the environment stays."""
+    """MLflow without INFO lines, telemetry and retries, and with HTTP requests that end after `timeout` seconds.
+
+    Variables that the user set in the environment keep their values.
+    """
     settings = {
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -68,9 +75,38 @@ def quiet_mlflow(timeout: int = 10) -> Iterator[None]:
     }
     added = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(added)
-    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])  # where mlflow is imported already
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])  # if mlflow is imported already
     try:
         yield
     finally:
         for key in added:
             os.environ.pop(key, None)
+
+
+class Cursor(BaseModel):
+    """tracking.json: the state of a run's upload."""
+
+    uri: str
+    experiment: str
+    run_id: str | None = None
+    offset: int = 0
+    """Bytes of metrics.jsonl that MLflow has confirmed."""
+    described: bool = False
+    """Whether parameters and constant tags are uploaded."""
+    parent_run_id: str | None = None
+    artifacts: dict[str, list[int]] = {}
+    """Size and modification time (ns) of each uploaded file."""
+    status: Status | None = None
+    """The run's status as MLflow knows it."""
+
+    @classmethod
+    def fresh(cls, folder: RunFolder, uri: str) -> Cursor:
+        return cls(uri=uri, experiment=folder.recipe["tracking"]["experiment"])
+
+    @classmethod
+    def load(cls, folder: RunFolder) -> Cursor | None:
+        """None where nothing was uploaded. Raises ValueError for a damaged file."""
+        return cls.model_validate(read_json(folder.tracking_file)) if folder.tracking_file.exists() else None
+
+    def save(self, folder: RunFolder) -> None:
+        write_json(folder.tracking_file, self.model_dump())

@@ -11,13 +11,13 @@ import torch
 import qatlaw
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
-from qatscale.data.open import open_validation
+from qatscale.data.reader import open_validation
 from qatscale.engine.checkpoints.files import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.schedule.timeline import Timeline
-from qatscale.tracking.final import final_losses, median_speeds
+from qatscale.tracking.compare import final_losses, median_speeds
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import RunSetup, TrainingComponents
 from qatscale.train.run_log import RunLog

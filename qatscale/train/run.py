@@ -12,8 +12,8 @@ from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import start_runtime
 from qatscale.schedule.build import build_timeline
 from qatscale.supervise.watchdog import Watchdog, collective_timeout
+from qatscale.tracking.follower import start_follower
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.tracking.start_follower import start_follower
 from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.evaluate import evaluate_final
 from qatscale.train.loop import run_steps

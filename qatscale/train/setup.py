@@ -7,7 +7,7 @@ from typing import Any
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
-from qatscale.data.open import open_batches, open_validation
+from qatscale.data.reader import open_batches, open_validation
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine

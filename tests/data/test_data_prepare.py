@@ -180,7 +180,7 @@ def test_goes_on_after_an_interruption_at_every_part(
         (out / "train-00077.bin").write_bytes(b"renamed, and killed before it was counted")
         said = io.StringIO()
         prepare(corpus, out, **options, console=Console(file=said, width=200))
-        assert (f"going on after shard {after - 1}" in said.getvalue()) == (after > 0)
+        assert (f"continuing after shard {after - 1}" in said.getvalue()) == (after > 0)
         assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
 
 
@@ -197,9 +197,9 @@ def test_finished_folder_is_left_alone(corpus: list[str], options: dict[str, Any
 def test_other_options_or_sources_are_refused(corpus: list[str], options: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(corpus, out, **options)
-    with pytest.raises(UserError, match=r"shard_tokens 2000 there, 9 asked for.*--restart"):
+    with pytest.raises(UserError, match=r"shard_tokens is 2000, not 9.*--restart"):
         prepare(corpus, out, **(options | {"shard_tokens": 9}))
-    with pytest.raises(UserError, match=r"made otherwise: sources .*--restart"):
+    with pytest.raises(UserError, match=r"made otherwise: sources is .*--restart"):
         prepare(corpus[:2], out, **options)
     manifest = prepare(corpus[:2], out, **options, restart=True)
     prepare(corpus[:2], tmp_path / "fresh", **options)
@@ -215,7 +215,7 @@ def test_half_prepared_with_other_options_is_refused(
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"z\.jsonl, line 2"):
         prepare([*corpus, str(broken)], out, **options)
-    with pytest.raises(UserError, match=r"half-prepared.*validation_fraction 0.1 there, 0.2 asked for"):
+    with pytest.raises(UserError, match=r"half-prepared.*validation_fraction is 0.1, not 0.2"):
         prepare([*corpus, str(broken)], out, **(options | {"validation_fraction": 0.2}))
     # Nothing finished yet: nothing is lost by starting anew with other options.
     with pytest.raises(UserError, match="line 2"):
@@ -285,7 +285,7 @@ def test_nothing_to_train_on(options: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{said} and 0 held-out documents"):
             prepare([str(source)], tmp_path / source.stem, **options)
         assert not (tmp_path / source.stem / "manifest.json").exists()
-        with pytest.raises(UserError, match="no text to learn pieces from"):
+        with pytest.raises(UserError, match="no text to train a tokenizer on"):
             prepare([str(source)], tmp_path / f"{source.stem}-trained", workers=1)
     with pytest.raises(UserError, match="name at least one"):
         prepare([], tmp_path / "none", **options)

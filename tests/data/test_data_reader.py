@@ -124,7 +124,7 @@ def test_too_little_data() -> None:
     with pytest.raises(UserError, match="holds 2 sequences of 10") as caught:
         BatchReader(counting(21), 10, 3, 0)
     assert caught.value.key == "batch.sequences"
-    with pytest.raises(UserError, match="does not divide among 4"):
+    with pytest.raises(UserError, match="cannot be divided among 4"):
         BatchReader(counting(100), 10, 6, 0).batch(0, 0, 4)
 
 
@@ -180,9 +180,9 @@ def edit(folder: Path, **changes: object) -> None:
     ("damage", "said"),
     [
         (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
-        (lambda f: (f / "manifest.json").write_text("{"), "no manifest of format 1"),
-        (lambda f: edit(f, format=2), "no manifest of format 1: format"),
-        (lambda f: edit(f, dtype="float32"), "holds no tokens"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not a manifest of format 1"),
+        (lambda f: edit(f, format=2), "not a manifest of format 1: format"),
+        (lambda f: edit(f, dtype="float32"), "not a dtype of tokens"),
         (lambda f: edit(f, dtype="int32"), "uint16, and the manifest says"),
         (lambda f: edit(f, splits={}), "no train split"),
         (lambda f: (f / "train-00000.bin").unlink(), "missing"),

@@ -108,7 +108,7 @@ def test_data_sets_by_split(tmp_path: Path) -> None:
         read(HubSource(folder, SourceOptions(field="txt")))
     with pytest.raises(UserError, match=r"Bad split: nope"):
         read(HubSource(folder, SourceOptions(split="nope")))
-    with pytest.raises(UserError, match="neither a file or folder here, nor a data set"):
+    with pytest.raises(UserError, match="neither a local file or folder nor a dataset"):
         read(HubSource(str(tmp_path / "nowhere"), SourceOptions()))
 
 
@@ -151,7 +151,7 @@ GOOD = line_of("good") * 4
     [
         ("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n', r"a.jsonl, line 5'.*byte 0xe9 at position 13"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"line 5'.*surrogate"),
-        ("a.jsonl", GOOD + b'{"text": "cut off', r"line 5'.*no JSON"),
+        ("a.jsonl", GOOD + b'{"text": "cut off', r"line 5'.*not JSON"),
         ("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n', r"field = 'text'.*line 5 has the fields body, id"),
         ("a.jsonl", GOOD + line_of(["a"]), r"line 5'.*holds a list, not text"),
         ("a.jsonl", b"[1, 2]\n", r"one JSON array.*jq"),
@@ -163,7 +163,7 @@ GOOD = line_of("good") * 4
         ("a.jsonl.zst", b"plain text", "damaged or cut off"),
         ("a.txt", b"ok\n" * 3 + b"na\xefve", r"a.txt'.*byte 0xef at position 11 of this file"),
         ("a.txt", "naïve".encode("utf-16"), "not UTF-8.*iconv"),
-        ("a.parquet", b"no such thing", "no Parquet file"),
+        ("a.parquet", b"no such thing", "not a readable Parquet file"),
     ],
 )
 def test_bad_content_is_told_with_its_place(tmp_path: Path, name: str, raw: bytes, said: str) -> None:
@@ -177,7 +177,7 @@ def test_zst_cut_between_lines_is_seen(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor().compressobj()
     raw = compressor.compress(GOOD) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     (tmp_path / "a.jsonl.zst").write_bytes(raw)
-    with pytest.raises(UserError, match="no end"):
+    with pytest.raises(UserError, match="Truncated"):
         read(opened(tmp_path / "a.jsonl.zst"))
 
 
@@ -222,7 +222,7 @@ def test_what_is_not_found_or_of_no_known_kind(tmp_path: Path) -> None:
 
 
 def test_large_text_file_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatscale.data.files.LARGEST_TEXT_FILE", 1 << 20)
+    monkeypatch.setattr("qatscale.data.records.LARGEST_TEXT_FILE", 1 << 20)
     (tmp_path / "a.txt").write_text("word\n" * 300_000)
     with pytest.raises(UserError, match="text_unit=paragraph"):
         read(opened(tmp_path / "a.txt"))

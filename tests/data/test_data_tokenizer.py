@@ -115,7 +115,7 @@ def test_training_is_deterministic_and_lossless(tokenizer: SentencePieceTokenize
 
 
 def test_digits_stay_single(tokenizer: SentencePieceTokenizer) -> None:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files[SENTENCEPIECE_FILE])
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if not processor.is_byte(i)]
     assert [p for p in pieces if len(p) > 1 and any(c.isdigit() for c in p)] == []
 
@@ -217,7 +217,7 @@ def test_training_tells_what_stopped_the_reading_of_its_texts(error: BaseExcepti
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"nothing of the kind")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no SentencePiece model"):
+    with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path / "x.model")
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "y.model")

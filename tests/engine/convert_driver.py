@@ -18,7 +18,7 @@ import torch.distributed as dist
 from qatscale.config import load_run_config
 from qatscale.config.ds_config import load_ds_config, merge_ds_config
 from qatscale.config.schema import RunConfig
-from qatscale.data.open import open_batches
+from qatscale.data.reader import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info

@@ -27,7 +27,7 @@ from fixed_tokens import write_fixed_tokens
 from trained_runs import LEARNING_RATE
 
 from qatscale.config import load_run_config
-from qatscale.data.open import open_batches
+from qatscale.data.reader import open_batches
 from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError

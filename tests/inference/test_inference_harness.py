@@ -99,7 +99,7 @@ def test_what_cannot_be_judged_is_told(run: Path, tasks: Path) -> None:
     with pytest.raises(UserError, match="completions"):
         open_tasks(["completion"], tasks)
     manager = open_tasks(["lost"], tasks)
-    with pytest.raises(UserError, match="data set"):
+    with pytest.raises(UserError, match="dataset"):
         run_harness(open_transformers(str(run)), ["lost"], manager)
 
 

@@ -114,7 +114,7 @@ def test_mlflow_shows_the_same_points(make_run: MakeRun, run: RunFolder, sqlite:
             folder.append("metrics", **fields)
         uploader = Uploader(folder, sqlite)
         uploader.sync()
-    assert uploader.run_id is not None
-    points = {m.step: m.value for m in MlflowClient(sqlite).get_metric_history(uploader.run_id, "train/loss")}
+    assert uploader.cursor.run_id is not None
+    points = {m.step: m.value for m in MlflowClient(sqlite).get_metric_history(uploader.cursor.run_id, "train/loss")}
     assert points == pytest.approx({end: LOSSES[start:end].mean() for end, (start, _) in EXPECTED.items()}, rel=1e-12)
     assert folder.records("metrics")[2]["loss"] == LOSSES[40], "the file keeps every record as it was"

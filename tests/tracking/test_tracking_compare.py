@@ -14,16 +14,16 @@ from rich.table import Table
 from synthetic_runs import TOKENS_PER_STEP, MakeRun, finish, log_metrics, loss_at
 
 from qatscale.tracking.compare import (
-    compare,
     comparison_table,
     list_runs,
+    median_speeds,
+    run_row,
     runs_table,
     tokens_per_second,
     validation_losses,
     view_label,
 )
 from qatscale.tracking.curves import curves, draw_loss_curves, loss_curves, smoothed
-from qatscale.tracking.final import median_speeds
 from qatscale.tracking.run_folder import RunFolder, perplexity
 
 
@@ -88,10 +88,10 @@ def test_the_list_is_a_table_and_an_empty_folder_an_empty_list(study: Study, tmp
 
 
 def test_a_comparison_has_every_view_and_both_speeds(study: Study) -> None:
-    rows = {row.name: row for row in compare(study.branches)}
+    rows = {row.name: row for row in map(run_row, study.branches)}
     assert rows["fp"].losses == {"fp": 2.25, "ptq2": 5.5, "ptq4": 2.375}
     assert rows["fused"].losses == {"fp": 2.875, "quantized": 2.5}
-    assert rows["fused"].perplexity("quantized") == math.exp(2.5)
+    assert perplexity(rows["fused"].losses["quantized"]) == math.exp(2.5)
     assert (rows["fused"].switch_step, rows["fp"].switch_step) == (500, None)
     assert (rows["fused"].tokens_per_second_fp, rows["fused"].tokens_per_second_qat) == (8000, 5000)
     assert rows["fp"].tokens_per_second_qat is None

@@ -18,11 +18,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from synthetic_runs import MakeRun, finish, log_metrics
 
-from qatscale.tracking.cursor import Cursor
-from qatscale.tracking.follower import Following
+from qatscale.tracking.follower import Following, start_follower
 from qatscale.tracking.mlflow_sync import TrackingError, track_sync
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.tracking.start_follower import NoFollower, start_follower
+from qatscale.tracking.store import Cursor
 
 pytestmark = pytest.mark.dist
 
@@ -110,7 +109,7 @@ def test_a_run_is_followed_to_its_end(make_run: MakeRun, sqlite: str, monkeypatc
 
 TRAINER = """
 import sys, time
-from qatscale.tracking.start_follower import start_follower
+from qatscale.tracking.follower import start_follower
 from qatscale.tracking.run_folder import RunFolder
 folder = RunFolder.open(sys.argv[1])
 folder.append("start", step=0)
@@ -196,7 +195,7 @@ def test_a_server_that_does_not_answer_costs_the_trainer_nothing(
     assert line is not None
     assert "failed (see" in line
     assert "gave up" in log_of(folder)
-    with pytest.raises(TrackingError, match=f"{address} did not take run"):
+    with pytest.raises(TrackingError, match=f"{address} did not accept run"):
         track_sync(folder)
 
     # later, with a store that answers: everything, once
@@ -256,7 +255,7 @@ def test_no_tracking_is_no_process(make_run: MakeRun, where: str, monkeypatch: p
     if where == "environment":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     follower = start_follower(folder, "none" if where == "recipe" else None)
-    assert isinstance(follower, NoFollower)
+    assert follower.child is None
     assert follower.finish() is None
     assert not (folder.logs / "tracking.log").exists()
 

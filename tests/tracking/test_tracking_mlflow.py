@@ -14,10 +14,9 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from synthetic_runs import MakeRun, finish, log_metrics
 
-from qatscale.tracking.cursor import Cursor
-from qatscale.tracking.mlflow_names import flatten, points
-from qatscale.tracking.mlflow_sync import TrackingError, Uploader, track_sync
+from qatscale.tracking.mlflow_sync import TrackingError, Uploader, flatten, points, track_sync
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.store import Cursor
 
 
 def runs_of(uri: str) -> list[Run]:
@@ -125,11 +124,11 @@ def test_a_run_that_grows_is_uploaded_piece_by_piece(make_run: MakeRun, sqlite: 
     for first in range(0, 400, 100):
         log_metrics(folder, first, first + 100)
         assert uploader.sync() is False
-        assert history(sqlite, uploader.run_id or "", "train/loss") == written(folder, "loss")
+        assert history(sqlite, uploader.cursor.run_id or "", "train/loss") == written(folder, "loss")
     with folder.metrics_file.open("ab") as file:
         file.write(b'{"event": "metr')  # as one sees it in the middle of a write
     assert uploader.sync() is False
-    assert history(sqlite, uploader.run_id or "", "train/loss") == written(folder, "loss")
+    assert history(sqlite, uploader.cursor.run_id or "", "train/loss") == written(folder, "loss")
 
 
 def test_more_than_one_batch_of_metrics_and_parameters(make_run: MakeRun, sqlite: str) -> None:
@@ -165,6 +164,19 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(make_run: MakeRun, sqlite:
     assert track_sync(folder) == run_id
     (run,) = runs_of(sqlite)
     assert run.info.status == "FINISHED"
+    assert history(sqlite, run_id, "train/loss") == written(folder, "loss")
+
+
+def test_points_that_a_resume_superseded_before_they_were_sent_arrive_when_they_come_again(
+    make_run: MakeRun, sqlite: str
+) -> None:
+    folder = make_run(steps=100)
+    folder.append("start", step=0)
+    log_metrics(folder, 0, 60)
+    folder.append("resume", step=40)
+    track_sync(folder, sqlite)  # steps 50 and 60 are superseded, and not sent
+    log_metrics(folder, 40, 100)
+    run_id = track_sync(folder)  # as another process
     assert history(sqlite, run_id, "train/loss") == written(folder, "loss")
 
 
@@ -225,7 +237,7 @@ def test_artifacts_that_fail_cost_no_metric_and_are_not_passed_over(
     blocked = tmp_path / "store" / "mlartifacts"
     blocked.parent.mkdir(exist_ok=True)
     blocked.write_text("a file where a folder should be")
-    with pytest.raises(TrackingError, match=r"sqlite:.* did not take run: .*mlartifacts"):
+    with pytest.raises(TrackingError, match=r"sqlite:.* did not accept run: .*mlartifacts"):
         track_sync(folder, sqlite)
     run_id = runs_of(sqlite)[0].info.run_id
     assert history(sqlite, run_id, "train/loss") == written(folder, "loss")

@@ -112,7 +112,7 @@ def test_a_small_limit_reads_the_same_records(tmp_path: Path) -> None:
 
 def test_a_damaged_line_is_an_error_that_names_its_place(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'{"a": 1}\nrubbish\n{"a": 2}\n')
-    with pytest.raises(ValueError, match=r"m\.jsonl: the line at byte 9 is no JSON"):
+    with pytest.raises(ValueError, match=r"m\.jsonl: the line at byte 9 is not JSON"):
         list(Tail(tmp_path / "m.jsonl"))
 
 

@@ -88,7 +88,7 @@ def test_a_folder_that_was_left_half_made_can_be_made(make_run: MakeRun) -> None
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_folder_without_a_run_is_named(tmp_path: Path, exists: bool) -> None:
     path = tmp_path if exists else tmp_path / "none"
-    with pytest.raises(UserError, match="It holds no run.json" if exists else "The folder does not exist"):
+    with pytest.raises(UserError, match="holds no run.json" if exists else "the folder does not exist"):
         RunFolder.open(path)
 
 

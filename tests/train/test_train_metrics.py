@@ -12,7 +12,7 @@ import torch
 from driving import config, spec
 from fixed_tokens import write_fixed_tokens
 
-from qatscale.data.open import open_stream
+from qatscale.data.reader import open_stream
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
 from qatscale.schedule.timeline import StepSettings
