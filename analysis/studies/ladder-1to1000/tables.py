@@ -1,0 +1,124 @@
+"""The ladder's tables in Markdown: optimal fractions, fused against sequential, QAT against PTQ, loss at equal bytes.
+
+    python analysis/studies/ladder-1to1000/tables.py analysis/studies/ladder-1to1000/results.csv
+
+A measured curve is read as `qatlaw.curves` reads it; `regret` is its loss at another fraction above its minimum.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from qatlaw.curves import Curve, measured_curves
+from qatlaw.fraction import optimal_fraction
+from qatlaw.laws.base import Law
+from qatlaw.planner_law import load_law
+from qatlaw.results import read_results
+from qatlaw.runs import RunRecord, collect
+
+FOLDER = Path(__file__).parent
+EMBEDDING_BITS = 4
+VOCABULARY = 1024
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def short(tokens: float) -> str:
+    return f"{tokens / 1e6:.1f}M"
+
+
+def loss_at(curve: Curve, f: float) -> float:
+    """The curve's own fit a - b ln f - c ln(1 - f) at f."""
+    design = np.stack([np.ones_like(curve.fractions), -np.log(curve.fractions), -np.log1p(-curve.fractions)], axis=1)
+    a, b, c = np.linalg.lstsq(design, curve.losses, rcond=None)[0]
+    return float(a - b * np.log(f) - c * np.log1p(-f))
+
+
+def optima(curves: list[Curve], law: Law | None) -> None:
+    """Measured f* with its error bar beside the closed form's and the law's, and what their fractions cost."""
+    rows = []
+    for curve in curves:
+        S = curve.D_total / (curve.N * curve.B / 8)
+        closed = float(optimal_fraction(S))
+        lowest = loss_at(curve, curve.optimum)
+        bar = f"{curve.optimum:.2f} ({curve.low:.2f} to {curve.high:.2f})"
+        measured = bar if curve.inside else f"{'≤' if curve.optimum == curve.fractions[0] else '≥'} {curve.optimum:.2f}"
+        row = [f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{S:.0f}", measured]
+        row += [f"{closed:.2f}", f"{loss_at(curve, closed) - lowest:+.3f}"]
+        if law is not None:
+            fraction = float(law.optimal_fraction(curve.N, curve.D_total, curve.B))
+            row += [f"{fraction:.2f}", f"{loss_at(curve, fraction) - lowest:+.3f}"]
+        rows.append([*row, f"{curve.losses.min():.3f}"])
+    with_law = [] if law is None else ["law", "regret"]
+    print_table(["N", "D", "bits", "S", "measured f*", "closed form", "regret", *with_law, "lowest loss"], rows)
+
+
+def by_point(frame: pd.DataFrame) -> list[tuple[tuple[float, float, float], pd.DataFrame]]:
+    return list(frame.groupby(["n_params", "tokens_total", "bits"]))
+
+
+def cell(best: dict[str, pd.Series], scheme: str) -> str:
+    if scheme not in best:
+        return "–"
+    run = best[scheme]
+    return f"{run['loss']:.3f}" + (f" (f = {run['fraction']:.2f})" if run["fraction"] else "")
+
+
+def ends_and_schemes(frame: pd.DataFrame) -> None:
+    """Full precision, PTQ of it, and the best sequential and fused QAT run of each point."""
+    full = frame[frame["scheme"] == "fp"].set_index(["n_params", "tokens_total"])["loss"].to_dict()
+    rows = []
+    for (N, D, B), group in by_point(frame[frame["scheme"] != "fp"]):
+        best = {scheme: some.loc[some["loss"].idxmin()] for scheme, some in group.groupby("scheme")}
+        schemes = [cell(best, scheme) for scheme in ("ptq", "sequential", "fused")]
+        both = "fused" in best and "sequential" in best
+        gain = f"{best['fused']['loss'] - best['sequential']['loss']:+.3f}" if both else "–"
+        rows.append([f"{N:,.0f}", short(D), f"{B:g}", f"{full[N, D]:.3f}", *schemes, gain])
+    print_table(["N", "D", "bits", "full precision", "PTQ", "sequential", "fused", "fused − sequential"], rows)
+
+
+def equal_bytes(frame: pd.DataFrame, hidden: dict[float, int]) -> None:
+    """Best loss of each size and width by the bytes of its weights: blocks at B bits, embedding at 4, norms at 16."""
+    rows = []
+    for (N, D, B), group in by_point(frame):
+        embedding = VOCABULARY * hidden[N]
+        blocks = N - embedding
+        size = (blocks * B + embedding * (EMBEDDING_BITS if B < 16 else 16)) / 8
+        rows.append((D, size, [short(D), f"{size / 1e3:.0f}", f"{N:,.0f}", f"{B:g}", f"{8 * size / N:.2f}",
+                               f"{group['loss'].min():.3f}"]))  # fmt: skip
+    print_table(["D", "kB", "N", "bits", "bits a parameter", "lowest loss"], [row for *_, row in sorted(rows)])
+
+
+def frame_of(records: list[RunRecord]) -> tuple[pd.DataFrame, list[Curve]]:
+    table = collect(records, "results.csv").table
+    frame = table.frame.assign(
+        tokens_total=table.tokens_total, fraction=table.column("tokens_qat") / table.tokens_total
+    )
+    return frame, sorted(measured_curves(table), key=lambda one: (one.scheme, one.N, one.D_total, one.B))
+
+
+def main() -> None:
+    records = [record for record in read_results(Path(sys.argv[1])) if record.recipe["seed"] == "0"]
+    frame, curves = frame_of(records)
+    hidden = {record.final["n_params"]: int(record.recipe["model.hidden_size"]) for record in records}
+    for scheme in ("sequential", "fused"):
+        file = FOLDER / f"fit-{scheme}.json"
+        print(f"\n## {scheme}: optimal fraction")
+        law = load_law(str(file)).law if file.exists() else None
+        optima([curve for curve in curves if curve.scheme == scheme], law)
+    print("\n## Full precision, PTQ, sequential, fused")
+    ends_and_schemes(frame)
+    print("\n## Loss at equal bytes")
+    equal_bytes(frame, hidden)
+
+
+if __name__ == "__main__":
+    main()
