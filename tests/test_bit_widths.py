@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from wrong_values import NO_SUCH_BITS
 
 from qatlaw.amounts import parse_bits
 from qatlaw.bit_widths import BIT_WIDTHS, EMBEDDING_BITS
@@ -13,6 +12,7 @@ from qatscale.config import load_run_config
 from qatscale.config.settings import settings
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import QUANTIZERS, get_quantizer
+from tests.wrong_values import NO_SUCH_BITS
 
 CANDIDATES = sorted({*BIT_WIDTHS, *range(33), 0.5, 1.5, 1.58, 1.6, 2.5, 3.99})
 assert NO_SUCH_BITS in CANDIDATES

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import unlaunched
+
+from tests.processes import unlaunched
 
 GUIDES = sorted((Path(__file__).parents[1] / "analysis" / "guides").glob("[a-z]*.md"))
 

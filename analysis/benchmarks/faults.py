@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "launch"))
+sys.path.insert(0, str(ROOT))
 
-from hosts import Host, two_hosts  # noqa: E402
+from tests.launch.hosts import Host, two_hosts  # noqa: E402
 
 RUN = ["debug", "tracking.uri=none", "tokens=100M", "checkpoint.interval=1280"]
 

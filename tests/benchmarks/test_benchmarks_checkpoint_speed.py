@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import unlaunched
+
+from tests.processes import unlaunched
 
 BENCHMARKS = Path(__file__).parents[2] / "analysis" / "benchmarks"
 BENCHMARK, SCRIPT = BENCHMARKS / "checkpoint_speed.py", BENCHMARKS / "gpu" / "checkpoint.py"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import unlaunched
 from steppers import Stepper, bare_stepper, batch_of, engine_stepper
 
 from qatscale.config import load_run_config
 from qatscale.engine.runtime import start_runtime
+from tests.processes import unlaunched
 
 BENCHMARKS = Path(__file__).parents[2] / "analysis" / "benchmarks"
 SMALL = ["batch.sequences=4", "batch.micro_batch=2", "qat.scheme=fused"]

@@ -3,7 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bad_inputs import make_world
+
+from tests.cli.bad_inputs import make_world
 
 
 @pytest.fixture(scope="session")

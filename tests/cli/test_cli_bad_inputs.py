@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from bad_inputs import Case, cases, copy_world, run_command
 
 from qatscale.errors import EXIT_BAD_INPUT
+from tests.cli.bad_inputs import Case, cases, copy_world, run_command
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.typed)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import typer.main
-from bad_inputs import run_command
 from typer.core import TyperGroup
 
 from qatlaw.cli import planner
@@ -20,6 +19,7 @@ from qatscale.config import load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.timeline import Timeline, first_difference
+from tests.cli.bad_inputs import run_command
 
 
 def planned(typed: str) -> dict[str, Any]:

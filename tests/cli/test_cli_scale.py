@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bad_inputs import run_command
+
+from tests.cli.bad_inputs import run_command
 
 NETWORK_BOUND = "train 8b --dry-run --processes 64 --mfu 0.4 batch.micro_batch=1 --gpu"
 GPU = "H100 80GB HBM3"

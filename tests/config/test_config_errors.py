@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from wrong_values import NO_SUCH_BITS
 
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatscale.config import load_run_config, resolved_yaml
 from qatscale.config.schema import ModelConfig, RunConfig
 from qatscale.errors import UserError, UserErrors
+from tests.wrong_values import NO_SUCH_BITS
 
 # overrides of the recipe `debug` -> the key that is named, and what the message must hold besides
 BAD_OVERRIDES: dict[tuple[str, ...], tuple[str, ...]] = {

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_corpora import documents
 
 from qatscale.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from tests.data.data_corpora import documents
 
 
 @pytest.fixture(scope="session")

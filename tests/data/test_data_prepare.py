@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_corpora import documents, folder_bytes, write_jsonl, write_parquet
 from rich.console import Console
 
 from qatscale.data import sources
@@ -23,6 +22,7 @@ from qatscale.data.state import State, folder_lock
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.errors import UserError
 from qatscale.files import sha256_of
+from tests.data.data_corpora import documents, folder_bytes, write_jsonl, write_parquet
 
 TEXTS = documents(150)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from data_corpora import documents, folder_bytes, write_jsonl
 
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import TokenStream
 from qatscale.errors import UserError
+from tests.data.data_corpora import documents, folder_bytes, write_jsonl
 
 SCRIPT = """
 import re, sys

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_corpora import documents, stream, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -20,6 +19,7 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import BatchReader, EvaluationReader, ShuffledOrder, TokenStream
 from qatscale.errors import UserError
+from tests.data.data_corpora import documents, stream, write_jsonl
 
 
 def counting(tokens: int, *cuts: int) -> TokenStream:

@@ -7,7 +7,6 @@ from string import ascii_uppercase
 
 import numpy as np
 import pytest
-from data_corpora import documents, stream, write_jsonl
 from scipy.stats import chi2, hypergeom
 from test_data_indexed import megatron_pair
 
@@ -15,6 +14,7 @@ from qatscale.data.adopt import adopt
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import BatchReader, EvaluationReader, TokenStream
 from qatscale.data.tokenizer import SentencePieceTokenizer
+from tests.data.data_corpora import documents, stream, write_jsonl
 
 UNLIKELY = 1e-4
 """Two-sided. Seeds are fixed, so a test always passes or always fails."""

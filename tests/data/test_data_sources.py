@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from data_corpora import documents, write_jsonl, write_parquet
 
 from qatscale.data import sources
 from qatscale.data.sources import HubSource, Source, SourceOptions, open_source
 from qatscale.errors import UserError
+from tests.data.data_corpora import documents, write_jsonl, write_parquet
 
 TEXTS = documents(40)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from data_corpora import WORDS, documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from qatscale.data.tokenizer import (
     train_sentencepiece,
 )
 from qatscale.errors import UserError
+from tests.data.data_corpora import WORDS, documents
 
 CODE = "def f(x, y):\n    return x  +  y\n\n\n  class A:\n\tpass   \n   \n" * 3
 

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from driving import BASE, SWITCH, assert_same_state, losses
-from fixed_tokens import write_fixed_tokens
-from trained_runs import LEARNING_RATE
 
 from qatscale.config import load_run_config
 from qatscale.data.reader import open_batches
@@ -37,6 +29,10 @@ from qatscale.tracking.compare import list_runs
 from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.resume import plan_resume
+from tests.processes import run
+from tests.train.driving import BASE, SWITCH, assert_same_state, losses
+from tests.train.fixed_tokens import write_fixed_tokens
+from tests.train.trained_runs import LEARNING_RATE
 
 pytestmark = pytest.mark.timeout(1200)
 """The first test that asks for `made` waits for both launches: a minute, and several on a busy machine."""

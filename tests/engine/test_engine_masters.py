@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
 
 from qatscale.engine.checkpoints.files import CheckpointReader
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.reference import encode
+from tests.processes import run
 
 DRIVER = Path(__file__).with_name("masters_driver.py")
 LAYOUTS = [f"{stage}-{precision}-None" for stage in (1, 2) for precision in ("fp32", "bf16")] + [

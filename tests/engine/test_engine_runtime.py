@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from processes import unlaunched
+from tests.processes import unlaunched
 
 STARTED = """
 import sys, torch

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from export_runs import train_runs
-from exported import need
 
 from qatscale.cli import main
+from tests.export.export_runs import train_runs
+from tests.export.exported import need
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from processes import run
+from tests.processes import run
 
 DRIVER = Path(__file__).parents[1] / "train" / "runs_driver.py"
 STEPS = 12

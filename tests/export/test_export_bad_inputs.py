@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import described, need, snippets
 from safetensors.torch import load_file
-from wrong_values import NO_SUCH_BITS
 
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from qatscale.export import clients, source
 from qatscale.export.formats import FORMATS, gguf
 from qatscale.export.formats.base import get_format
+from tests.export.exported import described, need, snippets
+from tests.wrong_values import NO_SUCH_BITS
 
 
 def refused(qatscale, line: str, *parts: str) -> None:

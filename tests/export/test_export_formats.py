@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from expected import EXPECTED
 from typer.testing import CliRunner
 
 from qatscale.cli.app import app
 from qatscale.errors import UserError
 from qatscale.export.formats import FORMATS
 from qatscale.export.formats.base import Exported, find_export, get_format
+from tests.export.expected import EXPECTED
 
 GUIDE = Path(__file__).parents[2] / "analysis/guides/ship-it.md"
 

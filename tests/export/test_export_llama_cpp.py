@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_runs import WIDTHS
-from exported import described, plain_model, snippets
-from greedy_text import assert_same_text
 from torch import Tensor
 
 from qatscale.model.hugging_face_tokenizer import PROBES
+from tests.export.export_runs import WIDTHS
+from tests.export.exported import described, plain_model, snippets
+from tests.greedy_text import assert_same_text
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp")

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from expected import BF16_RUNS, EXPECTED, Loaded, fp16_scales, nothing
-from export_runs import WIDTHS
-from exported import described, plain_model, snippets, trained_weights
-from greedy_text import assert_same_text, decided_text
 
 from qatscale.errors import UserError
 from qatscale.export.formats import FORMATS
@@ -20,6 +16,10 @@ from qatscale.inference.generate import open_text_generator
 from qatscale.inference.sampling import Detokenizer, Sampling
 from qatscale.model.hugging_face import from_hugging_face
 from qatscale.model.hugging_face_tokenizer import PROBES
+from tests.export.expected import BF16_RUNS, EXPECTED, Loaded, fp16_scales, nothing
+from tests.export.export_runs import WIDTHS
+from tests.export.exported import described, plain_model, snippets, trained_weights
+from tests.greedy_text import assert_same_text, decided_text
 
 START, COUNT = [1, 17, 300, 45], 24
 

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from exported import described, need
-from permissions import as_ordinary_user
 
 from qatscale.errors import EXIT_BAD_INPUT, UserError
 from qatscale.export import clients
 from qatscale.export.formats import FORMATS
 from qatscale.export.formats.base import get_format
 from qatscale.export.formats.mlx import MlxLm
+from tests.export.exported import described, need
+from tests.permissions import as_ordinary_user
 
 PRODUCT = Path(clients.__file__).parents[1]
 DEEP = "[" * 100_000

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from greedy_text import assert_same_text, decided_text
 from typer.testing import CliRunner
 
 from qatscale.cli.app import app
@@ -21,6 +20,7 @@ from qatscale.export.formats.base import find_export
 from qatscale.inference.generate import open_text_generator
 from qatscale.inference.sampling import Detokenizer, Sampling, prompt_ids
 from qatscale.train.validation import open_view
+from tests.greedy_text import assert_same_text, decided_text
 
 PROMPT = "def load(path):\n    return"
 ROUNDING = 1e-5

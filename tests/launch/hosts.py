@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import unlaunched
+from tests.processes import unlaunched
 
 PACKAGES = {"sshd": "openssh-server", "pdsh": "pdsh"}
 

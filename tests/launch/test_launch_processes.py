@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import unlaunched
 
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.tracking.run_folder import RunFolder
+from tests.processes import unlaunched
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import processes
 import pytest
-from hosts import CannotError, Host, two_hosts
 
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.tracking.run_folder import RunFolder
+from tests import processes
+from tests.launch.hosts import CannotError, Host, two_hosts
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 RUN = [

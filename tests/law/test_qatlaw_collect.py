@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from law_runs import PTQ_BITS, PTQ_LOSS, command, empty_store, finished, finished_grid, upload
 from pydantic import BaseModel
 
 from qatlaw import synthetic
@@ -28,6 +27,7 @@ from qatscale.config import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.tracking.run_folder import RunFolder
+from tests.law.law_runs import PTQ_BITS, PTQ_LOSS, command, empty_store, finished, finished_grid, upload
 
 LAW = synthetic.law()
 EXPERIMENT = "qatscale"

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from browser import CannotError, Seen, open_page
-from law_runs import command, finished
 from matplotlib.colors import to_rgb
 
 from qatlaw import synthetic
@@ -26,6 +24,8 @@ from qatlaw.report import Report, html, image, rows_html, write_report
 from qatlaw.runs import LeftOut
 from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows, rivals, summarise
 from qatlaw.table import RunTable
+from tests.law.browser import CannotError, Seen, open_page
+from tests.law.law_runs import command, finished
 
 NAMES = (
     "optimal_fraction", "u_curves", "law_against_measurement", "residuals", "equal_memory", "against_full_precision",

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from model_shrunken import CONFIGS
 
 from qatscale.config.schema import ModelConfig
 from qatscale.model.llama import Llama
+from tests.model.model_shrunken import CONFIGS
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_shrunken import CONFIGS
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -25,6 +24,7 @@ from qatscale.model.hugging_face import (
 )
 from qatscale.model.hugging_face_tokenizer import SpecialIds
 from qatscale.model.llama import Llama
+from tests.model.model_shrunken import CONFIGS
 
 LOGITS_OFF = 32 * 2.0**-24
 """Largest difference of two fp32 forward passes, relative to the largest logit. Each matrix product sums up to 88 terms

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from model_shrunken import CONFIGS
 
 from qatscale.config.sizes import count_parameters
 from qatscale.model.llama import Llama, initialise, parameter_shapes, rotate, rotation_tables
+from tests.model.model_shrunken import CONFIGS
 
 
 def grads(model):

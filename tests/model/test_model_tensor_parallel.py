@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run
 
 from qatscale.model.tensor_parallel import UNSPLIT, TensorParallel
+from tests.processes import run
 
 
 @pytest.mark.dist

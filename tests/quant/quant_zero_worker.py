@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import torch
-from quant_models import TinyModel, a_batch
 
 from qatscale.config.schema import QatConfig
 from qatscale.quant.plugin import PlainMasters, QatPlugin, scale_groups, view
+from tests.quant.quant_models import TinyModel, a_batch
 
 STEPS = 3
 

@@ -10,14 +10,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from quant_reference import BITS, value_and_slopes
 from torch import Tensor
-from triton_interpreted import interpreted_kernels
 
 from qatscale.quant import reference
 from qatscale.quant.bit_widths import SCALE_FLOOR, Quantizer, get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.scales import initial_scale
+from tests.quant.quant_reference import BITS, value_and_slopes
+from tests.quant.triton_interpreted import interpreted_kernels
 
 Case = tuple[Tensor, Tensor, Tensor]
 """w, α, dL/dŵ."""

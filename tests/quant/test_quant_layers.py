@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from quant_models import TinyModel, a_batch
 from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
@@ -18,6 +17,7 @@ from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantHead, FakeQuantLinear
 from qatscale.quant.plugin import PlainMasters, QatPlugin
 from qatscale.quant.scales import initial_scale, ptq_scale
+from tests.quant.quant_models import TinyModel, a_batch
 
 
 def a_linear(bits: float = 2, group_size: int | None = None, bias: bool = False) -> FakeQuantLinear:

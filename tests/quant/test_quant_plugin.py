@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from quant_models import TinyModel, a_batch, prepared
 from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
@@ -18,6 +17,7 @@ from qatscale.quant.layers import FakeQuantEmbedding, FakeQuantLinear
 from qatscale.quant.plugin import NothingQuantizedError, PlainMasters, QatPlugin, scale_groups
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import fake_quant_modules
+from tests.quant.quant_models import TinyModel, a_batch, prepared
 
 NAMES = ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"]
 LAYERS = [f"blocks.{index}.{name}" for index in range(2) for name in NAMES]

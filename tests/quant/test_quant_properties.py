@@ -5,13 +5,13 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
-from quant_reference import BITS, CODES, LEVELS, value_and_slopes
 from torch import Tensor
 
 from qatscale.quant.bit_widths import SCALE_FLOOR, get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import initial_scale, ptq_scale
+from tests.quant.quant_reference import BITS, CODES, LEVELS, value_and_slopes
 
 bit_widths = st.sampled_from(BITS)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])

@@ -7,9 +7,7 @@ import re
 
 import pytest
 import torch
-from quant_reference import BITS, CODES, LEVELS, initial_alpha, qp_of, value_and_slopes
 from torch import Tensor
-from wrong_values import NO_SUCH_BITS
 
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatscale.errors import UserError
@@ -17,6 +15,8 @@ from qatscale.quant.bit_widths import QUANTIZERS, get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import initial_scale, ptq_scale
+from tests.quant.quant_reference import BITS, CODES, LEVELS, initial_alpha, qp_of, value_and_slopes
+from tests.wrong_values import NO_SUCH_BITS
 
 ROWS, CHANNELS = 5, 24
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from quant_models import prepared
 
 from qatscale.quant.fake_quantize import fake_quantize
+from tests.quant.quant_models import prepared
 
 
 def test_the_report_counts_what_was_quantized() -> None:

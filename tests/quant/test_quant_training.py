@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from quant_models import TinyModel, a_batch, entropy
 
 from qatscale.config.schema import QatConfig
 from qatscale.quant.plugin import PlainMasters, QatPlugin, scale_groups, view
+from tests.quant.quant_models import TinyModel, a_batch, entropy
 
 STEPS, SWITCH, RATE = 500, 250, 4e-3
 

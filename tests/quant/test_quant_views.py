@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quant_models import TinyModel, a_batch
 from torch import nn
-from wrong_values import NO_SUCH_BITS
 
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
@@ -15,6 +13,8 @@ from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.plugin import PlainMasters, QatPlugin, view
 from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import fake_quant_modules
+from tests.quant.quant_models import TinyModel, a_batch
+from tests.wrong_values import NO_SUCH_BITS
 
 
 def a_model(switched: bool = True, tied: bool = True, **qat: object) -> TinyModel:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from quant_zero_worker import STEPS, batches, optimizer_of, switched_model, views
+
+from tests.quant.quant_zero_worker import STEPS, batches, optimizer_of, switched_model, views
 
 
 @pytest.mark.dist

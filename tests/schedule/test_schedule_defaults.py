@@ -3,13 +3,13 @@
 import math
 
 import pytest
-from schedule_configs import TOKENS_PER_STEP, make_config
 
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
+from tests.schedule.schedule_configs import TOKENS_PER_STEP, make_config
 
 A = 6.7297
 """The closed form's constant."""

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.timeline import kept_steps
+from tests.schedule.schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 TWO_PHASES = [{"scheme": "sequential", "fraction": 0.5}, {"scheme": "fused", "fraction": 0.5}]
 

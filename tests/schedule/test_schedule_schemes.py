@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.rates import qat_lr_ratio
+from tests.schedule.schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
 
 LINEAR = {"warmup_fraction": 0.1, "cooldown_fraction": 0.2, "shape": "linear"}
 

@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from schedule_configs import TOKENS_PER_STEP, make_config
 
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.figure import draw, rate_curve
 from qatscale.schedule.show import COLUMNS, describe
 from qatscale.schedule.timeline import first_difference
+from tests.schedule.schedule_configs import TOKENS_PER_STEP, make_config
 
 SEQUENTIAL = {"scheme": "sequential", "fraction": 0.4, "bits": 2, "learning_rate": 5e-4}
 TRUNK = {"warmup_tokens": 5 * TOKENS_PER_STEP, "cooldown_fraction": 0}
@@ -71,9 +71,8 @@ def test_the_figure_is_drawn_without_pyplot(tmp_path, qat):
 def test_drawing_leaves_no_global_state(tmp_path):
     code = f"""
 import sys
-sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
 from pathlib import Path
-from schedule_configs import make_config
+from tests.schedule.schedule_configs import make_config
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.figure import draw
 config = make_config()

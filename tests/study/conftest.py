@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import studies
+from tests.study import studies
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from processes import unlaunched
-
 from qatscale.study.claims import Claims
+from tests.processes import unlaunched
 
 TINY = {
     "name": "tiny",

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from wrong_values import NO_SUCH_BITS
 
 from qatlaw import synthetic
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
@@ -17,6 +16,7 @@ from qatscale.cli import main
 from qatscale.config import load_run_config
 from qatscale.errors import UserError
 from qatscale.study import grid, read_study
+from tests.wrong_values import NO_SUCH_BITS
 
 SMALL = Path(__file__).parents[2] / "analysis" / "studies" / "small.yaml"
 GOOD = {

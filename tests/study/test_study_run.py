@@ -14,9 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import unlaunched
 
-import studies
 from qatlaw.results import read_results
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
@@ -25,6 +23,8 @@ from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.state import StudyState
 from qatscale.tracking.compare import run_folders
 from qatscale.tracking.run_record import run_record
+from tests.processes import unlaunched
+from tests.study import studies
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]

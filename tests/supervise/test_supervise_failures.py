@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import torch.distributed as dist
 
@@ -31,6 +30,7 @@ from qatscale.supervise.failure_report import (
 from qatscale.supervise.launchers import LauncherProcesses
 from qatscale.supervise.watchdog import in_communication
 from qatscale.tracking.run_folder import RunFolder
+from tests import processes
 
 FAULTY = Path(__file__).with_name("faulty.py")
 

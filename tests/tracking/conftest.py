@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from synthetic_runs import MakeRun, make_run_in
 
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import quiet_mlflow
+from tests.tracking.synthetic_runs import MakeRun, make_run_in
 
 
 @pytest.fixture(autouse=True)

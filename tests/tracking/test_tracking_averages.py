@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
-from synthetic_runs import MakeRun
 
 from qatscale.tracking.averages import Averages
 from qatscale.tracking.curves import curves
 from qatscale.tracking.mlflow_sync import Uploader
 from qatscale.tracking.run_folder import RunFolder
+from tests.tracking.synthetic_runs import MakeRun
 
 SWITCH, STEPS = 113, 200
 ENDS = (20, 40, 41, 45, 60, 80, 100, 112, 113, 115, 120, 137, 140, 160, 161, 180, 198, 200)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
-from synthetic_runs import TOKENS_PER_STEP, MakeRun, finish, log_metrics, loss_at
 
 from qatscale.tracking.compare import (
     comparison_table,
@@ -25,6 +24,7 @@ from qatscale.tracking.compare import (
 )
 from qatscale.tracking.curves import curves, draw_loss_curves, loss_curves, smoothed
 from qatscale.tracking.run_folder import RunFolder, perplexity
+from tests.tracking.synthetic_runs import TOKENS_PER_STEP, MakeRun, finish, log_metrics, loss_at
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from urllib.request import urlopen
 
 import pytest
 from mlflow.tracking import MlflowClient
-from synthetic_runs import MakeRun, finish, log_metrics
 
 from qatscale.tracking.follower import Following, start_follower
 from qatscale.tracking.mlflow_sync import TrackingError, track_sync
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import Cursor
+from tests.tracking.synthetic_runs import MakeRun, finish, log_metrics
 
 pytestmark = pytest.mark.dist
 

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
-from synthetic_runs import MakeRun, finish, log_metrics
 
 from qatscale.tracking.mlflow_sync import TrackingError, Uploader, flatten, points, track_sync
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import Cursor
+from tests.tracking.synthetic_runs import MakeRun, finish, log_metrics
 
 
 def runs_of(uri: str) -> list[Run]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from synthetic_runs import MakeRun, finish, log_metrics
 
 from qatscale.errors import UserError
 from qatscale.supervise import process
 from qatscale.tracking.environment import environment, git_state
 from qatscale.tracking.run_folder import RunFolder
+from tests.tracking.synthetic_runs import MakeRun, finish, log_metrics
 
 
 def test_a_new_run_says_what_it_is(make_run: MakeRun) -> None:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from fixed_tokens import write_fixed_tokens
-from trained_runs import Trained
+
+from tests.train.fixed_tokens import write_fixed_tokens
+from tests.train.trained_runs import Trained
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import Finished, run
+from tests.processes import Finished, run
 
 if TYPE_CHECKING:
     from qatscale.config.schema import RunConfig

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import processes
-from driving import DRIVER, losses, records, spec
-
 from qatscale.tracking.run_folder import RunFolder
+from tests import processes
+from tests.train.driving import DRIVER, losses, records, spec
 
 COMMON = ["optimizer.learning_rate=3e-4", "model.heads=4", "model.layers=4"]
 KINDS = {

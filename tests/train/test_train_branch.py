@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from driving import STEPS, SWITCH, assert_same_state, config, losses
-from trained_runs import REFERENCE, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
@@ -14,6 +12,8 @@ from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 from qatscale.train.resume import plan_resume
+from tests.train.driving import STEPS, SWITCH, assert_same_state, config, losses
+from tests.train.trained_runs import REFERENCE, Trained
 
 AFTER = range(SWITCH + 1, STEPS + 1)
 

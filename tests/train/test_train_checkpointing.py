@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import STEPS, assert_same_state, losses, spec
-from fixed_tokens import write_fixed_tokens
-from processes import Finished, run
 
 from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints, read_manifest, verify_files
 from qatscale.errors import EXIT_FAILED
 from qatscale.tracking.run_folder import RunFolder
+from tests.processes import Finished, run
+from tests.train.driving import STEPS, assert_same_state, losses, spec
+from tests.train.fixed_tokens import write_fixed_tokens
 
 DRIVER = Path(__file__).with_name("checkpointing_driver.py")
 EVERY = 3

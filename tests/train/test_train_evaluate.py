@@ -8,14 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from driving import SWITCH
-from trained_runs import REFERENCE, Trained
-from wrong_values import NO_SUCH_BITS
 
 from qatscale.data.manifest import Manifest
 from qatscale.errors import UserError
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import evaluate_checkpoint
+from tests.train.driving import SWITCH
+from tests.train.trained_runs import REFERENCE, Trained
+from tests.wrong_values import NO_SUCH_BITS
 
 
 @pytest.mark.dist

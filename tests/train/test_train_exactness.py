@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from driving import STEPS, SWITCH, assert_same_state, drive, losses, spec
 
 from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
 from qatscale.tracking.run_folder import RunFolder
+from tests.train.driving import STEPS, SWITCH, assert_same_state, drive, losses, spec
 
 KILLS = [
     {"step": 4, "where": "batch"},  # before the switch

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from driving import STEPS, losses, records
-from trained_runs import BF16, ON_ONE, ON_TWO, REFERENCE, Trained
 
 from qatscale.tracking.run_folder import RunFolder
+from tests.train.driving import STEPS, losses, records
+from tests.train.trained_runs import BF16, ON_ONE, ON_TWO, REFERENCE, Trained
 
 FP32 = 2e-6  # relative; 1e-5 is promised, 1.3e-7 the most that was measured, 2e-7 for the gradient norm
 BF16_STAGES = 1e-4  # measured: not a bit of difference; a weight that bf16 rounds the other way would show

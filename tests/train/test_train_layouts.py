@@ -9,11 +9,11 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from driving import records
-from layout_runs import AFTER, KINDS, LAYOUTS, SAVED, SAVED_AT, LaidOut, resumed_name
 
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.tracking.run_folder import RunFolder
+from tests.train.driving import records
+from tests.train.layout_runs import AFTER, KINDS, LAYOUTS, SAVED, SAVED_AT, LaidOut, resumed_name
 
 FP32 = 1e-5
 BF16 = 5e-4  # measured: 6e-5; bf16 rounds partial sums, so where sums are cut shows
@@ -50,7 +50,7 @@ def needed(test: str, **parameters: str) -> set[str]:
 @pytest.fixture(scope="session")
 def laid_out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LaidOut:
     """The runs that the selected tests need, trained."""
-    from fixed_tokens import write_fixed_tokens
+    from tests.train.fixed_tokens import write_fixed_tokens
 
     folder = tmp_path_factory.mktemp("layouts")
     made = LaidOut(folder, write_fixed_tokens(folder / "data"))

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from driving import config, spec
-from fixed_tokens import write_fixed_tokens
 
 from qatscale.data.reader import open_stream
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
 from qatscale.schedule.timeline import StepSettings
 from qatscale.train.metrics import Meter, total_peak
+from tests.train.driving import config, spec
+from tests.train.fixed_tokens import write_fixed_tokens
 
 
 def test_the_peak_is_that_of_all_devices_and_known_for_bf16_alone() -> None:

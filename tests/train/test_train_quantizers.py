@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from driving import STEPS, SWITCH, records
-from trained_runs import Trained
 
 from qatscale.engine.checkpoints.files import CheckpointReader
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.reference import encode
 from qatscale.tracking.run_folder import RunFolder
+from tests.train.driving import STEPS, SWITCH, records
+from tests.train.trained_runs import Trained
 
 
 @pytest.mark.dist

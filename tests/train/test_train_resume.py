@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from driving import SWITCH, assert_same_state, config, losses
-from trained_runs import REFERENCE, STOPPED_BF16, Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
@@ -19,6 +17,8 @@ from qatscale.train.components import ResumePlan
 from qatscale.train.evaluate import evaluate_checkpoint
 from qatscale.train.resume import plan_resume
 from qatscale.train.run import train
+from tests.train.driving import SWITCH, assert_same_state, config, losses
+from tests.train.trained_runs import REFERENCE, STOPPED_BF16, Trained
 
 
 def plan(trained: Trained, name: str, *overrides: str, branch_from: str | None = None) -> ResumePlan | None:

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from driving import assert_same_state, losses
-from trained_runs import Trained
 
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
+from tests.train.driving import assert_same_state, losses
+from tests.train.trained_runs import Trained
 
 QATSCALE = Path(sys.executable).with_name("qatscale")
 LONG = "long"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from driving import STEPS, SWITCH, drive, spec
+from tests.train.driving import STEPS, SWITCH, drive, spec
 
 TOKENS_PER_STEP = 512
 LEARNING_RATE = "optimizer.learning_rate=3e-4"

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from processes import run
-
 from qatscale.config import load_run_config
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
 from qatscale.engine.estimate.memory import Kinds, fullest_moment, zero_settings
 from qatscale.engine.layout import Layout, plan_layout, stages_of
+from tests.processes import run
 
 DRIVER = Path(__file__).with_name("memory_driver.py")
 BASE = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from memory_layouts import MORE, RUNS, estimate, fullest, layout_of, measure, sizes_of
 
 from qatscale.config import load_run_config
 from qatscale.engine.estimate.memory import between_steps, start_bytes, zero_settings
 from qatscale.engine.estimate.traffic import traffic_of
+from tests.engine.estimate.memory_layouts import MORE, RUNS, estimate, fullest, layout_of, measure, sizes_of
 
 Measured = dict[str, list[dict[str, int]]]
 RECORD = Path(__file__).parents[3] / "analysis/benchmarks/memory_estimate.md"
