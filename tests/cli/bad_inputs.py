@@ -1,6 +1,6 @@
 """Bad inputs and the folder that they are typed in. As a script: a Markdown page of all of them with the answers.
 
-python tests/cli/bad_inputs.py > bad_inputs.md
+python -m tests.cli.bad_inputs > bad_inputs.md
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_data_indexed import LENGTHS, TOKENS, megatron_pair
 
 from qatscale.data.adopt import adopt
 from qatscale.data.reader import TokenStream
 from qatscale.errors import UserError
+from tests.data.test_data_indexed import LENGTHS, TOKENS, megatron_pair
 
 
 def test_megatron_shards_work_as_they_are(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from string import ascii_uppercase
 import numpy as np
 import pytest
 from scipy.stats import chi2, hypergeom
-from test_data_indexed import megatron_pair
 
 from qatscale.data.adopt import adopt
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import BatchReader, EvaluationReader, TokenStream
 from qatscale.data.tokenizer import SentencePieceTokenizer
 from tests.data.data_corpora import documents, stream, write_jsonl
+from tests.data.test_data_indexed import megatron_pair
 
 UNLIKELY = 1e-4
 """Two-sided. Seeds are fixed, so a test always passes or always fails."""

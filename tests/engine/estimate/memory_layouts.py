@@ -1,4 +1,4 @@
-"""Layouts whose memory is estimated and measured. `python tests/engine/estimate/memory_layouts.py FOLDER` compares the
+"""Layouts whose memory is estimated and measured. `python -m tests.engine.estimate.memory_layouts FOLDER` compares the
 two; what FOLDER/measured.json holds is not measured again."""
 
 from __future__ import annotations
