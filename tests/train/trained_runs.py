@@ -1,5 +1,5 @@
-"""The runs that the tests of this package look at. Starting a process costs more than training any of them, so all of them
-are trained in two launches, one of 1 process and one of 2, by the fixture `trained`.
+"""The runs that the tests of this package look at. Starting a process costs more than training any of them, so all are
+trained in two launches, one of 1 process and one of 2, by the fixture `trained`.
 
 A name says what was trained, at how many bits, and under which layout: `fused2-p2-z3-m4` is a fused run at 2 bits on 2
 processes under ZeRO-3 with micro-batches of 4 sequences out of 8.
