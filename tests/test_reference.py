@@ -20,25 +20,32 @@ GUIDES = Path(__file__).parents[1] / "analysis" / "guides"
 RECIPES, COMMANDS = GUIDES / "recipe-reference.md", GUIDES / "command-reference.md"
 
 
-def rows(text: str) -> dict[str, tuple[str, str]]:
-    """First column → (default, example) of the tables in a page."""
-    cells = re.findall(r"^\| `([^`]+)` \| .* \| ([^|]+) \| `([^`]+)` \|$", text, re.MULTILINE)
-    return {name: (default.strip("`"), example) for name, default, example in cells}
+def rows(text: str) -> dict[str, tuple[str, str, str]]:
+    """First column → (default, example, meaning) of the tables in a page."""
+    cells = re.findall(r"^\| `([^`]+)` \| (.*) \| ([^|]+) \| `([^`]+)` \|$", text, re.MULTILINE)
+    return {name: (default.strip("`"), example, plain(meaning)) for name, meaning, default, example in cells}
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("`", "").split()).rstrip(".")
 
 
 # --- recipes ---
 
 
-KEYS = {re.sub(r"\.phases\.\w+\.", ".phases.PHASE.", key): row.default for key, row in settings().items()}
+KEYS = {
+    re.sub(r"\.phases\.\w+\.", ".phases.PHASE.", key): (row.default, plain(row.meaning))
+    for key, row in settings().items()
+}
 del KEYS["schedule.phases"]  # its parts have a row each
 
 
 def test_the_page_has_the_keys_of_a_recipe() -> None:
-    assert {key: default for key, (default, _) in rows(RECIPES.read_text()).items()} == KEYS
+    assert {key: (default, meaning) for key, (default, _, meaning) in rows(RECIPES.read_text()).items()} == KEYS
 
 
 @pytest.mark.parametrize(
-    ("key", "example"), [(key, example) for key, (_, example) in rows(RECIPES.read_text()).items()]
+    ("key", "example"), [(key, example) for key, (_, example, _) in rows(RECIPES.read_text()).items()]
 )
 def test_a_key_has_an_example_that_loads(key: str, example: str) -> None:
     assert re.search(rf"(^| ){re.escape(key).replace('PHASE', '[a-z_]+')}=", example)
@@ -109,6 +116,6 @@ def test_a_command_has_examples_that_parse(name: str) -> None:
     base, documented = SECTIONS[name]
     assert base.startswith(name)
     parse(base)
-    for option, (_, example) in documented.items():
+    for option, (_, example, _) in documented.items():
         assert option in example.split(), option
         parse(f"{base} {example}")
