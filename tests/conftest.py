@@ -22,3 +22,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "data"
     prepare(["self:600K"], folder, vocab_size=512, validation_fraction=0.05, workers=1)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The guides first: the longest file would keep one of two workers busy alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_guides.py")

@@ -12,5 +12,5 @@ vulture
 # Tests of one process leave the second core idle: two at a time, the tests of a file on one worker, with its fixtures.
 # Those that start several processes, of which some watch the clock, run alone.
 run() { pytest "$@" || [ $? -eq 5 ]; } # 5: the arguments select none of these tests
-run -n 2 --dist loadfile -m "not slow and not dist" "$@"
+run -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not dist" "$@"
 run -m "dist and not slow" "$@"

@@ -97,6 +97,7 @@ class Watchdog:
         self._state: Literal["training", "left", "ended", "reported"] = "training"
         self._own: Failure | None = None
         self._seen: Failure | None = None
+        self._stalled = False
         self._failures: list[Failure] = []
         self._count = 0
         self._job = uuid.uuid4().hex
@@ -225,13 +226,18 @@ class Watchdog:
             return False
         if store is not None:
             self._seen = self._failure_of_others(store)
-        limit = self.stall_timeout + (SLOW if self._slow else 0)
-        if self._seen is None and time.monotonic() - self._progress <= limit:
+        # Twice in a row: when a virtual machine wakes up, its clock may jump after this thread has looked at it.
+        before, self._stalled = self._stalled, self._stands_still()
+        if self._seen is None and not (before and self._stalled):
             return False
         if store is not None:
             store.publish(self._heartbeat())
             store.raise_alarm()
         return True
+
+    def _stands_still(self) -> bool:
+        assert self.stall_timeout is not None
+        return time.monotonic() - self._progress > self.stall_timeout + (SLOW if self._slow else 0)
 
     def _failure_of_others(self, store: HeartbeatStore) -> Failure | None:
         for rank, process in self._siblings.items():

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
+from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_FAILED
 from qatscale.supervise.failure_report import (
     Failure,
@@ -28,7 +30,7 @@ from qatscale.supervise.failure_report import (
     stragglers,
 )
 from qatscale.supervise.launchers import LauncherProcesses
-from qatscale.supervise.watchdog import in_communication
+from qatscale.supervise.watchdog import Watchdog, in_communication
 from qatscale.tracking.run_folder import RunFolder
 from tests import processes
 
@@ -37,6 +39,19 @@ FAULTY = Path(__file__).with_name("faulty.py")
 
 def failure(rank: int, kind: Kind, time: float = 0.0, text: str = "") -> Failure:
     return Failure(rank, "abcd"[rank // 2], 17, time, kind, f"{kind} of {rank}", text)
+
+
+def test_a_clock_that_jumps_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine that was suspended: the clock jumps by half an hour, and the main thread goes on at once."""
+    watchdog = Watchdog(Runtime(0, 1, 0, torch.device("cpu")), tmp_path, stall_timeout=600)
+    watchdog.progress(7)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2100)
+    assert not watchdog._must_end()
+    watchdog.progress(8)
+    assert not watchdog._must_end()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2800)
+    assert [watchdog._must_end() for _ in range(2)] == [False, True], "a hang is one still when it is looked at again"
 
 
 def heartbeat(rank: int, own: Failure | None = None, seen: Failure | None = None, **more: Any) -> dict[str, Any]:
