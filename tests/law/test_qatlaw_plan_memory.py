@@ -53,7 +53,7 @@ def test_a_shape_takes_the_bytes_of_its_quantized_layers(bits: int) -> None:
         rows, columns = target.module.weight.shape
         total += rows * columns * target.rule.at(bits) / 8 + rows * 2
     total += sum(p.numel() * 2 for p in model.parameters() if id(p) not in matrices)
-    assert shape.bytes(bits) == total
+    assert shape.weights(bits).bytes == total
 
 
 def test_the_overhead_by_hand() -> None:
@@ -61,7 +61,7 @@ def test_the_overhead_by_hand() -> None:
     blocks = 2 * (4 * 128 * 128 + 3 * 128 * 384)
     scales = 2 * (4 * 128 + 2 * 384 + 128) + 1000
     norms = 5 * 128
-    assert Shape(128, 2, 1000).bytes(2) == (blocks * 2 + 1000 * 128 * 4 + 16 * (scales + norms)) / 8
+    assert Shape(128, 2, 1000).weights(2).bytes == (blocks * 2 + 1000 * 128 * 4 + 16 * (scales + norms)) / 8
     assert Shape(128, 2, 1000).params == blocks + 1000 * 128 + norms
 
 
@@ -69,14 +69,14 @@ def test_the_overhead_by_hand() -> None:
 @pytest.mark.parametrize("budget", [5e6, 60e6, 500e6])
 def test_the_largest_shape_is_the_largest(budget: float, bits: float) -> None:
     found = largest_shape(budget, bits)
-    assert found.bytes(bits) <= budget
+    assert found.weights(bits).bytes <= budget
     usual = [
         Shape(width, layers, 32_000)
         for width in range(128, 5000, 128)
         for layers in range(1, 90)
         if 56 <= width / layers <= 100
     ]
-    assert max(s.params for s in usual if s.bytes(bits) <= budget) == found.params
+    assert max(s.params for s in usual if s.weights(bits).bytes <= budget) == found.params
 
 
 @pytest.mark.parametrize(("recipe", "bits"), [("194m", 4), ("396m", 2), ("759m", 4), ("2p2b", 4)])

@@ -3,7 +3,7 @@
 The rule: a Llama-style decoder without biases, embedding and head tied, a SwiGLU of 2.7 times the width, widths in
 multiples of 128, and a width of 56 to 100 times the depth, as in the recipes of qatscale. The memory of the weights is
 
-    the matrices of the blocks          at B bits
+    the matrices of the blocks          at B bits (2 for ternary weights)
     the embedding table                 at max(4, B) bits: it never has fewer than 4
     one scale per row of each of them   at 16 bits
     the norms                           at 16 bits
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
+from qatlaw.effective_bits import StoredWeights, llama_weights
 from qatlaw.errors import InputError
 from qatlaw.plan.run import RunPlan, plan_run, width_warnings
 from qatlaw.plan.waste import optimal_loss
@@ -53,11 +54,10 @@ class Shape:
     @property
     def params(self) -> int:
         """N: all parameters, the tied table once, without scales."""
-        return int(_sizes(np.array(self.hidden_size), np.array(self.layers), self.vocabulary, 1)[0])
+        return int(self.weights(1).params)
 
-    def bytes(self, bits: float) -> float:
-        """Bytes of its quantized weights with all that belongs to them."""
-        return float(_sizes(np.array(self.hidden_size), np.array(self.layers), self.vocabulary, bits)[1])
+    def weights(self, bits: float) -> StoredWeights:
+        return _weights(np.array(self.hidden_size), np.array(self.layers), self.vocabulary, bits)
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -124,7 +124,8 @@ def plan_memory(
             losses = optimal_loss(law.law, [shape.params for shape in fitting], tokens, bits)
             shape = fitting[int(np.argmin(losses))]
         plan = plan_run(shape.params, tokens, bits, law=law)
-        rows.append(MemoryRow(bits, shape, fitting[-1], shape.bytes(bits), plan, 6.0 * shape.params * plan.tokens))
+        size = float(shape.weights(bits).bytes)
+        rows.append(MemoryRow(bits, shape, fitting[-1], size, plan, 6.0 * shape.params * plan.tokens))
     best = 0 if len(rows) == 1 else None
     if law is not None:
         best = min(range(len(rows)), key=lambda i: rows[i].plan.loss or 0.0)
@@ -142,7 +143,8 @@ def shapes_within(budget: float, bits: float, vocabulary: int = VOCABULARY) -> l
         for layers in range(-(-width // SHALLOW), width // DEEP + 1)
     ]
     widths, layers = np.array(pairs, np.int64).T
-    params, sizes = _sizes(widths, layers, vocabulary, bits)
+    weights = _weights(widths, layers, vocabulary, bits)
+    params, sizes = weights.params, weights.bytes
     fits = sizes <= budget
     if not fits.any() or fits.all():
         ends = f"{sizes.min() / 1e6:.3g}MB to {sizes.max() / 1e9:.3g}GB"
@@ -156,11 +158,7 @@ def _intermediate(width: Integers) -> Integers:
     return (np.rint(MLP * width / WIDTH_STEP) * WIDTH_STEP).astype(np.int64)
 
 
-def _sizes(width: Integers, layers: Integers, vocabulary: int, bits: float) -> tuple[Integers, NDArray[np.float64]]:
-    """(parameters, bytes) of shapes."""
-    mlp = _intermediate(width)
-    matrices = layers * (4 * width * width + 3 * width * mlp)  # q, k, v, o, gate, up and down
-    norms = (2 * layers + 1) * width
-    scales = layers * (5 * width + 2 * mlp) + vocabulary
-    quantized = matrices * bits + vocabulary * width * max(EMBEDDING_LEAST_BITS, bits)
-    return matrices + vocabulary * width + norms, (quantized + UNQUANTIZED_BITS * (scales + norms)) / 8
+def _weights(width: Integers, layers: Integers, vocabulary: int, bits: float) -> StoredWeights:
+    return llama_weights(
+        hidden_size=width, layers=layers, intermediate_size=_intermediate(width), vocabulary=vocabulary, bits=bits
+    )

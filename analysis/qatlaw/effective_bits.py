@@ -1,0 +1,99 @@
+"""Bits and bytes that a model's weights take when they are stored.
+
+A nominal bit width B counts the matrices of the blocks alone. Embedding and head have bits of their own, every row or
+group of a quantized matrix has a scale, and norms are not quantized:
+
+    effective bits = sum over parts of (weights x bits + scales x bits of a scale) / N,    N = all weights, no scales
+
+Numbers are floats, integers, or NumPy arrays of one shape.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
+
+Number = Any
+"""A number, or an array for many models."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights that are stored alike."""
+
+    weights: Number
+    bits: Number
+    scales: Number = 0
+    scale_bits: float = UNQUANTIZED_BITS
+
+    @property
+    def stored_bits(self) -> Number:
+        return self.weights * self.bits + self.scales * self.scale_bits
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    matrices: Part
+    """q, k, v, o, gate, up and down of all blocks."""
+    embedding: Part
+    """The embedding table, and the head where it is a table of its own."""
+    norms: Part
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.matrices, self.embedding, self.norms
+
+    @property
+    def params(self) -> Number:
+        """N: all weights, a tied table once, without scales."""
+        return sum(part.weights for part in self.parts)
+
+    @property
+    def bytes(self) -> Number:
+        return sum(part.stored_bits for part in self.parts) / 8
+
+    @property
+    def effective_bits(self) -> Number:
+        """Stored bits per parameter, scales included."""
+        return 8 * self.bytes / self.params
+
+
+def llama_weights(
+    *,
+    hidden_size: Number,
+    layers: Number,
+    intermediate_size: Number,
+    vocabulary: Number,
+    bits: float,
+    kv_width: Number = None,
+    tied: bool = True,
+    embedding_bits: float | None = None,
+    group_size: int | None = None,
+    plain_bits: float = UNQUANTIZED_BITS,
+) -> StoredWeights:
+    """The weights of a Llama without biases at `bits` bits. A ternary weight takes 2, as in every format of exports.
+
+    kv_width: channels of the keys, and of the values; None: hidden_size. embedding_bits: None: max(4, bits) where head
+    and embedding are tied, else not quantized. group_size: input channels that share a scale; None: a row does.
+    plain_bits: of a scale, a norm and an unquantized weight: 16, or 32 after training in fp32.
+    """
+    kv_width = hidden_size if kv_width is None else kv_width
+    tables = 1 if tied else 2
+    if embedding_bits is None:
+        embedding_bits = max(EMBEDDING_LEAST_BITS, bits) if tied else UNQUANTIZED_BITS
+
+    def part(weights: Number, rows: Number, bits: float) -> Part:
+        if bits >= UNQUANTIZED_BITS:
+            return Part(weights, plain_bits)
+        return Part(weights, math.ceil(bits), rows if group_size is None else weights // group_size, plain_bits)
+
+    attention = 2 * hidden_size * hidden_size + 2 * hidden_size * kv_width
+    rows = 3 * hidden_size + 2 * kv_width + 2 * intermediate_size  # q, o, down; k, v; gate, up
+    return StoredWeights(
+        matrices=part(layers * (attention + 3 * hidden_size * intermediate_size), layers * rows, bits),
+        embedding=part(tables * vocabulary * hidden_size, tables * vocabulary, embedding_bits),
+        norms=Part((2 * layers + 1) * hidden_size, plain_bits),
+    )
