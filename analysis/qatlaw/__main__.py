@@ -1,4 +1,4 @@
-"""`python -m qatlaw`: the planner on a machine without qatscale."""
+"""`python -m qatlaw`: the planner on a machine without qatscale; `python -m qatlaw judge`: laws against tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import sys
 
 from qatlaw.cli import planner
 from qatlaw.errors import InputError
+from qatlaw.judge_cli import judge
 
 EXIT_BAD_INPUT = 2
 
 
 def main(arguments: list[str] | None = None) -> None:
+    planner.command()(judge)
     try:
         planner(arguments, prog_name="python -m qatlaw")
     except InputError as error:

@@ -17,10 +17,13 @@ from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_bytes, parse_
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.errors import InputError
 from qatlaw.fraction import amount
+from qatlaw.laws.named import NAMED, NamedLaw
 from qatlaw.plan.answer import Answer, columns, facts
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
 from qatlaw.plan.checkpoint import plan_checkpoint
 from qatlaw.plan.memory import RULE, plan_memory
+from qatlaw.plan.published import NOTE as SCRATCH
+from qatlaw.plan.published import plan_scratch
 from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
 from qatlaw.plan.run_folder import read_trained
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
@@ -56,6 +59,12 @@ LAW = typer.Option(
     metavar="LAW",
     help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.)",
 )
+PUBLISHED = typer.Option(
+    metavar="LAW",
+    help="Loss law: path of a fit.json, synthetic (made up, to try the planner), or a published law of QAT from "
+    f"scratch: {', '.join(NAMED)}.",
+)
+GROUP_SIZE = typer.Option(min=2, metavar="128", help="Weights that share a scale, for the laws that know it.")
 LOWEST = "* the lowest predicted loss."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BUDGETS = (
@@ -79,7 +88,8 @@ def run(
     tokens: Annotated[float | None, TOKENS] = None,
     bits: Annotated[float | None, BITS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
-    law: Annotated[str | None, LAW] = None,
+    law: Annotated[str | None, PUBLISHED] = None,
+    group_size: Annotated[int | None, GROUP_SIZE] = None,
     as_json: Json = False,
 ) -> None:
     """When should a run switch from full precision to QAT? The commands below answer other questions.
@@ -93,9 +103,11 @@ def run(
     known = _known(ctx, recipe, params, tokens, batch_tokens)
     width = bits or known.bits
     if width is None:
-        bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, as_json=as_json)
+        bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, group_size=group_size, as_json=as_json)
         return
     (N, D), loss_law = _size(known), _law(law)
+    if group_size:
+        raise InputError("--group-size", group_size, "has no effect on the fraction.", "Leave it or --bits out.")
     plan = plan_run(N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme)
     table = {
         "tokens per parameter byte": f"{plan.S:,.4g}",
@@ -128,12 +140,19 @@ def bit_widths(
     tokens: Annotated[float | None, TOKENS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
     tolerance: Annotated[float | None, NATS] = None,
-    law: Annotated[str | None, LAW] = None,
+    law: Annotated[str | None, PUBLISHED] = None,
+    group_size: Annotated[int | None, GROUP_SIZE] = None,
     as_json: Json = False,
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
-    known, loss_law = _known(ctx, recipe, params, tokens, batch_tokens), _law(law)
+    known = _known(ctx, recipe, params, tokens, batch_tokens)
     N, D = _size(known)
+    if group_size and not (law in NAMED and NAMED[law].needs_group):
+        raise InputError("--group-size", group_size, "has no effect without a law that knows it.", "Leave it out.")
+    if law in NAMED:
+        _show(ctx, as_json, _by_published(NAMED[law], known, group_size, tolerance or TOLERANCE))
+        return
+    loss_law = _law(law)
     if tolerance and law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
     nats = tolerance or TOLERANCE
@@ -337,7 +356,7 @@ def _known(
     if batch_tokens and tokens and batch_tokens > tokens:
         raise InputError("--batch-tokens", batch_tokens, f"is more than all {amount(tokens)} tokens.")
     if recipe is None:
-        return Recipe(params, tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
+        return Recipe(params, tokens=tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
     for flag, value in (("--params", params), ("--batch-tokens", batch_tokens)):
         if value is not None:
             raise InputError(flag, value, "contradicts --recipe, which has its own.", "Leave one of them out.")
@@ -357,6 +376,19 @@ def _stack(ctx: typer.Context, flag: str, value: str) -> Any:
     if ctx.obj is None:
         raise InputError(flag, value, "needs `qatscale plan`.", "Or give --params, and --peak-flops.")
     return ctx.obj
+
+
+def _by_published(law: NamedLaw, known: Recipe, group: int | None, nats: float) -> Answer:
+    N, D = _size(known)
+    plan = plan_scratch(law, replace(known, group=group or known.group), tolerance=nats)
+    best = None if plan.smallest is None else plan.rows[plan.smallest]
+    notes = [f"It answers: {law.answers}.", SCRATCH]
+    if plan.full_precision_loss is not None:
+        within = f"within {nats:g} nats of full precision, whose predicted loss is {plan.full_precision_loss:.4f}."
+        notes.insert(0, f"* the smallest bit width {within}" if best else f"No bit width is {within}")
+    table = columns(plan.rows, "bits S loss gap", best)
+    title = f"{_run(N, D)}: QAT from scratch by {law.label}"
+    return Answer("bit-widths", title, table, plan, law, notes, plan.warnings, (), N)
 
 
 def _law(name: str | None) -> PlannerLaw | None:

@@ -29,8 +29,11 @@ class RecipesAndGpus:
         def nearest(fraction: float, tokens: float) -> float:
             return nearest_fraction(two_phases.model_copy(update={"tokens": round(tokens)}), fraction)
 
+        counts = count_parameters(config.model)
         return Recipe(
-            params=count_parameters(config.model).total,
+            params=counts.total,
+            non_embedding=counts.non_embedding,
+            group=config.qat.group_size or config.model.hidden_size,
             tokens=config.tokens,
             bits=config.qat.bits,
             tokens_per_step=config.tokens_per_step,
