@@ -57,12 +57,8 @@ FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.")
 SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.")
 LAW = typer.Option(
     metavar="LAW",
-    help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.)",
-)
-PUBLISHED = typer.Option(
-    metavar="LAW",
-    help="Loss law: path of a fit.json, synthetic (made up, to try the planner), or a published law of QAT from "
-    f"scratch: {', '.join(NAMED)}.",
+    help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.) "
+    f"For losses at each bit width also a published law, of QAT from scratch: {', '.join(NAMED)}.",
 )
 GROUP_SIZE = typer.Option(min=2, metavar="128", help="Weights that share a scale, for the laws that know it.")
 LOWEST = "* the lowest predicted loss."
@@ -88,7 +84,7 @@ def run(
     tokens: Annotated[float | None, TOKENS] = None,
     bits: Annotated[float | None, BITS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
-    law: Annotated[str | None, PUBLISHED] = None,
+    law: Annotated[str | None, LAW] = None,
     group_size: Annotated[int | None, GROUP_SIZE] = None,
     as_json: Json = False,
 ) -> None:
@@ -140,7 +136,7 @@ def bit_widths(
     tokens: Annotated[float | None, TOKENS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
     tolerance: Annotated[float | None, NATS] = None,
-    law: Annotated[str | None, PUBLISHED] = None,
+    law: Annotated[str | None, LAW] = None,
     group_size: Annotated[int | None, GROUP_SIZE] = None,
     as_json: Json = False,
 ) -> None:

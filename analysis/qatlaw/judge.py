@@ -64,6 +64,7 @@ class Errors:
     margin: float | None
     """Half of the 95 % interval of `bias`; None where too few trunks show how trunks differ."""
     mae_margin: float | None
+    """The same of `mae`."""
 
     @property
     def relative(self) -> float:
@@ -277,11 +278,12 @@ def verdict_rows(verdicts: Sequence[Verdict], *, full: bool = False) -> Rows:
     for one in verdicts:
         gap, runs = (NONE, NONE, NONE), f"{one.loss.runs}"
         if one.gap is not None:
-            gap = f"{one.gap.measured:.4f}", _with_margin(one.gap), f"{one.gap.relative:.0%}"
+            gap = f"{one.gap.measured:.4f}", _with_margin(one.gap.bias, one.gap.margin), f"{one.gap.relative:.0%}"
             runs += f"/{one.gap.runs}" if one.gap.runs != one.loss.runs else ""
         rank = "fit" if one.fitted_here else NONE if one.rank is None else f"{one.rank}"
         shown = one.precision if full or one.precision != last else ""
-        maes = f"{one.loss.mae:.4f}", f"{one.loss.relative:.1%}", NONE if one.gap is None else f"{one.gap.mae:.4f}"
+        mae = NONE if one.gap is None else _with_margin(one.gap.mae, one.gap.mae_margin, ".4f")
+        maes = f"{one.loss.mae:.4f}", f"{one.loss.relative:.1%}", mae
         law = one.law + " *" * bool(one.outside)
         rows.append((shown, law, runs, f"{one.loss.bias:+.3f}", *gap, rank, *(maes if full else ())))
         last = one.precision
@@ -298,8 +300,8 @@ def unheld(verdicts: Sequence[Verdict]) -> list[str]:
     return [f"{table} {precision} ({share:.0%})" for (table, precision), share in best.items() if share > HOLDS]
 
 
-def _with_margin(one: Errors) -> str:
-    return f"{one.bias:+.4f}" + (f" ±{one.margin:.4f}" if one.margin is not None else "")
+def _with_margin(value: float, margin: float | None, form: str = "+.4f") -> str:
+    return f"{value:{form}}" + (f" ±{margin:.4f}" if margin is not None else "")
 
 
 def _ranked(verdicts: list[Verdict], order: Iterable[str]) -> list[Verdict]:

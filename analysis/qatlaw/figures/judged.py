@@ -42,20 +42,22 @@ def draw_judged(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) 
             place = places.setdefault(candidate.name, len(places))
             colour, marker, _ = series_style(place)
             inside = candidate.fitted_on in own
-            mark(axes, x[shown], y[shown], marker, colour, candidate.name, hollow=inside, size=3.5 if inside else 5)
+            size, front = 3.5 if inside else 5, 5 + 1 / shown.sum()  # the law with few points lies on top
+            mark(axes, x[shown], y[shown], marker, colour, candidate.name, hollow=inside, size=size, zorder=front)
             ends += [*x[shown], *y[shown]]
         what = "gap" if by_gap else "loss"
         tidy(axes, table.label, f"measured {what} (nats)", f"predicted {what} (nats)")
         if ends:
             line = np.array([min(ends) * 0.8, max(ends) * 1.25])
             axes.plot(line, line, color=SOFT, linewidth=1, zorder=2)
+        else:
+            axes.text(0.5, 0.5, "no law speaks of it", transform=axes.transAxes, ha="center", color=SOFT)
+        if ends and by_gap:
             axes.set_xscale("log")
             axes.set_yscale("log")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.set_minor_formatter(NullFormatter())
-        else:
-            axes.text(0.5, 0.5, "no law speaks of it", transform=axes.transAxes, ha="center", color=SOFT)
     for axes in panels[len(tables) :]:
         axes.set_axis_off()
     legend_below(figure, panels, columns=4)
