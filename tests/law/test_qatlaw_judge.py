@@ -54,6 +54,13 @@ def scratch_table(loss, name="made", sizes=(5e7, 1e8, 2e8, 4e8), tokens=(2e9, 5e
     )
 
 
+def run(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
 # --- the checks of the sources ---
 
 
@@ -130,6 +137,23 @@ def test_laws_are_silent_about_what_they_do_not_describe():
     assert np.isnan(NAMED["kumar"].loss(asked(1e8, 1e10, 4, 4, method="FP4"))).all()
     assert "N = 86.3K" in str(NAMED["chen-w4a16"].outside(asked(86_304, 1e11, 4)))
     assert NAMED["chen-w4a16"].outside(asked(1e8, 1e11, 4)) is None
+
+
+@pytest.mark.parametrize("law", NAMED)
+def test_a_plan_by_a_law_has_its_losses(law, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = f"bit-widths --params 396M --tokens 100B --law {law}" + " --group-size 64" * law.startswith("chen")
+    found = json.loads(run(f"{words} --json", capsys))
+    named = NAMED[law]
+    rows = found["plan"]["rows"]
+    assert [row["bits"] for row in rows] == list(named.widths)
+    loss = [float(named.loss(named.asked(396e6, 1e11, [bits], 64.0))[0]) for bits in named.widths]
+    assert [row["loss"] for row in rows] == pytest.approx(loss)
+    assert found["overrides"] == []
+    text = run(words, capsys)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "no QAT fraction" in text
+    assert ("second-hand" in text.splitlines()[0]) == named.second_hand
 
 
 # --- tables ---
@@ -271,21 +295,14 @@ def test_laws_of_one_scheme_speak_of_that_alone():
 # --- the command ---
 
 
-def typed(words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["judge", *words.split()])
-    assert ended.value.code == 0
-    return capsys.readouterr().out
-
-
 def test_the_command_fits_80_columns_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = typed(f"--out {tmp_path}", capsys)
+    text = run(f"judge --out {tmp_path}", capsys)
     assert max(map(len, text.splitlines())) <= 80
     assert "bitcpm4 (second-hand)" in text
     assert "spectra (second-hand)" in text
     found = json.loads((tmp_path / "judge.json").read_text(), parse_constant=pytest.fail)
-    assert found == json.loads(typed("--json", capsys))
+    assert found == json.loads(run("judge --json", capsys))
     page = (tmp_path / "judge.html").read_text()
     assert "EPFL Machine Learning and Optimization Laboratory" in page
     assert (tmp_path / "judged.png").read_bytes()[:4] == b"\x89PNG"
@@ -301,7 +318,7 @@ def test_one_s_own_law_and_table_are_judged(tmp_path, capsys):
 
     runs = load_table(LADDER).runs.of_scheme("sequential")
     write_fit(tmp_path / "own.json", fit_file(fit(QAT_UNIFIED, runs, starts=4), scheme="sequential"))
-    found = json.loads(typed(f"{LADDER} pilot-1to1000 --law {tmp_path / 'own.json'} --law quest --json", capsys))
+    found = json.loads(run(f"judge {LADDER} pilot-1to1000 --law {tmp_path / 'own.json'} --law quest --json", capsys))
     ranks = {(one["table"], one["precision"], one["law"]): one["rank"] for one in found["verdicts"]}
     assert ranks["pilot-1to1000", "W2 sequential", "own"] == 1
     assert ranks["ladder-1to1000/rates", "W2 sequential", "own"] is None  # the runs that it was fitted on
