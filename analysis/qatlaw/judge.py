@@ -79,6 +79,8 @@ class Verdict:
     table: str
     precision: str
     bits: float
+    effective_bits: tuple[float, float] | None
+    """Least and most stored bits per parameter of its runs; None where the table does not give them."""
     law: str
     loss: Errors
     gap: Errors | None
@@ -111,6 +113,7 @@ def judge(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) -> lis
                     table=table.label,
                     precision=label,
                     bits=float(runs.column("bits")[rows][0]),
+                    effective_bits=_ends(runs.column("effective_bits")[rows]),
                     law=candidate.name,
                     loss=errors(loss[rows], runs.loss[rows], runs.trunks[rows]),
                     gap=errors((loss - full)[paired], gaps[paired], runs.trunks[paired]) if paired.any() else None,
@@ -128,6 +131,10 @@ def errors(predicted: Floats, measured: Floats, trunks: NDArray[np.int64]) -> Er
     off = predicted - measured
     bias, mae = float(off.mean()), float(np.abs(off).mean())
     return Errors(len(off), float(measured.mean()), bias, mae, _margin(off, trunks), _margin(np.abs(off), trunks))
+
+
+def _ends(values: Floats) -> tuple[float, float] | None:
+    return (float(values.min()), float(values.max())) if np.isfinite(values).all() else None
 
 
 def _margin(values: Floats, trunks: NDArray[np.int64]) -> float | None:
@@ -271,8 +278,8 @@ def refitted(table: JudgedTable) -> tuple[list[Candidate], list[str]]:
 
 
 def verdict_rows(verdicts: Sequence[Verdict], *, full: bool = False) -> Rows:
-    """Of one table. full: also absolute and relative errors of the loss, which a terminal has no columns for."""
-    more = ("loss MAE", "of the loss", "gap MAE") if full else ()
+    """Of one table. full: also what a terminal has no columns for."""
+    more = ("loss MAE", "of the loss", "gap MAE", "effective bits") if full else ()
     rows: Rows = [("precision", "law", "runs", "loss off", "gap", "gap off", "by", "rank", *more)]
     last = ""
     for one in verdicts:
@@ -283,9 +290,12 @@ def verdict_rows(verdicts: Sequence[Verdict], *, full: bool = False) -> Rows:
         rank = "fit" if one.fitted_here else NONE if one.rank is None else f"{one.rank}"
         shown = one.precision if full or one.precision != last else ""
         mae = NONE if one.gap is None else _with_margin(one.gap.mae, one.gap.mae_margin, ".4f")
-        maes = f"{one.loss.mae:.4f}", f"{one.loss.relative:.1%}", mae
+        ends = (
+            NONE if one.effective_bits is None else " to ".join(f"{end:.3g}" for end in sorted(set(one.effective_bits)))
+        )
+        extra = f"{one.loss.mae:.4f}", f"{one.loss.relative:.1%}", mae, ends
         law = one.law + " *" * bool(one.outside)
-        rows.append((shown, law, runs, f"{one.loss.bias:+.3f}", *gap, rank, *(maes if full else ())))
+        rows.append((shown, law, runs, f"{one.loss.bias:+.3f}", *gap, rank, *(extra if full else ())))
         last = one.precision
     return rows
 

@@ -49,6 +49,7 @@ def scratch_table(loss, name="made", sizes=(5e7, 1e8, 2e8, 4e8), tokens=(2e9, 5e
     frame["scheme"] = np.where(full, "fp", "scratch")
     frame["tokens_fp"], frame["tokens_qat"] = frame["D"] * full, frame["D"] * ~full
     frame = frame.assign(n_non_embedding=frame["n_params"], a_bits=16, group=128.0, method="")
+    frame["effective_bits"] = np.nan
     return JudgedTable(
         name, Provenance(title=name, source="a test"), RunTable.from_frame(frame.assign(loss=loss(frame)))
     )
@@ -343,4 +344,4 @@ def test_rows_hold_every_verdict():
     verdicts = judge([CHEN, published(NAMED["kumar"])], [load_table("quest-runs")])
     short, full = verdict_rows(verdicts), verdict_rows(verdicts, full=True)
     assert len(short) == len(full) == len(verdicts) + 1
-    assert {len(row) for row in full} == {len(short[0]) + 3}
+    assert {len(row) for row in full} == {len(short[0]) + 4}
