@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from qatlaw.__main__ import main
+from qatlaw.curves import measured_curves
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form
 from qatlaw.judge import (
@@ -218,6 +219,15 @@ def test_what_is_no_table_is_refused(tmp_path):
     plain = load_table(str(tmp_path / "runs.csv")).runs.frame
     assert plain["effective_bits"].isna().all()
     assert (plain["a_bits"] == 16).all()
+
+
+def test_a_curve_that_bends_down_has_its_minimum_at_the_lower_end():
+    """Short phases at a rate of their own can beat longer ones: such a curve was read as lowest at its higher end."""
+    for losses, lowest in (((3.745, 3.768, 3.795, 3.780), 0.05), ((3.780, 3.795, 3.768, 3.745), 0.65)):
+        rows = [(1e6 * (1 - f), 1e6 * f, loss) for f, loss in zip((0.05, 0.15, 0.35, 0.65), losses, strict=True)]
+        frame = pd.DataFrame(rows, columns=["tokens_fp", "tokens_qat", "loss"])
+        (curve,) = measured_curves(RunTable.from_frame(frame.assign(n_params=86_304, bits=4, scheme="sequential")))
+        assert (curve.optimum, curve.inside) == (lowest, False)
 
 
 # --- verdicts ---
