@@ -146,8 +146,14 @@ class RunLog:
 
     def switched(self, report: SwitchReport) -> None:
         if self.runtime.is_main:
-            self.folder.append("switch", step=report.step, report=report.to_dict())
+            weights = self.setup.weights
+            stored = {"effective_bits": weights.effective_bits, "bytes": weights.bytes, "shares": weights.shares}
+            self.folder.append("switch", step=report.step, report=report.to_dict() | {"model": stored})
             self.console.show(report.table())
+            self.console.notice(
+                f"of {weights.params:,} parameters {weights.shares_text}: {self.config.qat.bits:g} bits nominal, "
+                f"{weights.effective_bits:.3f} effective with scales and norms, {weights.bytes / 2**20:.2f} MiB"
+            )
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """losses: view -> mean loss in nats."""
