@@ -20,9 +20,10 @@ from qatlaw.fraction import amount
 from qatlaw.plan.answer import Answer, columns, facts
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
 from qatlaw.plan.checkpoint import plan_checkpoint
-from qatlaw.plan.memory import RULE, plan_memory
+from qatlaw.plan.memory import RULE, SHAPES, plan_memory
 from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
 from qatlaw.plan.run_folder import read_trained
+from qatlaw.plan.shapes import check_group_size, nearest_shape
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
 from qatlaw.planner_law import PlannerLaw, law_names, load_law
 
@@ -38,6 +39,12 @@ PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.
 RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe with its tokens, bits, batch and schedule.")
 TOKENS = _option("100B", "Training tokens of both phases.")
 BITS = _option("4", f"Bits per quantized weight: {BIT_WIDTHS_TEXT}.", parse_bits)
+GROUP_SIZE = typer.Option(
+    metavar="32", min=1, help="Input channels that share a scale; a row does if left out. Recipes have their own."
+)
+FORMAT = typer.Option(
+    metavar="gguf", help="Count the file of this format of `qatscale export`: hf, compressed-tensors, gguf or mlx."
+)
 BATCH_TOKENS = _option("1M", "Tokens of an optimizer step; the answer then names the step of the switch.")
 NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)")
 VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.")
@@ -56,6 +63,7 @@ LAW = typer.Option(
     metavar="LAW",
     help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.)",
 )
+_EFFECTIVE = "plan.effective_bits plan.S plan.tokens_per_stored_byte"
 LOWEST = "* the lowest predicted loss."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BUDGETS = (
@@ -79,6 +87,7 @@ def run(
     tokens: Annotated[float | None, TOKENS] = None,
     bits: Annotated[float | None, BITS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
+    group_size: Annotated[int | None, GROUP_SIZE] = None,
     law: Annotated[str | None, LAW] = None,
     as_json: Json = False,
 ) -> None:
@@ -90,15 +99,21 @@ def run(
         if any(ctx.params.values()):
             raise InputError(ctx.invoked_subcommand, None, "has options of its own.", "Write options after it.")
         return
-    known = _known(ctx, recipe, params, tokens, batch_tokens)
+    known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
     width = bits or known.bits
     if width is None:
-        bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, as_json=as_json)
+        bit_widths(ctx, params, recipe, tokens, batch_tokens, group_size=group_size, law=law, as_json=as_json)
         return
     (N, D), loss_law = _size(known), _law(law)
-    plan = plan_run(N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme)
+    plan = plan_run(
+        N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
+        stored_bytes=known.stored_bytes(width) if known.stored_bytes else None, group_size=group_size,
+    )  # fmt: skip
     table = {
+        "bits per parameter": f"{width:g}",
+        "  effective, as they are stored": None if plan.effective_bits is None else f"{plan.effective_bits:.3f}",
         "tokens per parameter byte": f"{plan.S:,.4g}",
+        "  per stored byte": None if plan.tokens_per_stored_byte is None else f"{plan.tokens_per_stored_byte:,.4g}",
         "optimal QAT fraction (closed form)": None if plan.closed_form is None else f"{plan.closed_form:.1%}",
         "optimal QAT fraction (loss law)": None,
         "planned QAT fraction": None if plan.fraction == plan.optimum else f"{plan.fraction:.1%}",
@@ -114,7 +129,7 @@ def run(
             "  the closed form's fraction": _judged(p.closed_form),
             "  QAT on 10 % of the tokens": _judged(p.rule),
         }
-    notes = [f"Losses in nats per token; {WASTED}."] if law else []
+    notes = [*_counted_on(known), *([f"Losses in nats per token; {WASTED}."] if law else [])]
     warnings = (*plan.warnings, *warnings_of(N, D, width, None))
     answer = Answer("run", _run(N, D, width), facts(table), plan, loss_law, notes, warnings, plan.overrides, N)
     _show(ctx, as_json, answer, recipe)
@@ -127,27 +142,28 @@ def bit_widths(
     recipe: Annotated[str | None, RECIPE] = None,
     tokens: Annotated[float | None, TOKENS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
+    group_size: Annotated[int | None, GROUP_SIZE] = None,
     tolerance: Annotated[float | None, NATS] = None,
     law: Annotated[str | None, LAW] = None,
     as_json: Json = False,
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
-    known, loss_law = _known(ctx, recipe, params, tokens, batch_tokens), _law(law)
+    known, loss_law = _known(ctx, recipe, params, tokens, batch_tokens, group_size), _law(law)
     N, D = _size(known)
     if tolerance and law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
     nats = tolerance or TOLERANCE
     plan = compare_widths(
         N, D, _widths(None, loss_law), law=loss_law, tolerance=nats, tokens_per_step=known.tokens_per_step,
-        scheme=known.scheme,
+        scheme=known.scheme, stored_bytes=known.stored_bytes, group_size=group_size,
     )  # fmt: skip
     best = None if plan.smallest is None else plan.rows[plan.smallest]
-    table = columns(plan.rows, "bits plan.S plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
-    notes = []
+    table = columns(plan.rows, f"bits {_EFFECTIVE} plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
+    notes = _counted_on(known)
     if law:
         within = f"within {nats:g} nats ({math.expm1(nats):.2%} of the perplexity) of full precision"
         start = f"* the smallest bit width {within}" if best else f"No bit width is {within}"
-        notes = [f"{start}, whose predicted loss is {plan.full_precision_loss:.4f}."]
+        notes += [f"{start}, whose predicted loss is {plan.full_precision_loss:.4f}."]
     title = f"{_run(N, D)}: QAT at each bit width"
     overrides = best.plan.overrides if best else None
     _show(ctx, as_json, Answer("bit-widths", title, table, plan, loss_law, notes, plan.warnings, overrides, N), recipe)
@@ -160,16 +176,25 @@ def memory(
     tokens: Annotated[float, TOKENS],
     bits: Annotated[float | None, BITS] = None,
     vocab_size: Annotated[float, VOCABULARY] = 32_000,
+    group_size: Annotated[int | None, GROUP_SIZE] = None,
+    format: Annotated[str | None, FORMAT] = None,
     law: Annotated[str | None, LAW] = None,
     as_json: Json = False,
 ) -> None:
     """Which model fits into a memory budget, and at which bit width is it best?"""
     loss_law, size = _law(law), parse_bytes("BYTES", budget)
-    plan = plan_memory(size, tokens, _widths(bits, loss_law), law=loss_law, vocabulary=round(vocab_size))
+    check_group_size(group_size)
+    file_size = _stack(ctx, "--format", format).file_size(format, group_size) if format else None
+    plan = plan_memory(
+        size, tokens, _widths(bits, loss_law), law=loss_law, vocabulary=round(vocab_size), group_size=group_size,
+        file_size=file_size,
+    )  # fmt: skip
     best = None if plan.best is None else plan.rows[plan.best]
-    wanted = "bits plan.params shape.hidden_size shape.layers megabytes plan.S plan.fraction flops plan.loss"
+    sizes = "plan.params shape.hidden_size shape.layers megabytes plan.effective_bits"
+    wanted = f"bits {sizes} plan.S plan.fraction flops plan.loss"
     table = columns(plan.rows, wanted, best if law else None)
-    notes = [f"The best that fit. {RULE}", LOWEST] if law else [f"The largest that fit. {RULE}"]
+    rule = f"{SHAPES} as {format} stores them." if format else RULE
+    notes = [f"The best that fit. {rule}", LOWEST] if law else [f"The largest that fit. {rule}"]
     if small := [f"{row.bits:g}" for row in plan.rows if row.shape != row.largest]:
         notes.append(f"At {', '.join(small)} bits a larger model fits, but has too few tokens per byte to be better.")
     title = f"{size / 1e6:,.4g} MB of weights, {amount(tokens, 4)} tokens"
@@ -332,17 +357,32 @@ def fusion(
 
 def _known(
     ctx: typer.Context, recipe: str | None, params: float | None, tokens: float | None = None,
-    batch_tokens: float | None = None,
+    batch_tokens: float | None = None, group_size: int | None = None,
 ) -> Recipe:  # fmt: skip
     if batch_tokens and tokens and batch_tokens > tokens:
         raise InputError("--batch-tokens", batch_tokens, f"is more than all {amount(tokens)} tokens.")
     if recipe is None:
-        return Recipe(params, tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
+        check_group_size(group_size)
+        shape = nearest_shape(params) if params else None
+        known = Recipe(params, tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
+        if params is None or shape is None:
+            return known
+
+        def stored_bytes(bits: float) -> float:
+            return float(shape.weights(bits, group_size).effective_bits) * params / 8
+
+        return replace(known, stored_bytes=stored_bytes, model=f"a usual shape of that size ({shape})")
     for flag, value in (("--params", params), ("--batch-tokens", batch_tokens)):
         if value is not None:
             raise InputError(flag, value, "contradicts --recipe, which has its own.", "Leave one of them out.")
-    known = _stack(ctx, "--recipe", recipe).recipe(recipe)
+    known = _stack(ctx, "--recipe", recipe).recipe(recipe, group_size)
     return replace(known, tokens=tokens or known.tokens)
+
+
+def _counted_on(known: Recipe) -> list[str]:
+    if known.stored_bytes is None:
+        return []
+    return [f"Effective bits count scales, embedding and norms: of {known.model}."]
 
 
 def _size(known: Recipe) -> tuple[float, float]:

@@ -152,7 +152,7 @@ class RunLog:
             self.console.show(report.table())
             self.console.notice(
                 f"of {weights.params:,} parameters {weights.shares_text}: {self.config.qat.bits:g} bits nominal, "
-                f"{weights.effective_bits:.3f} effective with scales and norms, {weights.bytes / 2**20:.2f} MiB"
+                f"{weights.size_text}"
             )
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
