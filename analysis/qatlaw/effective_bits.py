@@ -85,9 +85,10 @@ class StoredWeights:
         texts = [f"{share:.1%} at {bits_label(bits)}" for bits, share in self.shares.items()]
         return ", ".join([*texts, f"{1 - sum(self.shares.values()):.1%} not quantized"])
 
-    @property
-    def size_text(self) -> str:
-        return f"{self.effective_bits:.3f} effective with scales and norms, {self.bytes / 1e6:,.4g} MB"
+    def text(self, nominal: float) -> str:
+        """The shares, and the bits beside the nominal ones."""
+        bits = f"{nominal:g} nominal, {self.effective_bits:.3f} effective with scales and norms"
+        return f"{self.shares_text}; bits a parameter: {bits}; {self.bytes / 1e6:,.4g} MB"
 
 
 def llama_weights(

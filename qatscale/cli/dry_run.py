@@ -97,7 +97,7 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
         share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
         out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
         weights = stored_weights(config.model, config.qat, precision_of(run_ds_config(config)))
-        out.print(f"weights: {weights.shares_text}; {config.qat.bits:g} bits nominal, {weights.size_text}")
+        out.print(f"parameters: {weights.text(config.qat.bits)}", soft_wrap=not out.is_terminal)
         rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
         out.print(f"peak rate of the QAT phase: {rate}")
     for warning in (*timeline.warnings, *ds_config_warnings(config)):

@@ -150,10 +150,7 @@ class RunLog:
             stored = {"effective_bits": weights.effective_bits, "bytes": weights.bytes, "shares": weights.shares}
             self.folder.append("switch", step=report.step, report=report.to_dict() | {"model": stored})
             self.console.show(report.table())
-            self.console.notice(
-                f"of {weights.params:,} parameters {weights.shares_text}: {self.config.qat.bits:g} bits nominal, "
-                f"{weights.size_text}"
-            )
+            self.console.notice(f"{weights.params:,} parameters: {weights.text(self.config.qat.bits)}")
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """losses: view -> mean loss in nats."""
