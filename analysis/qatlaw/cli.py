@@ -1,6 +1,6 @@
 """The planner's command line, one command for each question. `qatscale plan` and `python -m qatlaw` mount it.
 
-Each option is declared once, with the function that reads its text. Under `qatscale plan` the context holds the recipes
+Options are those of `qatlaw.options`. Under `qatscale plan` the context holds the recipes
 and GPUs of qatscale (`qatscale.cli.plan.RecipesAndGpus`); elsewhere it holds None.
 """
 
@@ -13,59 +13,49 @@ from typing import Annotated, Any
 
 import typer
 
-from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_bytes, parse_share
-from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.amounts import parse_bytes
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
 from qatlaw.fraction import amount
+from qatlaw.laws.named import NAMED, NamedLaw
+from qatlaw.options import (
+    BATCH_TOKENS,
+    BITS,
+    FLOPS,
+    FORMAT,
+    FRACTION,
+    FUSED_LOSS,
+    GPU,
+    GPU_HOURS,
+    GROUP_SIZE,
+    LAW,
+    MFU,
+    NATS,
+    PARAMS,
+    PEAK_FLOPS,
+    QAT_OVERHEAD,
+    RECIPE,
+    SEQUENTIAL_LOSS,
+    TOKENS,
+    TOKENS_PER_SECOND,
+    TRAINED_TOKENS,
+    VOCABULARY,
+    Json,
+)  # fmt: skip
 from qatlaw.plan.answer import Answer, columns, facts
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
 from qatlaw.plan.checkpoint import plan_checkpoint
 from qatlaw.plan.memory import RULE, SHAPES, plan_memory
+from qatlaw.plan.published import NOTE as SCRATCH
+from qatlaw.plan.published import plan_scratch
 from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
 from qatlaw.plan.run_folder import read_trained
 from qatlaw.plan.shapes import check_group_size, nearest_shape
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
-from qatlaw.planner_law import PlannerLaw, law_names, load_law
+from qatlaw.planner_law import PlannerLaw, load_law
 
-
-def _option(metavar: str, text: str, read: Reader = parse_amount) -> Any:
-    def convert(parameter: typer.CallbackParam, value: str | None) -> float | None:
-        return None if value is None else read(parameter.opts[0], value)
-
-    return typer.Option(metavar=metavar, help=text, parser=str, callback=convert)
-
-
-PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.")
-RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe with its tokens, bits, batch and schedule.")
-TOKENS = _option("100B", "Training tokens of both phases.")
-BITS = _option("4", f"Bits per quantized weight: {BIT_WIDTHS_TEXT}.", parse_bits)
-GROUP_SIZE = typer.Option(
-    metavar="32", min=1, help="Input channels that share a scale; a row does if left out. Recipes have their own."
-)
-FORMAT = typer.Option(
-    metavar="gguf", help="Count the file of this format of `qatscale export`: hf, compressed-tensors, gguf or mlx."
-)
-BATCH_TOKENS = _option("1M", "Tokens of an optimizer step; the answer then names the step of the switch.")
-NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)")
-VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.")
-FLOPS = _option("1e21", "The budget: floating-point operations.")
-GPU_HOURS = _option("500", "The budget: GPU-hours, all GPUs together.")
-GPU = typer.Option(metavar="H200", help="A GPU by name, for its peak.")
-PEAK_FLOPS = _option("989T", "Instead of --gpu: its peak in FLOP/s.")
-MFU = _option("0.4", "Share of the peak that full-precision training reaches.", parse_share)
-TOKENS_PER_SECOND = _option("150K", "Instead of a peak and --mfu: measured speed of one GPU in full precision.")
-QAT_OVERHEAD = _option("1.2", "Time of a QAT step over that of a full-precision step.")
-TRAINED_TOKENS = _option("60B", "Instead of RUN: full-precision tokens so far. Needs --params.")
-FRACTION = _option("0.1", "QAT tokens over all tokens.", parse_share)
-FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.")
-SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.")
-LAW = typer.Option(
-    metavar="LAW",
-    help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.)",
-)
 _EFFECTIVE = "plan.effective_bits plan.S plan.tokens_per_stored_byte"
 LOWEST = "* the lowest predicted loss."
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BUDGETS = (
     ("--flops",),
     ("--gpu-hours", "--gpu", "--mfu"),
@@ -102,7 +92,7 @@ def run(
     known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
     width = bits or known.bits
     if width is None:
-        bit_widths(ctx, params, recipe, tokens, batch_tokens, group_size=group_size, law=law, as_json=as_json)
+        bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, group_size=group_size, as_json=as_json)
         return
     (N, D), loss_law = _size(known), _law(law)
     plan = plan_run(
@@ -148,8 +138,14 @@ def bit_widths(
     as_json: Json = False,
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
-    known, loss_law = _known(ctx, recipe, params, tokens, batch_tokens, group_size), _law(law)
+    known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
     N, D = _size(known)
+    if law in NAMED:
+        if group_size and not NAMED[law].needs_group:
+            raise InputError("--group-size", group_size, f"has no effect: {law} does not know it.", "Leave it out.")
+        _show(ctx, as_json, _by_published(NAMED[law], known, tolerance or TOLERANCE))
+        return
+    loss_law = _law(law)
     if tolerance and law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
     nats = tolerance or TOLERANCE
@@ -362,11 +358,12 @@ def _known(
     if batch_tokens and tokens and batch_tokens > tokens:
         raise InputError("--batch-tokens", batch_tokens, f"is more than all {amount(tokens)} tokens.")
     if recipe is None:
-        check_group_size(group_size)
         shape = nearest_shape(params) if params else None
-        known = Recipe(params, tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
+        per_step = None if batch_tokens is None else round(batch_tokens)
+        known = Recipe(params, group=group_size, tokens=tokens, tokens_per_step=per_step)
         if params is None or shape is None:
             return known
+        check_group_size(group_size)
 
         def stored_bytes(bits: float) -> float:
             return float(shape.weights(bits, group_size).effective_bits) * params / 8
@@ -397,6 +394,19 @@ def _stack(ctx: typer.Context, flag: str, value: str) -> Any:
     if ctx.obj is None:
         raise InputError(flag, value, "needs `qatscale plan`.", "Or give --params, and --peak-flops.")
     return ctx.obj
+
+
+def _by_published(law: NamedLaw, known: Recipe, nats: float) -> Answer:
+    N, D = _size(known)
+    plan = plan_scratch(law, known, tolerance=nats)
+    best = None if plan.smallest is None else plan.rows[plan.smallest]
+    notes = [f"It answers: {law.answers}.", SCRATCH]
+    if plan.full_precision_loss is not None:
+        within = f"within {nats:g} nats of full precision, whose predicted loss is {plan.full_precision_loss:.4f}."
+        notes.insert(0, f"* the smallest bit width {within}" if best else f"No bit width is {within}")
+    table = columns(plan.rows, "bits S loss gap", best)
+    title = f"{_run(N, D)}: QAT from scratch by {law.label}"
+    return Answer("bit-widths", title, table, plan, law, notes, plan.warnings, (), N)
 
 
 def _law(name: str | None) -> PlannerLaw | None:

@@ -141,8 +141,9 @@ def _design(f: Floats) -> Floats:
 def _minimum(f: Floats, b: Floats, c: Floats) -> tuple[Floats, np.ndarray]:
     """Where a - b ln f - c ln(1-f) is lowest between the outermost fractions, and whether that is inside. b, c: [n]."""
     inner = b / np.where(b + c == 0, np.nan, b + c)
-    # The lower end where the left wall is missing, the upper one where the right wall is.
-    at_end = np.where((b <= 0) & (b < c), f[0], f[-1])
+    # Without a bowl the minimum is an end: the lower one of the curve's own fit.
+    rise = -b * np.log(f[-1] / f[0]) - c * (np.log1p(-f[-1]) - np.log1p(-f[0]))
+    at_end = np.where(rise > 0, f[0], f[-1])
     bowl = (b > 0) & (c > 0)
     return np.where(bowl, np.clip(inner, f[0], f[-1]), at_end), bowl & (inner > f[0]) & (inner < f[-1])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qatlaw import fraction
 from qatlaw.errors import InputError
 from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
+from qatlaw.laws.named import NAMED
 
 if TYPE_CHECKING:  # every --help reads the names of the laws, and does not wait for a law
     from qatlaw.fit_file import Bootstrap
@@ -78,6 +79,9 @@ def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
     """
     if name == SYNTHETIC:
         return synthetic_law()
+    if name in NAMED:
+        problem = f"contains no QAT fraction: it describes {NAMED[name].answers}."
+        raise InputError("--law", name, problem, "`plan bit-widths` has its losses and gaps, `judge` its errors.")
     from qatlaw.fit_file import read_fit
 
     named = name in law_names(shipped)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -79,15 +79,22 @@ def image(figure: Figure, ending: str) -> bytes:
     return buffer.getvalue()
 
 
-def html(report: Report) -> str:
+def render(template: str, **content: Any) -> str:
+    """A page of the package's templates."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["rows"] = rows_html
+    environment.filters["boxes"] = boxes_html
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template(template).render(**content)
+
+
+def html(report: Report) -> str:
     table = report.evidence.table
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
         report=report,
         coefficient_rows=coefficient_rows,
         quality_rows=quality_rows,
@@ -138,6 +145,10 @@ def rows_html(rows: Rows) -> Markup:
 
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in body)
     return Markup(f"<table><thead><tr>{cells('th', headers)}</tr></thead><tbody>{lines}</tbody></table>")
+
+
+def boxes_html(lines: Sequence[str]) -> Markup:
+    return Markup("\n").join(Markup('<div class="warning">{}</div>').format(line) for line in lines)
 
 
 def _is_number(cell: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import typer
 
 from qatlaw.cli import planner
+from qatlaw.judge_cli import judge
 from qatscale.cli.convert import convert
 from qatscale.cli.evaluate import evaluate, generate
 from qatscale.cli.export import export
@@ -28,7 +29,7 @@ app = typer.Typer(
 _TAKES_OVERRIDES = (train, resume, branch, convert)
 _COMMANDS: tuple[Callable[..., None], ...] = (
     config, recipes, prepare, adopt, train, resume, branch, evaluate, generate, runs, compare, track_sync, export,
-    convert, fit, report, quickstart,
+    convert, fit, report, judge, quickstart,
 )  # fmt: skip
 
 app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})

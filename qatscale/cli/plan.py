@@ -36,8 +36,11 @@ class RecipesAndGpus:
         def stored_bytes(bits: float) -> float:
             return stored_weights(config.model, two_phases.qat.model_copy(update={"bits": bits}), precision).bytes
 
+        counts = count_parameters(config.model)
         return Recipe(
-            params=count_parameters(config.model).total,
+            params=counts.total,
+            non_embedding=counts.non_embedding,
+            group=config.qat.group_size or config.model.hidden_size,
             tokens=config.tokens,
             bits=config.qat.bits,
             tokens_per_step=config.tokens_per_step,

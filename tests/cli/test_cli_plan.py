@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -60,6 +61,15 @@ def test_the_overrides_run_the_plan(typed: str) -> None:
         assert count_parameters(config.model).total == row["plan"]["params"] == row["shape"]["params"]
     if "params 396M" in typed:
         assert recipe == "396m", "397.9M parameters are 396M"
+
+
+def test_a_published_law_takes_size_and_group_from_a_recipe() -> None:
+    """N without the embedding, and with a scale a row the width as group, as the laws count."""
+    model = load_run_config("396m").model
+    (row,) = planned("bit-widths --recipe 396m --tokens 100B --law chen-w4a16")["plan"]["rows"]
+    N = count_parameters(model).non_embedding
+    gap = 0.2522 * 1e11**0.1610 * math.log2(model.hidden_size) ** 0.3533 / N**0.3589
+    assert row["gap"] == pytest.approx(gap)
 
 
 @pytest.mark.parametrize("law", ["", " --law synthetic"])

@@ -40,6 +40,12 @@ ASKED = {
 }
 
 REFUSED = {
+    f"{RUN} --bits 4 --law chen-w4a16": ("--law = 'chen-w4a16'", "contains no QAT fraction", "bit-widths"),
+    "memory 500MB --tokens 100B --law kumar": ("--law = 'kumar'", "contains no QAT fraction"),
+    f"{RUN} --law chen-w4a16": ("--group-size", "is missing"),
+    f"{RUN} --law kumar --group-size 32": ("--group-size", "has no effect"),
+    f"{RUN} --bits 4 --group-size 48": ("--group-size = 48", "does not divide 128"),
+    "memory 500MB --tokens 100B --format gguf": ("--format = 'gguf'", "qatscale plan"),
     "--params 396M --bits 4": ("--tokens", "Add --tokens 100B"),
     "--tokens 100B --bits 4": ("--params", "Add --params 396M"),
     f"{RUN} --recipe 396m": ("--params", "--recipe"),

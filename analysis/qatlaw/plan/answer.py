@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from qatlaw.fraction import amount
+from qatlaw.laws.named import NamedLaw
 from qatlaw.planner_law import SYNTHETIC_WARNING, PlannerLaw
 
 TRAIN = ("qatscale", "train", "RECIPE")
@@ -31,7 +32,7 @@ class Answer:
     table: Table
     plan: Any
     """The dataclass, or the list of them, that the table shows."""
-    law: PlannerLaw | None
+    law: PlannerLaw | NamedLaw | None
     notes: Sequence[str]
     warnings: Sequence[str]
     overrides: Sequence[str] | None = ()
@@ -44,7 +45,7 @@ class Answer:
         """Strict JSON: a number that is not finite becomes null."""
         return {
             "question": self.question,
-            "plan": _plain(self.plan),
+            "plan": plain(self.plan),
             "law": self.law and {"source": self.law.source, "synthetic": self.law.synthetic},
             "notes": self._notes(),
             "warnings": self._warnings(),
@@ -56,7 +57,7 @@ class Answer:
         """For a terminal: only sentences are wrapped, so that no number is cut and the command can be copied."""
         columns = shutil.get_terminal_size().columns
         sentences = [*self._notes(), *(f"warning: {warning}" for warning in self._warnings())]
-        lines = [self.title, "", *_aligned(self.table), ""]
+        lines = [self.title, "", *aligned(self.table), ""]
         lines += [textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False) for line in sentences]
         lines += ["", f"To run it: {' '.join((*self.command, *self.overrides))}"] if self.overrides else []
         return "\n".join(lines)
@@ -110,22 +111,22 @@ def facts(known: Mapping[str, str | None]) -> Table:
     return [("quantity", "value"), *((name, text) for name, text in known.items() if text)]
 
 
-def _aligned(table: Table) -> Iterable[str]:
-    """Columns as narrow as their cells allow; headers break at spaces."""
+def aligned(table: Table, left: int = 1) -> Iterable[str]:
+    """Columns as narrow as their cells allow; headers break at spaces. left: columns of words."""
     widths = [max(map(len, (*cells, *header.split()))) for header, *cells in zip(*table, strict=True)]
     heads = [textwrap.wrap(header, width) for header, width in zip(table[0], widths, strict=True)]
     depth = max(map(len, heads))
     above = zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)
-    for first, *others in (*above, ["-" * width for width in widths], *table[1:]):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells])
+    for row in (*above, ["-" * width for width in widths], *table[1:]):
+        pairs = enumerate(zip(row, widths, strict=True))
+        yield "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in pairs)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses, with their properties, as objects."""
     if is_dataclass(value) and not isinstance(value, type):
         derived = [name for name, attribute in vars(type(value)).items() if isinstance(attribute, property)]
-        return {name: _plain(getattr(value, name)) for name in [*(f.name for f in fields(value)), *derived]}
+        return {name: plain(getattr(value, name)) for name in [*(f.name for f in fields(value)), *derived]}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -49,6 +49,10 @@ class Recipe:
     """The run to plan, by options and by a recipe of the training stack; None: unknown."""
 
     params: float | None = None
+    non_embedding: float | None = None
+    """Parameters without embedding and head."""
+    group: float | None = None
+    """Weights that share a scale; with a scale a row, the model's width."""
     tokens: float | None = None
     bits: float | None = None
     tokens_per_step: int | None = None

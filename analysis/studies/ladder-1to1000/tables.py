@@ -81,7 +81,8 @@ def ends_and_schemes(frame: pd.DataFrame) -> None:
         schemes = [cell(best, scheme) for scheme in ("ptq", "sequential", "fused")]
         both = "fused" in best and "sequential" in best
         gain = f"{best['fused']['loss'] - best['sequential']['loss']:+.3f}" if both else "–"
-        rows.append([f"{N:,.0f}", short(D), f"{B:g}", f"{full[N, D]:.3f}", *schemes, gain])
+        base = f"{full[N, D]:.3f}" if (N, D) in full else "–"
+        rows.append([f"{N:,.0f}", short(D), f"{B:g}", base, *schemes, gain])
     print_table(["N", "D", "bits", "full precision", "PTQ", "sequential", "fused", "fused − sequential"], rows)
 
 

@@ -1,0 +1,62 @@
+"""Question 3 by a published law: QAT from scratch at each bit width against full precision."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qatlaw.errors import InputError
+from qatlaw.fraction import tokens_per_parameter_byte
+from qatlaw.laws.named import NamedLaw
+from qatlaw.plan.run import Recipe
+
+NOTE = "The law contains no QAT fraction: every token is a QAT token. Its N has neither embedding nor head."
+
+
+@dataclass(frozen=True)
+class ScratchRow:
+    bits: float
+    S: float
+    loss: float
+    gap: float | None
+    """Over the law's full precision; None where it describes none."""
+
+
+@dataclass(frozen=True)
+class ScratchPlan:
+    params: int
+    tokens: int
+    full_precision_loss: float | None
+    rows: tuple[ScratchRow, ...]
+    tolerance: float
+    smallest: int | None
+    """Index of the smallest width whose gap is within the tolerance, if any."""
+    warnings: tuple[str, ...]
+
+
+def plan_scratch(law: NamedLaw, run: Recipe, *, tolerance: float) -> ScratchPlan:
+    """InputError where the law needs a group and none is known."""
+    if law.needs_group and run.group is None:
+        fix = "Add the weights that share a scale; with a scale a row, the model's width."
+        raise InputError("--group-size", None, f"is missing: {law.name} depends on it.", fix)
+    assert run.params is not None
+    assert run.tokens is not None
+    N, D = run.params, run.tokens
+    asked = law.asked(run.non_embedding or N, D, law.widths, run.group or math.nan)
+    losses, full = law.loss(asked).tolist(), float(law.loss(asked.in_full_precision)[0])
+    rows = tuple(
+        ScratchRow(bits, tokens_per_parameter_byte(N, D, bits), loss, loss - full if math.isfinite(full) else None)
+        for bits, loss in zip(law.widths, losses, strict=True)
+    )
+    within = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= tolerance]
+    outside = law.outside(asked)
+    unknown = None if run.non_embedding else "--params is taken for the law's N, which has neither embedding nor head"
+    return ScratchPlan(
+        params=round(N),
+        tokens=round(D),
+        full_precision_loss=full if math.isfinite(full) else None,
+        rows=rows,
+        tolerance=tolerance,
+        smallest=min(within, default=None),
+        warnings=tuple(line for line in (outside, unknown) if line),
+    )
