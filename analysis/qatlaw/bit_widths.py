@@ -13,3 +13,7 @@ EMBEDDING_BITS: tuple[int, ...] = (
     *(int(bits) for bits in BIT_WIDTHS if bits >= EMBEDDING_LEAST_BITS), UNQUANTIZED_BITS,
 )  # fmt: skip
 """Bits that embedding and head can have."""
+
+
+def bits_label(bits: float) -> str:
+    return f"{bits:g} bit" if bits == 1 else f"{bits:g} bits"

@@ -1,6 +1,6 @@
 """The planner's command line, one command for each question. `qatscale plan` and `python -m qatlaw` mount it.
 
-Each option is declared once, with the function that reads its text. Under `qatscale plan` the context holds the recipes
+Options are those of `qatlaw.options`. Under `qatscale plan` the context holds the recipes
 and GPUs of qatscale (`qatscale.cli.plan.RecipesAndGpus`); elsewhere it holds None.
 """
 
@@ -13,56 +13,49 @@ from typing import Annotated, Any
 
 import typer
 
-from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_bytes, parse_share
-from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.amounts import parse_bytes
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
 from qatlaw.fraction import amount
 from qatlaw.laws.named import NAMED, NamedLaw
+from qatlaw.options import (
+    BATCH_TOKENS,
+    BITS,
+    FLOPS,
+    FORMAT,
+    FRACTION,
+    FUSED_LOSS,
+    GPU,
+    GPU_HOURS,
+    GROUP_SIZE,
+    LAW,
+    MFU,
+    NATS,
+    PARAMS,
+    PEAK_FLOPS,
+    QAT_OVERHEAD,
+    RECIPE,
+    SEQUENTIAL_LOSS,
+    TOKENS,
+    TOKENS_PER_SECOND,
+    TRAINED_TOKENS,
+    VOCABULARY,
+    Json,
+)  # fmt: skip
 from qatlaw.plan.answer import Answer, columns, facts
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
 from qatlaw.plan.checkpoint import plan_checkpoint
-from qatlaw.plan.memory import RULE, plan_memory
+from qatlaw.plan.memory import RULE, SHAPES, plan_memory
 from qatlaw.plan.published import NOTE as SCRATCH
 from qatlaw.plan.published import plan_scratch
 from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
 from qatlaw.plan.run_folder import read_trained
+from qatlaw.plan.shapes import check_group_size, nearest_shape
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
-from qatlaw.planner_law import PlannerLaw, law_names, load_law
+from qatlaw.planner_law import PlannerLaw, load_law
 
-
-def _option(metavar: str, text: str, read: Reader = parse_amount) -> Any:
-    def convert(parameter: typer.CallbackParam, value: str | None) -> float | None:
-        return None if value is None else read(parameter.opts[0], value)
-
-    return typer.Option(metavar=metavar, help=text, parser=str, callback=convert)
-
-
-PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.")
-RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe with its tokens, bits, batch and schedule.")
-TOKENS = _option("100B", "Training tokens of both phases.")
-BITS = _option("4", f"Bits per quantized weight: {BIT_WIDTHS_TEXT}.", parse_bits)
-BATCH_TOKENS = _option("1M", "Tokens of an optimizer step; the answer then names the step of the switch.")
-NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)")
-VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.")
-FLOPS = _option("1e21", "The budget: floating-point operations.")
-GPU_HOURS = _option("500", "The budget: GPU-hours, all GPUs together.")
-GPU = typer.Option(metavar="H200", help="A GPU by name, for its peak.")
-PEAK_FLOPS = _option("989T", "Instead of --gpu: its peak in FLOP/s.")
-MFU = _option("0.4", "Share of the peak that full-precision training reaches.", parse_share)
-TOKENS_PER_SECOND = _option("150K", "Instead of a peak and --mfu: measured speed of one GPU in full precision.")
-QAT_OVERHEAD = _option("1.2", "Time of a QAT step over that of a full-precision step.")
-TRAINED_TOKENS = _option("60B", "Instead of RUN: full-precision tokens so far. Needs --params.")
-FRACTION = _option("0.1", "QAT tokens over all tokens.", parse_share)
-FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.")
-SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.")
-LAW = typer.Option(
-    metavar="LAW",
-    help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.) "
-    f"For losses at each bit width also a published law, of QAT from scratch: {', '.join(NAMED)}.",
-)
-GROUP_SIZE = typer.Option(min=2, metavar="128", help="Weights that share a scale, for the laws that know it.")
+_EFFECTIVE = "plan.effective_bits plan.S plan.tokens_per_stored_byte"
 LOWEST = "* the lowest predicted loss."
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BUDGETS = (
     ("--flops",),
     ("--gpu-hours", "--gpu", "--mfu"),
@@ -84,8 +77,8 @@ def run(
     tokens: Annotated[float | None, TOKENS] = None,
     bits: Annotated[float | None, BITS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
-    law: Annotated[str | None, LAW] = None,
     group_size: Annotated[int | None, GROUP_SIZE] = None,
+    law: Annotated[str | None, LAW] = None,
     as_json: Json = False,
 ) -> None:
     """When should a run switch from full precision to QAT? The commands below answer other questions.
@@ -96,17 +89,21 @@ def run(
         if any(ctx.params.values()):
             raise InputError(ctx.invoked_subcommand, None, "has options of its own.", "Write options after it.")
         return
-    known = _known(ctx, recipe, params, tokens, batch_tokens)
+    known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
     width = bits or known.bits
     if width is None:
         bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, group_size=group_size, as_json=as_json)
         return
     (N, D), loss_law = _size(known), _law(law)
-    if group_size:
-        raise InputError("--group-size", group_size, "has no effect on the fraction.", "Leave it or --bits out.")
-    plan = plan_run(N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme)
+    plan = plan_run(
+        N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
+        stored_bytes=known.stored_bytes(width) if known.stored_bytes else None, group_size=group_size,
+    )  # fmt: skip
     table = {
+        "bits per parameter": f"{width:g}",
+        "  effective, as they are stored": None if plan.effective_bits is None else f"{plan.effective_bits:.3f}",
         "tokens per parameter byte": f"{plan.S:,.4g}",
+        "  per stored byte": None if plan.tokens_per_stored_byte is None else f"{plan.tokens_per_stored_byte:,.4g}",
         "optimal QAT fraction (closed form)": None if plan.closed_form is None else f"{plan.closed_form:.1%}",
         "optimal QAT fraction (loss law)": None,
         "planned QAT fraction": None if plan.fraction == plan.optimum else f"{plan.fraction:.1%}",
@@ -122,7 +119,7 @@ def run(
             "  the closed form's fraction": _judged(p.closed_form),
             "  QAT on 10 % of the tokens": _judged(p.rule),
         }
-    notes = [f"Losses in nats per token; {WASTED}."] if law else []
+    notes = [*_counted_on(known), *([f"Losses in nats per token; {WASTED}."] if law else [])]
     warnings = (*plan.warnings, *warnings_of(N, D, width, None))
     answer = Answer("run", _run(N, D, width), facts(table), plan, loss_law, notes, warnings, plan.overrides, N)
     _show(ctx, as_json, answer, recipe)
@@ -135,18 +132,18 @@ def bit_widths(
     recipe: Annotated[str | None, RECIPE] = None,
     tokens: Annotated[float | None, TOKENS] = None,
     batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
+    group_size: Annotated[int | None, GROUP_SIZE] = None,
     tolerance: Annotated[float | None, NATS] = None,
     law: Annotated[str | None, LAW] = None,
-    group_size: Annotated[int | None, GROUP_SIZE] = None,
     as_json: Json = False,
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
-    known = _known(ctx, recipe, params, tokens, batch_tokens)
+    known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
     N, D = _size(known)
-    if group_size and not (law in NAMED and NAMED[law].needs_group):
-        raise InputError("--group-size", group_size, "has no effect without a law that knows it.", "Leave it out.")
     if law in NAMED:
-        _show(ctx, as_json, _by_published(NAMED[law], known, group_size, tolerance or TOLERANCE))
+        if group_size and not NAMED[law].needs_group:
+            raise InputError("--group-size", group_size, f"has no effect: {law} does not know it.", "Leave it out.")
+        _show(ctx, as_json, _by_published(NAMED[law], known, tolerance or TOLERANCE))
         return
     loss_law = _law(law)
     if tolerance and law is None:
@@ -154,15 +151,15 @@ def bit_widths(
     nats = tolerance or TOLERANCE
     plan = compare_widths(
         N, D, _widths(None, loss_law), law=loss_law, tolerance=nats, tokens_per_step=known.tokens_per_step,
-        scheme=known.scheme,
+        scheme=known.scheme, stored_bytes=known.stored_bytes, group_size=group_size,
     )  # fmt: skip
     best = None if plan.smallest is None else plan.rows[plan.smallest]
-    table = columns(plan.rows, "bits plan.S plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
-    notes = []
+    table = columns(plan.rows, f"bits {_EFFECTIVE} plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
+    notes = _counted_on(known)
     if law:
         within = f"within {nats:g} nats ({math.expm1(nats):.2%} of the perplexity) of full precision"
         start = f"* the smallest bit width {within}" if best else f"No bit width is {within}"
-        notes = [f"{start}, whose predicted loss is {plan.full_precision_loss:.4f}."]
+        notes += [f"{start}, whose predicted loss is {plan.full_precision_loss:.4f}."]
     title = f"{_run(N, D)}: QAT at each bit width"
     overrides = best.plan.overrides if best else None
     _show(ctx, as_json, Answer("bit-widths", title, table, plan, loss_law, notes, plan.warnings, overrides, N), recipe)
@@ -175,16 +172,25 @@ def memory(
     tokens: Annotated[float, TOKENS],
     bits: Annotated[float | None, BITS] = None,
     vocab_size: Annotated[float, VOCABULARY] = 32_000,
+    group_size: Annotated[int | None, GROUP_SIZE] = None,
+    format: Annotated[str | None, FORMAT] = None,
     law: Annotated[str | None, LAW] = None,
     as_json: Json = False,
 ) -> None:
     """Which model fits into a memory budget, and at which bit width is it best?"""
     loss_law, size = _law(law), parse_bytes("BYTES", budget)
-    plan = plan_memory(size, tokens, _widths(bits, loss_law), law=loss_law, vocabulary=round(vocab_size))
+    check_group_size(group_size)
+    file_size = _stack(ctx, "--format", format).file_size(format, group_size) if format else None
+    plan = plan_memory(
+        size, tokens, _widths(bits, loss_law), law=loss_law, vocabulary=round(vocab_size), group_size=group_size,
+        file_size=file_size,
+    )  # fmt: skip
     best = None if plan.best is None else plan.rows[plan.best]
-    wanted = "bits plan.params shape.hidden_size shape.layers megabytes plan.S plan.fraction flops plan.loss"
+    sizes = "plan.params shape.hidden_size shape.layers megabytes plan.effective_bits"
+    wanted = f"bits {sizes} plan.S plan.fraction flops plan.loss"
     table = columns(plan.rows, wanted, best if law else None)
-    notes = [f"The best that fit. {RULE}", LOWEST] if law else [f"The largest that fit. {RULE}"]
+    rule = f"{SHAPES} as {format} stores them." if format else RULE
+    notes = [f"The best that fit. {rule}", LOWEST] if law else [f"The largest that fit. {rule}"]
     if small := [f"{row.bits:g}" for row in plan.rows if row.shape != row.largest]:
         notes.append(f"At {', '.join(small)} bits a larger model fits, but has too few tokens per byte to be better.")
     title = f"{size / 1e6:,.4g} MB of weights, {amount(tokens, 4)} tokens"
@@ -347,17 +353,33 @@ def fusion(
 
 def _known(
     ctx: typer.Context, recipe: str | None, params: float | None, tokens: float | None = None,
-    batch_tokens: float | None = None,
+    batch_tokens: float | None = None, group_size: int | None = None,
 ) -> Recipe:  # fmt: skip
     if batch_tokens and tokens and batch_tokens > tokens:
         raise InputError("--batch-tokens", batch_tokens, f"is more than all {amount(tokens)} tokens.")
     if recipe is None:
-        return Recipe(params, tokens=tokens, tokens_per_step=None if batch_tokens is None else round(batch_tokens))
+        shape = nearest_shape(params) if params else None
+        per_step = None if batch_tokens is None else round(batch_tokens)
+        known = Recipe(params, group=group_size, tokens=tokens, tokens_per_step=per_step)
+        if params is None or shape is None:
+            return known
+        check_group_size(group_size)
+
+        def stored_bytes(bits: float) -> float:
+            return float(shape.weights(bits, group_size).effective_bits) * params / 8
+
+        return replace(known, stored_bytes=stored_bytes, model=f"a usual shape of that size ({shape})")
     for flag, value in (("--params", params), ("--batch-tokens", batch_tokens)):
         if value is not None:
             raise InputError(flag, value, "contradicts --recipe, which has its own.", "Leave one of them out.")
-    known = _stack(ctx, "--recipe", recipe).recipe(recipe)
+    known = _stack(ctx, "--recipe", recipe).recipe(recipe, group_size)
     return replace(known, tokens=tokens or known.tokens)
+
+
+def _counted_on(known: Recipe) -> list[str]:
+    if known.stored_bytes is None:
+        return []
+    return [f"Effective bits count scales, embedding and norms: of {known.model}."]
 
 
 def _size(known: Recipe) -> tuple[float, float]:
@@ -374,9 +396,9 @@ def _stack(ctx: typer.Context, flag: str, value: str) -> Any:
     return ctx.obj
 
 
-def _by_published(law: NamedLaw, known: Recipe, group: int | None, nats: float) -> Answer:
+def _by_published(law: NamedLaw, known: Recipe, nats: float) -> Answer:
     N, D = _size(known)
-    plan = plan_scratch(law, replace(known, group=group or known.group), tolerance=nats)
+    plan = plan_scratch(law, known, tolerance=nats)
     best = None if plan.smallest is None else plan.rows[plan.smallest]
     notes = [f"It answers: {law.answers}.", SCRATCH]
     if plan.full_precision_loss is not None:

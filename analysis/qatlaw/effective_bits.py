@@ -14,7 +14,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
+import numpy as np
+
+from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS, bits_label
 
 Number = Any
 """A number, or an array for many models."""
@@ -25,13 +27,15 @@ class Part:
     """Weights that are stored alike."""
 
     weights: Number
-    bits: Number
+    bits: float
     scales: Number = 0
+    """0: not quantized."""
     scale_bits: float = UNQUANTIZED_BITS
 
     @property
     def stored_bits(self) -> Number:
-        return self.weights * self.bits + self.scales * self.scale_bits
+        """A code takes an integer number of bits: 2 where it is ternary, as in every format of exports."""
+        return self.weights * math.ceil(self.bits) + self.scales * self.scale_bits
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,32 @@ class StoredWeights:
         """Stored bits per parameter, scales included."""
         return 8 * self.bytes / self.params
 
+    @property
+    def quantized(self) -> dict[float, tuple[Number, Number]]:
+        """Bits, ascending -> (weights, scales) of what is quantized to them."""
+        found: dict[float, tuple[Number, Number]] = {}
+        for part in self.parts[:2]:
+            if np.any(part.scales):
+                weights, scales = found.get(part.bits, (0, 0))
+                found[part.bits] = weights + part.weights, scales + part.scales
+        return dict(sorted(found.items()))
+
+    @property
+    def shares(self) -> dict[float, float]:
+        """Bits -> share of the parameters that is quantized to them."""
+        return {bits: float(weights / self.params) for bits, (weights, _) in self.quantized.items()}
+
+    @property
+    def shares_text(self) -> str:
+        """`61.7 % at 1 bit, 38.0 % at 4 bits, 0.3 % not quantized`."""
+        texts = [f"{share:.1%} at {bits_label(bits)}" for bits, share in self.shares.items()]
+        return ", ".join([*texts, f"{1 - sum(self.shares.values()):.1%} not quantized"])
+
+    def text(self, nominal: float) -> str:
+        """The shares, and the bits beside the nominal ones."""
+        bits = f"{nominal:g} nominal, {self.effective_bits:.3f} effective with scales and norms"
+        return f"{self.shares_text}; bits a parameter: {bits}; {self.bytes / 1e6:,.4g} MB"
+
 
 def llama_weights(
     *,
@@ -74,7 +104,7 @@ def llama_weights(
     group_size: int | None = None,
     plain_bits: float = UNQUANTIZED_BITS,
 ) -> StoredWeights:
-    """The weights of a Llama without biases at `bits` bits. A ternary weight takes 2, as in every format of exports.
+    """The weights of a Llama without biases at `bits` bits; from 16 bits on, it is not quantized.
 
     kv_width: channels of the keys, and of the values; None: hidden_size. embedding_bits: None: max(4, bits) where head
     and embedding are tied, else not quantized. group_size: input channels that share a scale; None: a row does.
@@ -88,7 +118,7 @@ def llama_weights(
     def part(weights: Number, rows: Number, bits: float) -> Part:
         if bits >= UNQUANTIZED_BITS:
             return Part(weights, plain_bits)
-        return Part(weights, math.ceil(bits), rows if group_size is None else weights // group_size, plain_bits)
+        return Part(weights, bits, rows if group_size is None else weights // group_size, plain_bits)
 
     attention = 2 * hidden_size * hidden_size + 2 * hidden_size * kv_width
     rows = 3 * hidden_size + 2 * kv_width + 2 * intermediate_size  # q, o, down; k, v; gate, up

@@ -79,6 +79,7 @@ class Data(BaseModel):
     sizes: list[Positive] = []
     synthetic: bool = False
     """Whether the runs were drawn from a made-up law."""
+    bits: Literal["nominal", "effective"] = "nominal"
 
 
 class Resampled(BaseModel):
@@ -146,6 +147,7 @@ def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: A
             "source": table.source,
             "left_out": result.left_out,
             "synthetic": table.synthetic,
+            "bits": table.bits_kind,
         },
         "quality": {
             "r2": result.quality.r2,

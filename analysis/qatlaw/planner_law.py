@@ -97,6 +97,9 @@ def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
     if not form.has_fraction:
         problem = f"{form.name} does not depend on how the tokens are split, so it plans no switch."
         raise InputError("--law", name, problem, "Fit qat_unified or qat_per_bits.")
+    if data.bits == "effective":
+        problem = "was fitted on effective bits, and plans are made in nominal ones."
+        raise InputError("--law", name, problem, "Fit it with --bits nominal.")
     return PlannerLaw(
         law=file.law,
         source=f"{name}, " * named + f"{form.name} fitted on {data.runs} runs of {data.source}",

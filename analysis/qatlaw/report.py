@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,11 +123,13 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _run_rows(table: RunTable) -> Rows:
-    rows: Rows = [("run", "scheme", "N", "bits", "D", "f", "loss (nats)")]
+    rows: Rows = [("run", "scheme", "N", "bits", "effective bits", "D", "f", "loss (nats)")]
     for row in table.frame.head(MOST_RUNS).to_dict("records"):
         total = row["tokens_fp"] + row["tokens_qat"]
         bits = NONE if row["scheme"] == "fp" else f"{row['bits']:g}"
-        numbers = f"{row['n_params']:,.0f}", bits, f"{total:,.0f}", f"{row['tokens_qat'] / total:.3f}"
+        stored = row.get("effective_bits")
+        effective = NONE if stored is None or math.isnan(stored) else f"{stored:.3f}"
+        numbers = f"{row['n_params']:,.0f}", bits, effective, f"{total:,.0f}", f"{row['tokens_qat'] / total:.3f}"
         rows.append((str(row.get("name", NONE)), row["scheme"], *numbers, f"{row['loss']:.4f}"))
     return rows
 

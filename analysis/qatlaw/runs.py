@@ -19,6 +19,8 @@ from typing import Any
 
 import pandas as pd
 
+from qatlaw.bit_widths import UNQUANTIZED_BITS
+from qatlaw.effective_bits import llama_weights
 from qatlaw.errors import InputError
 from qatlaw.measurement import split_settings
 from qatlaw.names import VAL_LOSS, VAL_LOSS_PTQ
@@ -176,6 +178,7 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
             rows[record.run_id] = {
                 **dict(zip(columns, (*law_point, *same), strict=True)),
                 "loss": float(record.final.get(VAL_LOSS, math.nan)),
+                "effective_bits": effective_bits(record, record.final["bits"]),
                 "run_id": record.run_id,
                 "name": record.name,
             }
@@ -227,8 +230,36 @@ def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any
         if name.startswith(VAL_LOSS_PTQ) and loss is not None and abs(loss) < LARGEST:
             bits = float(name.removeprefix(VAL_LOSS_PTQ))
             ptq = {"bits": bits, "scheme": "ptq", "loss": float(loss), "run_id": f"{record.run_id}/ptq{bits:g}"}
+            ptq["effective_bits"] = effective_bits(record, bits)
             rows.append({**point, **ptq})
     return rows
+
+
+def effective_bits(record: RunRecord, bits: float) -> float | None:
+    """Stored bits per parameter of a run's model at `bits`, by its recipe, to a thousandth; None where it lacks keys.
+
+    Scales have the type of training's forward: fp32 where the ds_config is named so, else 16 bits.
+    """
+    recipe = record.recipe
+    keys = ("hidden_size", "layers", "intermediate_size", "vocab_size", "heads")
+    known = [number for key in keys if (number := _number(recipe.get(f"model.{key}"))) is not None]
+    if len(known) < len(keys):
+        return None
+    width, layers, intermediate, vocabulary, heads = known
+    group, table = (_number(recipe.get(f"qat.{key}")) for key in ("group_size", "embedding_bits"))
+    weights = llama_weights(
+        hidden_size=width,
+        layers=layers,
+        intermediate_size=intermediate,
+        vocabulary=vocabulary,
+        bits=bits,
+        kv_width=width / heads * (_number(recipe.get("model.kv_heads")) or heads),
+        tied=recipe.get("model.tied_embedding", "true") == "true",
+        embedding_bits=None if bits >= UNQUANTIZED_BITS else table,
+        group_size=int(group) if group else None,
+        plain_bits=32 if "fp32" in recipe.get("engine.ds_config", "") else UNQUANTIZED_BITS,
+    )
+    return round(float(weights.effective_bits), 3)
 
 
 def _seed(record: RunRecord) -> str:

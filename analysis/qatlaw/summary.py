@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.figures.style import amount, bits_label
+from qatlaw.figures.style import amount
 from qatlaw.fit import FitResult, fit, fit_per_bits
 from qatlaw.fit_file import Bootstrap, FitFile, fit_file, write_fit
 from qatlaw.fraction import closed_form

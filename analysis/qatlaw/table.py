@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -160,6 +161,20 @@ class RunTable:
 
     def where(self, keep: NDArray[np.bool_] | Sequence[bool]) -> RunTable:
         return RunTable(self.frame[np.asarray(keep, dtype=bool)].reset_index(drop=True), self.source)
+
+    @property
+    def on_effective_bits(self) -> RunTable:
+        """The same runs with stored bits per parameter in place of nominal ones. InputError where they are unknown."""
+        key = f"{self.source}: effective_bits"
+        if "effective_bits" not in self.frame.columns:
+            raise InputError(key, None, "is no column of the table.", "Give it, or runs with their recipes.")
+        found = pd.to_numeric(self.frame["effective_bits"], errors="coerce").astype(np.float64)
+        _refuse(self.source, "effective_bits", self.frame["effective_bits"], ~np.isfinite(found), "is not known.")
+        return RunTable(self.frame.assign(nominal_bits=self.frame["bits"], bits=found), self.source)
+
+    @property
+    def bits_kind(self) -> Literal["nominal", "effective"]:
+        return "effective" if "nominal_bits" in self.frame.columns else "nominal"
 
     def of_width(self, bits: float) -> RunTable:
         """Its full-precision runs, and the quantized ones of this bit width."""

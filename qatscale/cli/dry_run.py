@@ -9,8 +9,9 @@ from typing import Any
 
 from qatscale.cli.terminal import check_figure, console, plain_table
 from qatscale.config.amounts import format_amount
-from qatscale.config.ds_config import ds_config_warnings, run_ds_config
+from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import stored_weights
 from qatscale.engine.estimate.fits import (
     Given,
     JobEstimate,
@@ -95,6 +96,8 @@ def print_timeline(config: RunConfig, figure: Path | None) -> None:
         tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
         share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
         out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
+        weights = stored_weights(config.model, config.qat, precision_of(run_ds_config(config)))
+        out.print(f"parameters: {weights.text(config.qat.bits)}", soft_wrap=not out.is_terminal)
         rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
         out.print(f"peak rate of the QAT phase: {rate}")
     for warning in (*timeline.warnings, *ds_config_warnings(config)):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qatlaw.bit_widths import bits_label
 from qatscale.cli.terminal import check_bits, console, plain_table
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.export.formats import FORMATS
@@ -94,8 +95,11 @@ def _print(described: dict[str, Any], out: Path) -> None:
     if size["fallback_bytes"]:
         print(f"fallbacks cost {size['fallback_bytes'] / 2**20:.2f} MiB beyond the ideal")
     per_weight = size["bits_per_quantized_weight"]
-    shown = f"{per_weight:.3f} bits per quantized weight with scales, " if per_weight else ""
-    print(f"{size['bytes']:,} bytes in all: {shown}{size['bits_per_weight']:.3f} bits per parameter\n")
+    shown = f"{per_weight:.3f} per quantized weight with scales, " if per_weight else ""
+    shares = ", ".join(f"{share:.1%} at {bits_label(float(bits))}" for bits, share in size["shares"].items())
+    bits = f"{described['bits']:g} nominal, {shown}{size['bits_per_weight']:.3f} per parameter"
+    print(f"{size['bytes']:,} bytes in all. Bits: {bits}")
+    print(f"quantized parameters: {shares or 'none'}\n")
     _print_verification(described["verification"])
 
 

@@ -6,9 +6,10 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -57,6 +58,10 @@ def fit(
     uri: Uri = None,
     form: Form = "qat_unified",
     scheme: Scheme = None,
+    bits: Annotated[
+        Literal["nominal", "effective"],
+        typer.Option(help="B of the law: bits of a weight in the blocks, or stored bits per parameter of each model."),
+    ] = "nominal",
     out: Annotated[Path, typer.Option(help="File for the law; with qat_per_bits a file per bit width.")] = Path(
         "fit.json"
     ),
@@ -70,6 +75,10 @@ def fit(
 
     chosen = form_named(form)
     collected, where = collect_runs(experiment, table, runs, uri)
+    if bits == "effective":
+        if chosen.one_width:
+            raise UserError("--bits", bits, f"{form} is a law of one nominal width.", "Fit qat_unified.")
+        collected = replace(collected, table=collected.table.on_effective_bits)
     kind = scheme_of(collected.table, scheme)
     with _working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
@@ -266,7 +275,8 @@ def _print_fit(
     for notice in collected.notices:
         out.print(f"warning: {notice}", style="yellow", soft_wrap=True)
     in_mlflow = f", logged to MLflow as run {', '.join(logged)}" if logged else ""
-    out.print(f"{', '.join(map(str, paths))}{in_mlflow}; `qatscale plan --law {paths[0]}` plans by it", soft_wrap=True)
+    plans = "" if collected.table.bits_kind == "effective" else f"; `qatscale plan --law {paths[0]}` plans by it"
+    out.print(f"{', '.join(map(str, paths))}{in_mlflow}{plans}", soft_wrap=True)
 
 
 def _print_rows(title: str, rows: Rows, right: tuple[str, ...] | None = None) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from qatlaw.plan.answer import Answer
 from qatlaw.plan.run import SEQUENTIAL, Recipe, Scheme
+from qatlaw.plan.shapes import Shape
 from qatscale.errors import UserError
 
 NEAR = 0.05
@@ -16,18 +18,23 @@ NEAR = 0.05
 class RecipesAndGpus:
     """What the planner finds in its context."""
 
-    def recipe(self, name: str) -> Recipe:
+    def recipe(self, name: str, group_size: int | None) -> Recipe:
         from qatscale.config import load_run_config
-        from qatscale.config.sizes import count_parameters, flops_per_token
+        from qatscale.config.ds_config import precision_of, run_ds_config
+        from qatscale.config.sizes import count_parameters, flops_per_token, stored_weights
         from qatscale.schedule.fraction import nearest_fraction
 
-        config = load_run_config(name)
+        config = load_run_config(name, [f"qat.group_size={group_size}"] if group_size else [])
+        precision = precision_of(run_ds_config(config))
         two_phases = config
         if config.qat.scheme not in ("sequential", "fused"):
             two_phases = config.model_copy(update={"qat": config.qat.model_copy(update={"scheme": SEQUENTIAL.name})})
 
         def nearest(fraction: float, tokens: float) -> float:
             return nearest_fraction(two_phases.model_copy(update={"tokens": round(tokens)}), fraction)
+
+        def stored_bytes(bits: float) -> float:
+            return stored_weights(config.model, two_phases.qat.model_copy(update={"bits": bits}), precision).bytes
 
         counts = count_parameters(config.model)
         return Recipe(
@@ -39,7 +46,32 @@ class RecipesAndGpus:
             tokens_per_step=config.tokens_per_step,
             flops_per_token=flops_per_token(config.model, config.data.sequence_length),
             scheme=Scheme(two_phases.qat.scheme, nearest),
+            stored_bytes=stored_bytes,
+            model=f"recipe {name} in {precision}",
         )
+
+    def file_size(self, name: str, group_size: int | None) -> Callable[[Shape, float], float]:
+        """Bytes of the tensors in a format, by the export's own encodings: of shapes with one or two blocks."""
+        import torch
+
+        from qatscale.config.schema import ModelConfig, QatConfig
+        from qatscale.export.formats.base import get_format
+        from qatscale.export.source import quantized_layers, source_parameters
+
+        format = get_format(name)
+        known: dict[float, dict[str, float]] = {}
+
+        def size(shape: Shape, bits: float) -> float:
+            model = ModelConfig(
+                vocab_size=shape.vocabulary, hidden_size=shape.hidden_size, layers=shape.layers, heads=1,
+                intermediate_size=shape.intermediate_size,
+            )  # fmt: skip
+            if bits not in known:
+                known[bits] = quantized_layers(model.model_copy(update={"layers": 2}), QatConfig(), bits)
+            parameters = source_parameters(model, known[bits], group_size)
+            return sum(format.stored(parameter, torch.bfloat16).size for parameter in parameters)
+
+        return size
 
     def peak_flops(self, gpu: str) -> float:
         from qatscale.config.sizes import device_names, peak_flops

@@ -139,7 +139,7 @@ def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
 def _print_information(information: Information) -> None:
     from statistics import median
 
-    from qatlaw.figures.style import bits_label
+    from qatlaw.bit_widths import bits_label
     from qatlaw.information import error_text
 
     out, law = console(), information.law

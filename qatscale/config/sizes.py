@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from qatscale.config.schema import ModelConfig
+from qatlaw.bit_widths import UNQUANTIZED_BITS
+from qatlaw.effective_bits import StoredWeights, llama_weights
+from qatscale.config.schema import ModelConfig, QatConfig
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,33 @@ class ParameterCounts:
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:
     """Exact counts of the Llama that this configuration builds, without its quantizer scales."""
-    table = model.vocab_size * model.hidden_size
-    key_value_width = model.hidden_size // model.heads * (model.kv_heads or model.heads)
-    attention = 2 * model.hidden_size * model.hidden_size + 2 * model.hidden_size * key_value_width  # q, o and k, v
-    mlp = 3 * model.hidden_size * model.intermediate_size  # gate, up, down
-    norms = (2 * model.layers + 1) * model.hidden_size
-    linear = model.layers * (attention + mlp)
-    embedding = table if model.tied_embedding else 2 * table
+    weights = stored_weights(model, QatConfig())
+    linear, embedding = weights.matrices.weights, weights.embedding.weights
     return ParameterCounts(
-        total=embedding + linear + norms, embedding=embedding, non_embedding=linear + norms, matmul=linear + table
+        total=weights.params,
+        embedding=embedding,
+        non_embedding=weights.params - embedding,
+        matmul=linear + model.vocab_size * model.hidden_size,
+    )
+
+
+def stored_weights(model: ModelConfig, qat: QatConfig, precision: Precision = "bf16") -> StoredWeights:
+    """The weights as a recipe says they are quantized, with their bits and scales.
+
+    precision: the type of scales and of what is not quantized: that of the forward pass.
+    """
+    full_precision = qat.scheme == "fp"
+    return llama_weights(
+        hidden_size=model.hidden_size,
+        layers=model.layers,
+        intermediate_size=model.intermediate_size,
+        vocabulary=model.vocab_size,
+        kv_width=model.hidden_size // model.heads * (model.kv_heads or model.heads),
+        tied=model.tied_embedding,
+        bits=UNQUANTIZED_BITS if full_precision else qat.bits,
+        embedding_bits=None if full_precision or qat.embedding_bits == "auto" else qat.embedding_bits,
+        group_size=qat.group_size,
+        plain_bits=32 if precision == "fp32" else UNQUANTIZED_BITS,
     )
 
 

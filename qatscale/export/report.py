@@ -10,6 +10,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import qatscale
+from qatlaw.bit_widths import bits_label
 from qatscale import untrusted
 from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
@@ -71,6 +72,13 @@ def _weights(tensors: list[dict[str, Any]]) -> int:
     return sum(math.prod(row["shape"]) for row in tensors)
 
 
+def _shares(tensors: list[dict[str, Any]]) -> dict[str, float]:
+    """Bits, ascending -> share of all parameters that is quantized to them."""
+    widths = sorted({row["bits"] for row in tensors if row["bits"]})
+    by_width = {f"{bits:g}": [row for row in tensors if row["bits"] == bits] for bits in widths}
+    return {bits: _weights(rows) / _weights(tensors) for bits, rows in by_width.items()}
+
+
 def _storage(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for the parameters that are stored alike."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -126,6 +134,7 @@ def contents(
             "bytes": weight_bytes,
             "ideal_bytes": sum(row["ideal_bytes"] for row in tensors),
             "bits_per_weight": 8 * weight_bytes / _weights(tensors),
+            "shares": _shares(tensors),
             "bits_per_quantized_weight": per_weight,
             "fallback_bytes": sum(map(layout.fallback_cost, layout.entries)),
         },
@@ -186,7 +195,7 @@ def _title(described: dict[str, Any]) -> str:
         return "full precision"
     trained = "quantized after training" if described["view"].startswith("ptq") else "quantization-aware trained"
     bits = described["bits"]
-    return f"{bits:g} {'bit' if bits == 1 else 'bits'}, {trained}"
+    return f"{bits_label(bits)}, {trained}"
 
 
 def _recipe(config: RunConfig) -> str:

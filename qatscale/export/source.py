@@ -8,6 +8,7 @@ parameter is in memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import precision_of, run_ds_config
-from qatscale.config.schema import RunConfig
+from qatscale.config.schema import ModelConfig, QatConfig, RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, open_checkpoint
 from qatscale.errors import UserError
 from qatscale.export.quantized_matrix import QuantizedMatrix
@@ -188,15 +189,25 @@ def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | Non
             trained = "the checkpoint has scales that were trained; others would throw them away."
             raise UserError("--ptq", ptq_bits, trained, "Leave it out.")
         get_quantizer(ptq_bits)
-        with torch.device("meta"):
-            targets = select(Llama(config.model), config.qat).targets
-        bits = {target.name: target.rule.at(ptq_bits) for target in targets}
+        bits = quantized_layers(config.model, config.qat, ptq_bits)
         group_size = config.qat.group_size
     else:
         bits = plugin["bits"] if switched else {}
         group_size = plugin["group_size"]
+    return source_parameters(config.model, bits, group_size)
+
+
+def quantized_layers(model: ModelConfig, qat: QatConfig, bits: float) -> dict[str, float]:
+    """Layer -> its bits where a model is quantized to `bits`."""
+    with torch.device("meta"):
+        targets = select(Llama(model), qat).targets
+    return {target.name: target.rule.at(bits) for target in targets}
+
+
+def source_parameters(model: ModelConfig, bits: Mapping[str, float], group_size: int | None) -> list[SourceParameter]:
+    """bits: by layer; one that is missing stays in full precision."""
     parameters = []
-    for name, shape in parameter_shapes(config.model).items():
+    for name, shape in parameter_shapes(model).items():
         width = bits.get(name.removesuffix(".weight"))
         quantizer = None if width is None else get_quantizer(width)
         groups = shape[-1] // group_size if quantizer and group_size else 1

@@ -19,7 +19,8 @@ the switch. Optimizer steps with 0-based index >= switch_step run quantized.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +30,8 @@ from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
-from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
-from qatscale.quant.report import ModuleReport, SwitchReport
+from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer, full_shape
+from qatscale.quant.report import ModuleReport, NothingQuantizedError, SwitchReport
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import Selection, Target, fake_quant_modules, select
 from qatscale.quant.views import view
@@ -87,24 +88,24 @@ class PlainMasters:
                     state[key] = 0
 
 
-class NothingQuantizedError(RuntimeError):
-    """A switch that changes no weight, or scales that do not train: the run would be called QAT without being it."""
-
-
 class QatPlugin:
     """Prepares a model for QAT and switches QAT on, once.
 
     switch_step: optimizer steps before the switch; 0 = QAT from the start, None = never (scheme `fp`, and only there).
+    keep: names of layers, or their last parts, that stay in full precision on purpose. Any other matrix whose name is
+    not one of those that are quantized is an error in `prepare`.
     """
 
-    def __init__(self, qat: QatConfig, switch_step: int | None) -> None:
+    def __init__(self, qat: QatConfig, switch_step: int | None, keep: Collection[str] = ()) -> None:
         if (switch_step is None) != (qat.scheme == "fp"):
             raise ValueError(f"switch_step {switch_step} does not go with scheme {qat.scheme!r}")
         self.qat = qat
         self.switch_step = switch_step
+        self._keep = keep
         self.switched_at: int | None = None
         self._model: nn.Module | None = None
         self._selection = Selection((), {})
+        self._params = 0
         self._at_switch: dict[str, str] = {}
         """Layer name -> digest of its scale right after the switch."""
 
@@ -114,7 +115,7 @@ class QatPlugin:
         Call it before the optimizer is built. Parameters stay the same objects; layers that share a weight share one
         scale. A second call changes nothing. UserError where the model was prepared with other settings.
         """
-        selection = select(model, self.qat)
+        selection = select(model, self.qat, self._keep)
         wanted = {id(target.module) for target in selection.targets}
         for name, module in fake_quant_modules(model):
             if id(module) not in wanted:
@@ -123,6 +124,8 @@ class QatPlugin:
         for target in selection.targets:
             self._prepare_layer(target, scales)
         self._model, self._selection = model, selection
+        of_scales = {id(layer.weight_scale) for _, layer in fake_quant_modules(model)}
+        self._params = sum(math.prod(full_shape(p)) for p in model.parameters() if id(p) not in of_scales)
         return model
 
     def _prepare_layer(self, target: Target, scales: dict[int, nn.Parameter]) -> None:
@@ -155,11 +158,12 @@ class QatPlugin:
         """Switch to QAT if `step`, the 0-based optimizer step about to be taken, is the switch step or lies after it.
 
         Call it before every step. Returns the report where it switches, which it does once, and None otherwise.
-        Collective where it switches. NothingQuantizedError where the switch changes no weight; FloatingPointError where
-        weights are not finite.
+        Collective where it switches. NothingQuantizedError where the switch changes no weight, or where a layer that
+        `prepare` converted is no longer in the model; FloatingPointError where weights are not finite.
         """
         if self.switch_step is None or self.switched_at is not None or step < self.switch_step:
             return None
+        self._check_layers(step)
         reports = tuple(_calibrate(names, layer, masters) for names, layer in matrices(self._prepared()))
         if not any(report.squared_error > 0 for report in reports):
             raise NothingQuantizedError(f"the switch at step {step} changes none of {len(reports)} weight matrices")
@@ -172,7 +176,17 @@ class QatPlugin:
         self._turn(on=True)
         self.switched_at = step
         self._at_switch = self._digests(masters)
-        return SwitchReport(step, reports, self._selection.left_out)
+        return SwitchReport(step, reports, self._selection.left_out, self._params)
+
+    def _check_layers(self, step: int) -> None:
+        """Another library may have replaced or wrapped a layer since `prepare`."""
+        present = {id(layer) for _, layer in fake_quant_modules(self._prepared())}
+        lost = [target.name for target in self._selection.targets if id(target.module) not in present]
+        if lost:
+            raise NothingQuantizedError(
+                f"the switch at step {step} does not reach {len(lost)} of {len(self._selection.targets)} layers: "
+                f"{', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}. They were replaced after prepare(model)."
+            )
 
     def check_moving(self, masters: Masters) -> None:
         """Raises NothingQuantizedError where all scales of a layer still have their values from the switch.

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from qatlaw.bit_widths import bits_label
+from qatlaw.effective_bits import StoredWeights
+
+
+class NothingQuantizedError(RuntimeError):
+    """Weights or scales that stay as they are: the run would be called QAT without being it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class SwitchReport:
     modules: tuple[ModuleReport, ...]
     left_out: dict[str, str]
     """Name of every other Linear and Embedding -> why it stays in full precision."""
+    params: int
+    """Parameters of the model without scales, quantized or not."""
 
     @property
     def layers(self) -> int:
@@ -72,6 +81,23 @@ class SwitchReport:
     @property
     def weights(self) -> int:
         return sum(module.numel for module in self.modules)
+
+    @property
+    def quantized(self) -> dict[float, tuple[int, int]]:
+        """Bits, ascending -> (weights, scales)."""
+        found: dict[float, tuple[int, int]] = {}
+        for module in self.modules:
+            weights, scales = found.get(module.bits, (0, 0))
+            found[module.bits] = weights + module.numel, scales + module.scales
+        return dict(sorted(found.items()))
+
+    def check(self, planned: StoredWeights) -> None:
+        """NothingQuantizedError where the quantized weights and scales are not those that the recipe plans."""
+        if self.quantized != planned.quantized:
+            raise NothingQuantizedError(
+                f"the switch at step {self.step} quantized {_counts(self.quantized)}, and the recipe plans "
+                f"{_counts(planned.quantized)}. In full precision: {', '.join(self.left_out) or 'no layer'}."
+            )
 
     @property
     def bits_per_weight(self) -> float:
@@ -90,7 +116,9 @@ class SwitchReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
-            "step": self.step, "layers": self.layers, "weights": self.weights, "bits_per_weight": self.bits_per_weight,
+            "step": self.step, "layers": self.layers, "weights": self.weights, "params": self.params,
+            "quantized": {f"{bits:g}": weights for bits, (weights, _) in self.quantized.items()},
+            "bits_per_weight": self.bits_per_weight,
             "bytes": self.bytes, "relative_error": _finite(self.relative_error),
             "modules": [module.to_dict() for module in self.modules], "left_out": dict(self.left_out),
         }  # fmt: skip
@@ -98,7 +126,7 @@ class SwitchReport:
     def table(self) -> Table:
         """One row per kind of layer (the last part of its name), bits and shape, for a terminal."""
         table = Table(
-            title=f"QAT from step {self.step:,}: {self.layers} layers, {self.bits_per_weight:.2f} bits per weight",
+            title=f"QAT from step {self.step:,}: {self.layers} layers, {self.weights / self.params:.1%} of all weights",
             show_footer=True,
         )
         kinds: dict[tuple[str, float, tuple[int, ...]], list[ModuleReport]] = {}
@@ -129,8 +157,11 @@ class SwitchReport:
         return text.getvalue()
 
 
-def merge_reports(reports: Sequence[SwitchReport]) -> SwitchReport:
-    """One report from those of a model's parts. A table that two parts share is one entry with both names."""
+def merge_reports(reports: Sequence[SwitchReport], params: int) -> SwitchReport:
+    """One report from those of a model's parts. A table that two parts share is one entry with both names.
+
+    params: of the entire model.
+    """
     merged: dict[tuple[Any, ...], ModuleReport] = {}
     for module in (module for report in reports for module in report.modules):
         # an embedding and a tied head on two stages have the same numbers
@@ -138,7 +169,12 @@ def merge_reports(reports: Sequence[SwitchReport]) -> SwitchReport:
         names = (*merged[key].names, *module.names) if key in merged else module.names
         merged[key] = replace(module, names=names)
     left_out = {name: why for report in reports for name, why in report.left_out.items()}
-    return SwitchReport(reports[0].step, tuple(merged.values()), left_out)
+    return SwitchReport(reports[0].step, tuple(merged.values()), left_out, params)
+
+
+def _counts(quantized: Mapping[float, tuple[int, int]]) -> str:
+    texts = (f"{w:,} weights with {s:,} scales at {bits_label(bits)}" for bits, (w, s) in quantized.items())
+    return ", ".join(texts) or "nothing"
 
 
 def _relative(squared_error: float, squared_norm: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -41,10 +41,13 @@ def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLayer]]
             yield name, module
 
 
-def select(model: nn.Module, qat: QatConfig) -> Selection:
+def select(model: nn.Module, qat: QatConfig, keep: Collection[str] = ()) -> Selection:
     """The layers that `qat` quantizes. Only shapes and identities of parameters are read.
 
-    UserError where no layer matches, a group size does not divide, or a layer cannot be quantized as it is.
+    keep: names of layers, or their last parts, that stay in full precision on purpose.
+
+    UserError where no layer matches, a group size does not divide, a layer cannot be quantized as it is, or a matrix
+    would stay in full precision because of its name.
     """
     rule = embedding_rule(qat.embedding_bits, _is_tied(model))
     targets: list[Target] = []
@@ -53,7 +56,9 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
         last = name.rsplit(".", 1)[-1]
-        if last in EMBEDDING_NAMES:
+        if last in keep or name in keep:
+            left_out[name] = "kept in full precision"
+        elif last in EMBEDDING_NAMES:
             if rule is None:
                 reason = "untied" if qat.embedding_bits == "auto" else "embedding_bits = 16"
                 left_out[name] = f"{reason}: stays in full precision"
@@ -61,14 +66,13 @@ def select(model: nn.Module, qat: QatConfig) -> Selection:
                 targets.append(Target(name, module, rule))
         elif last.removesuffix("_proj") in BLOCK_NAMES:
             targets.append(Target(name, module, BitsRule()))
-        else:
-            left_out[name] = "its name is not one of the quantized layers'"
     if not any(target.rule == BitsRule() for target in targets):
-        others = ", ".join(left_out) or "no Linear layer"
+        others = ", ".join(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         raise UserError(
             "model", type(model).__name__, f"quantization needs Linear layers named {', '.join(BLOCK_NAMES)} or",
-            f"q_proj, k_proj, ...; this model has {others}.",
+            f"q_proj, k_proj, ...; this model has {others or 'no Linear layer'}.",
         )  # fmt: skip
+    _check_names(model, targets, {*left_out, *keep})
     for target in targets:
         _check_kind(target)
     _check_group_size(targets, qat.group_size)
@@ -83,6 +87,26 @@ def _is_tied(model: nn.Module) -> bool:
     named = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in EMBEDDING_NAMES]
     embeddings = {id(module.weight) for module in named if isinstance(module, nn.Embedding)}
     return any(id(module.weight) in embeddings for module in named if isinstance(module, nn.Linear))
+
+
+def _check_names(model: nn.Module, targets: list[Target], kept: set[str]) -> None:
+    """UserError for matrices that are neither quantized nor left out on purpose, of whatever class their layer is."""
+    quantized = {id(target.module.weight) for target in targets}
+    unnamed = {}
+    for name, parameter in model.named_parameters():
+        layer, _, own = name.rpartition(".")
+        known = own == "weight_scale" or {layer, layer.rsplit(".", 1)[-1]} & kept
+        if parameter.dim() > 1 and not known and id(parameter) not in quantized:
+            unnamed[layer] = parameter.numel()
+    if unnamed:
+        share = sum(unnamed.values()) / sum(parameter.numel() for parameter in model.parameters())
+        lasts = list(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in unnamed))
+        raise UserError(
+            f"model.{next(iter(unnamed))}", None,
+            f"{len(unnamed)} layers, {share:.1%} of the parameters, would stay in full precision, for only layers "
+            f"named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
+            f"Rename them, or leave them out on purpose: QatPlugin(..., keep={lasts}).",
+        )  # fmt: skip
 
 
 def _check_kind(target: Target) -> None:

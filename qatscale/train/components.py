@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
+from qatscale.config.sizes import Precision, stored_weights
 from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.files import Manifest
 from qatscale.engine.compilation import Compilation
@@ -48,11 +50,16 @@ class RunSetup:
     layout: Layout
     ds_config: dict[str, Any]
     """Merged with the recipe: what DeepSpeed gets."""
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     """The type of forward and backward; the masters are in fp32."""
     batches: BatchReader
     validation: EvaluationReader
     notices: tuple[str, ...]
+
+    @property
+    def weights(self) -> StoredWeights:
+        """As the recipe has them quantized, in the type of forward."""
+        return stored_weights(self.config.model, self.config.qat, self.precision)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 import qatlaw
+from qatlaw.bit_widths import UNQUANTIZED_BITS
+from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
-from qatscale.config.sizes import count_parameters
 from qatscale.data.reader import open_validation
 from qatscale.engine.checkpoints.files import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
@@ -22,8 +23,6 @@ from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import RunSetup, TrainingComponents
 from qatscale.train.run_log import RunLog
 from qatscale.train.validation import open_view, ptq_view, summed_loss, validation_losses
-
-FULL_PRECISION_BITS = 16
 
 
 def evaluate_checkpoint(
@@ -59,7 +58,7 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog)
     views = ["fp", *([] if config.qat.scheme == "fp" else ["quantized"]), *map(ptq_view, config.evaluation.ptq_bits)]
     losses = validation_losses(components.engine, views, setup.validation, components.topology)
     log.validation(timeline.steps, losses)
-    final = final_metrics(config, timeline, losses, log.folder)
+    final = final_metrics(config, timeline, losses, log.folder, setup.weights)
     final |= {  # the data by content: losses on other held-out text do not compare
         "data_fingerprint": setup.batches.stream.manifest.fingerprint,
         "validation_fingerprint": setup.validation.stream.manifest.fingerprint_of("validation"),
@@ -69,13 +68,17 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog)
     return final
 
 
-def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float], folder: RunFolder) -> dict[str, Any]:
+def final_metrics(
+    config: RunConfig, timeline: Timeline, losses: dict[str, float], folder: RunFolder, weights: StoredWeights
+) -> dict[str, Any]:
     """`final/val_loss` is that of the weights as they would be used: quantized, or full precision for scheme fp.
 
     `final/scales_floored` is the share of scales at or under their floor after the last step; None for scheme fp.
+    `bits` and `tokens_per_parameter_byte` are nominal. Beside them stand the effective ones, of all that is stored, and
+    the share of the parameters that is quantized: `quantized_share`, `quantized_share/4bit` ...
     """
-    n_params, scheme = count_parameters(config.model).total, config.qat.scheme
-    bits = FULL_PRECISION_BITS if scheme == "fp" else config.qat.bits
+    n_params, scheme = weights.params, config.qat.scheme
+    bits = UNQUANTIZED_BITS if scheme == "fp" else config.qat.bits
     tokens_qat = timeline.qat_steps * timeline.tokens_per_step
     metrics = folder.records("metrics")
     return {
@@ -89,6 +92,11 @@ def final_metrics(config: RunConfig, timeline: Timeline, losses: dict[str, float
         "tokens_qat": tokens_qat,
         "qat_fraction": timeline.qat_fraction,
         "switch_step": timeline.switch_step,
+        "effective_bits": weights.effective_bits,
+        "stored_bytes": weights.bytes,
+        "tokens_per_stored_byte": timeline.tokens / weights.bytes,
+        "quantized_share": sum(weights.shares.values()),
+        **{f"quantized_share/{bits:g}bit": share for bits, share in weights.shares.items()},
         "tokens_per_parameter_byte": qatlaw.tokens_per_parameter_byte(n_params, timeline.tokens, bits),
         **median_speeds(metrics),
     }

@@ -43,7 +43,9 @@ def run_steps(
     with StopRequest(runtime) as stop, checkpointer, collect_garbage_by_hand():
         for step in range(first, timeline.steps):
             if report := plugin.maybe_switch(step, masters):
-                log.switched(merge_reports(gather_stages(report, topology)))
+                merged = merge_reports(gather_stages(report, topology), setup.weights.params)
+                merged.check(setup.weights)
+                log.switched(merged)
                 meter.restart()
             settings = timeline.at(step)
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"

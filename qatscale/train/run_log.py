@@ -146,8 +146,11 @@ class RunLog:
 
     def switched(self, report: SwitchReport) -> None:
         if self.runtime.is_main:
-            self.folder.append("switch", step=report.step, report=report.to_dict())
+            weights = self.setup.weights
+            stored = {"effective_bits": weights.effective_bits, "bytes": weights.bytes, "shares": weights.shares}
+            self.folder.append("switch", step=report.step, report=report.to_dict() | {"model": stored})
             self.console.show(report.table())
+            self.console.notice(f"{weights.params:,} parameters: {weights.text(self.config.qat.bits)}")
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """losses: view -> mean loss in nats."""

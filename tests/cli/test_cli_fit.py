@@ -39,6 +39,29 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_law_of_effective_bits_is_fitted_on_them(tmp_path: Path) -> None:
+    """Losses drawn by effective bits, of which a smaller model has more: in nominal ones the same form fits worse."""
+    table = synthetic.table(0, noise=0.0)
+    frame = table.frame[table.column("n_params") < 5e8].copy()
+    share = (frame["n_params"] / 86e6) ** -0.5 * 0.4  # the embedding's, at 4 bits
+    frame["effective_bits"] = frame["bits"] * (1 - share) + np.maximum(frame["bits"], 4) * share
+    frame["loss"] = synthetic.law().loss(
+        *(frame[name] for name in ("n_params", "tokens_fp", "tokens_qat", "effective_bits"))
+    )
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    files = {}
+    for bits in ("nominal", "effective"):
+        out = tmp_path / f"{bits}.json"
+        asked = ["fit", "--table", str(tmp_path / "runs.csv"), "--resamples", "0", "--no-compare", "--out", str(out)]
+        assert run(*asked, "--bits", bits) == 0
+        files[bits] = read_fit(out)
+        assert files[bits].data.bits == bits
+    assert files["effective"].quality["mae"] < 0.1 * files["nominal"].quality["mae"]
+    plan = ["plan", "--params", "200M", "--tokens", "20B", "--bits", "4", "--law"]
+    assert run(*plan, str(tmp_path / "nominal.json")) == 0
+    assert run(*plan, str(tmp_path / "effective.json")) == 2
+
+
 WRONG = {
     "no source": ([], ("source", "--experiment, --table, --runs")),
     "two sources": (["--table", "good.csv", "--runs", "runs"], ("--table and --runs",)),
@@ -56,6 +79,7 @@ WRONG = {
     "no QAT run": (["--table", "fp.csv"], ("no run has two phases",)),
     "no run folders": (["--runs", "."], ("--runs = '.'", "holds no runs")),
     "a store without a use": (["--table", "good.csv", "--uri", "sqlite:///a.db"], ("--uri", "--experiment")),
+    "unknown effective bits": (["--table", "good.csv", "--bits", "effective"], ("effective_bits", "no column")),
     "few resamples": (["--table", "good.csv", "--resamples", "3"], ("resamples = 3", "20 or more")),
 }
 

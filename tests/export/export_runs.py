@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qatlaw.plan.shapes import Shape
 from tests.processes import run
 
 DRIVER = Path(__file__).parents[1] / "train" / "runs_driver.py"
@@ -36,6 +37,7 @@ BASE = [
 BF16 = "engine.ds_config=zero1_bf16"
 UNTIED = "model.tied_embedding=false"
 NARROW = ["model.hidden_size=96", "model.intermediate_size=192", "model.kv_heads=4"]
+PLANNED = Shape(256, 4, 514)
 RUNS: dict[str, list[str]] = {
     "one": ["qat.bits=1", "model.layers=2"],  # and its embedding, the head too, in 4
     "two": ["qat.bits=2", BF16],
@@ -46,6 +48,9 @@ RUNS: dict[str, list[str]] = {
     "narrow": ["qat.bits=2", *NARROW],  # rows of 96: no K-quant, and in MLX groups of 32
     "full": ["qat.scheme=fp", "qat.fraction=auto", "qat.bits=4", "checkpoint.keep_at=[2048]"],
     "unfinished": ["qat.bits=2"],
+    # a usual shape of the planner, with rows of 640 that K-quants of 256 do not fit
+    "planned": ["qat.scheme=fp", "qat.fraction=auto", BF16, *PLANNED.overrides],
+    "planned-groups": ["qat.scheme=fp", "qat.fraction=auto", BF16, *PLANNED.overrides, "qat.group_size=64"],
 }
 WIDTHS = {"one": 1, "two": 2, "four": 4, "six": 6}
 

@@ -12,7 +12,7 @@ from qatlaw.laws import Law
 from qatscale.cli import main
 from qatscale.config import load_run_config
 from qatscale.config.recipe import resolved_yaml
-from qatscale.config.sizes import count_parameters
+from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.mlflow_sync import track_sync
 from qatscale.tracking.run_folder import RunFolder
@@ -46,7 +46,9 @@ def finished(output: Path, name: str, recipe: str, law: Law, *overrides: str, lo
         "validation_fingerprint": "e" * 64,
         "validation_tokens": config.evaluation.tokens // length * length,
     }
-    folder.finish(timeline.steps, final_metrics(config, timeline, losses, folder) | data)
+    folder.finish(
+        timeline.steps, final_metrics(config, timeline, losses, folder, stored_weights(config.model, config.qat)) | data
+    )
     folder.close()
     return folder
 

@@ -24,8 +24,8 @@ from qatlaw.runs import RunRecord, collect, counted
 from qatlaw.table import POINT
 from qatscale.cli.fit import collect_runs, folder_records
 from qatscale.config import load_run_config
-from qatscale.config.schema import RunConfig
-from qatscale.config.sizes import count_parameters
+from qatscale.config.schema import QatConfig, RunConfig
+from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.tracking.run_folder import RunFolder
 from tests.law.law_runs import PTQ_BITS, PTQ_LOSS, command, empty_store, finished, finished_grid, upload
 
@@ -41,6 +41,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     uri = empty_store(home)
     upload(folders, uri)
     return home / "runs", uri
+
+
+def test_effective_bits_stand_beside_the_nominal_ones(runs: tuple[Path, str]) -> None:
+    """By the recipe of each run, as the trainer states them; for PTQ at the bits of the row."""
+    records = folder_records(runs[0])
+    finals = {record.name: record.final for record in records}
+    frame = collect(records, "folders").table.frame
+    configs = [load_run_config(name).model for name in ("86m", "396m", "2p2b")]
+    models = {count_parameters(model).total: model for model in configs}
+    for row in frame.to_dict("records"):
+        qat = QatConfig() if row["scheme"] == "fp" else QatConfig(scheme="fused", bits=row["bits"])
+        weights = stored_weights(models[row["n_params"]], qat)
+        assert row["effective_bits"] == pytest.approx(weights.effective_bits, abs=5.01e-4)
+        if row["scheme"] != "ptq":
+            assert row["effective_bits"] == pytest.approx(finals[row["name"]]["effective_bits"], abs=5.01e-4)
+    quantized = frame[frame["scheme"] == "sequential"]
+    assert (quantized["effective_bits"] > quantized["bits"]).all()
 
 
 def test_mlflow_and_run_folders_tell_the_same_table(runs: tuple[Path, str]) -> None:

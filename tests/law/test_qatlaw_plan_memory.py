@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from qatlaw import InputError
 from qatlaw.bit_widths import BIT_WIDTHS
-from qatlaw.plan.memory import Shape, plan_memory, shapes_within
+from qatlaw.plan.memory import plan_memory
+from qatlaw.plan.shapes import Shape, shapes_within
 from qatlaw.planner_law import synthetic_law
 from qatscale.config import load_run_config
 from qatscale.config.schema import ModelConfig

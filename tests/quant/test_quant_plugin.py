@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qatlaw.effective_bits import llama_weights
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import get_quantizer
@@ -313,6 +314,38 @@ def test_a_switch_that_changes_nothing_is_an_error() -> None:
             module.weight[:, 0] = 7.0  # every row has max|w| = 7 = Qp, so that α = 1 and whole numbers are levels
     with pytest.raises(NothingQuantizedError, match="changes none of 14 weight matrices"):
         plugin.maybe_switch(0, masters)
+
+
+def test_a_layer_that_was_replaced_after_prepare_is_an_error() -> None:
+    """Adapters and kernels replace layers; such a layer would train in full precision without a word."""
+    model, plugin, _, masters = prepared(0, bits=2)
+    model.blocks[0].mlp.up = torch.nn.Linear(32, 48, bias=False)
+    with pytest.raises(NothingQuantizedError, match=r"does not reach 1 of 16 layers: blocks\.0\.mlp\.up"):
+        plugin.maybe_switch(0, masters)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(32, 96, bias=False), torch.nn.Bilinear(4, 4, 4)])
+def test_a_matrix_whose_name_no_rule_knows_is_an_error_unless_it_is_kept(layer: torch.nn.Module) -> None:
+    """A model with fused q, k and v would be quantized in its other layers alone."""
+    qat = QatConfig(scheme="fused", bits=2)
+    model = TinyModel()
+    model.blocks[1].qkv = layer
+    with pytest.raises(UserError, match=r"model\.blocks\.1\.qkv: 1 layers, .*keep=\['qkv'\]"):
+        QatPlugin(qat, 0).prepare(model)
+    for keep in ("qkv", "blocks.1.qkv"):
+        QatPlugin(qat, 0, keep=[keep]).prepare(model)
+
+
+def test_a_report_that_differs_from_the_plan_is_an_error() -> None:
+    _, plugin, _, masters = prepared(0, bits=2)
+    report = plugin.maybe_switch(0, masters)
+    assert report is not None
+    shape = {"hidden_size": 32, "layers": 2, "intermediate_size": 48, "vocabulary": 40}
+    report.check(llama_weights(**shape, bits=2))
+    assert report.params == llama_weights(**shape, bits=2).params
+    for wrong in ({"bits": 4}, {"bits": 2, "group_size": 16}, {"bits": 2, "embedding_bits": 16}):
+        with pytest.raises(NothingQuantizedError, match="and the recipe plans"):
+            report.check(llama_weights(**shape, **wrong))
 
 
 def test_weights_that_are_not_finite_are_an_error() -> None:

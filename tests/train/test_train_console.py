@@ -106,7 +106,7 @@ def test_a_switch_is_shown_as_its_report() -> None:
     module = ModuleReport(("blocks.0.mlp.up",), 2, "SEQ", (64, 32), 64, 2, 32, 0.5, 2.0)
     out = io.StringIO()
     with RunConsole(0, 1000, stream=out) as console:
-        console.show(SwitchReport(500, (module,), {"norm": "a norm"}).table())
+        console.show(SwitchReport(500, (module,), {"norm": "a norm"}, 4096).table())
     assert "QAT from step 500" in out.getvalue()
     assert "64 x 32" in out.getvalue()
 

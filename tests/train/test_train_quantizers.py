@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -37,6 +38,30 @@ def test_scales_at_the_floor_and_flipping_codes_are_those_of_the_checkpoints(nam
     assert {step: found[step]["code_flips"] for step in flips} == pytest.approx(flips, rel=1e-12)
     assert folder.final is not None
     assert folder.final["final/scales_floored"] == found[STEPS]["scales_floored"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["floored", "floored-p2"])
+def test_what_is_quantized_is_stated_as_the_checkpoint_holds_it(name: str, trained: Trained) -> None:
+    folder = RunFolder(trained.runs / name)
+    reader = CheckpointReader(folder.checkpoints / f"step-{STEPS:08d}")
+    sizes = {n: math.prod(about.shape) for n, about in reader.manifest.parameters.items()}
+    params = sum(size for n, size in sizes.items() if not n.endswith("weight_scale"))
+    weights = {4: sizes["embed.weight"], 1: 0}
+    weights[1] = sum(sizes[n.removesuffix("_scale")] for n in sizes if n.endswith("_scale")) - weights[4]
+    plain = sum(sizes.values()) - sum(weights.values())  # norms and scales, fp32
+    stored = (4 * weights[4] + weights[1] + 32 * plain) / 8
+    final = folder.final
+    assert final is not None
+    assert (final["bits"], final["n_params"], final["stored_bytes"]) == (1, params, stored)
+    assert final["effective_bits"] == pytest.approx(8 * stored / params, rel=1e-12)
+    assert final["tokens_per_stored_byte"] == pytest.approx(final["tokens_total"] / stored, rel=1e-12)
+    shares = {bits: final[f"quantized_share/{bits}bit"] for bits in weights}
+    assert shares == pytest.approx({bits: count / params for bits, count in weights.items()}, rel=1e-12)
+    assert final["quantized_share"] == pytest.approx(sum(shares.values()), rel=1e-12)
+    (switch,) = folder.records("switch")
+    assert switch["report"]["quantized"] == {f"{bits}": count for bits, count in weights.items()}
+    assert switch["report"]["model"]["bytes"] == stored
 
 
 @pytest.mark.dist

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.figures.evidence import Drawn, Evidence
 from qatlaw.figures.style import (
     INK,
     SOFT,
     amount,
-    bits_label,
     draw_law,
     legend_below,
     log_axis,

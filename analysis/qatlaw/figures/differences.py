@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.figures.evidence import Drawn, Evidence
 from qatlaw.figures.style import (
     INK,
     SCHEME_MARKERS,
     SOFT,
     amount,
-    bits_label,
     draw_law,
     legend_below,
     log_axis,

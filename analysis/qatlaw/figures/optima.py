@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.figures.evidence import Drawn, Evidence, closed_form_warnings
 from qatlaw.figures.style import (
     GRID,
     INK,
     SCHEME_MARKERS,
     SOFT,
-    bits_label,
     draw_law,
     legend_below,
     log_axis,

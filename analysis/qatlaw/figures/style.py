@@ -69,10 +69,6 @@ def memory(size: float) -> str:
     return f"{size:.3g} B"
 
 
-def bits_label(bits: float) -> str:
-    return f"{bits:g} bit" if bits == 1 else f"{bits:g} bits"
-
-
 def new_figure(height: float, width: float = WIDTH) -> Figure:
     """A figure without pyplot: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

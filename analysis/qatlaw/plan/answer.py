@@ -73,11 +73,13 @@ class Answer:
 
 _COLUMNS: dict[str, tuple[str, str]] = {
     "bits": ("bits", "g"),
-    "params": ("parameters", "amount"),
+    "effective_bits": ("stored bits", ".3f"),
+    "params": ("params", "amount"),
     "hidden_size": ("width", ""),
-    "layers": ("layers", ""),
+    "layers": ("depth", ""),
     "megabytes": ("MB", ",.4g"),
     "S": ("tokens per byte", ",.4g"),
+    "tokens_per_stored_byte": ("per stored byte", ",.4g"),
     "name": ("split", ""),
     "multiple": ("of the deserved", "g"),
     "fraction": ("QAT fraction", ".1%"),

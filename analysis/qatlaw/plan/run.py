@@ -59,6 +59,10 @@ class Recipe:
     flops_per_token: float | None = None
     """Forward and backward; None: 6 for each parameter."""
     scheme: Scheme = SEQUENTIAL
+    stored_bytes: Callable[[float], float] | None = None
+    """Bits -> bytes of all its weights with their scales; None: unknown."""
+    model: str = ""
+    """The model that these bytes are counted on, in words."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,11 @@ class RunPlan:
     params: int
     tokens: int
     bits: float
+    """Nominal: of a weight in the blocks."""
     S: float
+    """By nominal bits, as the laws have it."""
+    stored_bytes: float | None
+    """All weights with their scales, embedding and norms; None where the model's shape is not known."""
     fraction: float
     """QAT's share of the tokens, before it is rounded to whole tokens (here) or optimizer steps (in a run)."""
     optimum: float
@@ -116,6 +124,15 @@ class RunPlan:
     def loss(self) -> float | None:
         return self.prediction.loss if self.prediction else None
 
+    @property
+    def effective_bits(self) -> float | None:
+        return self.stored_bytes and 8 * self.stored_bytes / self.params
+
+    @property
+    def tokens_per_stored_byte(self) -> float | None:
+        """Tokens per stored byte."""
+        return self.stored_bytes and self.tokens / self.stored_bytes
+
 
 def plan_run(
     params: float,
@@ -125,11 +142,14 @@ def plan_run(
     law: PlannerLaw | None = None,
     tokens_per_step: int | None = None,
     scheme: Scheme = SEQUENTIAL,
+    stored_bytes: float | None = None,
+    group_size: int | None = None,
 ) -> RunPlan:
     """The plan for a model of `params` parameters (a tied embedding counted once), `tokens` tokens and `bits` bits.
 
     law: gives the optimum and the losses; without one the closed form decides. `scheme` may move the fraction.
-    tokens_per_step: of an optimizer step, for the switch step.
+    tokens_per_step: of an optimizer step, for the switch step. stored_bytes: of the weights, for their effective bits.
+    group_size: to be set in the recipe.
 
     InputError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.optimal_fraction`).
     """
@@ -152,6 +172,7 @@ def plan_run(
         tokens=tokens,
         bits=bits,
         S=S,
+        stored_bytes=stored_bytes,
         fraction=planned,
         optimum=optimum,
         closed_form=closed_form(params, tokens, bits),
@@ -161,12 +182,20 @@ def plan_run(
         switch_step=None if steps is None else switch_step(planned, steps),
         prediction=None if law is None else _predict(law, params, tokens, bits, optimum, planned),
         warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law)),
-        overrides=overrides_of(tokens, bits, scheme, written_fraction(planned, steps)),
+        overrides=overrides_of(tokens, bits, scheme, written_fraction(planned, steps), group_size),
     )
 
 
-def overrides_of(tokens: float, bits: float, scheme: Scheme, fraction: str) -> tuple[str, ...]:
-    return (f"tokens={round(tokens)}", f"qat.bits={bits:g}", f"qat.scheme={scheme.name}", f"qat.fraction={fraction}")
+def overrides_of(
+    tokens: float, bits: float, scheme: Scheme, fraction: str, group_size: int | None = None
+) -> tuple[str, ...]:
+    settings = (
+        f"tokens={round(tokens)}",
+        f"qat.bits={bits:g}",
+        f"qat.scheme={scheme.name}",
+        f"qat.fraction={fraction}",
+    )
+    return (*settings, f"qat.group_size={group_size}") if group_size else settings
 
 
 def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[str, ...]:
@@ -249,11 +278,16 @@ def compare_widths(
     tolerance: float = TOLERANCE,
     tokens_per_step: int | None = None,
     scheme: Scheme = SEQUENTIAL,
+    stored_bytes: Callable[[float], float] | None = None,
+    group_size: int | None = None,
 ) -> Comparison:
     """QAT at each of `widths`, as `plan_run` plans it, against a full-precision run of the same tokens."""
     rows = []
     for bits in widths:
-        plan = plan_run(params, tokens, bits, law=law, tokens_per_step=tokens_per_step, scheme=scheme)
+        plan = plan_run(
+            params, tokens, bits, law=law, tokens_per_step=tokens_per_step, scheme=scheme,
+            stored_bytes=stored_bytes(bits) if stored_bytes else None, group_size=group_size,
+        )  # fmt: skip
         gap = plan.prediction.loss - plan.prediction.full_precision_loss if plan.prediction else None
         rows.append(WidthRow(bits, plan, gap))
     within = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= tolerance]

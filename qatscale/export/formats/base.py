@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+
 from qatscale.errors import UserError, did_you_mean
 from qatscale.export.clients import Client, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, StoredParameter
@@ -41,8 +43,11 @@ class Format(ABC):
         """The programs that read it; `generate` and the card's first snippet use the first."""
 
     @abstractmethod
-    def encodings(self, parameter: SourceParameter, source: ExportSource) -> Sequence[Encoding]:
-        """Ways to store a parameter, best first. The last one holds any; `Encoding.refusal` says what others do not."""
+    def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> Sequence[Encoding]:
+        """Ways to store a parameter, best first. The last one holds any; `Encoding.refusal` says what others do not.
+
+        dtype: training's, of what is not quantized.
+        """
 
     @abstractmethod
     def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
@@ -73,12 +78,7 @@ class Format(ABC):
             why = "has not switched to QAT" if source.config.qat.scheme != "fp" else "was trained in full precision"
             fix = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
             raise UserError("--format", self.name, f"stores quantized weights, and the checkpoint {why}.", fix)
-        entries = []
-        for parameter in source.parameters:
-            first, *others = self.encodings(parameter, source)
-            reason = first.refusal(parameter)
-            encoding = first if reason is None else next(e for e in others if e.refusal(parameter) is None)
-            entries.append(StoredParameter(parameter, encoding, reason))
+        entries = [self.stored(parameter, source.dtype) for parameter in source.parameters]
         layout = ExportLayout(source, entries)
         refused = [entry for entry in entries if entry.fallback]
         if refused and not fallback:
@@ -88,6 +88,13 @@ class Format(ABC):
             problem = f"cannot hold {refused[0].parameter}: {refused[0].fallback}{more}"
             raise UserError("--format", self.name, problem, f"{fix}; or choose hf.")
         return layout
+
+    def stored(self, parameter: SourceParameter, dtype: torch.dtype) -> StoredParameter:
+        """The parameter in the first of its encodings that holds it."""
+        first, *others = self.encodings(parameter, dtype)
+        reason = first.refusal(parameter)
+        encoding = first if reason is None else next(e for e in others if e.refusal(parameter) is None)
+        return StoredParameter(parameter, encoding, reason)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, Stor
 from qatscale.export.folder import FileTensor, hf_name, pack, packed_words, value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config, transformers_usage
 from qatscale.export.quantized_matrix import QuantizedMatrix, signed_bits
-from qatscale.export.source import ExportSource, SourceParameter
+from qatscale.export.source import SourceParameter
 
 _VLLM = (
     "vLLM reads the same layout (`vllm serve .`, on a GPU; weights of 2 to 8 bits in its releases of 2026, 4 and 8 "
@@ -40,7 +40,6 @@ class PackedEncoding(Encoding):
     bits: int
     dtype: torch.dtype
     """Type of scales, and of the weights that clients compute from them."""
-    tied: bool
 
     @property
     def name(self) -> str:
@@ -48,8 +47,7 @@ class PackedEncoding(Encoding):
 
     def refusal(self, parameter: SourceParameter) -> str | None:
         if parameter.is_table:
-            what = "an embedding that is the head too" if self.tied else "an embedding"
-            return f"clients unpack Linear layers, not {what}."
+            return "clients unpack Linear layers, not an embedding, which is the head too where they are tied."
         return None
 
     def size(self, parameter: SourceParameter) -> int:
@@ -68,12 +66,11 @@ class CompressedTensorsFormat(Format):
     name = "compressed-tensors"
     clients = (CompressedTensors,)
 
-    def encodings(self, parameter: SourceParameter, source: ExportSource) -> list[Encoding]:
-        plain = PlainEncoding(source.dtype)
+    def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[Encoding]:
+        plain = PlainEncoding(dtype)
         if parameter.quantizer is None:
             return [plain]
-        tied = source.config.model.tied_embedding
-        return [PackedEncoding(signed_bits(parameter.quantizer), source.dtype, tied), plain]
+        return [PackedEncoding(signed_bits(parameter.quantizer), dtype), plain]
 
     def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
         tensors = [tensor for entry in layout.entries for tensor in _tensors(layout, entry)]

@@ -132,8 +132,8 @@ class Gguf(Format):
     def with_q1_0(self) -> Gguf:
         return Gguf(q1_0=True)
 
-    def encodings(self, parameter: SourceParameter, source: ExportSource) -> list[Encoding]:
-        plain = PlainEncoding(source.dtype)
+    def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[Encoding]:
+        plain = PlainEncoding(dtype)
         if parameter.quantizer is None:
             return [PlainEncoding(torch.float32) if parameter.is_norm else plain]
         types = BLOCK_TYPES[parameter.quantizer.bits_text]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from qatscale.export.clients import Transformers
 from qatscale.export.encoding import ExportLayout, PlainEncoding
 from qatscale.export.folder import value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config, transformers_usage
-from qatscale.export.source import ExportSource, SourceParameter
+from qatscale.export.source import SourceParameter
 
 
 class HuggingFace(Format):
@@ -16,8 +18,8 @@ class HuggingFace(Format):
     holds_full_precision = True
     clients = (Transformers,)
 
-    def encodings(self, parameter: SourceParameter, source: ExportSource) -> list[PlainEncoding]:  # noqa: ARG002
-        return [PlainEncoding(source.dtype)]
+    def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[PlainEncoding]:  # noqa: ARG002
+        return [PlainEncoding(dtype)]
 
     def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
         dtype = layout.source.dtype

@@ -21,7 +21,7 @@ from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, Stor
 from qatscale.export.folder import FileTensor, hf_name, pack, packed_words, value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config
 from qatscale.export.quantized_matrix import QuantizedMatrix, integer_step, lowest_integer
-from qatscale.export.source import ExportSource, SourceParameter
+from qatscale.export.source import SourceParameter
 
 GROUP_SIZES = (128, 64, 32)
 """Codes that share a scale in MLX, the cheapest first."""
@@ -108,14 +108,14 @@ class Mlx(Format):
     name = library = "mlx"
     clients = (MlxLm,)
 
-    def encodings(self, parameter: SourceParameter, source: ExportSource) -> list[Encoding]:
+    def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[Encoding]:
         if parameter.quantizer is None:
             # the activations' type follows the norms': fp32, as the quantized layers compute
-            return [PlainEncoding(torch.float32 if parameter.is_norm else source.dtype)]
+            return [PlainEncoding(torch.float32 if parameter.is_norm else dtype)]
         affine = [AffineEncoding(parameter.quantizer.storage_bits, size) for size in GROUP_SIZES]
         # groups are all the same to the arithmetic: the largest that fits is the first choice, not a fallback
         affine.sort(key=lambda encoding: encoding.refusal(parameter) is not None)
-        return [*affine, PlainEncoding(source.dtype)]
+        return [*affine, PlainEncoding(dtype)]
 
     def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
         tensors = [tensor for entry in layout.entries for tensor in _tensors(layout, entry)]

@@ -1,0 +1,152 @@
+"""Usual shapes of Llama-style models: what the planner stands in for a model of which only the size is known.
+
+The rule: no biases, embedding and head tied, a SwiGLU of 2.7 times the width, widths in multiples of 128, and a width
+of 56 to 100 times the depth, as in the recipes of qatscale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qatlaw.effective_bits import StoredWeights, llama_weights
+from qatlaw.errors import InputError
+
+VOCABULARY = 32_000
+"""Rows of the embedding: Llama 2's."""
+WIDTH_STEP = 128
+WIDEST = 32_768
+MLP = 2.7
+"""Width of the SwiGLU over that of the model, rounded to a multiple of 128."""
+SHALLOW, DEEP = 100, 56
+"""Most and least width over depth."""
+NEAR = 0.15
+"""A usual shape stands in for a size that differs from its own by this share at most."""
+
+Integers = NDArray[np.int64]
+
+
+FileSize = Callable[["Shape", float], float]
+"""(shape, bits) -> bytes of a file's tensors."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape."""
+
+    hidden_size: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def intermediate_size(self) -> int:
+        return int(_intermediate(np.array(self.hidden_size)))
+
+    @property
+    def params(self) -> int:
+        """N: all parameters, the tied table once, without scales."""
+        return int(self.weights(1).params)
+
+    def stored_bytes(self, bits: float, group_size: int | None = None, file_size: FileSize | None = None) -> float:
+        """file_size: bytes in a format; None: those of `weights`."""
+        if file_size is None:
+            return float(self.weights(bits, group_size).bytes)
+        widths, layers = (np.array([size]) for size in (self.hidden_size, self.layers))
+        return float(file_bytes(widths, layers, self.vocabulary, bits, file_size)[0])
+
+    def weights(self, bits: float, group_size: int | None = None) -> StoredWeights:
+        return _weights(np.array(self.hidden_size), np.array(self.layers), self.vocabulary, bits, group_size)
+
+    def __str__(self) -> str:
+        return f"{self.hidden_size:,} wide, {self.layers} deep, {self.vocabulary:,} tokens"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Heads have 128 channels from a width of 1536 on, else 64."""
+        return (
+            f"model.vocab_size={self.vocabulary}",
+            f"model.hidden_size={self.hidden_size}",
+            f"model.layers={self.layers}",
+            f"model.heads={self.hidden_size // (128 if self.hidden_size >= 1536 else 64)}",
+            "model.kv_heads=null",
+            f"model.intermediate_size={self.intermediate_size}",
+            "model.tied_embedding=true",
+        )
+
+
+def shapes_within(
+    budget: float,
+    bits: float,
+    vocabulary: int = VOCABULARY,
+    group_size: int | None = None,
+    file_size: FileSize | None = None,
+) -> list[Shape]:
+    """The usual shapes whose weights fit into `budget` bytes at `bits` bits, by rising number of parameters.
+
+    file_size: bytes in a format; None: those of `Shape.weights`.
+
+    InputError where not even the smallest one fits, and where the largest one does not fill the budget.
+    """
+    widths, layers = _usual()
+    weights = _weights(widths, layers, vocabulary, bits, group_size)
+    params, sizes = weights.params, weights.bytes
+    if file_size is not None:
+        sizes = file_bytes(widths, layers, vocabulary, bits, file_size)
+    fits = sizes <= budget
+    if not fits.any() or fits.all():
+        ends = f"{sizes.min() / 1e6:.3g}MB to {sizes.max() / 1e9:.3g}GB"
+        problem = f"Llama-style models with a vocabulary of {vocabulary} take {ends} at {bits:g} bits."
+        raise InputError("BYTES", f"{budget / 1e6:g}MB", problem)
+    order = np.flatnonzero(fits)[np.argsort(params[fits], kind="stable")]
+    return [Shape(int(widths[i]), int(layers[i]), vocabulary) for i in order]
+
+
+def file_bytes(
+    widths: Integers, layers: Integers, vocabulary: int, bits: float, file_size: FileSize
+) -> NDArray[np.float64]:
+    """All blocks of a model are stored alike, so two depths of each width are enough."""
+    unique, index = np.unique(widths, return_inverse=True)
+    one, two = (np.array([file_size(Shape(int(width), n, vocabulary), bits) for width in unique]) for n in (1, 2))
+    return one[index] + (layers - 1) * (two - one)[index]
+
+
+def nearest_shape(params: float, vocabulary: int = VOCABULARY) -> Shape | None:
+    """The usual shape of about so many parameters; None where none is near."""
+    widths, layers = _usual()
+    off = np.abs(np.log(_weights(widths, layers, vocabulary, 1).params / params))
+    best = int(np.argmin(off))
+    return Shape(int(widths[best]), int(layers[best]), vocabulary) if off[best] < NEAR else None
+
+
+def check_group_size(group_size: int | None) -> None:
+    """InputError for groups that do not divide the widths of usual shapes."""
+    if group_size and WIDTH_STEP % group_size:
+        problem = f"does not divide {WIDTH_STEP}, of which the widths here are multiples."
+        raise InputError("--group-size", group_size, problem, "Give 32, 64 or 128, or name a --recipe.")
+
+
+def _usual() -> tuple[Integers, Integers]:
+    """(widths, layers) of all usual shapes."""
+    pairs = [
+        (width, layers)
+        for width in range(WIDTH_STEP, WIDEST + 1, WIDTH_STEP)
+        for layers in range(-(-width // SHALLOW), width // DEEP + 1)
+    ]
+    widths, layers = np.array(pairs, np.int64).T
+    return widths, layers
+
+
+def _intermediate(width: Integers) -> Integers:
+    return (np.rint(MLP * width / WIDTH_STEP) * WIDTH_STEP).astype(np.int64)
+
+
+def _weights(
+    width: Integers, layers: Integers, vocabulary: int, bits: float, group_size: int | None = None
+) -> StoredWeights:
+    return llama_weights(
+        hidden_size=width, layers=layers, intermediate_size=_intermediate(width), vocabulary=vocabulary, bits=bits,
+        group_size=group_size,
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""The memory that the planner counts is the size of the exported file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qatscale.cli.plan import RecipesAndGpus
+from tests.export.export_runs import PLANNED
+from tests.export.exported import described, need
+
+
+@pytest.mark.parametrize("format", ["hf", "compressed-tensors", "gguf", "mlx"])
+@pytest.mark.parametrize(
+    ("run", "group_size", "bits"),
+    [("planned", None, 1), ("planned", None, 2), ("planned", None, 4), ("planned-groups", 64, 4)],
+)
+def test_the_planner_counts_the_file(
+    qatscale, runs: Path, tmp_path: Path, format: str, run: str, group_size: int | None, bits: float
+) -> None:
+    """Without the tokenizer, which llama.cpp's file holds as well."""
+    need(format)
+    code, _, error = qatscale(
+        f"export {runs / run} --ptq {bits} --format {format} --out {tmp_path / 'out'} --fallback --no-verify "
+        "--tokenizer none"
+    )
+    assert code == 0, error
+    size = described(tmp_path / "out")["size"]
+    planned = PLANNED.stored_bytes(bits, group_size, RecipesAndGpus().file_size(format, group_size))
+    assert planned == pytest.approx(size["bytes"], rel=0.02)
+
+
+def test_the_planner_answers_by_the_format(qatscale) -> None:
+    found = {}
+    for options in ("", "--format hf", "--format gguf"):
+        code, out, error = qatscale(f"plan memory 500MB --tokens 100B --bits 4 --json {options}")
+        assert code == 0, error
+        (row,) = json.loads(out)["plan"]["rows"]
+        assert row["bytes"] <= 500e6
+        assert row["plan"]["effective_bits"] == pytest.approx(8 * row["bytes"] / row["plan"]["params"])
+        found[options] = row
+    assert found["--format hf"]["plan"]["effective_bits"] == pytest.approx(16, rel=1e-3)
+    assert found["--format gguf"]["plan"]["effective_bits"] == pytest.approx(4.5, rel=1e-2)  # Q4_0: 18 bytes for 32
+    assert found[""]["plan"]["params"] > found["--format gguf"]["plan"]["params"]
