@@ -27,7 +27,6 @@ def counting(tokens: int, *cuts: int) -> TokenStream:
     return stream(*np.split(np.arange(tokens, dtype=np.int32), cuts))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
 def test_window_is_a_slice_across_shards(sizes: list[int], data: st.DataObject) -> None:
     total = sum(sizes)
@@ -38,7 +37,7 @@ def test_window_is_a_slice_across_shards(sizes: list[int], data: st.DataObject) 
     assert window.tolist() == list(range(start, start + length))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(1, 300), st.integers(-3, 2**70), st.data())
 def test_every_epoch_is_a_permutation(sequences: int, seed: int, data: st.DataObject) -> None:
     order = ShuffledOrder(sequences, seed)
@@ -128,7 +127,6 @@ def test_too_little_data() -> None:
         BatchReader(counting(100), 10, 6, 0).batch(0, 0, 4)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 5))
 def test_evaluation_weighs_every_sequence_once(sequences: int, micro_batch: int, ranks: int) -> None:
     reader = EvaluationReader(counting(401, 77), 10, sequences * 10 + 3, micro_batch)

@@ -62,7 +62,7 @@ def library_ids(proto: bytes, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", SAFE)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.one_of(st.sampled_from([*WORDS, " ", "  ", "    ", "\n", "\n\n", "\t", "▁", " \n", "\r", "\x00", "\u3000"]),

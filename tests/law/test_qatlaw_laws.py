@@ -94,7 +94,7 @@ def test_a_run_without_qat_tokens_has_the_loss_of_its_full_precision_part(law, N
 # ---- derivatives -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(laws(), sizes, tokens, fractions, bits)
 def test_analytic_gradients_are_the_numerical_ones(law, N, D, f, B):
     run = (N, D * (1 - f), D * f, B) if law.form.quantized else (N, D, 0.0, B)
@@ -163,7 +163,7 @@ def pure_and_interaction(law, N, D, f, B):
     return float(pure), float(law.form.bind({**c, **none, "phi": 1e-300}).loss(*run))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(laws(SPLIT), sizes, tokens, bits)
 def test_the_optimum_is_stationary(law, N, D, B):
     """f/(1-f) = (rho + omega P/I)/xi."""
@@ -178,7 +178,7 @@ def test_the_optimum_is_stationary(law, N, D, B):
     assert f / (1 - f) == pytest.approx((c["rho"] + c["omega"] * pure / interaction) / c["xi"], rel=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes, tokens, bits)
 def test_the_optimum_is_the_argmin_of_the_loss(N, D, B):
     law = synthetic.law()

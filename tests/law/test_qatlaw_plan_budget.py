@@ -23,7 +23,7 @@ def budget(overhead: float, N: float = 396e6, amount: float = 1e21) -> Budget:
 
 
 class TestComputeOptimal:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.floats(7.5, 10.5), st.floats(19.5, 23), st.sampled_from([1, 2, 4, 6]))
     def test_equal_costs_give_the_token_optimum(self, n: float, c: float, B: float) -> None:
         N, amount = 10**n, 10**c
@@ -31,7 +31,7 @@ class TestComputeOptimal:
         np.testing.assert_allclose(D, amount / (6 * N), rtol=1e-12)
         assert f == pytest.approx(float(LAW.law.optimal_fraction(N, D, B)), abs=2e-6)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.floats(1.01, 4), st.floats(19.5, 23), st.sampled_from([1, 2, 4, 6]))
     def test_dearer_qat_gets_fewer_tokens(self, overhead: float, c: float, B: float) -> None:
         N, amount = 396e6, 10**c
@@ -102,7 +102,7 @@ class TestComputeOptimal:
 
 
 class TestCheckpoint:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.floats(7.5, 10.5), st.floats(0.8, 4), st.sampled_from([1, 2, 4, 6]), st.booleans())
     def test_what_it_deserves_makes_it_the_optimal_share(self, n: float, ratio: float, B: float, fitted: bool) -> None:
         N, D_fp = 10**n, round(10 ** (n + ratio))

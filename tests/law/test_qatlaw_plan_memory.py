@@ -89,7 +89,7 @@ def test_the_rule_is_near_the_recipes(recipe: str, bits: float) -> None:
     assert largest_shape(budget * 1.01, bits).params == pytest.approx(counts.total, rel=0.06)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(6.8, 10.5), st.floats(0.001, 1), st.sampled_from(BIT_WIDTHS))
 def test_more_memory_never_means_a_smaller_model_or_a_higher_loss(log: float, more: float, bits: float) -> None:
     small, large = largest_shape(10**log, bits), largest_shape(10 ** (log + more), bits)

@@ -44,7 +44,7 @@ def steps_of(one: Route) -> list[tuple[object, ...]]:
 
 
 @given(routes())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_step_is_trained_twice_and_none_is_missing(found: list[Route]) -> None:
     """The least that must be trained is the set of different prefixes; the tree trains each of them once."""
     tree = cheapest_tree(found)

@@ -26,7 +26,7 @@ def weights(draw: st.DrawFn) -> Tensor:
     return torch.tensor(draw(st.lists(st.lists(value, min_size=8, max_size=8), min_size=rows, max_size=rows)))
 
 
-many = settings(max_examples=80, deadline=None)
+many = settings(max_examples=80)
 
 
 @many

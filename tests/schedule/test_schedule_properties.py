@@ -13,9 +13,7 @@ from qatscale.schedule.timeline import first_difference
 from tests.schedule.schedule_configs import TOKENS_PER_STEP, make_config
 
 # Many drawn lengths do not fit: that most examples are refused is meant, and no reason to fail by the luck of the seed.
-holds = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
-)
+holds = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 MONOTONE = [name for name, shape in SHAPES.items() if shape.monotone and shape.lifted]
 shares = st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.1, 0.2, 0.25, 0.5])
 tokens = st.integers(0, 3000 * TOKENS_PER_STEP) | st.integers(0, 50 * TOKENS_PER_STEP)

@@ -40,7 +40,7 @@ def bound(jobs: list[Job], workers: int) -> float:
 
 
 @given(trees(), st.integers(1, 4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_schedule_trains_each_run_once_and_none_before_its_checkpoint(jobs: list[Job], workers: int) -> None:
     slots = {slot.job.route.name: slot for slot in simulate(jobs, workers)}
     assert slots.keys() == {job.route.name for job in jobs}
@@ -57,7 +57,7 @@ def test_a_schedule_trains_each_run_once_and_none_before_its_checkpoint(jobs: li
 
 
 @given(trees())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_with_a_worker_for_each_run_the_longest_path_is_the_time(jobs: list[Job]) -> None:
     """An independent reading of `longest_paths`: the recursion from the leaves against the schedule from the root."""
     makespan = max(slot.end for slot in simulate(jobs, len(jobs)))
