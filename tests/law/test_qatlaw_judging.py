@@ -222,7 +222,7 @@ def test_a_fit_survives_its_file(tmp_path, result, drawn):
     assert read.range == result.table.ranges
     assert read.data.model_dump() == {
         "hash": result.table.hash, "runs": 757, "source": "synthetic runs, seed 0", "left_out": {}, "synthetic": True,
-        "sizes": [86e6, 194e6, 396e6, 759e6, 2.2e9],
+        "sizes": [86e6, 194e6, 396e6, 759e6, 2.2e9], "bits": "nominal",
     }  # fmt: skip
     assert read.quality["note"] == "x"
     assert read.quality["per_bits"]["4"]["runs"] == 180
