@@ -29,10 +29,9 @@ def with_qat_rate(config: RunConfig, folder: RunFolder) -> RunConfig:
     """
     if config.qat.scheme == "fp" or config.qat.lr_ratio != "auto" or config.qat.learning_rate is not None:
         return config
-    if folder.run_file.exists():
-        ratio = folder.timeline.get("qat_lr_ratio", 1.0)  # the rule of versions that did not record it
-    else:
-        ratio = build_timeline(config).qat_lr_ratio
+    # Versions that did not record the ratio used 1. A full-precision run recorded null.
+    recorded = folder.timeline.get("qat_lr_ratio", 1.0) if folder.run_file.exists() else None
+    ratio = recorded or build_timeline(config).qat_lr_ratio
     return config.model_copy(update={"qat": config.qat.model_copy(update={"lr_ratio": ratio})})
 
 

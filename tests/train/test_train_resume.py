@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qatscale.config import load_run_config
 from qatscale.engine.checkpoints.files import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 from qatscale.train.evaluate import evaluate_checkpoint
-from qatscale.train.resume import plan_resume
+from qatscale.train.resume import plan_resume, with_qat_rate
 from qatscale.train.run import train
 from tests.train.driving import SWITCH, assert_same_state, config, losses
 from tests.train.trained_runs import REFERENCE, STOPPED_BF16, Trained
@@ -44,6 +47,30 @@ def test_another_configuration_is_refused_with_key_old_and_new_value(
         plan(trained, "unfinished", override)
     assert says in str(caught.value)
     assert "another name, or branch" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("timeline", "ratio"),
+    [
+        (None, 12 ** -(1 - 0.35 / 0.7)),
+        ({"qat_lr_ratio": 0.8}, 0.8),
+        ({}, 1.0),
+        ({"qat_lr_ratio": None}, 12 ** -(1 - 0.35 / 0.7)),
+    ],
+    ids=["new", "recorded", "before ratios were recorded", "full precision before"],
+)
+def test_a_run_keeps_the_rate_that_it_began_with(timeline: dict[str, Any] | None, ratio: float, tmp_path: Path) -> None:
+    """`auto` is a number from the start: a later version's rule must not change a run that is resumed."""
+    overrides = [f"output={tmp_path}", "name=run", "qat.scheme=sequential", "qat.bits=2", "qat.fraction=0.35"]
+    automatic = load_run_config("debug", overrides)
+    if timeline is not None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text("{}")
+        (tmp_path / "run" / "timeline.json").write_text(json.dumps(timeline))
+    folder = RunFolder(tmp_path / "run")
+    assert with_qat_rate(automatic, folder).qat.lr_ratio == pytest.approx(ratio, rel=2e-3)
+    given = load_run_config("debug", [*overrides, "qat.lr_ratio=0.3"])
+    assert with_qat_rate(given, folder) == given
 
 
 @pytest.mark.dist
