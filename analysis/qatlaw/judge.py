@@ -278,7 +278,7 @@ def refitted(table: JudgedTable) -> tuple[list[Candidate], list[str]]:
 
 
 def verdict_rows(verdicts: Sequence[Verdict], *, full: bool = False) -> Rows:
-    """Of one table. full: also what a terminal has no columns for."""
+    """The verdicts on one table, headers first. full: with the columns that do not fit a terminal."""
     more = ("loss MAE", "of the loss", "gap MAE", "effective bits") if full else ()
     rows: Rows = [("precision", "law", "runs", "loss off", "gap", "gap off", "by", "rank", *more)]
     last = ""

@@ -90,7 +90,7 @@ class RunTable:
         if again.any():
             first = checked.loc[again, [name for name in COLUMNS if name != "loss"]].iloc[0].to_dict()
             problem = f"{int(again.sum())} runs have the settings of another run."
-            fix = "Add a seed column that tells repeats apart; keep one of true duplicates."
+            fix = "Add a seed column to distinguish repeats, and delete true duplicates."
             raise InputError(f"{source}: rows", first, problem, fix)
         return cls(checked, source)
 
@@ -167,7 +167,9 @@ class RunTable:
         """The same runs with stored bits per parameter in place of nominal ones. InputError where they are unknown."""
         key = f"{self.source}: effective_bits"
         if "effective_bits" not in self.frame.columns:
-            raise InputError(key, None, "is no column of the table.", "Give it, or runs with their recipes.")
+            raise InputError(
+                key, None, "the table has no such column.", "Add it, or fit on runs that have their recipes."
+            )
         found = pd.to_numeric(self.frame["effective_bits"], errors="coerce").astype(np.float64)
         _refuse(self.source, "effective_bits", self.frame["effective_bits"], ~np.isfinite(found), "is not known.")
         return RunTable(self.frame.assign(nominal_bits=self.frame["bits"], bits=found), self.source)

@@ -6,8 +6,8 @@ runs), and with one more error for each trunk. The law is fitted again from the 
 optimum nearby.
 
 A trunk's error is drawn from the noise that trunks of one size show (`qatlaw.noise`), which takes several seeds. With
-one seed a size the loss has no interval: the trunk's error cannot be told from the size's loss. Differences within a
-trunk, and so the optimal fraction, have an interval all the same.
+one seed a size the loss has no interval: the trunk's error cannot be separated from the size's loss. Differences within
+a trunk, and so the optimal fraction, have an interval all the same.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ class QatPlugin:
         """Switch to QAT if `step`, the 0-based optimizer step about to be taken, is the switch step or lies after it.
 
         Call it before every step. Returns the report where it switches, which it does once, and None otherwise.
-        Collective where it switches. NothingQuantizedError where the switch changes no weight, or where a layer that
-        `prepare` converted is no longer in the model; FloatingPointError where weights are not finite.
+        Collective where it switches. NothingQuantizedError if the switch changes no weight, or if the model has lost a
+        layer that `prepare` converted. FloatingPointError if weights are not finite.
         """
         if self.switch_step is None or self.switched_at is not None or step < self.switch_step:
             return None

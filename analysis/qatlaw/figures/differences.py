@@ -99,7 +99,7 @@ def _draw_size(axes: Axes, evidence: Evidence, cells: list[tuple[float, float]],
         if points:
             x, y = np.array(points).T
             mark(axes, x, y, marker, colour, hollow=scheme == "ptq")
-            if law is None and len(x) > 1:  # in a grey print a line tells the sizes apart
+            if law is None and len(x) > 1:  # lines distinguish the sizes in greyscale print
                 axes.plot(x, y, color=colour, linestyle=dashes, linewidth=0.9, zorder=3)
     if law is None or evidence.laws is None or len(cells) < 2:
         return

@@ -41,7 +41,7 @@ class Asked:
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Asked:
-        """Of the columns of `qatlaw.tables`; full-precision runs have 16 bits."""
+        """Read the columns of `qatlaw.tables`. Full-precision runs have 16 bits."""
         bits = frame["bits"].where(frame["scheme"] != "fp", UNQUANTIZED_BITS)
         return cls(
             N=frame["n_non_embedding"].fillna(frame["n_params"]).to_numpy(np.float64),
@@ -69,7 +69,7 @@ class NamedLaw:
     widths: tuple[float, ...]
     """Bits of the weights that a plan can ask it about."""
     range: Mapping[str, tuple[float, float]]
-    """Of its own runs: n (as the law counts N), tokens. A missing key is an unknown range."""
+    """(low, high) of n (as the law counts N) and tokens in the law's own runs. A missing key is an unknown range."""
     a_bits: float = UNQUANTIZED_BITS
     method: str = ""
     """With `a_bits`: the activations that a plan asks it about."""
