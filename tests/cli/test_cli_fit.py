@@ -79,7 +79,7 @@ WRONG = {
     "no QAT run": (["--table", "fp.csv"], ("no run has two phases",)),
     "no run folders": (["--runs", "."], ("--runs = '.'", "holds no runs")),
     "a store without a use": (["--table", "good.csv", "--uri", "sqlite:///a.db"], ("--uri", "--experiment")),
-    "unknown effective bits": (["--table", "good.csv", "--bits", "effective"], ("effective_bits", "no column")),
+    "unknown effective bits": (["--table", "good.csv", "--bits", "effective"], ("effective_bits", "no such column")),
     "few resamples": (["--table", "good.csv", "--resamples", "3"], ("resamples = 3", "20 or more")),
 }
 
