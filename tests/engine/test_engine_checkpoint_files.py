@@ -16,6 +16,7 @@ from qatscale.engine.checkpoints.files import (
     CheckpointReader,
     Manifest,
     ParameterRecord,
+    check_finite,
     commit,
     find_checkpoint,
     list_checkpoints,
@@ -179,6 +180,24 @@ def test_a_checkpoint_that_is_offered_was_itself_verified(tmp_path: Path) -> Non
     alter(step_folder(tmp_path, 2))
     with pytest.raises(UserError, match="None of the 2 earlier checkpoints beside it is whole"):
         CheckpointReader(step_folder(tmp_path, 8))
+
+
+def test_values_that_are_not_finite_are_named_and_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "arange", lambda *_, **__: torch.full((7 * 5,), torch.nan))
+        poisoned = write(tmp_path, 4)
+    weights = CheckpointReader(poisoned).weights()
+    with pytest.raises(UserError, match=r"embed.weight is not finite. The newest whole one before it is step-0+2 "):
+        check_finite(poisoned, weights.items())
+    check_finite(tmp_path, CheckpointReader(step_folder(tmp_path, 2)).weights().items())
+    truncate(write(tmp_path, 6))
+    offer = r"before it is step-0+2 \(verified just now\): .* or remove step-0+4, step-0+6"
+    with pytest.raises(UserError, match=offer):
+        CheckpointReader(step_folder(tmp_path, 6))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match=r"The one before it is step-0+4 \(not verified\): give"):
+        CheckpointReader(step_folder(tmp_path, 6))
 
 
 def test_a_half_deleted_newest_checkpoint_is_not_passed_over(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ import pytest
 from qatlaw.results import read_results
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
-from qatscale.study.claims import Claims
 from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.state import StudyState
+from qatscale.supervise.claims import Claims
 from qatscale.tracking.compare import run_folders
 from qatscale.tracking.run_record import run_record
 from tests.processes import unlaunched

@@ -16,9 +16,10 @@ A checkpoint is written into a hidden folder, which is renamed when it is comple
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,27 +144,53 @@ def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
             raise _DamageError(f"{name} was altered: checksum differs.")
 
 
+def not_finite(slices: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a slice that holds NaN or infinity."""
+    return next((name for name, values in slices if values.numel() and not _is_finite(values)), None)
+
+
+def _is_finite(values: Tensor) -> bool:
+    low, high = torch.aminmax(values)  # NaN passes through; no mask as large as the values
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_finite(folder: Path, slices: Iterable[tuple[str, Tensor]]) -> None:
+    """UserError where a slice of a checkpoint holds NaN or infinity. Version 0.1 saved such states."""
+    if wrong := not_finite(slices):
+        raise UserError("checkpoint", str(folder), f"{wrong} is not finite.", _other(folder))
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether all files of a checkpoint exist unaltered. Reads all of them."""
+    """Whether all files of a checkpoint exist unaltered, with finite values. Reads all of them."""
     try:
-        _check_files(folder, _parse_manifest(folder))
-    except _DamageError:
+        manifest = _parse_manifest(folder)
+        _check_files(folder, manifest)
+        for name in manifest.files:
+            with safe_open(folder / name, framework="pt") as file:
+                if not_finite((key, file.get_tensor(key)) for key in file.keys()):  # noqa: SIM118 - not a dict
+                    return False
+    except (_DamageError, SafetensorError):
         return False
     return True
 
 
 def _other(folder: Path) -> str:
-    """The fix for a damaged checkpoint: the newest undamaged one before it, and how to use it."""
+    """The fix for a damaged checkpoint: the newest undamaged one before it, and how to use it.
+
+    Only the first process of a job reads the earlier ones to verify them. The others name the newest unverified.
+    """
     before = [p for p in list_checkpoints(folder.parent) if p.name < folder.name]
     if not before:
         return "There is no earlier checkpoint beside it."
-    whole = next((p for p in reversed(before) if _is_whole(p)), None)
+    verifies = os.environ.get("RANK", "0") == "0"
+    whole = next((p for p in reversed(before) if not verifies or _is_whole(p)), None)
     if whole is None:
         return f"None of the {len(before)} earlier checkpoints beside it is whole."
     damaged = [p.name for p in [*before, folder] if p.name > whole.name]
     run, step = folder.parent.parent, int(whole.name.removeprefix("step-"))
+    found = f"newest whole one before it is {whole.name} (verified just now)"
     return (
-        f"The newest whole one before it is {whole.name} (verified just now): give {run}@{step}, or remove "
+        f"The {found if verifies else f'one before it is {whole.name} (not verified)'}: give {run}@{step}, or remove "
         f"{', '.join(damaged)} to go on from there."
     )
 
