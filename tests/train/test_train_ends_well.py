@@ -1,4 +1,4 @@
-"""A run ends well at any moment: signals outside the loop, a second start, failed checks, values that are not finite."""
+"""A run ends well at any moment: signals outside the loop, a second start, failed checks, values that are NaN."""
 
 from __future__ import annotations
 
