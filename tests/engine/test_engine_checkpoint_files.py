@@ -139,7 +139,27 @@ DAMAGES = {
     "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     "a manifest without a key": (change_manifest(lambda m: m.pop("parameters")), "manifest.json cannot be read"),
     "a manifest with a key too many": (change_manifest(lambda m: m.update(x=1)), "manifest.json cannot be read"),
-    "a format of the future": (change_manifest(lambda m: m.update(format=3)), "manifest.json is of format 3; this"),
+    "a step as text": (change_manifest(lambda m: m.update(step="4")), "(step: Input should be a valid integer)"),
+    "no files": (change_manifest(lambda m: m.update(files=None)), "(files: Input should be an object)"),
+    "a file elsewhere": (
+        change_manifest(lambda m: m["files"].update({"../x": {}})),
+        "manifest.json cannot be read (files.",
+    ),
+    "a negative shape": (
+        change_manifest(lambda m: m["parameters"]["norm.weight"].update(shape=[-1, 5])),
+        "(parameters.norm.weight.shape.0: Input should be greater than or equal to 0)",
+    ),
+    "negative steps": (
+        change_manifest(lambda m: m["parameters"]["norm.weight"].update(adam_steps=-5)),
+        "(parameters.norm.weight.adam_steps: Input should be greater than or equal to 0)",
+    ),
+    "no plugin": (change_manifest(lambda m: m.update(plugin=None)), "(plugin: Input should be an object)"),
+    "another switch": (change_manifest(lambda m: m["plugin"].update(switched_at="3")), "(plugin.switched_at: Input "),
+    "deep nesting": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "recursion limit exceeded"),
+    "not UTF-8": (lambda f: (f / "manifest.json").write_bytes(b"\xff{}"), "manifest.json cannot be read"),
+    "a parameter less": (change_manifest(lambda m: m["parameters"].pop("norm.weight")), "manifest.json was altered"),
+    "another step": (change_manifest(lambda m: m.update(step=5)), "manifest.json was altered"),
+    "a format of the future": (change_manifest(lambda m: m.update(format=4)), "manifest.json is of format 4; this"),
 }
 
 
@@ -322,7 +342,7 @@ def test_any_piece_of_a_matrix_is_assembled_from_pieces_cut_otherwise(seed: int,
     writing.mkdir()
     file = write_shard(writing, 0, 1, slices)
     manifest = Manifest(
-        step=1, tokens=1, reason="end", kept=True, recipe_hash="", data="", plugin={}, layout={},
+        step=1, tokens=1, reason="end", kept=True, recipe_hash="", data="", plugin={"switched_at": None}, layout={},
         parameters={"w": ParameterRecord([rows, width], 1)}, files={file.pop("name"): file},
     )  # fmt: skip
     reader = CheckpointReader(commit(tmp_path, manifest))
