@@ -162,6 +162,7 @@ class AsyncCheckpointer:
             recipe_hash=self._recipe_hash,
             data=self._data,
             plugin=components.plugin.state(),
+            spikes=components.guard.state,
             parameters=parameter_records(components.masters),
             layout={
                 "processes": components.runtime.ranks,

@@ -15,6 +15,7 @@ from qatscale.engine.compilation import Compilation
 from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.quant.plugin import QatPlugin
@@ -73,3 +74,4 @@ class TrainingComponents:
     plugin: QatPlugin
     compilation: Compilation
     qat_metrics: QatMetrics
+    guard: SpikeGuard

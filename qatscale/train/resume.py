@@ -16,7 +16,7 @@ from qatscale.train.components import ResumePlan
 
 MAY_CHANGE = (
     "engine.", "checkpoint.", "evaluation.", "tracking.", "batch.micro_batch", "log_interval", "output", "data.path",
-    "name",
+    "name", "optimizer.on_spike", "optimizer.spike_",
 )  # fmt: skip
 """Keys that a resume may change. None of them changes what is computed, except for the order of sums. `name` is the
 folder's, which may have been renamed."""

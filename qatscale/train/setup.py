@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
@@ -14,6 +15,7 @@ from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
@@ -69,7 +71,22 @@ def assemble(
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
     compilation = Compilation(model, plan_compilation(config.engine, ds_config))
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
-    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics)
+    guard = SpikeGuard(masters, config.optimizer.spike_factor)
+    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard)
+
+
+def roll_back(setup: RunSetup, components: TrainingComponents, step: int) -> RunSetup:
+    """Take the components back to the run's newest checkpoint, to pass over the batch of `step` from now on.
+
+    The set-up from there. FloatingPointError where there is no checkpoint yet. Collective.
+    """
+    resume = plan_resume(setup.config, setup.timeline)
+    if resume is None or resume.checkpoint is None:
+        raise FloatingPointError("there is no checkpoint to roll back to; lower checkpoint.interval")
+    state = components.guard.state
+    _load(resume, components)
+    components.guard.roll_back(state, step)
+    return replace(setup, resume=resume)
 
 
 def _load(resume: ResumePlan, components: TrainingComponents) -> None:
@@ -84,6 +101,7 @@ def _load(resume: ResumePlan, components: TrainingComponents) -> None:
     inert = resume.manifest.plugin["switched_at"] is None
     load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
     components.plugin.load_state(resume.manifest.plugin)
+    components.guard.state = resume.manifest.spikes
 
 
 def _is_scale(name: str) -> bool:

@@ -35,6 +35,7 @@ from typing_extensions import TypedDict
 
 from qatscale.config import is_unaltered, load_run_config
 from qatscale.config.schema import RunConfig
+from qatscale.engine.spikes import SpikeState
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of, sync
 from qatscale.tensor_files import write_safetensors
@@ -97,6 +98,7 @@ class Manifest:
     layout: dict[str, int]
     """The layout it was saved under, for information: processes, zero_stage, data, tensor, pipeline."""
     files: dict[Annotated[str, Field(pattern=r"^[^/\\]+$")], FileRecord] = field(default_factory=dict)
+    spikes: SpikeState = field(default_factory=SpikeState)
     format: int = FORMAT
     checksum: str = ""
     """sha256 of all else in the manifest."""
