@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from qatlaw.errors import InputError
+from qatlaw.errors import InputError, did_you_mean, nearest
+
+__all__ = [
+    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors", "did_you_mean", "nearest",
+]  # fmt: skip
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -31,16 +34,3 @@ class UserErrors(UserError):  # noqa: N818 - several of them
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.problems,)
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None where nothing is near."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """``Did you mean 'x'?`` or the whole list, whichever helps more."""
-    known = sorted(names)
-    close = nearest(name, known)
-    return f"Did you mean {close!r}?" if close else f"Known: {', '.join(known)}."

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from qatlaw.fraction import amount
 from qatscale.config.section import Allowed
 from qatscale.errors import UserError
 
@@ -49,10 +50,7 @@ def positive_amount(key: str, value: Any) -> int:
 
 def format_amount(units: float) -> str:
     """Four significant digits and a suffix: 2300000000 -> '2.3B'."""
-    for suffix in ("T", "B", "M", "K"):
-        if abs(units) >= 0.99995 * SUFFIXES[suffix]:  # 999,999 is '1M', not '1000K'
-            return f"{units / SUFFIXES[suffix]:.4g}{suffix}"
-    return f"{units:.4g}"
+    return amount(units, digits=4)
 
 
 Tokens = Annotated[
