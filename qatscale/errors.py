@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qatlaw.errors import InputError, did_you_mean, nearest
 
 __all__ = [
-    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors", "did_you_mean", "nearest",
+    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors", "did_you_mean",
+    "first_invalid", "nearest",
 ]  # fmt: skip
 
 EXIT_OK = 0
@@ -17,6 +19,8 @@ EXIT_BAD_INPUT = 2
 """The input is wrong; nothing was started."""
 EXIT_REQUEUE = 75
 """Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Stopped by Ctrl-C, after saving (128 + SIGINT, as shells have it)."""
 
 
 class UserError(InputError):
@@ -34,3 +38,10 @@ class UserErrors(UserError):  # noqa: N818 - several of them
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.problems,)
+
+
+def first_invalid(error: Any) -> str:
+    """Where the first problem of pydantic's ValidationError lies, and what it is: 'plugin.bits: Input should be …'."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "its text"
+    return f"{place}: {first['msg']}"

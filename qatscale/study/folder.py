@@ -6,7 +6,7 @@
     tree.json             the runs in an order in which they can be trained: parent, steps, cost
     jobs/NAME.yaml        the resolved recipe of each run
     runs/NAME/            run folders
-    claims/               who trains what, see `qatscale.study.claims`
+    claims/               who trains what, see `qatscale.supervise.claims`
     logs/                 one log a worker
     results.csv           one row a finished run
     fit-*.json  report/   what the runs say, when all are done
@@ -33,9 +33,9 @@ from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
 from qatscale.errors import UserError
 from qatscale.files import locked, write_atomic, write_json
-from qatscale.study.claims import Claims
 from qatscale.study.file import read_study
 from qatscale.study.grid import StudyRun, grid
+from qatscale.supervise.claims import Claims
 from qatscale.tracking.run_folder import RunFolder
 
 

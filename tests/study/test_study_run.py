@@ -19,9 +19,9 @@ from qatlaw.results import read_results
 from qatlaw.run_folders import folder_records
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
-from qatscale.study.claims import Claims
 from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.state import StudyState
+from qatscale.supervise.claims import Claims
 from qatscale.tracking.compare import run_folders
 from tests.processes import unlaunched
 from tests.study import studies
