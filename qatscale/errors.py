@@ -8,8 +8,8 @@ from typing import Any
 from qatlaw.errors import InputError, did_you_mean, nearest
 
 __all__ = [
-    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors", "did_you_mean",
-    "first_invalid", "nearest",
+    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors",
+    "did_you_mean", "first_invalid", "nearest",
 ]  # fmt: skip
 
 EXIT_OK = 0

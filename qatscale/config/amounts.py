@@ -23,9 +23,7 @@ def parse_amount(value: Any) -> int:
     Takes 2300000000, 2.3e9, '2.3B', '2_300M'. Raises ValueError for anything else, and for an amount that is negative,
     above `LARGEST` or not whole.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
-    match = _AMOUNT.match(str(value))
+    match = _AMOUNT.match(str(value)) if isinstance(value, int | float | str) else None
     if match is None:
         raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
     number = Decimal(match[1].replace("_", ""))
