@@ -46,8 +46,8 @@ def select(model: nn.Module, qat: QatConfig, keep: Collection[str] = ()) -> Sele
 
     keep: names of layers, or their last parts, that stay in full precision on purpose.
 
-    UserError where no layer matches, a group size does not divide, a layer cannot be quantized as it is, or a matrix
-    would stay in full precision because of its name.
+    UserError where no layer matches, a group size does not divide, or a layer cannot be quantized as it is. Also where
+    a matrix would stay in full precision because of its name.
     """
     rule = embedding_rule(qat.embedding_bits, _is_tied(model))
     targets: list[Target] = []
