@@ -15,6 +15,7 @@ from qatlaw import fraction
 from qatlaw.errors import InputError
 from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
 from qatlaw.laws.named import NAMED
+from qatlaw.text_table import plural
 
 if TYPE_CHECKING:  # every --help reads the names of the laws, and does not wait for a law
     from qatlaw.fit_file import Bootstrap
@@ -102,7 +103,7 @@ def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
         raise InputError("--law", name, problem, "Fit it with --bits nominal.")
     return PlannerLaw(
         law=file.law,
-        source=f"{name}, " * named + f"{form.name} fitted on {data.runs} runs of {data.source}",
+        source=f"{name}, " * named + f"{form.name} fitted on {plural(data.runs, 'run')} of {data.source}",
         range=file.range,
         synthetic=data.synthetic,
         bootstrap=file.bootstrap,

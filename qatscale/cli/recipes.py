@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from qatscale.cli.terminal import Overrides, console, plain_table
+from qatlaw.text_table import TextTable
+from qatscale.cli.terminal import Overrides, console
 from qatscale.errors import UserError, nearest
 
 
@@ -32,7 +33,8 @@ def config(
     if overrides or what in recipe_names() or is_file(Path(what)):
         print(resolved_yaml(load_run_config(what, overrides or ())), end="")
         return
-    table = plain_table("key", "allowed", "default", "meaning")
+    headers = ("key", "allowed", "default", "meaning")
+    table = TextTable(headers, words=headers)
     try:
         rows = explain(what)
     except UserError:
@@ -51,8 +53,8 @@ def recipes() -> None:
     from qatscale.config.amounts import format_amount
     from qatscale.config.sizes import count_parameters
 
-    numbers = ("parameters", "width", "layers", "sequence", "batch (tokens)", "tokens")
-    table = plain_table("recipe", *numbers, "ds_config", right=numbers)
+    headers = ("recipe", "parameters", "width", "layers", "sequence", "batch (tokens)", "tokens", "ds_config")
+    table = TextTable(headers, words=("recipe", "ds_config"), drop=("layers", "width", "ds_config", "sequence"))
     configs = {name: load_run_config(name) for name in recipe_names()}
     sizes = {name: count_parameters(config.model).total for name, config in configs.items()}
     for name in sorted(configs, key=lambda name: sizes[name]):

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.text_table import terminal_width, wrapped
 from qatscale.errors import UserError
 
 FIGURES = (".png", ".svg", ".pdf")
-_WIDTH_OF_A_FILE = 120
-"""A file or a pipe has no width; rich would take 80 columns and cut tables short."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[
@@ -27,15 +24,14 @@ Overrides = Annotated[
 
 def console() -> Console:
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE)
+    return found if found.is_terminal else Console(highlight=False, width=terminal_width())
 
 
-def plain_table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """A table that folds what does not fit, so that no number is ever cut; headers in `right` are right-aligned."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for header in headers:
-        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
-    return table
+def say(text: str, style: str = "") -> None:
+    """A sentence: folded between words on a terminal, one line in a file."""
+    out = console()
+    shown = wrapped(text, out.width) if out.is_terminal else text
+    out.print(shown, style=style, markup=False, soft_wrap=True)
 
 
 def check_figure(path: Path | None) -> None:

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.results import read_results, write_results
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
+from qatlaw.text_table import plural
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
@@ -242,7 +243,7 @@ def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> No
 def _refuse_while_training(folder: StudyFolder) -> None:
     running = [one for one in folder.claims.attempts().values() if one.state == "running"]
     if running:
-        problem = f"{len(running)} runs are being trained, and the study file has changed."
+        problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
         raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
 
 
