@@ -27,6 +27,7 @@ from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.show import COLUMNS, describe
 from qatscale.schedule.timeline import Timeline
+from qatscale.train.console import format_duration
 
 _SHOWN: dict[Kind, str] = {
     "weights": "weights",
@@ -43,26 +44,29 @@ _LABELS, _COLUMN = 36, 13
 
 def print_dry_run(
     config: RunConfig,
-    branch_from: str | None,
-    figure: Path | None,
-    processes: int | None,
-    given: Given,
-    as_json: bool,
+    branch_from: str | None = None,
+    figure: Path | None = None,
+    processes: int | None = None,
+    given: Given | None = None,
+    as_json: bool = False,
+    *,
+    resumes: bool = False,
 ) -> None:
-    """The timeline, then the layout. UserError where it cannot work, and, after both are shown, does not fit."""
+    """The timeline, then the layout. UserError where it cannot work, and, after both are shown, does not fit.
+
+    resumes: the run's folder exists, and the run continues from its newest checkpoint.
+    """
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
     check_figure(figure)
     timeline, branch = build_timeline(config), None
-    if branch_from is not None:
+    if branch_from is not None or resumes:
         from qatscale.tracking.run_folder import RunFolder
         from qatscale.train.resume import plan_resume, with_qat_rate
 
         resumed = with_qat_rate(config, RunFolder(config.folder))
         start = plan_resume(resumed, build_timeline(resumed), branch_from)
-        branch = (
-            {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
-        )
+        branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
     ds_config = run_ds_config(config)
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
     job = estimate_job(config, ds_config, processes or job_size(smallest), given)
@@ -74,7 +78,9 @@ def print_dry_run(
         print(json.dumps({"timeline": shown, "branch": branch, "scale": scale}, indent=2))
     else:
         print_timeline(config, timeline, figure)
-        if branch:
+        if branch and branch["step"] is None:
+            say(f"{config.folder} is done: nothing is left to train")
+        elif branch:
             say(f"begins at step {branch['step']:,} of {branch['checkpoint']}")
         print_scale(job, config, advice)
     refuse_what_cannot_fit(config, ds_config, job)
@@ -130,7 +136,7 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
     if job.gpu_memory is not None:
         verdict = "fits into" if job.fits else "does not fit into"
         memory = _gigabytes(job.gpu_memory)
-        say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu}")
+        say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu or 'GPU'}")
     say(_host(job))
     if job.traffic:
         network = job.network
@@ -142,7 +148,7 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
         rate = config.tokens_per_step / job.step_seconds
         say(
             f"at {job.given.mfu:.0%} of the peak while a stage works: {rate:,.0f} tokens/s, "
-            f"{job.step_seconds:,.3g} s a step, {config.tokens / rate / 86_400:,.2g} days in all"
+            f"{job.step_seconds:,.3g} s a step, {format_duration(config.tokens / rate)} in all"
         )
     for notice in filter(None, (advice, *job.notices)):
         say(notice)

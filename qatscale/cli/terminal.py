@@ -15,10 +15,29 @@ from qatscale.errors import UserError
 
 FIGURES = (".png", ".svg", ".pdf")
 
+_DS_CONFIG = ("--deepspeed", "--deepspeed_config", "--deepspeed-config")
+
+
+def as_overrides(words: list[str] | None) -> list[str]:
+    """Overrides with other programs' options for a ds_config, `--deepspeed FILE`, as engine.ds_config=FILE."""
+    found, rest = [], list(words or ())
+    while rest:
+        option, equals, value = (word := rest.pop(0)).partition("=")
+        if option not in _DS_CONFIG:
+            found.append(word)
+        elif equals or (rest and not rest[0].startswith("-") and "=" not in rest[0]):
+            found.append(f"engine.ds_config={value if equals else rest.pop(0)}")
+        elif option != "--deepspeed":  # alone it is a switch, which has no effect here
+            raise UserError(option, None, "takes the path of a ds_config.", "Add it, or leave the option out.")
+    return found
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]…", help="Overrides of the recipe: tokens=2.3B qat.bits=2."),
+    typer.Argument(
+        metavar="[KEY=VALUE]…", help="Overrides of the recipe: tokens=2.3B qat.bits=2.", callback=as_overrides
+    ),
 ]
 
 
