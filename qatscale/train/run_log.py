@@ -70,6 +70,7 @@ class RunLog:
                     yield
                 except BaseException as error:
                     watchdog.resolve_failure(error)
+                    error.add_note(f"log: {self.folder.logs / f'rank-{self.runtime.rank}.log'}")
                     raise
         finally:
             self._is_open = False
