@@ -320,7 +320,7 @@ def test_a_batch_that_does_not_divide(sequences: int, micro: int, data_parallel:
 def test_a_corrected_file_holds_what_deepspeed_gets_and_loads(tmp_path: Path) -> None:
     theirs, mine = tmp_path / "theirs.json", tmp_path / "mine.json"
     theirs.write_text(json.dumps({
-        **BATCH, "train_batch_size": 99, "fp16": {"enabled": True}, "bf16": {"enabled": "auto"}, "aio": {"depth": 1},
+        **BATCH, "train_batch_size": 99, "fp16": {"enabled": True}, "bf16": {"enabled": "auto"}, "vocabulary_size": 99,
         "scheduler": {"type": "WarmupLR"}, "steps_per_print": "often",
         "zero_optimization": {"stage": 0, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}},
     }))  # fmt: skip
@@ -332,7 +332,7 @@ def test_a_corrected_file_holds_what_deepspeed_gets_and_loads(tmp_path: Path) ->
     }  # fmt: skip
     assert [line.partition(":")[0] for line in lost] == [
         "fp16", "scheduler", "steps_per_print", "zero_optimization.stage", "zero_optimization.offload_param",
-        "train_batch_size", "aio",
+        "train_batch_size", "vocabulary_size",
     ]  # fmt: skip
     mine.write_text(json.dumps(corrected))
     assert load_ds_config(mine) == corrected
