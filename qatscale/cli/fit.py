@@ -272,8 +272,7 @@ def _print_fit(
     for notice in collected.notices:
         say(f"warning: {notice}", style="yellow")
     in_mlflow = f", logged to MLflow as run {', '.join(logged)}" if logged else ""
-    plans = "" if collected.table.bits_kind == "effective" else f"; `qatscale plan --law {paths[0]}` plans by it"
-    say(f"{', '.join(map(str, paths))}{in_mlflow}{plans}")
+    say(f"{', '.join(map(str, paths))}{in_mlflow}; `qatscale plan --law {paths[0]}` plans by it")
 
 
 def _print_rows(title: str, rows: Rows, words: Sequence[str] | None = None) -> None:

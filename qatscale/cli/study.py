@@ -51,6 +51,8 @@ def plan(
     With --law it also prints how certain the law's coefficients and the optimal fraction can become with these runs
     and those that exist (--experiment, --table or --runs).
     """
+    import numpy as np
+
     from qatlaw.planner_law import load_law
     from qatscale.cli.fit import collect_runs
     from qatscale.study.plan import as_json as plan_as_json
@@ -62,8 +64,11 @@ def plan(
     if law is None and has_runs:
         raise UserError("--law", None, "missing: existing runs count only for the information.", "Add it.")
     speed = _flops_per_second(gpu, mfu)
-    assumed = None if law is None else load_law(law)
-    known = collect_runs(experiment, table, runs, uri)[0].table.frame if has_runs else None
+    assumed = None if law is None else load_law(law, effective=lambda _, bits: np.asarray(bits, np.float64))
+    known = None
+    if assumed is not None and has_runs:
+        existing = collect_runs(experiment, table, runs, uri)[0].table
+        known = (existing.on_effective_bits if assumed.effective else existing).frame
     planned = plan_study(file, workers, assumed, noise, known)
     if as_json:
         print(json.dumps(plan_as_json(planned), indent=2))
@@ -100,6 +105,8 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
     ):
         table.add_row(name, shown(shared), shown(alone), f"{shared / alone:.1%}")
     out.print(table)
+    out.print()
+    _print_bits(plan)
     amount = f"{cost.makespan / cost.flops:.1%} of the work" if cost.workers > 1 else "all of the work"
     taken = f", {format_duration(cost.makespan / speed)}" if speed else ""
     longest = f", {format_duration(cost.longest / speed)}" if speed else ""
@@ -117,6 +124,29 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
         say(f"left out: {plural(len(left_out), 'run')} {why}")
     for warning in plan.grid.warnings:
         say(f"warning: {warning}", style="yellow")
+
+
+def _print_bits(plan: StudyPlan) -> None:
+    """The effective bits of each size beside the nominal ones."""
+    from qatlaw.bit_widths import bits_label
+    from qatscale.config.amounts import format_amount
+    from qatscale.config.sizes import count_parameters
+    from qatscale.study.plan import effective_bits
+
+    found: dict[int, dict[float, float]] = {}
+    for run in plan.grid.runs:
+        if run.config.qat.scheme != "fp":
+            sizes = found.setdefault(count_parameters(run.config.model).total, {})
+            sizes.setdefault(run.config.qat.bits, effective_bits(run))
+    widths = sorted({bits for row in found.values() for bits in row})
+    if not widths:
+        return
+    title = "Effective bits: stored bits a parameter, with scales, embedding and norms"
+    table = TextTable(("parameters", *map(bits_label, widths)), title=title)
+    for params, row in sorted(found.items()):
+        table.add_row(format_amount(params), *(f"{row[bits]:.3f}" if bits in row else "–" for bits in widths))
+    console().print(table)
+    console().print()
 
 
 def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
