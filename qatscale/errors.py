@@ -6,8 +6,12 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from qatlaw.errors import InputError
+
+if TYPE_CHECKING:  # every --help reads the exit codes
+    from pydantic import ValidationError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -16,6 +20,8 @@ EXIT_BAD_INPUT = 2
 """The input is wrong; nothing was started."""
 EXIT_REQUEUE = 75
 """Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Stopped by Ctrl-C, after saving (128 + SIGINT, as shells have it)."""
 
 
 class UserError(InputError):
@@ -58,6 +64,13 @@ def fault(error: BaseException) -> str | None:
         return None
     plain = f"{error.filename}: {error.strerror}" if error.filename else text.replace(numbered[0], "")
     return f"{plain}. {_FAULTS[int(numbered[1])]}".rstrip()
+
+
+def first_invalid(error: ValidationError) -> str:
+    """Where the first problem of a file's content lies, and what it is: 'plugin.bits: Input should be …'."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "its text"
+    return f"{place}: {first['msg']}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

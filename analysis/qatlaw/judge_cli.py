@@ -43,7 +43,8 @@ def judge(
     from qatlaw.judge import judge as judged
     from qatlaw.plan.answer import plain
     from qatlaw.tables import load_table, table_names
-    from qatlaw.text_table import TextTable, terminal_width, wrapped
+    from qatlaw.text import terminal_width, wrapped
+    from qatlaw.text_table import TextTable
 
     chosen = [load_table(name) for name in tables or table_names()]
     candidates = [published(one) for one in NAMED.values()] if law is None else [_candidate(name) for name in law]
@@ -71,7 +72,7 @@ def judge(
     by_table = [(table, [one for one in verdicts if one.table == table.label]) for table in chosen]
     if out is not None:
         from qatlaw.figures.judged import CAPTION, draw_judged
-        from qatlaw.report import image, render
+        from qatlaw.page import image, render
 
         figure = draw_judged(candidates, chosen)
         page = render(

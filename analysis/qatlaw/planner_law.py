@@ -15,7 +15,7 @@ from qatlaw import fraction
 from qatlaw.errors import InputError
 from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
 from qatlaw.laws.named import NAMED
-from qatlaw.text_table import plural
+from qatlaw.text import plural
 
 if TYPE_CHECKING:  # every --help reads the names of the laws, and does not wait for a law
     from qatlaw.fit_file import Bootstrap

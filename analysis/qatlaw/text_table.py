@@ -7,7 +7,6 @@ spaces, words fold, columns leave by priority, and at last every row becomes a l
 from __future__ import annotations
 
 import re
-import shutil
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,6 @@ GAP = "  "
 FOLDED = 12
 """Characters that a folded column of words keeps, unless a number in it is longer."""
 _NUMBER = re.compile(r"[-+±*(≤~]*[0-9]")
-
-
-def terminal_width() -> int:
-    """Columns of the terminal. COLUMNS overrides it; a file or a pipe has 120 without it."""
-    return shutil.get_terminal_size((120, 24)).columns
 
 
 @dataclass
@@ -129,17 +123,6 @@ class TextTable:
                 if cell:
                     yield from folded(f"{header}: {' '.join(cell.split())}", width)
             yield ""
-
-
-def plural(count: int, noun: str) -> str:
-    """'1 process', '2 processes'."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
-    return f"{count:,} {noun}{ending}"
-
-
-def wrapped(sentence: str, width: int) -> str:
-    """Lines of a terminal, broken at spaces only: a path stays in one piece and can be copied."""
-    return textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False)
 
 
 def folded(text: str, width: int) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qatlaw.text_table import TextTable, plural
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import check_figure, console, say
 from qatscale.config.amounts import format_amount
 from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_config

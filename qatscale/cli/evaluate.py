@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from qatlaw.text_table import TextTable, plural
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import Json, check_bits, console, refuse
 from qatscale.errors import UserError
 

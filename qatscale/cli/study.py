@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.planner_law import law_names
-from qatlaw.text_table import TextTable, plural
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
 from qatscale.cli import study_run
-from qatscale.cli.fit import Experiment, Runs, Table, Uri
+from qatscale.cli.fit import Column, Experiment, Runs, Table, Uri
 from qatscale.cli.terminal import Json, console, say
 from qatscale.errors import UserError
 
@@ -39,6 +40,7 @@ def plan(
     noise: Annotated[float, typer.Option(help="Standard deviation of a run's log loss: 0.002 is 0.2 %.")] = 0.002,
     experiment: Experiment = None,
     table: Table = None,
+    column: Column = None,
     runs: Runs = None,
     uri: Uri = None,
     workers: Annotated[int, typer.Option(min=1, help="Workers, for time and disk.")] = 1,
@@ -67,7 +69,7 @@ def plan(
     assumed = None if law is None else load_law(law, effective=lambda _, bits: np.asarray(bits, np.float64))
     known = None
     if assumed is not None and has_runs:
-        existing = collect_runs(experiment, table, runs, uri)[0].table
+        existing = collect_runs(experiment, table, runs, uri, column)[0].table
         known = (existing.on_effective_bits if assumed.effective else existing).frame
     planned = plan_study(file, workers, assumed, noise, known)
     if as_json:

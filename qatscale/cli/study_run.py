@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.errors import InputError
-from qatlaw.text_table import TextTable, plural
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import Json, console
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 

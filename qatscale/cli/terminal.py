@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
-from qatlaw.text_table import terminal_width, wrapped
+from qatlaw.text import terminal_width, wrapped
 from qatscale.errors import UserError
 
 FIGURES = (".png", ".svg", ".pdf")

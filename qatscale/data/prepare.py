@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import qatscale
-from qatlaw.text_table import plural
+from qatlaw.text import plural
 from qatscale.data import state as states
 from qatscale.data.encode import Encoded, encode_all, is_validation
 from qatscale.data.indexed import IndexedWriter

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qatlaw.text_table import plural
+from qatlaw.text import plural
 from qatscale.config.problems import together
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError

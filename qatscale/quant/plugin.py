@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qatlaw.text_table import plural
+from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import get_quantizer

@@ -9,7 +9,7 @@ from typing import Any
 
 from qatlaw.bit_widths import bits_label
 from qatlaw.effective_bits import StoredWeights
-from qatlaw.text_table import TextTable, plural
+from qatlaw.text import plural
 
 
 class NothingQuantizedError(RuntimeError):
@@ -120,8 +120,10 @@ class SwitchReport:
             "modules": [module.to_dict() for module in self.modules], "left_out": dict(self.left_out),
         }  # fmt: skip
 
-    def table(self) -> TextTable:
-        """One row per kind of layer (the last part of its name), bits and shape, for a terminal."""
+    def table(self) -> Any:
+        """A `TextTable` with a row per kind of layer (the last part of its name), bits and shape."""
+        from qatlaw.text_table import TextTable
+
         kinds: dict[tuple[str, float, tuple[int, ...]], list[ModuleReport]] = {}
         for module in self.modules:
             kind = " = ".join(name.rsplit(".", 1)[-1] for name in module.names)
@@ -151,7 +153,7 @@ class SwitchReport:
         return table
 
     def __str__(self) -> str:
-        return self.table().text(120)
+        return str(self.table().text(120))
 
 
 def merge_reports(reports: Sequence[SwitchReport], params: int) -> SwitchReport:

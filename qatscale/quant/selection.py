@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qatlaw.text_table import plural
+from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import BitsRule, embedding_rule

@@ -10,7 +10,7 @@ from typing import IO, Any, Self
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qatlaw.text_table import terminal_width, wrapped
+from qatlaw.text import terminal_width, wrapped
 from qatscale.config.amounts import format_amount
 
 ONE_LINE = 120

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qatlaw.text_table import TextTable, plural
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
 
 NUMBERS = st.floats(-1e12, 1e12).map(lambda value: f"{value:,.4f}")
 A, B, C = (NUMBERS.map(unit.__add__).map(lambda text: text[1:] + text[0]) for unit in "abc")

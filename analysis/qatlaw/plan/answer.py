@@ -11,7 +11,8 @@ from typing import Any
 from qatlaw.fraction import amount
 from qatlaw.laws.named import NamedLaw
 from qatlaw.planner_law import SYNTHETIC_WARNING, PlannerLaw
-from qatlaw.text_table import TextTable, terminal_width, wrapped
+from qatlaw.text import terminal_width, wrapped
+from qatlaw.text_table import TextTable
 
 TRAIN = ("qatscale", "train", "RECIPE")
 NO_LAW = (

@@ -28,7 +28,7 @@ from qatlaw.effective_bits import llama_weights
 from qatlaw.errors import InputError
 from qatlaw.results import holds_results, read_results
 from qatlaw.runs import best_trials, collect
-from qatlaw.table import RunTable, read_table
+from qatlaw.table import RunTable
 
 FOLDER = Path(__file__).parent
 SHAPE = ("hidden_size", "layers", "intermediate_size", "vocabulary")
@@ -72,7 +72,7 @@ def table_names() -> list[str]:
 def load_table(name: str) -> JudgedTable:
     """A table of this package by name, a study's results.csv, or any table of runs. InputError for anything else."""
     if name in table_names():
-        about = Provenance.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text()))
+        about = Provenance.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8")))
         frame = pd.read_csv(FOLDER / f"{name}.csv").assign(**about.columns)
         return JudgedTable(name, about, best_trials(RunTable.from_frame(_completed(frame), name)).table)
     path = Path(name)
@@ -82,7 +82,7 @@ def load_table(name: str) -> JudgedTable:
     label = path.parent.name if path.stem == "results" else f"{path.parent.name}/{path.stem}".lstrip("/")
     if not holds_results(path):
         about = Provenance(title=label, source=str(path))
-        read = best_trials(read_table(path)).table
+        read = best_trials(RunTable.read(path)).table
         return JudgedTable(label, about, RunTable.from_frame(_completed(read.frame), label))
     records = read_results(path)
     table = collect(records, label).table
