@@ -97,7 +97,7 @@ def fit(
     logged = [_log(where, summary, path) for summary, path in zip(summaries, paths, strict=True)] if where else []
     if as_json:
         left_out = [{"name": one.name, "reason": one.reason} for one in collected.left_out]
-        files = [json.loads(path.read_text()) for path in paths]
+        files = [json.loads(path.read_bytes()) for path in paths]
         for file in files:
             file.pop("bootstrap", None)
         print(json.dumps({"fits": files, "files": list(map(str, paths)), "left_out": left_out}, indent=2))

@@ -79,7 +79,7 @@ class RunLog:
         """Lines such as `2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`, which sort across hosts."""
         rank, host = self.runtime.rank, socket.gethostname()
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.folder.logs / f"rank-{rank}.log")
+        handler = logging.FileHandler(self.folder.logs / f"rank-{rank}.log", encoding="utf-8")
         line = f"%(asctime)s.%(msecs)03dZ {host} rank {rank} %(levelname)s %(name)s: %(message)s"
         handler.setFormatter(formatter := logging.Formatter(line, datefmt="%Y-%m-%dT%H:%M:%S"))
         formatter.converter = time.gmtime

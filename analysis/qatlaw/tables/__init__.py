@@ -72,7 +72,7 @@ def table_names() -> list[str]:
 def load_table(name: str) -> JudgedTable:
     """A table of this package by name, a study's results.csv, or any table of runs. InputError for anything else."""
     if name in table_names():
-        about = Provenance.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text()))
+        about = Provenance.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8")))
         frame = pd.read_csv(FOLDER / f"{name}.csv").assign(**about.columns)
         return JudgedTable(name, about, best_trials(RunTable.from_frame(_completed(frame), name)).table)
     path = Path(name)
