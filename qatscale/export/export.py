@@ -127,4 +127,5 @@ def _held_out(source: ExportSource, tokens: int) -> Sequence[Tensor]:
     except UserError as error:
         fix = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
         raise UserError(error.key, error.value, error.problem, fix) from None
+    reader.stream.manifest.check_tokenizer(source.manifest.tokenizer)
     return [torch.from_numpy(row) for batch in reader.batches() for row in batch.tokens]

@@ -58,7 +58,7 @@ def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = T
                     components,
                     watchdog,
                     recipe_hash=recipe_hash(log.folder.path / "recipe.yaml") if runtime.is_main else "",
-                    data=setup.batches.stream.manifest.fingerprint,
+                    data=setup.batches.stream.manifest,
                     saved=log.checkpoint,
                     notice=log.notice,
                 )

@@ -67,6 +67,8 @@ class Manifest:
     """The layout it was saved under, for information: processes, zero_stage, data, tensor, pipeline."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """File name -> {"bytes", "sha256"}."""
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer of these tokens; None where it is not known."""
     format: int = FORMAT
 
 
