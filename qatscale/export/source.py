@@ -22,7 +22,7 @@ from qatscale.config.schema import ModelConfig, QatConfig, RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, open_checkpoint
 from qatscale.errors import UserError
 from qatscale.export.quantized_matrix import QuantizedMatrix
-from qatscale.model.llama import Llama, is_norm, parameter_shapes
+from qatscale.model.llama import Llama, parameter_shapes
 from qatscale.quant.bit_widths import Quantizer, get_quantizer
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
@@ -56,8 +56,9 @@ class SourceParameter:
         return self.shape[0] * self.groups if self.quantizer else 0
 
     @property
-    def is_norm(self) -> bool:
-        return is_norm(self.name)
+    def is_vector(self) -> bool:
+        """A norm or a bias."""
+        return len(self.shape) == 1
 
     @property
     def is_table(self) -> bool:

@@ -24,7 +24,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
-from qatlaw.effective_bits import llama_weights
+from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
 from qatlaw.results import holds_results, read_results
 from qatlaw.runs import best_trials, collect
@@ -32,7 +32,7 @@ from qatlaw.table import RunTable, read_table
 
 FOLDER = Path(__file__).parent
 SHAPE = ("hidden_size", "layers", "intermediate_size", "vocabulary")
-OPTIONAL = ("kv_width", "tied", "embedding_bits", "group_size")
+OPTIONAL = ("kv_width", "attention_width", "block_vectors", "tied", "embedding_bits", "group_size")
 MORE = ("n_non_embedding", "group", "effective_bits")
 
 
@@ -105,13 +105,16 @@ def _shape(recipe: Mapping[str, str]) -> dict[str, Any]:
         return pd.to_numeric(recipe.get(key), errors="coerce")
 
     heads = number("model.heads")
-    kv_heads = number("model.kv_heads")
+    kv_heads, head_dim = (
+        None if pd.isna(value := number(f"model.{key}")) else value for key in ("kv_heads", "head_dim")
+    )
+    flags = (recipe.get(f"model.{key}") == "true" for key in ("attention_bias", "qk_norm"))
     return {
         "hidden_size": number("model.hidden_size"),
         "layers": number("model.layers"),
         "intermediate_size": number("model.intermediate_size"),
         "vocabulary": number("model.vocab_size"),
-        "kv_width": number("model.hidden_size") * (kv_heads / heads if kv_heads == kv_heads else 1),
+        **attention_shape(number("model.hidden_size"), heads, kv_heads, head_dim, *flags),
         "tied": recipe.get("model.tied_embedding") != "false",
         "embedding_bits": number("qat.embedding_bits"),
         "group_size": number("qat.group_size"),

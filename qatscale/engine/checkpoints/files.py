@@ -38,7 +38,7 @@ FORMAT = 2
 READABLE = (1, 2)
 """Format 1 has no slices of columns."""
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"^step-(\d{8})$")
+_STEP = re.compile(r"^step-(\d{8,})$")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
     if not checkpoints.is_dir():
         return []
-    return sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file())
+    return [folder for folder in _step_folders(checkpoints) if (folder / MANIFEST).is_file()]
+
+
+def _step_folders(checkpoints: Path) -> list[Path]:
+    found = [p for p in checkpoints.iterdir() if _STEP.match(p.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # 8 digits, or more
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -89,7 +94,7 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     UserError where a newer one is half-deleted: an older one would silently cost the steps between them.
     """
     found = list_checkpoints(checkpoints)
-    folders = sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name)) if checkpoints.is_dir() else []
+    folders = _step_folders(checkpoints) if checkpoints.is_dir() else []
     if folders and (not found or folders[-1] != found[-1]):
         raise UserError("checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", _other(folders[-1]))
     return found[-1] if found else None

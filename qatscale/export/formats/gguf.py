@@ -135,7 +135,7 @@ class Gguf(Format):
     def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[Encoding]:
         plain = PlainEncoding(dtype)
         if parameter.quantizer is None:
-            return [PlainEncoding(torch.float32) if parameter.is_norm else plain]
+            return [PlainEncoding(torch.float32) if parameter.is_vector else plain]
         types = BLOCK_TYPES[parameter.quantizer.bits_text]
         if self.q1_0 and parameter.quantizer.bits == 1:
             types = (blocks.Q1_0, *types)
