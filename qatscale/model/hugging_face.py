@@ -262,10 +262,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _transformers_config(raw: dict[str, Any], key: str) -> Any:
     """key: the file that an error names."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+    classes = dict(zip(TYPES, (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), strict=True))
     try:
-        return AutoConfig.for_model(**raw)
+        return classes[raw["model_type"]].from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(key, None, f"is not a valid {raw['model_type']} configuration: {error}") from None
 

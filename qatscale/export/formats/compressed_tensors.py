@@ -82,7 +82,7 @@ class CompressedTensorsFormat(Format):
         is_this = isinstance(quantization, dict) and quantization.get("quant_method") == self.name
         return path if is_this else None
 
-    def usages(self, has_tokenizer: bool) -> list[Usage]:
+    def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:  # noqa: ARG002
         return [transformers_usage(CompressedTensors, has_tokenizer, note=_VLLM)]
 
 

@@ -127,7 +127,7 @@ class Mlx(Format):
         """mlx-lm's key; it may repeat it as quantization_config for transformers."""
         return path if "quantization" in (read_config(path) or {}) else None
 
-    def usages(self, has_tokenizer: bool) -> list[Usage]:
+    def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:  # noqa: ARG002
         return [Usage(install=install_line(MlxLm.packages), code=_CODE if has_tokenizer else _CODE_IDS)]
 
 
