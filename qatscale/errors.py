@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from qatlaw.errors import InputError
+from qatlaw.errors import InputError, did_you_mean, nearest
+
+__all__ = [
+    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors",
+    "did_you_mean", "first_invalid", "nearest",
+]  # fmt: skip
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -14,6 +19,8 @@ EXIT_BAD_INPUT = 2
 """The input is wrong; nothing was started."""
 EXIT_REQUEUE = 75
 """Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Stopped by Ctrl-C, after saving (128 + SIGINT, as shells have it)."""
 
 
 class UserError(InputError):
@@ -33,14 +40,8 @@ class UserErrors(UserError):  # noqa: N818 - several of them
         return type(self), (self.problems,)
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None where nothing is near."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """``Did you mean 'x'?`` or the whole list, whichever helps more."""
-    known = sorted(names)
-    close = nearest(name, known)
-    return f"Did you mean {close!r}?" if close else f"Known: {', '.join(known)}."
+def first_invalid(error: Any) -> str:
+    """Where the first problem of pydantic's ValidationError lies, and what it is: 'plugin.bits: Input should be …'."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "its text"
+    return f"{place}: {first['msg']}"

@@ -2,7 +2,7 @@
 
 A record is what tracking keeps of a run: its final numbers by their stable names (`final/val_loss`, `n_params`, `bits`,
 `tokens_fp`, `tokens_qat`, `scheme`, `validation_fingerprint` ...) and its recipe as flat text. `qatlaw.mlflow_runs`
-reads them from MLflow.
+reads them from MLflow, `qatlaw.run_folders` from the folders of runs.
 
 A law is about points: model size, bits, tokens of both phases, scheme, seed, held-out text and every other setting of
 the recipe. Runs that differ in the optimizer's settings alone are trials of one point, represented by the one with the
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -47,7 +47,7 @@ class RunRecord:
     run_id: str
     name: str
     status: str
-    """FINISHED, or MLflow's word for anything else."""
+    """FINISHED, or how it ended; of a damaged one the problem."""
     final: Mapping[str, Any]
     """Numbers and `scheme` by their stable names; unknown ones are missing."""
     recipe: Mapping[str, str]
@@ -55,7 +55,8 @@ class RunRecord:
     created: float = 0.0
     """Any clock: the later of two records of the same run counts."""
     kind: str = "training"
-    """`training`; `fit` for the record of a fitted law; `imported` for a model that was trained elsewhere."""
+    """`training`; `fit` for the record of a fitted law; `imported` for a model that was trained elsewhere; `damaged`
+    for a folder that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,22 @@ class Collected:
     left_out: tuple[LeftOut, ...] = ()
     notices: tuple[str, ...] = ()
     """What a reader has to know about the runs that were used."""
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
+        """The runs of a data frame, which may come from `frame` below."""
+        attrs = frame.attrs
+        found = best_trials(RunTable.from_frame(frame, attrs.get("source", "the data frame"), scheme=scheme))
+        before = [LeftOut(**one) for one in attrs.get("left_out", ())]
+        return cls(found.table, (*before, *found.left_out), tuple(attrs.get("notices", ())))
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The table as a data frame, with source, left_out and notices as its attributes."""
+        frame = self.table.frame.copy()
+        left_out = [asdict(one) for one in self.left_out]
+        frame.attrs = {"source": self.table.source, "left_out": left_out, "notices": list(self.notices)}
+        return frame
 
 
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
@@ -130,6 +147,8 @@ def _unfit(record: RunRecord) -> str | None:
     """Why a law cannot use a run; None if it can."""
     if record.kind == "imported":
         return "imported, not trained"
+    if record.kind == "damaged":
+        return f"damaged: {record.status}"
     if record.status != "FINISHED":
         return f"unfinished: {record.status.lower()}"
     missing = [name for name in (*LAW_POINT, VAL_LOSS) if record.final.get(name) is None]
@@ -240,19 +259,28 @@ def effective_bits(record: RunRecord, bits: float) -> float | None:
 
     Scales have the type of training's forward: fp32 where the ds_config is named so, else 16 bits.
     """
-    recipe = record.recipe
+    shape = model_shape(record.recipe)
+    if shape is None:
+        return None
+    if bits >= UNQUANTIZED_BITS:
+        shape["embedding_bits"] = None
+    plain_bits = 32 if "fp32" in record.recipe.get("engine.ds_config", "") else UNQUANTIZED_BITS
+    return round(float(llama_weights(**shape, bits=bits, plain_bits=plain_bits).effective_bits), 3)
+
+
+def model_shape(recipe: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `llama_weights` needs to know of a recipe's model, without its bits; None where the recipe lacks keys."""
     keys = ("hidden_size", "layers", "intermediate_size", "vocab_size", "heads")
     known = [number for key in keys if (number := _number(recipe.get(f"model.{key}"))) is not None]
     if len(known) < len(keys):
         return None
     width, layers, intermediate, vocabulary, heads = known
-    group, table = (_number(recipe.get(f"qat.{key}")) for key in ("group_size", "embedding_bits"))
-    weights = llama_weights(
-        hidden_size=width,
-        layers=layers,
-        intermediate_size=intermediate,
-        vocabulary=vocabulary,
-        bits=bits,
+    group = _number(recipe.get("qat.group_size"))
+    return {
+        "hidden_size": width,
+        "layers": layers,
+        "intermediate_size": intermediate,
+        "vocabulary": vocabulary,
         **attention_shape(
             width,
             heads,
@@ -261,12 +289,10 @@ def effective_bits(record: RunRecord, bits: float) -> float | None:
             attention_bias=recipe.get("model.attention_bias") == "true",
             qk_norm=recipe.get("model.qk_norm") == "true",
         ),
-        tied=recipe.get("model.tied_embedding", "true") == "true",
-        embedding_bits=None if bits >= UNQUANTIZED_BITS else table,
-        group_size=int(group) if group else None,
-        plain_bits=32 if "fp32" in recipe.get("engine.ds_config", "") else UNQUANTIZED_BITS,
-    )
-    return round(float(weights.effective_bits), 3)
+        "tied": recipe.get("model.tied_embedding", "true") == "true",
+        "embedding_bits": _number(recipe.get("qat.embedding_bits")),
+        "group_size": int(group) if group else None,
+    }
 
 
 def _seed(record: RunRecord) -> str:

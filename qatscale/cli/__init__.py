@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from qatlaw.errors import InputError
-from qatscale.errors import EXIT_BAD_INPUT
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
 
+TRAINING = ("train", "resume", "branch")
+"""Commands that several processes run together."""
 _LATER = 5.0
 
 
@@ -18,12 +23,32 @@ def main(arguments: list[str] | None = None) -> None:
     In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
     first one leaves, and an error of one of them alone is still reported.
     """
-    from qatscale.cli.app import app
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a console without Unicode must not end a run
+    command = (sys.argv[1:] if arguments is None else arguments)[:1]
+    with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():
+        from qatscale.cli.app import app
 
+        try:
+            app(arguments, prog_name="qatscale")
+        except InputError as error:
+            rank = int(os.environ.get("RANK", 0))
+            time.sleep(_LATER if rank else 0)
+            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
+
+
+@contextmanager
+def _nothing_to_save() -> Iterator[None]:
+    """A context in which a signal ends the process with EXIT_REQUEUE, until the run has handlers of its own."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
     try:
-        app(arguments, prog_name="qatscale")
-    except InputError as error:
-        rank = int(os.environ.get("RANK", 0))
-        time.sleep(_LATER if rank else 0)
-        print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -203,13 +203,6 @@ class IndexedReader:
         part.tokens, part._start = self.tokens[start : start + count], start
         return part
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, sequence: int) -> np.ndarray:
-        start = int(self.pointers[sequence]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[sequence])]
-
     def shard(self, name: str) -> Shard:
         """Counts, sizes and checksums under `name`; reads every byte of both files."""
         return Shard(

@@ -353,7 +353,7 @@ def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) 
         raise FloatingPointError(f"{names[0]}.weight holds NaN or infinity at the switch")
     scale = initial_scale(quantizer, master, layer.group_size, parameter.dtype)
     masters.assign(parameter, scale)
-    # In bf16 forward uses rounded weights and scales. Rounding alone is no quantization error.
+    # In bf16 forward uses rounded weights and scales. Rounding alone does not count as quantization error.
     working = master.to(weight.dtype)
     error = (fake_quantize(quantizer, working, scale.to(parameter.dtype)).detach() - working).float()
     return ModuleReport(

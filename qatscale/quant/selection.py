@@ -48,8 +48,8 @@ def select(model: nn.Module, qat: QatConfig, include: Sequence[str] = (), exclud
     include, exclude: patterns (`*.attention.qkv`, `head?`) of entire names or of their last parts: layers that are
     quantized beside those with names of a Llama, and layers that stay in full precision on purpose. `exclude` wins.
 
-    UserError where no layer matches, a pattern matches none, a group size does not divide, a layer cannot be quantized
-    as it is, or a matrix would stay in full precision because of its name.
+    UserError where no layer matches, a pattern matches none, a group size does not divide, or a layer cannot be
+    quantized as it is. Also where a matrix would stay in full precision because of its name.
     """
     names = [name for name, _ in model.named_modules()]
     for option, patterns in (("include", include), ("exclude", exclude)):

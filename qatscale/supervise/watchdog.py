@@ -338,7 +338,7 @@ class Watchdog:
         for rank in range(self.runtime.ranks):
             if heartbeats[rank]["state"] in ("training", "ended"):
                 try:
-                    heartbeat = json.loads(self._file(rank).read_text())
+                    heartbeat = json.loads(self._file(rank).read_bytes())
                 except (OSError, ValueError):
                     continue
                 if heartbeat["job"] == self._job:

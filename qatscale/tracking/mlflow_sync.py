@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from qatlaw.run_folders import flatten
 from qatscale.files import HeldError, encode, locked
 from qatscale.tracking.averages import Averages
 from qatscale.tracking.records import Record, Tail, live
@@ -58,22 +59,6 @@ def points(record: Record) -> Iterator[Any]:
     for key, value in named.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield Metric(key, float(value), int(record["time"] * 1000), record["step"])
-
-
-def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """MLflow parameters of a recipe: dotted keys, strings as they are, everything else as JSON, cut at MLflow's limit.
-
-    >>> flatten({"qat": {"bits": 4, "scheme": "fused"}, "tokens": None})
-    {'qat.bits': '4', 'qat.scheme': 'fused', 'tokens': 'null'}
-    """
-    flat: dict[str, str] = {}
-    for key, value in recipe.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(encode(value))
-            flat[f"{prefix}{key}"] = text if len(text) <= _MAX_PARAM else text[: _MAX_PARAM - 1] + "…"
-    return flat
 
 
 class Uploader:
@@ -172,7 +157,8 @@ class Uploader:
     def _describe(self) -> None:
         """Parameters: n_params and the recipe without `tracking`, since the store is not a property of the run."""
         run = self.folder.run
-        parameters = flatten({key: value for key, value in self.recipe.items() if key != "tracking"})
+        flat = flatten({key: value for key, value in self.recipe.items() if key != "tracking"})
+        parameters = {k: v if len(v) <= _MAX_PARAM else f"{v[: _MAX_PARAM - 1]}…" for k, v in flat.items()}
         qat = self.recipe["qat"]
         tags = {
             "scheme": qat["scheme"],

@@ -11,7 +11,8 @@ from qatscale.data.manifest import Manifest as DataManifest
 from qatscale.engine.checkpoints.files import find_checkpoint, newest_checkpoint, read_manifest
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
-from qatscale.schedule.timeline import Timeline, first_difference
+from qatscale.schedule.difference import first_difference
+from qatscale.schedule.timeline import Timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 
@@ -57,8 +58,6 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
         problem = f"{folder.path} was begun by a version that read the training data in another order."
         fix = "Finish it with that version, or branch from its checkpoint, which continues in this version's order."
         raise UserError("name", config.name, problem, fix)
-    if folder.status == "running":
-        raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
     parent = folder.run["parent"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest:

@@ -37,8 +37,8 @@ class RunLog:
         self.n_params = count_parameters(self.config.model).total
         self.folder = RunFolder(self.config.folder)
         self.console = RunConsole(runtime.rank, self.timeline.steps, self.resume.step)
-        self._step = self.resume.step
-        """Steps done, as far as reported: where a failure is placed."""
+        self.step = self.resume.step
+        """Steps done, as far as reported: where a failure or a stop is placed."""
         self._is_open = self._warned = False
 
     def open(self, hosts: dict[str, list[int]]) -> None:
@@ -79,7 +79,7 @@ class RunLog:
         """Lines such as `2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`, which sort across hosts."""
         rank, host = self.runtime.rank, socket.gethostname()
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.folder.logs / f"rank-{rank}.log")
+        handler = logging.FileHandler(self.folder.logs / f"rank-{rank}.log", encoding="utf-8")
         line = f"%(asctime)s.%(msecs)03dZ {host} rank {rank} %(levelname)s %(name)s: %(message)s"
         handler.setFormatter(formatter := logging.Formatter(line, datefmt="%Y-%m-%dT%H:%M:%S"))
         formatter.converter = time.gmtime
@@ -120,7 +120,7 @@ class RunLog:
             return
         logging.getLogger("qatscale").error(f"{own.text}\n{first.sentence}")
         if self.runtime.is_main:
-            step = max(first.step, self._step)
+            step = max(first.step, self.step)
             self.folder.append("failed", step=step, error=first.error, rank=first.rank, host=first.host)
 
     def notice(self, text: str) -> None:
@@ -133,7 +133,7 @@ class RunLog:
             self.console.notice(f"step {step}: {compiled}")
 
     def metrics(self, step: int, record: dict[str, Any]) -> None:
-        self._step = step
+        self.step = step
         if self.runtime.is_main:
             self.console.metrics(self.folder.append("metrics", step=step, **record))
             floored = record.get("scales_floored", 0)
@@ -170,7 +170,8 @@ class RunLog:
         if self.runtime.is_main:
             name = signal.Signals(number).name
             self.folder.append("stopped", step=step, signal=name)
-            self.console.notice(f"{name}: saved at step {step}; the same command continues from there")
+            where = f"saved at step {step}; the same command continues from there"
+            self.console.notice(f"{name}: {where if step else 'stopped before the first step'}")
 
     def finished(self, step: int, final: dict[str, Any]) -> None:
         if self.runtime.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -31,3 +32,15 @@ for command in sys.argv[1:]:
 def test_light_commands_import_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, *COMMANDS], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{command} []" for command in COMMANDS]
+
+
+def test_a_console_without_unicode_ends_no_command() -> None:
+    script = (
+        "from qatscale.__main__ import start\ntry: start(sys.argv[1:])\nexcept SystemExit: pass\nprint('3 \\u2013 4')"
+    )
+    for command in ("recipes", "train debug --help"):
+        said = subprocess.run(
+            [sys.executable, "-c", f"import sys\n{script}", *command.split()],
+            env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert said.stdout.endswith("3 ? 4\n")
