@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,11 +22,23 @@ FILE = "qat_plugin.json"
 
 
 def masters_of(optimizer: Any, model: nn.Module) -> Masters:
-    """Access to the fp32 masters behind an optimizer of PyTorch, accelerate or DeepSpeed (ZeRO 1 to 3)."""
-    inner = optimizer
-    while inner is not None and not type(inner).__module__.startswith("deepspeed."):
-        inner = inner.__dict__.get("optimizer")
-    return PlainMasters(optimizer) if inner is None else ZeroMasters.of(inner, model)
+    """Access to the fp32 masters in a loop that is not ours: its own code, accelerate, transformers' Trainer.
+
+    optimizer: PyTorch's, or ZeRO's (1 to 3) as `deepspeed.initialize` returns it, perhaps wrapped by accelerate. model:
+    the module that the plugin prepared.
+    """
+    zero = optimizer
+    while zero is not None and not type(zero).__module__.startswith("deepspeed."):
+        zero = zero.__dict__.get("optimizer")
+    if zero is None:
+        return PlainMasters(optimizer)
+    from deepspeed.accelerator import get_accelerator
+
+    is_stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    stage = 3 if is_stage3 else 2 if getattr(zero, "partition_gradients", False) else 1
+    device = torch.device(get_accelerator().current_device_name())
+    engine = SimpleNamespace(optimizer=zero, device=device, zero_optimization_stage=lambda: stage)
+    return ZeroMasters(engine, {parameter: name for name, parameter in model.named_parameters()})
 
 
 class QatCallback(TrainerCallback):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,26 +78,6 @@ class ZeroMasters:
                 fragment = _in_full(fragment, shard, local)
             if fragment is not None:
                 self.fragments.append(replace(fragment, saved=name not in copies))
-
-    @classmethod
-    def of(cls, optimizer: Any, model: nn.Module) -> ZeroMasters:
-        """The masters of `model` in a loop that is not ours: its own code, accelerate, transformers' Trainer.
-
-        optimizer: the engine's, as `deepspeed.initialize` returns it, perhaps wrapped by accelerate; model: the module
-        that the plugin prepared. TypeError where the optimizer is not ZeRO's.
-        """
-        from deepspeed.accelerator import get_accelerator
-
-        zero = optimizer
-        while not type(zero).__module__.startswith("deepspeed."):  # accelerate wraps it
-            zero = zero.__dict__.get("optimizer")
-            if zero is None:
-                raise TypeError(f"{type(optimizer).__name__} is not DeepSpeed's ZeRO. Use PlainMasters(optimizer).")
-        is_stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-        stage = 3 if is_stage3 else 2 if getattr(zero, "partition_gradients", False) else 1
-        device = torch.device(get_accelerator().current_device_name())
-        engine = SimpleNamespace(optimizer=zero, device=device, zero_optimization_stage=lambda: stage)
-        return cls(engine, {parameter: name for name, parameter in model.named_parameters()})
 
     def _fragment(self, name: str, parameter: Any) -> Fragment | None:
         mapping = parameter._hp_mapping

@@ -31,7 +31,6 @@ from qatscale.errors import UserError
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer, full_shape
-from qatscale.quant.model_folder import write_model
 from qatscale.quant.report import ModuleReport, NothingQuantizedError, SwitchReport
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import Selection, Target, fake_quant_modules, select
@@ -102,9 +101,8 @@ class PlainMasters:
 
 
 _ZERO = (
-    "keeps fp32 masters in flat partitions, which PlainMasters cannot reach. Use "
-    "qatscale.engine.zero_masters.ZeroMasters.of(optimizer, model), or with transformers' Trainer "
-    "qatscale.engine.trainer_callback.QatCallback."
+    "keeps fp32 masters in flat partitions, which PlainMasters cannot reach. Use ZeroMasters, as "
+    "qatscale.engine.trainer_callback.masters_of(optimizer, model) makes it, or QatCallback with transformers' Trainer."
 )
 
 
@@ -261,6 +259,8 @@ class QatPlugin:
 
         masters: under ZeRO, where every process calls this. See `model_folder.write_model`.
         """
+        from qatscale.quant.model_folder import write_model
+
         full = masters.full if masters else lambda parameter: parameter.detach().float()
         write_model(model, self.qat, self.state(), Path(folder), full, tokenizer)
 
