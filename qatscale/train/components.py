@@ -10,7 +10,7 @@ from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import Precision, stored_weights
 from qatscale.data.reader import BatchReader, EvaluationReader
-from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.compilation import Compilation
 from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import QatMetrics

@@ -16,7 +16,7 @@ from qatlaw.text import plural
 from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
 from qatscale.config.sizes import count_parameters
-from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import Spike
 from qatscale.quant.report import SwitchReport

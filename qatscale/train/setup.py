@@ -10,7 +10,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader, open_batches, open_validation
-from qatscale.engine.checkpoints.save_load import load_checkpoint
+from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout

@@ -64,7 +64,7 @@ def assert_same_state(one: Path, other: Path) -> None:
     """The checkpoints `one` and `other` hold the same masters and Adam states, bit for bit."""
     import torch
 
-    from qatscale.engine.checkpoints.files import CheckpointReader
+    from qatscale.engine.checkpoints.reader import CheckpointReader
 
     found, expected = CheckpointReader(one), CheckpointReader(other)
     assert found.manifest.step == expected.manifest.step

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qatscale.engine.checkpoints.files import CheckpointReader, step_folder
+from qatscale.engine.checkpoints.files import step_folder
+from qatscale.engine.checkpoints.reader import CheckpointReader
 from qatscale.engine.spikes import SpikeState
 from qatscale.tracking.run_folder import RunFolder
 from tests.processes import Finished, run
