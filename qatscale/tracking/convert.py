@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from qatscale.config import resolved_yaml
+from qatscale.config.recipe import resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import tokenizer_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qatscale.config import config_differences, load_run_config
+from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
 from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qatscale.config import recipe_hash
+from qatscale.config.recipe import recipe_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import Runtime, start_runtime, together
 from qatscale.schedule.build import build_timeline

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from qatlaw.text import plural
-from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.manifest import Manifest
@@ -50,7 +49,7 @@ class RunLog:
         if not self.resume.resumes:
             RunFolder.create(
                 self.folder.path,
-                recipe=resolved_yaml(self.config),
+                recipe=self.setup.recipe,
                 ds_config=self.setup.ds_config,
                 timeline=self.timeline,
                 n_params=self.n_params,

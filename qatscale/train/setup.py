@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
+from qatscale.config.recipe import resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
@@ -51,7 +52,10 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
         *check_data(config, resume, batches.stream.manifest),
         *filter(None, [missing, repetition]),
     )
-    return RunSetup(config, timeline, resume, layout, ds_config, precision_of(ds_config), batches, validation, notices)
+    return RunSetup(
+        config, resolved_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),
+        batches, validation, notices,
+    )  # fmt: skip
 
 
 def _held_out(config: RunConfig, manifest: Manifest) -> tuple[EvaluationReader | None, str | None]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import load_ds_config, merge_ds_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import open_batches
 from qatscale.engine.checkpoints.files import read_manifest

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import merge_ds_config
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.manifest import Manifest

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.data.reader import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint

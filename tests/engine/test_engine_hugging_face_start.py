@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.data.manifest import Manifest
 from qatscale.data.prepare import prepare
 from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, read_manifest

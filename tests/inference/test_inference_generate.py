@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from qatscale.cli.app import app
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.data.manifest import Manifest
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint

@@ -55,7 +55,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 def config(run: dict[str, Any], *overrides: str) -> RunConfig:
     """The configuration of a `spec`, with more overrides."""
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
 
     return load_run_config("debug", [*run["overrides"], *overrides])
 

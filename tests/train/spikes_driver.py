@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.data.reader import BatchReader
 from qatscale.engine import spikes
 from qatscale.model.llama import Llama

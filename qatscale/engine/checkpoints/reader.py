@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qatscale.config import is_unaltered, load_run_config
+from qatscale.config.recipe import is_unaltered, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import (
     STEP,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import recipe_hash
 from qatscale.config.ds_config import precision_of, run_ds_config
+from qatscale.config.recipe import recipe_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import commit, slice_name, writing_folder
 from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
