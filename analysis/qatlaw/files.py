@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".partial"
 """Ending of a file that is still being written."""
@@ -31,3 +33,10 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename_synced(partial, path)
+
+
+def write_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Replace `path` with a drawing of matplotlib's `figure`, in the format of its ending. `options`: of savefig."""
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format=path.suffix.removeprefix(".") or "png", **options)
+    write_atomic(path, drawing.getvalue())

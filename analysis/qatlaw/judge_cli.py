@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.errors import InputError
+from qatlaw.files import write_atomic
 from qatlaw.laws.named import NAMED
 
 if TYPE_CHECKING:  # --help does not wait for pandas
@@ -91,7 +92,7 @@ def judge(
         try:
             out.mkdir(parents=True, exist_ok=True)
             for name, data in files.items():
-                (out / name).write_bytes(data)
+                write_atomic(out / name, data)
         except OSError as error:
             raise InputError("--out", str(out), f"cannot be written: {error.strerror}.") from None
     if as_json:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qatlaw.files import write_atomic
 from qatlaw.text_table import TextTable
 from qatscale.cli import completion
 from qatscale.cli.terminal import Overrides, console
@@ -72,7 +73,7 @@ def _write_corrected(recipe: RunConfig, file: Path) -> None:
     if file.exists():
         raise UserError("--ds-config", str(file), "exists already.", "Name a new file.")
     corrected, lost = corrected_ds_config(recipe)
-    file.write_text(json.dumps(corrected, indent=2) + "\n", encoding="utf-8")
+    write_atomic(file, f"{json.dumps(corrected, indent=2)}\n".encode())
     print("\n".join([f"{file}: {recipe.engine.ds_config} without", *(f"  {line}" for line in lost or ["– nothing"])]))
 
 

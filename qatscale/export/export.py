@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qatlaw.files import write_atomic
 from qatscale.data.manifest import tokenizer_folder
 from qatscale.data.reader import open_validation
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
@@ -85,7 +86,8 @@ def export(
         if verification and not verification.passed:
             raise VerificationError(verification)
         described = contents(layout, chosen, origin, folder, verification)
-        (folder / "README.md").write_text(card(described, chosen, source.config, tokenizer_files is not None, license))
+        page = card(described, chosen, source.config, tokenizer_files is not None, license)
+        write_atomic(folder / "README.md", page.encode())
         write_json(folder / FILE, described)
     return described
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from qatlaw.files import write_figure
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
 from qatscale.schedule.timeline import Segment, Timeline
@@ -40,7 +41,7 @@ def draw(timeline: Timeline, config: RunConfig, path: Path) -> Path:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    write_figure(figure, path)
     return path
 
 

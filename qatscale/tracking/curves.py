@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qatlaw.figures.style import INK, new_figure, series_style, tidy
+from qatlaw.files import write_figure
 from qatscale.config.amounts import format_amount
 from qatscale.tracking.averages import Averages
 from qatscale.tracking.compare import own_view, validation_losses, view_label
@@ -143,7 +144,7 @@ def _before(folder: RunFolder) -> list[Record]:
 
 def draw_loss_curves(folders: Iterable[RunFolder], path: Path | str) -> None:
     """Draw the comparison into an image file, in the format of its ending. Keeps matplotlib's global state."""
-    loss_curves(list(folders)).savefig(Path(path), dpi=200)
+    write_figure(loss_curves(list(folders)), Path(path), dpi=200)
 
 
 def loss_curves(folders: Sequence[RunFolder]) -> Figure:
