@@ -73,7 +73,7 @@ def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.curves import draw_loss_curves
     from qatscale.tracking.run_folder import RunFolder
-    from qatscale.tracking.store import ui_command
+    from qatscale.tracking.store import where_to_look
 
     runs = [RunFolder(config.folder) for config in branches]
     rows = [run_row(run) for run in runs]
@@ -92,8 +92,8 @@ def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:
         soft_wrap=True,
     )
     out_console.print(f"figure: {figure}", soft_wrap=True)
-    assert branches[0].tracking.uri is not None
-    out_console.print(f"all runs in MLflow's UI: {ui_command(branches[0].tracking.uri)}", soft_wrap=True)
+    for line in where_to_look(runs):
+        out_console.print(line, soft_wrap=True, highlight=False)
 
 
 def _headline(out_console: Console, text: str) -> None:

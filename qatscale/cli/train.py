@@ -105,6 +105,7 @@ def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
 def _train(config: RunConfig, branch_from: str | None) -> None:
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
+    from qatscale.tracking.store import where_to_look
     from qatscale.train.run import train
 
     if train(config, branch_from).status == "stopped":
@@ -112,3 +113,5 @@ def _train(config: RunConfig, branch_from: str | None) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         console().print(comparison_table([run_row(RunFolder(config.folder))]))
         print(f"run folder: {config.folder}")
+        for line in where_to_look([RunFolder(config.folder)]):
+            print(line)

@@ -7,6 +7,7 @@ from qatscale.config.recipe import (
     load_run_config,
     recipe_hash,
     recipe_names,
+    recorded_yaml,
     resolved_yaml,
 )
 from qatscale.config.schema import RunConfig
@@ -21,5 +22,6 @@ __all__ = [
     "load_run_config",
     "recipe_hash",
     "recipe_names",
+    "recorded_yaml",
     "resolved_yaml",
 ]

@@ -16,7 +16,7 @@ from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
 from qatscale.config.sizes import count_parameters
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.grid import Grid, StudyRun, grid
-from qatscale.tracking.mlflow_sync import flatten
+from qatscale.tracking.mlflow_page import flatten
 
 
 @dataclass(frozen=True)

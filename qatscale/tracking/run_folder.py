@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from qatscale.config.places import find_moved, without_credentials
 from qatscale.errors import UserError
 from qatscale.files import read_json, write_atomic, write_json
 from qatscale.schedule.timeline import Timeline
@@ -73,12 +74,13 @@ class RunFolder:
         parent: Mapping[str, Any] | None = None,
         hosts: Mapping[str, Sequence[int]] | None = None,
         imported: str | None = None,
+        resolved: Mapping[str, Any] | None = None,
     ) -> Self:
         """Write the files that describe a run. run.json comes last, so a folder with run.json has them all.
 
         `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from. `hosts`:
-        each host's ranks. `imported`: the origin of a model that the folder holds and did not train.
-        Raises UserError where a run exists already.
+        each host's ranks. `imported`: the origin of a model that the folder holds and did not train. `resolved`:
+        by key, the values that `auto` has in this run. Raises UserError where a run exists already.
         """
         self = cls(path)
         if self.run_file.exists():
@@ -100,7 +102,8 @@ class RunFolder:
             "imported": imported,
             "n_params": n_params,
             "git_commit": around["git"]["commit"] if around["git"] else None,
-            "command": list(command),
+            "resolved": dict(resolved or {}),
+            "command": [without_credentials(argument) for argument in command],
         }
         write_json(self.run_file, run)
         return self
@@ -153,6 +156,14 @@ class RunFolder:
         import yaml
 
         return yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def data(self) -> Path | None:
+        """The folder of its prepared data, also where it was moved together with the run's; None where none was set."""
+        recipe = self.recipe
+        find_moved(recipe, self.path)
+        path = recipe["data"]["path"]
+        return Path(path).absolute() if path else None
 
     def records(self, *events: str) -> list[Record]:
         """The events of metrics.jsonl, all kinds or these, without the ones that a later resume superseded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qatlaw.runs import RunRecord
-from qatscale.tracking.mlflow_sync import flatten
+from qatscale.tracking.mlflow_page import parameters
 from qatscale.tracking.run_folder import RunFolder
 
 
@@ -14,7 +14,7 @@ def run_record(folder: RunFolder) -> RunRecord:
         name=folder.name,
         status="FINISHED" if folder.is_done else folder.status,
         final=folder.final or {},
-        recipe=flatten({key: value for key, value in folder.recipe.items() if key != "tracking"}),
+        recipe=parameters(folder),
         created=folder.run["created"],
         kind="imported" if folder.imported else "training",
     )

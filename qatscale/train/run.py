@@ -77,6 +77,8 @@ def _uploaded(log: RunLog, linger: bool) -> Iterator[None]:
         yield
         return
     follower = start_follower(log.folder, log.config.tracking.uri)
+    if linger and (message := follower.first_answer()):
+        log.notice(message)
     patience = [FAILED_PATIENCE]
     try:
         yield

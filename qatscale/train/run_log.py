@@ -7,17 +7,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qatscale.config import resolved_yaml
+from qatlaw.bit_widths import UNQUANTIZED_BITS
+from qatscale.config import flatten, recorded_yaml
 from qatscale.config.amounts import format_amount
+from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.compilation import plan_compilation
 from qatscale.engine.runtime import Runtime
+from qatscale.quant.bit_widths import embedding_rule, get_quantizer
 from qatscale.quant.report import SwitchReport
+from qatscale.schedule.timeline import Timeline
 from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.tracking.run_folder import RunFolder, perplexity
@@ -26,6 +31,21 @@ from qatscale.train.console import RunConsole
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
+
+
+def resolved_settings(config: RunConfig, timeline: Timeline, ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the recipe's keys that say `auto`, and QAT's share as it is. None: without effect in this run."""
+    qat, quantized = config.qat, config.qat.scheme != "fp"
+    rule = embedding_rule(qat.embedding_bits, config.model.tied_embedding)
+    values = {
+        "qat.embedding_bits": (rule.at(qat.bits) if rule else UNQUANTIZED_BITS) if quantized else None,
+        "qat.lr_ratio": timeline.qat_lr_ratio if quantized else None,
+        "qat.scale_lr_ratio": get_quantizer(qat.bits).scale_lr_ratio if quantized else None,
+        "engine.compile": "on" if plan_compilation(config.engine, ds_config) else "off",
+    }
+    given = flatten(config)
+    resolved = {key: value for key, value in values.items() if given[key] == "auto"}
+    return {"qat.fraction": timeline.qat_fraction, **resolved}
 
 
 class RunLog:
@@ -48,13 +68,14 @@ class RunLog:
         if not self.resume.resumes:
             RunFolder.create(
                 self.folder.path,
-                recipe=resolved_yaml(self.config),
+                recipe=recorded_yaml(self.config),
                 ds_config=self.setup.ds_config,
                 timeline=self.timeline,
                 n_params=self.n_params,
                 command=sys.argv,
                 parent=self.resume.parent,
                 hosts=hosts,
+                resolved=resolved_settings(self.config, self.timeline, self.setup.ds_config),
             )
         self.folder.append("resume" if self.resume.resumes else "start", step=self.resume.step, hosts=hosts)
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def open_page(page: Path, folder: Path) -> Seen:
     assert found, f"the probe did not speak: {ran.stderr[-2000:]}"
     told = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", "\u00a0").replace("&amp;", "&")
     return Seen(json.loads(told), [line for line in ran.stderr.splitlines() if ":CONSOLE" in line])
+
+
+def open_address(address: str, folder: Path) -> str:
+    """The text of an address's page once its scripts have drawn it. CannotError where there is no browser."""
+    program, environment = find_browser()
+    command = [
+        program, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,2400",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=60000", "--dump-dom", address,
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=True)
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", ran.stdout, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", body)))
 
 
 def find_browser() -> tuple[str, dict[str, str]]:
