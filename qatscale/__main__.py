@@ -12,13 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qatscale.cli import main
+from qatscale.cli import TRAINING, main
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
 from qatscale.errors import EXIT_BAD_INPUT, UserError
 from qatscale.supervise.launchers import launcher_environment
-
-TRAINING = ("train", "resume", "branch")
-"""Commands that several processes run together."""
 
 
 def start(arguments: Sequence[str]) -> None:

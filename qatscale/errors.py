@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from qatlaw.errors import InputError
+
+if TYPE_CHECKING:  # every --help reads the exit codes
+    from pydantic import ValidationError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -14,6 +18,8 @@ EXIT_BAD_INPUT = 2
 """The input is wrong; nothing was started."""
 EXIT_REQUEUE = 75
 """Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Stopped by Ctrl-C, after saving (128 + SIGINT, as shells have it)."""
 
 
 class UserError(InputError):
@@ -31,6 +37,13 @@ class UserErrors(UserError):  # noqa: N818 - several of them
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.problems,)
+
+
+def first_invalid(error: ValidationError) -> str:
+    """Where the first problem of a file's content lies, and what it is: 'plugin.bits: Input should be …'."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "its text"
+    return f"{place}: {first['msg']}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

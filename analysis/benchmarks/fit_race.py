@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from qatlaw import synthetic
-from qatlaw.fit import fit
+from qatlaw.fitting import fit
 from qatlaw.laws import CHINCHILLA
 from qatlaw.table import RunTable
 

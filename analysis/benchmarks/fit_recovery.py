@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from qatlaw import synthetic
-from qatlaw.fit import fit, make_problem
+from qatlaw.fitting import fit, make_problem
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.laws.base import Law
 from qatlaw.table import RunTable

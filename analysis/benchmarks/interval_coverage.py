@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from qatlaw import synthetic
-from qatlaw.fit import fit
+from qatlaw.fitting import fit
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.table import RunTable
 from qatlaw.uncertainty import bootstrap

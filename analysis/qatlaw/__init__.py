@@ -1,7 +1,11 @@
-"""qatlaw: how many of a run's tokens quantization-aware training should have. No torch.
+"""qatlaw: scaling laws of quantization-aware training, and how many of a run's tokens it should have. No torch.
 
-This module holds the closed form of the optimal fraction. Import `qatlaw.plan`, `qatlaw.fit`, `qatlaw.laws` and
-`qatlaw.report` by themselves.
+    runs = qatlaw.read_table("runs.csv", columns={"loss": "val_loss"})     # or read_runs("runs")
+    fit = qatlaw.fit(runs)
+    fit.law.optimal_fraction(396e6, 100e9, 4)
+    qatlaw.report(runs, "report")
+
+`import qatlaw` loads the closed form of the optimal fraction alone; the other names load what they need on first use.
 
 Symbols, as in the literature: N parameters, D tokens, B bits per quantized weight, f = D_qat / D_total the QAT
 fraction, S = D / (N B / 8) tokens per parameter byte.
@@ -10,9 +14,32 @@ Every number that is not ours carries its source: [paper] stated in arXiv 2509.2
 second-hand note of that paper, [ours] a definition or deduction of this project.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from qatlaw.errors import InputError
 from qatlaw.fraction import extrapolation_warning, is_extrapolated, optimal_fraction, tokens_per_parameter_byte
 
+if TYPE_CHECKING:
+    from qatlaw.api import fit, read_runs, read_table, report
+    from qatlaw.fit_file import read_fit
+    from qatlaw.laws import Law
+
+_ON_USE = {
+    "fit": "api", "read_runs": "api", "read_table": "api", "report": "api", "read_fit": "fit_file", "Law": "laws",
+}  # fmt: skip
+
 __all__ = [
-    "InputError", "extrapolation_warning", "is_extrapolated", "optimal_fraction", "tokens_per_parameter_byte",
+    "InputError", "Law", "extrapolation_warning", "fit", "is_extrapolated", "optimal_fraction", "read_fit", "read_runs",
+    "read_table", "report", "tokens_per_parameter_byte",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_USE:
+        raise AttributeError(f"module 'qatlaw' has no attribute {name!r}")
+    return getattr(import_module(f"qatlaw.{_ON_USE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -21,7 +21,7 @@ from qatlaw.laws import FORMS
 from qatlaw.laws.base import Floats, Law, LawForm
 
 if TYPE_CHECKING:
-    from qatlaw.fit import FitResult
+    from qatlaw.fitting import FitResult
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def tokens_per_parameter_byte(N: ArrayLike, D: ArrayLike, B: ArrayLike) -> Any:
     return S if np.ndim(S) else float(S)
 
 
-def optimal_fraction(S: ArrayLike) -> Any:
+def fraction_at(S: ArrayLike) -> Any:
     """The optimal QAT fraction exp(-A / ln S) [note], in (0, 1), rising with S: a float for a number, else an array.
 
     ValueError where S <= 1: the closed form reaches 0 at S = 1 and has no meaning below. Nothing is clipped:
@@ -61,10 +61,15 @@ def optimal_fraction(S: ArrayLike) -> Any:
     return found if np.ndim(found) else float(found)
 
 
+def optimal_fraction(N: ArrayLike, D: ArrayLike, B: ArrayLike) -> Any:
+    """The closed form for a model of N parameters, D tokens and B bits; see `fraction_at`. Arrays broadcast."""
+    return fraction_at(tokens_per_parameter_byte(N, D, B))
+
+
 def closed_form(N: float, D: float, B: float) -> float | None:
     """The closed form's fraction of a run; None where it is undefined, or just above S = 1 rounds to 0."""
     S = tokens_per_parameter_byte(N, D, B)
-    return (optimal_fraction(S) or None) if S > 1 else None
+    return (fraction_at(S) or None) if S > 1 else None
 
 
 def is_extrapolated(S: float) -> bool:

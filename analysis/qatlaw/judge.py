@@ -16,8 +16,8 @@ from scipy.special import stdtrit
 from qatlaw.bit_widths import BIT_WIDTHS, UNQUANTIZED_BITS
 from qatlaw.curves import Curve, OptimalFraction, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.fit import fit, fit_per_bits
 from qatlaw.fit_file import FitFile
+from qatlaw.fitting import fit, fit_per_bits
 from qatlaw.fraction import amount, closed_form
 from qatlaw.laws import FORMS, Law
 from qatlaw.laws.base import Floats

@@ -72,7 +72,7 @@ def judge(
     by_table = [(table, [one for one in verdicts if one.table == table.label]) for table in chosen]
     if out is not None:
         from qatlaw.figures.judged import CAPTION, draw_judged
-        from qatlaw.report import image, render
+        from qatlaw.page import image, render
 
         figure = draw_judged(candidates, chosen)
         page = render(

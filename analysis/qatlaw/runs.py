@@ -2,7 +2,7 @@
 
 A record is what tracking keeps of a run: its final numbers by their stable names (`final/val_loss`, `n_params`, `bits`,
 `tokens_fp`, `tokens_qat`, `scheme`, `validation_fingerprint` ...) and its recipe as flat text. `qatlaw.mlflow_runs`
-reads them from MLflow.
+reads them from MLflow, `qatlaw.run_folders` from the folders of runs.
 
 A law is about points: model size, bits, tokens of both phases, scheme, seed, held-out text and every other setting of
 the recipe. Runs that differ in the optimizer's settings alone are trials of one point, represented by the one with the
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -47,7 +47,7 @@ class RunRecord:
     run_id: str
     name: str
     status: str
-    """FINISHED, or MLflow's word for anything else."""
+    """FINISHED, or how it ended; of a damaged one the problem."""
     final: Mapping[str, Any]
     """Numbers and `scheme` by their stable names; unknown ones are missing."""
     recipe: Mapping[str, str]
@@ -55,7 +55,8 @@ class RunRecord:
     created: float = 0.0
     """Any clock: the later of two records of the same run counts."""
     kind: str = "training"
-    """`training`; `fit` for the record of a fitted law; `imported` for a model that was trained elsewhere."""
+    """`training`; `fit` for the record of a fitted law; `imported` for a model that was trained elsewhere; `damaged`
+    for a folder that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,22 @@ class Collected:
     left_out: tuple[LeftOut, ...] = ()
     notices: tuple[str, ...] = ()
     """What a reader has to know about the runs that were used."""
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
+        """The runs of a data frame, which may come from `frame` below."""
+        attrs = frame.attrs
+        found = best_trials(RunTable.from_frame(frame, attrs.get("source", "the data frame"), scheme=scheme))
+        before = [LeftOut(**one) for one in attrs.get("left_out", ())]
+        return cls(found.table, (*before, *found.left_out), tuple(attrs.get("notices", ())))
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The table as a data frame, with source, left_out and notices as its attributes."""
+        frame = self.table.frame.copy()
+        left_out = [asdict(one) for one in self.left_out]
+        frame.attrs = {"source": self.table.source, "left_out": left_out, "notices": list(self.notices)}
+        return frame
 
 
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
@@ -130,6 +147,8 @@ def _unfit(record: RunRecord) -> str | None:
     """Why a law cannot use a run; None if it can."""
     if record.kind == "imported":
         return "imported, not trained"
+    if record.kind == "damaged":
+        return f"damaged: {record.status}"
     if record.status != "FINISHED":
         return f"unfinished: {record.status.lower()}"
     missing = [name for name in (*LAW_POINT, VAL_LOSS) if record.final.get(name) is None]

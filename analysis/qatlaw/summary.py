@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from qatlaw.bit_widths import bits_label
 from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
 from qatlaw.errors import InputError
 from qatlaw.figures.style import amount
-from qatlaw.fit import FitResult, fit, fit_per_bits
 from qatlaw.fit_file import Bootstrap, FitFile, fit_file, write_fit
+from qatlaw.fitting import FitResult, fit, fit_per_bits
 from qatlaw.fraction import closed_form
 from qatlaw.information import error_text
 from qatlaw.laws import FORMS
-from qatlaw.laws.base import LawForm
+from qatlaw.laws.base import Law, LawForm
 from qatlaw.table import MIXED_SCHEMES, RunTable
 from qatlaw.uncertainty import bootstrap, interval_notes
 from qatlaw.validation import AXES, Comparison, compare
@@ -29,9 +30,9 @@ from qatlaw.validation import AXES, Comparison, compare
 NONE = "–"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
-    """A fitted law and how far it can be trusted."""
+    """A fitted law and how far it can be trusted. Printed, it is a table of coefficients."""
 
     label: str
     """'qat_unified', or 'qat_per_bits, 4 bits'."""
@@ -44,6 +45,29 @@ class Summary:
     """By width and 'all'; empty without usable U-curves, or for a law without an optimal fraction."""
     curves: Sequence[Curve]
     """The measured U-curves of the law's widths."""
+
+    def __repr__(self) -> str:
+        runs, error = len(self.result.table), self.result.mae
+        title = f"{self.label}, {self.scheme}: {runs} runs, mean absolute error {error:.4f} nats"
+        return f"{title}\n{self.coefficients.to_string(float_format='{:.4g}'.format, na_rep=NONE)}"
+
+    @property
+    def law(self) -> Law:
+        return self.result.law
+
+    @property
+    def coefficients(self) -> pd.DataFrame:
+        """value, low and high (ends of the interval) by parameter; NaN where the runs do not determine it."""
+        ends = self.bootstrap.coefficients if self.bootstrap else {}
+        rows = {
+            name: (np.nan if name in self.result.identifiability.open else value, *ends.get(name, (np.nan, np.nan)))
+            for name, value in self.law.coefficients.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"])
+
+    def save(self, path: str | Path) -> None:
+        """Write fit.json, which `qatlaw.read_fit` reads and `qatscale plan --law` plans by."""
+        write_fit(path, self.file)
 
     @property
     def warnings(self) -> list[str]:

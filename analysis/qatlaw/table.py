@@ -6,8 +6,9 @@ succeeds and is wrong, so magnitudes that no training run has are refused here.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.errors import InputError
 from qatlaw.laws.base import Floats, Points
 from qatlaw.names import VAL_LOSS
@@ -25,6 +27,10 @@ COLUMNS = ("n_params", "bits", "tokens_fp", "tokens_qat", "loss", "scheme")
 """Columns that a table must have. Others (run_id, name...) are kept; `synthetic` marks runs that nobody trained."""
 TEXT = ("validation_fingerprint", "validation_tokens")
 """The held-out text that a loss was measured on: hash of the split, tokens read of it; empty where not known."""
+TOTAL = ("tokens", "tokens_total")
+"""Either one, with qat_fraction, stands for tokens_fp and tokens_qat."""
+OPTIONAL = ("qat_fraction", *TOTAL, "seed", "name", "run_id", "trial", "effective_bits", *TEXT)
+"""Columns that are used where a table has them."""
 POINT = (*(name for name in COLUMNS if name != "loss"), "seed", *TEXT, "settings")
 """Columns that tell points apart, as far as a table has them. `settings`: those of the recipe that no law knows. Rows
 of one point differ in `trial`, the optimizer's settings."""
@@ -58,18 +64,29 @@ def points_of(frame: pd.DataFrame) -> Points:
 
 @dataclass(frozen=True)
 class RunTable:
-    """Checked runs. Build it with `from_frame` or `read_table`."""
+    """Checked runs. Build it with `from_frame` or `read`."""
 
     frame: pd.DataFrame
     source: str
 
     @classmethod
-    def from_frame(cls, frame: pd.DataFrame, source: str = "a data frame") -> RunTable:
-        """InputError for a missing column, a value that is not a number, a wrong unit or a run that occurs twice."""
-        checked = _renamed(frame).reset_index(drop=True)
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        source: str = "a data frame",
+        columns: Mapping[str, str] | None = None,
+        scheme: str | None = None,
+    ) -> RunTable:
+        """InputError for a missing column, a value that is not a number, a wrong unit or a run that occurs twice.
+
+        columns: our name to the frame's own, where they differ.
+        scheme: of runs with two phases, in a frame without a column `scheme`.
+        """
+        checked = _renamed(_mapped(frame, columns or {}, source)).reset_index(drop=True)
+        checked = _completed(checked, source, scheme)
         if missing := [name for name in COLUMNS if name not in checked.columns]:
-            fix = f"A table of runs has {', '.join(COLUMNS)}; tokens_qat is 0 for full-precision runs."
-            raise InputError(f"{source}: columns", list(map(str, frame.columns)), f"{', '.join(missing)} missing.", fix)
+            problem = f"{', '.join(missing)} missing."
+            raise InputError(f"{source}: columns", list(map(str, frame.columns)), problem, _advice(missing, frame))
         if checked.empty:
             raise InputError(f"{source}: rows", 0, "are too few: a table of runs has at least one.")
         for name in COLUMNS[:-1]:
@@ -93,6 +110,21 @@ class RunTable:
             fix = "Add a seed column to distinguish repeats, and delete true duplicates."
             raise InputError(f"{source}: rows", first, problem, fix)
         return cls(checked, source)
+
+    @classmethod
+    def read(cls, path: str | Path, columns: Mapping[str, str] | None = None, scheme: str | None = None) -> RunTable:
+        """A table from a .csv or .parquet file, see `from_frame`. InputError where it cannot be read."""
+        file = Path(path)
+        readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+        if file.suffix not in readers:
+            raise InputError("table", str(path), "is not a .csv or .parquet file.")
+        if not file.is_file():
+            raise InputError("table", str(path), "no such file.")
+        try:
+            frame = readers[file.suffix](file)
+        except Exception as error:
+            raise InputError("table", str(path), f"cannot be read: {error}.") from error
+        return cls.from_frame(frame, file.name, columns, scheme)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -208,19 +240,60 @@ class RunTable:
         raise InputError(f"{self.source}: held-out text", None, problem, fix)
 
 
-def read_table(path: str | Path) -> RunTable:
-    """A table of runs from a .csv or .parquet file. InputError where it cannot be read or fails the checks."""
-    file = Path(path)
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
-    if file.suffix not in readers:
-        raise InputError("table", str(path), "is not a .csv or .parquet file.")
-    if not file.is_file():
-        raise InputError("table", str(path), "no such file.")
-    try:
-        frame = readers[file.suffix](file)
-    except Exception as error:
-        raise InputError("table", str(path), f"cannot be read: {error}.") from error
-    return RunTable.from_frame(frame, source=file.name)
+def _mapped(frame: pd.DataFrame, columns: Mapping[str, str], source: str) -> pd.DataFrame:
+    """With our names for the columns that have others; a column of our name that means something else is dropped."""
+    for ours, own in columns.items():
+        if ours not in (*COLUMNS, *OPTIONAL):
+            raise InputError("--column", ours, "is not a column of a table of runs.", _near(ours, COLUMNS + OPTIONAL))
+        if own not in frame.columns:
+            raise InputError(f"{source}: --column {ours}", own, "no such column.", _near(own, frame.columns))
+    others = frame.drop(columns=[name for name in columns if name in frame.columns and name not in columns.values()])
+    return others.rename(columns={own: ours for ours, own in columns.items()})
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    known = list(map(str, names))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
+def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
+    """What a table needs, with the columns that the missing ones may be."""
+    unused = [str(name) for name in frame.columns if name not in (*COLUMNS, *OPTIONAL)]
+    near = {name: difflib.get_close_matches(name, unused, n=1, cutoff=0.5) for name in missing}
+    found = {name: close[0] for name, close in near.items() if close}
+    fixes = []
+    if found:
+        options = " ".join(f"--column {name}={own}" for name, own in found.items())
+        fixes.append(f"Try {options} (in Python: columns={found}).")
+    if "scheme" in missing:
+        fixes.append("Name the scheme of runs with two phases: --scheme sequential or fused.")
+    if set(missing) - found.keys() - {"scheme"} or not fixes:
+        fixes.append(
+            "A table of runs has n_params, bits, loss, scheme, and either tokens_fp and tokens_qat (0 for "
+            "full-precision runs) or tokens and qat_fraction."
+        )
+    return " ".join(fixes)
+
+
+def _completed(frame: pd.DataFrame, source: str, scheme: str | None) -> pd.DataFrame:
+    """With the columns that follow from others: tokens of both phases, the scheme, the bits of full precision."""
+    filled = frame.copy()
+    total = next((name for name in TOTAL if name in filled.columns), None)
+    if total and "qat_fraction" in filled.columns and not {"tokens_fp", "tokens_qat"} <= set(filled.columns):
+        tokens, share = (pd.to_numeric(filled[name], errors="coerce") for name in (total, "qat_fraction"))
+        problem, fix = "is not a share of the tokens between 0 and 1.", "Write 15 % as 0.15."
+        _refuse(source, "qat_fraction", filled["qat_fraction"], ~share.between(0, 1), problem, fix)
+        filled["tokens_qat"] = share * tokens
+        filled["tokens_fp"] = tokens - filled["tokens_qat"]
+    if not {"tokens_fp", "tokens_qat"} <= set(filled.columns):
+        return filled
+    fp, qat = (pd.to_numeric(filled[name], errors="coerce") for name in ("tokens_fp", "tokens_qat"))
+    if "scheme" not in filled.columns and (scheme or not ((fp > 0) & (qat > 0)).any()):
+        filled["scheme"] = np.select([qat == 0, fp == 0], ["fp", "scratch"], default=scheme or "")
+    if "bits" in filled.columns:
+        filled["bits"] = filled["bits"].where(filled["bits"].notna() | (qat != 0), UNQUANTIZED_BITS)
+    return filled
 
 
 def _renamed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -17,8 +17,8 @@ from dataclasses import replace
 import numpy as np
 
 from qatlaw.errors import InputError
-from qatlaw.fit import FitResult, make_problem
 from qatlaw.fit_file import Bootstrap
+from qatlaw.fitting import FitResult, make_problem
 from qatlaw.identifiability import OPEN
 from qatlaw.noise import own_errors
 

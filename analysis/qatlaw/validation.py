@@ -14,7 +14,7 @@ import numpy as np
 
 from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.fit import Quality, fit, fit_per_bits, quality
+from qatlaw.fitting import Quality, fit, fit_per_bits, quality
 from qatlaw.laws.base import Floats, Law, LawForm
 from qatlaw.table import RunTable
 

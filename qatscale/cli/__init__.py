@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
 from qatlaw.errors import InputError
-from qatscale.errors import EXIT_BAD_INPUT
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
 
+TRAINING = ("train", "resume", "branch")
+"""Commands that several processes run together."""
 _LATER = 5.0
 
 
@@ -18,6 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
     In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
     first one leaves, and an error of one of them alone is still reported.
     """
+    command = (sys.argv[1:] if arguments is None else arguments)[:1]
+    if command and command[0] in TRAINING:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))  # until the run has handlers of its own
     from qatscale.cli.app import app
 
     try:

@@ -7,20 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qatlaw.errors import InputError
 from qatlaw.planner_law import law_names
 from qatscale.cli.terminal import Json, console, plain_table
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
-    from qatlaw.figures import Laws
-    from qatlaw.runs import Collected, RunRecord
+    from qatlaw.runs import Collected
     from qatlaw.summary import Rows, Summary
 
 _SOURCE = "Where the runs are (one of them)"
@@ -33,7 +30,16 @@ Table = Annotated[
     Path | None,
     typer.Option(
         rich_help_panel=_SOURCE,
-        help="A .csv or .parquet: n_params, bits, tokens_fp, tokens_qat, scheme, loss (or final/val_loss), and seed.",
+        help="A .csv or .parquet: n_params, bits, tokens_fp and tokens_qat (or tokens and qat_fraction), loss, scheme; "
+        "seed, if there are repeats.",
+    ),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=_SOURCE,
+        metavar="NAME=COLUMN",
+        help="A column of --table that has another name: loss=val_loss.",
     ),
 ]
 Runs = Annotated[Path | None, typer.Option(rich_help_panel=_SOURCE, help="A folder of run folders: runs.")]
@@ -54,6 +60,7 @@ Compare = Annotated[
 def fit(
     experiment: Experiment = None,
     table: Table = None,
+    column: Column = None,
     runs: Runs = None,
     uri: Uri = None,
     form: Form = "qat_unified",
@@ -74,7 +81,7 @@ def fit(
     from qatlaw.summary import form_named, rivals, scheme_of, summarise, write_files
 
     chosen = form_named(form)
-    collected, where = collect_runs(experiment, table, runs, uri)
+    collected, where = collect_runs(experiment, table, runs, uri, column, scheme)
     if bits == "effective":
         if chosen.one_width:
             raise UserError("--bits", bits, f"{form} is a law of one nominal width.", "Fit qat_unified.")
@@ -101,6 +108,7 @@ def fit(
 def report(
     experiment: Experiment = None,
     table: Table = None,
+    column: Column = None,
     runs: Runs = None,
     uri: Uri = None,
     form: Form = "qat_unified",
@@ -117,39 +125,17 @@ def report(
     compare: Compare = True,
 ) -> None:
     """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
-    from qatlaw.figures import Evidence
-    from qatlaw.report import Report, write_report
-    from qatlaw.summary import form_named, rivals, scheme_of, summarise
+    from qatlaw.page import compose, write_report
 
-    chosen = form_named(form)
-    collected, _ = collect_runs(experiment, table, runs, uri)
+    collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
-    laws, summaries, compared, no_law = None, [], [], ""
-    if law is not None:
-        laws = _given_law(law, scheme_of(collected.table, scheme, either=True))
-    else:
-        try:
-            kind = scheme_of(collected.table, scheme, either=True)
-            with _working("fitting"):
-                summaries = summarise(chosen, collected.table, kind, resamples=resamples)
-            laws = _laws_of(summaries)
-        except InputError as error:
-            if scheme is not None and error.key == "--scheme":
-                raise
-            no_law = str(error)
-    if compare and summaries:
-        with _working("fitting the rival laws without the largest models and the longest runs"):
-            compared = rivals(collected.table, summaries[0].scheme)
-    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    content = Report(
-        Evidence(collected.table, laws), created, summaries, compared, collected.left_out, collected.notices, no_law
-    )
-    with _working("drawing"):
+    with _working("fitting" if law is None else "drawing"):
+        content = compose(collected, form, scheme, law, resamples=resamples, compare=compare)
         page = write_report(content, out)
     for one in content.drawn:
         print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")
-    if no_law:
-        print(f"no loss law: {no_law}")
+    if content.no_law:
+        print(f"no loss law: {content.no_law}")
     print(f"{page}  (figures as SVG and PNG in {page.parent / 'figures'})")
 
 
@@ -157,7 +143,12 @@ def report(
 
 
 def collect_runs(
-    experiment: str | None, table: Path | None, runs: Path | None, uri: str | None
+    experiment: str | None,
+    table: Path | None,
+    runs: Path | None,
+    uri: str | None,
+    column: list[str] | None = None,
+    scheme: str | None = None,
 ) -> tuple[Collected, tuple[str, str] | None]:
     """The runs, and (URI, experiment) if they come from MLflow."""
     given = {"--experiment": experiment, "--table": table, "--runs": runs}
@@ -167,66 +158,32 @@ def collect_runs(
         raise UserError("source", None, problem, f"Give one of {', '.join(given)}.")
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
-    from qatlaw.results import holds_results, read_results
-    from qatlaw.runs import best_trials, collect
-    from qatlaw.table import read_table
-
-    if table is not None:
-        of_study = holds_results(table)
-        return collect(read_results(table), str(table)) if of_study else best_trials(read_table(table)), None
-
-    if runs is not None:
-        return collect(folder_records(runs), str(runs)), None
-    from qatlaw.mlflow_runs import mlflow_records
+    from qatlaw import sources
     from qatscale.tracking.store import quiet_mlflow, resolve_uri
 
+    if table is not None:
+        return sources.from_table(table, _columns(column), scheme), None
+    if column:
+        raise UserError("--column", column[0], "has no effect without --table.", "Leave it out.")
+    if runs is not None:
+        return sources.from_folder(runs), None
     assert experiment is not None
     resolved = resolve_uri(uri)
     if resolved is None:
         raise UserError("MLFLOW_TRACKING_URI", "none", "means no tracking.", "Give --uri, --runs or --table.")
     with _working(f"reading experiment {experiment}"), quiet_mlflow():
-        records = mlflow_records(resolved, experiment)
-    return collect(records, f"experiment {experiment}"), (resolved, experiment)
+        return sources.from_experiment(experiment, resolved), (resolved, experiment)
 
 
-def folder_records(output: Path) -> list[RunRecord]:
-    """The runs of a folder of run folders, as MLflow records them. UserError if it holds none."""
-    from qatscale.tracking.compare import run_folders
-    from qatscale.tracking.run_record import run_record
-
-    folders = run_folders(output)
-    if not folders:
-        raise UserError("--runs", str(output), "holds no runs.", "Name a folder of run folders.")
-    return [run_record(folder) for folder in folders]
-
-
-def _given_law(name: str, scheme: str) -> Laws:
-    from qatlaw.figures import Laws
-    from qatlaw.planner_law import load_law
-
-    found = load_law(name)
-    width = found.range["bits"][0] if found.law.form.one_width else None
-    return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
-
-
-def _laws_of(summaries: list[Summary]) -> Laws | None:
-    """None for laws without an optimal fraction: most figures are about it."""
-    from qatlaw.figures import Laws
-
-    first = summaries[0]
-    if not first.result.law.form.has_fraction:
-        return None
-    ranges = first.result.table.ranges
-    widths = [one.bits for one in summaries if one.bits is not None]
-    if widths:
-        ranges |= {"bits": (min(widths), max(widths))}
-    return Laws(
-        by_width={one.bits: one.result.law for one in summaries},
-        source=f"{first.result.law.form.name}, fitted on these runs",
-        ranges=ranges,
-        scheme=first.scheme,
-        demonstration=first.result.table.synthetic,
-    )
+def _columns(given: list[str] | None) -> dict[str, str]:
+    """--column loss=val_loss as our name to the table's."""
+    columns = {}
+    for text in given or ():
+        name, _, own = text.partition("=")
+        if not own:
+            raise UserError("--column", text, "must be NAME=COLUMN.", "Write --column loss=val_loss.")
+        columns[name] = own
+    return columns
 
 
 def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:

@@ -11,7 +11,7 @@ import typer
 
 from qatlaw.planner_law import law_names
 from qatscale.cli import study_run
-from qatscale.cli.fit import Experiment, Runs, Table, Uri
+from qatscale.cli.fit import Column, Experiment, Runs, Table, Uri
 from qatscale.cli.terminal import Json, console, plain_table
 from qatscale.errors import UserError
 
@@ -38,6 +38,7 @@ def plan(
     noise: Annotated[float, typer.Option(help="Standard deviation of a run's log loss: 0.002 is 0.2 %.")] = 0.002,
     experiment: Experiment = None,
     table: Table = None,
+    column: Column = None,
     runs: Runs = None,
     uri: Uri = None,
     workers: Annotated[int, typer.Option(min=1, help="Workers, for time and disk.")] = 1,
@@ -62,7 +63,7 @@ def plan(
         raise UserError("--law", None, "missing: existing runs count only for the information.", "Add it.")
     speed = _flops_per_second(gpu, mfu)
     assumed = None if law is None else load_law(law)
-    known = collect_runs(experiment, table, runs, uri)[0].table.frame if has_runs else None
+    known = collect_runs(experiment, table, runs, uri, column)[0].table.frame if has_runs else None
     planned = plan_study(file, workers, assumed, noise, known)
     if as_json:
         print(json.dumps(plan_as_json(planned), indent=2))

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatscale.cli.terminal import Json, Overrides, console, refuse
-from qatscale.errors import EXIT_REQUEUE, UserError
+from qatscale.errors import UserError
 
 if TYPE_CHECKING:
     from qatscale.config.schema import RunConfig
+
+TakeOver = Annotated[
+    bool, typer.Option("--take-over", help="Train the run even if another process may still do so; that one ends.")
+]
 
 
 def train(
@@ -44,6 +48,7 @@ def train(
     host_memory: Annotated[
         float | None, typer.Option(help="With --dry-run: check that the run fits into this many GB of a node's memory.")
     ] = None,
+    take_over: TakeOver = False,
     as_json: Json = False,
 ) -> None:
     """Train a run, or continue it where it stopped.
@@ -64,12 +69,13 @@ def train(
         "--json": as_json,
     }  # fmt: skip
     refuse(only_dry, "has no effect without --dry-run.")
-    _train(config, branch_from)
+    _train(config, branch_from, take_over)
 
 
 def resume(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     overrides: Overrides = None,
+    take_over: TakeOver = False,
 ) -> None:
     """Continue a stopped run from its newest checkpoint. Overrides may not change the result."""
     from qatscale.config import load_run_config
@@ -77,7 +83,7 @@ def resume(
 
     folder = RunFolder.open(run.resolve())
     where = [f"output={folder.path.parent}", f"name={folder.path.name}"]  # a run may have been moved or renamed
-    _train(load_run_config(folder.path / "recipe.yaml", [*where, *(overrides or ())]), None)
+    _train(load_run_config(folder.path / "recipe.yaml", [*where, *(overrides or ())]), None, take_over)
 
 
 def branch(
@@ -102,14 +108,16 @@ def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
     return load_run_config(run / "recipe.yaml", [*output, *overrides])
 
 
-def _train(config: RunConfig, branch_from: str | None) -> None:
+def _train(config: RunConfig, branch_from: str | None, take_over: bool = False) -> None:
+    from qatscale.supervise.signals import exit_code
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
     from qatscale.tracking.store import where_to_look
     from qatscale.train.run import train
 
-    if train(config, branch_from).status == "stopped":
-        sys.exit(EXIT_REQUEUE)
+    outcome = train(config, branch_from, take_over=take_over)
+    if outcome.status == "stopped":
+        sys.exit(exit_code(outcome.signal))
     if int(os.environ.get("RANK", 0)) == 0:
         console().print(comparison_table([run_row(RunFolder(config.folder))]))
         print(f"run folder: {config.folder}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, Shard
-from qatscale.errors import UserError
+from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of, write_json
 
 Split = Literal["train", "validation"]
@@ -82,9 +82,8 @@ class Manifest(_Part):
         try:
             manifest = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "its text"
-            raise UserError("data.path", str(path), f"not a manifest of format 1: {place}: {first['msg']}.") from None
+            problem = f"not a manifest of format 1: {first_invalid(error)}."
+            raise UserError("data.path", str(path), problem) from None
         if manifest.dtype not in {dtype.name for dtype in DTYPE_CODES.values() if dtype.kind != "f"}:
             raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
         return manifest

@@ -8,12 +8,15 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
 from qatscale.engine.layout import job_size
+from qatscale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,32 @@ def start_runtime(timeout: float | None = None) -> Runtime:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
         atexit.register(_leave)
     return Runtime(rank, ranks, local_rank, device)
+
+
+def together(
+    work: Callable[[], Any] | None, runtime: Runtime, group: torch.distributed.ProcessGroup | None = None
+) -> list[Any]:
+    """The results of `work` on all processes. An OSError, UserError or FloatingPointError of one is raised on all.
+
+    Collective.
+    """
+    own: tuple[Any, Exception | None]
+    try:
+        own = (work() if work else None, None)
+    except (UserError, FloatingPointError) as error:  # not raised yet: the others wait to hear of it
+        own = (None, error)
+    except OSError as error:
+        own = (None, OSError(f"process {runtime.rank}: {error}"))
+    outcomes = [own]
+    if runtime.ranks > 1:
+        outcomes *= runtime.ranks
+        torch.distributed.all_gather_object(outcomes, own, group=group)
+    errors = [error for _, error in outcomes if error]
+    if errors and isinstance(errors[0], OSError):
+        raise OSError("; ".join(map(str, errors)))
+    if errors:
+        raise errors[0]
+    return [given for given, _ in outcomes]
 
 
 def _leave() -> None:

@@ -26,7 +26,8 @@ def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
     optimum, warning = 0.0, None
     said = f"the planner's closed form has no optimum at {S:.3g} tokens per parameter byte, only above 1"
     if S > 1:
-        optimum, warning = optimal_fraction(S), extrapolation_warning(params, config.tokens, qat.bits)
+        optimum = optimal_fraction(params, config.tokens, qat.bits)
+        warning = extrapolation_warning(params, config.tokens, qat.bits)
         said = f"the planner's optimum is {optimum:.4f}"
     warnings = () if warning is None else (warning,)
     fraction = nearest_fraction(config, optimum)

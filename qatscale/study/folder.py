@@ -6,7 +6,7 @@
     tree.json             the runs in an order in which they can be trained: parent, steps, cost
     jobs/NAME.yaml        the resolved recipe of each run
     runs/NAME/            run folders
-    claims/               who trains what, see `qatscale.study.claims`
+    claims/               who trains what, see `qatscale.supervise.claims`
     logs/                 one log a worker
     results.csv           one row a finished run
     fit-*.json  report/   what the runs say, when all are done
@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.results import read_results, write_results
+from qatlaw.run_folders import run_record
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatscale.config import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
@@ -32,11 +33,10 @@ from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
 from qatscale.errors import UserError
 from qatscale.files import locked, write_atomic, write_json
-from qatscale.study.claims import Claims
 from qatscale.study.file import read_study
 from qatscale.study.grid import StudyRun, grid
+from qatscale.supervise.claims import Claims
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.tracking.run_record import run_record
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,6 @@ class StudyFolder:
 
     def recorded(self) -> set[str]:
         """The runs that have a row in results.csv."""
-        from qatlaw.results import read_results
-
         return {record.name for record in read_results(self.results)} if self.results.exists() else set()
 
 
@@ -255,7 +253,7 @@ def record(folder: StudyFolder, *names: str) -> None:
     with locked(folder.path / ".results"):
         rows = {row.name: row for row in (read_results(folder.results) if folder.results.exists() else [])}
         for name in names:
-            rows.setdefault(name, run_record(folder.run(name)))
+            rows.setdefault(name, run_record(folder.run(name).path))
         order = {name: i for i, name in enumerate(folder.jobs)}
         write_results(folder.results, sorted(rows.values(), key=lambda row: order.get(row.name, len(order))))
 

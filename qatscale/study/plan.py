@@ -11,12 +11,12 @@ import pandas as pd
 
 from qatlaw.information import Certainty, certainties
 from qatlaw.planner_law import PlannerLaw
+from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord, planned_points
 from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
 from qatscale.config.sizes import count_parameters
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.grid import Grid, StudyRun, grid
-from qatscale.tracking.mlflow_page import flatten
 
 
 @dataclass(frozen=True)

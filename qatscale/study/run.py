@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
-from qatscale.study.claims import worker_name
 from qatscale.study.folder import StudyFolder
+from qatscale.supervise.claims import worker_name
 
 SHORT_LIFE = 30.0
 """Seconds; a worker that ends sooner and has claimed no run would fail again."""

@@ -9,8 +9,8 @@ from typing import Literal
 
 from qatlaw.study import longest_paths, next_job
 from qatscale.engine.checkpoints.files import MANIFEST
-from qatscale.study.claims import Attempt
 from qatscale.study.folder import StudyFolder, StudyJob
+from qatscale.supervise.claims import Attempt
 
 MAX_DEATHS = 5
 """Workers that may die in the same run before the run counts as failed."""

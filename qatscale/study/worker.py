@@ -19,9 +19,9 @@ from types import FrameType
 from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
-from qatscale.study.claims import Claim, worker_name
 from qatscale.study.folder import StudyFolder, StudyJob, record
 from qatscale.study.state import StudyState
+from qatscale.supervise.claims import Claim, worker_name
 
 POLL = 1.0
 """Seconds between two searches for a run that can start; grows tenfold while nothing changes."""

@@ -1,8 +1,11 @@
-"""SIGTERM and SIGUSR1 (pre-emption): finish the step, save, and exit with a code that asks to be started again."""
+"""Signals that ask a run to stop: it finishes the step, saves, and exits with a code that asks to be started again."""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from types import FrameType
 from typing import Self
 
@@ -10,6 +13,25 @@ import torch
 import torch.distributed as dist
 
 from qatscale.engine.runtime import Runtime
+from qatscale.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+"""Pre-emption (the first two), a terminal that closes, Ctrl-C."""
+START_GRACE = 1.0
+"""Seconds in which a start may end in order."""
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a run that this signal stopped."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
+
+
+class Stopped(Exception):  # noqa: N818 - no error
+    """All processes agreed to stop where nothing has to be saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 class StopRequest:
@@ -17,34 +39,88 @@ class StopRequest:
 
     A signal may reach one process only, or several at different steps. So every step starts an all-reduce of one number
     over a CPU group and reads the result of the step before: all processes read the same, and none waits for it.
+
+    A second SIGINT ends the process at once. A signal that was ignored before (nohup) stays ignored.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self) -> None:
         self.received: int = 0
         """The number of the first signal this process got, or 0."""
-        self._group = dist.new_group(backend="gloo") if runtime.ranks > 1 else None
+        self._group: dist.ProcessGroup | None = None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
-        self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+        self._before = {
+            number: signal.signal(number, self._on_signal)
+            for number in SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        self._starting: int | None = self._end_a_blocked_start()
+
+    def _end_a_blocked_start(self) -> int:
+        """Until `join` the main thread may wait for the other processes inside a library, where it runs no handler.
+
+        A thread then ends the process: nothing is lost yet. Returns the end of the pipe that wakes it.
+        """
+        woken, wakes = os.pipe()
+        os.set_blocking(wakes, False)
+        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+
+        def wait() -> None:
+            number = os.read(woken, 1)
+            os.close(woken)
+            if number and number[0] in self._before:
+                time.sleep(START_GRACE)
+                if self._starting is not None:
+                    print(f"{signal.Signals(number[0]).name}: stopped before the first step", flush=True)
+                    os._exit(exit_code(number[0]))
+
+        threading.Thread(target=wait, name="signals", daemon=True).start()
+        return wakes
+
+    def _started(self) -> None:
+        if self._starting is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._starting)
+            self._starting = None
+
+    def join(self, runtime: Runtime) -> None:
+        """Agree with the job's other processes from now on. Collective."""
+        self._started()
+        self._group = dist.new_group(backend="gloo") if runtime.ranks > 1 else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the handler's signature
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = self.received or number
 
     def agreed(self) -> int:
         """The signal's number once all processes know of it, else 0. Call it once after every step on every process."""
         if self._group is None:
             return self.received
-        agreed = 0
-        if self._pending is not None:
-            flag, work = self._pending
-            work.wait()
-            agreed = int(flag)
+        agreed = self._read()
         flag = torch.tensor(self.received)
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._pending = flag, work
         return agreed
+
+    def check(self) -> None:
+        """Raise `Stopped`, on all processes, if one of them was asked to stop. Collective."""
+        if number := self.agreed():
+            raise Stopped(number)
+
+    def check_now(self) -> None:
+        """As `check`, for a signal of this moment, too: waits for the other processes."""
+        self.check()
+        if number := self._read():
+            raise Stopped(number)
+
+    def _read(self) -> int:
+        """The number that the last all-reduce gives; this process's own where there was none."""
+        if self._pending is None:
+            return self.received if self._group is None else 0
+        flag, work = self._pending
+        work.wait()
+        return int(flag)
 
     def __enter__(self) -> Self:
         return self
@@ -52,6 +128,7 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Restore the signal handlers. After an error they stay: the launcher ends processes with SIGTERM when one has
         failed, and the error has yet to be reported; and the other processes may never reach this point."""
+        self._started()
         if kind is not None and self._group is not None:
             return
         if self._pending is not None:

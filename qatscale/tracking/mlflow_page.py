@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qatlaw.run_folders import flatten
 from qatscale.config.amounts import format_amount
 from qatscale.data.manifest import Manifest
 from qatscale.errors import UserError
@@ -92,30 +93,14 @@ _PERF = {"tokens_per_second", "tflops", "mfu", "memory_gib", "data_seconds"}
 _NOT_METRICS = {"event", "time", "step", "steps", "phase", "warmup"}
 
 
-def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """MLflow parameters of a recipe: dotted keys, strings as they are, everything else as JSON, cut at MLflow's limit.
-
-    >>> flatten({"qat": {"bits": 4, "scheme": "fused"}, "tokens": None})
-    {'qat.bits': '4', 'qat.scheme': 'fused', 'tokens': 'null'}
-    """
-    flat: dict[str, str] = {}
-    for key, value in recipe.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(encode(value))
-            flat[f"{prefix}{key}"] = text if len(text) <= _MAX_PARAM else text[: _MAX_PARAM - 1] + "…"
-    return flat
-
-
 def parameters(folder: RunFolder) -> dict[str, str]:
-    """A run's recipe as parameters, with the values that `auto` had in it.
+    """A run's recipe as parameters, with the values that `auto` had in it, cut at MLflow's limit.
 
     Without `tracking`, since the store is not a property of the run.
     """
     recipe = {key: value for key, value in folder.recipe.items() if key != "tracking"}
-    resolved = folder.run.get("resolved", {})
-    return flatten(recipe) | {key: json.dumps(encode(value)) for key, value in resolved.items()}
+    flat = flatten(encode(recipe)) | flatten(encode(folder.run.get("resolved", {})))
+    return {key: text if len(text) <= _MAX_PARAM else f"{text[: _MAX_PARAM - 1]}…" for key, text in flat.items()}
 
 
 def description(folder: RunFolder, final: Mapping[str, Any] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.schedule.timeline import Timeline
+from qatscale.supervise.signals import StopRequest
 from qatscale.tracking.compare import final_losses, median_speeds
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import RunSetup, TrainingComponents
@@ -50,13 +52,19 @@ def evaluate_checkpoint(
     return checkpoint.folder, counted, losses
 
 
-def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog) -> dict[str, Any]:
-    """Evaluate a run after its last step, mark it done, and return its final metrics. Collective."""
+def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog, stop: StopRequest) -> dict[str, Any]:
+    """Evaluate a run after its last step, mark it done, and return its final metrics. Collective.
+
+    FloatingPointError where the run's own loss is not finite. Raises `Stopped` after a signal.
+    """
     config, timeline, plugin = setup.config, setup.timeline, components.plugin
-    if plugin.switched_at is not None and setup.resume.step < timeline.steps:
+    if plugin.switched_at is not None:
         plugin.check_moving(components.masters)
     views = ["fp", *([] if config.qat.scheme == "fp" else ["quantized"]), *map(ptq_view, config.evaluation.ptq_bits)]
-    losses = validation_losses(components.engine, views, setup.validation, components.topology)
+    losses = validation_losses(components.engine, views, setup.validation, components.topology, stop.check)
+    own = "fp" if config.qat.scheme == "fp" else "quantized"
+    if not math.isfinite(losses[own]):
+        raise FloatingPointError(f"the final loss is {losses[own]}. Lower optimizer.learning_rate.")
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder, setup.weights)
     final |= {  # the data by content: losses on other held-out text do not compare

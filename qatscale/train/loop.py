@@ -14,7 +14,7 @@ from qatscale.engine.step import train_step
 from qatscale.engine.topology import gather_stages
 from qatscale.quant.report import merge_reports
 from qatscale.schedule.timeline import Timeline, kept_steps
-from qatscale.supervise.signals import StopRequest
+from qatscale.supervise.signals import Stopped, StopRequest
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.components import RunSetup, TrainingComponents
@@ -24,23 +24,28 @@ from qatscale.train.validation import validation_losses
 
 GC_INTERVAL = 100
 """Steps between two garbage collections, the same ones on all processes."""
+SCALES_MOVE_WITHIN = 100
+"""Steps after the switch, or after a later start, at which scales that still stand are an error."""
 
 
 def run_steps(
-    setup: RunSetup, components: TrainingComponents, log: RunLog, checkpointer: AsyncCheckpointer, watchdog: Watchdog
-) -> int:
-    """Take the optimizer steps from where the run starts to its end. Collective.
-
-    Returns the number of steps done: all of them, or fewer where a signal stopped the run, after saving.
-    """
+    setup: RunSetup,
+    components: TrainingComponents,
+    log: RunLog,
+    checkpointer: AsyncCheckpointer,
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> None:
+    """Take the optimizer steps from where the run starts to its end. Collective. Raises `Stopped` after saving."""
     config, timeline, first = setup.config, setup.timeline, setup.resume.step
     batches, validation = setup.batches, setup.validation
     runtime, topology, engine = components.runtime, components.topology, components.engine
     masters, plugin, qat_metrics = components.masters, components.plugin, components.qat_metrics
     due = Due(config, timeline)
+    moving = False
     meter = Meter(config, runtime, setup.precision)
 
-    with StopRequest(runtime) as stop, checkpointer, collect_garbage_by_hand():
+    with checkpointer, collect_garbage_by_hand():
         for step in range(first, timeline.steps):
             if report := plugin.maybe_switch(step, masters):
                 merged = merge_reports(gather_stages(report, topology), setup.weights.params)
@@ -68,6 +73,9 @@ def run_steps(
                 counts = qat_metrics.counts() if settings.quantized else None
                 log.metrics(done, meter.read(done, settings, engine, counts))
             log.step_done(done, components.compilation.news())
+            if settings.quantized and not moving and done >= (timeline.switch_step or 0) + SCALES_MOVE_WITHIN:
+                plugin.check_moving(masters)
+                moving = True
             checkpointer.poll()
             save = due.checkpoint(done) or ("signal" if stopped_by else None)
             validate = due.validation(done)
@@ -81,9 +89,7 @@ def run_steps(
                 gc.collect()
             if stopped_by and done < timeline.steps:
                 checkpointer.wait()
-                log.stopped(done, stopped_by)
-                return done
-    return timeline.steps
+                raise Stopped(stopped_by)
 
 
 @contextmanager

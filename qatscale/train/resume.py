@@ -57,8 +57,6 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
         problem = f"{folder.path} was begun by a version that read the training data in another order."
         fix = "Finish it with that version, or branch from its checkpoint, which continues in this version's order."
         raise UserError("name", config.name, problem, fix)
-    if folder.status == "running":
-        raise UserError("name", config.name, f"{folder.path} is being trained by another process.", "Wait, or stop it.")
     parent = folder.run["parent"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest:

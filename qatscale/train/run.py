@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qatscale.config import recipe_hash
 from qatscale.config.schema import RunConfig
-from qatscale.engine.runtime import start_runtime
+from qatscale.engine.runtime import Runtime, start_runtime, together
 from qatscale.schedule.build import build_timeline
+from qatscale.supervise.claims import Claim, hold_run
+from qatscale.supervise.signals import Stopped, StopRequest
 from qatscale.supervise.watchdog import Watchdog, collective_timeout
 from qatscale.tracking.follower import start_follower
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.checkpointing import AsyncCheckpointer
+from qatscale.train.components import ResumePlan, RunSetup
 from qatscale.train.evaluate import evaluate_final
 from qatscale.train.loop import run_steps
+from qatscale.train.resume import plan_resume
 from qatscale.train.run_log import RunLog
 from qatscale.train.setup import build, decide
 
@@ -32,26 +36,66 @@ class Outcome:
     step: int
     final: dict[str, Any] | None
     """Final metrics by their stable names; None where a signal stopped the run."""
+    signal: int = 0
+    """The signal that stopped it."""
 
 
-def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = True) -> Outcome:
+def train(
+    config: RunConfig, branch_from: str | None = None, *, linger: bool = True, take_over: bool = False
+) -> Outcome:
     """Train the run that `config` describes, from its newest state. Every process of a job calls it.
 
     A run that is done is returned as it is. One whose folder exists continues from its newest checkpoint. Any other
     starts fresh, or from `branch_from` (a checkpoint folder, a run folder, `RUN@STEP`). UserError for whatever is wrong
     with the input, before the first step. `linger`: at the end draw the run's figures and wait for its upload to
-    MLflow; a worker of a study does not, and starts the next run at once.
+    MLflow; a worker of a study does not, and starts the next run at once. `take_over`: also from a process that may
+    still train it.
     """
-    setup = decide(config, branch_from)
-    if setup is None:
-        return Outcome("done", build_timeline(config).steps, RunFolder(config.folder).final)
-    runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
+    with StopRequest() as stop:
+        setup = decide(config, branch_from)
+        runtime = start_runtime(collective_timeout(config.engine.stall_timeout)) if setup else None
+        if setup is None or runtime is None:
+            return _done(config)
+        stop.join(runtime)
+        with _only_writer(setup, branch_from, runtime, take_over) as resume:
+            if resume is None:
+                return _done(config)
+            return _train(replace(setup, resume=resume), runtime, stop, linger)
+
+
+def _done(config: RunConfig) -> Outcome:
+    return Outcome("done", build_timeline(config).steps, RunFolder(config.folder).final)
+
+
+@contextmanager
+def _only_writer(
+    setup: RunSetup, branch_from: str | None, runtime: Runtime, take_over: bool
+) -> Iterator[ResumePlan | None]:
+    """A context in which no other job writes the run's folder, with where the run begins now; None: it is done.
+
+    Collective. Before it, another job may have trained on.
+    """
+    claims: list[Claim] = []
+
+    def claim() -> ResumePlan | None:
+        claims.append(hold_run(setup.config.folder, take_over=take_over, notice=print))
+        return plan_resume(setup.config, setup.timeline, branch_from)
+
+    try:
+        yield together(claim if runtime.is_main else None, runtime)[0]
+    finally:
+        for held in claims:
+            held.close("released")
+
+
+def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -> Outcome:
     log = RunLog(setup, runtime, linger=linger)
-    with Watchdog(runtime, log.folder.logs, config.engine.stall_timeout, log.failed) as watchdog:
+    with Watchdog(runtime, log.folder.logs, setup.config.engine.stall_timeout, log.failed) as watchdog:
         components = build(setup, runtime)
         log.open(watchdog.hosts)
         with _uploaded(log, linger), log.recording(watchdog):
             try:
+                stop.check_now()
                 checkpointer = AsyncCheckpointer(
                     log.folder.checkpoints,
                     setup.config,
@@ -62,10 +106,11 @@ def train(config: RunConfig, branch_from: str | None = None, *, linger: bool = T
                     saved=log.checkpoint,
                     notice=log.notice,
                 )
-                done = run_steps(setup, components, log, checkpointer, watchdog)
-                if done < setup.timeline.steps:
-                    return Outcome("stopped", done, None)
-                return Outcome("done", done, evaluate_final(setup, components, log))
+                run_steps(setup, components, log, checkpointer, watchdog, stop)
+                return Outcome("done", setup.timeline.steps, evaluate_final(setup, components, log, stop))
+            except Stopped as stopped:
+                log.stopped(log.step, stopped.number)
+                return Outcome("stopped", log.step, None, stopped.number)
             finally:
                 components.engine.destroy()
 

@@ -57,8 +57,8 @@ class RunLog:
         self.n_params = count_parameters(self.config.model).total
         self.folder = RunFolder(self.config.folder)
         self.console = RunConsole(runtime.rank, self.timeline.steps, self.resume.step)
-        self._step = self.resume.step
-        """Steps done, as far as reported: where a failure is placed."""
+        self.step = self.resume.step
+        """Steps done, as far as reported: where a failure or a stop is placed."""
         self._is_open = self._warned = False
 
     def open(self, hosts: dict[str, list[int]]) -> None:
@@ -141,7 +141,7 @@ class RunLog:
             return
         logging.getLogger("qatscale").error(f"{own.text}\n{first.sentence}")
         if self.runtime.is_main:
-            step = max(first.step, self._step)
+            step = max(first.step, self.step)
             self.folder.append("failed", step=step, error=first.error, rank=first.rank, host=first.host)
 
     def notice(self, text: str) -> None:
@@ -154,7 +154,7 @@ class RunLog:
             self.console.notice(f"step {step}: {compiled}")
 
     def metrics(self, step: int, record: dict[str, Any]) -> None:
-        self._step = step
+        self.step = step
         if self.runtime.is_main:
             self.console.metrics(self.folder.append("metrics", step=step, **record))
             floored = record.get("scales_floored", 0)
@@ -191,7 +191,8 @@ class RunLog:
         if self.runtime.is_main:
             name = signal.Signals(number).name
             self.folder.append("stopped", step=step, signal=name)
-            self.console.notice(f"{name}: saved at step {step}; the same command continues from there")
+            where = f"saved at step {step}; the same command continues from there"
+            self.console.notice(f"{name}: {where if step else 'stopped before the first step'}")
 
     def finished(self, step: int, final: dict[str, Any]) -> None:
         if self.runtime.is_main:

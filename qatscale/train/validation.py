@@ -31,15 +31,24 @@ def open_view(model: nn.Module, name: str) -> AbstractContextManager[None]:
 
 
 def validation_losses(
-    engine: Any, views: Iterable[str], reader: EvaluationReader, topology: Topology
+    engine: Any,
+    views: Iterable[str],
+    reader: EvaluationReader,
+    topology: Topology,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """View → mean loss in nats over the held-out tokens, on all processes of a DeepSpeed engine. Collective."""
+    """View → mean loss in nats over the held-out tokens, on all processes of a DeepSpeed engine. Collective.
+
+    before_batch: called before each batch, equally often on all processes.
+    """
     engine.eval()
     loss_of = evaluation_loss(engine, topology)
     losses = {}
     for name in views:
         with open_view(engine.module, name):
-            total, tokens = summed_loss(loss_of, reader, engine.device, topology.data_rank, topology.data_ranks)
+            total, tokens = summed_loss(
+                loss_of, reader, engine.device, topology.data_rank, topology.data_ranks, before_batch
+            )
         sums = torch.tensor([total, tokens], dtype=torch.float64, device=engine.device)
         if topology.layout.processes > 1:
             dist.all_reduce(sums)  # each model's processes saw the same tokens, equally often: the mean stays
@@ -55,6 +64,7 @@ def summed_loss(
     device: torch.device,
     rank: int,
     ranks: int,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
     """(sum of the losses of all predicted tokens, their number) over this process's share of the held-out sequences.
 
@@ -62,6 +72,7 @@ def summed_loss(
     """
     total, count = 0.0, 0
     for index in range(reader.batches_per_rank(ranks)):
+        before_batch()
         batch = reader.batch(index, rank, ranks)
         tokens = torch.from_numpy(batch.tokens).to(device)
         loss = loss_of(tokens[:, :-1], tokens[:, 1:])  # also for a filler of weight 0: ZeRO-3 gathers from everyone

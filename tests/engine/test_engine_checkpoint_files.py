@@ -16,6 +16,7 @@ from qatscale.engine.checkpoints.files import (
     CheckpointReader,
     Manifest,
     ParameterRecord,
+    check_finite,
     commit,
     find_checkpoint,
     list_checkpoints,
@@ -138,7 +139,27 @@ DAMAGES = {
     "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     "a manifest without a key": (change_manifest(lambda m: m.pop("parameters")), "manifest.json cannot be read"),
     "a manifest with a key too many": (change_manifest(lambda m: m.update(x=1)), "manifest.json cannot be read"),
-    "a format of the future": (change_manifest(lambda m: m.update(format=3)), "manifest.json is of format 3; this"),
+    "a step as text": (change_manifest(lambda m: m.update(step="4")), "(step: Input should be a valid integer)"),
+    "no files": (change_manifest(lambda m: m.update(files=None)), "(files: Input should be an object)"),
+    "a file elsewhere": (
+        change_manifest(lambda m: m["files"].update({"../x": {}})),
+        "manifest.json cannot be read (files.",
+    ),
+    "a negative shape": (
+        change_manifest(lambda m: m["parameters"]["norm.weight"].update(shape=[-1, 5])),
+        "(parameters.norm.weight.shape.0: Input should be greater than or equal to 0)",
+    ),
+    "negative steps": (
+        change_manifest(lambda m: m["parameters"]["norm.weight"].update(adam_steps=-5)),
+        "(parameters.norm.weight.adam_steps: Input should be greater than or equal to 0)",
+    ),
+    "no plugin": (change_manifest(lambda m: m.update(plugin=None)), "(plugin: Input should be an object)"),
+    "another switch": (change_manifest(lambda m: m["plugin"].update(switched_at="3")), "(plugin.switched_at: Input "),
+    "deep nesting": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "recursion limit exceeded"),
+    "not UTF-8": (lambda f: (f / "manifest.json").write_bytes(b"\xff{}"), "manifest.json cannot be read"),
+    "a parameter less": (change_manifest(lambda m: m["parameters"].pop("norm.weight")), "manifest.json was altered"),
+    "another step": (change_manifest(lambda m: m.update(step=5)), "manifest.json was altered"),
+    "a format of the future": (change_manifest(lambda m: m.update(format=4)), "manifest.json is of format 4; this"),
 }
 
 
@@ -179,6 +200,24 @@ def test_a_checkpoint_that_is_offered_was_itself_verified(tmp_path: Path) -> Non
     alter(step_folder(tmp_path, 2))
     with pytest.raises(UserError, match="None of the 2 earlier checkpoints beside it is whole"):
         CheckpointReader(step_folder(tmp_path, 8))
+
+
+def test_values_that_are_not_finite_are_named_and_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "arange", lambda *_, **__: torch.full((7 * 5,), torch.nan))
+        poisoned = write(tmp_path, 4)
+    weights = CheckpointReader(poisoned).weights()
+    with pytest.raises(UserError, match=r"embed.weight is not finite. The newest whole one before it is step-0+2 "):
+        check_finite(poisoned, weights.items())
+    check_finite(tmp_path, CheckpointReader(step_folder(tmp_path, 2)).weights().items())
+    truncate(write(tmp_path, 6))
+    offer = r"before it is step-0+2 \(verified just now\): .* or remove step-0+4, step-0+6"
+    with pytest.raises(UserError, match=offer):
+        CheckpointReader(step_folder(tmp_path, 6))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match=r"The one before it is step-0+4 \(not verified\): give"):
+        CheckpointReader(step_folder(tmp_path, 6))
 
 
 def test_a_half_deleted_newest_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
@@ -303,7 +342,7 @@ def test_any_piece_of_a_matrix_is_assembled_from_pieces_cut_otherwise(seed: int,
     writing.mkdir()
     file = write_shard(writing, 0, 1, slices)
     manifest = Manifest(
-        step=1, tokens=1, reason="end", kept=True, recipe_hash="", data="", plugin={}, layout={},
+        step=1, tokens=1, reason="end", kept=True, recipe_hash="", data="", plugin={"switched_at": None}, layout={},
         parameters={"w": ParameterRecord([rows, width], 1)}, files={file.pop("name"): file},
     )  # fmt: skip
     reader = CheckpointReader(commit(tmp_path, manifest))

@@ -15,14 +15,15 @@ from pydantic import BaseModel
 
 from qatlaw import synthetic
 from qatlaw.errors import InputError
-from qatlaw.fit import fit
 from qatlaw.fit_file import read_fit
+from qatlaw.fitting import fit
 from qatlaw.laws import QAT_PER_BITS
 from qatlaw.mlflow_runs import KIND_TAG, mlflow_records
 from qatlaw.results import read_results, write_results
+from qatlaw.run_folders import folder_records
 from qatlaw.runs import RunRecord, collect, counted
 from qatlaw.table import POINT
-from qatscale.cli.fit import collect_runs, folder_records
+from qatscale.cli.fit import collect_runs
 from qatscale.config import load_run_config
 from qatscale.config.schema import QatConfig, RunConfig
 from qatscale.config.sizes import count_parameters, stored_weights

@@ -9,7 +9,7 @@ from fit_recovery import held_out
 
 from qatlaw import synthetic
 from qatlaw.errors import InputError
-from qatlaw.fit import curve_numbers, fit, fit_per_bits, make_problem
+from qatlaw.fitting import curve_numbers, fit, fit_per_bits, make_problem
 from qatlaw.identifiability import identify
 from qatlaw.information import Certainty, information
 from qatlaw.laws import CHEN_2025, CHINCHILLA, FORMS, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED, Law

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 import qatlaw
-from qatlaw.fraction import MEASURED_S, A
+from qatlaw.fraction import MEASURED_S, A, fraction_at
 
 # N, D and f at 1, 2, 4, 6 bits, rounded to three digits.
 TABLE = [
@@ -28,14 +28,14 @@ TABLE = [
     [(N, D, B, f) for N, D, row in TABLE for B, f in zip((1, 2, 4, 6), row, strict=True)],
 )
 def test_closed_form_table(N, D, B, f):
-    assert qatlaw.optimal_fraction(qatlaw.tokens_per_parameter_byte(N, D, B)) == pytest.approx(f, abs=5.001e-4)
+    assert qatlaw.optimal_fraction(N, D, B) == pytest.approx(f, abs=5.001e-4)
 
 
 @pytest.mark.parametrize(
     ("f", "S", "half_a_digit"), [(0.10, 18.6, 0.05), (0.25, 128, 0.5), (0.40, 1548, 0.5), (0.50, 16460, 5)]
 )
 def test_s_for_a_given_fraction(f, S, half_a_digit):
-    found = brentq(lambda log_s: qatlaw.optimal_fraction(math.exp(log_s)) - f, 0.1, 30, xtol=1e-14)
+    found = brentq(lambda log_s: fraction_at(math.exp(log_s)) - f, 0.1, 30, xtol=1e-14)
     assert math.exp(found) == pytest.approx(S, abs=half_a_digit)
 
 
@@ -47,32 +47,32 @@ def test_tokens_per_parameter_byte_by_hand():
 @given(st.floats(1.01, 1e9))
 def test_the_short_form_is_the_long_form(S):
     log = math.log(S)
-    assert qatlaw.optimal_fraction(S) == pytest.approx(math.exp(log - A / log) / S, rel=1e-9)
+    assert fraction_at(S) == pytest.approx(math.exp(log - A / log) / S, rel=1e-9)
 
 
 @given(st.floats(1.1, 1e8), st.floats(1.0001, 1e3))
 def test_the_fraction_rises_with_s_and_stays_inside(S, factor):
-    low, high = qatlaw.optimal_fraction(S), qatlaw.optimal_fraction(S * factor)
+    low, high = fraction_at(S), fraction_at(S * factor)
     assert 0 < low < high < 1
 
 
 def test_arrays_broadcast_and_agree_with_numbers():
     N, D, B = np.array([[86e6], [396e6]]), 100e9, np.array([1, 2, 4, 6])
     S = qatlaw.tokens_per_parameter_byte(N, D, B)
-    f = qatlaw.optimal_fraction(S)
+    f = qatlaw.optimal_fraction(N, D, B)
     assert S.shape == f.shape == (2, 4)
     for i in range(2):
         for j in range(4):
             alone = qatlaw.tokens_per_parameter_byte(N[i, 0], D, B[j])
             assert isinstance(alone, float)
             assert alone == S[i, j]
-            assert qatlaw.optimal_fraction(alone) == pytest.approx(f[i, j], rel=1e-15)
+            assert fraction_at(alone) == pytest.approx(f[i, j], rel=1e-15)
 
 
 @pytest.mark.parametrize("S", [1.0, 0.5, 0.0, -3.0, math.nan, math.inf, np.array([20.0, 0.9])])
 def test_no_fraction_where_the_form_has_none(S):
     with pytest.raises(ValueError, match="defined for S > 1 only"):
-        qatlaw.optimal_fraction(S)
+        fraction_at(S)
 
 
 @pytest.mark.parametrize(("name", "amounts"), [("N", (0, 1e9, 4)), ("D", (1e8, -1, 4)), ("B", (1e8, 1e9, math.nan))])

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from qatlaw import synthetic
-from qatlaw.fit import fit
+from qatlaw.fitting import fit
 from qatlaw.information import Certainty, certainties, information, is_determined
 from qatlaw.laws import CHINCHILLA, QAT_UNIFIED
 from qatlaw.runs import RunRecord, planned_points

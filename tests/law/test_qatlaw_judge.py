@@ -323,8 +323,8 @@ def test_the_command_fits_80_columns_and_writes_what_it_prints(tmp_path, capsys,
 
 
 def test_one_s_own_law_and_table_are_judged(tmp_path, capsys):
-    from qatlaw.fit import fit
     from qatlaw.fit_file import fit_file, write_fit
+    from qatlaw.fitting import fit
     from qatlaw.laws import QAT_UNIFIED
 
     runs = load_table(LADDER).runs.of_scheme("sequential")

@@ -9,8 +9,8 @@ import pytest
 from qatlaw import synthetic
 from qatlaw.curves import READING, fraction_errors, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, read_fit, write_fit
+from qatlaw.fitting import fit
 from qatlaw.fraction import closed_form
 from qatlaw.laws import CHEN_2025, CHINCHILLA, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED
 from qatlaw.summary import Summary, curve_rows

@@ -9,8 +9,8 @@ import pytest
 from interval_coverage import BITS, SIZES, TOKENS, grid
 
 from qatlaw import synthetic
-from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, read_fit, write_fit
+from qatlaw.fitting import fit
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.noise import estimate_noise, own_errors
 from qatlaw.planner_law import load_law

@@ -173,7 +173,7 @@ class TestWidths:
 
 class TestTheLaw:
     def test_a_fit_file_is_read_with_its_range(self, tmp_path) -> None:
-        from qatlaw.fit import fit
+        from qatlaw.fitting import fit
         from qatlaw.synthetic import table
 
         path = tmp_path / "fit.json"
@@ -187,7 +187,7 @@ class TestTheLaw:
             plan_run(396e6, 100e9, 2, law=law)
 
     def test_a_law_without_a_split_plans_nothing(self, tmp_path) -> None:
-        from qatlaw.fit import fit
+        from qatlaw.fitting import fit
         from qatlaw.synthetic import table
 
         path = tmp_path / "fit.json"

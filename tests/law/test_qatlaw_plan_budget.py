@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qatlaw import InputError, optimal_fraction, tokens_per_parameter_byte
+from qatlaw import InputError, optimal_fraction
 from qatlaw.plan.budget import Budget, best_size, compute_optimal, plan_budget, spend
 from qatlaw.plan.checkpoint import plan_checkpoint
 from qatlaw.planner_law import synthetic_law
@@ -89,8 +89,7 @@ class TestComputeOptimal:
         assert plan.closed_form is not None
         assert plan.chosen == replace(plan.closed_form, name="planned")
         assert plan.chosen.tokens == pytest.approx(1e21 / (6 * 396e6), rel=1e-12)
-        S = tokens_per_parameter_byte(396e6, plan.chosen.tokens, 4)
-        assert plan.chosen.fraction == pytest.approx(optimal_fraction(S), rel=1e-12)
+        assert plan.chosen.fraction == pytest.approx(optimal_fraction(396e6, plan.chosen.tokens, 4), rel=1e-12)
         assert plan.chosen.loss is None
         with pytest.raises(InputError, match="more than 1"):
             plan_budget(396e9, 4, budget(1.0, N=396e9))
@@ -108,9 +107,8 @@ class TestCheckpoint:
         N, D_fp = 10**n, round(10 ** (n + ratio))
         plan = plan_checkpoint(N, B, D_fp, law=LAW if fitted else None)
         assert plan.tokens == plan.tokens_fp + plan.tokens_qat
-        S = tokens_per_parameter_byte(N, plan.tokens, B)
-        expected = float(LAW.law.optimal_fraction(N, plan.tokens, B)) if fitted else optimal_fraction(S)
-        assert plan.fraction == pytest.approx(expected, abs=1e-6)
+        expected = (LAW.law.optimal_fraction if fitted else optimal_fraction)(N, plan.tokens, B)
+        assert plan.fraction == pytest.approx(float(expected), abs=1e-6)
 
     def test_what_further_tokens_buy(self) -> None:
         plan = plan_checkpoint(396e6, 4, 60e9, law=LAW)

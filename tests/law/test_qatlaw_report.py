@@ -16,11 +16,11 @@ from qatlaw import synthetic
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
 from qatlaw.figures.style import amount, memory, thinned, width_dash, width_style
-from qatlaw.fraction import optimal_fraction
+from qatlaw.fraction import fraction_at
 from qatlaw.laws import QAT_UNIFIED
+from qatlaw.page import Report, html, image, rows_html, write_report
 from qatlaw.plan.waste import split_loss, wasted_tokens
 from qatlaw.planner_law import synthetic_law
-from qatlaw.report import Report, html, image, rows_html, write_report
 from qatlaw.runs import LeftOut
 from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows, rivals, summarise
 from qatlaw.table import RunTable
@@ -111,7 +111,7 @@ def line(drawn: Drawn, label: str, axes: int = 0) -> np.ndarray:
 def test_the_closed_form_and_the_measured_optima_are_where_they_belong(full: dict[str, Drawn]) -> None:
     S, f = line(full["optimal_fraction"], "closed form")
     inside = np.isfinite(f)
-    assert f[inside] == pytest.approx(optimal_fraction(S[inside]))
+    assert f[inside] == pytest.approx(fraction_at(S[inside]))
     assert S[inside].min() >= 35, "dotted, not solid, where it extrapolates"
     S, f = line(full["optimal_fraction"], "measured, 2 bits")
     law = synthetic.law()

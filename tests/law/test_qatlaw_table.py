@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import qatlaw
 from qatlaw import synthetic
 from qatlaw.errors import InputError
-from qatlaw.table import RunTable, read_table
+from qatlaw.table import RunTable
 
 ROW = {
     "n_params": 86e6, "bits": 4.0, "tokens_fp": 2e9, "tokens_qat": 3e8, "loss": 3.4, "scheme": "sequential"
@@ -29,7 +30,7 @@ def test_a_table_survives_its_file(tmp_path, suffix):
     table = synthetic.table(0)
     path = tmp_path / f"runs{suffix}"
     (table.frame.to_csv(path, index=False) if suffix == ".csv" else table.frame.to_parquet(path))
-    again = read_table(path)
+    again = RunTable.read(path)
     pd.testing.assert_frame_equal(again.frame, table.frame)
     assert again.hash == table.hash
     assert again.synthetic
@@ -51,7 +52,7 @@ def test_numbers_written_as_text_are_numbers():
 def test_missing_columns_are_named():
     told = refusal({}, drop=["tokens_qat", "scheme"])
     assert "tokens_qat, scheme missing" in told
-    assert "tokens_qat is 0 for full-precision runs" in told
+    assert "tokens_qat (0 for full-precision runs)" in told
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, "diverged"])
@@ -102,12 +103,12 @@ def test_the_same_run_twice_is_refused_and_a_second_seed_is_not():
 
 def test_what_is_no_table_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"a \.csv or \.parquet file"):
-        read_table("runs.xlsx")
+        RunTable.read("runs.xlsx")
     with pytest.raises(InputError, match="no such file"):
-        read_table(tmp_path / "runs.csv")
+        RunTable.read(tmp_path / "runs.csv")
     (tmp_path / "runs.parquet").write_text("not one")
     with pytest.raises(InputError, match="cannot be read"):
-        read_table(tmp_path / "runs.parquet")
+        RunTable.read(tmp_path / "runs.parquet")
     with pytest.raises(InputError, match="at least one"):
         RunTable.from_frame(rows({}).head(0))
 
@@ -164,3 +165,43 @@ def test_ranges_are_of_the_runs():
     assert ranges["n_params"] == (86e6, 2.2e9)
     assert ranges["bits"] == (1.0, 6.0)  # of quantized runs: full precision is no width
     assert ranges["s_total"][0] == pytest.approx(2.3e9 / (86e6 * 6 / 8))
+
+
+OWN = {
+    "params": [86e6, 86e6, 86e6, 194e6], "bits": [4, 4, np.nan, 4], "tokens": 2e9, "qat_fraction": [0.1, 0.3, 0, 1],
+    "val_loss": 3.4,
+}  # fmt: skip
+
+
+def test_a_table_with_names_of_its_own(tmp_path):
+    pd.DataFrame(OWN).to_csv(tmp_path / "own.csv", index=False)
+    columns = {"n_params": "params", "loss": "val_loss"}
+    runs = qatlaw.read_table(tmp_path / "own.csv", columns, scheme="fused")
+    assert runs["tokens_qat"].tolist() == pytest.approx([2e8, 6e8, 0, 2e9])
+    assert (runs["tokens_fp"] + runs["tokens_qat"]).tolist() == pytest.approx([2e9] * 4)
+    assert runs["scheme"].tolist() == ["fused", "fused", "fp", "scratch"]
+    assert runs["bits"].tolist() == [4, 4, 16, 4]
+    assert runs.attrs["source"] == "own.csv"
+    # A column of our name that means something else gives way.
+    both = pd.DataFrame(OWN).assign(loss=9.0)
+    assert RunTable.from_frame(both, "", columns, "fused").loss.tolist() == [3.4] * 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({}, "n_params, loss, scheme missing. Try --column n_params=params --column loss=val_loss "),
+        ({"los": "val_loss"}, "--column = 'los': .* Did you mean 'loss'"),
+        ({"loss": "val_los"}, "--column loss = 'val_los': .* Did you mean 'val_loss'"),
+        ({"n_params": "params", "loss": "val_loss"}, "scheme missing. .*--scheme sequential or fused"),
+    ],
+)
+def test_the_nearest_name_is_offered(columns, told):
+    with pytest.raises(InputError, match=told):
+        RunTable.from_frame(pd.DataFrame(OWN), "own.csv", columns)
+
+
+def test_a_fraction_in_per_cent_is_refused():
+    columns = {"n_params": "params", "loss": "val_loss"}
+    with pytest.raises(InputError, match=r"qat_fraction of row 1 \(4 such rows\) = 15\.0.*Write 15 % as 0.15"):
+        RunTable.from_frame(pd.DataFrame(OWN | {"qat_fraction": 15.0}), "own.csv", columns, "fused")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from qatscale.study.claims import Claims
+from qatscale.supervise.claims import Claims
 from tests.processes import unlaunched
 
 TINY = {

@@ -9,8 +9,8 @@ import pytest
 
 from qatlaw import synthetic
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
-from qatlaw.fit import fit
 from qatlaw.fit_file import fit_file, write_fit
+from qatlaw.fitting import fit
 from qatlaw.laws import QAT_PER_BITS
 from qatscale.cli import main
 from qatscale.config import load_run_config

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from qatlaw.results import read_results
+from qatlaw.run_folders import folder_records
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
-from qatscale.study.claims import Claims
 from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.state import StudyState
+from qatscale.supervise.claims import Claims
 from qatscale.tracking.compare import run_folders
-from qatscale.tracking.run_record import run_record
 from tests.processes import unlaunched
 from tests.study import studies
 
@@ -41,7 +41,7 @@ def test_a_study_ends_with_a_row_for_each_run_a_table_and_a_report(tiny: Path) -
 
 def test_results_say_to_a_fit_what_the_run_folders_say(tiny: Path) -> None:
     from_rows = collect(read_results(tiny / "results.csv"), "rows").table
-    from_folders = collect([run_record(folder) for folder in run_folders(tiny / "runs")], "folders").table
+    from_folders = collect(folder_records(tiny / "runs"), "folders").table
     assert from_rows.hash == from_folders.hash
     assert len(from_rows) == len(from_folders)
 

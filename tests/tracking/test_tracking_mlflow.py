@@ -13,7 +13,8 @@ import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from qatscale.tracking.mlflow_page import flatten, points
+from qatlaw.run_folders import flatten
+from qatscale.tracking.mlflow_page import points
 from qatscale.tracking.mlflow_sync import TrackingError, Uploader, track_sync
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import Cursor

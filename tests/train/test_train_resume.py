@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,35 +155,6 @@ def test_a_branch_without_a_checkpoint_of_its_own_starts_again_where_it_branched
     assert start is not None
     assert start.resumes
     assert start.checkpoint == find_checkpoint(f"{trained.runs}/trunk@{SWITCH}").resolve()
-
-
-HOLD = """
-import sys, time
-from qatscale.tracking.run_folder import RunFolder
-RunFolder(sys.argv[1]).append("resume", step=8)
-print("running", flush=True)
-time.sleep(100)
-"""
-
-
-@pytest.mark.dist
-def test_a_run_that_another_process_trains_is_refused_as_long_as_that_process_lives(
-    tmp_path: Path, trained: Trained
-) -> None:
-    shutil.copytree(trained.runs / "unfinished", tmp_path / "unfinished")
-    here = f"output={tmp_path}"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "unfinished"], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"running\n"
-        with pytest.raises(UserError, match="is being trained by another process"):
-            plan(trained, "unfinished", here)
-    finally:
-        holder.kill()
-        holder.wait()
-    start = plan(trained, "unfinished", here)
-    assert start is not None
-    assert start.step == SWITCH + 1
 
 
 @pytest.mark.dist

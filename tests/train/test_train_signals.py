@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
+from tests.processes import unlaunched
 from tests.train.driving import assert_same_state, losses
 from tests.train.trained_runs import Trained
 
@@ -24,10 +24,8 @@ LONG = "long"
 
 def start(trained: Trained, name: str, *overrides: str) -> subprocess.Popen[str]:
     """The real command, in an environment without a launcher's variables."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in launcher}
     command = [sys.executable, QATSCALE, "train", "debug", *trained.spec(name, *overrides)["overrides"]]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=unlaunched(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -24,7 +24,7 @@ from qatlaw.figures.style import (
     width_dash,
     width_style,
 )
-from qatlaw.fit import quality, robust_spread
+from qatlaw.fitting import quality, robust_spread
 from qatlaw.laws.base import Floats
 from qatlaw.plan.waste import WASTED, optimal_loss, wasted_tokens
 from qatlaw.table import MIXED_SCHEMES, RunTable

@@ -23,7 +23,7 @@ from qatlaw.figures.style import (
     width_dash,
     width_style,
 )
-from qatlaw.fraction import MEAN_ABSOLUTE_ERROR, MEASURED_S, amount, optimal_fraction, tokens_per_parameter_byte
+from qatlaw.fraction import MEAN_ABSOLUTE_ERROR, MEASURED_S, amount, fraction_at, tokens_per_parameter_byte
 from qatlaw.laws.base import Floats
 from qatlaw.table import MIXED_SCHEMES
 
@@ -43,8 +43,8 @@ def draw_fractions(evidence: Evidence) -> Drawn:
     spans = np.concatenate([MEASURED_S, S_run])
     S = np.geomspace(max(spans.min(), 1.05), spans.max(), POINTS)
     inside = (MEASURED_S[0] <= S) & (MEASURED_S[1] >= S)
-    draw_law(axes, S, optimal_fraction(S), inside, "closed form", color=INK, linewidth=2, zorder=3)
-    f, error = optimal_fraction(S[inside]), MEAN_ABSOLUTE_ERROR
+    draw_law(axes, S, fraction_at(S), inside, "closed form", color=INK, linewidth=2, zorder=3)
+    f, error = fraction_at(S[inside]), MEAN_ABSOLUTE_ERROR
     label = f"± {error:g}, its mean error"
     axes.fill_between(S[inside], f - error, f + error, color=GRID, linewidth=0, zorder=1, label=label)
     caption = [
@@ -175,7 +175,7 @@ def _draw_panel(axes: Axes, evidence: Evidence, N: float, D: float, bits: float)
             axes.axvline(one.optimum, color=SOFT, linewidth=1, linestyle="--", label="measured minimum", zorder=2)
     S = tokens_per_parameter_byte(N, D, bits)
     if S > 1:
-        axes.axvline(optimal_fraction(S), color=INK, linewidth=1, linestyle=":", label="closed form", zorder=2)
+        axes.axvline(fraction_at(S), color=INK, linewidth=1, linestyle=":", label="closed form", zorder=2)
     _draw_ends(axes, evidence, N, D, bits, np.concatenate(values))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.locator_params(axis="y", nbins=4)

@@ -159,7 +159,7 @@ def plan_run(
         optimum = float(law.law.optimal_fraction(params, tokens, bits))
     else:
         try:
-            optimum = optimal_fraction(S)
+            optimum = optimal_fraction(params, tokens, bits)
         except ValueError as error:
             units = "Are --params and --tokens in the right units (396M, 100B)?"
             raise InputError("plan", None, f"{error}.", units) from None

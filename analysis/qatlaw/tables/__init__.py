@@ -28,7 +28,7 @@ from qatlaw.effective_bits import llama_weights
 from qatlaw.errors import InputError
 from qatlaw.results import holds_results, read_results
 from qatlaw.runs import best_trials, collect
-from qatlaw.table import RunTable, read_table
+from qatlaw.table import RunTable
 
 FOLDER = Path(__file__).parent
 SHAPE = ("hidden_size", "layers", "intermediate_size", "vocabulary")
@@ -82,7 +82,7 @@ def load_table(name: str) -> JudgedTable:
     label = path.parent.name if path.stem == "results" else f"{path.parent.name}/{path.stem}".lstrip("/")
     if not holds_results(path):
         about = Provenance(title=label, source=str(path))
-        read = best_trials(read_table(path)).table
+        read = best_trials(RunTable.read(path)).table
         return JudgedTable(label, about, RunTable.from_frame(_completed(read.frame), label))
     records = read_results(path)
     table = collect(records, label).table

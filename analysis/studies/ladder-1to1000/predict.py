@@ -18,7 +18,7 @@ import pandas as pd
 
 from qatlaw.amounts import parse_amount
 from qatlaw.errors import InputError
-from qatlaw.fraction import optimal_fraction, tokens_per_parameter_byte
+from qatlaw.fraction import optimal_fraction
 from qatlaw.laws.base import LawForm
 from qatlaw.results import read_results
 from qatlaw.runs import collect
@@ -44,7 +44,7 @@ def main() -> None:
     out.writerow(["law", "n_params", "tokens", "bits", "f*", *(f"loss at f={f:g}" for f in FRACTIONS)])
     for N, D in points:
         for B in table.widths:
-            closed = optimal_fraction(tokens_per_parameter_byte(N, D, B))
+            closed = optimal_fraction(N, D, B)
             out.writerow(["closed form", N, D, f"{B:g}", f"{closed:.3f}", *[""] * len(FRACTIONS)])
     for form in map(form_named, FORMS):
         try:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from qatlaw.curves import Curve, measured_curves
-from qatlaw.fraction import optimal_fraction
+from qatlaw.fraction import fraction_at
 from qatlaw.laws.base import Law
 from qatlaw.planner_law import load_law
 from qatlaw.results import read_results
@@ -47,14 +47,14 @@ def optima(curves: list[Curve], law: Law | None) -> None:
     rows = []
     for curve in curves:
         S = curve.D_total / (curve.N * curve.B / 8)
-        closed = float(optimal_fraction(S))
+        closed = float(fraction_at(S))
         lowest = loss_at(curve, curve.optimum)
         bar = f"{curve.optimum:.2f} ({curve.low:.2f} to {curve.high:.2f})"
         measured = bar if curve.inside else f"{'≤' if curve.optimum == curve.fractions[0] else '≥'} {curve.optimum:.2f}"
         row = [f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{S:.0f}", measured]
         row += [f"{closed:.2f}", f"{loss_at(curve, closed) - lowest:+.3f}"]
         if law is not None:
-            fraction = float(law.optimal_fraction(curve.N, curve.D_total, curve.B))
+            fraction = float(law.fraction_at(curve.N, curve.D_total, curve.B))
             row += [f"{fraction:.2f}", f"{loss_at(curve, fraction) - lowest:+.3f}"]
         rows.append([*row, f"{curve.losses.min():.3f}"])
     with_law = [] if law is None else ["law", "regret"]

@@ -15,44 +15,74 @@ A checkpoint is written into a hidden folder, which is renamed when it is comple
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, cast
 
+import pydantic
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from qatscale.config import is_unaltered, load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.errors import UserError
+from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of, sync
 from qatscale.tensor_files import write_safetensors
 
-FORMAT = 2
-READABLE = (1, 2)
-"""Format 1 has no slices of columns."""
+FORMAT = 3
+READABLE = (1, 2, 3)
+"""Format 1 has no slices of columns, and 2 no checksum of the manifest itself."""
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"^step-(\d{8})$")
 
 
-@dataclass(frozen=True)
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class ParameterRecord:
-    shape: list[int]
-    adam_steps: int
+    shape: Annotated[list[Count], Field(max_length=8)]
+    adam_steps: Count
     """Adam's own count for this parameter: bias correction depends on it."""
 
 
-@dataclass(frozen=True)
+class FileRecord(TypedDict):
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class PluginState(TypedDict, total=False):
+    """As `QatPlugin.state` gives it."""
+
+    switched_at: Required[Count | None]
+    group_size: Annotated[int, Field(gt=0)] | None
+    bits: dict[str, float]
+    scales_at_switch: dict[str, str]
+
+
+def _plugin_state(state: dict[str, Any]) -> dict[str, Any]:
+    return cast(dict[str, Any], _PLUGIN.validate_python(state, strict=True))
+
+
+_PLUGIN = TypeAdapter(PluginState)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Manifest:
-    step: int
+    step: Count
     """Optimizer steps done."""
-    tokens: int
+    tokens: Count
     reason: str
     """interval, boundary (also those of `checkpoint.keep_at`), signal, end or imported."""
     kept: bool
@@ -61,13 +91,26 @@ class Manifest:
     """`config.recipe_hash` of the recipe beside it; 16 digits of another hash in checkpoints of version 0.1."""
     data: str
     """Fingerprint of the tokens it was trained on."""
-    plugin: dict[str, Any]
+    plugin: Annotated[dict[str, Any], AfterValidator(_plugin_state)]
+    """A `PluginState`."""
     parameters: dict[str, ParameterRecord]
     layout: dict[str, int]
     """The layout it was saved under, for information: processes, zero_stage, data, tensor, pipeline."""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """File name -> {"bytes", "sha256"}."""
+    files: dict[Annotated[str, Field(pattern=r"^[^/\\]+$")], FileRecord] = field(default_factory=dict)
     format: int = FORMAT
+    checksum: str = ""
+    """sha256 of all else in the manifest."""
+
+    def digest(self) -> str:
+        """What `checksum` has to be."""
+        return hashlib.sha256(json.dumps(asdict(replace(self, checksum="")), sort_keys=True).encode()).hexdigest()
+
+
+class _Format(TypedDict):
+    format: int
+
+
+_MANIFEST, _FORMAT = TypeAdapter(Manifest), TypeAdapter(_Format)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -114,16 +157,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _parse_manifest(folder: Path) -> Manifest:
     try:
-        raw = json.loads((folder / MANIFEST).read_text())
-        if raw["format"] not in READABLE:
+        text = (folder / MANIFEST).read_bytes()
+        written = _FORMAT.validate_json(text)["format"]
+        if written not in READABLE:
             readable = f"this version of qatscale reads formats {READABLE}."
-            raise _DamageError(f"its {MANIFEST} is of format {raw['format']}; {readable}")
-        raw["parameters"] = {name: ParameterRecord(**record) for name, record in raw["parameters"].items()}
-        return Manifest(**raw)
+            raise _DamageError(f"its {MANIFEST} is of format {written}; {readable}")
+        return _MANIFEST.validate_json(text)
     except FileNotFoundError:
         raise _DamageError(f"no checkpoint: it has no {MANIFEST}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _DamageError(f"its {MANIFEST} cannot be read ({error}).") from error
+    except OSError as error:
+        raise _DamageError(f"its {MANIFEST} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise _DamageError(f"its {MANIFEST} cannot be read ({first_invalid(error)}).") from error
 
 
 def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
@@ -133,6 +178,8 @@ def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
 
 
 def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
+    if manifest.format > 2 and manifest.checksum != manifest.digest():
+        raise _DamageError(f"its {MANIFEST} was altered: checksum differs.")
     for name, expected in sorted(manifest.files.items())[share::shares]:
         path = folder / name
         if not path.is_file():
@@ -143,27 +190,53 @@ def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
             raise _DamageError(f"{name} was altered: checksum differs.")
 
 
+def not_finite(slices: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a slice that holds NaN or infinity."""
+    return next((name for name, values in slices if values.numel() and not _is_finite(values)), None)
+
+
+def _is_finite(values: Tensor) -> bool:
+    low, high = torch.aminmax(values)  # NaN passes through; no mask as large as the values
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_finite(folder: Path, slices: Iterable[tuple[str, Tensor]]) -> None:
+    """UserError where a slice of a checkpoint holds NaN or infinity. Version 0.1 saved such states."""
+    if wrong := not_finite(slices):
+        raise UserError("checkpoint", str(folder), f"{wrong} is not finite.", _other(folder))
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether all files of a checkpoint exist unaltered. Reads all of them."""
+    """Whether all files of a checkpoint exist unaltered, with finite values. Reads all of them."""
     try:
-        _check_files(folder, _parse_manifest(folder))
-    except _DamageError:
+        manifest = _parse_manifest(folder)
+        _check_files(folder, manifest)
+        for name in manifest.files:
+            with safe_open(folder / name, framework="pt") as file:
+                if not_finite((key, file.get_tensor(key)) for key in file.keys()):  # noqa: SIM118 - not a dict
+                    return False
+    except (_DamageError, SafetensorError):
         return False
     return True
 
 
 def _other(folder: Path) -> str:
-    """The fix for a damaged checkpoint: the newest undamaged one before it, and how to use it."""
+    """The fix for a damaged checkpoint: the newest undamaged one before it, and how to use it.
+
+    Only the first process of a job reads the earlier ones to verify them. The others name the newest unverified.
+    """
     before = [p for p in list_checkpoints(folder.parent) if p.name < folder.name]
     if not before:
         return "There is no earlier checkpoint beside it."
-    whole = next((p for p in reversed(before) if _is_whole(p)), None)
+    verifies = os.environ.get("RANK", "0") == "0"
+    whole = next((p for p in reversed(before) if not verifies or _is_whole(p)), None)
     if whole is None:
         return f"None of the {len(before)} earlier checkpoints beside it is whole."
     damaged = [p.name for p in [*before, folder] if p.name > whole.name]
     run, step = folder.parent.parent, int(whole.name.removeprefix("step-"))
+    found = f"newest whole one before it is {whole.name} (verified just now)"
     return (
-        f"The newest whole one before it is {whole.name} (verified just now): give {run}@{step}, or remove "
+        f"The {found if verifies else f'one before it is {whole.name} (not verified)'}: give {run}@{step}, or remove "
         f"{', '.join(damaged)} to go on from there."
     )
 
@@ -192,7 +265,7 @@ def commit(checkpoints: Path, manifest: Manifest) -> Path:
     """Make the written shards a checkpoint: manifest, then one rename. A checkpoint of the same step is replaced."""
     writing, final = writing_folder(checkpoints, manifest.step), step_folder(checkpoints, manifest.step)
     path = writing / MANIFEST
-    path.write_text(json.dumps(asdict(manifest), indent=1))
+    path.write_text(json.dumps(asdict(replace(manifest, checksum=manifest.digest())), indent=1))
     sync(path)
     sync(writing)
     old = checkpoints / f".old-{final.name}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qatscale.engine.checkpoints import files
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, ParameterRecord
-from qatscale.engine.runtime import Runtime
+from qatscale.engine.runtime import Runtime, together
 from qatscale.engine.zero_masters import MOMENTS, ZeroMasters
 from qatscale.errors import UserError
 from qatscale.quant.plugin import merge_states
@@ -57,6 +57,7 @@ def write_checkpoint(
     draft: the manifest as far as each process knows it, without files. group: all processes; one of its own (gloo)
     where other threads communicate meanwhile; None = the default group.
     A failure of any process (a full disk, say) is raised on all of them and leaves the former checkpoints as they were.
+    FloatingPointError where a value is not finite: such a state would fail for ever.
     """
     writing = files.writing_folder(checkpoints, draft.step)
 
@@ -65,6 +66,8 @@ def write_checkpoint(
         writing.mkdir(parents=True)
 
     def write_own_share() -> dict[str, Any]:
+        if wrong := files.not_finite(slices.items()):
+            raise FloatingPointError(f"{wrong} is not finite. Lower optimizer.learning_rate, or branch from before.")
         file = files.write_shard(writing, runtime.rank, runtime.ranks, slices)
         return {"file": file, "plugin": draft.plugin, "parameters": draft.parameters}
 
@@ -79,35 +82,14 @@ def write_checkpoint(
         files.commit(checkpoints, manifest)
 
     try:
-        _together(make_folder if runtime.is_main else None, runtime, group)
-        shares = _together(write_own_share, runtime, group)
-        _together(commit_all if runtime.is_main else None, runtime, group)
-    except OSError as error:
+        together(make_folder if runtime.is_main else None, runtime, group)
+        shares = together(write_own_share, runtime, group)
+        together(commit_all if runtime.is_main else None, runtime, group)
+    except (OSError, FloatingPointError) as error:
         if runtime.is_main:
             shutil.rmtree(writing, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {draft.step} was not written: {error}") from error
+        raise type(error)(f"the checkpoint of step {draft.step} was not written: {error}") from error
     return files.step_folder(checkpoints, draft.step)
-
-
-def _together(work: Callable[[], Any] | None, runtime: Runtime, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The results of `work` on all processes. An OSError or UserError of one is raised on all. Collective."""
-    own: tuple[Any, Exception | None]
-    try:
-        own = (work() if work else None, None)
-    except UserError as error:  # not raised yet: the others wait to hear of it
-        own = (None, error)
-    except OSError as error:
-        own = (None, OSError(f"process {runtime.rank}: {error}"))
-    outcomes = [own]
-    if runtime.ranks > 1:
-        outcomes *= runtime.ranks
-        dist.all_gather_object(outcomes, own, group=group)
-    errors = [error for _, error in outcomes if error]
-    if errors and isinstance(errors[0], UserError):
-        raise errors[0]
-    if errors:
-        raise OSError("; ".join(map(str, errors)))
-    return [given for given, _ in outcomes]
 
 
 @torch.no_grad()
@@ -120,10 +102,10 @@ def load_checkpoint(
     that are not yet in use). Raises UserError for a damaged checkpoint and for one of another model.
     """
     reader = CheckpointReader(folder)
-    _together(lambda: files.verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
+    together(lambda: files.verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
     saved = {name: record for name, record in reader.manifest.parameters.items() if not (keep and keep(name))}
     # every stage of a pipeline has some of the model's parameters
-    held = {name: shape for shapes in _together(lambda: masters.shapes, runtime) for name, shape in shapes.items()}
+    held = {name: shape for shapes in together(lambda: masters.shapes, runtime) for name, shape in shapes.items()}
     loaded = {name: list(shape) for name, shape in held.items() if not (keep and keep(name))}
     _check_same_model(folder, loaded, {name: record.shape for name, record in saved.items()})
     for partition, fragments in masters.by_partition().items():
@@ -135,6 +117,7 @@ def load_checkpoint(
         for kind, flat in _by_kind(masters, partition).items():
             for f in wanted:
                 f.of(flat).copy_(reader.read(kind, f.name, f.start, f.numel, f.columns))
+    together(lambda: files.check_finite(folder, slices_of(masters).items()), runtime)
     masters.refresh_working_copies()
     return reader.manifest
 

@@ -128,7 +128,7 @@ def write_state(state: TrainingState, checkpoints: Path, config: RunConfig) -> P
     }
     numels = {key: torch.Size(state.shapes[name]).numel() for key, (_, name) in slices.items()}
     shards = _shards(numels)
-    files = {}
+    files: dict[str, Any] = {}
     for index, keys in enumerate(shards):
         path = writing / f"shard-{index:05d}-of-{len(shards):05d}.safetensors"
         shapes = {key: (numels[key],) for key in keys}

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,23 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from qatlaw.figures import SUBJECTS, Drawn, Evidence
-from qatlaw.runs import LeftOut, counted
-from qatlaw.summary import NONE, Rows, Summary, coefficient_rows, comparison_rows, curve_rows, quality_rows
+from qatlaw.errors import InputError
+from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
+from qatlaw.planner_law import load_law
+from qatlaw.runs import Collected, LeftOut, counted
+from qatlaw.summary import (
+    NONE,
+    Rows,
+    Summary,
+    coefficient_rows,
+    comparison_rows,
+    curve_rows,
+    form_named,
+    quality_rows,
+    rivals,
+    scheme_of,
+    summarise,
+)
 from qatlaw.table import RunTable
 from qatlaw.validation import Comparison
 
@@ -49,6 +64,56 @@ class Report:
     def svg(self) -> dict[str, bytes]:
         """By name, the figures that could be drawn."""
         return {one.name: image(one.figure, "svg") for one in self.drawn if one.figure is not None}
+
+
+def compose(
+    runs: Collected, form: str = "qat_unified", scheme: str | None = None, law: str | None = None, *,
+    resamples: int = 200, compare: bool = True,
+) -> Report:  # fmt: skip
+    """The report of these runs. Without `law` (a name or the path of a fit.json) the form is fitted to them.
+
+    InputError where `law`, `form` or `scheme` is wrong. A table that determines no law is reported without one.
+    """
+    chosen, table = form_named(form), runs.table
+    laws, summaries, compared, no_law = None, [], [], ""
+    if law is not None:
+        laws = _given_law(law, scheme_of(table, scheme, either=True))
+    else:
+        try:
+            summaries = summarise(chosen, table, scheme_of(table, scheme, either=True), resamples=resamples)
+            laws = _laws_of(summaries)
+        except InputError as error:
+            if scheme is not None and error.key == "--scheme":
+                raise
+            no_law = str(error)
+    if compare and summaries:
+        compared = rivals(table, summaries[0].scheme)
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return Report(Evidence(table, laws), created, summaries, compared, runs.left_out, runs.notices, no_law)
+
+
+def _given_law(name: str, scheme: str) -> Laws:
+    found = load_law(name)
+    width = found.range["bits"][0] if found.law.form.one_width else None
+    return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
+
+
+def _laws_of(summaries: list[Summary]) -> Laws | None:
+    """None for laws without an optimal fraction: most figures are about it."""
+    first = summaries[0]
+    if not first.result.law.form.has_fraction:
+        return None
+    ranges = first.result.table.ranges
+    widths = [one.bits for one in summaries if one.bits is not None]
+    if widths:
+        ranges |= {"bits": (min(widths), max(widths))}
+    return Laws(
+        by_width={one.bits: one.result.law for one in summaries},
+        source=f"{first.result.law.form.name}, fitted on these runs",
+        ranges=ranges,
+        scheme=first.scheme,
+        demonstration=first.result.table.synthetic,
+    )
 
 
 def write_report(report: Report, folder: Path) -> Path:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.study import claims as claims_module
-from qatscale.study.claims import EXPIRY, Claim, Claims
+from qatscale.supervise import claims as claims_module
+from qatscale.supervise.claims import EXPIRY, Claim, Claims
 
 RACER = """
 import sys, time
 from pathlib import Path
-from qatscale.study.claims import Claims
+from qatscale.supervise.claims import Claims
 claims = Claims(Path(sys.argv[1]))
 until = float(sys.argv[2])
 while time.time() < until: pass
@@ -58,7 +58,7 @@ def test_a_claim_that_is_held_is_nobody_elses(tmp_path: Path) -> None:
 
 
 def test_a_holder_that_was_killed_is_seen_at_once(tmp_path: Path) -> None:
-    code = "from pathlib import Path; from qatscale.study.claims import Claims; import os, signal\n"
+    code = "from pathlib import Path; from qatscale.supervise.claims import Claims; import os, signal\n"
     code += f"assert Claims(Path({str(tmp_path)!r})).take('run', 0, 'gone'); os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     claims = Claims(tmp_path)

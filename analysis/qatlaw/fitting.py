@@ -1,6 +1,6 @@
 """Fitting a law to a table of runs.
 
-    result = fit(QAT_UNIFIED, read_table("runs.csv"))
+    result = fit(QAT_UNIFIED, RunTable.read("runs.csv"))
     result.law.optimal_fraction(396e6, 100e9, 4)
 
 R² of the loss says little about the optimal fraction, whose U-curves are shallow: judge a fit by

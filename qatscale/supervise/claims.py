@@ -2,6 +2,8 @@
 
     claims/NAME~0001.json    {"worker", "process", "state", "reason", "started", "ended"}
 
+A study's workers claim its runs. Whoever trains a run holds the claim on its folder, too: see `hold_run`.
+
 Each attempt at a run is a numbered file. Creating a file that must not exist yet is atomic on every file system that
 hosts share, so only one of the workers that want an attempt gets it. The holder touches the file at every heartbeat. A
 claim whose holder is gone is superseded by the next number, and others never change it. A worker that finds a higher
@@ -13,9 +15,11 @@ observer's clock, or at once where the observer can see that the process has end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json
 from qatscale.supervise.process import identity, is_alive
 
@@ -46,6 +51,14 @@ class Attempt:
     reason: str
     started: float
     ended: float | None
+    changed: float
+    """When the file changed last, by the clock of its disk."""
+    process: dict[str, Any] | None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the holder's process runs on this host, for certain."""
+        return self.state == "running" and self.process is not None and is_alive(self.process) is True
 
 
 def worker_name(pid: int) -> str:
@@ -108,7 +121,7 @@ class Claims:
             state = "gone"
         return Attempt(
             name, number, state, content.get("worker", "?"), content.get("reason", ""),
-            content.get("started", changed), content.get("ended"),
+            content.get("started", changed), content.get("ended"), changed, content.get("process"),
         )  # fmt: skip
 
     def _is_gone(self, path: Path, changed: float, process: dict[str, Any] | None) -> bool:
@@ -136,7 +149,8 @@ class Claim:
                 if self.successor.exists():
                     lost()
                     return
-                os.utime(self.path)
+                with contextlib.suppress(OSError):  # a disk that does not answer now may do so later
+                    os.utime(self.path)
 
         self._thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         self._thread.start()
@@ -148,3 +162,45 @@ class Claim:
             self._thread.join()
         if not self.successor.exists():
             write_json(self.path, {**self.content, "state": state, "reason": reason, "ended": time.time()})
+
+
+# --- the one writer of a run folder ---
+
+WRITERS = "writers"
+"""Folder of the claims in a run folder."""
+_WRITER = "writer"
+
+
+def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Claim:
+    """The claim to write a run folder, with its heartbeat. UserError where another process holds it.
+
+    A holder on another host cannot be seen, so its heartbeat is watched for up to EXPIRY seconds. take_over: claim the
+    folder from a holder that may be alive, which ends at its next heartbeat.
+    """
+    claims, watched = Claims(run / WRITERS), None
+    while True:
+        latest = claims.attempts().get(_WRITER)
+        held = latest is not None and latest.state == "running"
+        if not held or take_over:
+            claim = claims.take(_WRITER, latest.number if latest else 0, worker_name(os.getpid()))
+            if claim is None:
+                continue
+            claim.beat_until_closed(lambda: _end(run))
+            if held:
+                notice(f"note: {run} is taken over; its former process has {2 * HEARTBEAT:.0f} s to notice")
+                time.sleep(2 * HEARTBEAT)
+            return claim
+        assert latest is not None
+        host, _, pid = latest.worker.rpartition("-")
+        if latest.is_seen or watched not in (None, latest.changed):
+            problem = f"{run} is being trained by process {pid} on host {host}."
+            raise UserError("name", run.name, problem, "Wait, stop it, or end it from here with --take-over.")
+        if watched is None:
+            watched = latest.changed
+            notice(f"note: process {pid} on host {host} began {run}; watching its heartbeat for {EXPIRY:.0f} s at most")
+        time.sleep(1)
+
+
+def _end(run: Path) -> None:
+    print(f"error: {run} was taken over by another process", file=sys.stderr, flush=True)
+    os._exit(EXIT_FAILED)

@@ -1,0 +1,148 @@
+"""A run ends well at any moment: signals outside the loop, a second start, failed checks, values that are NaN."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.runtime import free_port
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE
+from qatscale.tracking.run_folder import RunFolder
+from tests.processes import unlaunched
+from tests.train.driving import STEPS, losses, spec
+from tests.train.fixed_tokens import write_fixed_tokens
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fixed_tokens(tmp_path_factory.mktemp("tokens") / "data")
+
+
+def command(folder: Path, data: Path, *overrides: str) -> list[str]:
+    """`train debug …` for a run in `folder`."""
+    return ["train", "debug", *spec(folder.name, folder.parent, data, *overrides)["overrides"]]
+
+
+def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start Python with these arguments, without a launcher's variables."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=unlaunched() | (environment or {}),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output = process.communicate(timeout=200)[0]
+    return process.returncode, output
+
+
+SIGNALLED = """
+import os, signal, sys
+module, owner, method = sys.argv[1].split(":")
+owner = getattr(__import__(module, fromlist=[owner]), owner) if owner else __import__(module, fromlist=[method])
+own = getattr(owner, method)
+def signalled(*arguments, **keywords):
+    os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+    return own(*arguments, **keywords)
+setattr(owner, method, signalled)
+from qatscale.cli import main
+main(sys.argv[3:])
+"""
+"""`qatscale` with a signal at each call of a function."""
+BEFORE, AFTER = (
+    ("qatscale.train.run::decide", "qatscale.train.run::build"),
+    "qatscale.data.reader:EvaluationReader:batch",
+)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_a_signal_before_the_first_step_or_in_the_final_evaluation(
+    name: str, code: int, data: Path, tmp_path: Path
+) -> None:
+    train = command(tmp_path / "run", data)
+    ended, output = finish(start("-c", SIGNALLED, BEFORE[name == "SIGHUP"], name, *train))
+    assert ended == code, output
+    assert f"{name}: stopped before the first step" in output
+    ended, output = finish(start("-c", SIGNALLED, AFTER, name, *train))
+    assert ended == code, output
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.status, folder.records("stopped")[-1]["step"]) == ("stopped", STEPS)
+    if name == "SIGTERM":
+        ended, output = finish(start("-m", "qatscale", *train))
+        assert ended == 0, output
+        assert folder.is_done
+
+
+def test_a_signal_while_the_command_starts(data: Path, tmp_path: Path) -> None:
+    at = "qatscale.config::load_run_config"
+    ended, output = finish(start("-c", SIGNALLED, at, "SIGTERM", *command(tmp_path / "run", data)))
+    assert ended == EXIT_REQUEUE, output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_waits_for_a_process_that_never_comes_ends_at_once(data: Path, tmp_path: Path) -> None:
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    process = start(
+        "-m", "qatscale", *command(tmp_path / "run", data), environment=job | {"MASTER_PORT": str(free_port())}
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=15)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == EXIT_REQUEUE, output
+
+
+def test_of_two_equal_commands_at_once_one_trains(data: Path, tmp_path: Path) -> None:
+    train = command(tmp_path / "run", data)
+    outputs = dict(map(finish, [start("-m", "qatscale", *train) for _ in range(2)]))
+    assert sorted(outputs) == [0, EXIT_BAD_INPUT], outputs
+    assert "is being trained by process" in outputs[EXIT_BAD_INPUT]
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
+
+
+def test_a_verdict_stays_with_the_run(data: Path, tmp_path: Path) -> None:
+    """Adam's epsilon is so large that nothing moves: a check that failed at the end fails again."""
+    train = command(tmp_path / "run", data, "optimizer.eps=1e300")
+    for _ in range(2):
+        ended, output = finish(start("-m", "qatscale", *train))
+        assert ended == EXIT_FAILED, output
+        assert "have not moved since the switch" in output
+    assert not RunFolder(tmp_path / "run").is_done
+
+
+POISONED = """
+import sys, torch
+from qatscale.train.checkpointing import AsyncCheckpointer
+save = AsyncCheckpointer.save
+def poisoned(self, step, reason):
+    masters = self._components.masters
+    if step == int(sys.argv[1]):
+        next(iter(masters.by_partition())).data[3] = torch.nan
+    save(self, step, reason)
+AsyncCheckpointer.save = poisoned
+from qatscale.cli import main
+main(sys.argv[2:])
+"""
+"""`qatscale` with a weight that turns NaN in the update before a save."""
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_state_that_is_not_finite_is_never_a_checkpoint(background: str, data: Path, tmp_path: Path) -> None:
+    more = ["checkpoint.interval=512", f"checkpoint.background={background}"]
+    train = command(tmp_path / "run", data, *more)
+    ended, output = finish(start("-c", POISONED, "9", *train))
+    assert ended == EXIT_FAILED, output
+    assert "the checkpoint of step 9 was not written: weight/" in output
+    assert find_checkpoint(tmp_path / "run").name == "step-00000008"
+    ended, output = finish(start("-m", "qatscale", *train))
+    assert ended == 0, output
