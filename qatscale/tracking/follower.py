@@ -7,6 +7,7 @@ records and marks the run KILLED. Whatever is still missing, `qatscale track-syn
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import resource
@@ -133,6 +134,10 @@ def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENC
     return Follower(folder, child)
 
 
+_HAS_PSUTIL = importlib.util.find_spec("psutil") is not None
+"""mlflow-skinny does without it, and then a run has no system metrics."""
+
+
 class SystemMetrics:
     """CPU, memory, disk, network and GPUs of this machine, as MLflow's own system metrics of a run.
 
@@ -242,9 +247,10 @@ class Following:
             self._uploader = Uploader(self.folder, self.uri, progress)
         complete = self._uploader.sync()
         if not complete:
-            if self._system is None:
+            if self._system is None and _HAS_PSUTIL:
                 self._system = SystemMetrics(self._uploader)
-            self._system.upload()
+            if self._system is not None:
+                self._system.upload()
         return complete
 
     def is_superseded(self) -> bool:

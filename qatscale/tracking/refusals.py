@@ -39,7 +39,7 @@ def as_refused(error: BaseException) -> RefusedError | None:
         return error
     text = shown(error)
     if isinstance(error, ModuleNotFoundError):
-        return RefusedError(f"{text}. Install it where the run trains.")
+        return RefusedError(f"{text.removesuffix('.')}. `pip install {error.name}` where the run trains.")
     cure = next((cure for part, cure in _CURES if part in text), None)
     if cure is None and getattr(error, "error_code", None) not in _PERMANENT:
         return None

@@ -27,6 +27,7 @@ from qatscale.schedule.timeline import Timeline
 from qatscale.supervise import process
 from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live
+from qatscale.untrusted import first_line
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: the process is on another
@@ -126,7 +127,22 @@ class RunFolder:
     @property
     def run(self) -> dict[str, Any]:
         """run.json."""
-        return read_json(self.run_file)
+        return self._content("run.json", "name", "id", "created", "parent", "n_params")
+
+    def _content(self, name: str, *keys: str) -> dict[str, Any]:
+        """A file that describes the run. UserError, naming it, where it is damaged."""
+        import yaml
+
+        path = self.path / name
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            what = "is empty" if path.exists() and not path.stat().st_size else f"cannot be read: {first_line(error)}"
+            raise UserError("run", str(path), f"{what}.", "Restore the file.") from None
+        missing = [key for key in keys if key not in content] if isinstance(content, dict) else keys
+        if missing:
+            raise UserError("run", str(path), f"is damaged: it lacks {', '.join(missing)}.", "Restore the file.")
+        return dict(content)
 
     @property
     def parent(self) -> RunFolder | None:
@@ -148,14 +164,12 @@ class RunFolder:
     @property
     def timeline(self) -> dict[str, Any]:
         """timeline.json, see `Timeline.to_dict`; runs of earlier versions have fewer of its keys."""
-        return read_json(self.path / "timeline.json")
+        return self._content("timeline.json", "steps", "tokens_per_step", "switch_step", "segments")
 
     @property
     def recipe(self) -> dict[str, Any]:
         """recipe.yaml as plain data, so that runs remain readable when RunConfig changes."""
-        import yaml
-
-        return yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        return self._content("recipe.yaml", "data", "qat")
 
     @property
     def data(self) -> Path | None:
@@ -177,7 +191,7 @@ class RunFolder:
     @property
     def final(self) -> dict[str, Any] | None:
         """The final metrics by their stable names, None while the run is not done."""
-        return read_json(self.done_file)["metrics"] if self.is_done else None
+        return self._content("done.json", "metrics")["metrics"] if self.is_done else None
 
     @property
     def status(self) -> Status:

@@ -25,7 +25,7 @@ from qatscale.engine.checkpoints.universal import read_universal, universal_chec
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.schedule.build import build_timeline
-from qatscale.tracking.compare import list_runs
+from qatscale.tracking.compare import list_runs, run_folders
 from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.resume import plan_resume
@@ -247,7 +247,7 @@ def test_its_first_loss_is_that_of_transformers(name: str, made: Made) -> None:
 
 @pytest.mark.dist
 def test_an_imported_run_is_listed_as_one_and_not_trained(made: Made) -> None:
-    rows = {row.name: row for row in list_runs(made.runs)}
+    rows = {row.name: row for row in list_runs(run_folders(made.runs))[0].values()}
     assert (rows["llama-tied"].status, rows["llama-tied"].parent) == ("imported", "tied")
     assert rows["tied-p1"].parent == "llama-tied@0"
     folder = RunFolder(made.runs / "llama-tied")
@@ -261,7 +261,7 @@ def test_trained_tokens_are_steps_of_the_recipe(tmp_path: Path) -> None:
     save_llama(tmp_path / "hf", tied=True)
     import_llama(tmp_path / "hf", tmp_path / "run", "data.path=null", trained_tokens=2600)  # 5.08 steps of 512
     assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000005"]
-    (row,) = list_runs(tmp_path)
+    (row,) = list_runs(run_folders(tmp_path))[0].values()
     assert (row.step, row.tokens) == (5, 2560)
     with pytest.raises(UserError, match=r"has seen 6\.144K already"):
         import_llama(tmp_path / "hf", tmp_path / "late", "data.path=null", trained_tokens=6144)
