@@ -146,7 +146,8 @@ class Uploader:
             raise RefusedError(f"The experiment {name} was deleted. {restore}; tracking.experiment=NAME takes another.")
         for key, value in tags.items():
             if found.tags.get(key) != value and not (key in EXPERIMENT_TAGS and key in found.tags):
-                self.client.set_experiment_tag(found.experiment_id, key, value)
+                with suppress(MlflowException):  # another user's experiment may take runs and no tags
+                    self.client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
 
     def _uploaded(self) -> Iterator[Record]:

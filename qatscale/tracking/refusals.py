@@ -67,13 +67,13 @@ def stall_limit() -> Iterator[Callable[[], None]]:
     def progress() -> None:
         signal.setitimer(signal.ITIMER_REAL, STALL)
 
-    before = signal.signal(signal.SIGALRM, expired)
+    handler, timer = signal.signal(signal.SIGALRM, expired), signal.getitimer(signal.ITIMER_REAL)
     progress()
     try:
         yield progress
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def shown(error: BaseException) -> str:
