@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import errno
+import re
+from collections.abc import Sequence
+from typing import Any
 
-from qatlaw.errors import InputError
+from qatlaw.errors import InputError, did_you_mean, nearest
 
-if TYPE_CHECKING:  # every --help reads the exit codes
-    from pydantic import ValidationError
+__all__ = [
+    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors",
+    "did_you_mean", "first_invalid", "nearest",
+]  # fmt: skip
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -39,21 +42,33 @@ class UserErrors(UserError):  # noqa: N818 - several of them
         return type(self), (self.problems,)
 
 
-def first_invalid(error: ValidationError) -> str:
-    """Where the first problem of a file's content lies, and what it is: 'plugin.bits: Input should be …'."""
+_DISK = "Free some space, or choose another disk."
+_PERMISSION = "Choose a place that you may write to and read from."
+_FAULTS = {
+    errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: "Raise the limit (ulimit -f), or choose another disk.",
+    errno.EACCES: _PERMISSION, errno.EPERM: _PERMISSION, errno.EROFS: _PERMISSION,
+    errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "",
+}  # fmt: skip
+"""What to do about an error of the operating system."""
+
+
+def fault(error: BaseException) -> str | None:
+    """What happened and what to do, where the machine is at fault or a run has diverged: a traceback would not help.
+
+    None for any other exception.
+    """
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    text = str(error)
+    numbered = re.search(r"\[Errno (\d+)\] ", text)  # also of a process that another one reports
+    if not isinstance(error, OSError) or numbered is None or int(numbered[1]) not in _FAULTS:
+        return None
+    plain = f"{error.filename}: {error.strerror}" if error.filename else text.replace(numbered[0], "")
+    return f"{plain}. {_FAULTS[int(numbered[1])]}".rstrip()
+
+
+def first_invalid(error: Any) -> str:
+    """Where the first problem of pydantic's ValidationError lies, and what it is: 'plugin.bits: Input should be …'."""
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"])) or "its text"
     return f"{place}: {first['msg']}"
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None where nothing is near."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """``Did you mean 'x'?`` or the whole list, whichever helps more."""
-    known = sorted(names)
-    close = nearest(name, known)
-    return f"Did you mean {close!r}?" if close else f"Known: {', '.join(known)}."

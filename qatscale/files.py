@@ -15,11 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from qatlaw.files import PARTIAL, rename_synced, sync, write_atomic
 from qatscale.errors import UserError
 
+__all__ = [
+    "PARTIAL", "HeldError", "appearing", "check_new", "decode", "encode", "is_file", "is_folder", "locked", "read_json",
+    "rename_synced", "sha256_of", "sync", "write_atomic", "write_json",
+]  # fmt: skip
+
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-PARTIAL = ".partial"
-"""Ending of a file that is still being written."""
 
 
 class HeldError(RuntimeError):
@@ -34,30 +38,6 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """As `Path.is_dir`, and False for a name that is too long for a folder."""
     return os.path.isdir(path)  # noqa: PTH112
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or the renames in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def rename_synced(partial: Path, final: Path) -> None:
-    partial.replace(final)
-    sync(final.parent)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    rename_synced(partial, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """A wrong input, with what the problem is and how to fix it.
@@ -17,3 +20,16 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
         return type(self), (self.key, self.value, self.problem, self.fix)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None where nothing is near."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """``Did you mean 'x'?``, or the entire list where nothing is near."""
+    known = sorted(names)
+    close = nearest(name, known)
+    return f"Did you mean {close!r}?" if close else f"Known: {', '.join(known) or 'none'}."

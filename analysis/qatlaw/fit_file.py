@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qatlaw.errors import InputError
+from qatlaw.files import write_atomic
 from qatlaw.fraction import ROUNDING
 from qatlaw.laws import FORMS
 from qatlaw.laws.base import Floats, Law, LawForm
@@ -167,10 +168,8 @@ def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: A
 
 
 def write_fit(path: str | Path, file: FitFile) -> None:
-    """Replace the file at once, so that a reader never sees half of it. JSON has no NaN: what is unknown is null."""
-    partial = Path(path).with_name(f"{Path(path).name}.partial")
-    partial.write_text(file.model_dump_json(by_alias=True, indent=1) + "\n")
-    partial.replace(path)
+    """Replace the file at once. JSON has no NaN: what is unknown is null."""
+    write_atomic(Path(path), f"{file.model_dump_json(by_alias=True, indent=1)}\n".encode())
 
 
 def read_fit(path: str | Path) -> FitFile:

@@ -95,6 +95,6 @@ def extrapolation_warning(N: float, D: float, B: float) -> str | None:
 def amount(value: float, digits: int = 3) -> str:
     """Some digits and a suffix: 2300000000.0 -> 2.3B."""
     for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
+        if abs(value) >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
             return f"{value / unit:.{digits}g}{suffix}"
     return f"{value:.{digits}g}"

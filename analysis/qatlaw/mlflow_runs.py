@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
 from typing import Any
 
-from qatlaw.errors import InputError
+from qatlaw.errors import InputError, did_you_mean
 from qatlaw.fit_file import FitFile
 from qatlaw.runs import TEXTS, RunRecord
 
@@ -30,9 +29,7 @@ def mlflow_records(uri: str, experiment: str) -> list[RunRecord]:
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        names = [one.name for one in client.search_experiments()]
-        near = difflib.get_close_matches(experiment, names, n=1, cutoff=0.5)
-        fix = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(sorted(names)) or 'none'}."
+        fix = did_you_mean(experiment, [one.name for one in client.search_experiments()])
         raise InputError("--experiment", experiment, f"{uri} has no experiment of this name.", fix)
     records, token = [], None
     while True:

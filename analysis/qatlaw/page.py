@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from qatlaw.errors import InputError
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
+from qatlaw.files import write_atomic
 from qatlaw.findings import findings
 from qatlaw.planner_law import load_law
 from qatlaw.runs import Collected, LeftOut, counted
@@ -138,14 +139,14 @@ def write_report(report: Report, folder: Path) -> Path:
     for one in report.drawn:
         svg, png = (figures / f"{one.name}.{ending}" for ending in ("svg", "png"))
         if one.figure is not None:
-            svg.write_bytes(report.svg[one.name])
-            png.write_bytes(image(one.figure, "png"))
+            write_atomic(svg, report.svg[one.name])
+            write_atomic(png, image(one.figure, "png"))
         else:  # an earlier report may have had more runs
             svg.unlink(missing_ok=True)
             png.unlink(missing_ok=True)
-    report.evidence.table.frame.to_csv(folder / RUNS, index=False)
+    write_atomic(folder / RUNS, report.evidence.table.frame.to_csv(index=False).encode())
     page = folder / "report.html"
-    page.write_text(html(report), encoding="utf-8")
+    write_atomic(page, html(report).encode())
     return page
 
 

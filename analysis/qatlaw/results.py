@@ -7,12 +7,14 @@ paths) or have no effect on the result. `qatlaw.runs.collect` turns it into a ta
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qatlaw.errors import InputError
+from qatlaw.files import write_atomic
 from qatlaw.measurement import settings_with_effect
 from qatlaw.names import VAL_LOSS
 from qatlaw.runs import RunRecord
@@ -32,12 +34,11 @@ def write_results(path: Path, records: Iterable[RunRecord]) -> None:
         rows.append({"name": record.name, **final, **{f"{RECIPE}{key}": value for key, value in recipe.items()}})
     others = {key for row in rows for key in row} - set(_FIRST)
     columns = [*_FIRST, *sorted(others, key=lambda column: (column.startswith(RECIPE), column))]
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
 
 
 def read_results(path: Path) -> list[RunRecord]:

@@ -259,26 +259,33 @@ def effective_bits(record: RunRecord, bits: float) -> float | None:
 
     Scales have the type of training's forward: fp32 where the ds_config is named so, else 16 bits.
     """
-    recipe = record.recipe
+    shape = model_shape(record.recipe)
+    if shape is None:
+        return None
+    if bits >= UNQUANTIZED_BITS:
+        shape["embedding_bits"] = None
+    plain_bits = 32 if "fp32" in record.recipe.get("engine.ds_config", "") else UNQUANTIZED_BITS
+    return round(float(llama_weights(**shape, bits=bits, plain_bits=plain_bits).effective_bits), 3)
+
+
+def model_shape(recipe: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `llama_weights` needs to know of a recipe's model, without its bits; None where the recipe lacks keys."""
     keys = ("hidden_size", "layers", "intermediate_size", "vocab_size", "heads")
     known = [number for key in keys if (number := _number(recipe.get(f"model.{key}"))) is not None]
     if len(known) < len(keys):
         return None
     width, layers, intermediate, vocabulary, heads = known
-    group, table = (_number(recipe.get(f"qat.{key}")) for key in ("group_size", "embedding_bits"))
-    weights = llama_weights(
-        hidden_size=width,
-        layers=layers,
-        intermediate_size=intermediate,
-        vocabulary=vocabulary,
-        bits=bits,
-        kv_width=width / heads * (_number(recipe.get("model.kv_heads")) or heads),
-        tied=recipe.get("model.tied_embedding", "true") == "true",
-        embedding_bits=None if bits >= UNQUANTIZED_BITS else table,
-        group_size=int(group) if group else None,
-        plain_bits=32 if "fp32" in recipe.get("engine.ds_config", "") else UNQUANTIZED_BITS,
-    )
-    return round(float(weights.effective_bits), 3)
+    group = _number(recipe.get("qat.group_size"))
+    return {
+        "hidden_size": width,
+        "layers": layers,
+        "intermediate_size": intermediate,
+        "vocabulary": vocabulary,
+        "kv_width": width / heads * (_number(recipe.get("model.kv_heads")) or heads),
+        "tied": recipe.get("model.tied_embedding", "true") == "true",
+        "embedding_bits": _number(recipe.get("qat.embedding_bits")),
+        "group_size": int(group) if group else None,
+    }
 
 
 def _seed(record: RunRecord) -> str:

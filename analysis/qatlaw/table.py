@@ -6,9 +6,8 @@ succeeds and is wrong, so magnitudes that no training run has are refused here.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
-from qatlaw.errors import InputError
+from qatlaw.errors import InputError, did_you_mean, nearest
 from qatlaw.laws.base import Floats, Points
 from qatlaw.names import VAL_LOSS
 
@@ -244,24 +243,21 @@ def _mapped(frame: pd.DataFrame, columns: Mapping[str, str], source: str) -> pd.
     """With our names for the columns that have others; a column of our name that means something else is dropped."""
     for ours, own in columns.items():
         if ours not in (*COLUMNS, *OPTIONAL):
-            raise InputError("--column", ours, "is not a column of a table of runs.", _near(ours, COLUMNS + OPTIONAL))
+            raise InputError(
+                "--column", ours, "is not a column of a table of runs.", did_you_mean(ours, COLUMNS + OPTIONAL)
+            )
         if own not in frame.columns:
-            raise InputError(f"{source}: --column {ours}", own, "no such column.", _near(own, frame.columns))
+            raise InputError(
+                f"{source}: --column {ours}", own, "no such column.", did_you_mean(own, map(str, frame.columns))
+            )
     others = frame.drop(columns=[name for name in columns if name in frame.columns and name not in columns.values()])
     return others.rename(columns={own: ours for ours, own in columns.items()})
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    known = list(map(str, names))
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
 def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
     """What a table needs, with the columns that the missing ones may be."""
     unused = [str(name) for name in frame.columns if name not in (*COLUMNS, *OPTIONAL)]
-    near = {name: difflib.get_close_matches(name, unused, n=1, cutoff=0.5) for name in missing}
-    found = {name: close[0] for name, close in near.items() if close}
+    found = {name: close for name in missing if (close := nearest(name, unused))}
     fixes = []
     if found:
         options = " ".join(f"--column {name}={own}" for name, own in found.items())

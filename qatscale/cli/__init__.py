@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from qatlaw.errors import InputError
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
@@ -18,20 +20,41 @@ _LATER = 5.0
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line. A wrong input is reported in one message, and the process exits with 2.
 
+    So is a fault of the machine (disk, permission) and a diverged run, with exit code 1; a run's log has the traceback.
     In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
     first one leaves, and an error of one of them alone is still reported.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a console without Unicode must not end a run
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
-    if command and command[0] in TRAINING:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))  # until the run has handlers of its own
-    from qatscale.cli.app import app
+    with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():
+        from qatscale.cli.app import app
 
+        try:
+            app(arguments, prog_name="qatscale")
+        except InputError as error:
+            rank = int(os.environ.get("RANK", 0))
+            time.sleep(_LATER if rank else 0)
+            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
+        except (OSError, FloatingPointError) as error:
+            if fault(error) is None:
+                raise
+            print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+            sys.exit(EXIT_FAILED)
+
+
+@contextmanager
+def _nothing_to_save() -> Iterator[None]:
+    """A context in which a signal ends the process with EXIT_REQUEUE, until the run has handlers of its own."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
     try:
-        app(arguments, prog_name="qatscale")
-    except InputError as error:
-        rank = int(os.environ.get("RANK", 0))
-        time.sleep(_LATER if rank else 0)
-        print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

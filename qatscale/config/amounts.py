@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from qatlaw.fraction import amount
 from qatscale.config.section import Allowed
 from qatscale.errors import UserError
 
@@ -22,9 +23,7 @@ def parse_amount(value: Any) -> int:
     Takes 2300000000, 2.3e9, '2.3B', '2_300M'. Raises ValueError for anything else, and for an amount that is negative,
     above `LARGEST` or not whole.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
-    match = _AMOUNT.match(str(value))
+    match = _AMOUNT.match(str(value)) if isinstance(value, int | float | str) else None
     if match is None:
         raise ValueError(f"{value!r} is not an amount; write a number, with K, M, B or T if it is long: 2.3B")
     number = Decimal(match[1].replace("_", ""))
@@ -49,10 +48,7 @@ def positive_amount(key: str, value: Any) -> int:
 
 def format_amount(units: float) -> str:
     """Four significant digits and a suffix: 2300000000 -> '2.3B'."""
-    for suffix in ("T", "B", "M", "K"):
-        if abs(units) >= 0.99995 * SUFFIXES[suffix]:  # 999,999 is '1M', not '1000K'
-            return f"{units / SUFFIXES[suffix]:.4g}{suffix}"
-    return f"{units:.4g}"
+    return amount(units, digits=4)
 
 
 Tokens = Annotated[

@@ -192,13 +192,6 @@ class IndexedReader:
         if self.pointers[0] != 0 or (self.pointers[1:] != ends[:-1]).any() or (self.lengths < 0).any():
             raise UserError("shard", str(self.idx_path), "its sequences are not one after another in the .bin.")
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, sequence: int) -> np.ndarray:
-        start = int(self.pointers[sequence]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[sequence])]
-
     def shard(self, name: str) -> Shard:
         """Counts, sizes and checksums under `name`; reads every byte of both files."""
         return Shard(

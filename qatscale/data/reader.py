@@ -43,13 +43,6 @@ class TokenStream:
         """Tokens."""
         return self._ends[-1]
 
-    def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length), int64, across shards."""
-        assert 0 <= start <= start + length <= len(self), (start, length, len(self))
-        out = np.empty(length, np.int64)
-        self._read(*self._locate(start), out)
-        return out
-
     def _locate(self, position: int) -> tuple[int, int]:
         """(shard, offset within it) of a token."""
         shard = bisect.bisect_right(self._ends, position)

@@ -5,8 +5,8 @@ Sizes in comments: n = tokens of a micro-batch, c = tokens of a chunk, V = vocab
 process's share), D = hidden size. `F.cross_entropy(head(x).float(), labels)` holds three fp32 tensors [n, V]: 4 GB each
 for 32,768 tokens and a vocabulary of 32,000. Here each chunk of tokens passes the product with the weight, the softmax
 and the two products of the gradient, all in the forward pass. The arithmetic is the same, and nothing is computed
-twice. Saved for the backward pass are the gradients of x [n, D] and of the weight [V, D], which it multiplies by the
-gradient of the loss.
+twice. The forward pass saves the gradients of x [n, D] and of the weight [V, D]; the backward pass multiplies them by
+the gradient of the loss.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _accumulated(so_far: Tensor | None, grad: Tensor, x: Tensor, more: bool) -> 
 class Head(nn.Linear):
     """weight: [V, D], where V is the vocabulary; under tensor parallelism this process's share of it.
 
-    The loss is computed inside the layer's own forward, because ZeRO-3 has the weight gathered there and nowhere else.
+    The loss is computed inside the layer's own forward, the only place where ZeRO-3 has the weight gathered.
     """
 
     def __init__(self, hidden_size: int, vocabulary: int, parallel: TensorParallel) -> None:

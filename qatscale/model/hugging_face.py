@@ -178,7 +178,7 @@ def write_config(
     special = export_tokenizer(tokenizer_folder, folder) if tokenizer_folder else SpecialIds(None, None)
     hugging_face_config(config, sequence_length, special, dtype).save_pretrained(folder)
     path = folder / "config.json"
-    content = json.loads(path.read_text()) | {"rope_theta": config.rope_theta} | dict(further or {})
+    content = json.loads(path.read_bytes()) | {"rope_theta": config.rope_theta} | dict(further or {})
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(folder)
 
@@ -221,7 +221,7 @@ def trained_length(folder: Path) -> int | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """The content of a config.json, which must be of model type llama."""
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError("model folder", str(path.parent), "holds no config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -288,7 +288,7 @@ def _open_safetensors(folder: Path) -> LazyState:
             fix = "Load it with transformers where you trust it, and save it again: model.save_pretrained(FOLDER)."
             raise UserError("model folder", str(folder), problem, fix)
         try:
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise UserError(str(folder / INDEX), None, "is not an index of safetensors files.") from None
     shapes: dict[str, Shape] = {}

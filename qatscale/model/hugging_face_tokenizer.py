@@ -108,7 +108,7 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
         padding_side="left",
     ).save_pretrained(out)
     # the name that releases of transformers before 5 know as well
-    config = json.loads((out / "tokenizer_config.json").read_text())
+    config = json.loads((out / "tokenizer_config.json").read_bytes())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     shutil.copyfile(path, out / SENTENCEPIECE_FILE)

@@ -138,7 +138,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
 
 
 def mark(parameter: Tensor, shard: Shard) -> None:
-    """Attach a shard to its parameter, and tell DeepSpeed's gradient norm that every process's part counts."""
+    """Attach a shard to its parameter, and mark it so that DeepSpeed's gradient norm counts every process's part."""
     parameter.shard = shard  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 

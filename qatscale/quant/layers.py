@@ -49,8 +49,8 @@ class FakeQuant(nn.Module):
     calibrated: bool
     _mode: Mode
     # Bits are kept as text, and g is computed anew in each forward. torch.compile (2.13) specialises on strings and on
-    # a module's integers, but makes a variable of a float that differs between layers or modes, and its tracer cannot
-    # pass variables into an autograd.Function.
+    # a module's integers. It makes a variable of a float that differs between layers or modes, and cannot pass a
+    # variable into an autograd.Function.
     _bits: str
     _dynamic_bits: str
     _dynamic_scale: Tensor | None

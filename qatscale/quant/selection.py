@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import BitsRule, embedding_rule
@@ -46,8 +47,8 @@ def select(model: nn.Module, qat: QatConfig, keep: Collection[str] = ()) -> Sele
 
     keep: names of layers, or their last parts, that stay in full precision on purpose.
 
-    UserError where no layer matches, a group size does not divide, a layer cannot be quantized as it is, or a matrix
-    would stay in full precision because of its name.
+    UserError where no layer matches, a group size does not divide, or a layer cannot be quantized as it is. Also where
+    a matrix would stay in full precision because of its name.
     """
     rule = embedding_rule(qat.embedding_bits, _is_tied(model))
     targets: list[Target] = []
@@ -103,8 +104,8 @@ def _check_names(model: nn.Module, targets: list[Target], kept: set[str]) -> Non
         lasts = list(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in unnamed))
         raise UserError(
             f"model.{next(iter(unnamed))}", None,
-            f"{len(unnamed)} layers, {share:.1%} of the parameters, would stay in full precision, for only layers "
-            f"named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
+            f"{plural(len(unnamed), 'layer')}, {share:.1%} of the parameters, would stay in full precision, for only "
+            f"layers named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
             f"Rename them, or leave them out on purpose: QatPlugin(..., keep={lasts}).",
         )  # fmt: skip
 

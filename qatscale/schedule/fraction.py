@@ -13,8 +13,8 @@ def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
     """QAT's share of all tokens before rounding to steps, and warnings about it.
 
     `auto` is the planner's optimum with N = all parameters (a tied embedding once), D = `tokens`, B = `qat.bits`: what
-    `qatscale plan` answers. Where the scheme's warm-ups and cooldowns need a longer or shorter QAT phase, or where the
-    closed form has no optimum (S <= 1), it is the nearest share that holds them.
+    `qatscale plan` answers. The scheme's warm-ups and cooldowns may need a longer or shorter QAT phase, and the closed
+    form has no optimum at S <= 1. `auto` is then the nearest share that holds them.
     """
     qat = config.qat
     if qat.scheme in ("fp", "scratch"):

@@ -77,7 +77,7 @@ def _all_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
     texts = [repr(value) for value in values]
     for text in texts:
         if texts.count(text) > 1:
-            raise ClashError("", f"holds {text} twice", "Repeats are `seeds`.")
+            raise ClashError("", f"holds {text} twice", "Use `seeds` for repeats.")
     return values
 
 

@@ -1,7 +1,7 @@
 """From a study file to its runs, and to what the tree of runs needs to know of each.
 
 The tree and its meaning are `qatlaw.study`'s; what a run prescribes at each step is its timeline's. So two runs share a
-trunk exactly as long as `schedule.timeline.first_difference` finds none: a warm-up that is a share of the tokens, and
+trunk exactly as long as `schedule.difference.first_difference` finds none: a warm-up that is a share of the tokens, and
 not a number of them, parts runs of different length at the first step.
 """
 

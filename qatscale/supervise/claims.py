@@ -92,7 +92,7 @@ class Claims:
 
     def has_claimed(self, worker: str) -> bool:
         """Whether a worker has ever claimed a run."""
-        return any(f'"worker": "{worker}"' in path.read_text() for path in self.folder.glob("*.json"))
+        return any(f'"worker": "{worker}"' in path.read_text(encoding="utf-8") for path in self.folder.glob("*.json"))
 
     def take(self, name: str, after: int, worker: str) -> Claim | None:
         """Claim the attempt that follows number `after`; None if another worker was faster."""
@@ -113,7 +113,7 @@ class Claims:
         path = self._path(name, number)
         try:
             changed = path.stat().st_mtime
-            content = dict(json.loads(path.read_text()))
+            content = dict(json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError, RecursionError):  # being written, or damaged: expires like a silent one
             changed, content = 0.0, {}
         state = content.get("state", "running")

@@ -11,7 +11,8 @@ from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import find_checkpoint, newest_checkpoint, read_manifest
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
-from qatscale.schedule.timeline import Timeline, first_difference
+from qatscale.schedule.difference import first_difference
+from qatscale.schedule.timeline import Timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
+from qatlaw.text import plural
 from qatscale.config import flatten, recorded_yaml
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
@@ -90,6 +91,7 @@ class RunLog:
                     yield
                 except BaseException as error:
                     watchdog.resolve_failure(error)
+                    error.add_note(f"log: {self.folder.logs / f'rank-{self.runtime.rank}.log'}")
                     raise
         finally:
             self._is_open = False
@@ -100,7 +102,7 @@ class RunLog:
         """Lines such as `2026-11-22T08:30:00.123Z host rank 3 WARNING qatscale: …`, which sort across hosts."""
         rank, host = self.runtime.rank, socket.gethostname()
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.folder.logs / f"rank-{rank}.log")
+        handler = logging.FileHandler(self.folder.logs / f"rank-{rank}.log", encoding="utf-8")
         line = f"%(asctime)s.%(msecs)03dZ {host} rank {rank} %(levelname)s %(name)s: %(message)s"
         handler.setFormatter(formatter := logging.Formatter(line, datefmt="%Y-%m-%dT%H:%M:%S"))
         formatter.converter = time.gmtime
@@ -116,9 +118,9 @@ class RunLog:
         self.console.notice(
             f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
             + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
-            + f", {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of "
+            + f", {format_amount(timeline.tokens)} tokens in {plural(timeline.steps, 'step')} of "
             f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
-            f"{ds_config['gradient_accumulation_steps']} x {runtime.ranks} processes), {self.setup.precision} "
+            f"{ds_config['gradient_accumulation_steps']} x {plural(runtime.ranks, 'process')}), {self.setup.precision} "
             f"ZeRO-{ds_config['zero_optimization']['stage']} on {runtime.device_name}"
         )
         if timeline.switch_step is not None:

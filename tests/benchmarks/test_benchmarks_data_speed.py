@@ -14,6 +14,7 @@ from qatscale.data.indexed import IndexedReader
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import TokenStream
 from qatscale.data.tokenizer import train_sentencepiece
+from tests.data.data_corpora import first_tokens
 
 WORDS = ["the", "quick", "(brown)", "fox,", "42", "jumps", "", "over\n\n", "", "", "", "a", "lazy.dog"]
 
@@ -49,5 +50,5 @@ def test_the_megatron_scheme_writes_the_same_tokens(text: Path, tmp_path: Path) 
     ours = tmp_path / "ours"
     prepare([str(text)], ours, tokenizer=str(tmp_path / "saved"), validation_fraction=0, workers=1)
     theirs = IndexedReader(tmp_path / "theirs" / "tokens")
-    assert len(theirs) == 400
-    assert (theirs.tokens == TokenStream.open(ours, "train").window(0, len(theirs.tokens))).all()
+    assert len(theirs.lengths) == 400
+    assert (theirs.tokens == first_tokens(TokenStream.open(ours, "train"), len(theirs.tokens))).all()

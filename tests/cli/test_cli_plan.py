@@ -19,7 +19,8 @@ from qatlaw.cli import planner
 from qatscale.config import load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.schedule.build import build_timeline
-from qatscale.schedule.timeline import Timeline, first_difference
+from qatscale.schedule.difference import first_difference
+from qatscale.schedule.timeline import Timeline
 from tests.cli.bad_inputs import run_command
 
 

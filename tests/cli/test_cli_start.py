@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 COMMANDS = (
     "--help", "config", "recipes", "plan --help",
     "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic",
+    "plan memory 500MB --tokens 100B --bits 4 --format gguf",
     "study --help", "study plan --help", "fit --help", "report --help", "prepare --help",
     "train --help",
 )  # fmt: skip
@@ -31,3 +33,15 @@ for command in sys.argv[1:]:
 def test_light_commands_import_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, *COMMANDS], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{command} []" for command in COMMANDS]
+
+
+def test_a_console_without_unicode_ends_no_command() -> None:
+    script = (
+        "from qatscale.__main__ import start\ntry: start(sys.argv[1:])\nexcept SystemExit: pass\nprint('3 \\u2013 4')"
+    )
+    for command in ("recipes", "train debug --help"):
+        said = subprocess.run(
+            [sys.executable, "-c", f"import sys\n{script}", *command.split()],
+            env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert said.stdout.endswith("3 ? 4\n")

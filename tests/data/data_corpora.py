@@ -82,3 +82,12 @@ def _shard(prefix: Path, tokens: np.ndarray) -> IndexedReader:
     prefix.with_suffix(".bin").write_bytes(tokens.astype("<i4").tobytes())
     prefix.with_suffix(".idx").write_bytes(encode_index(np.array([len(tokens)]), np.dtype("<i4")))
     return IndexedReader(prefix)
+
+
+def first_tokens(stream: TokenStream, count: int) -> np.ndarray:
+    return stream.gather(np.zeros(1, np.int64), count - 1)[0]
+
+
+def documents_of(reader: IndexedReader) -> list[np.ndarray]:
+    """The sequences of a contiguous shard."""
+    return np.split(reader.tokens, np.cumsum(reader.lengths)[:-1])

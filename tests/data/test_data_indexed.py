@@ -15,6 +15,7 @@ import pytest
 
 from qatscale.data.indexed import IndexedReader, IndexedWriter, encode_index, token_dtype
 from qatscale.errors import UserError
+from tests.data.data_corpora import documents_of
 
 LENGTHS = [3, 1, 4]
 TOKENS = [5, 6, 2, 2, 7, 8, 9, 2]
@@ -60,7 +61,7 @@ def test_reads_every_integer_dtype(tmp_path: Path, code: int, form: str) -> None
     assert reader.tokens.tolist() == TOKENS
     assert reader.lengths.tolist() == LENGTHS
     assert reader.documents.tolist() == [0, 1, 2, 3]
-    assert [reader[i].tolist() for i in range(len(reader))] == [[5, 6, 2], [2], [7, 8, 9, 2]]
+    assert [document.tolist() for document in documents_of(reader)] == [[5, 6, 2], [2], [7, 8, 9, 2]]
     reader.check_contiguous()
 
 

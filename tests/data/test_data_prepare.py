@@ -22,7 +22,7 @@ from qatscale.data.state import State, folder_lock
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.errors import UserError
 from qatscale.files import sha256_of
-from tests.data.data_corpora import documents, folder_bytes, write_jsonl, write_parquet
+from tests.data.data_corpora import documents, documents_of, first_tokens, folder_bytes, write_jsonl, write_parquet
 
 TEXTS = documents(150)
 
@@ -51,8 +51,7 @@ def texts_of(folder: Path, manifest: Manifest, split: str) -> list[str]:
     tokenizer = load_tokenizer(folder)
     found = []
     for shard in manifest.splits[split].shards:  # type: ignore[index]
-        reader = IndexedReader(folder / shard.name)
-        for ids in reader:
+        for ids in documents_of(IndexedReader(folder / shard.name)):
             assert np.flatnonzero(ids == tokenizer.eos_id).tolist() == [len(ids) - 1]
             found.append(tokenizer.decode(ids[:-1]))
     return found
@@ -130,7 +129,7 @@ def test_max_tokens_stops_soon_after(corpus: list[str], options: dict[str, Any],
     whole = prepare(corpus, tmp_path / "whole", **options)
     part = prepare(corpus, tmp_path / "part", **(options | {"max_tokens": 5000}))
     assert 5000 <= part.splits["train"].tokens < 9000 < whole.splits["train"].tokens
-    held = [TokenStream.open(tmp_path / name, "train").window(0, 5000) for name in ("whole", "part")]
+    held = [first_tokens(TokenStream.open(tmp_path / name, "train"), 5000) for name in ("whole", "part")]
     assert (held[0] == held[1]).all()
 
 

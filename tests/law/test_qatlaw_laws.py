@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from qatlaw import synthetic
+from qatlaw import optimal_fraction, synthetic
 from qatlaw.errors import InputError
 from qatlaw.laws import CHEN_2025, CHINCHILLA, FORMS, KUMAR_2024, QAT_PER_BITS, QAT_UNIFIED, Law, Points
 
@@ -224,11 +224,9 @@ def test_with_equal_bit_and_size_exponents_the_fraction_depends_on_s_alone():
 
 def test_the_synthetic_law_follows_the_closed_form():
     """To 0.031 on average over the range of arXiv 2509.22935: tokens per byte 36 to 1.3e5."""
-    import qatlaw
-
-    S = np.geomspace(36, 1e5, 200)
-    law = synthetic.law().optimal_fraction(4e8, S * 4e8 * 4 / 8, 4)
-    assert np.mean(np.abs(law - qatlaw.optimal_fraction(S))) < 0.031
+    D = np.geomspace(36, 1e5, 200) * 4e8 * 4 / 8
+    law = synthetic.law().optimal_fraction(4e8, D, 4)
+    assert np.mean(np.abs(law - optimal_fraction(4e8, D, 4))) < 0.031
 
 
 def test_fractions_broadcast_and_agree_with_single_ones():

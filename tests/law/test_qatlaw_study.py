@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatlaw.study import Piece, Route, Tree, cheapest_tree, shared_steps
-from qatscale.schedule.timeline import first_difference
+from qatscale.schedule.difference import first_difference
 from qatscale.study import Grid, grid, read_study
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qatscale.config.cooldown_shapes import SHAPES
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
-from qatscale.schedule.timeline import first_difference
+from qatscale.schedule.difference import first_difference
 from tests.schedule.schedule_configs import TOKENS_PER_STEP, make_config
 
 # Many drawn lengths do not fit: that most examples are refused is meant, and no reason to fail by the luck of the seed.

@@ -72,7 +72,7 @@ def read_trained(what: str) -> Trained:
     """
     try:
         run, step = _find(what)
-        about, timeline = (json.loads((run / name).read_text()) for name in ("run.json", "timeline.json"))
+        about, timeline = (json.loads((run / name).read_bytes()) for name in ("run.json", "timeline.json"))
         segments = [segment for segment in timeline["segments"] if not segment["quantized"]]
         cooldowns = [segment for segment in segments if segment["phase"] == "cooldown"]
         trained = Trained(

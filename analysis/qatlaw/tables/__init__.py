@@ -27,7 +27,7 @@ from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import llama_weights
 from qatlaw.errors import InputError
 from qatlaw.results import holds_results, read_results
-from qatlaw.runs import best_trials, collect
+from qatlaw.runs import best_trials, collect, model_shape
 from qatlaw.table import RunTable
 
 FOLDER = Path(__file__).parent
@@ -72,7 +72,7 @@ def table_names() -> list[str]:
 def load_table(name: str) -> JudgedTable:
     """A table of this package by name, a study's results.csv, or any table of runs. InputError for anything else."""
     if name in table_names():
-        about = Provenance.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text()))
+        about = Provenance.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8")))
         frame = pd.read_csv(FOLDER / f"{name}.csv").assign(**about.columns)
         return JudgedTable(name, about, best_trials(RunTable.from_frame(_completed(frame), name)).table)
     path = Path(name)
@@ -87,7 +87,7 @@ def load_table(name: str) -> JudgedTable:
     records = read_results(path)
     table = collect(records, label).table
     recipes = {record.run_id: record.recipe for record in records}
-    shapes = [_shape(recipes[run_id.partition("/")[0]]) for run_id in table.frame["run_id"]]
+    shapes = [model_shape(recipes[run_id.partition("/")[0]]) or {} for run_id in table.frame["run_id"]]
     about = Provenance(
         title=f"{label}: a study of this project",
         source=str(path),
@@ -98,24 +98,6 @@ def load_table(name: str) -> JudgedTable:
     )
     frame = table.frame.assign(**pd.DataFrame(shapes, index=table.frame.index))
     return JudgedTable(label, about, RunTable.from_frame(_completed(frame), label))
-
-
-def _shape(recipe: Mapping[str, str]) -> dict[str, Any]:
-    def number(key: str) -> float:
-        return pd.to_numeric(recipe.get(key), errors="coerce")
-
-    heads = number("model.heads")
-    kv_heads = number("model.kv_heads")
-    return {
-        "hidden_size": number("model.hidden_size"),
-        "layers": number("model.layers"),
-        "intermediate_size": number("model.intermediate_size"),
-        "vocabulary": number("model.vocab_size"),
-        "kv_width": number("model.hidden_size") * (kv_heads / heads if kv_heads == kv_heads else 1),
-        "tied": recipe.get("model.tied_embedding") != "false",
-        "embedding_bits": number("qat.embedding_bits"),
-        "group_size": number("qat.group_size"),
-    }
 
 
 def _completed(frame: pd.DataFrame) -> pd.DataFrame:

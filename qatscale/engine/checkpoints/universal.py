@@ -178,7 +178,7 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
     adam_steps = {name: reader.steps(name) for name in bones.shapes}
     if own:
         try:
-            known = json.loads((folder / SIDE_FILE).read_text())
+            known = json.loads((folder / SIDE_FILE).read_bytes())
             step, data, plugin = known["step"], known["data"], known["plugin"]
         except (ValueError, KeyError, TypeError) as error:
             raise reader.error(f"{SIDE_FILE} cannot be read ({error}).") from None

@@ -69,7 +69,7 @@ def _padding(count: int, rows: int) -> list[tuple[str, float, int]]:
 
 
 def _byte_level(folder: Path, rows: int) -> dict[str, Any]:
-    content = json.loads((folder / HUGGING_FACE_FILE).read_text())
+    content = json.loads((folder / HUGGING_FACE_FILE).read_bytes())
     split = _split_of(content)
     if content["model"]["type"] != "BPE" or split not in _SPLITS or content.get("normalizer") is not None:
         raise _no_such(f"a {content['model']['type']} tokenizer that splits and normalises text as this one does")
