@@ -294,7 +294,8 @@ def track_sync(folder: RunFolder, uri: str | None = None) -> str:
     `uri` None = the store of the earlier upload, or else the one of the recipe. It takes over from the process that
     follows a run which has ended.
     """
-    resolved = resolve_uri(uri or known_store(folder) or folder.recipe["tracking"]["uri"])
+    own = known_store(folder) if Cursor.load(folder) else folder.recipe["tracking"]["uri"]
+    resolved = resolve_uri(uri or own, known=known_store(folder))
     if resolved is None:
         raise TrackingError(f"Tracking of {folder.name} is off (tracking.uri = none). Name a store to upload it to.")
     if folder.has_ended:

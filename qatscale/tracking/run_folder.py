@@ -27,7 +27,6 @@ from qatscale.schedule.timeline import Timeline
 from qatscale.supervise import process
 from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live
-from qatscale.untrusted import first_line
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: the process is on another
@@ -132,6 +131,8 @@ class RunFolder:
     def _content(self, name: str, *keys: str) -> dict[str, Any]:
         """A file that describes the run. UserError, naming it, where it is damaged."""
         import yaml
+
+        from qatscale.untrusted import first_line
 
         path = self.path / name
         try:

@@ -37,9 +37,12 @@ def resolve_uri(configured: str | None, known: str | None = None) -> str | None:
 
 
 def known_store(folder: RunFolder) -> str | None:
-    """The store that has a run already, also where a SQLite file was moved together with the run's folder."""
+    """The store that has a run already, also where a SQLite file was moved together with the run's folder.
+
+    A branch that no store has yet belongs to its parent's.
+    """
     if (cursor := Cursor.load(folder)) is None:
-        return None
+        return known_store(folder.parent) if folder.parent else None
     file = database(cursor.uri)
     if file is None or file.exists():
         return cursor.uri

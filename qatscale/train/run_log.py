@@ -12,18 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.text import plural
-from qatscale.config import flatten, recorded_yaml
+from qatscale.config import recorded_yaml
 from qatscale.config.amounts import format_amount
-from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import Manifest
-from qatscale.engine.compilation import plan_compilation
 from qatscale.engine.runtime import Runtime
-from qatscale.quant.bit_widths import embedding_rule, get_quantizer
 from qatscale.quant.report import SwitchReport
-from qatscale.schedule.timeline import Timeline
 from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.tracking.run_folder import RunFolder, perplexity
@@ -32,21 +27,6 @@ from qatscale.train.console import RunConsole
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
-
-
-def resolved_settings(config: RunConfig, timeline: Timeline, ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the recipe's keys that say `auto`, and QAT's share as it is. None: without effect in this run."""
-    qat, quantized = config.qat, config.qat.scheme != "fp"
-    rule = embedding_rule(qat.embedding_bits, config.model.tied_embedding)
-    values = {
-        "qat.embedding_bits": (rule.at(qat.bits) if rule else UNQUANTIZED_BITS) if quantized else None,
-        "qat.lr_ratio": timeline.qat_lr_ratio if quantized else None,
-        "qat.scale_lr_ratio": get_quantizer(qat.bits).scale_lr_ratio if quantized else None,
-        "engine.compile": "on" if plan_compilation(config.engine, ds_config) else "off",
-    }
-    given = flatten(config)
-    resolved = {key: value for key, value in values.items() if given[key] == "auto"}
-    return {"qat.fraction": timeline.qat_fraction, **resolved}
 
 
 class RunLog:
@@ -62,8 +42,8 @@ class RunLog:
         """Steps done, as far as reported: where a failure or a stop is placed."""
         self._is_open = self._warned = False
 
-    def open(self, hosts: dict[str, list[int]]) -> None:
-        """Create or continue the run's folder. hosts: each host's ranks."""
+    def open(self, hosts: dict[str, list[int]], resolved: Mapping[str, Any]) -> None:
+        """Create or continue the run's folder. hosts: each host's ranks. resolved: by key, what `auto` is in this run."""
         if not self.runtime.is_main:
             return
         if not self.resume.resumes:
@@ -76,7 +56,7 @@ class RunLog:
                 command=sys.argv,
                 parent=self.resume.parent,
                 hosts=hosts,
-                resolved=resolved_settings(self.config, self.timeline, self.setup.ds_config),
+                resolved=resolved,
             )
         self.folder.append("resume" if self.resume.resumes else "start", step=self.resume.step, hosts=hosts)
 
