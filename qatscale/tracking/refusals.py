@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ def as_refused(error: BaseException) -> RefusedError | None:
     cure = next((cure for part, cure in _CURES if part in text), None)
     if cure is None and getattr(error, "error_code", None) not in _PERMANENT:
         return None
-    return RefusedError(f"{text.removesuffix('.')}. {cure or 'tracking.uri=none trains without MLflow.'}")
+    problem = text.partition(": ")[2].split(". ")[0].removesuffix(".")  # MLflow's own advice follows
+    return RefusedError(f"{problem}. {cure or 'tracking.uri=none trains without MLflow.'}")
 
 
 def check_database(uri: str) -> None:
@@ -80,4 +82,15 @@ def shown(error: BaseException) -> str:
     """An exception in one line, without credentials."""
     inner = error.exceptions if isinstance(error, ExceptionGroup) else [error]
     text = "; ".join(str(e) if isinstance(e, RefusedError) else f"{type(e).__name__}: {e}" for e in inner)
-    return without_credentials(" ".join(text.split()))[:2000]
+    text = without_credentials(" ".join(text.split()))
+    if unreachable := _UNREACHABLE.search(text):
+        return f"{unreachable[1]} cannot be reached: {unreachable[2]}"
+    return text[:2000]
+
+
+_UNREACHABLE = re.compile(
+    r"API request to (\S+?)/api/\S+ failed with exception .*?(?:\[Errno -?\d+\] )?"
+    r"(Connection refused|Connection reset by peer|Name or service not known|No route to host|"
+    r"Network is unreachable|Temporary failure in name resolution|Read timed out|timed out)"
+)
+"""What MLflow says in several lines of a server out of reach: its address and the reason."""

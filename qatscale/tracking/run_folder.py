@@ -165,7 +165,7 @@ class RunFolder:
     @property
     def timeline(self) -> dict[str, Any]:
         """timeline.json, see `Timeline.to_dict`; runs of earlier versions have fewer of its keys."""
-        return self._content("timeline.json", "steps", "tokens_per_step", "switch_step", "segments")
+        return self._content("timeline.json")
 
     @property
     def recipe(self) -> dict[str, Any]:

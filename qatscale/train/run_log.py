@@ -43,7 +43,7 @@ class RunLog:
         self._is_open = self._warned = False
 
     def open(self, hosts: dict[str, list[int]], resolved: Mapping[str, Any]) -> None:
-        """Create or continue the run's folder. hosts: each host's ranks. resolved: by key, what `auto` is in this run."""
+        """Create or continue the folder. hosts: each host's ranks. resolved: by key, what `auto` is in this run."""
         if not self.runtime.is_main:
             return
         if not self.resume.resumes:
