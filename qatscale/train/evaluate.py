@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import open_validation
-from qatscale.engine.checkpoints.files import open_checkpoint
+from qatscale.engine.checkpoints.reader import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.quant.bit_widths import get_quantizer
@@ -28,12 +29,16 @@ from qatscale.train.validation import open_view, ptq_view, summed_loss, validati
 
 
 def evaluate_checkpoint(
-    what: str, ptq_bits: Iterable[float] = (), data: Path | None = None, tokens: int | None = None
+    what: str,
+    ptq_bits: Iterable[float] = (),
+    data: Path | None = None,
+    tokens: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, int, dict[str, float]]:
     """Evaluate a checkpoint, named as `find_checkpoint` takes it, on the held-out data of its run or on `data`.
 
     Returns the checkpoint's folder, the number of predicted tokens, and view → loss: `fp`, `quantized` where it has
-    switched, and `ptqB` for each of `ptq_bits`.
+    switched, and `ptqB` for each of `ptq_bits`. progress: called with what is being done.
     """
     for bits in ptq_bits:
         get_quantizer(bits)  # refuses an unknown bit width before anything is loaded
@@ -41,15 +46,23 @@ def evaluate_checkpoint(
     overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config, checkpoint = open_checkpoint(what, overrides)
     reader = open_validation(config)
+    reader.stream.manifest.check_tokenizer(checkpoint.manifest.tokenizer)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)
     views = ["fp", *(["quantized"] if plugin.switched_at is not None else []), *map(ptq_view, ptq_bits)]
     losses, counted = {}, 0
     for name in views:
+        before_batch = _counted(progress, f"{name} view: batch {{}} of {reader.batches_per_rank(1)}")
         with open_view(model, name):
-            total, counted = summed_loss(model, reader, device, 0, 1)
+            total, counted = summed_loss(model, reader, device, 0, 1, before_batch)
         losses[name] = total / counted
     return checkpoint.folder, counted, losses
+
+
+def _counted(progress: Callable[[str], None], text: str) -> Callable[[], None]:
+    """A function that reports `text` with the number of its calls."""
+    calls = itertools.count(1)
+    return lambda: progress(text.format(next(calls)))
 
 
 def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog, stop: StopRequest) -> dict[str, Any]:
@@ -61,17 +74,19 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog,
     if plugin.switched_at is not None:
         plugin.check_moving(components.masters)
     views = ["fp", *([] if config.qat.scheme == "fp" else ["quantized"]), *map(ptq_view, config.evaluation.ptq_bits)]
-    losses = validation_losses(components.engine, views, setup.validation, components.topology, stop.check)
-    own = "fp" if config.qat.scheme == "fp" else "quantized"
-    if not math.isfinite(losses[own]):
-        raise FloatingPointError(f"the final loss is {losses[own]}. Lower optimizer.learning_rate.")
+    held_out, losses = setup.validation, dict[str, float]()
+    if held_out:
+        losses = validation_losses(components.engine, views, held_out, components.topology, stop.check)
+        own = "fp" if config.qat.scheme == "fp" else "quantized"
+        if not math.isfinite(losses[own]):
+            raise FloatingPointError(f"the final loss is {losses[own]}. Lower optimizer.learning_rate.")
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder, setup.weights)
-    final |= {  # the data by content: losses on other held-out text do not compare
-        "data_fingerprint": setup.batches.stream.manifest.fingerprint,
-        "validation_fingerprint": setup.validation.stream.manifest.fingerprint_of("validation"),
-        "validation_tokens": setup.validation.tokens,
-    }
+    # the data by content: losses on other held-out text do not compare
+    final["data_fingerprint"] = setup.batches.stream.manifest.fingerprint
+    if held_out:
+        final["validation_fingerprint"] = held_out.stream.manifest.fingerprint_of("validation")
+        final["validation_tokens"] = held_out.tokens
     log.finished(timeline.steps, final)
     return final
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qatscale.config import config_differences, load_run_config
 from qatscale.config.places import absolute_places
+from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import find_checkpoint, newest_checkpoint, read_manifest
+from qatscale.data.manifest import Manifest as DataManifest
+from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference
@@ -18,7 +20,7 @@ from qatscale.train.components import ResumePlan
 
 MAY_CHANGE = (
     "engine.", "checkpoint.", "evaluation.", "tracking.", "batch.micro_batch", "log_interval", "output", "data.path",
-    "name",
+    "name", "optimizer.on_spike", "optimizer.spike_",
 )  # fmt: skip
 """Keys that a resume may change. None of them changes what is computed, except for the order of sums. `name` is the
 folder's, which may have been renamed."""
@@ -150,12 +152,15 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     return ResumePlan(checkpoint, manifest, False, origin, tuple(notices))
 
 
-def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple[str, ...]:
-    """Notices about the data of a run that starts from a checkpoint. UserError where a resume would use other data.
+def check_data(config: RunConfig, resume: ResumePlan, data: DataManifest) -> tuple[str, ...]:
+    """Notices about the data of a run that starts from a checkpoint.
 
-    fingerprint: the training data's; it identifies the tokens, wherever they are stored.
+    UserError where a resume would use other data, and where their ids are another tokenizer's than the checkpoint's.
     """
-    if resume.manifest is None or resume.manifest.data == fingerprint:
+    if resume.manifest is None:
+        return ()
+    data.check_tokenizer(resume.manifest.tokenizer)
+    if resume.manifest.data == data.fingerprint:
         return ()
     if not resume.manifest.data:
         return ("what the branch's parent was trained on is not known",)

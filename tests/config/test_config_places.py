@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.config import load_run_config, recorded_yaml, resolved_yaml
 from qatscale.config.places import absolute_uri, without_credentials
+from qatscale.config.recipe import load_run_config, recorded_yaml, resolved_yaml
 
 
 @pytest.mark.parametrize(
