@@ -31,7 +31,7 @@ TOTAL = ("tokens", "tokens_total")
 OPTIONAL = ("qat_fraction", *TOTAL, "seed", "name", "run_id", "trial", "effective_bits", *TEXT)
 """Columns that are used where a table has them."""
 POINT = (*(name for name in COLUMNS if name != "loss"), "seed", *TEXT, "settings")
-"""Columns that tell points apart, as far as a table has them. `settings`: those of the recipe that no law knows. Rows
+"""Columns that distinguish points, as far as a table has them. `settings`: those of the recipe that no law knows. Rows
 of one point differ in `trial`, the optimizer's settings."""
 SAME_COUNT = 1.02
 """Ratio of token counts up to which the held-out text is the same: counts are cut to complete sequences."""
