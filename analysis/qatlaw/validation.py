@@ -69,8 +69,8 @@ def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
 def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> LeaveOut:
     """Fit without the largest value of the axis, and predict the quantized runs at it. `options` as for `fit`.
 
-    On the axis of tokens, which sizes need not share, the longest fifth of the quantized runs is left out. InputError where too
-    little is left to fit, or nothing to predict.
+    On the axis of tokens, which sizes need not share, the longest fifth of the quantized runs is left out.
+    InputError where too little is left to fit, or nothing to predict.
     """
     where = f"{table.source}: {axis}"
     values = table.tokens_total if axis == "tokens_total" else table.column("n_params")
