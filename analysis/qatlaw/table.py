@@ -263,7 +263,9 @@ def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
         options = " ".join(f"--column {name}={own}" for name, own in found.items())
         fixes.append(f"Try {options} (in Python: columns={found}).")
     if "scheme" in missing:
-        fixes.append("Name the scheme of runs with two phases: --scheme sequential or fused.")
+        fixes.append(
+            "Add the column: fp, sequential or fused. Or name the scheme of all runs with two phases: --scheme fused."
+        )
     if set(missing) - found.keys() - {"scheme"} or not fixes:
         fixes.append(
             "A table of runs has n_params, bits, loss, scheme, and either tokens_fp and tokens_qat (0 for "
