@@ -264,7 +264,7 @@ def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
         fixes.append(f"Try {options} (in Python: columns={found}).")
     if "scheme" in missing:
         fixes.append(
-            "Add the column: fp, sequential or fused. Or name the scheme of all runs with two phases: --scheme fused."
+            "Add it (fp, sequential, fused), or name that of all runs with two phases: --scheme fused."
         )
     if set(missing) - found.keys() - {"scheme"} or not fixes:
         fixes.append(
