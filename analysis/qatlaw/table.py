@@ -263,9 +263,7 @@ def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
         options = " ".join(f"--column {name}={own}" for name, own in found.items())
         fixes.append(f"Try {options} (in Python: columns={found}).")
     if "scheme" in missing:
-        fixes.append(
-            "Add it (fp, sequential, fused), or name that of all runs with two phases: --scheme fused."
-        )
+        fixes.append("Add it (fp, sequential, fused), or name that of all runs with two phases: --scheme fused.")
     if set(missing) - found.keys() - {"scheme"} or not fixes:
         fixes.append(
             "A table of runs has n_params, bits, loss, scheme, and either tokens_fp and tokens_qat (0 for "
