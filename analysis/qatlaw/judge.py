@@ -26,6 +26,7 @@ from qatlaw.noise import LEAST_FREEDOM
 from qatlaw.summary import NONE, Rows
 from qatlaw.table import MIXED_SCHEMES, RunTable
 from qatlaw.tables import JudgedTable
+from qatlaw.text import plural
 from qatlaw.validation import predicted
 
 LEVEL = 0.95
@@ -240,7 +241,7 @@ def _weights_alone(runs: RunTable) -> NDArray[np.bool_]:
 
 def of_file(name: str, file: FitFile) -> Candidate:
     widths = (file.range["bits"][0],) if file.law.form.one_width else BIT_WIDTHS
-    source = f"{file.form}, fitted on {file.data.runs} runs of {file.data.source}"
+    source = f"{file.form}, fitted on {plural(file.data.runs, 'run')} of {file.data.source}"
     scheme = str(file.quality.get("scheme", ""))
     return fitted(name, source, dict.fromkeys(widths, file.law), scheme, file.data.hash)
 

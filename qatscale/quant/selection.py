@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import BitsRule, embedding_rule
@@ -103,8 +104,8 @@ def _check_names(model: nn.Module, targets: list[Target], kept: set[str]) -> Non
         lasts = list(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in unnamed))
         raise UserError(
             f"model.{next(iter(unnamed))}", None,
-            f"{len(unnamed)} layers, {share:.1%} of the parameters, would stay in full precision, for only layers "
-            f"named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
+            f"{plural(len(unnamed), 'layer')}, {share:.1%} of the parameters, would stay in full precision, for only "
+            f"layers named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
             f"Rename them, or leave them out on purpose: QatPlugin(..., keep={lasts}).",
         )  # fmt: skip
 

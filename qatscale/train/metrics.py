@@ -109,9 +109,7 @@ class Meter:
         elif engine.skipped_steps:  # DeepSpeed skips such a step silently, and the loss does not show it
             problem = f"the gradient of {engine.skipped_steps} of the steps up to step {step} is not finite"
         if problem:
-            fix = (
-                "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
-            )
+            fix = "Lower optimizer.learning_rate or optimizer.gradient_clipping in a new run or a branch."
             raise FloatingPointError(f"{problem}. {fix}")
         seconds = time.perf_counter() - self._started - self._paused
         tokens_per_second = self._steps * self._tokens_per_step / seconds

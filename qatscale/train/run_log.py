@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qatlaw.text import plural
 from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
 from qatscale.config.sizes import count_parameters
@@ -69,6 +70,7 @@ class RunLog:
                     yield
                 except BaseException as error:
                     watchdog.resolve_failure(error)
+                    error.add_note(f"log: {self.folder.logs / f'rank-{self.runtime.rank}.log'}")
                     raise
         finally:
             self._is_open = False
@@ -95,9 +97,9 @@ class RunLog:
         self.console.notice(
             f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
             + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
-            + f", {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of "
+            + f", {format_amount(timeline.tokens)} tokens in {plural(timeline.steps, 'step')} of "
             f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
-            f"{ds_config['gradient_accumulation_steps']} x {runtime.ranks} processes), {self.setup.precision} "
+            f"{ds_config['gradient_accumulation_steps']} x {plural(runtime.ranks, 'process')}), {self.setup.precision} "
             f"ZeRO-{ds_config['zero_optimization']['stage']} on {runtime.device_name}"
         )
         if timeline.switch_step is not None:

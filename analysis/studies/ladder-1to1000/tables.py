@@ -98,6 +98,36 @@ def equal_bytes(frame: pd.DataFrame, hidden: dict[float, int]) -> None:
     print_table(["D", "kB", "N", "bits", "bits a parameter", "lowest loss"], [row for *_, row in sorted(rows)])
 
 
+def predictions(curves: list[Curve], file: Path) -> None:
+    """What predict.py said before these points were trained, beside what was measured there."""
+    measured = {(curve.N, curve.D_total, curve.B): curve for curve in curves}
+    rows = []
+    for _, row in pd.read_csv(file).iterrows():
+        near = [key for key in measured if np.allclose(key, (row["n_params"], row["tokens"], row["bits"]), rtol=0.03)]
+        if not near:
+            continue
+        curve = measured[near[0]]
+        shown = [row["law"], f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{curve.optimum:.2f}"]
+        if pd.notna(row["f*"]):
+            above = loss_at(curve, row["f*"]) - loss_at(curve, curve.optimum)
+            shown += [f"{row['f*']:.2f}", f"{above:+.3f}"]
+        else:
+            shown += ["–", "–"]
+        losses = [
+            (float(name.removeprefix("loss at f=")), value)
+            for name, value in row.items()
+            if str(name).startswith("loss at f=") and pd.notna(value)
+        ]
+        errors = [
+            value - loss for f, value in losses for at, loss in zip(curve.fractions, curve.losses, strict=True)
+            if abs(at - f) < 0.01
+        ]  # fmt: skip
+        shown += [f"{np.mean(errors):+.3f}", f"{np.mean(np.abs(errors)):.3f}"] if errors else ["–", "–"]
+        rows.append(shown)
+    header = ["law", "N", "D", "bits", "measured f*", "predicted", "regret", "bias of the loss", "mean error"]
+    print_table(header, rows)
+
+
 def frame_of(records: list[RunRecord]) -> tuple[pd.DataFrame, list[Curve]]:
     table = collect(records, "results.csv").table
     frame = table.frame.assign(
@@ -115,6 +145,9 @@ def main() -> None:
         print(f"\n## {scheme}: optimal fraction")
         law = load_law(str(file)).law if file.exists() else None
         optima([curve for curve in curves if curve.scheme == scheme], law)
+    if (file := FOLDER / "predictions.csv").exists():
+        print("\n## Predicted before they were trained")
+        predictions([curve for curve in curves if curve.scheme == "sequential"], file)
     print("\n## Full precision, PTQ, sequential, fused")
     ends_and_schemes(frame)
     print("\n## Loss at equal bytes")
