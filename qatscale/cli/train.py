@@ -129,7 +129,7 @@ def branch(
 def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
     """The parent's recipe with `overrides`, which have to name the new run."""
     from qatscale.config import load_run_config
-    from qatscale.engine.checkpoints.files import find_checkpoint
+    from qatscale.engine.checkpoints.find import find_checkpoint
 
     run = find_checkpoint(checkpoint).resolve().parent.parent
     if not any(override.startswith("name=") for override in overrides):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qatscale.config import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import find_checkpoint, newest_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
+from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qatscale.config import load_run_config
 from qatscale.config.ds_config import merge_ds_config
-from qatscale.engine.checkpoints.files import Manifest, find_checkpoint, list_checkpoints
+from qatscale.engine.checkpoints.files import Manifest, list_checkpoints
+from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.engine.checkpoints.save_load import load_checkpoint, parameter_records, slices_of, write_checkpoint
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.qat_metrics import SAMPLE, QatMetrics

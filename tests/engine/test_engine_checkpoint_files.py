@@ -18,7 +18,6 @@ from qatscale.engine.checkpoints.files import (
     ParameterRecord,
     check_finite,
     commit,
-    find_checkpoint,
     list_checkpoints,
     newest_checkpoint,
     read_manifest,
@@ -29,6 +28,7 @@ from qatscale.engine.checkpoints.files import (
     write_shard,
     writing_folder,
 )
+from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.errors import UserError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

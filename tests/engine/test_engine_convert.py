@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qatscale.config import load_run_config
 from qatscale.data.reader import open_batches
-from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
+from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints, read_manifest
+from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names

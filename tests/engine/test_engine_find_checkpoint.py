@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint, step_folder
+from qatscale.engine.checkpoints.files import MANIFEST, step_folder
+from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.errors import UserError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder

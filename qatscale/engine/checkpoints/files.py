@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,8 +33,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from qatscale.config import is_unaltered, load_run_config
-from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of, sync
 from qatscale.tensor_files import write_safetensors
@@ -43,7 +41,7 @@ FORMAT = 3
 READABLE = (1, 2, 3)
 """Format 1 has no slices of columns, and 2 no checksum of the manifest itself."""
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"^step-(\d{8})$")
+STEP = re.compile(r"^step-(\d{8})$")
 
 
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -121,7 +119,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
     if not checkpoints.is_dir():
         return []
-    return sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file())
+    return sorted(p for p in checkpoints.iterdir() if STEP.match(p.name) and (p / MANIFEST).is_file())
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -130,9 +128,9 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     UserError where a newer one is half-deleted: an older one would silently cost the steps between them.
     """
     found = list_checkpoints(checkpoints)
-    folders = sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name)) if checkpoints.is_dir() else []
+    folders = sorted(p for p in checkpoints.iterdir() if STEP.match(p.name)) if checkpoints.is_dir() else []
     if folders and (not found or folders[-1] != found[-1]):
-        raise UserError("checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", _other(folders[-1]))
+        raise UserError("checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", advice(folders[-1]))
     return found[-1] if found else None
 
 
@@ -146,7 +144,7 @@ def _with_advice(folder: Path) -> Iterator[None]:
     try:
         yield
     except _DamageError as damage:
-        raise UserError("checkpoint", str(folder), str(damage), _other(folder)) from damage.__cause__
+        raise UserError("checkpoint", str(folder), str(damage), advice(folder)) from damage.__cause__
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -203,7 +201,7 @@ def _is_finite(values: Tensor) -> bool:
 def check_finite(folder: Path, slices: Iterable[tuple[str, Tensor]]) -> None:
     """UserError where a slice of a checkpoint holds NaN or infinity. Version 0.1 saved such states."""
     if wrong := not_finite(slices):
-        raise UserError("checkpoint", str(folder), f"{wrong} is not finite.", _other(folder))
+        raise UserError("checkpoint", str(folder), f"{wrong} is not finite.", advice(folder))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -220,7 +218,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _other(folder: Path) -> str:
+def advice(folder: Path) -> str:
     """The fix for a damaged checkpoint: the newest undamaged one before it, and how to use it.
 
     Only the first process of a job reads the earlier ones to verify them. The others name the newest unverified.
@@ -337,7 +335,7 @@ class CheckpointReader:
                     self._slices.setdefault((kind, parameter), []).append(saved)
             except (SafetensorError, OSError, ValueError, IndexError) as error:  # the latter two: an altered header
                 problem = f"{name} cannot be read ({error})."
-                raise UserError("checkpoint", str(folder), problem, _other(folder)) from error
+                raise UserError("checkpoint", str(folder), problem, advice(folder)) from error
 
     def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
         """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
@@ -353,7 +351,7 @@ class CheckpointReader:
                 filled += self._pick(saved, start, columns, out, self.manifest.parameters[parameter].shape)
         if filled != numel:
             missing = f"{kind} of {parameter}: {filled} of {numel} elements are there."
-            raise UserError("checkpoint", str(self.folder), missing, _other(self.folder))
+            raise UserError("checkpoint", str(self.folder), missing, advice(self.folder))
         return out
 
     def _chunk(self, saved: _SavedSlice, low: int, high: int) -> Tensor:
@@ -393,61 +391,3 @@ class CheckpointReader:
     def weights(self) -> dict[str, Tensor]:
         """All parameters, fp32: a state dict."""
         return {name: self.parameter(name) for name in self.manifest.parameters}
-
-
-def open_checkpoint(what: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, CheckpointReader]:
-    """A checkpoint, named as `find_checkpoint` takes it, and its run's configuration with `overrides`.
-
-    UserError where it is damaged, or where the run's recipe is missing or was altered since the save.
-    """
-    folder = find_checkpoint(what)
-    recipe = folder.resolve().parent.parent / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
-    reader = CheckpointReader(folder)
-    if not is_unaltered(recipe, reader.manifest.recipe_hash):
-        problem = f"{recipe} was altered after the checkpoint was saved: it describes another model or run."
-        raise UserError("checkpoint", what, problem, "Restore the recipe.")
-    verify_files(folder, reader.manifest)
-    return load_run_config(recipe, overrides), reader
-
-
-def find_checkpoint(what: str | Path) -> Path:
-    """A checkpoint from how people name one: its folder, a run folder (its newest), or `RUN@STEP`.
-
-    UserError where none exists, with those that do.
-    """
-    path, at = Path(what), ""
-    if not path.exists() and "@" in str(what):  # where a path holds one, the last is meant
-        text, _, at = str(what).rpartition("@")
-        path = Path(text)
-    if not at and _STEP.match(path.resolve().name):
-        if not (path / MANIFEST).is_file():
-            raise UserError("checkpoint", str(path), "no complete checkpoint here.", _other(path))
-        return path
-    found = list_checkpoints(path / "checkpoints")
-    newest = None if at else newest_checkpoint(path / "checkpoints")
-    if not found:
-        none = "no run folder with a complete checkpoint, and no checkpoint folder."
-        raise UserError("checkpoint", str(what), none, _what_is_there(path))
-    if newest:
-        return newest
-    steps = {int(p.name.removeprefix("step-")): p for p in found}
-    if not at.isdigit() or int(at) not in steps:
-        raise UserError(
-            "checkpoint", str(what), f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
-        )
-    return steps[int(at)]
-
-
-def _what_is_there(path: Path) -> str:
-    """Where no checkpoint is."""
-    if not path.is_dir():
-        return "The folder does not exist."
-    if (path / "run.json").is_file():
-        return "The run has none yet."
-    if (path / "config.json").is_file():
-        convert = f"qatscale convert {path} --to checkpoint --out runs/NAME --recipe RECIPE"
-        return f"It looks like a Hugging Face model; make it a run to branch from: {convert}"
-    runs = sorted(str(file.parent) for file in path.glob("*/run.json"))
-    return f"It holds runs; give one: {', '.join(runs[:5])}." if runs else "It holds no run.json."

@@ -18,10 +18,10 @@ from qatscale.engine.checkpoints.files import (
     Manifest,
     ParameterRecord,
     commit,
-    open_checkpoint,
     slice_name,
     writing_folder,
 )
+from qatscale.engine.checkpoints.find import open_checkpoint
 from qatscale.engine.initialize import optimizer_groups
 from qatscale.engine.zero_masters import MOMENTS
 from qatscale.model.llama import Llama
