@@ -91,6 +91,24 @@ class StoredWeights:
         return f"{self.shares_text}; bits a parameter: {bits}; {self.bytes / 1e6:,.4g} MB"
 
 
+def attention_shape(
+    hidden_size: Number,
+    heads: Number,
+    kv_heads: Number | None = None,
+    head_dim: Number | None = None,
+    attention_bias: bool = False,
+    qk_norm: bool = False,
+) -> dict[str, Number]:
+    """What the keys of a recipe's model say of its attention, as `llama_weights` takes it."""
+    kv_heads, channels = kv_heads or heads, head_dim or hidden_size / heads
+    biases = channels * (heads + 2 * kv_heads) if attention_bias else 0
+    return {
+        "kv_width": channels * kv_heads,
+        "attention_width": channels * heads,
+        "block_vectors": biases + (2 * channels if qk_norm else 0),
+    }
+
+
 def llama_weights(
     *,
     hidden_size: Number,
@@ -99,18 +117,23 @@ def llama_weights(
     vocabulary: Number,
     bits: float,
     kv_width: Number = None,
+    attention_width: Number = None,
+    block_vectors: Number = 0,
     tied: bool = True,
     embedding_bits: float | None = None,
     group_size: int | None = None,
     plain_bits: float = UNQUANTIZED_BITS,
 ) -> StoredWeights:
-    """The weights of a Llama without biases at `bits` bits; from 16 bits on, it is not quantized.
+    """The weights of a Llama at `bits` bits; from 16 bits on, it is not quantized.
 
-    kv_width: channels of the keys, and of the values; None: hidden_size. embedding_bits: None: max(4, bits) where head
-    and embedding are tied, else not quantized. group_size: input channels that share a scale; None: a row does.
-    plain_bits: of a scale, a norm and an unquantized weight: 16, or 32 after training in fp32.
+    kv_width: channels of the keys, and of the values; None: hidden_size. attention_width: of the queries; None:
+    hidden_size. block_vectors: elements of a block's biases and norms of heads, beside its two norms.
+    embedding_bits: None: max(4, bits) where head and embedding are tied, else not quantized. group_size: input channels
+    that share a scale; None: a row does. plain_bits: of a scale, a norm and an unquantized weight: 16, or 32 after
+    training in fp32.
     """
     kv_width = hidden_size if kv_width is None else kv_width
+    attention_width = hidden_size if attention_width is None else attention_width
     tables = 1 if tied else 2
     if embedding_bits is None:
         embedding_bits = max(EMBEDDING_LEAST_BITS, bits) if tied else UNQUANTIZED_BITS
@@ -120,10 +143,10 @@ def llama_weights(
             return Part(weights, plain_bits)
         return Part(weights, bits, rows if group_size is None else weights // group_size, plain_bits)
 
-    attention = 2 * hidden_size * hidden_size + 2 * hidden_size * kv_width
-    rows = 3 * hidden_size + 2 * kv_width + 2 * intermediate_size  # q, o, down; k, v; gate, up
+    attention = 2 * hidden_size * attention_width + 2 * hidden_size * kv_width
+    rows = attention_width + 2 * hidden_size + 2 * kv_width + 2 * intermediate_size  # q; o, down; k, v; gate, up
     return StoredWeights(
         matrices=part(layers * (attention + 3 * hidden_size * intermediate_size), layers * rows, bits),
         embedding=part(tables * vocabulary * hidden_size, tables * vocabulary, embedding_bits),
-        norms=Part((2 * layers + 1) * hidden_size, plain_bits),
+        norms=Part((2 * layers + 1) * hidden_size + layers * block_vectors, plain_bits),
     )

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
-from qatlaw.effective_bits import llama_weights
+from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
 from qatlaw.measurement import split_settings
 from qatlaw.names import VAL_LOSS, VAL_LOSS_PTQ
@@ -281,7 +281,14 @@ def model_shape(recipe: Mapping[str, str]) -> dict[str, Any] | None:
         "layers": layers,
         "intermediate_size": intermediate,
         "vocabulary": vocabulary,
-        "kv_width": width / heads * (_number(recipe.get("model.kv_heads")) or heads),
+        **attention_shape(
+            width,
+            heads,
+            kv_heads=_number(recipe.get("model.kv_heads")),
+            head_dim=_number(recipe.get("model.head_dim")),
+            attention_bias=recipe.get("model.attention_bias") == "true",
+            qk_norm=recipe.get("model.qk_norm") == "true",
+        ),
         "tied": recipe.get("model.tied_embedding", "true") == "true",
         "embedding_bits": _number(recipe.get("qat.embedding_bits")),
         "group_size": int(group) if group else None,

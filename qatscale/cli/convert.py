@@ -20,7 +20,11 @@ def convert(
     to: Annotated[str, typer.Option(help="checkpoint (a run's folder to branch from), universal or hf.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     recipe: Annotated[
-        str | None, typer.Option(help="From elsewhere to a checkpoint: the recipe of the new run's folder.")
+        str | None,
+        typer.Option(
+            help="From elsewhere to a checkpoint: the recipe of the new run's folder. A Hugging Face folder "
+            "keeps its own shape."
+        ),
     ] = None,
     trained_tokens: Annotated[
         str | None, typer.Option(help="From Hugging Face: tokens that the model has seen: 90B. [default: count from 0]")
@@ -41,7 +45,9 @@ def convert(
     print(f"{out}: {state.source}, {sum(map(math.prod, state.shapes.values())):,} parameters with their scales")
     match to:
         case "checkpoint":
-            print(f"at step {state.step:,}, {tokens} tokens; continue with: qatscale branch {out} name=NAME KEY=VALUE…")
+            more = f"tokens=MORE_THAN_{tokens} " if state.step >= state.config.steps else ""
+            print(f"at step {state.step:,}, {tokens} tokens; continue with:")
+            print(f"qatscale branch {out} name=NAME {more}KEY=VALUE…")
         case "universal":
             print('DeepSpeed reads it under ZeRO-1 and 2: "checkpoint": {"load_universal": true} in the ds_config and')
             print(f"engine.load_checkpoint({str(out)!r}); under ZeRO-3 it stops, see convert --help")

@@ -18,7 +18,9 @@ _FORMAT_HELP = " ".join(f"{name}: {what}." for name, what in FORMATS.items())
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="RUN, RUN@STEP, a checkpoint folder, or a folder of QatPlugin.export.")
+    ],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     format: Annotated[str, typer.Option(help=_FORMAT_HELP)] = "hf",
     ptq: Annotated[
@@ -43,6 +45,9 @@ def export(
     tokens: Annotated[
         str | None, typer.Option(help="Held-out tokens to verify on: 1M. [default: the recipe's, at most 64K]")
     ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Of the weights, for the model card, as the Hub names it: apache-2.0.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Skip the comparison of the export, loaded in its clients, with the trained model.")
     ] = True,
@@ -64,7 +69,7 @@ def export(
     try:
         described = export_to(
             checkpoint, out, format=format, ptq_bits=ptq, fallback=fallback, q1_0=q1_0, tokenizer=tokenizer,
-            data=data, unfinished=unfinished, tokens=held_out, verify=verify,
+            data=data, unfinished=unfinished, tokens=held_out, verify=verify, license=license,
         )  # fmt: skip
     except VerificationError as error:
         print(f"error: the export is not what was trained, and was removed: {error}", file=sys.stderr)
@@ -82,6 +87,7 @@ def _print(described: dict[str, Any], out: Path) -> None:
     if not checkpoint["finished"]:
         print(f"unfinished: step {checkpoint['step']:,} of {checkpoint['steps']:,}; the model card says so too")
     phases = f"{format_amount(tokens['fp'])} tokens in full precision, {format_amount(tokens['qat'])} in QAT"
+    phases = "trained with the plugin" if checkpoint["trained_elsewhere"] else phases
     print(f"{out}: {described['exported_as']} of {described['run']['name']} ({described['view']}), {phases}")
     table = TextTable(("stored as", "tensors", "weights", "bytes", "ideal"), words=["stored as"], drop=("ideal",))
     for row in described["storage"]:

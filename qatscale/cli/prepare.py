@@ -20,8 +20,12 @@ def prepare(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="A SentencePiece .model or a Hugging Face tokenizer (folder or name). [default: train a tokenizer]"
+            help="A SentencePiece .model, a tokenizer.json, or a Hugging Face tokenizer (folder or name). "
+            "[default: train a tokenizer]"
         ),
+    ] = None,
+    eos: Annotated[
+        str | None, typer.Option(help="The token that ends a document, or its id. [default: the tokenizer's]")
     ] = None,
     vocab_size: Annotated[
         int | None, typer.Option(help="Vocabulary size of the tokenizer to train. [default: 32000]")
@@ -57,6 +61,7 @@ def prepare(
         split=split,
         text_unit=text_unit,  # type: ignore[arg-type]  # checked there
         tokenizer=tokenizer,
+        eos=eos,
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
         max_tokens=None if max_tokens is None else positive_amount("--max-tokens", max_tokens),
@@ -70,11 +75,30 @@ def adopt(
     folder: Annotated[Path, typer.Argument(help="Folder with .bin/.idx shards of Megatron-LM, GPT-NeoX or NeMo.")],
     train: Annotated[list[str], typer.Option(help="Names of the training shards, without .bin.")],
     validation: Annotated[list[str] | None, typer.Option(help="Names of the held-out shards.")] = None,
+    validation_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training shards' documents that is held out. [default: 0.01, none with --validation]"
+        ),
+    ] = None,
     vocab_size: Annotated[
         int | None, typer.Option(help="Vocabulary size of their tokenizer. [default: from the largest token id]")
     ] = None,
 ) -> None:
-    """Make token shards of other programs usable as they are: write a manifest beside them."""
+    """Make token shards of other programs usable as they are: write a manifest beside them.
+
+    No file is copied. Held-out documents stay where they are, and training skips them.
+    """
     from qatscale.data.adopt import adopt as adopt_shards
 
-    adopt_shards(folder, train=train, validation=validation or [], vocab_size=vocab_size)
+    named = {"train": train, "validation": validation or []}
+    for names in named.values():
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            print(f"note: named more than once, read once: {', '.join(repeated)}")
+    manifest = adopt_shards(
+        folder,
+        **{split: list(dict.fromkeys(names)) for split, names in named.items()},
+        validation_fraction=validation_fraction,
+        vocab_size=vocab_size,
+    )
+    print(f"{folder}: {manifest.summary()}")

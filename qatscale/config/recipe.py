@@ -57,12 +57,6 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     return config
 
 
-def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """The content of a recipe file, unchecked, without defaults and overrides."""
-    value: dict[str, Any] = _read(_recipe_path(recipe)).value
-    return value
-
-
 def resolved_yaml(config: RunConfig) -> str:
     """The entire configuration with its defaults. Saved as a recipe, it loads back to an equal one."""
     return to_yaml(config.model_dump(mode="json"))

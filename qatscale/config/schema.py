@@ -55,6 +55,13 @@ Fraction = Annotated[float, NotBool, Field(ge=0, le=1)]
 Beta = Annotated[float, NotBool, Field(ge=0, lt=1)]
 
 
+RopeScaling = Annotated[
+    tuple[Annotated[float, NotBool, Field(gt=0)], ...],
+    Field(min_length=4, max_length=4),
+    Allowed("a list of four numbers above 0"),
+]
+
+
 def _one_length(section: Section, name: str, fraction: str, tokens: str) -> None:
     """A length is a fraction or a number of tokens, never both. `name` is the section's own key."""
     if getattr(section, fraction) is not None and getattr(section, tokens) is not None:
@@ -66,7 +73,7 @@ def _one_length(section: Section, name: str, fraction: str, tokens: str) -> None
 
 
 class ModelConfig(Section):
-    """A Llama-2-style decoder: RMSNorm, RoPE, SwiGLU, no bias."""
+    """A Llama-style decoder: RMSNorm, RoPE, SwiGLU; with the differences of Llama 3, Mistral, Qwen2 and Qwen3."""
 
     vocab_size: Positive
     """Tokens that the embedding holds. A tokenizer may have fewer pieces, never more."""
@@ -75,15 +82,23 @@ class ModelConfig(Section):
     layers: Positive
     """Decoder blocks, each of attention and MLP."""
     heads: Positive
-    """Query heads of attention; each has hidden_size / heads channels, an even number."""
+    """Query heads of attention."""
     kv_heads: Positive | None = None
     """Key and value heads; fewer than `heads` is grouped-query attention, null is as many as `heads`."""
+    head_dim: Positive | None = None
+    """Channels of a head, an even number; null is hidden_size / heads."""
+    attention_bias: bool = False
+    """Whether q, k and v add a bias, as in Qwen2."""
+    qk_norm: bool = False
+    """Whether an RMSNorm over the channels of each head follows q and k, as in Qwen3."""
     intermediate_size: Positive
     """Channels between the projections of the SwiGLU MLP, by custom about 8/3 of hidden_size."""
     tied_embedding: bool = True
     """Whether the output head shares the embedding's weights."""
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     """Base of the wavelengths of the rotary position embedding; longer contexts take a larger one."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's scaling of long wavelengths: [factor, low_freq_factor, high_freq_factor, original positions]."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Added to the mean square in RMSNorm, against division by zero."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -91,14 +106,29 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.hidden_size % self.heads:
+        if self.head_dim is None and self.hidden_size % self.heads:
             raise ClashError("heads", f"does not divide model.hidden_size = {self.hidden_size}")
-        if (self.hidden_size // self.heads) % 2:
-            channels = self.hidden_size // self.heads
-            raise ClashError("heads", f"gives heads of {channels} channels, and RoPE rotates pairs of channels")
+        if self.channels % 2:
+            key = "head_dim" if self.head_dim else "heads"
+            raise ClashError(key, f"gives heads of {self.channels} channels, and RoPE rotates pairs of channels")
+        if self.qk_norm and self.attention_bias:
+            raise ClashError("qk_norm", "with model.attention_bias is no model that others load", "Keep one of them.")
+        if self.rope_scaling and self.rope_scaling[1] >= self.rope_scaling[2]:
+            raise ClashError("rope_scaling", "has a low_freq_factor that is not below its high_freq_factor")
         if self.heads % (self.kv_heads or self.heads):
             raise ClashError("kv_heads", f"does not divide model.heads = {self.heads}")
         return self
+
+    @property
+    def channels(self) -> int:
+        """Of a head."""
+        return self.head_dim or self.hidden_size // self.heads
+
+    @property
+    def input_widths(self) -> dict[str, int]:
+        """Key -> the input channels of matrices, which groups of scales divide."""
+        widths = {"model.hidden_size": self.hidden_size, "model.intermediate_size": self.intermediate_size}
+        return widths | ({"model.heads x model.head_dim": self.heads * self.head_dim} if self.head_dim else {})
 
 
 class DataConfig(Section):
@@ -321,9 +351,9 @@ class RunConfig(Section):
             step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
             raise ClashError("tokens", f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})")
         group = self.qat.group_size
-        for size in ("hidden_size", "intermediate_size"):
-            if group and getattr(self.model, size) % group:
-                raise ClashError("qat.group_size", f"does not divide model.{size} = {getattr(self.model, size)}")
+        for key, size in self.model.input_widths.items():
+            if group and size % group:
+                raise ClashError("qat.group_size", f"does not divide {key} = {size}")
         return self
 
     @property

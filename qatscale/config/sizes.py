@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
-from qatlaw.effective_bits import StoredWeights, llama_weights
+from qatlaw.effective_bits import StoredWeights, attention_shape, llama_weights
 from qatscale.config.schema import ModelConfig, QatConfig
 
 Precision = Literal["fp32", "bf16"]
@@ -45,12 +45,15 @@ def stored_weights(model: ModelConfig, qat: QatConfig, precision: Precision = "b
     precision: the type of scales and of what is not quantized: that of the forward pass.
     """
     full_precision = qat.scheme == "fp"
+    attention = attention_shape(
+        model.hidden_size, model.heads, model.kv_heads, model.channels, model.attention_bias, model.qk_norm
+    )
     return llama_weights(
         hidden_size=model.hidden_size,
         layers=model.layers,
         intermediate_size=model.intermediate_size,
         vocabulary=model.vocab_size,
-        kv_width=model.hidden_size // model.heads * (model.kv_heads or model.heads),
+        **attention,
         tied=model.tied_embedding,
         bits=UNQUANTIZED_BITS if full_precision else qat.bits,
         embedding_bits=None if full_precision or qat.embedding_bits == "auto" else qat.embedding_bits,
@@ -66,7 +69,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     halved for the causal mask: the convention of PaLM (arXiv 2204.02311, appendix B), so that MFU compares with what
     others report. Neither recomputation nor fake quantization counts: they are overhead, not model.
     """
-    return 6 * count_parameters(model).matmul + 12 * model.layers * model.hidden_size * sequence_length
+    attended = model.channels * model.heads
+    return 6 * count_parameters(model).matmul + 12 * model.layers * attended * sequence_length
 
 
 FLOPS_CONVENTION = "6 x matmul parameters + 12 x layers x width x sequence, per token (PaLM, appendix B)"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import qatscale
+from qatscale.data.held_out import hold_out
 from qatscale.data.indexed import WRITE_AGAIN, IndexedReader
 from qatscale.data.manifest import NAME, Manifest, Split, SplitCounts, TokenizerCard
 from qatscale.errors import UserError
@@ -13,12 +14,22 @@ from qatscale.errors import UserError
 _CHUNK = 1 << 24
 
 
+DEFAULT_FRACTION = 0.01
+
+
 def adopt(
-    folder: Path | str, *, train: Sequence[str], validation: Sequence[str] = (), vocab_size: int | None = None
+    folder: Path | str,
+    *,
+    train: Sequence[str],
+    validation: Sequence[str] = (),
+    validation_fraction: float | None = None,
+    vocab_size: int | None = None,
 ) -> Manifest:
     """Write `manifest.json` for the indexed-dataset files in `folder`; the files stay as they are.
 
     train, validation: names of shards without `.bin`/`.idx`, relative to `folder`.
+    validation_fraction: without `validation`, the share of the training shards' documents that is held out, as
+        `hold_out` chooses them; None = 1 %.
     vocab_size: that of their tokenizer; None = one more than the largest id found.
 
     Reads every token once, for the checksums and so that no id outside `vocab_size` reaches a model. Raises UserError
@@ -29,8 +40,16 @@ def adopt(
         raise UserError("folder", str(folder), f"has a {NAME} already.")
     if not train:
         raise UserError("train", None, "name at least one shard.", "Give it without its ending, relative to FOLDER.")
+    if validation and validation_fraction is not None:
+        problem = "the validation shards decide what is held out."
+        raise UserError("validation_fraction", validation_fraction, problem, "Leave out one of the two.")
+    fraction = 0 if validation else DEFAULT_FRACTION if validation_fraction is None else validation_fraction
+    if not 0 <= fraction <= 0.5:
+        raise UserError("validation_fraction", fraction, "must be 0 to 0.5.", "1 % is usual: 0.01")
     names: dict[Split, Sequence[str]] = {"train": train, "validation": validation}
     readers = {name: IndexedReader(folder / name, WRITE_AGAIN) for split in names.values() for name in split}
+    if both := sorted({*train} & {*validation}):
+        raise UserError("shard", both[0], "is named for training and as held out.", "Leave out one of the two.")
     dtype = readers[train[0]].dtype
     largest = 0
     for name, reader in readers.items():
@@ -51,12 +70,14 @@ def adopt(
         shards = [readers[name].shard(name) for name in members]
         documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
         splits[split] = SplitCounts(documents=documents, tokens=tokens, text_bytes=None, shards=shards)
+    if fraction and splits["train"].documents > 1:
+        splits = hold_out(folder, splits["train"].shards, fraction)
     manifest = Manifest(
         qatscale=qatscale.__version__,
         dtype=dtype.name,
         tokenizer=TokenizerCard(kind="unknown", fingerprint=None, vocab_size=size, eos_id=None, folder=None),
         sources=[],
-        identity={"adopted": {split: list(shards) for split, shards in names.items()}},
+        identity={"adopted": {split: list(shards) for split, shards in names.items()}, "validation_fraction": fraction},
         empty_documents=0,
         splits=splits,
     )

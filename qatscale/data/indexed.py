@@ -16,6 +16,7 @@ Megatron-LM, GPT-NeoX and NeMo read and write it. In shards written here a seque
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import mmap
 import os
@@ -57,6 +58,8 @@ class Shard(BaseModel):
     """Path without ending, relative to the manifest's folder."""
     documents: int
     tokens: int
+    start: int = 0
+    """First token. A split may hold a stretch of a file, of which other splits hold the rest."""
     bin_bytes: int
     idx_bytes: int
     bin_sha256: str
@@ -139,6 +142,7 @@ class IndexedReader:
         with self.bin_path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.tokens = np.frombuffer(self._map, self.dtype)  # a slice of a np.memmap costs several times as much
+        self._start = 0
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         with self.idx_path.open("rb") as file:
@@ -182,6 +186,7 @@ class IndexedReader:
 
     def prefetch(self, start: int, count: int) -> None:
         """Ask the system to read tokens [start, start + count) from the disk, without waiting for them."""
+        start += self._start
         first, end = start * self.dtype.itemsize, min((start + count) * self.dtype.itemsize, len(self._map))
         page = first - first % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
@@ -191,6 +196,12 @@ class IndexedReader:
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
         if self.pointers[0] != 0 or (self.pointers[1:] != ends[:-1]).any() or (self.lengths < 0).any():
             raise UserError("shard", str(self.idx_path), "its sequences are not one after another in the .bin.")
+
+    def stretch(self, start: int, count: int) -> IndexedReader:
+        """The same files with `tokens` [start, start + count) only."""
+        part = copy.copy(self)
+        part.tokens, part._start = self.tokens[start : start + count], start
+        return part
 
     def shard(self, name: str) -> Shard:
         """Counts, sizes and checksums under `name`; reads every byte of both files."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qatlaw.text import plural
 from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, Shard
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of, write_json
@@ -65,7 +66,11 @@ class Manifest(_Part):
 
     def fingerprint_of(self, *splits: Split) -> str:
         """sha256 of the tokens of these splits, in order."""
-        shards = [[split, s.tokens, s.bin_sha256] for split in splits for s in self.splits[split].shards]
+        shards = [
+            [split, s.tokens, s.bin_sha256, *([s.start] if s.start else [])]
+            for split in splits
+            for s in self.splits[split].shards
+        ]
         return hashlib.sha256(json.dumps([self.dtype, shards]).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -88,6 +93,20 @@ class Manifest(_Part):
             raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
         return manifest
 
+    def summary(self) -> str:
+        parts = [f"{split} {plural(c.documents, 'document')}, {c.tokens:,} tokens" for split, c in self.splits.items()]
+        empty = f"; {self.empty_documents:,} empty documents left out" if self.empty_documents else ""
+        none = "" if self.splits["validation"].documents else "; nothing is held out: no validation is possible"
+        return "; ".join(parts) + empty + none
+
+    def check_tokenizer(self, expected: str | None) -> None:
+        """Raise UserError where the ids are another tokenizer's than the model's. expected: a fingerprint or None."""
+        ours = self.tokenizer.fingerprint
+        if expected and ours and ours != expected:
+            problem = f"tokenized with {ours[:12]}…; the model was trained with the tokenizer {expected[:12]}…."
+            fix = "The same ids mean other text. Prepare the text with the model's tokenizer: --tokenizer FOLDER."
+            raise UserError("data.path", None, problem, fix)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError if the data hold ids without an embedding in a model with `vocab_size` rows."""
         needed = self.tokenizer.vocab_size
@@ -102,12 +121,19 @@ class Manifest(_Part):
         """
         counts = self.splits.get(split)
         if counts is None or not counts.shards:
-            fix = "Prepare it again with a larger validation_fraction." if split == "validation" else _PREPARE
+            again = "adopt" if "adopted" in self.identity else "prepare"
+            fix = f"Run `qatscale {again}` again with a larger --validation-fraction."
             raise UserError("data.path", None, f"the data have no {split} split.", fix)
-        size = sum(shard.bin_bytes + shard.idx_bytes for shard in counts.shards)
+        files = {shard.name: shard for shard in counts.shards}
+        size = sum(shard.bin_bytes + shard.idx_bytes for shard in files.values())
         full = verify == "full" or (verify == "auto" and size < FULL_BELOW)
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-            return list(pool.map(lambda shard: self._open_shard(folder, shard, full), counts.shards))
+            readers = pool.map(lambda shard: self._open_shard(folder, shard, full), files.values())
+            opened = dict(zip(files, readers, strict=True))
+        return [
+            opened[s.name] if s.tokens == len(opened[s.name].tokens) else opened[s.name].stretch(s.start, s.tokens)
+            for s in counts.shards
+        ]
 
     def _open_shard(self, folder: Path, shard: Shard, full: bool) -> IndexedReader:
         fix = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
@@ -116,9 +142,10 @@ class Manifest(_Part):
             if path.stat().st_size != size:
                 problem = f"has {path.stat().st_size} bytes, and the manifest says {size}."
                 raise UserError("shard", str(path), problem, fix)
-        if reader.dtype.name != self.dtype or len(reader.tokens) != shard.tokens:
+        stretches = [s.tokens for counts in self.splits.values() for s in counts.shards if s.name == shard.name]
+        if reader.dtype.name != self.dtype or len(reader.tokens) not in (shard.tokens, sum(stretches)):
             found = f"holds {len(reader.tokens)} tokens of {reader.dtype.name}"
-            problem = f"{found}, and the manifest says {shard.tokens} of {self.dtype}."
+            problem = f"{found}, and the manifest says {sum(stretches)} of {self.dtype}."
             raise UserError("shard", str(reader.idx_path), problem, fix)
         if full:
             for path, checksum in ((reader.bin_path, shard.bin_sha256), (reader.idx_path, shard.idx_sha256)):

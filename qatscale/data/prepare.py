@@ -20,10 +20,11 @@ import qatscale
 from qatlaw.text import plural
 from qatscale.data import state as states
 from qatscale.data.encode import Encoded, encode_all, is_validation
+from qatscale.data.held_out import hold_out
 from qatscale.data.indexed import IndexedWriter
-from qatscale.data.manifest import Manifest, TokenizerCard
+from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard
 from qatscale.data.records import Unit
-from qatscale.data.sources import Batch, Source, SourceOptions, open_source
+from qatscale.data.sources import Batch, Source, SourceOptions, open_sources
 from qatscale.data.state import TOKENIZER, State
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from qatscale.errors import UserError
@@ -62,6 +63,7 @@ def prepare(
     split: str = "train",
     text_unit: Unit = "file",
     tokenizer: str | None = None,
+    eos: str | None = None,
     vocab_size: int | None = None,
     sample_bytes: int = SAMPLE_BYTES,
     validation_fraction: float = 0.01,
@@ -81,9 +83,11 @@ def prepare(
     split: that of a Hugging Face dataset.
     text_unit: what a document is in a plain text file: the file, a paragraph (up to a blank line), or a line.
     tokenizer: a SentencePiece .model, a tokenizer's or a prepared folder, or a Hugging Face name; None = train one.
+    eos: the token that ends a document, or its id, where `tokenizer` names none or another.
     vocab_size: that of the SentencePiece BPE to train; None = 32000.
     sample_bytes: text to train it on, without held-out documents, taken evenly from the sources and their files.
-    validation_fraction: share of the documents that is held out, chosen by a hash of their text; 0 = none.
+    validation_fraction: share of the documents that is held out, chosen by a hash of their text, and at least one of
+        several; 0 = none.
     shard_tokens: training tokens after which a pair of shards ends.
     max_tokens: stop soon after this many training tokens; None = read everything.
     workers: tokenizing processes; None = one per core.
@@ -98,14 +102,16 @@ def prepare(
         raise UserError("text_unit", text_unit, f"must be one of {', '.join(get_args(Unit))}.")
     if tokenizer is not None and vocab_size is not None:
         raise UserError("vocab_size", vocab_size, "a given tokenizer has its own.", "Leave out one of the two.")
+    if eos is not None and tokenizer is None:
+        raise UserError("eos", eos, "has no effect on a tokenizer that is trained here.", "Leave it out.")
     if not 0 <= validation_fraction <= 0.5:
         raise UserError("validation_fraction", validation_fraction, "must be 0 to 0.5.", "1 % is usual: 0.01")
     counts = {"vocab_size": vocab_size, "sample_bytes": sample_bytes, "shard_tokens": shard_tokens}
     for name, value in (counts | {"max_tokens": max_tokens, "workers": workers}).items():
         if value is not None and value < 1:
             raise UserError(name, value, "must be 1 or more.")
-    opened = [open_source(spec, SourceOptions(field, split, text_unit)) for spec in sources]
-    given = load_tokenizer(tokenizer) if tokenizer is not None else None
+    opened, repeated = open_sources(sources, SourceOptions(field, split, text_unit))
+    given = load_tokenizer(tokenizer, eos) if tokenizer is not None else None
     identity: dict[str, Any] = {
         "sources": [source.identity() for source in opened],
         "field": field,
@@ -125,12 +131,15 @@ def prepare(
         raise UserError("out", str(folder), problem, "Choose a new folder.") from None
     states.refuse_strangers(folder)  # before the lock's file exists
     view = _Watch(console)
+    if repeated:
+        named = ", ".join(repeated[:3]) + (f" and {len(repeated) - 3} more" if repeated[3:] else "")
+        view.say(f"note: named more than once, read once: {named}")
     with states.folder_lock(folder), view.bar:
         if restart:
             states.discard(folder)
         manifest = states.finished(folder, identity)
         if manifest is not None:
-            view.say(f"{folder} is prepared already: {_summary(manifest)}")
+            view.say(f"{folder} is prepared already: {manifest.summary()}")
             return manifest
         state = states.resume(folder, identity)
         if state.part:
@@ -146,12 +155,20 @@ def prepare(
             sources=list(sources),
             identity=state.identity,
             empty_documents=state.empty,
-            splits=state.splits,
+            splits=_with_validation(folder, state),
         )
         manifest.save(folder)
         (folder / states.NAME).unlink()
-        view.say(f"{folder}: {_summary(manifest)}")
+        view.say(f"{folder}: {manifest.summary()}")
         return manifest
+
+
+def _with_validation(folder: Path, state: State) -> dict[Any, SplitCounts]:
+    """The splits. Where a share is asked for and the hashes of few documents chose none, one document is held out."""
+    train, fraction = state.splits["train"], state.identity["validation_fraction"]
+    if state.splits["validation"].documents or not fraction or train.documents < 2:
+        return state.splits
+    return {**hold_out(folder, train.shards, fraction)}
 
 
 def _tokenizer(
@@ -242,10 +259,3 @@ def _batches(sources: list[Source], first: int, position: Any) -> Iterator[Batch
     for index in range(first, len(sources)):
         for batch in sources[index].batches(position if index == first else None):
             yield replace(batch, position=(index, batch.position))
-
-
-def _summary(manifest: Manifest) -> str:
-    parts = [f"{split} {plural(c.documents, 'document')}, {c.tokens:,} tokens" for split, c in manifest.splits.items()]
-    empty = f"; {manifest.empty_documents:,} empty documents left out" if manifest.empty_documents else ""
-    none = "" if manifest.splits["validation"].documents else "; nothing was held out: no validation is possible"
-    return "; ".join(parts) + empty + none

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,28 +98,40 @@ class LocalSource(Source):
     """Files one after another in the order of their names."""
 
     def __init__(self, spec: str, root: Path, files: list[Path], options: SourceOptions) -> None:
-        self.spec, self._root, self._files, self._options = spec, root, files, options
+        self.spec, self._root, self.files, self._options = spec, root, files, options
         self._sizes = [file.stat().st_size for file in files]
+
+    def without(self, seen: set[Any]) -> list[str]:
+        """Drop the files that are in `seen`, to which the others are added; returns the names of those dropped."""
+        kept: list[Path] = []
+        dropped: list[Path] = []
+        for file in self.files:
+            status = file.stat()
+            node = status.st_dev, status.st_ino
+            (dropped if node in seen else kept).append(file)
+            seen.add(node)
+        self.files, self._sizes = kept, [file.stat().st_size for file in kept]
+        return [str(file) for file in dropped]
 
     def identity(self) -> dict[str, Any]:
         """Covers each file's name, size and both ends: cheap, and enough to see that a file was replaced."""
         digest = hashlib.sha256()
-        for path, size in zip(self._files, self._sizes, strict=True):
+        for path, size in zip(self.files, self._sizes, strict=True):
             with path.open("rb") as file:
                 ends = hashlib.sha256(file.read(_EDGE))
                 file.seek(max(0, size - _EDGE))
                 ends.update(file.read(_EDGE))
             digest.update(json.dumps([path.relative_to(self._root).as_posix(), size, ends.hexdigest()]).encode())
         bytes_ = sum(self._sizes)
-        return {"kind": "files", "files": len(self._files), "bytes": bytes_, "fingerprint": digest.hexdigest()}
+        return {"kind": "files", "files": len(self.files), "bytes": bytes_, "fingerprint": digest.hexdigest()}
 
     def _reader(self, index: int) -> FileReader:
-        return FileReader(self._files[index], self._options.field, self._options.text_unit)
+        return FileReader(self.files[index], self._options.field, self._options.text_unit)
 
     def _records(self, position: Any) -> Iterator[tuple[list[Record], Any]]:
         start, skip = position or (0, 0)
         total = max(1, sum(self._sizes))
-        for index in range(start, len(self._files)):
+        for index in range(start, len(self.files)):
             reader, before = self._reader(index), sum(self._sizes[:index])
             for record in reader.records(skip if index == start else 0):
                 self.fraction_read = (before + reader.raw_position) / total
@@ -127,10 +139,10 @@ class LocalSource(Source):
 
     def sample(self, size: int) -> Iterator[str]:
         """From the starts of files spread evenly over all of them."""
-        count = min(len(self._files), max(1, size // _SAMPLE_SHARE))
+        count = min(len(self.files), max(1, size // _SAMPLE_SHARE))
         for index in range(count):
             left = size // count
-            for record in self._reader(index * len(self._files) // count).records():
+            for record in self._reader(index * len(self.files) // count).records():
                 if left <= 0:
                     break
                 text = record.text()
@@ -198,6 +210,24 @@ class SelfSource(Source):
         for number in range((position or 0) + 1, len(texts) + 1):
             self.fraction_read = number / len(texts)
             yield [Record(texts[number - 1], number, origin)], number
+
+
+def open_sources(specs: Sequence[str], options: SourceOptions) -> tuple[list[Source], list[str]]:
+    """The sources without repetitions, and what was named more than once: files (also through links) and names."""
+    sources: list[Source] = []
+    repeated: list[str] = []
+    seen: set[Any] = set()
+    for spec in specs:
+        source = open_source(spec, options)
+        if isinstance(source, LocalSource):
+            repeated += source.without(seen)
+        elif spec in seen:
+            repeated.append(spec)
+            continue
+        seen.add(spec)
+        if not isinstance(source, LocalSource) or source.files:
+            sources.append(source)
+    return sources, list(dict.fromkeys(repeated))
 
 
 def open_source(spec: str, options: SourceOptions) -> Source:

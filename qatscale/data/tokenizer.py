@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import io
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ import numpy as np
 
 from qatscale.data.indexed import token_dtype
 from qatscale.data.segments import segment_encoder
-from qatscale.errors import UserError
+from qatscale.errors import UserError, did_you_mean
 from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json
 from qatscale.untrusted import check_json_files, first_line, read_object, readable
 
 CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: its kind, its EOS and its fingerprint."""
 SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
+HUGGING_FACE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer(abc.ABC):
@@ -70,20 +72,22 @@ class Tokenizer(abc.ABC):
 class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, name: str = "") -> None:
-        """`model`: the serialized model; `name`: what errors call it."""
+    def __init__(self, model: bytes, name: str = "", eos: str | None = None) -> None:
+        """`model`: the serialized model; `name`: what errors call it; `eos`: a piece or id instead of its own."""
         import sentencepiece
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError("tokenizer", name, f"not a SentencePiece model ({error}).") from None
+        except RuntimeError:
+            raise UserError("tokenizer", name, *_not_sentencepiece(model)) from None
         self.files = {SENTENCEPIECE_FILE: model}
         self.vocab_size = self._processor.get_piece_size()
-        self.eos_id = self._processor.eos_id()
-        if self.eos_id < 0:
-            raise UserError("tokenizer", name, "has no end-of-sequence piece, and documents end with one.")
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        pieces = {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        special = [piece for piece, i in pieces.items() if self._processor.is_control(i)]
+        own = self._processor.eos_id()
+        self.eos_id = _end_of_text(eos, own if own >= 0 else None, pieces, special, name)
+        changed = b"" if self.eos_id == own else f"\n{self.eos_id}".encode()
+        self.fingerprint = hashlib.sha256(model + changed).hexdigest()
         self._fast = segment_encoder(model, self.dtype)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -100,8 +104,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind = "huggingface"
 
-    def __init__(self, files: dict[str, bytes], eos_id: int, name: str) -> None:
-        """`files`: those of the tokenizer's folder, by name; `name`: what errors call it."""
+    def __init__(self, files: dict[str, bytes], eos_id: int | None, name: str, eos: str | None = None) -> None:
+        """`files`: those of the tokenizer's folder, by name; `name`: what errors call it; `eos`: instead of `eos_id`.
+
+        Where `eos` is given, it is written into tokenizer_config.json, so that an exported model ends with it too.
+        """
         import tokenizers
 
         try:
@@ -113,9 +120,15 @@ class HuggingFaceTokenizer(Tokenizer):
         backend.encode_special_tokens = True  # "<|endoftext|>" within a document is text
         self._backend = backend
         self.files = files | {HUGGING_FACE_FILE: backend.to_str().encode()}
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_id = eos_id
-        self.fingerprint = hashlib.sha256(f"{backend.to_str()}\n{eos_id}".encode()).hexdigest()
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eos_id = _end_of_text(eos, eos_id, vocabulary, special, name)
+        if eos is not None:
+            said = json.loads(files.get(CONFIG_FILE, b'{"tokenizer_class": "PreTrainedTokenizerFast"}'))
+            said["eos_token"] = backend.id_to_token(self.eos_id)
+            self.files[CONFIG_FILE] = json.dumps(said, indent=2).encode()
+        self.fingerprint = hashlib.sha256(f"{backend.to_str()}\n{self.eos_id}".encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -125,44 +138,82 @@ class HuggingFaceTokenizer(Tokenizer):
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """A SentencePiece `.model` file, a folder (saved here, prepared here, or by Hugging Face), or a Hub name.
+def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
+    """A SentencePiece `.model`, a `tokenizer.json`, a folder (prepared, or by Hugging Face), or a Hub name.
 
-    Raises UserError for anything else, and for a tokenizer without an end-of-sequence token.
+    eos: the token that ends a document, or its id, instead of the tokenizer's own. Raises UserError for anything else,
+    and for a tokenizer without an end-of-sequence token.
     """
     path = Path(spec)
     with readable("tokenizer", spec):
+        if path.is_file() and path.suffix == ".json":
+            if (path.parent / CONFIG_FILE).is_file() and path.name == HUGGING_FACE_FILE:
+                return _load_hugging_face(str(path.parent), eos)  # the file beside it names the special tokens
+            return HuggingFaceTokenizer({HUGGING_FACE_FILE: path.read_bytes()}, None, str(spec), eos)
         if path.is_file():
-            return SentencePieceTokenizer(path.read_bytes(), str(spec))
+            return SentencePieceTokenizer(path.read_bytes(), str(spec), eos)
         for folder in (path, path / "tokenizer"):
             if (folder / CARD).is_file():
-                return _load_saved(folder)
+                return _load_saved(folder, eos)
         if path.is_dir() and not (path / HUGGING_FACE_FILE).is_file() and (path / SENTENCEPIECE_FILE).is_file():
-            return SentencePieceTokenizer((path / SENTENCEPIECE_FILE).read_bytes(), str(spec))
-        if not path.exists() and (path.suffix == ".model" or path.is_absolute() or str(spec).startswith(".")):
+            return SentencePieceTokenizer((path / SENTENCEPIECE_FILE).read_bytes(), str(spec), eos)
+        if not path.exists() and (
+            path.suffix in (".model", ".json") or path.is_absolute() or str(spec).startswith(".")
+        ):
             raise UserError("tokenizer", str(spec), "no such file or folder.")
-    return _load_hugging_face(str(spec))
+    return _load_hugging_face(str(spec), eos)
 
 
-def _load_saved(folder: Path) -> Tokenizer:
+def _end_of_text(
+    asked: str | None, own: int | None, vocabulary: Mapping[str, int], special: Sequence[str], name: str
+) -> int:
+    """The id that ends a document: the one asked for, as an id or a token, or the tokenizer's own."""
+    if asked is None:
+        if own is None:
+            shown = f" Its special tokens: {', '.join(special[:8])}." if special else ""
+            problem = f"names no end-of-sequence token, and documents end with one.{shown}"
+            raise UserError("tokenizer", name, problem, "Name it: --eos TOKEN_OR_ID.")
+        return own
+    if asked.isdecimal():
+        if int(asked) in vocabulary.values():
+            return int(asked)
+        raise UserError("eos", asked, f"is no id of {name}, which has {len(vocabulary):,} tokens.")
+    if asked not in vocabulary:
+        raise UserError("eos", asked, f"is no token of {name}.", did_you_mean(asked, special) if special else "")
+    return vocabulary[asked]
+
+
+def _not_sentencepiece(content: bytes) -> tuple[str, str]:
+    """What a file is that SentencePiece cannot read, and what to do."""
+    first = content.lstrip()[:200].split(b"\n")[0].strip()
+    if re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+", first):
+        problem = "is a tiktoken vocabulary (lines of BASE64 RANK), which lacks the rule that splits text into words."
+        return problem, "Give the tokenizer.json of the same model, or the folder that holds it."
+    if content.lstrip()[:1] == b"{":
+        return "is JSON, not a SentencePiece model.", f"Name it {HUGGING_FACE_FILE} if it is a Hugging Face tokenizer."
+    return "not a SentencePiece model.", "A .model of SentencePiece and a tokenizer.json are read."
+
+
+def _load_saved(folder: Path, eos: str | None) -> Tokenizer:
     card = read_object(folder / CARD, "tokenizer")
     if missing := {"kind", "eos_id", "fingerprint"} - card.keys():
         raise UserError("tokenizer", str(folder / CARD), f"is damaged: it lacks {', '.join(sorted(missing))}.")
-    tokenizer: Tokenizer
     if card["kind"] == SentencePieceTokenizer.kind:
-        tokenizer = SentencePieceTokenizer((folder / SENTENCEPIECE_FILE).read_bytes(), str(folder))
+        model = (folder / SENTENCEPIECE_FILE).read_bytes()
+        load: Callable[[str], Tokenizer] = functools.partial(SentencePieceTokenizer, model, str(folder))
     else:
-        tokenizer = HuggingFaceTokenizer(_files_in(folder), card["eos_id"], str(folder))
+        load = functools.partial(HuggingFaceTokenizer, _files_in(folder), None, str(folder))
+    tokenizer = load(str(card["eos_id"]))
     if tokenizer.fingerprint != card["fingerprint"]:
         raise UserError("tokenizer", str(folder), "was altered: its fingerprint is not the one in its card.")
-    return tokenizer
+    return tokenizer if eos is None else load(eos)
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file() and p.name != CARD}
 
 
-def _load_hugging_face(spec: str) -> Tokenizer:
+def _load_hugging_face(spec: str, eos: str | None = None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     check_json_files(Path(spec), "tokenizer", "AutoTokenizer")
@@ -173,11 +224,9 @@ def _load_hugging_face(spec: str) -> Tokenizer:
         raise UserError("tokenizer", spec, f"{problem} Hugging Face says: {first_line(error)}") from None
     if getattr(loaded, "backend_tokenizer", None) is None:
         raise UserError("tokenizer", spec, "has no fast (tokenizer.json) form, the only one that is supported.")
-    if loaded.eos_token_id is None:
-        raise UserError("tokenizer", spec, "has no end-of-sequence token, and documents end with one.")
     with tempfile.TemporaryDirectory() as folder:
         loaded.save_pretrained(folder)
-        return HuggingFaceTokenizer(_files_in(Path(folder)), int(loaded.eos_token_id), spec)
+        return HuggingFaceTokenizer(_files_in(Path(folder)), loaded.eos_token_id, spec, eos)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:

@@ -175,11 +175,10 @@ def _tensor_problems(config: RunConfig, tensor: int) -> Iterator[UserError]:
         )  # fmt: skip
     group = config.qat.group_size
     if group and config.qat.scheme != "fp" and not uneven:
-        for key in ("hidden_size", "intermediate_size"):
-            size = getattr(model, key)
+        for key, size in model.input_widths.items():
             if size // tensor % group:
                 yield UserError(
                     "qat.group_size", group,
-                    f"does not divide model.{key} / engine.tensor_parallel = {size // tensor}; a "
+                    f"does not divide {key} / engine.tensor_parallel = {size // tensor}; a "
                     "group would lie on two processes.", "Choose smaller groups or fewer processes.",
                 )  # fmt: skip

@@ -173,7 +173,12 @@ class ZeroMasters:
             held = {fragment.name for fragment in fragments}
             if not held & wanted:
                 continue
-            assert held <= wanted, f"one optimizer group mixes parameters to reset and others: {sorted(held - wanted)}"
+            if not held <= wanted:
+                few = ", ".join(sorted(held - wanted)[:3])
+                raise ValueError(
+                    f"one optimizer group mixes scales, whose state is reset, with {few} ...; build the optimizer from "
+                    "QatPlugin.parameter_groups, in the Trainer with optimizer_cls_and_kwargs=QatCallback.adamw(lr)"
+                )
             for value in self.adam_state(partition).values():
                 value.zero_()
 

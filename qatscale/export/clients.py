@@ -103,7 +103,7 @@ class Transformers(Client):
 
     def weights(self) -> Weights:
         for name, parameter in self._model.named_parameters():
-            if name.endswith(".weight"):  # compressed-tensors leaves scales and shapes beside
+            if name.endswith((".weight", ".bias")):  # compressed-tensors leaves scales and shapes beside
                 yield name, parameter.detach()
 
     @torch.no_grad()

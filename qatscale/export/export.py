@@ -15,6 +15,7 @@ from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.encoding import ExportLayout
 from qatscale.export.formats.base import Format, get_format
+from qatscale.export.plugin_source import PluginFolder
 from qatscale.export.report import FILE, card, contents, provenance
 from qatscale.export.source import ExportSource, open_source
 from qatscale.export.verify import Verification, materialised, verify_export
@@ -23,6 +24,7 @@ from qatscale.train.validation import open_view
 from qatscale.untrusted import readable
 
 NO_TOKENIZER = "none"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 DEFAULT_TOKENS = 65_536
 """Held-out tokens that a verification uses at most, unless asked for more."""
 
@@ -52,13 +54,14 @@ def export(
     unfinished: bool = False,
     tokens: int | None = None,
     verify: bool = True,
+    license: str | None = None,
 ) -> dict[str, Any]:
     """Write the folder `out` and return its export.json.
 
     checkpoint: RUN, RUN@STEP or a checkpoint folder. tokenizer: its folder, or "none"; None: that of the run's data.
-    tokens: held-out ones to verify on. Other settings as in `open_source`, `Format.layout` and `Format.with_q1_0`.
-    All but the verification streams: the largest tensor bounds its memory. UserError for wrong input, before anything
-    is written; VerificationError and OSError leave no folder.
+    tokens: held-out ones to verify on. license: for the model card, an identifier of the Hub. Other settings as in
+    `open_source`, `Format.layout` and `Format.with_q1_0`. All but the verification streams: the largest tensor bounds
+    its memory. UserError for wrong input, before anything is written; VerificationError and OSError leave no folder.
     """
     chosen = get_format(format)
     if q1_0:
@@ -67,6 +70,7 @@ def export(
         check_new(out)
     with readable("checkpoint", checkpoint):
         source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
+        chosen = chosen.fitting(source.config.model)
         layout = chosen.layout(source, fallback)
         origin = provenance(source)
         tokenizer_files = find_tokenizer(source, tokenizer)
@@ -77,7 +81,7 @@ def export(
         if verification and not verification.passed:
             raise VerificationError(verification)
         described = contents(layout, chosen, origin, folder, verification)
-        (folder / "README.md").write_text(card(described, chosen, source.config, tokenizer_files is not None))
+        (folder / "README.md").write_text(card(described, chosen, source.config, tokenizer_files is not None, license))
         write_json(folder / FILE, described)
     return described
 
@@ -91,6 +95,8 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
             fix = f"Give one with tokenizer.model or tokenizer.json, or {NO_TOKENIZER}."
             raise UserError("--tokenizer", given, "is not a folder.", fix)
         return Path(given)
+    if isinstance(source.reader, PluginFolder) and any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+        return source.folder
     data = source.config.data.path
     fix = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
@@ -110,10 +116,13 @@ def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verif
     held_out = _held_out(source, limit)
 
     def check(layout: ExportLayout, folder: Path) -> Verification:
-        model, _ = load_checkpointed_model(source.reader, source.config, torch.device("cpu"))
-        with open_view(model, source.view):
-            trained = materialised(model)
-        del model
+        if isinstance(source.reader, PluginFolder):
+            trained = source.reader.plain_model()
+        else:
+            model, _ = load_checkpointed_model(source.reader, source.config, torch.device("cpu"))
+            with open_view(model, source.view):
+                trained = materialised(model)
+            del model
         return verify_export(layout, format.path(folder), format.clients, trained, held_out)
 
     return check
@@ -127,4 +136,5 @@ def _held_out(source: ExportSource, tokens: int) -> Sequence[Tensor]:
     except UserError as error:
         fix = f"{error.fix} Or name the data, --data FOLDER, or do without, --no-verify.".strip()
         raise UserError(error.key, error.value, error.problem, fix) from None
+    reader.stream.manifest.check_tokenizer(source.manifest.tokenizer)
     return [torch.from_numpy(row) for batch in reader.batches() for row in batch.tokens]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +16,23 @@ from qatscale import untrusted
 from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
+from qatscale.data.manifest import NAME as MANIFEST
+from qatscale.data.manifest import Manifest
 from qatscale.errors import UserError
 from qatscale.export.clients import install_line
 from qatscale.export.encoding import ExportLayout
 from qatscale.export.formats.base import Format
+from qatscale.export.plugin_source import PluginFolder
 from qatscale.export.source import ExportSource
 from qatscale.export.verify import Verification
 from qatscale.files import sha256_of
+from qatscale.model.hugging_face import model_type
 from qatscale.tracking.compare import validation_losses
 from qatscale.tracking.run_folder import RunFolder
 
 FILE = "export.json"
 FORMAT = 1
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Provenance(NamedTuple):
@@ -36,10 +42,18 @@ class Provenance(NamedTuple):
     """Its name, id, MLflow id and git commit."""
     losses: dict[str, float] | None
     """Final validation losses by view, in nats; None for a checkpoint before the run's end."""
+    base_model: str | None
+    """Of the Hugging Face model that it began with: its name on the Hub where its folder says, else the folder's."""
+    datasets: list[str]
+    """Names of the sources of its data, as far as the prepared folder is present."""
 
 
 def provenance(source: ExportSource) -> Provenance:
     """UserError where the records of the run are damaged."""
+    if isinstance(source.reader, PluginFolder):
+        return Provenance(
+            {"name": source.config.name, "id": None, "mlflow_id": None, "git_commit": None}, None, None, []
+        )
     folder = RunFolder(source.folder.resolve().parent.parent)
     run, tracking = (
         untrusted.read_object(file, "checkpoint") if file.is_file() else {}
@@ -51,7 +65,22 @@ def provenance(source: ExportSource) -> Provenance:
         losses = validation_losses(folder) if is_end else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError("checkpoint", str(folder.path), f"the records of its run are damaged: {error}.") from None
-    return Provenance(names | {"git_commit": run.get("git_commit")}, losses)
+    data = source.config.data.path
+    sources = Manifest.load(data).sources if data and (data / MANIFEST).is_file() else []
+    datasets = list(dict.fromkeys(Path(name).name if Path(name).exists() else name for name in sources))
+    return Provenance(names | {"git_commit": run.get("git_commit")}, losses, _base_model(folder), datasets)
+
+
+def _base_model(folder: RunFolder | None) -> str | None:
+    """The Hugging Face model at the root of a run's branches."""
+    while folder is not None and folder.run_file.is_file():
+        if folder.imported:
+            path = Path(folder.imported)
+            config = path / "config.json"
+            named = untrusted.read_object(config, "model").get("_name_or_path") if config.is_file() else None
+            return named if isinstance(named, str) and _HUB_NAME.fullmatch(named) else path.name
+        folder = folder.parent
+    return None
 
 
 def _tensors(layout: ExportLayout) -> list[dict[str, Any]]:
@@ -119,9 +148,12 @@ def contents(
         "qatscale": qatscale.__version__,
         "exported_as": format.name,
         "run": origin.run,
+        "base_model": origin.base_model,
+        "datasets": origin.datasets,
         "checkpoint": {
             "step": step, "steps": source.steps, "finished": not source.is_unfinished,
             "imported": source.is_imported, "data": source.manifest.data,
+            "trained_elsewhere": isinstance(source.reader, PluginFolder),
         },
         "tokens": {"fp": per_step * (step - qat_steps), "qat": per_step * qat_steps, "total": per_step * step},
         "view": source.view,
@@ -169,8 +201,10 @@ def check_files(folder: Path) -> None:
 TEMPLATE = "card.md.jinja"
 
 
-def card(described: dict[str, Any], format: Format, config: RunConfig, has_tokenizer: bool) -> str:
-    """described: the content of export.json."""
+def card(
+    described: dict[str, Any], format: Format, config: RunConfig, has_tokenizer: bool, license: str | None = None
+) -> str:
+    """The model card. described: the content of export.json. license: an identifier of the Hub; None = unknown."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -183,11 +217,42 @@ def card(described: dict[str, Any], format: Format, config: RunConfig, has_token
     return environment.get_template(TEMPLATE).render(
         described,
         title=_title(described),
-        library=format.library,
-        usages=format.usages(has_tokenizer),
+        front_matter=_front_matter(described, format, license),
+        model_type={"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type(config.model)],
+        usages=format.usages(has_tokenizer, next(name for name in described["files"] if name.endswith(format.suffix))),
         has_tokenizer=has_tokenizer,
-        recipe=_recipe(config),
+        recipe=_recipe(config, described["checkpoint"]["trained_elsewhere"]),
     )
+
+
+def _front_matter(described: dict[str, Any], format: Format, license: str | None) -> str:
+    """The card's metadata as the Hub reads them, with the losses of the exported weights as evaluation results."""
+    view, losses = described["view"], described["run_losses"] or {}
+    name = f"{described['run']['name']} ({described['exported_as']})"
+    content: dict[str, Any] = {
+        "license": license or "unknown",
+        "library_name": format.library,
+        "pipeline_tag": "text-generation",
+        "tags": ["qatscale", "quantization-aware-training"],
+    }
+    if described["base_model"]:
+        content |= {"base_model": described["base_model"], "base_model_relation": "quantized"}
+    if described["datasets"]:
+        content["datasets"] = described["datasets"]
+    verified = described["verification"]
+    loss = losses.get(view) or (verified["stored_loss"] if verified else None)
+    if loss is not None:
+        metrics = [
+            {"type": "loss", "name": "nats per token", "value": round(loss, 4)},
+            {"type": "perplexity", "value": round(math.exp(loss), 4)},
+        ]
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "held-out", "name": "held-out text of the training data"},
+            "metrics": metrics,
+        }
+        content |= {"metrics": ["perplexity"], "model-index": [{"name": name, "results": [result]}]}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _title(described: dict[str, Any]) -> str:
@@ -198,8 +263,10 @@ def _title(described: dict[str, Any]) -> str:
     return f"{bits_label(bits)}, {trained}"
 
 
-def _recipe(config: RunConfig) -> str:
+def _recipe(config: RunConfig, trained_elsewhere: bool) -> str:
     """The resolved recipe without paths of the machine that trained it."""
     content = yaml.safe_load(resolved_yaml(config))
+    if trained_elsewhere:
+        return yaml.safe_dump({"model": content["model"], "qat": content["qat"]}, sort_keys=False)
     del content["output"], content["data"]["path"], content["tracking"]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

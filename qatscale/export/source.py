@@ -22,8 +22,9 @@ from qatscale.config.schema import ModelConfig, QatConfig, RunConfig
 from qatscale.engine.checkpoints.files import CheckpointReader, Manifest
 from qatscale.engine.checkpoints.find import open_checkpoint
 from qatscale.errors import UserError
+from qatscale.export.plugin_source import PluginFolder, is_plugin_folder
 from qatscale.export.quantized_matrix import QuantizedMatrix
-from qatscale.model.llama import Llama, is_norm, parameter_shapes
+from qatscale.model.llama import Llama, parameter_shapes
 from qatscale.quant.bit_widths import Quantizer, get_quantizer
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
@@ -57,8 +58,9 @@ class SourceParameter:
         return self.shape[0] * self.groups if self.quantizer else 0
 
     @property
-    def is_norm(self) -> bool:
-        return is_norm(self.name)
+    def is_vector(self) -> bool:
+        """A norm or a bias."""
+        return len(self.shape) == 1
 
     @property
     def is_table(self) -> bool:
@@ -82,7 +84,7 @@ class ExportSource:
     ptq_bits: float | None
     """Bits of post-training quantization, whose scales are searched for now; None = scales were trained."""
     parameters: list[SourceParameter]
-    reader: CheckpointReader = field(repr=False)
+    reader: CheckpointReader | PluginFolder = field(repr=False)
     _last: tuple[str, QuantizedMatrix] | None = field(default=None, repr=False)
 
     @property
@@ -163,6 +165,8 @@ def open_source(
     unfinished: accept a checkpoint from before the run's end.
     data: prepared data instead of the run's own.
     """
+    if is_plugin_folder(Path(what)):
+        return _open_plugin_folder(Path(what), ptq_bits, data)
     config, reader = open_checkpoint(what, [f"data.path={data}"] if data else [])
     precision = precision_of(run_ds_config(config))
     source = ExportSource(
@@ -181,6 +185,13 @@ def open_source(
         fix = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
         raise UserError("checkpoint", what, f"{at}{missing}.", fix)
     return source
+
+
+def _open_plugin_folder(path: Path, ptq_bits: float | None, data: Path | None) -> ExportSource:
+    found = PluginFolder(path)
+    config = found.config(data)
+    parameters = _parameters(config, found.manifest.plugin, ptq_bits)
+    return ExportSource(path, config, found.dtype, found.manifest, ptq_bits, parameters, found)
 
 
 def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | None) -> list[SourceParameter]:

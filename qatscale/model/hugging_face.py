@@ -1,4 +1,8 @@
-"""Weights and configuration to and from Hugging Face's Llama format (config.json + safetensors)."""
+"""Weights and configuration to and from Hugging Face: Llama, Mistral, Qwen2 and Qwen3 (config.json + safetensors).
+
+Our Llama computes all four: Qwen2 is a Llama with biases of q, k and v, Qwen3 one with normed q and k, Mistral one
+whose attention may look back over a window only. Models are written as the first of Llama, Qwen2, Qwen3 that fits.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,9 @@ from qatscale.tensor_files import (
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE_TYPES = ("F32", "BF16", "F16")
+TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""Our `rope_scaling` in Hugging Face's names."""
 
 _OUTER = {
     "embed.weight": "model.embed_tokens.weight",
@@ -43,6 +50,8 @@ _IN_BLOCK = {
     "attention.k": "self_attn.k_proj",
     "attention.v": "self_attn.v_proj",
     "attention.o": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "mlp_norm": "post_attention_layernorm",
     "mlp.gate": "mlp.gate_proj",
     "mlp.up": "mlp.up_proj",
@@ -57,8 +66,9 @@ def hugging_face_names(config: ModelConfig) -> dict[str, str]:
         if name in _OUTER:
             names[name] = _OUTER[name]
         else:
-            _, layer, inner = name.removesuffix(".weight").split(".", 2)
-            names[name] = f"model.layers.{layer}.{_IN_BLOCK[inner]}.weight"
+            module, _, kind = name.rpartition(".")
+            _, layer, inner = module.split(".", 2)
+            names[name] = f"model.layers.{layer}.{_IN_BLOCK[inner]}.{kind}"
     return names
 
 
@@ -78,7 +88,10 @@ def from_hugging_face(state: State, config: ModelConfig) -> State:
     Raises UserError as `to_hugging_face` does. Buffers of rotary frequencies in old checkpoints are ignored.
     """
     state = renamed(state, {name: name for name in state if not name.endswith(".rotary_emb.inv_freq")})
-    state = _without_tied_head(state, config, "lm_head.weight", "model.embed_tokens.weight")
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tied_embedding and head in state and embed not in state:  # stored once, under the other name
+        state = renamed(state, {embed if name == head else name: name for name in state})
+    state = _without_tied_head(state, config, head, embed)
     names = hugging_face_names(config)
     _check(state, {names[ours]: shape for ours, shape in parameter_shapes(config).items()})
     return renamed(state, names | ({"head.weight": names["embed.weight"]} if config.tied_embedding else {}))
@@ -112,23 +125,34 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def hugging_face_config(config: ModelConfig, sequence_length: int, special: SpecialIds, dtype: torch.dtype) -> Any:
-    """The `transformers.LlamaConfig` of this model, which was trained on sequences of `sequence_length` tokens."""
-    from transformers import LlamaConfig
+def model_type(config: ModelConfig) -> str:
+    """The type that Hugging Face calls this model: llama, qwen2 or qwen3."""
+    return "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
 
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+
+def hugging_face_config(config: ModelConfig, sequence_length: int, special: SpecialIds, dtype: torch.dtype) -> Any:
+    """The configuration of transformers for this model, which was trained on sequences of `sequence_length` tokens."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    kind: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[model_type(config)]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling:
+        rope |= {"rope_type": "llama3", **dict(zip(_LLAMA3, config.rope_scaling, strict=True))}
+        rope["original_max_position_embeddings"] = round(rope["original_max_position_embeddings"])
+    return kind(
+        architectures=[f"{kind.__name__.removesuffix('Config')}ForCausalLM"],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads or config.heads,
+        head_dim=config.channels,
         hidden_act="silu",
         max_position_embeddings=sequence_length,
         initializer_range=config.init_std,
         rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters=rope,
         tie_word_embeddings=config.tied_embedding,
         bos_token_id=special.bos,
         eos_token_id=special.eos,
@@ -170,15 +194,18 @@ def write_config(
 ) -> None:
     """Write all files of a Hugging Face folder but its weights: config.json, generation_config.json, tokenizer.
 
-    further: keys of config.json beyond `LlamaConfig`'s. `rope_theta` is also written where transformers before 5,
-    mlx-lm and llama.cpp look for it; without it they assume 10,000.
+    further: keys of config.json beyond the model's. `rope_theta` and the scaling are also written where transformers
+    before 5, mlx-lm and llama.cpp look for them; without it they assume 10,000 and no scaling.
     """
     from transformers import GenerationConfig
 
     special = export_tokenizer(tokenizer_folder, folder) if tokenizer_folder else SpecialIds(None, None)
     hugging_face_config(config, sequence_length, special, dtype).save_pretrained(folder)
     path = folder / "config.json"
-    content = json.loads(path.read_bytes()) | {"rope_theta": config.rope_theta} | dict(further or {})
+    content = json.loads(path.read_bytes())
+    if config.rope_scaling:
+        content["rope_scaling"] = {k: v for k, v in content["rope_parameters"].items() if k != "rope_theta"}
+    content |= {"rope_theta": config.rope_theta} | dict(further or {})
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     GenerationConfig(bos_token_id=special.bos, eos_token_id=special.eos).save_pretrained(folder)
 
@@ -198,11 +225,11 @@ def save_safetensors(state: State, folder: Path, types: Types, shard_bytes: int 
 
 
 def open_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
-    """Configuration and state of a Llama saved by transformers; its tensors are read when they are accessed.
+    """Configuration and state of a model saved by transformers; its tensors are read when they are accessed.
 
-    Only safetensors are read: no code is executed. Raises UserError when it is another architecture, a variant that
-    `Llama` cannot compute exactly (biases, scaled rotary positions, a sliding window, another activation or head size),
-    or damaged.
+    Only safetensors are read: no code is executed. Raises UserError, naming the key, for another architecture and for a
+    variant that `Llama` cannot compute exactly (other biases, other scaled rotary positions, another activation), and
+    for a damaged folder. A sliding window is the caller's to compare with its sequences: `attention_window`.
     """
     config = read_config(Path(folder))
     return config, from_hugging_face(_open_safetensors(Path(folder)), config)
@@ -219,43 +246,62 @@ def trained_length(folder: Path) -> int | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The content of a config.json, which must be of model type llama."""
+    """The content of a config.json, which must be of a model type that can be loaded."""
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError("model folder", str(path.parent), "holds no config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(str(path), None, f"is not JSON: {error}.") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-        value = raw.get("model_type") if isinstance(raw, dict) else raw
-        raise UserError("model_type", value, f"only 'llama' can be loaded ({path}).")
+    value = raw.get("model_type") if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or value not in TYPES:
+        raise UserError("model_type", value, f"only {', '.join(TYPES)} can be loaded ({path}).")
     return raw
+
+
+def _transformers_config(raw: dict[str, Any], key: str) -> Any:
+    """key: the file that an error names."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    classes = dict(zip(TYPES, (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), strict=True))
+    try:
+        return classes[raw["model_type"]].from_dict(raw)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise UserError(key, None, f"is not a valid {raw['model_type']} configuration: {error}") from None
+
+
+def attention_window(folder: Path) -> int | None:
+    """The positions that attention looks back over, where a model of this folder limits them; else None."""
+    path = folder / "config.json"
+    raw = _read_json(path)
+    return None if raw["model_type"] == "llama" else _transformers_config(raw, str(path)).sliding_window
 
 
 def _model_config(raw: dict[str, Any], key: str) -> ModelConfig:
     """key: the file that an error names."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig
-
-    try:
-        theirs = LlamaConfig.from_dict(raw)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise UserError(key, None, f"is not a valid Llama configuration: {error}") from None
-
-    heads = theirs.num_attention_heads
+    theirs = _transformers_config(raw, key)
+    kind, heads, rope = theirs.model_type, theirs.num_attention_heads, theirs.rope_parameters
     for name, value, allowed in (
-        ("attention_bias", theirs.attention_bias, False),
-        ("mlp_bias", theirs.mlp_bias, False),
-        ("attention_dropout", theirs.attention_dropout or 0, 0),
-        ("hidden_act", theirs.hidden_act, "silu"),
-        ("head_dim", theirs.head_dim, theirs.hidden_size // heads),
-        ("rope_parameters.rope_type", theirs.rope_parameters.get("rope_type", "default"), "default"),
-        ("rope_parameters.partial_rotary_factor", theirs.rope_parameters.get("partial_rotary_factor", 1), 1),
-        ("sliding_window", raw.get("sliding_window"), None),
-        ("quantization_config", raw.get("quantization_config"), None),
+        ("attention_bias", getattr(theirs, "attention_bias", False) or False, (False,)),
+        ("mlp_bias", getattr(theirs, "mlp_bias", False) or False, (False,)),
+        ("attention_dropout", theirs.attention_dropout or 0, (0,)),
+        ("hidden_act", theirs.hidden_act, ("silu",)),
+        ("rope_parameters.rope_type", rope.get("rope_type", "default"), ("default", "llama3")),
+        ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
+        ("quantization_config", raw.get("quantization_config"), (None,)),
     ):
-        if value != allowed:
-            raise UserError(name, value, f"only {allowed!r} can be loaded ({key}).")
+        if value not in allowed:
+            raise UserError(name, value, f"only {' or '.join(map(repr, allowed))} can be loaded ({key}).")
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+    scaling = None
+    if rope.get("rope_type") == "llama3":
+        missing = [name for name in _LLAMA3 if rope.get(name) is None]
+        if missing:
+            raise UserError(
+                f"rope_parameters.{missing[0]}", None, f"is missing, and rope_type llama3 needs it ({key})."
+            )
+        scaling = tuple(rope[name] for name in _LLAMA3)
     try:
         return ModelConfig(
             vocab_size=theirs.vocab_size,
@@ -263,9 +309,13 @@ def _model_config(raw: dict[str, Any], key: str) -> ModelConfig:
             layers=theirs.num_hidden_layers,
             heads=heads,
             kv_heads=None if theirs.num_key_value_heads == heads else theirs.num_key_value_heads,
+            head_dim=None if head_dim * heads == theirs.hidden_size else head_dim,
+            attention_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
             intermediate_size=theirs.intermediate_size,
             tied_embedding=theirs.tie_word_embeddings,
-            rope_theta=theirs.rope_parameters["rope_theta"],
+            rope_theta=rope["rope_theta"],
+            rope_scaling=scaling,
             norm_eps=theirs.rms_norm_eps,
             init_std=theirs.initializer_range,
         )

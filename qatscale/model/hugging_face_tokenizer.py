@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
+from qatscale.data.tokenizer import CARD, HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from qatscale.errors import UserError
-from qatscale.untrusted import first_line
+from qatscale.untrusted import first_line, read_object
 
-SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
 _FURTHER_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "chat_template.jinja", SENTENCEPIECE_FILE,
@@ -97,10 +96,13 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
     def piece(index: int) -> str | None:
         return processor.id_to_piece(index) if index >= 0 else None
 
+    card = path.with_name(CARD)
+    eos = read_object(card, "tokenizer")["eos_id"] if card.is_file() else processor.eos_id()
+
     PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer(path.read_bytes()),
         bos_token=piece(processor.bos_id()),
-        eos_token=piece(processor.eos_id()),
+        eos_token=piece(eos),
         unk_token=piece(processor.unk_id()),
         pad_token=piece(processor.pad_id()),
         split_special_tokens=True,
@@ -120,7 +122,7 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
         if exported.encode(text) != processor.encode(text):
             problem = f"cannot be converted for transformers: the text {text!r} would get other ids."
             raise UserError("tokenizer", str(path), problem, "Export without a tokenizer and ship the .model file.")
-    return SpecialIds(*(index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id())))
+    return SpecialIds(*(index if index >= 0 else None for index in (processor.bos_id(), eos)))
 
 
 def model_proto(model: bytes) -> Any:

@@ -1,8 +1,12 @@
 """Llama 2 (arXiv 2307.09288): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bias.
 
+By configuration also what Llama 3.1 (scaled rotary positions), Qwen2 (biases of q, k, v) and Qwen3 (normed q and k,
+heads of any size) add to it.
+
 Sizes in comments: b = sequences, t = tokens of a sequence, h = heads (query or key-value), d = channels of a head,
-D = hidden size, V = vocabulary. The arithmetic is that of transformers' LlamaForCausalLM, so weights convert in both
-directions without permutation. In bf16 the two differ, because norms and rotations are rounded only once here.
+D = hidden size, V = vocabulary. The arithmetic is that of transformers' LlamaForCausalLM, MistralForCausalLM,
+Qwen2ForCausalLM and Qwen3ForCausalLM, so weights convert in both directions without permutation. In bf16 the two
+differ, because norms and rotations are rounded only once here.
 
 Weights are read only inside the forward of the module that owns them: ZeRO-3 gathers a weight around that call, and the
 QAT plugin replaces these modules.
@@ -41,19 +45,38 @@ Rotation = tuple[Tensor, Tensor]
 """(cos, sin), each [t, 1, d] in fp32; `sin` carries the minus sign of the first half."""
 
 
-def rotation_tables(length: int, channels: int, theta: float, device: torch.device | str | None = None) -> Rotation:
+def rotation_tables(
+    length: int,
+    channels: int,
+    theta: float,
+    device: torch.device | str | None = None,
+    scaling: tuple[float, ...] | None = None,
+) -> Rotation:
     """Rotary position embedding (arXiv 2104.09864) of positions 0 … length - 1 for heads of `channels` channels.
 
     Channel i turns together with channel i + channels/2 ("half-split", as in Hugging Face's Llama), by
     theta^(-2i/channels) radians per position. The tables are computed in every forward, which costs little beside one
     block and works for any length and device. A buffer would be cast to bf16 with the model, and in bf16 positions from
-    2,048 on are multiples of 16.
+    2,048 on are multiples of 16. scaling: see `scaled_frequencies`.
     """
     pair = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
     position = torch.arange(length, dtype=torch.float32, device=device)
-    angle = torch.outer(position, 1.0 / theta ** (pair / channels)).unsqueeze(1)  # [t, 1, d/2]
+    frequency = 1.0 / theta ** (pair / channels)
+    frequency = scaled_frequencies(frequency, *scaling) if scaling else frequency
+    angle = torch.outer(position, frequency).unsqueeze(1)  # [t, 1, d/2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def scaled_frequencies(frequency: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
+    """Llama 3.1's frequencies for longer contexts (`apply_scaling` of Meta's llama-models), in radians per position.
+
+    A wavelength that fits `high` times or more into the `original` positions stays, one that fits `low` times or less
+    is stretched by `factor`, and the frequencies between are interpolated linearly in the number of times.
+    """
+    times = original * frequency / (2 * math.pi)
+    kept = ((times - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / factor
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -72,19 +95,22 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         kv_heads = config.kv_heads or config.heads
-        self.channels = config.hidden_size // config.heads
+        self.channels = channels = config.channels
         self.grouped = kv_heads < config.heads
         self.parallel = parallel
-        self.q = column_parallel_linear(config.hidden_size, config.heads * self.channels, parallel)
-        self.k = column_parallel_linear(config.hidden_size, kv_heads * self.channels, parallel)
-        self.v = column_parallel_linear(config.hidden_size, kv_heads * self.channels, parallel)
-        self.o = row_parallel_linear(config.heads * self.channels, config.hidden_size, parallel)
+        bias = config.attention_bias
+        self.q = column_parallel_linear(config.hidden_size, config.heads * channels, parallel, bias)
+        self.k = column_parallel_linear(config.hidden_size, kv_heads * channels, parallel, bias)
+        self.v = column_parallel_linear(config.hidden_size, kv_heads * channels, parallel, bias)
+        self.o = row_parallel_linear(config.heads * channels, config.hidden_size, parallel)
+        self.q_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         x = self.parallel.enter(x)
         heads = (*x.shape[:-1], -1, self.channels)
-        q = rotate(self.q(x).view(heads), rotation).transpose(1, 2)  # [b, h, t, d]
-        k = rotate(self.k(x).view(heads), rotation).transpose(1, 2)
+        q = rotate(self.q_norm(self.q(x).view(heads)), rotation).transpose(1, 2)  # [b, h, t, d]
+        k = rotate(self.k_norm(self.k(x).view(heads)), rotation).transpose(1, 2)
         v = self.v(x).view(heads).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.parallel.leave(self.o(mixed.transpose(1, 2).flatten(2)))
@@ -106,15 +132,19 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`, which sums squares in fp32 for every input dtype. The stream may be split along the sequence."""
+    """`nn.RMSNorm`, which sums squares in fp32 for every input dtype. The stream may be split along the sequence.
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
-        super().__init__(config.hidden_size, eps=config.norm_eps)
+    channels: of a head, where heads are normed; None = of the stream.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, channels: int | None = None) -> None:
+        super().__init__(channels or config.hidden_size, eps=config.norm_eps)
         self.parallel = parallel
+        self.shares = parallel.sequence or channels is not None
+        """Whether each process sees a part of the sequence or of the heads, and so has a part of the gain's gradient"""
 
     def forward(self, x: Tensor) -> Tensor:
-        # each process sees a part of the sequence, and so has a part of the gain's gradient
-        weight = self.parallel.shared(self.weight) if self.parallel.sequence else self.weight
+        weight = self.parallel.shared(self.weight) if self.shares else self.weight
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
@@ -187,9 +217,8 @@ class Llama(nn.Module):
         if self.stage.is_first:
             x = self.parallel.leave(look_up(self.embed, x, self.parallel, self.config.vocab_size))
         length = x.shape[1] * (self.parallel.size if self.parallel.sequence else 1)
-        rotation = rotation_tables(
-            length, self.config.hidden_size // self.config.heads, self.config.rope_theta, x.device
-        )
+        config = self.config
+        rotation = rotation_tables(length, config.channels, config.rope_theta, x.device, config.rope_scaling)
         trains = torch.is_grad_enabled()
         run = self.run_block if trains else run_block
         for i in self.stage.blocks:
@@ -220,15 +249,18 @@ class Llama(nn.Module):
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name → full shape of every parameter, in the order of `Llama.named_parameters()`, without a tied head."""
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741
-    kv = D // config.heads * (config.kv_heads or config.heads)
+    q, kv = config.channels * config.heads, config.channels * (config.kv_heads or config.heads)
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, D)}
     for i in range(config.layers):
+        shapes[f"blocks.{i}.attention_norm.weight"] = (D,)
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            shapes[f"blocks.{i}.attention.{name}.weight"] = (rows, D)
+            if config.attention_bias:
+                shapes[f"blocks.{i}.attention.{name}.bias"] = (rows,)
+        shapes[f"blocks.{i}.attention.o.weight"] = (D, q)
+        if config.qk_norm:
+            shapes |= {f"blocks.{i}.attention.{name}_norm.weight": (config.channels,) for name in "qk"}
         shapes |= {
-            f"blocks.{i}.attention_norm.weight": (D,),
-            f"blocks.{i}.attention.q.weight": (D, D),
-            f"blocks.{i}.attention.k.weight": (kv, D),
-            f"blocks.{i}.attention.v.weight": (kv, D),
-            f"blocks.{i}.attention.o.weight": (D, D),
             f"blocks.{i}.mlp_norm.weight": (D,),
             f"blocks.{i}.mlp.gate.weight": (I, D),
             f"blocks.{i}.mlp.up.weight": (I, D),
@@ -253,14 +285,16 @@ def is_norm(name: str) -> bool:
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter: full shape, fp32, on the CPU.
 
-    Norms are 1. Matrices are normal with mean 0 and standard deviation `init_std`. `o` and `down`, which write into the
-    residual stream, have `init_std` / √(2·layers), so that the stream's variance does not grow with depth (GPT-2's
-    rule). Each draw has its own generator, seeded by sha256 of (seed, name). It depends on no other parameter, order or
-    layout, so any rank can draw any parameter by itself.
+    Norms are 1, biases 0. Matrices are normal with mean 0 and standard deviation `init_std`. `o` and `down`, which
+    write into the residual stream, have `init_std` / √(2·layers), so that the stream's variance does not grow with
+    depth (GPT-2's rule). Each draw has its own generator, seeded by sha256 of (seed, name). It depends on no other
+    parameter, order or layout, so any rank can draw any parameter by itself.
     """
     shape = parameter_shapes(config)[name]
     if is_norm(name):  # an explicit device: with `torch.device("meta")` as default the values would be lost
         return torch.ones(shape, device="cpu")
+    if name.endswith(".bias"):
+        return torch.zeros(shape, device="cpu")
     residual = name.endswith((".o.weight", ".down.weight"))
     std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

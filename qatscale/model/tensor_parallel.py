@@ -140,10 +140,10 @@ def mark(parameter: Tensor, shard: Shard) -> None:
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-def column_parallel_linear(inputs: int, outputs: int, parallel: TensorParallel) -> nn.Linear:
+def column_parallel_linear(inputs: int, outputs: int, parallel: TensorParallel, bias: bool = False) -> nn.Linear:
     """A Linear that makes this process's share of the output channels: its weight is split by rows."""
     shard = parallel.shard(0, outputs)
-    return _marked(nn.Linear(inputs, shard.local, bias=False), shard)
+    return _marked(nn.Linear(inputs, shard.local, bias=bias), shard)
 
 
 def row_parallel_linear(inputs: int, outputs: int, parallel: TensorParallel) -> nn.Linear:
@@ -161,7 +161,8 @@ def vocabulary_parallel_embedding(vocabulary: int, hidden_size: int, parallel: T
 
 def _marked(module: Layer, shard: Shard) -> Layer:
     if shard.parallel.size > 1:
-        mark(module.weight, shard)
+        for parameter in module.parameters():
+            mark(parameter, shard)
     return module
 
 

@@ -4,8 +4,7 @@ A loop of plain PyTorch::
 
     plugin = QatPlugin(QatConfig(scheme="fused", bits=2), switch_step=1000)
     plugin.prepare(model)                    # before the optimizer (or deepspeed.initialize) sees the parameters
-    optimizer = AdamW([{"params": weights}, *({"params": p, "weight_decay": 0.0, "lr": lr * plugin.scale_lr_ratio(bits)}
-                                              for bits, p in scale_groups(model).items())])
+    optimizer = AdamW(plugin.parameter_groups(lr, weight_decay=0.1))
     masters = PlainMasters(optimizer)
     for step in range(steps):
         report = plugin.maybe_switch(step, masters)
@@ -20,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -57,12 +57,24 @@ class Masters(Protocol):
 
 
 class PlainMasters:
-    """Masters for a plain PyTorch loop, where the parameters are their own masters: hold them in fp32."""
+    """Masters for a plain PyTorch loop, where the parameters are their own masters: hold them in fp32.
+
+    TypeError for DeepSpeed's ZeRO and for DTensors (FSDP, tensor parallelism), whose parameters are parts or copies.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        inner: Any = optimizer
+        while inner is not None:  # accelerate wraps the optimizer
+            if type(inner).__module__.startswith("deepspeed."):
+                raise TypeError(f"{type(inner).__name__} {_ZERO}")
+            inner = inner.__dict__.get("optimizer")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                _check_plain(parameter)
         self._optimizer = optimizer
 
     def full(self, parameter: nn.Parameter) -> Tensor:
+        _check_plain(parameter)
         return parameter.detach().float()
 
     @torch.no_grad()
@@ -89,20 +101,40 @@ class PlainMasters:
                     state[key] = 0
 
 
+_ZERO = (
+    "keeps fp32 masters in flat partitions, which PlainMasters cannot reach. Use ZeroMasters, as "
+    "qatscale.engine.trainer_callback.masters_of(optimizer, model) makes it, or QatCallback with transformers' Trainer."
+)
+
+
+def _check_plain(parameter: nn.Parameter) -> None:
+    """TypeError for a parameter that is not its own fp32 master."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        raise TypeError(f"DeepSpeed's ZeRO {_ZERO}")
+    if isinstance(parameter, torch.distributed.tensor.DTensor):
+        raise TypeError("a parameter is a DTensor, of which this process has a part; FSDP is not supported.")
+
+
 class QatPlugin:
     """Prepares a model for QAT and switches QAT on, once.
 
     switch_step: optimizer steps before the switch; 0 = QAT from the start, None = never (scheme `fp`, and only there).
-    keep: names of layers, or their last parts, that stay in full precision on purpose. Any other matrix whose name is
-    not one of those that are quantized is an error in `prepare`.
+    include, exclude: patterns of names, see `selection.select`. Any other matrix whose name is not one of those that
+    are quantized is an error in `prepare`.
     """
 
-    def __init__(self, qat: QatConfig, switch_step: int | None, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        qat: QatConfig,
+        switch_step: int | None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> None:
         if (switch_step is None) != (qat.scheme == "fp"):
             raise ValueError(f"switch_step {switch_step} does not go with scheme {qat.scheme!r}")
         self.qat = qat
         self.switch_step = switch_step
-        self._keep = keep
+        self._include, self._exclude = include, exclude
         self.switched_at: int | None = None
         self._model: nn.Module | None = None
         self._selection = Selection((), {})
@@ -116,7 +148,7 @@ class QatPlugin:
         Call it before the optimizer is built. Parameters stay the same objects; layers that share a weight share one
         scale. A second call changes nothing. UserError where the model was prepared with other settings.
         """
-        selection = select(model, self.qat, self._keep)
+        selection = select(model, self.qat, self._include, self._exclude)
         wanted = {id(target.module) for target in selection.targets}
         for name, module in fake_quant_modules(model):
             if id(module) not in wanted:
@@ -150,6 +182,22 @@ class QatPlugin:
             use_grad_factor=self.qat.scale_gradient_factor,
         )
         scales[id(layer.weight)] = layer.weight_scale
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for an optimizer of the Adam family, after `prepare`: matrices, what is not decayed, scales by bits.
+
+        Scales take `scale_lr_ratio` of the rate, without decay.
+        """
+        scales = scale_groups(self._prepared())
+        of_scales = {id(p) for group in scales.values() for p in group}
+        weights = [p for p in self._prepared().parameters() if p.requires_grad and id(p) not in of_scales]
+        groups = [
+            {"params": [p for p in weights if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in weights if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            *({"params": group, "lr": lr * self.scale_lr_ratio(bits), "weight_decay": 0.0}
+              for bits, group in scales.items()),
+        ]  # fmt: skip
+        return [group for group in groups if group["params"]]
 
     def scale_lr_ratio(self, bits: float) -> float:
         """The learning rate of the scales of a bit width over that of the weights."""
@@ -205,6 +253,18 @@ class QatPlugin:
                 f"the scales of {len(still)} of {plural(len(now), 'layer')} have not moved since the switch at step "
                 f"{self.switched_at}: {shown}. Are they in the optimizer's groups, with a learning rate above 0?"
             )
+
+    def export(
+        self, model: nn.Module, folder: Path | str, masters: Masters | None = None, tokenizer: Any = None
+    ) -> None:
+        """Write the quantized model as a Hugging Face folder; `qatscale export FOLDER` makes other formats of it.
+
+        masters: under ZeRO, where every process calls this. See `model_folder.write_model`.
+        """
+        from qatscale.quant.model_folder import write_model
+
+        full = masters.full if masters else lambda parameter: parameter.detach().float()
+        write_model(model, self.qat, self.state(), Path(folder), full, tokenizer)
 
     def state(self) -> dict[str, Any]:
         """The plugin's state as JSON-able data. The scales are parameters, saved with the model."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -42,61 +43,77 @@ def fake_quant_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantLayer]]
             yield name, module
 
 
-def select(model: nn.Module, qat: QatConfig, keep: Collection[str] = ()) -> Selection:
+def select(model: nn.Module, qat: QatConfig, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Selection:
     """The layers that `qat` quantizes. Only shapes and identities of parameters are read.
 
-    keep: names of layers, or their last parts, that stay in full precision on purpose.
+    include, exclude: patterns (`*.attention.qkv`, `head?`) of entire names or of their last parts: layers that are
+    quantized beside those with names of a Llama, and layers that stay in full precision on purpose. `exclude` wins.
 
-    UserError where no layer matches, a group size does not divide, or a layer cannot be quantized as it is. Also where
-    a matrix would stay in full precision because of its name.
+    UserError where no layer matches, a pattern matches none, a group size does not divide, or a layer cannot be
+    quantized as it is. Also where a matrix would stay in full precision because of its name.
     """
+    names = [name for name, _ in model.named_modules()]
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(name, [pattern]) for name in names):
+                raise UserError(f"QatPlugin({option}=…)", pattern, f"matches no layer of {type(model).__name__}.")
     rule = embedding_rule(qat.embedding_bits, _is_tied(model))
+    embeddings = {id(module.weight) for _, module in model.named_modules() if isinstance(module, nn.Embedding)}
     targets: list[Target] = []
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
+        chosen = _matches(name, include) and not _matches(name, exclude)
         if not isinstance(module, nn.Linear | nn.Embedding):
+            if chosen and isinstance(getattr(module, "weight", None), nn.Parameter):
+                targets.append(Target(name, module, BitsRule()))
             continue
         last = name.rsplit(".", 1)[-1]
-        if last in keep or name in keep:
+        if _matches(name, exclude):
             left_out[name] = "kept in full precision"
-        elif last in EMBEDDING_NAMES:
+        elif last in EMBEDDING_NAMES or (chosen and id(module.weight) in embeddings):
             if rule is None:
                 reason = "untied" if qat.embedding_bits == "auto" else "embedding_bits = 16"
                 left_out[name] = f"{reason}: stays in full precision"
             else:
                 targets.append(Target(name, module, rule))
-        elif last.removesuffix("_proj") in BLOCK_NAMES:
+        elif chosen or last.removesuffix("_proj") in BLOCK_NAMES:
             targets.append(Target(name, module, BitsRule()))
     if not any(target.rule == BitsRule() for target in targets):
         others = ", ".join(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         raise UserError(
-            "model", type(model).__name__, f"quantization needs Linear layers named {', '.join(BLOCK_NAMES)} or",
+            "model", type(model).__name__, f"quantization needs Linear layers named {', '.join(BLOCK_NAMES)} or "
             f"q_proj, k_proj, ...; this model has {others or 'no Linear layer'}.",
+            "Name its layers by patterns: QatPlugin(..., include=['*.qkv']).",
         )  # fmt: skip
-    _check_names(model, targets, {*left_out, *keep})
     for target in targets:
         _check_kind(target)
+    _check_names(model, targets, left_out, exclude)
     _check_group_size(targets, qat.group_size)
     _check_sharing(model, targets)
     return Selection(tuple(targets), left_out)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches a layer's name or the last part of it."""
+    return any(fnmatchcase(part, pattern) for pattern in patterns for part in (name, name.rsplit(".", 1)[-1]))
 
 
 def _is_tied(model: nn.Module) -> bool:
     """Whether embedding and head share a weight, or the model (perhaps one pipeline stage) declares that they do."""
     if getattr(model, "tied_embedding", False):
         return True
-    named = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in EMBEDDING_NAMES]
-    embeddings = {id(module.weight) for module in named if isinstance(module, nn.Embedding)}
-    return any(id(module.weight) in embeddings for module in named if isinstance(module, nn.Linear))
+    modules = list(model.modules())
+    embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    return any(id(module.weight) in embeddings for module in modules if isinstance(module, nn.Linear))
 
 
-def _check_names(model: nn.Module, targets: list[Target], kept: set[str]) -> None:
+def _check_names(model: nn.Module, targets: list[Target], left_out: Collection[str], exclude: Sequence[str]) -> None:
     """UserError for matrices that are neither quantized nor left out on purpose, of whatever class their layer is."""
     quantized = {id(target.module.weight) for target in targets}
     unnamed = {}
     for name, parameter in model.named_parameters():
         layer, _, own = name.rpartition(".")
-        known = own == "weight_scale" or {layer, layer.rsplit(".", 1)[-1]} & kept
+        known = own == "weight_scale" or layer in left_out or _matches(layer, exclude)
         if parameter.dim() > 1 and not known and id(parameter) not in quantized:
             unnamed[layer] = parameter.numel()
     if unnamed:
@@ -106,7 +123,7 @@ def _check_names(model: nn.Module, targets: list[Target], kept: set[str]) -> Non
             f"model.{next(iter(unnamed))}", None,
             f"{plural(len(unnamed), 'layer')}, {share:.1%} of the parameters, would stay in full precision, for only "
             f"layers named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
-            f"Rename them, or leave them out on purpose: QatPlugin(..., keep={lasts}).",
+            f"Quantize them, QatPlugin(..., include={lasts}), or leave them out on purpose, exclude={lasts}.",
         )  # fmt: skip
 
 

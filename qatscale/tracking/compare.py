@@ -54,7 +54,12 @@ class RunRow:
 
 
 def final_losses(losses: Mapping[str, float], own_view: str) -> dict[str, float]:
-    """Loss by view (`fp`, `quantized`, `ptq4` …) → loss by stable name. own_view: the view that a run is judged by."""
+    """Loss by view (`fp`, `quantized`, `ptq4` …) → loss by stable name. own_view: the view that a run is judged by.
+
+    Empty for a run whose data hold nothing out.
+    """
+    if not losses:
+        return {}
     by_bits = {f"{VAL_LOSS_PTQ}{v.removeprefix('ptq')}": loss for v, loss in losses.items() if v.startswith("ptq")}
     return {VAL_LOSS: losses[own_view], VAL_LOSS_FP: losses["fp"], **by_bits}
 

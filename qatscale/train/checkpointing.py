@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qatscale.config.schema import RunConfig
+from qatscale.data.manifest import Manifest as DataManifest
 from qatscale.engine.checkpoints.files import Manifest, rotate
 from qatscale.engine.checkpoints.save_load import parameter_records, slices_of, write_checkpoint
 from qatscale.supervise.failure_report import is_consequence
@@ -121,11 +122,11 @@ class AsyncCheckpointer:
         watchdog: Watchdog,
         *,
         recipe_hash: str,
-        data: str,
+        data: DataManifest,
         saved: Callable[[Manifest, Path], None],
         notice: Callable[[str], None],
     ) -> None:
-        """recipe_hash: rank 0's counts. data: fingerprint of the training tokens.
+        """recipe_hash: rank 0's counts. data: that of the training tokens.
 
         saved: called once for each checkpoint that is complete. notice: called with what a person should know. Both are
         called by the thread that calls `save`, `poll` or `wait`.
@@ -160,7 +161,8 @@ class AsyncCheckpointer:
             reason=reason,
             kept=reason in ("boundary", "end"),
             recipe_hash=self._recipe_hash,
-            data=self._data,
+            data=self._data.fingerprint,
+            tokenizer=self._data.tokenizer.fingerprint,
             plugin=components.plugin.state(),
             parameters=parameter_records(components.masters),
             layout={

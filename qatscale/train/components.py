@@ -53,7 +53,8 @@ class RunSetup:
     precision: Precision
     """The type of forward and backward; the masters are in fp32."""
     batches: BatchReader
-    validation: EvaluationReader
+    validation: EvaluationReader | None
+    """None where nothing, or less than a sequence, is held out."""
     notices: tuple[str, ...]
 
     @property

@@ -41,6 +41,7 @@ def evaluate_checkpoint(
     overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config, checkpoint = open_checkpoint(what, overrides)
     reader = open_validation(config)
+    reader.stream.manifest.check_tokenizer(checkpoint.manifest.tokenizer)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)
     views = ["fp", *(["quantized"] if plugin.switched_at is not None else []), *map(ptq_view, ptq_bits)]
@@ -61,17 +62,19 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog,
     if plugin.switched_at is not None:
         plugin.check_moving(components.masters)
     views = ["fp", *([] if config.qat.scheme == "fp" else ["quantized"]), *map(ptq_view, config.evaluation.ptq_bits)]
-    losses = validation_losses(components.engine, views, setup.validation, components.topology, stop.check)
-    own = "fp" if config.qat.scheme == "fp" else "quantized"
-    if not math.isfinite(losses[own]):
-        raise FloatingPointError(f"the final loss is {losses[own]}. Lower optimizer.learning_rate.")
+    held_out, losses = setup.validation, dict[str, float]()
+    if held_out:
+        losses = validation_losses(components.engine, views, held_out, components.topology, stop.check)
+        own = "fp" if config.qat.scheme == "fp" else "quantized"
+        if not math.isfinite(losses[own]):
+            raise FloatingPointError(f"the final loss is {losses[own]}. Lower optimizer.learning_rate.")
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder, setup.weights)
-    final |= {  # the data by content: losses on other held-out text do not compare
-        "data_fingerprint": setup.batches.stream.manifest.fingerprint,
-        "validation_fingerprint": setup.validation.stream.manifest.fingerprint_of("validation"),
-        "validation_tokens": setup.validation.tokens,
-    }
+    # the data by content: losses on other held-out text do not compare
+    final["data_fingerprint"] = setup.batches.stream.manifest.fingerprint
+    if held_out:
+        final["validation_fingerprint"] = held_out.stream.manifest.fingerprint_of("validation")
+        final["validation_tokens"] = held_out.tokens
     log.finished(timeline.steps, final)
     return final
 

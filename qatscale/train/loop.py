@@ -78,12 +78,13 @@ def run_steps(
                 moving = True
             checkpointer.poll()
             save = due.checkpoint(done) or ("signal" if stopped_by else None)
-            validate = due.validation(done)
+            validate = validation is not None and due.validation(done)
             if save or validate:
                 with meter.pause():
                     if save:
                         checkpointer.save(done, save)
                     if validate:
+                        assert validation is not None
                         log.validation(done, validation_losses(engine, ["current"], validation, topology))
             if save or validate or done % GC_INTERVAL == 0:
                 gc.collect()

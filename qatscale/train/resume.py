@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qatscale.config import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
+from qatscale.data.manifest import Manifest as DataManifest
 from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.errors import UserError
@@ -149,12 +150,15 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     return ResumePlan(checkpoint, manifest, False, origin, tuple(notices))
 
 
-def check_data(config: RunConfig, resume: ResumePlan, fingerprint: str) -> tuple[str, ...]:
-    """Notices about the data of a run that starts from a checkpoint. UserError where a resume would use other data.
+def check_data(config: RunConfig, resume: ResumePlan, data: DataManifest) -> tuple[str, ...]:
+    """Notices about the data of a run that starts from a checkpoint.
 
-    fingerprint: the training data's; it identifies the tokens, wherever they are stored.
+    UserError where a resume would use other data, and where their ids are another tokenizer's than the checkpoint's.
     """
-    if resume.manifest is None or resume.manifest.data == fingerprint:
+    if resume.manifest is None:
+        return ()
+    data.check_tokenizer(resume.manifest.tokenizer)
+    if resume.manifest.data == data.fingerprint:
         return ()
     if not resume.manifest.data:
         return ("what the branch's parent was trained on is not known",)

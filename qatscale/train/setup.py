@@ -7,7 +7,8 @@ from typing import Any
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
-from qatscale.data.reader import open_batches, open_validation
+from qatscale.data.manifest import Manifest
+from qatscale.data.reader import EvaluationReader, open_batches, open_validation
 from qatscale.engine.checkpoints.save_load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
@@ -37,17 +38,28 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches, validation = open_batches(config), open_validation(config)
+    batches = open_batches(config)
+    validation, missing = _held_out(config, batches.stream.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
         *ds_config_warnings(config),
         *layout_notices(config, layout),
         *resume.notices,
-        *check_data(config, resume, batches.stream.manifest.fingerprint),
-        *filter(None, [repetition]),
+        *check_data(config, resume, batches.stream.manifest),
+        *filter(None, [missing, repetition]),
     )
     return RunSetup(config, timeline, resume, layout, ds_config, precision_of(ds_config), batches, validation, notices)
+
+
+def _held_out(config: RunConfig, manifest: Manifest) -> tuple[EvaluationReader | None, str | None]:
+    """The held-out batches, or None and a notice why."""
+    counts = manifest.splits.get("validation")
+    tokens = counts.tokens if counts else 0
+    if tokens > config.data.sequence_length:
+        return open_validation(config), None
+    found = f"the data hold out {tokens:,} tokens, less than a sequence" if tokens else "the data hold nothing out"
+    return None, f"{found}: this run gets no validation loss (a larger --validation-fraction gives one)"
 
 
 def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qatscale.data.adopt import adopt
@@ -64,3 +65,37 @@ def test_adopted_shards_that_were_damaged_later_are_not_to_be_prepared(tmp_path:
     with pytest.raises(UserError, match="checksum") as caught:
         TokenStream.open(tmp_path, "train")
     assert "prepare" not in caught.value.fix
+
+
+@pytest.mark.parametrize("fraction", [None, 0.1, 0.5])
+def test_documents_are_held_out_once_each_spread_over_the_shards(fraction: float | None, tmp_path: Path) -> None:
+    """Every token of document i is i: what a split holds can be read off its tokens."""
+    lengths, shards = [3, 1, 4, 2, 5] * 60, ["a", "b"]
+    for index, name in enumerate(shards):
+        ids = np.repeat(np.arange(300) + 300 * index, lengths)
+        megatron_pair(tmp_path / name, 8, "H", ids.tolist(), lengths)
+    manifest = adopt(tmp_path, train=shards, validation_fraction=fraction)
+    found = {}
+    for split in ("train", "validation"):
+        stream = TokenStream.open(tmp_path, split, verify="full")  # type: ignore[arg-type]
+        ids = first_tokens(stream, len(stream))
+        kept = np.unique(ids)
+        assert ids.tolist() == np.repeat(kept, np.tile(lengths, 2)[kept]).tolist(), "whole documents, in order"
+        assert len(kept) == manifest.splits[split].documents  # type: ignore[index]
+        order = np.random.default_rng(0).permutation(len(stream) - 2)
+        assert stream.gather(order, 1).tolist() == [ids[i : i + 2].tolist() for i in order]
+        found[split] = set(kept.tolist())
+    assert found["train"] | found["validation"] == set(range(600))
+    assert not found["train"] & found["validation"]
+    assert len(found["validation"]) == round(600 * (fraction or 0.01))
+    assert {document // 300 for document in found["validation"]} == {0, 1}
+
+
+def test_what_is_held_out_can_be_nothing_and_is_never_trained_on(tmp_path: Path) -> None:
+    megatron_pair(tmp_path / "a", 8, "H", TOKENS, LENGTHS)
+    for wrong in (-0.1, 0.9, float("nan")):
+        with pytest.raises(UserError, match=r"0 to 0\.5"):
+            adopt(tmp_path, train=["a"], validation_fraction=wrong)
+    with pytest.raises(UserError, match="for training and as held out"):
+        adopt(tmp_path, train=["a"], validation=["a"])
+    assert adopt(tmp_path, train=["a"], validation_fraction=0).splits["validation"].documents == 0

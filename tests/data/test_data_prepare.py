@@ -114,8 +114,34 @@ def test_without_validation(options: dict[str, Any], tmp_path: Path) -> None:
     said = io.StringIO()
     prepare([str(source)], tmp_path / "out", **(options | {"validation_fraction": 0, "console": Console(file=said)}))
     assert "no validation is possible" in said.getvalue()
-    with pytest.raises(UserError, match=r"no validation split.*larger validation_fraction"):
+    with pytest.raises(UserError, match=r"no validation split.*larger --validation-fraction"):
         TokenStream.open(tmp_path / "out", "validation")
+
+
+@pytest.mark.parametrize("documents", [2, 40])
+def test_few_documents_hold_out_one_at_least(documents: int, options: dict[str, Any], tmp_path: Path) -> None:
+    texts = [f"document {i} of a few" for i in range(documents)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare([str(source)], tmp_path / "out", **(options | {"validation_fraction": 1e-9}))
+    counts = manifest.splits["train"], manifest.splits["validation"]
+    assert [split.documents for split in counts] == [documents - 1, 1]
+    held, kept = (TokenStream.open(tmp_path / "out", split) for split in ("validation", "train"))
+    assert len(held) + len(kept) == sum(split.tokens for split in counts)
+    assert load_tokenizer(tmp_path / "out").decode(first_tokens(held, len(held))[:-1]) in texts
+    assert prepare([str(source)], tmp_path / "out", **(options | {"validation_fraction": 1e-9})) == manifest
+
+
+def test_a_file_named_more_than_once_is_read_once(options: dict[str, Any], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    write_jsonl(tmp_path / "b.jsonl", TEXTS[:3])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    said = io.StringIO()
+    repeated = [str(tmp_path / name) for name in ("a.jsonl", "a.jsonl", "link.jsonl", "*.jsonl")]
+    console = Console(file=said, width=10_000)
+    manifest = prepare(repeated, tmp_path / "out", **(options | {"console": console}))
+    once = prepare([str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")], tmp_path / "once", **options)
+    assert manifest.splits == once.splits
+    assert f"read once: {tmp_path / 'a.jsonl'}, {tmp_path / 'link.jsonl'}" in said.getvalue()
 
 
 def test_empty_documents_are_counted_and_left_out(options: dict[str, Any], tmp_path: Path) -> None:
@@ -126,6 +152,7 @@ def test_empty_documents_are_counted_and_left_out(options: dict[str, Any], tmp_p
 
 
 def test_max_tokens_stops_soon_after(corpus: list[str], options: dict[str, Any], tmp_path: Path) -> None:
+    options["validation_fraction"] = 0
     whole = prepare(corpus, tmp_path / "whole", **options)
     part = prepare(corpus, tmp_path / "part", **(options | {"max_tokens": 5000}))
     assert 5000 <= part.splits["train"].tokens < 9000 < whole.splits["train"].tokens

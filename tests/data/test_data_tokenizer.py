@@ -182,8 +182,32 @@ def test_hugging_face_tokenizer_without_eos(hugging_face: Path, tmp_path: Path) 
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_file=str(hugging_face / HUGGING_FACE_FILE)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no end-of-sequence token"):
-        load_tokenizer(tmp_path)
+    named = load_tokenizer(hugging_face)
+    for spec in (tmp_path, tmp_path / HUGGING_FACE_FILE):
+        with pytest.raises(UserError, match=r"no end-of-sequence token.*<\|endoftext\|>") as caught:
+            load_tokenizer(spec)
+        assert "--eos" in caught.value.fix
+        for eos in ("<|endoftext|>", "0"):
+            assert load_tokenizer(spec, eos).fingerprint == named.fingerprint
+    with pytest.raises(UserError, match=r"Did you mean '<\|endoftext\|>'") as caught:
+        load_tokenizer(tmp_path, "<|endoftxt|>")
+    with pytest.raises(UserError, match="500 tokens"):
+        load_tokenizer(tmp_path, "500")
+
+
+def test_a_named_end_of_text_stays_with_the_tokenizer(hugging_face: Path, tmp_path: Path) -> None:
+    """Also where it is exported: transformers then stops there."""
+    from qatscale.model.hugging_face_tokenizer import export_tokenizer
+
+    for name, spec in (("hf", hugging_face / HUGGING_FACE_FILE), ("sp", tmp_path / "x.model")):
+        (tmp_path / "x.model").write_bytes(model(TEXTS, eos_id=-1))
+        named = load_tokenizer(spec, "7")
+        named.save(tmp_path / name)
+        saved = load_tokenizer(tmp_path / name)
+        assert (saved.eos_id, saved.fingerprint) == (7, named.fingerprint)
+        assert load_tokenizer(tmp_path / name, "8").eos_id == 8
+        (tmp_path / f"{name}-out").mkdir()
+        assert export_tokenizer(tmp_path / name, tmp_path / f"{name}-out").eos == 7
 
 
 @pytest.mark.parametrize(
@@ -223,5 +247,11 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "y.model")
     with pytest.raises(UserError, match="tokenizer's folder"):
         load_tokenizer(tmp_path / "empty")
-    with pytest.raises(UserError, match="no end-of-sequence piece"):
+    with pytest.raises(UserError, match="no end-of-sequence token"):
         SentencePieceTokenizer(model(TEXTS, eos_id=-1))
+    (tmp_path / "x.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(UserError, match="tiktoken"):
+        load_tokenizer(tmp_path / "x.model")
+    (tmp_path / "x.model").write_text("{}")
+    with pytest.raises(UserError, match="is JSON"):
+        load_tokenizer(tmp_path / "x.model")

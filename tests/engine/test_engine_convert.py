@@ -14,26 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from qatscale.config import load_run_config
 from qatscale.data.reader import open_batches
-from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints, read_manifest
+from qatscale.engine.checkpoints.files import CheckpointReader, read_manifest
 from qatscale.engine.checkpoints.find import find_checkpoint
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
-from qatscale.model.hugging_face import hugging_face_names
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.compare import list_runs
 from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.resume import plan_resume
+from tests.engine.hugging_face_models import import_model, overrides, save_model
 from tests.processes import run
-from tests.train.driving import BASE, SWITCH, assert_same_state, losses
+from tests.train.driving import SWITCH, assert_same_state, losses
 from tests.train.fixed_tokens import write_fixed_tokens
-from tests.train.trained_runs import LEARNING_RATE
 
 pytestmark = pytest.mark.timeout(1200)
 """The first test that asks for `made` waits for both launches: a minute, and several on a busy machine."""
@@ -41,8 +39,6 @@ pytestmark = pytest.mark.timeout(1200)
 DRIVER = Path(__file__).with_name("convert_driver.py")
 AT = 9
 """A checkpoint two steps after the switch, at the cooldown's start; three steps follow."""
-MODEL = ["model.heads=4", "model.kv_heads=2", "model.intermediate_size=96"]
-"""Of the Hugging Face folders, where it is not recipe debug's."""
 QAT = [
     "tokens=2048",
     "schedule.warmup_tokens=512",
@@ -74,36 +70,14 @@ class Made:
         return [loss for step, loss in losses(self.runs / run).items() if step > AT]
 
 
-def save_llama(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> None:
-    torch.manual_seed(tied)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=tied,
-        )
-    )  # fmt: skip
-    model.to(dtype).save_pretrained(folder, max_shard_size="60kB" if dtype == torch.float32 else "30kB")
-
-
-def overrides(folder: Path) -> list[str]:
-    return [*BASE, LEARNING_RATE, f"data.path={folder}/data", f"output={folder}/runs", "optimizer.weight_decay=0.3"]
-
-
-def import_llama(source: Path, out: Path, *more: str, **options: Any) -> None:
-    said = [o for o in overrides(source.parent) if not o.startswith(("qat.", "output="))]
-    convert(str(source), "checkpoint", out, "debug", [*said, *MODEL, *more], **options)
-
-
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """One launch on 1 process and one on 2: starting a process costs more than all that it does here."""
     folder = tmp_path_factory.mktemp("converted")
     write_fixed_tokens(folder / "data")
     for name, tied in TIED.items():
-        save_llama(folder / name, tied)
-        import_llama(
-            folder / name, folder / "runs" / f"llama-{name}", *([] if tied else ["model.tied_embedding=false"])
-        )
+        save_model(folder / name, tied)
+        import_model(folder / name, folder / "runs" / f"llama-{name}")
     branches = {
         "1": [[f"{name}-p1", f"llama-{name}", QAT] for name in TIED],
         "2": [
@@ -154,35 +128,6 @@ def test_hugging_face_and_back_keeps_every_weight(way: str, made: Made, tmp_path
         inert = name.endswith("weight_scale")
         expected = torch.ones(record.shape) if inert else before.parameter(name)
         assert torch.equal(after.parameter(name), expected), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_of_transformers_is_read_exactly(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
-    save_llama(tmp_path / "hf", tied, dtype)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert theirs.dtype == dtype
-    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
-    (tmp_path / "data").mkdir()
-    import_llama(tmp_path / "hf", tmp_path / "run", f"model.tied_embedding={str(tied).lower()}", "data.path=null")
-    reader = CheckpointReader(find_checkpoint(tmp_path / "run"))
-    config = load_run_config(tmp_path / "run/recipe.yaml")
-    for ours, name in hugging_face_names(config.model).items():
-        assert torch.equal(reader.parameter(ours), theirs.get_parameter(name).float()), name
-
-
-def test_shards_are_bounded_and_hold_every_slice_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatscale.engine.checkpoints.training_state.SHARD_BYTES", 40_000)
-    save_llama(tmp_path / "hf", tied=True)
-    import_llama(tmp_path / "hf", tmp_path / "run", "data.path=null")
-    checkpoint = find_checkpoint(tmp_path / "run")
-    keys: list[str] = []
-    for name in read_manifest(checkpoint).files:
-        with safe_open(checkpoint / name, "pt") as file:
-            keys += file.keys()
-            held = [file.get_slice(key).get_shape()[0] * 4 for key in file.keys()]  # noqa: SIM118 - not a dict
-            assert sum(held) <= 40_000 or len(held) == 1
-    assert len(keys) == len(set(keys)) == len(read_manifest(checkpoint).parameters)
 
 
 # --- engines go on ---
@@ -256,33 +201,6 @@ def test_an_imported_run_is_listed_as_one_and_not_trained(made: Made) -> None:
     config = load_run_config(folder.path / "recipe.yaml")
     with pytest.raises(UserError, match="is branched from, not trained"):
         plan_resume(config, build_timeline(config))
-
-
-def test_trained_tokens_are_steps_of_the_recipe(tmp_path: Path) -> None:
-    save_llama(tmp_path / "hf", tied=True)
-    import_llama(tmp_path / "hf", tmp_path / "run", "data.path=null", trained_tokens=2600)  # 5.08 steps of 512
-    assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000005"]
-    (row,) = list_runs(tmp_path)
-    assert (row.step, row.tokens) == (5, 2560)
-    with pytest.raises(UserError, match=r"has seen 6\.144K already"):
-        import_llama(tmp_path / "hf", tmp_path / "late", "data.path=null", trained_tokens=6144)
-
-
-def test_a_recipe_without_a_model_takes_the_folders(tmp_path: Path) -> None:
-    save_llama(tmp_path / "hf", tied=False)
-    text = (
-        "name: x\ntokens: 10K\ndata: {sequence_length: 128}\nbatch: {sequences: 4, micro_batch: 4}\n"
-        "optimizer: {learning_rate: 1e-3}\nqat: {scheme: fused, bits: 2, fraction: 0.5}\n"
-    )
-    (tmp_path / "mine.yaml").write_text(text)
-    state = convert(str(tmp_path / "hf"), "checkpoint", tmp_path / "run", str(tmp_path / "mine.yaml"))
-    config = load_run_config(tmp_path / "run/recipe.yaml")
-    model = config.model
-    assert (model.heads, model.kv_heads, model.tied_embedding, model.norm_eps) == (4, 2, False, 1e-5)
-    assert config.qat.scheme == "fp", "nothing has been quantized yet"
-    assert any("longer than the 64 positions" in note for note in state.notes)
-    with pytest.raises(UserError, match="is the run's name too"):
-        convert(str(tmp_path / "hf"), "checkpoint", tmp_path / ".hidden", str(tmp_path / "mine.yaml"))
 
 
 # --- what is refused ---

@@ -25,7 +25,9 @@ class LoadedInTransformers:
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, **options)
         self.model(torch.tensor([[0]]))  # unpacks what is packed
-        self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if n.endswith(".weight")}
+        self.weights = {
+            n: p.detach().clone() for n, p in self.model.named_parameters() if n.endswith((".weight", ".bias"))
+        }
         torch.nn.Module.float(self.model)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ EXPECTED: dict[str, Expected] = {
         scales_beside=True,
     ),
     "gguf": Expected(
-        lambda folder: LoadedInTransformers(folder, gguf_file="model.gguf"),
+        lambda folder: LoadedInTransformers(folder, gguf_file=next(folder.glob("*.gguf")).name),
         {"config.json": {}, "model.gguf": {}},
         {"one": 66 / 32, "two": 84 / 32, "four": 18 / 4, "six": 210 / 32},  # bytes of a block over its weights
         {"one": 4.5, "two": 4.5, "six": 210 / 32},

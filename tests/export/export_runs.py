@@ -39,9 +39,9 @@ UNTIED = "model.tied_embedding=false"
 NARROW = ["model.hidden_size=96", "model.intermediate_size=192", "model.kv_heads=4"]
 PLANNED = Shape(256, 4, 514)
 RUNS: dict[str, list[str]] = {
-    "one": ["qat.bits=1", "model.layers=2"],  # and its embedding, the head too, in 4
+    "one": ["qat.bits=1", "model.layers=2", "model.attention_bias=true"],  # Qwen2; the embedding, a head too, in 4
     "two": ["qat.bits=2", BF16],
-    "four": ["qat.bits=4", UNTIED],
+    "four": ["qat.bits=4", UNTIED, "model.qk_norm=true", "model.head_dim=128"],  # Qwen3
     "six": ["qat.bits=6", BF16],
     "ternary": ["qat.bits=1.58", BF16, UNTIED, "qat.embedding_bits=5"],
     "three": ["qat.bits=3", "qat.group_size=64", UNTIED, "qat.embedding_bits=8"],
@@ -66,6 +66,6 @@ def train_runs(folder: Path, data: Path) -> Path:
         specs.append(spec)
     listed = folder / "runs.json"
     listed.write_text(json.dumps(specs))
-    finished = run([DRIVER, listed], cwd=folder)
+    finished = run([DRIVER, listed], cwd=folder, timeout=600)
     assert finished.codes == [0], finished.output
     return folder / "runs"

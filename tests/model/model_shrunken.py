@@ -15,4 +15,15 @@ CONFIGS = {
     "mqa-untied": ModelConfig(
         vocab_size=61, hidden_size=30, layers=3, heads=3, kv_heads=1, intermediate_size=35, tied_embedding=False
     ),
-}
+    "llama3": ModelConfig(
+        vocab_size=96, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=12, intermediate_size=72,
+        rope_theta=500.0, rope_scaling=(8, 1, 4, 64),
+    ),
+    "qwen2": ModelConfig(
+        vocab_size=101, hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=88, attention_bias=True
+    ),
+    "qwen3": ModelConfig(
+        vocab_size=96, hidden_size=30, layers=2, heads=3, kv_heads=1, head_dim=16, qk_norm=True, intermediate_size=40,
+        tied_embedding=False,
+    ),
+}  # fmt: skip

@@ -8,16 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from qatscale.errors import UserError
 from qatscale.model import hugging_face
 from qatscale.model.hugging_face import (
+    attention_window,
     export_hugging_face,
     from_hugging_face,
     hugging_face_config,
     hugging_face_names,
+    model_type,
     open_hugging_face,
     save_safetensors,
     to_hugging_face,
@@ -31,9 +41,9 @@ LOGITS_OFF = 32 * 2.0**-24
 in an order of its library's choice, which is off by a few units of 2^-24; a few layers of them in a row."""
 
 
-def peer(model: Llama, config) -> LlamaForCausalLM:
+def peer(model: Llama, config) -> PreTrainedModel:
     """transformers' model with copies of our weights, through our converter, every name accounted for."""
-    theirs = LlamaForCausalLM(hugging_face_config(config, 64, SpecialIds(None, None), torch.float32))
+    theirs = AutoModelForCausalLM.from_config(hugging_face_config(config, 64, SpecialIds(None, None), torch.float32))
     state = {name: tensor.clone() for name, tensor in to_hugging_face(model.state_dict(), config).items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert set(missing) == ({"lm_head.weight"} if config.tied_embedding else set())
@@ -97,7 +107,8 @@ def test_both_directions_are_inverse_bit_for_bit(config, build):
     assert all(torch.equal(back[name], state[name]) for name in state)
     Llama(config).load_state_dict(back)  # strict
 
-    original = LlamaForCausalLM(hugging_face_config(config, 64, SpecialIds(None, None), torch.float32)).state_dict()
+    theirs = hugging_face_config(config, 64, SpecialIds(None, None), torch.float32)
+    original = AutoModelForCausalLM.from_config(theirs).state_dict()
     again = to_hugging_face(from_hugging_face(original, config), config)
     expected = {n: t for n, t in original.items() if n != "lm_head.weight" or not config.tied_embedding}
     assert again.keys() == expected.keys()
@@ -117,14 +128,15 @@ def test_export_loads_in_transformers_and_here(config, build, batch, tmp_path):
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert isinstance(theirs, LlamaForCausalLM)
+    assert theirs.config.model_type == model_type(config)
     assert theirs.dtype == torch.float32
     with torch.no_grad():
         ours, exported = model(tokens), theirs(input_ids=tokens).logits
     assert (ours - exported).abs().max() <= LOGITS_OFF * ours.abs().max()
 
     stated = AutoConfig.from_pretrained(tmp_path / "out")
-    assert stated.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
+    assert stated.rope_parameters["rope_theta"] == config.rope_theta
+    assert stated.rope_parameters["rope_type"] == ("llama3" if config.rope_scaling else "default")
     assert (stated.max_position_embeddings, stated.rms_norm_eps) == (48, config.norm_eps)
     assert stated.tie_word_embeddings == config.tied_embedding
     assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == config.rope_theta
@@ -138,7 +150,7 @@ def test_export_loads_in_transformers_and_here(config, build, batch, tmp_path):
 
 
 def test_a_model_saved_by_transformers_is_read(config, batch, tmp_path):
-    theirs = LlamaForCausalLM(hugging_face_config(config, 64, SpecialIds(1, 2), torch.float32))
+    theirs = AutoModelForCausalLM.from_config(hugging_face_config(config, 64, SpecialIds(1, 2), torch.float32))
     theirs.save_pretrained(tmp_path, max_shard_size="20kB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     read_config, state = open_hugging_face(tmp_path)
@@ -255,16 +267,20 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model_type": "mistral"}, "model_type = 'mistral': only 'llama'"),
+        ({"model_type": "gemma"}, "model_type = 'gemma': only llama, mistral, qwen2, qwen3"),
         ({"attention_bias": True}, "attention_bias = True: only False"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True: only False"),
+        ({"model_type": "qwen2"}, r"layers\.0\.self_attn\.q_proj\.bias is missing"),
+        ({"model_type": "qwen3"}, r"layers\.0\.self_attn\.[qk]_norm\.weight is missing"),
         ({"mlp_bias": True}, "mlp_bias = True: only False"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
-        ({"head_dim": 16}, "head_dim = 16: only 8"),
-        ({"rope_parameters": SCALED}, "rope_type = 'linear': only 'default'"),
+        ({"head_dim": 16}, r"q_proj.weight has the shape \[32, 32\].*\[64, 32\]"),
+        ({"head_dim": 7}, "even rotary dimension, but got `head_dim`=7"),
+        ({"rope_parameters": SCALED}, "rope_type = 'linear': only 'default' or 'llama3'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = "),
-        ({"hidden_size": "wide"}, "not a valid Llama configuration"),
+        ({"hidden_size": "wide"}, "not a valid llama configuration"),
         ({"num_key_value_heads": 3}, "our kv_heads does not divide model.heads = 4"),
         ({"intermediate_size": 89}, r"gate_proj.weight has the shape \[88, 32\].*\[89, 32\]"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
@@ -281,6 +297,42 @@ def test_variants_that_would_compute_something_else_are_refused(build, tmp_path,
         warnings.simplefilter("ignore")
         with pytest.raises(UserError, match=told):
             open_hugging_face(tmp_path / "out")
+
+
+def test_mistral_is_a_llama_within_its_window(batch, tmp_path):
+    """Its attention mask is another one only beyond the window."""
+    torch.manual_seed(0)
+    theirs = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, sliding_window=20, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    assert attention_window(tmp_path) == 20
+    config, state = open_hugging_face(tmp_path)
+    model = Llama(config)
+    model.load_state_dict(state)
+    for length, same in ((20, True), (24, False)):
+        tokens, _ = batch(config, 2, length)
+        with torch.no_grad():
+            ours, expected = model(tokens), theirs(input_ids=tokens).logits
+        off = (ours - expected).abs().max() / expected.abs().max()
+        assert (off <= LOGITS_OFF) == same
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_tied_table_stored_once_under_either_name_is_read(build, tmp_path, name):
+    config = CONFIGS["mha-tied"]
+    model = build(config)
+    export_hugging_face(model, config, tmp_path / "out", sequence_length=16)
+    held = load_file(tmp_path / "out/model.safetensors")
+    held[name] = held.pop("model.embed_tokens.weight")
+    save_file(held, tmp_path / "out/model.safetensors")
+    read, state = open_hugging_face(tmp_path / "out")
+    again = Llama(read)
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_damaged_folders_are_refused(build, tmp_path):

@@ -330,10 +330,10 @@ def test_a_matrix_whose_name_no_rule_knows_is_an_error_unless_it_is_kept(layer: 
     qat = QatConfig(scheme="fused", bits=2)
     model = TinyModel()
     model.blocks[1].qkv = layer
-    with pytest.raises(UserError, match=r"model\.blocks\.1\.qkv: 1 layers, .*keep=\['qkv'\]"):
+    with pytest.raises(UserError, match=r"model\.blocks\.1\.qkv: 1 layers, .*exclude=\['qkv'\]"):
         QatPlugin(qat, 0).prepare(model)
-    for keep in ("qkv", "blocks.1.qkv"):
-        QatPlugin(qat, 0, keep=[keep]).prepare(model)
+    for exclude in ("qkv", "blocks.1.qkv", "*.q?v"):
+        QatPlugin(qat, 0, exclude=[exclude]).prepare(model)
 
 
 def test_a_report_that_differs_from_the_plan_is_an_error() -> None:

@@ -32,7 +32,7 @@ from qatlaw.table import RunTable
 
 FOLDER = Path(__file__).parent
 SHAPE = ("hidden_size", "layers", "intermediate_size", "vocabulary")
-OPTIONAL = ("kv_width", "tied", "embedding_bits", "group_size")
+OPTIONAL = ("kv_width", "attention_width", "block_vectors", "tied", "embedding_bits", "group_size")
 MORE = ("n_non_embedding", "group", "effective_bits")
 
 

@@ -9,7 +9,6 @@ A slice is named `kind/parameter/start` (kind: weight, exp_avg, exp_avg_sq) and 
 [start, start + n) of the flattened parameter; `kind/parameter/start/first-end`: of its columns [first, end), flattened.
 Any other division of the same parameters can be assembled from them. Where Adam's count is 0, its moments are zero and
 may be left out: an imported model has none. safetensors holds numbers alone: loading runs no code from the file.
-
 A checkpoint is written into a hidden folder, which is renamed when it is complete.
 """
 
@@ -41,8 +40,7 @@ FORMAT = 3
 READABLE = (1, 2, 3)
 """Format 1 has no slices of columns, and 2 no checksum of the manifest itself."""
 MANIFEST = "manifest.json"
-STEP = re.compile(r"^step-(\d{8})$")
-
+STEP = re.compile(r"^step-(\d{8,})$")
 
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -95,6 +93,8 @@ class Manifest:
     layout: dict[str, int]
     """The layout it was saved under, for information: processes, zero_stage, data, tensor, pipeline."""
     files: dict[Annotated[str, Field(pattern=r"^[^/\\]+$")], FileRecord] = field(default_factory=dict)
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer of these tokens; None where it is not known."""
     format: int = FORMAT
     checksum: str = ""
     """sha256 of all else in the manifest."""
@@ -117,9 +117,8 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
-    if not checkpoints.is_dir():
-        return []
-    return sorted(p for p in checkpoints.iterdir() if STEP.match(p.name) and (p / MANIFEST).is_file())
+    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return sorted(p for p in found if STEP.match(p.name) and (p / MANIFEST).is_file())
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -158,8 +157,7 @@ def _parse_manifest(folder: Path) -> Manifest:
         text = (folder / MANIFEST).read_bytes()
         written = _FORMAT.validate_json(text)["format"]
         if written not in READABLE:
-            readable = f"this version of qatscale reads formats {READABLE}."
-            raise _DamageError(f"its {MANIFEST} is of format {written}; {readable}")
+            raise _DamageError(f"its {MANIFEST} is of format {written}; this version of qatscale reads {READABLE}.")
         return _MANIFEST.validate_json(text)
     except FileNotFoundError:
         raise _DamageError(f"no checkpoint: it has no {MANIFEST}.") from None

@@ -58,9 +58,8 @@ def find_checkpoint(what: str | Path) -> Path:
         return newest
     steps = {int(p.name.removeprefix("step-")): p for p in found}
     if not at.isdigit() or int(at) not in steps:
-        raise UserError(
-            "checkpoint", str(what), f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
-        )
+        problem = f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
+        raise UserError("checkpoint", str(what), problem)
     return steps[int(at)]
 
 

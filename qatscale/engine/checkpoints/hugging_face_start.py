@@ -1,4 +1,4 @@
-"""A Hugging Face Llama folder as the start of a run: its weights, and all else from a recipe.
+"""A Hugging Face folder as the start of a run: weights and shape are the folder's, the schedule is a recipe's.
 
 Such a folder has no optimizer state: Adam begins anew, with moments of zero and a step count of 0, and re-estimates
 them in its first steps. Quantizer scales exist and are inert, as in any run before its switch.
@@ -13,13 +13,19 @@ import torch
 from torch import Tensor
 
 from qatscale.config import load_run_config
-from qatscale.config.amounts import format_amount
-from qatscale.config.problems import together
-from qatscale.config.recipe import read_recipe
 from qatscale.config.schema import ModelConfig, RunConfig
+from qatscale.data.manifest import tokenizer_folder
+from qatscale.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, skeleton
 from qatscale.errors import UserError
-from qatscale.model.hugging_face import open_hugging_face, read_config, trained_length
+from qatscale.model.hugging_face import (
+    attention_window,
+    hugging_face_names,
+    open_hugging_face,
+    read_config,
+    trained_length,
+)
+from qatscale.model.hugging_face_tokenizer import PROBES
 
 
 def read_hugging_face(
@@ -27,74 +33,106 @@ def read_hugging_face(
 ) -> TrainingState:
     """The state of a run of this recipe after `trained_tokens`, with these weights.
 
-    UserError for a model that `Llama` cannot compute exactly, a recipe of another model, and a damaged folder.
+    UserError for a model that `Llama` cannot compute exactly, data of another tokenizer, and a damaged folder. A weight
+    that is not finite is a UserError when it is read.
     """
     model = read_config(folder)
     if recipe is None:
         problem = "is needed: a Hugging Face folder does not describe data, batch, optimizer and schedule."
         raise UserError("--recipe", None, problem, "Name one (`qatscale recipes`) or the path of a YAML file.")
-    config = _fitting_recipe(model, folder, recipe, overrides)
-    step = round(trained_tokens / config.tokens_per_step)
-    if step >= config.steps:
-        problem = f"the model has seen {format_amount(trained_tokens)} already (--trained-tokens)."
-        raise UserError("tokens", config.tokens, problem, "Set tokens to what a branch is to reach in all.")
+    config = _with_shape(model, folder, recipe, overrides)
+    length, positions, window = config.data.sequence_length, trained_length(folder), attention_window(folder)
+    if window is not None and length > window:
+        problem = f"the model's attention looks back over {window} positions only (sliding_window), ours over all."
+        raise UserError("data.sequence_length", length, problem, f"Set data.sequence_length={window} or less.")
     _, state = open_hugging_face(folder)
-    bones = skeleton(config)
+    bones, theirs = skeleton(config), hugging_face_names(config.model)
 
     def read(kind: str, name: str) -> Tensor:
         assert kind == "weight", "Adam's moments are not in a Hugging Face folder"
-        return torch.ones(bones.shapes[name]) if name in scales else state[name].float()
+        if name in scales:
+            return torch.ones(bones.shapes[name])
+        value = state[name].float()
+        if not torch.isfinite(value).all():
+            raise UserError("weights", str(folder), f"{theirs[name]} holds NaN or infinity.", "Save the model anew.")
+        return value
 
     scales = set(bones.scales)
     notes = [
         "Adam starts anew, with moments of zero and step count 0: the folder has none, and the first steps re-estimate "
         "them. A warm-up is advisable."
     ]
-    length, positions = config.data.sequence_length, trained_length(folder)
     if positions is not None and length > positions:
         notes.append(
             f"data.sequence_length = {length} is longer than the {positions} positions that the model was trained on"
         )
+    if window is not None:
+        notes.append(f"the model attends to a window of {window} positions; exports of this run attend to all")
     return TrainingState(
         config=config,
         source=str(folder),
-        step=step,
+        step=round(trained_tokens / config.tokens_per_step),
         data=UNKNOWN_DATA,
         plugin=bones.plugin,
         shapes=bones.shapes,
         adam_steps=dict.fromkeys(bones.shapes, 0),
         read=read,
+        tokenizer=_tokenizer(folder, config),
         notes=tuple(notes),
     )
 
 
-def _fitting_recipe(model: ModelConfig, folder: Path, recipe: str, overrides: Sequence[str]) -> RunConfig:
-    """The recipe in full precision, its model completed from the folder. UserError where the two differ.
+def _with_shape(model: ModelConfig, folder: Path, recipe: str, overrides: Sequence[str]) -> RunConfig:
+    """The recipe in full precision with the folder's shape in place of its own.
 
     Whatever scheme the recipe has is that of the branches: what they start from has not been quantized.
     """
-    said = read_recipe(recipe).get("model") or {}
-    filled = [f"model.{key}={_yaml(value)}" for key, value in model.model_dump().items() if key not in said]
-    config = load_run_config(recipe, [*filled, "qat.scheme=fp", *overrides])
+    for override in overrides:
+        key, _, value = override.removeprefix("--").partition("=")
+        if key.startswith("model."):
+            fix = "Leave it out: the shape of the model is the folder's."
+            raise UserError(key, value, f"{folder}/config.json decides it.", fix)
+    shape = [f"model.{key}={_yaml(value)}" for key, value in model.model_dump().items()]
+    config = load_run_config(recipe, [*shape, "qat.scheme=fp", *overrides])
     if config.qat.scheme != "fp":
         problem = "the weights of the folder are in full precision."
         raise UserError("qat.scheme", config.qat.scheme, problem, "Leave it out here, and set it in the branches.")
-    ours, theirs = ({**m.model_dump(), "kv_heads": m.kv_heads or m.heads} for m in (config.model, model))
-    del ours["init_std"]  # the one key that does not matter to a trained model
-    problems = [
-        UserError(
-            f"model.{key}",
-            value,
-            f"{folder}/config.json says {theirs[key]!r}.",
-            f"Add model.{key}={_yaml(theirs[key])}.",
-        )
-        for key, value in ours.items()
-        if value != theirs[key]
-    ]
-    if problems:
-        raise together(problems)
     return config
 
 
 def _yaml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _tokenizer(folder: Path, config: RunConfig) -> str | None:
+    """The fingerprint of the model's tokenizer, to compare with that of the data that the model will meet.
+
+    Where the recipe names data, theirs, if both give the same ids to the same texts: they may end documents with other
+    tokens. UserError where they do not.
+    """
+    data = config.data.path
+    own, names_end = _load(folder)
+    prepared = tokenizer_folder(data) if data and data.is_dir() else None
+    if prepared is None:
+        return own.fingerprint if own and names_end else None
+    used = load_tokenizer(prepared)
+    if own is not None:
+        ours, theirs = ([ids.tolist() for ids in one.encode_batch(list(PROBES))] for one in (used, own))
+        if ours != theirs:
+            problem = "was prepared with another tokenizer than the model's: the same ids mean other text."
+            raise UserError("data.path", str(data), problem, f"Prepare the text with --tokenizer {folder}.")
+    return used.fingerprint
+
+
+def _load(folder: Path) -> tuple[Tokenizer | None, bool]:
+    """The model's tokenizer, None where the folder holds none that is read; and whether it names an end of text."""
+    if not any((folder / name).is_file() for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE)):
+        return None, False
+    for eos in (None, "0"):  # any end will do to compare the ids of texts
+        try:
+            return load_tokenizer(folder, eos), eos is None
+        except UserError:
+            continue
+    return None, False

@@ -82,6 +82,8 @@ class TrainingState:
     """Parameter -> Adam's own count; 0 = its moments are zero."""
     read: Callable[[str, str], Tensor]
     """(kind, parameter) -> all of it, fp32, in its shape. Moments are asked for only where Adam's count is above 0."""
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer of its tokens; None where it is not known."""
     notes: tuple[str, ...] = ()
     """What a person should know of what is not in the source."""
 
@@ -95,6 +97,7 @@ def read_checkpoint(what: str) -> TrainingState:
         source=str(reader.folder),
         step=reader.manifest.step,
         data=reader.manifest.data,
+        tokenizer=reader.manifest.tokenizer,
         plugin=reader.manifest.plugin,
         shapes={name: tuple(record.shape) for name, record in parameters.items()},
         adam_steps={name: record.adam_steps for name, record in parameters.items()},
@@ -141,6 +144,7 @@ def write_state(state: TrainingState, checkpoints: Path, config: RunConfig) -> P
         kept=True,
         recipe_hash=recipe_hash(checkpoints.parent / "recipe.yaml"),
         data=state.data,
+        tokenizer=state.tokenizer,
         plugin=state.plugin,
         parameters={n: ParameterRecord(list(state.shapes[n]), state.adam_steps[n]) for n in sorted(state.shapes)},
         layout={},

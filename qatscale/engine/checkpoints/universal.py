@@ -102,6 +102,7 @@ def write_universal(state: TrainingState, out: Path) -> None:
         _save(model_states, inner / MODEL)
         (inner / RECIPE).write_text(resolved_yaml(state.config))
         known = {"format": 1, "source": state.source, "step": state.step, "data": state.data, "plugin": state.plugin}
+        known["tokenizer"] = state.tokenizer
         (inner / SIDE_FILE).write_text(json.dumps(known, indent=1))
         (folder / LATEST).write_text(inner.name)
 
@@ -180,12 +181,15 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
         try:
             known = json.loads((folder / SIDE_FILE).read_bytes())
             step, data, plugin = known["step"], known["data"], known["plugin"]
+            tokenizer = known.get("tokenizer")
         except (ValueError, KeyError, TypeError) as error:
             raise reader.error(f"{SIDE_FILE} cannot be read ({error}).") from None
     else:
         step, plugin = _place(config, bones, adam_steps, reader)
-        data = UNKNOWN_DATA if config.data.path is None else Manifest.load(config.data.path).fingerprint
-    return TrainingState(config, str(folder), step, data, plugin, bones.shapes, adam_steps, reader.read)
+        known_data = None if config.data.path is None else Manifest.load(config.data.path)
+        data = known_data.fingerprint if known_data else UNKNOWN_DATA
+        tokenizer = known_data.tokenizer.fingerprint if known_data else None
+    return TrainingState(config, str(folder), step, data, plugin, bones.shapes, adam_steps, reader.read, tokenizer)
 
 
 class _Reader:

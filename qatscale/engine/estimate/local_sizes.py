@@ -42,6 +42,8 @@ class LocalSizes:
     """None on every stage but the first."""
     head: Matrix | None
     """None on every stage but the last. The same object as `embed` where they are one tensor."""
+    vectors: tuple[int, ...] = ()
+    """Elements of the biases and norms of heads of one block."""
 
     @property
     def blocks(self) -> int:
@@ -61,6 +63,8 @@ class LocalSizes:
     def groups(self) -> dict[str, Counter[int]]:
         """Optimizer group → elements of a parameter → number of such parameters."""
         found = {"matrices": Counter[int](), "norms": Counter({self.hidden_size: 2 * self.blocks + self.stage.is_last})}
+        for elements in self.vectors:
+            found["norms"][elements] += self.blocks
         for matrix, count in self.matrices:
             found["matrices"][matrix.numel] += count
             if matrix.bits is not None:
@@ -74,7 +78,7 @@ class LocalSizes:
 
     @property
     def norms(self) -> int:
-        return self.hidden_size * (2 * self.blocks + self.stage.is_last)
+        return self.hidden_size * (2 * self.blocks + self.stage.is_last) + self.blocks * sum(self.vectors)
 
     @property
     def scales(self) -> int:
@@ -90,8 +94,8 @@ def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
     """The sizes on a process of `stage`; of its tensor-parallel processes the first, which holds the least padding."""
     model, qat, tensor = config.model, config.qat, layout.tensor
     width, inner = model.hidden_size, model.intermediate_size // tensor
-    attended = width // tensor
-    key_values = width // model.heads * (model.kv_heads or model.heads) // tensor
+    attended = model.channels * model.heads // tensor
+    key_values = model.channels * (model.kv_heads or model.heads) // tensor
     rule = embedding_rule(qat.embedding_bits, model.tied_embedding)
     bits = None if rule is None else rule.at(qat.bits)
 
@@ -104,4 +108,6 @@ def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
     gate, down = matrix(inner, width), matrix(width, inner)
     block = (query, key, key, matrix(width, attended), gate, gate, down)
     head = table if model.tied_embedding and stage.is_first else matrix(table.rows, width, bits)
-    return LocalSizes(stage, width, block, table if stage.is_first else None, head if stage.is_last else None)
+    biases = (attended, key_values, key_values) if model.attention_bias else ()
+    vectors = (*biases, *((model.channels,) * 2 if model.qk_norm else ()))
+    return LocalSizes(stage, width, block, table if stage.is_first else None, head if stage.is_last else None, vectors)

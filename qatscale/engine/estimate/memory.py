@@ -254,6 +254,9 @@ def _moments(
         norm += stream_tokens * local.hidden_size * (2 * FP32 - weight)
     query, key, gate = local.block[0].rows, local.block[1].rows, local.block[4].rows
     attention = 2 * (query + key) * weight + FP32 * config.model.heads // layout.tensor
+    if config.model.qk_norm:  # as above: the inputs, and what the norms keep of them
+        normed = weight if device == "cuda" else 2 * FP32
+        attention += (query + key) * normed + FP32 * (query + key) // config.model.channels
     inner = tokens * gate * weight
     block = 2 * stream + 2 * norm + tokens * attention + 4 * inner
 

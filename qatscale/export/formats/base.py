@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from qatscale.config.schema import ModelConfig
 from qatscale.errors import UserError, did_you_mean
 from qatscale.export.clients import Client, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, StoredParameter
@@ -62,7 +63,12 @@ class Format(ABC):
         """As `path`, for an export of this format at `path`, a folder or a file; None where it is not one."""
 
     @abstractmethod
-    def usages(self, has_tokenizer: bool) -> list[Usage]: ...
+    def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:
+        """file: the name of the (first) file of weights."""
+
+    def fitting(self, model: ModelConfig) -> Format:  # noqa: ARG002 - formats that all clients read for any model
+        """This format with the clients that read it for such a model."""
+        return self
 
     def with_q1_0(self) -> Format:
         """This format with 1 bit stored as llama.cpp's Q1_0. UserError where it has no such type."""

@@ -82,7 +82,7 @@ class CompressedTensorsFormat(Format):
         is_this = isinstance(quantization, dict) and quantization.get("quant_method") == self.name
         return path if is_this else None
 
-    def usages(self, has_tokenizer: bool) -> list[Usage]:
+    def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:  # noqa: ARG002
         return [transformers_usage(CompressedTensors, has_tokenizer, note=_VLLM)]
 
 
@@ -111,7 +111,7 @@ def quantization_config(layout: ExportLayout) -> dict[str, Any]:
         if isinstance(entry.encoding, PackedEncoding):
             group = entry.parameter.group_size if entry.parameter.groups > 1 else None
             packed.setdefault((entry.encoding.bits, group), set()).add(name.rsplit(".", 1)[-1])
-        elif not entry.parameter.is_norm:
+        elif not entry.parameter.is_vector:
             dense.add(name)
     if layout.source.config.model.tied_embedding:
         dense.add("lm_head")

@@ -1,14 +1,16 @@
 """`gguf`: one file for llama.cpp, which transformers reads too, with its tokenizer.
 
-Names and metadata are those of llama.cpp's `llama` architecture. It rotates neighbouring pairs of channels where
-Hugging Face (and we) rotate channel i with i + d/2, so the rows of q and k, and their scales, are permuted within each
-head. Norms are fp32. What is not quantized is stored in training's type.
+Names and metadata are those of llama.cpp's architectures `llama`, `qwen2` and `qwen3`. The first rotates neighbouring
+pairs of channels where Hugging Face (and we) rotate channel i with i + d/2, so the rows of q and k, and their scales,
+are permuted within each head. Llama 3.1's rotary scaling is a tensor of divisors, which transformers does not read, as
+it does not read sizes of heads of Qwen. Norms and biases are fp32. What is not quantized is stored in training's type.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +30,10 @@ from qatscale.export.formats.gguf_blocks import BlockType, to_blocks
 from qatscale.export.formats.gguf_vocabulary import vocabulary
 from qatscale.export.source import ExportSource, SourceParameter
 from qatscale.files import sync
+from qatscale.model.hugging_face import model_type
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
+from qatscale.model.llama import scaled_frequencies
 
-FILE = "model.gguf"
 BLOCK_TYPES: dict[str, tuple[BlockType, ...]] = {
     "1": (blocks.TQ2_0, blocks.Q4_0),
     "1.58": (blocks.TQ2_0, blocks.Q4_0),
@@ -47,19 +50,19 @@ _PLAIN_TYPES = {torch.float32: GGMLQuantizationType.F32, torch.bfloat16: GGMLQua
 _LLAMA_CPP = """\
 from llama_cpp import Llama
 
-model = Llama("model.gguf", n_ctx=0, verbose=False)
+model = Llama("{file}", n_ctx=0, verbose=False)
 print(model.create_completion("The", max_tokens=20, temperature=0)["choices"][0]["text"])
 """
 _LLAMA_CPP_IDS = """\
 from llama_cpp import Llama
 
-model = Llama("model.gguf", n_ctx=0, logits_all=True, verbose=False)
+model = Llama("{file}", n_ctx=0, logits_all=True, verbose=False)
 model.eval([1, 2, 3])
 print(model.scores[2].argmax())
 """
 _LLAMA_CPP_NOTE = (
     "llama.cpp multiplies with activations rounded to 8 bits: its logits are near those of training, not equal. The "
-    "files of the tokenizer beside `model.gguf` are for transformers."
+    "files of the tokenizer beside it are for transformers."
 )
 
 
@@ -119,6 +122,7 @@ class BlockEncoding(Encoding):
 
 @dataclass(frozen=True)
 class Gguf(Format):
+    transformers_reads: bool = True
     q1_0: bool = False
     """Store matrices of 1 bit as Q1_0, half the size of TQ2_0, which llama.cpp reads and transformers does not."""
 
@@ -127,15 +131,20 @@ class Gguf(Format):
 
     @property
     def clients(self) -> Sequence[type[Client]]:
-        return (LlamaCpp,) if self.q1_0 else (GgufInTransformers, LlamaCpp)
+        return (LlamaCpp,) if self.q1_0 or not self.transformers_reads else (GgufInTransformers, LlamaCpp)
 
     def with_q1_0(self) -> Gguf:
-        return Gguf(q1_0=True)
+        return replace(self, q1_0=True)
+
+    def fitting(self, model: ModelConfig) -> Gguf:
+        assumed = {"llama": model.channels, "qwen2": model.hidden_size // model.heads, "qwen3": 128}
+        reads = not model.rope_scaling and model.channels == assumed[model_type(model)]
+        return replace(self, transformers_reads=reads)
 
     def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[Encoding]:
         plain = PlainEncoding(dtype)
         if parameter.quantizer is None:
-            return [PlainEncoding(torch.float32) if parameter.is_norm else plain]
+            return [PlainEncoding(torch.float32) if parameter.is_vector else plain]
         types = BLOCK_TYPES[parameter.quantizer.bits_text]
         if self.q1_0 and parameter.quantizer.bits == 1:
             types = (blocks.Q1_0, *types)
@@ -152,11 +161,16 @@ class Gguf(Format):
         if tokenizer:
             export_tokenizer(tokenizer, folder)
         metadata = _metadata(layout) | vocabulary(folder if tokenizer else None, model.vocab_size)
-        names = get_tensor_name_map(MODEL_ARCH.LLAMA, model.layers)
-        write_gguf(folder / FILE, metadata, [_tensor(layout, entry, names) for entry in layout.entries])
+        arch = model_type(model)
+        names = get_tensor_name_map(MODEL_ARCH[arch.upper()], model.layers)
+        tensors = [_tensor(layout, entry, names) for entry in layout.entries]
+        if model.rope_scaling:
+            tensors.append(_divisors(model))
+        write_gguf(folder / _file_name(layout), arch, metadata, tensors)
 
     def path(self, folder: Path) -> Path:
-        return folder / FILE
+        (file,) = folder.glob("*.gguf")
+        return file
 
     def find(self, path: Path) -> Path | None:
         if path.suffix == self.suffix and path.is_file():
@@ -167,32 +181,55 @@ class Gguf(Format):
             raise UserError("model", str(path), f"holds {len(files)} GGUF files: {names}.", "Name one of them.")
         return files[0] if files else None
 
-    def usages(self, has_tokenizer: bool) -> list[Usage]:
+    def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:
         if self.q1_0:
             first = Usage(intro="The type Q1_0 is llama.cpp's, of 2026; transformers does not read it.")
+        elif not self.transformers_reads:
+            first = Usage(intro="transformers does not read this model from GGUF: it ignores its positions or heads.")
         else:
-            first = transformers_usage(GgufInTransformers, has_tokenizer, ', gguf_file="model.gguf"')
+            first = transformers_usage(GgufInTransformers, has_tokenizer, f', gguf_file="{file}"')
         intro = f"With llama.cpp (`{install_line(LlamaCpp.packages)}`, or its own programs):"
-        code = _LLAMA_CPP if has_tokenizer else _LLAMA_CPP_IDS
+        code = (_LLAMA_CPP if has_tokenizer else _LLAMA_CPP_IDS).format(file=file)
         return [first, Usage(intro=intro, code=code, note=_LLAMA_CPP_NOTE)]
+
+
+def _file_name(layout: ExportLayout) -> str:
+    """RUN-TYPE.gguf, as the Hub and llama.cpp's programs tell files apart: by the type of most weights."""
+    weights: Counter[str] = Counter()
+    for entry in layout.entries:
+        if entry.parameter.quantizer:
+            weights[entry.encoding.name] += entry.parameter.numel
+    kind = weights.most_common(1)[0][0]
+    return f"{layout.source.config.name}-{'BF16' if kind == 'bfloat16' else 'F32' if kind == 'float32' else kind}.gguf"
+
+
+def _divisors(model: ModelConfig) -> TensorInfo:
+    """What llama.cpp divides the rotary frequencies by."""
+    assert model.rope_scaling is not None
+    frequency = 1.0 / model.rope_theta ** (torch.arange(0, model.channels, 2, dtype=torch.float32) / model.channels)
+    divisors = frequency / scaled_frequencies(frequency, *model.rope_scaling)
+    kind = GGMLQuantizationType.F32
+    return TensorInfo("rope_freqs.weight", tuple(divisors.shape), kind, 4 * len(divisors), lambda: divisors.numpy())
 
 
 def _metadata(layout: ExportLayout) -> dict[str, Any]:
     config, model = layout.source.config, layout.source.config.model
-    return {
-        "general.name": config.name,
-        "general.quantization_version": 2,
-        "llama.vocab_size": model.vocab_size,
-        "llama.context_length": config.data.sequence_length,
-        "llama.embedding_length": model.hidden_size,
-        "llama.block_count": model.layers,
-        "llama.feed_forward_length": model.intermediate_size,
-        "llama.attention.head_count": model.heads,
-        "llama.attention.head_count_kv": model.kv_heads or model.heads,
-        "llama.attention.layer_norm_rms_epsilon": float(model.norm_eps),
-        "llama.rope.dimension_count": model.hidden_size // model.heads,
-        "llama.rope.freq_base": float(model.rope_theta),
+    of_architecture = {
+        "vocab_size": model.vocab_size,
+        "context_length": config.data.sequence_length,
+        "embedding_length": model.hidden_size,
+        "block_count": model.layers,
+        "feed_forward_length": model.intermediate_size,
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": model.kv_heads or model.heads,
+        "attention.layer_norm_rms_epsilon": float(model.norm_eps),
+        "attention.key_length": model.channels,
+        "attention.value_length": model.channels,
+        "rope.dimension_count": model.channels,
+        "rope.freq_base": float(model.rope_theta),
     }
+    named = {f"{model_type(model)}.{key}": value for key, value in of_architecture.items()}
+    return {"general.name": config.name, "general.quantization_version": 2, **named}
 
 
 def _tensor(layout: ExportLayout, entry: StoredParameter, names: TensorNameMap) -> TensorInfo:
@@ -215,7 +252,7 @@ def _tensor(layout: ExportLayout, entry: StoredParameter, names: TensorNameMap) 
     else:
         assert isinstance(encoding, PlainEncoding)
         kind, make = _PLAIN_TYPES[encoding.dtype], values
-    name = names.get_name(hf_name(layout, entry), try_suffixes=(".weight",))
+    name = names.get_name(hf_name(layout, entry), try_suffixes=(".weight", ".bias"))
     assert name is not None
     return TensorInfo(name, parameter.shape, kind, entry.size, make)
 
@@ -225,11 +262,10 @@ def permutation(parameter: SourceParameter, config: ModelConfig) -> Tensor | Non
 
     Within a head of d channels, 0, d/2, 1, d/2 + 1, ...: what rotates together stands together.
     """
-    if not parameter.name.endswith(("attention.q.weight", "attention.k.weight")):
+    if model_type(config) != "llama" or not parameter.name.endswith(("attention.q.weight", "attention.k.weight")):
         return None
-    channels = config.hidden_size // config.heads
     rows = torch.arange(parameter.shape[0])
-    return rows.view(-1, 2, channels // 2).transpose(1, 2).flatten()
+    return rows.view(-1, 2, config.channels // 2).transpose(1, 2).flatten()
 
 
 class TensorInfo(NamedTuple):
@@ -243,12 +279,12 @@ class TensorInfo(NamedTuple):
     make: Callable[[], np.ndarray]
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+def write_gguf(path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
     """Metadata: text, bool, int (unsigned), float, or lists of one of them (integers in lists are signed).
 
     Raises OSError, e.g. for a full disk; the file is then incomplete.
     """
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     try:
         for key, value in metadata.items():
             kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)

@@ -29,7 +29,7 @@ class HuggingFace(Format):
     def find(self, path: Path) -> Path | None:
         return path if read_config(path) is not None else None
 
-    def usages(self, has_tokenizer: bool) -> list[Usage]:
+    def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:  # noqa: ARG002
         return [transformers_usage(Transformers, has_tokenizer)]
 
 

@@ -111,7 +111,7 @@ class Mlx(Format):
     def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[Encoding]:
         if parameter.quantizer is None:
             # the activations' type follows the norms': fp32, as the quantized layers compute
-            return [PlainEncoding(torch.float32 if parameter.is_norm else dtype)]
+            return [PlainEncoding(torch.float32 if parameter.is_vector else dtype)]
         affine = [AffineEncoding(parameter.quantizer.storage_bits, size) for size in GROUP_SIZES]
         # groups are all the same to the arithmetic: the largest that fits is the first choice, not a fallback
         affine.sort(key=lambda encoding: encoding.refusal(parameter) is not None)
@@ -127,7 +127,7 @@ class Mlx(Format):
         """mlx-lm's key; it may repeat it as quantization_config for transformers."""
         return path if "quantization" in (read_config(path) or {}) else None
 
-    def usages(self, has_tokenizer: bool) -> list[Usage]:
+    def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:  # noqa: ARG002
         return [Usage(install=install_line(MlxLm.packages), code=_CODE if has_tokenizer else _CODE_IDS)]
 
 

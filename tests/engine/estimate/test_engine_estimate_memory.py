@@ -41,6 +41,8 @@ def peak(
         [],
         ["model.tied_embedding=false", "model.kv_heads=1"],
         ["engine.tensor_parallel=2", "model.vocab_size=515"],
+        ["engine.tensor_parallel=2", "model.head_dim=24", "model.attention_bias=true"],
+        ["engine.pipeline_stages=2", "model.head_dim=48", "model.qk_norm=true"],
         ["engine.tensor_parallel=2", "qat.group_size=16", "qat.embedding_bits=8", "model.tied_embedding=false"],
         ["engine.pipeline_stages=2", "qat.bits=2"],
         ["engine.tensor_parallel=2", "engine.pipeline_stages=2", "qat.embedding_bits=16"],
