@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from qatscale.engine.checkpoints.files import (
-    CheckpointReader,
-    Manifest,
-    ParameterRecord,
     check_finite,
     commit,
     list_checkpoints,
@@ -28,7 +25,8 @@ from qatscale.engine.checkpoints.files import (
     write_shard,
     writing_folder,
 )
-from qatscale.engine.checkpoints.find import find_checkpoint
+from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
+from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.errors import UserError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

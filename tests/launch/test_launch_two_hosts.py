@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qatscale.engine.checkpoints.files import read_manifest
-from qatscale.engine.checkpoints.find import find_checkpoint
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.tracking.run_folder import RunFolder
 from tests import processes
 from tests.launch.hosts import CannotError, Host, two_hosts

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qatscale.engine.checkpoints.files import read_manifest
-from qatscale.engine.checkpoints.find import find_checkpoint
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
 from tests.processes import unlaunched
