@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from qatscale.cli import completion
 from qatscale.cli.terminal import Json, check_figure, console
 from qatscale.errors import EXIT_FAILED, UserError
 
@@ -32,7 +33,7 @@ def runs(
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.", autocompletion=completion.run)],
     figure: Annotated[Path | None, typer.Option(help="Draw the loss curves into this file (PNG, SVG, PDF).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +57,7 @@ def compare(
 
 
 def track_sync(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder.", autocompletion=completion.run)],
     uri: Annotated[str | None, typer.Option(help="Another MLflow store than the one in the run's recipe.")] = None,
 ) -> None:
     """Upload to MLflow what an unreachable server missed."""
