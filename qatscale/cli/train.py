@@ -158,6 +158,7 @@ def _train(config: RunConfig, branch_from: str | None, take_over: bool = False) 
     from qatscale.supervise.signals import exit_code
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
+    from qatscale.tracking.store import where_to_look
     from qatscale.train.run import train
 
     outcome = train(config, branch_from, take_over=take_over)
@@ -166,3 +167,5 @@ def _train(config: RunConfig, branch_from: str | None, take_over: bool = False) 
     if int(os.environ.get("RANK", 0)) == 0:
         console().print(comparison_table([run_row(RunFolder(config.folder))]))
         print(f"run folder: {config.folder}")
+        for line in where_to_look([RunFolder(config.folder)]):
+            print(line)

@@ -20,7 +20,7 @@ Verify = Literal["auto", "size", "full"]
 NAME = "manifest.json"
 FULL_BELOW = 4 << 30
 """`verify="auto"` reads every byte of a split smaller than this, which takes a few seconds."""
-_PREPARE = "Make it: qatscale prepare SOURCE… --out FOLDER"
+_PREPARE = "Name the folder of prepared data (data.path=, --data), or make one: qatscale prepare SOURCE… --out FOLDER"
 
 
 class _Part(BaseModel):
