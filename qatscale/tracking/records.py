@@ -76,9 +76,13 @@ class Tail:
         records = []
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             try:
-                records.append(decode(json.loads(line)))
-            except ValueError as error:
+                record = decode(json.loads(line))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}: the line at byte {self.offset} is not JSON ({error})") from error
+            known = isinstance(record, dict) and isinstance(record.get("event"), str)
+            if not known or not isinstance(record.get("step", 0), int):
+                raise ValueError(f"{self.path}: the line at byte {self.offset} is no record of an event")
+            records.append(record)
             self.offset += len(line)
         return records
 

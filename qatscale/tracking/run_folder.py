@@ -22,11 +22,12 @@ from typing import Any, Literal, Self
 
 from qatscale.config.places import find_moved, without_credentials
 from qatscale.errors import UserError
-from qatscale.files import read_json, write_atomic, write_json
+from qatscale.files import write_atomic, write_json
 from qatscale.schedule.timeline import Timeline
 from qatscale.supervise import process
 from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live
+from qatscale.tracking.run_files import read_run_file
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: the process is on another
@@ -126,24 +127,7 @@ class RunFolder:
     @property
     def run(self) -> dict[str, Any]:
         """run.json."""
-        return self._content("run.json", "name", "id", "created", "parent", "n_params")
-
-    def _content(self, name: str, *keys: str) -> dict[str, Any]:
-        """A file that describes the run. UserError, naming it, where it is damaged."""
-        import yaml
-
-        from qatscale.untrusted import first_line
-
-        path = self.path / name
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            what = "is empty" if path.exists() and not path.stat().st_size else f"cannot be read: {first_line(error)}"
-            raise UserError("run", str(path), f"{what}.", "Restore the file.") from None
-        missing = [key for key in keys if key not in content] if isinstance(content, dict) else keys
-        if missing:
-            raise UserError("run", str(path), f"is damaged: it lacks {', '.join(missing)}.", "Restore the file.")
-        return dict(content)
+        return read_run_file(self.run_file)
 
     @property
     def parent(self) -> RunFolder | None:
@@ -165,12 +149,12 @@ class RunFolder:
     @property
     def timeline(self) -> dict[str, Any]:
         """timeline.json, see `Timeline.to_dict`; runs of earlier versions have fewer of its keys."""
-        return self._content("timeline.json")
+        return read_run_file(self.path / "timeline.json")
 
     @property
     def recipe(self) -> dict[str, Any]:
         """recipe.yaml as plain data, so that runs remain readable when RunConfig changes."""
-        return self._content("recipe.yaml", "data", "qat")
+        return read_run_file(self.path / "recipe.yaml")
 
     @property
     def data(self) -> Path | None:
@@ -192,7 +176,7 @@ class RunFolder:
     @property
     def final(self) -> dict[str, Any] | None:
         """The final metrics by their stable names, None while the run is not done."""
-        return self._content("done.json", "metrics")["metrics"] if self.is_done else None
+        return read_run_file(self.done_file)["metrics"] if self.is_done else None
 
     @property
     def status(self) -> Status:

@@ -90,12 +90,12 @@ def test_a_tail_leaves_an_unfinished_line_for_later(tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
     tail = Tail(file)
     assert tail.read() == []
-    file.write_bytes(b'{"a": 1}\n{"a":')
-    assert tail.read() == [{"a": 1}]
+    file.write_bytes(b'{"event": "a"}\n{"event":')
+    assert tail.read() == [{"event": "a"}]
     assert tail.read() == []
     with file.open("ab") as more:
-        more.write(b" 2}\n")
-    assert tail.read() == [{"a": 2}]
+        more.write(b' "b"}\n')
+    assert tail.read() == [{"event": "b"}]
     assert tail.offset == file.stat().st_size
 
 
@@ -110,9 +110,17 @@ def test_a_small_limit_reads_the_same_records(tmp_path: Path) -> None:
     assert found == records
 
 
-def test_a_damaged_line_is_an_error_that_names_its_place(tmp_path: Path) -> None:
-    (tmp_path / "m.jsonl").write_bytes(b'{"a": 1}\nrubbish\n{"a": 2}\n')
-    with pytest.raises(ValueError, match=r"m\.jsonl: the line at byte 9 is not JSON"):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"rubbish", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"\xff\xfe{}", "is not JSON"),
+        (b"3", "is no record"), (b"[]", "is no record"), (b'{"event": 3}', "is no record"),
+        (b'{"event": "metrics", "step": "4"}', "is no record"),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_an_error_that_names_its_place(line: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_bytes(b'{"event": "a"}\n' + line + b'\n{"event": "b"}\n')
+    with pytest.raises(ValueError, match=rf"m\.jsonl: the line at byte 15 {said}"):
         list(Tail(tmp_path / "m.jsonl"))
 
 
