@@ -16,7 +16,7 @@ import typer
 from qatlaw.amounts import parse_bytes
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
-from qatlaw.fraction import amount
+from qatlaw.fraction import LADDER, amount
 from qatlaw.laws.named import NAMED, NamedLaw
 from qatlaw.laws.nominal import EffectiveBits
 from qatlaw.options import (
@@ -120,7 +120,7 @@ def run(
             "  the closed form's fraction": _judged(p.closed_form),
             "  QAT on 10 % of the tokens": _judged(p.rule),
         }
-    notes = [*_counted_on(known), *([f"Losses in nats per token; {WASTED}."] if law else [])]
+    notes = [*_counted_on(known), f"Losses in nats per token; {WASTED}." if law else LADDER]
     warnings = (*plan.warnings, *warnings_of(N, D, width, None))
     answer = Answer("run", _run(N, D, width), facts(table), plan, loss_law, notes, warnings, plan.overrides, N)
     _show(ctx, as_json, answer, recipe)

@@ -19,8 +19,8 @@ class RecipesAndGpus:
     """What the planner finds in its context."""
 
     def recipe(self, name: str, group_size: int | None) -> Recipe:
-        from qatscale.config import load_run_config
         from qatscale.config.ds_config import precision_of, run_ds_config
+        from qatscale.config.recipe import load_run_config
         from qatscale.config.sizes import count_parameters, flops_per_token, stored_weights
         from qatscale.schedule.fraction import nearest_fraction
 
@@ -68,7 +68,7 @@ class RecipesAndGpus:
 
     def runnable(self, answer: Answer, recipe: str | None) -> Answer:
         """With the recipe of the planned size, or for a planned shape the nearest one; `RECIPE` where none fits."""
-        from qatscale.config import load_run_config, recipe_names
+        from qatscale.config.recipe import load_run_config, recipe_names
         from qatscale.config.sizes import count_parameters
         from qatscale.schedule.build import build_timeline
 

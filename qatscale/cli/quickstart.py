@@ -59,7 +59,7 @@ def quickstart(
 
 def prepare_corpus(folder: Path, progress: Console | None = None) -> Path:
     """The embedded corpus as token shards, made now or found."""
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
     from qatscale.data.prepare import prepare
 
     vocabulary = load_run_config("quickstart").model.vocab_size

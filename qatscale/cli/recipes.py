@@ -38,7 +38,9 @@ def config(
     `qatscale config quickstart > mine.yaml` writes a recipe to edit. With --ds-config it prints what is left out of a
     ds_config that was written for another program.
     """
-    from qatscale.config import RunConfig, explain, load_run_config, recipe_names, resolved_yaml
+    from qatscale.config.recipe import load_run_config, recipe_names, resolved_yaml
+    from qatscale.config.schema import RunConfig
+    from qatscale.config.settings import explain
     from qatscale.files import is_file
 
     if json_schema:
@@ -76,8 +78,8 @@ def _write_corrected(recipe: RunConfig, file: Path) -> None:
 
 def recipes() -> None:
     """List the recipes that come with qatscale."""
-    from qatscale.config import load_run_config, recipe_names
     from qatscale.config.amounts import format_amount
+    from qatscale.config.recipe import load_run_config, recipe_names
     from qatscale.config.sizes import count_parameters
 
     headers = ("recipe", "parameters", "width", "layers", "sequence", "batch (tokens)", "tokens", "ds_config")

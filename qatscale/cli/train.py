@@ -77,7 +77,7 @@ def train(
     `deepspeed --module qatscale train` and `torchrun -m qatscale train` take the same arguments and train on many
     processes.
     """
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
 
     config = load_run_config(recipe, overrides or ())
     if dry_run:
@@ -103,7 +103,7 @@ def resume(
     take_over: TakeOver = False,
 ) -> None:
     """Continue a stopped run from its newest checkpoint. Overrides may not change the result."""
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
     from qatscale.tracking.run_folder import RunFolder
 
     folder = RunFolder.open(run.resolve())
@@ -144,8 +144,8 @@ def branch(
 
 def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
     """The parent's recipe with `overrides`, which have to name the new run."""
-    from qatscale.config import load_run_config
-    from qatscale.engine.checkpoints.files import find_checkpoint
+    from qatscale.config.recipe import load_run_config
+    from qatscale.engine.checkpoints.reader import find_checkpoint
 
     run = find_checkpoint(checkpoint).resolve().parent.parent
     if not any(override.startswith("name=") for override in overrides):

@@ -28,7 +28,7 @@ from qatlaw.results import read_results, write_results
 from qatlaw.run_folders import run_record
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatlaw.text import plural
-from qatscale.config import config_differences, load_run_config, resolved_yaml
+from qatscale.config.recipe import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from qatlaw.text import plural
-from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
 from qatscale.config.sizes import count_parameters
-from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.spikes import Spike
 from qatscale.quant.report import SwitchReport
 from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
@@ -49,7 +49,7 @@ class RunLog:
         if not self.resume.resumes:
             RunFolder.create(
                 self.folder.path,
-                recipe=resolved_yaml(self.config),
+                recipe=self.setup.recipe,
                 ds_config=self.setup.ds_config,
                 timeline=self.timeline,
                 n_params=self.n_params,
@@ -145,6 +145,18 @@ class RunLog:
                     f"warning: {floored:.1%} of the quantizer scales lie at their floor, where a row's weights are all "
                     "clipped and do not train. Lower qat.scale_lr_ratio and branch from before the switch."
                 )
+
+    def spike(self, step: int, spike: Spike, action: str) -> None:
+        if self.runtime.is_main:
+            self.folder.append("spike", step=step, norm=spike.norm, mean=spike.mean, action=action)
+            self.console.notice(f"step {step}: {spike}; its update was not applied")
+
+    def rolled_back(self, step: int) -> None:
+        """The run continues from the checkpoint of `step`."""
+        self.step = step
+        if self.runtime.is_main:
+            self.folder.append("resume", step=step)
+            self.console.notice(f"rolled back to the checkpoint of step {step}")
 
     def switched(self, report: SwitchReport) -> None:
         if self.runtime.is_main:

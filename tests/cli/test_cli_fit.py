@@ -13,7 +13,7 @@ from qatlaw import synthetic
 from qatlaw.fit_file import read_fit
 from qatlaw.plan.shapes import nearest_shape
 from qatscale.cli import main
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.sizes import stored_weights
 from tests.cli.bad_inputs import run_command
 

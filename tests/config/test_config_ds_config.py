@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import load_run_config, recipe_names
 from qatscale.config.ds_config import (
     corrected_ds_config,
     ds_config_names,
@@ -16,6 +15,7 @@ from qatscale.config.ds_config import (
     precision_of,
     run_ds_config,
 )
+from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.errors import UserError, UserErrors
 
 ZERO1 = {"zero_optimization": {"stage": 1}}

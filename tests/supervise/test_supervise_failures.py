@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import read_manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_FAILED
 from qatscale.supervise.failure_report import (

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints, read_manifest, verify_files
+from qatscale.engine.checkpoints.files import list_checkpoints, read_manifest, verify_files
+from qatscale.engine.checkpoints.reader import CheckpointReader
 from qatscale.errors import EXIT_FAILED
 from qatscale.tracking.run_folder import RunFolder
 from tests.processes import Finished, run

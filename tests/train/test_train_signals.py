@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import read_manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
 from tests.processes import unlaunched
