@@ -6,7 +6,6 @@ import contextlib
 import io
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,18 @@ from rich.console import Console
 
 from qatlaw import synthetic
 from qatscale.quant.report import ModuleReport, SwitchReport
-from tests.cli.bad_inputs import copy_world, run_command
+from tests.cli.bad_inputs import run_command
 from tests.tracking.synthetic_runs import finish, make_run_in
 
 WIDTHS = (60, 80, 120, 200)
 COMMANDS = (
-    "recipes", "config qat", "train debug --dry-run data.path=data --processes 2", "train 8b --dry-run --processes 64 "
+    "recipes", "config qat", "train debug --dry-run --processes 2", "train 8b --dry-run --processes 64 "
     "engine.pipeline_stages=4 batch.micro_batch=1 engine.ds_config=zero1_bf16 --gpu H200 --mfu 0.4",
-    "runs", "runs several", "compare runs/trunk",
+    "runs several",
     "compare several/a several/b several/with-a-long-name-for-its-settings",
-    "evaluate runs/trunk --ptq 2 --ptq 4 --tokens 256",
     "plan --params 396M --tokens 100B --bits 4 --law synthetic", "plan --params 396M --tokens 100B --law synthetic",
-    "plan memory 500MB --tokens 100B --law synthetic", "plan checkpoint runs/trunk@5 --bits 4 --law synthetic",
+    "plan memory 500MB --tokens 100B --law synthetic",
+    "plan checkpoint --trained-tokens 60B --params 396M --bits 4 --law synthetic",
     "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --law synthetic",
     "plan waste --params 396M --tokens 100B --bits 4 --fraction 0.1 --law synthetic",
     "plan bit-widths --recipe 396m --tokens 100B --law chen-w4a16",
@@ -41,11 +40,8 @@ def numbers(text: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tables") / "world"
-    copy_world(world, folder)
-    for name in ("fresh", "cut", "bent"):
-        shutil.rmtree(folder / "runs" / name)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
     for name, scheme in (("a", "fp"), ("b", "sequential"), ("with-a-long-name-for-its-settings", "fused")):
         run = make_run_in(folder / "several", name, scheme=scheme, steps=1000, switch=None if scheme == "fp" else 500)
         run.append("start", step=0)

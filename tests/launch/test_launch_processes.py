@@ -106,7 +106,7 @@ def test_written_launch_scripts_train(tmp_path: Path, prepared: Path) -> None:
         "name=run",
         f"data.path={prepared}",
         "tracking.uri=none",
-        "tokens=1024",
+        "tokens=2560",
         "--deepspeed",
         "zero2_fp32",
     ]
