@@ -64,6 +64,11 @@ def fault(error: BaseException) -> str | None:
     return f"{plain}. {_FAULTS[int(numbered[1])]}".rstrip()
 
 
+def first_line(error: Exception) -> str:
+    """Another library's message, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def first_invalid(error: Any) -> str:
     """Where the first problem of pydantic's ValidationError lies, and what it is: 'plugin.bits: Input should be …'."""
     first = error.errors(include_url=False)[0]

@@ -61,8 +61,3 @@ def check_safetensors(folder: Path, key: str) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(key, str(path), f"cannot be read: {error}.") from None
-
-
-def first_line(error: Exception) -> str:
-    """Another library's message, cut to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

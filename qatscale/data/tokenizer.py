@@ -18,9 +18,9 @@ import numpy as np
 
 from qatscale.data.indexed import token_dtype
 from qatscale.data.segments import segment_encoder
-from qatscale.errors import UserError, did_you_mean
+from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json
-from qatscale.untrusted import check_json_files, first_line, read_object, readable
+from qatscale.untrusted import check_json_files, read_object, readable
 
 CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: its kind, its EOS and its fingerprint."""

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qatscale.errors import UserError
+from qatscale.errors import UserError, first_line
 from qatscale.export.clients import Client
 from qatscale.export.encoding import ExportLayout
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.model.llama import Llama
 from qatscale.quant.views import computed_weights
-from qatscale.untrusted import first_line
 
 
 @dataclass

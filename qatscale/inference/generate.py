@@ -13,7 +13,7 @@ from qatscale.data.manifest import tokenizer_folder
 from qatscale.engine.checkpoints.reader import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
-from qatscale.errors import UserError
+from qatscale.errors import UserError, first_line
 from qatscale.export.clients import Client, Transformers, install_line
 from qatscale.export.formats.base import Exported, find_export
 from qatscale.export.formats.mlx import MlxLm
@@ -23,7 +23,7 @@ from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.quant.views import computed_weights
 from qatscale.train.validation import open_view
-from qatscale.untrusted import check_json_files, check_safetensors, first_line, readable
+from qatscale.untrusted import check_json_files, check_safetensors, readable
 
 Model = TypeVar("Model")
 

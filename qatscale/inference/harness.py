@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qatscale.errors import UserError, did_you_mean
+from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.inference.generate import TransformersModel
-from qatscale.untrusted import first_line
 
 
 @dataclass(frozen=True)

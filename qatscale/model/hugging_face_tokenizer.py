@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from qatscale.data.tokenizer import CARD, HUGGING_FACE_FILE, SENTENCEPIECE_FILE
-from qatscale.errors import UserError
-from qatscale.untrusted import first_line, read_object
+from qatscale.errors import UserError, first_line
+from qatscale.untrusted import read_object
 
 _FURTHER_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",

@@ -12,9 +12,8 @@ from typing import Any
 from qatlaw.names import VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_PTQ
 from qatlaw.text_table import TextTable
 from qatscale.config.amounts import format_amount
-from qatscale.errors import UserError
+from qatscale.errors import UserError, first_line
 from qatscale.tracking.run_folder import RunFolder, Status, perplexity
-from qatscale.untrusted import first_line
 
 NONE = "–"
 LEAST_STEPS = 50

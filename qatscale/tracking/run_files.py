@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qatscale.errors import UserError, first_invalid
+from qatscale.errors import UserError, first_invalid, first_line
 from qatscale.files import read_json
-from qatscale.untrusted import first_line
 
 Count = Annotated[int, Field(ge=0)]
 
