@@ -150,7 +150,7 @@ def from_export(export: Exported) -> TransformersModel:
 
 @torch.no_grad()
 def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
-    """The weights of a checkpoint in the given view, in transformers' Llama."""
+    """The weights of a checkpoint in the given view, in transformers' model."""
     import transformers
 
     config, reader = open_checkpoint(what)
@@ -159,7 +159,7 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
         view = "fp" if plugin.switched_at is None else "quantized"
     with open_view(model, view):
         state = computed_weights(model)
-    tokens = tokenizer_folder(config.data.path)
+    tokens = tokenizer_folder(config.data.path, reader.manifest.tokenizer)
     if tokens is None:
         fix = "Export it with --tokenizer FOLDER, and generate from the export."
         raise UserError("model", what, "the data of its run have no tokenizer.", fix)
@@ -167,9 +167,8 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
         special = export_tokenizer(tokens, Path(folder))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     dtype = state["embed.weight"].dtype
-    theirs = transformers.LlamaForCausalLM(
-        hugging_face_config(config.model, config.data.sequence_length, special, dtype)
-    )
+    described = hugging_face_config(config.model, config.data.sequence_length, special, dtype)
+    theirs = transformers.AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     theirs.to(dtype).load_state_dict(to_hugging_face(state, config.model), strict=False)  # a tied head is stored once
     theirs.tie_weights()
     return TransformersModel(theirs, tokenizer, f"{reader.folder}: {view} view")
