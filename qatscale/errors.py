@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +40,31 @@ class UserErrors(UserError):  # noqa: N818 - several of them
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.problems,)
+
+
+_DISK = "Free some space, or choose another disk."
+_PERMISSION = "Choose a place that you may write to and read from."
+_FAULTS = {
+    errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: "Raise the limit (ulimit -f), or choose another disk.",
+    errno.EACCES: _PERMISSION, errno.EPERM: _PERMISSION, errno.EROFS: _PERMISSION,
+    errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "",
+}  # fmt: skip
+"""What to do about an error of the operating system."""
+
+
+def fault(error: BaseException) -> str | None:
+    """What happened and what to do, where the machine is at fault or a run has diverged: a traceback would not help.
+
+    None for any other exception.
+    """
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    text = str(error)
+    numbered = re.search(r"\[Errno (\d+)\] ", text)  # also of a process that another one reports
+    if not isinstance(error, OSError) or numbered is None or int(numbered[1]) not in _FAULTS:
+        return None
+    plain = f"{error.filename}: {error.strerror}" if error.filename else text.replace(numbered[0], "")
+    return f"{plain}. {_FAULTS[int(numbered[1])]}".rstrip()
 
 
 def first_invalid(error: Any) -> str:

@@ -8,7 +8,7 @@ from qatlaw.amounts import parse_bits
 from qatlaw.bit_widths import BIT_WIDTHS, EMBEDDING_BITS
 from qatlaw.errors import InputError
 from qatlaw.figures.style import width_style
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.settings import settings
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import QUANTIZERS, get_quantizer

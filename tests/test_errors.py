@@ -6,7 +6,7 @@ import pytest
 
 from qatlaw.errors import InputError
 from qatscale import errors
-from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
+from qatscale.errors import UserError, UserErrors, did_you_mean, fault, nearest
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,27 @@ def test_the_nearest_name_or_all_of_them() -> None:
     assert nearest("xyz", ["fp", "fused"]) is None
     assert did_you_mean("fusd", ["fp", "fused"]) == "Did you mean 'fused'?"
     assert did_you_mean("xyz", ["fused", "fp"]) == "Known: fp, fused."
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            OSError(28, "No space left on device", "a/b"),
+            "a/b: No space left on device. Free some space",
+        ),
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            "a/b: Permission denied. Choose a place",
+        ),
+        (FloatingPointError("the loss is nan. Lower it."), "the loss is nan. Lower it."),
+        (FileNotFoundError(2, "No such file", "a/b"), None),
+        (ValueError("a bug"), None),
+    ],
+)
+def test_a_fault_is_a_sentence_and_a_bug_is_not(error: Exception, sentence: str | None) -> None:
+    found = fault(error)
+    assert found is sentence is None or (found and sentence and found.startswith(sentence))
 
 
 def test_exit_codes_differ() -> None:

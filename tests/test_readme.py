@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from qatscale.cli.app import app
-from qatscale.config import load_run_config, recipe_names
+from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.schedule.build import build_timeline
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 from qatscale.cli.app import app
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.settings import settings
 from qatscale.study.file import Axes, Size, Study, read_study
 

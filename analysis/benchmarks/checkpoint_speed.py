@@ -21,10 +21,11 @@ from measure import Variant, interleaved, use_threads
 from result import Result, Table, options_of, report
 from torch import Tensor
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import merge_ds_config, run_ds_config
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.checkpoints.files import list_checkpoints
-from qatscale.engine.checkpoints.save_load import load_checkpoint, slices_of
+from qatscale.engine.checkpoints.load import load_checkpoint
+from qatscale.engine.checkpoints.save import slices_of
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step

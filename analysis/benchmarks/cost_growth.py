@@ -55,7 +55,7 @@ def measure(axis: str, width: int, micro: int, length: int, bits: int, rounds: i
     from measure import Variant, interleaved
     from steppers import engine_stepper
 
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
     from qatscale.config.sizes import count_parameters
     from qatscale.engine.runtime import start_runtime
 

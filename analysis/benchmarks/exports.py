@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatscale.cli import main as qatscale
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.prepare import prepare
 from qatscale.export.formats import FORMATS

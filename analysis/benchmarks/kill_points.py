@@ -180,7 +180,8 @@ def _beginnings(folder: Path) -> list[int]:
 
 def _look(folder: Path, number: int, layout: str, point: str, ended: Ended) -> Kill:
     """What a kill has left; every checkpoint that can be found is read whole."""
-    from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints, verify_files
+    from qatscale.engine.checkpoints.files import list_checkpoints, verify_files
+    from qatscale.engine.checkpoints.reader import CheckpointReader
     from qatscale.errors import UserError
 
     checkpoints, wrong = folder / "checkpoints", []
@@ -207,7 +208,8 @@ def differences(folder: Path, whole: Path) -> list[str]:
     """In what a run is not, bit for bit, the one that nobody killed; empty: in nothing."""
     import torch
 
-    from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints
+    from qatscale.engine.checkpoints.files import list_checkpoints
+    from qatscale.engine.checkpoints.reader import CheckpointReader
     from qatscale.tracking.run_folder import RunFolder
 
     one, other = RunFolder(folder), RunFolder(whole)

@@ -201,7 +201,7 @@ def _train(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     _watch(rank, shared, trap)
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
     from qatscale.train.run import train
 
     assert train(load_run_config("debug", overrides)).status == "done"

@@ -19,8 +19,8 @@ from result import Result, Table, options_of, report
 from steppers import BareLoop, Stepper, bare_stepper, batch_of, engine_stepper
 from torch import Tensor, nn
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import precision_of, run_ds_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import FLOPS_CONVENTION, flops_per_token, peak_flops
 from qatscale.engine.runtime import start_runtime

@@ -16,8 +16,9 @@ import typer
 from qatlaw.amounts import parse_bytes
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
-from qatlaw.fraction import amount
+from qatlaw.fraction import LADDER, amount
 from qatlaw.laws.named import NAMED, NamedLaw
+from qatlaw.laws.nominal import EffectiveBits
 from qatlaw.options import (
     BATCH_TOKENS,
     BITS,
@@ -50,7 +51,7 @@ from qatlaw.plan.published import NOTE as SCRATCH
 from qatlaw.plan.published import plan_scratch
 from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
 from qatlaw.plan.run_folder import read_trained
-from qatlaw.plan.shapes import check_group_size, nearest_shape
+from qatlaw.plan.shapes import check_group_size, nearest_shape, usual_effective_bits
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
 from qatlaw.planner_law import PlannerLaw, load_law
 
@@ -94,7 +95,7 @@ def run(
     if width is None:
         bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, group_size=group_size, as_json=as_json)
         return
-    (N, D), loss_law = _size(known), _law(law)
+    (N, D), loss_law = _size(known), _law(law, known)
     plan = plan_run(
         N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
         stored_bytes=known.stored_bytes(width) if known.stored_bytes else None, group_size=group_size,
@@ -119,7 +120,7 @@ def run(
             "  the closed form's fraction": _judged(p.closed_form),
             "  QAT on 10 % of the tokens": _judged(p.rule),
         }
-    notes = [*_counted_on(known), *([f"Losses in nats per token; {WASTED}."] if law else [])]
+    notes = [*_counted_on(known), f"Losses in nats per token; {WASTED}." if law else LADDER]
     warnings = (*plan.warnings, *warnings_of(N, D, width, None))
     answer = Answer("run", _run(N, D, width), facts(table), plan, loss_law, notes, warnings, plan.overrides, N)
     _show(ctx, as_json, answer, recipe)
@@ -145,7 +146,7 @@ def bit_widths(
             raise InputError("--group-size", group_size, f"has no effect: {law} does not know it.", "Leave it out.")
         _show(ctx, as_json, _by_published(NAMED[law], known, tolerance or TOLERANCE))
         return
-    loss_law = _law(law)
+    loss_law = _law(law, known)
     if tolerance and law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
     nats = tolerance or TOLERANCE
@@ -178,8 +179,9 @@ def memory(
     as_json: Json = False,
 ) -> None:
     """Which model fits into a memory budget, and at which bit width is it best?"""
-    loss_law, size = _law(law), parse_bytes("BYTES", budget)
     check_group_size(group_size)
+    effective = usual_effective_bits(round(vocab_size), group_size)
+    loss_law, size = _law(law, effective=effective), parse_bytes("BYTES", budget)
     file_size = _stack(ctx, "--format", format).file_size(format, group_size) if format else None
     plan = plan_memory(
         size, tokens, _widths(bits, loss_law), law=loss_law, vocabulary=round(vocab_size), group_size=group_size,
@@ -224,7 +226,8 @@ def compute(
     if given not in BUDGETS:
         ways = "; or ".join(" ".join(flags) for flags in BUDGETS)
         raise InputError(" ".join(given) or "compute", None, "is not a budget.", f"Give {ways}.")
-    known, loss_law = _known(ctx, recipe, params), _law(law)
+    known = _known(ctx, recipe, params)
+    loss_law = _law(law, known)
     if tokens_per_second and known.params is None:
         raise InputError("--params", None, "is missing.", "Add the size that the tokens per second belong to.")
     peak = _stack(ctx, "--gpu", gpu).peak_flops(gpu) if gpu else peak_flops
@@ -314,7 +317,7 @@ def waste(
     as_json: Json = False,
 ) -> None:
     """What share of the tokens does a QAT fraction waste, against the optimal one?"""
-    loss_law = load_law(law)
+    loss_law = load_law(law, effective=usual_effective_bits())
     best = plan_run(params, tokens, bits, law=loss_law)
     splits = [judge_split(loss_law, params, tokens, bits, each) for each in (fraction, best.optimum)]
     table = columns(splits, "fraction loss wasted", best=splits[1])
@@ -338,7 +341,7 @@ def fusion(
     as_json: Json = False,
 ) -> None:
     """What share of the tokens did fusing QAT with the cooldown save, by two measured losses?"""
-    loss_law = load_law(law)
+    loss_law = load_law(law, effective=usual_effective_bits())
     loss_law.check_bits(bits)
     saving = fusion_saving(loss_law.law, params, tokens, bits, fused_loss, sequential_loss)
     table = {
@@ -409,8 +412,9 @@ def _by_published(law: NamedLaw, known: Recipe, nats: float) -> Answer:
     return Answer("bit-widths", title, table, plan, law, notes, plan.warnings, (), N)
 
 
-def _law(name: str | None) -> PlannerLaw | None:
-    return None if name is None else load_law(name)
+def _law(name: str | None, known: Recipe | None = None, effective: EffectiveBits | None = None) -> PlannerLaw | None:
+    """known: the model that the law is asked about. effective: what its effective bits are, instead."""
+    return None if name is None else load_law(name, effective=effective or (known or Recipe()).effective)
 
 
 def _widths(bits: float | None, law: PlannerLaw | None) -> tuple[float, ...]:

@@ -57,6 +57,13 @@ class Curve:
     def error(self) -> float:
         return (self.high - self.low) / 2
 
+    @property
+    def optimum_text(self) -> str:
+        """`0.48 ± 0.02`; `≤ 0.05` or `≥ 0.95` where the minimum lies outside."""
+        if self.inside:
+            return f"{self.optimum:.2f}" + (f" ± {self.error:.2f}" if np.isfinite(self.error) else "")
+        return f"{'≤' if self.optimum == self.fractions[0] else '≥'} {self.optimum:.2f}"
+
 
 @dataclass(frozen=True)
 class FractionErrors:

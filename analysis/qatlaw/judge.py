@@ -26,6 +26,7 @@ from qatlaw.noise import LEAST_FREEDOM
 from qatlaw.summary import NONE, Rows
 from qatlaw.table import MIXED_SCHEMES, RunTable
 from qatlaw.tables import JudgedTable
+from qatlaw.text import plural
 from qatlaw.validation import predicted
 
 LEVEL = 0.95
@@ -187,7 +188,7 @@ def fraction_rows(candidates: Sequence[Candidate], table: JudgedTable) -> Rows:
         numbers = [closed_form(curve.N, curve.D_total, curve.B), *(_asked(one, curve) for one in laws)]
         shown = (NONE if number is None else f"{number:.2f}" for number in numbers)
         cell = amount(curve.N), amount(curve.D_total), f"{curve.B:g}"
-        rows.append((curve.scheme, *cell, _optimum(curve), *shown))
+        rows.append((curve.scheme, *cell, curve.optimum_text, *shown))
     return rows
 
 
@@ -199,12 +200,6 @@ def _asked(candidate: Candidate, curve: Curve) -> float | None:
         return float(candidate.fraction(curve.N, curve.D_total, curve.B))
     except KeyError:  # a law of another width
         return None
-
-
-def _optimum(curve: Curve) -> str:
-    if curve.inside:
-        return f"{curve.optimum:.2f}" + (f" ± {curve.error:.2f}" if np.isfinite(curve.error) else "")
-    return f"{'≤' if curve.optimum == curve.fractions[0] else '≥'} {curve.optimum:.2f}"
 
 
 # --- laws as candidates ---
@@ -246,7 +241,7 @@ def _weights_alone(runs: RunTable) -> NDArray[np.bool_]:
 
 def of_file(name: str, file: FitFile) -> Candidate:
     widths = (file.range["bits"][0],) if file.law.form.one_width else BIT_WIDTHS
-    source = f"{file.form}, fitted on {file.data.runs} runs of {file.data.source}"
+    source = f"{file.form}, fitted on {plural(file.data.runs, 'run')} of {file.data.source}"
     scheme = str(file.quality.get("scheme", ""))
     return fitted(name, source, dict.fromkeys(widths, file.law), scheme, file.data.hash)
 

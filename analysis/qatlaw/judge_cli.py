@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,8 +41,10 @@ def judge(
     """Which law predicts which runs? Published laws, and yours, against tables of runs."""
     from qatlaw.judge import HOLDS, fraction_rows, published, refitted, unheld, verdict_rows
     from qatlaw.judge import judge as judged
-    from qatlaw.plan.answer import aligned, plain
+    from qatlaw.plan.answer import plain
     from qatlaw.tables import load_table, table_names
+    from qatlaw.text import terminal_width, wrapped
+    from qatlaw.text_table import TextTable
 
     chosen = [load_table(name) for name in tables or table_names()]
     candidates = [published(one) for one in NAMED.values()] if law is None else [_candidate(name) for name in law]
@@ -97,15 +97,18 @@ def judge(
     if as_json:
         print(text)
         return
+    width = terminal_width()
     for table, own in by_table:
         print(f"{table.label}: {table.about.title}\n")
-        lines = aligned(verdict_rows(own), left=2) if own else ["No law speaks of its quantized runs."]
-        print("\n".join(lines), end="\n\n")
-        if len(fractions[table.label]) > 1:
-            print("\n".join(aligned(fractions[table.label])), end="\n\n")
-    columns = shutil.get_terminal_size().columns
-    for line in (LEGEND, *notes):
-        print(textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False))
+        if own:
+            headers, *rows = verdict_rows(own)
+            print(TextTable(headers, words=headers[:2], drop=("runs",), rows=rows).text(width), end="\n\n")
+        else:
+            print("No law speaks of its quantized runs.\n")
+        headers, *rows = fractions[table.label]
+        if rows:
+            print(TextTable(headers, words=headers[:1], rows=rows).text(width), end="\n\n")
+    print("\n".join(wrapped(sentence, width) for sentence in (LEGEND, *notes)))
     if out is not None:
         print(out / "judge.html")
 

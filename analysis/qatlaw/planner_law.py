@@ -7,7 +7,7 @@ plans stand on the closed form of the optimal fraction, which predicts no losses
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,12 @@ from qatlaw import fraction
 from qatlaw.errors import InputError
 from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
 from qatlaw.laws.named import NAMED
+from qatlaw.text import plural
 
 if TYPE_CHECKING:  # every --help reads the names of the laws, and does not wait for a law
     from qatlaw.fit_file import Bootstrap
     from qatlaw.laws.base import Law
+    from qatlaw.laws.nominal import EffectiveBits
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_WARNING = "every prediction here comes from a made-up law, for demonstration: plan nothing by it"
@@ -40,6 +42,8 @@ class PlannerLaw:
     bootstrap: Bootstrap | None = None
     sizes: tuple[float, ...] = ()
     """N of the runs behind it; empty where unknown."""
+    effective: EffectiveBits | None = None
+    """Of a law that was fitted on effective bits: those of a model. `law` and the methods here take nominal ones."""
 
     def warning(self, N: float, D: float, B: float | None = None) -> str | None:
         """Names each number that lies outside the range of the law's runs; None where all lie inside.
@@ -48,6 +52,7 @@ class PlannerLaw:
         """
         amounts = {"n_params": ("N", N), "tokens": ("D", D)}
         if B is not None:
+            B = B if self.effective is None else float(self.effective(N, B))
             amounts |= {"bits": ("B", B), "s_total": ("S", tokens_per_parameter_byte(N, D, B))}
         outside = []
         for key, (symbol, value) in amounts.items():
@@ -72,8 +77,10 @@ def law_names(shipped: Path = SHIPPED) -> list[str]:
     return [SYNTHETIC, *sorted(file.stem for file in shipped.glob("*.json"))]
 
 
-def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
+def load_law(name: str, shipped: Path = SHIPPED, effective: EffectiveBits | None = None) -> PlannerLaw:
     """The law of this name, or else of the `fit.json` at this path.
+
+    effective: of the models that it will be asked about, for a law that was fitted on effective bits.
 
     InputError for anything else, and for laws without an optimal fraction.
     """
@@ -97,16 +104,28 @@ def load_law(name: str, shipped: Path = SHIPPED) -> PlannerLaw:
     if not form.has_fraction:
         problem = f"{form.name} does not depend on how the tokens are split, so it plans no switch."
         raise InputError("--law", name, problem, "Fit qat_unified or qat_per_bits.")
-    if data.bits == "effective":
-        problem = "was fitted on effective bits, and plans are made in nominal ones."
+    law, bootstrap = file.law, file.bootstrap
+    if data.bits == "nominal":
+        effective = None
+    elif effective is None:
+        problem = "was fitted on effective bits, and this command knows nominal ones alone."
         raise InputError("--law", name, problem, "Fit it with --bits nominal.")
+    else:
+        from qatlaw.laws.nominal import NominalForm
+
+        form = NominalForm.of(form, effective)
+        law = replace(law, form=form)
+        bootstrap = None if bootstrap is None else replace(bootstrap, form=form)
     return PlannerLaw(
-        law=file.law,
-        source=f"{name}, " * named + f"{form.name} fitted on {data.runs} runs of {data.source}",
+        law=law,
+        source=f"{name}, " * named
+        + f"{form.name} fitted on {plural(data.runs, 'run')} of {data.source}"
+        + ", on effective bits" * (effective is not None),
         range=file.range,
         synthetic=data.synthetic,
-        bootstrap=file.bootstrap,
+        bootstrap=bootstrap,
         sizes=tuple(data.sizes),
+        effective=effective,
     )
 
 

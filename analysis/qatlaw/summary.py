@@ -212,12 +212,9 @@ def curve_rows(summary: Summary) -> Rows:
     has_fraction = summary.result.law.form.has_fraction
     for curve in summary.curves:
         N, D, B = curve.N, curve.D_total, curve.B
-        end = "at most" if curve.optimum == curve.fractions[0] else "at least"
-        bar = f" ± {curve.error:.2f}" if np.isfinite(curve.error) else ""
-        measured = f"{curve.optimum:.2f}{bar}" if curve.inside else f"{end} {curve.optimum:.2f}"
         law = f"{float(summary.result.law.optimal_fraction(N, D, B)):.2f}" if has_fraction else NONE
         published = f"{closed_form(N, D, B):.2f}" if curve.S > 1 else NONE
-        rows.append((amount(N), amount(D), f"{B:g}", f"{curve.S:.1f}", measured, published, law))
+        rows.append((amount(N), amount(D), f"{B:g}", f"{curve.S:.1f}", curve.optimum_text, published, law))
     return rows
 
 

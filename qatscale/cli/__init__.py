@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from qatlaw.errors import InputError
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
@@ -20,6 +20,7 @@ _LATER = 5.0
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line. A wrong input is reported in one message, and the process exits with 2.
 
+    So is a fault of the machine (disk, permission) and a diverged run, with exit code 1; a run's log has the traceback.
     In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
     first one leaves, and an error of one of them alone is still reported.
     """
@@ -37,6 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
             time.sleep(_LATER if rank else 0)
             print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
+        except (OSError, FloatingPointError) as error:
+            if fault(error) is None:
+                raise
+            print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+            sys.exit(EXIT_FAILED)
 
 
 @contextmanager

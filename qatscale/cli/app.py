@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from qatlaw.cli import planner
 from qatlaw.judge_cli import judge
+from qatscale import __version__
 from qatscale.cli.convert import convert
 from qatscale.cli.evaluate import evaluate, generate
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
+from qatscale.cli.launch_scripts import launch_scripts
 from qatscale.cli.plan import RecipesAndGpus
 from qatscale.cli.prepare import adopt, prepare
 from qatscale.cli.quickstart import quickstart
@@ -21,15 +24,31 @@ from qatscale.cli.study import study
 from qatscale.cli.train import branch, resume, train
 
 app = typer.Typer(
-    help="Plan, run and analyse compute-optimal quantization-aware pre-training on DeepSpeed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"qatscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Plan, run and analyse compute-optimal quantization-aware pre-training on DeepSpeed."""
+
+
 _TAKES_OVERRIDES = (train, resume, branch, convert)
 _COMMANDS: tuple[Callable[..., None], ...] = (
     config, recipes, prepare, adopt, train, resume, branch, evaluate, generate, runs, compare, track_sync, export,
-    convert, fit, report, judge, quickstart,
+    convert, fit, report, judge, quickstart, launch_scripts,
 )  # fmt: skip
 
 app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})

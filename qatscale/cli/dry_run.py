@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qatscale.cli.terminal import check_figure, console, plain_table
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
+from qatscale.cli.terminal import check_figure, console, say
 from qatscale.config.amounts import format_amount
 from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
@@ -25,6 +27,8 @@ from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.show import COLUMNS, describe
+from qatscale.schedule.timeline import Timeline
+from qatscale.train.console import format_duration
 
 _SHOWN: dict[Kind, str] = {
     "weights": "weights",
@@ -41,29 +45,29 @@ _LABELS, _COLUMN = 36, 13
 
 def print_dry_run(
     config: RunConfig,
-    branch_from: str | None,
-    figure: Path | None,
-    processes: int | None,
-    given: Given,
-    as_json: bool,
+    branch_from: str | None = None,
+    figure: Path | None = None,
+    processes: int | None = None,
+    given: Given | None = None,
+    as_json: bool = False,
+    *,
+    resumes: bool = False,
 ) -> None:
-    """The timeline, then the layout. UserError where it cannot work or does not fit, after both are shown."""
+    """The timeline, then the layout. UserError where it cannot work, and, after both are shown, does not fit.
+
+    resumes: the run's folder exists, and the run continues from its newest checkpoint.
+    """
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
+    check_figure(figure)
     timeline, branch = build_timeline(config), None
-    if branch_from is not None:
+    if branch_from is not None or resumes:
         from qatscale.tracking.run_folder import RunFolder
         from qatscale.train.resume import plan_resume, with_qat_rate
 
         resumed = with_qat_rate(config, RunFolder(config.folder))
         start = plan_resume(resumed, build_timeline(resumed), branch_from)
-        branch = (
-            {"checkpoint": str(start.checkpoint), "step": start.step} if start else {"checkpoint": None, "step": None}
-        )
-    if not as_json:
-        print_timeline(config, figure)
-        if branch:
-            console().print(f"begins at step {branch['step']:,} of {branch['checkpoint']}", soft_wrap=True)
+        branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
     ds_config = run_ds_config(config)
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
     job = estimate_job(config, ds_config, processes or job_size(smallest), given)
@@ -74,70 +78,66 @@ def print_dry_run(
         shown["warnings"] = [*shown["warnings"], *ds_config_warnings(config)]
         print(json.dumps({"timeline": shown, "branch": branch, "scale": scale}, indent=2))
     else:
+        print_timeline(config, timeline, figure)
+        if branch and branch["step"] is None:
+            say(f"{config.folder} is done: nothing is left to train")
+        elif branch:
+            say(f"begins at step {branch['step']:,} of {branch['checkpoint']}")
         print_scale(job, config, advice)
     refuse_what_cannot_fit(config, ds_config, job)
 
 
-def print_timeline(config: RunConfig, figure: Path | None) -> None:
-    check_figure(figure)
-    timeline = build_timeline(config)
-    size = f"{format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of {timeline.tokens_per_step:,}"
-    out, rows = console(), [COLUMNS, *describe(timeline, config)]
-    shown = list(COLUMNS)
-    for column in ("steps", "tokens", "decay", "betas"):  # the first to go where a terminal is narrow
-        widths = [max(len(row[COLUMNS.index(name)]) for row in rows) for name in shown]
-        if sum(widths) + 2 * len(widths) + 2 > out.width:
-            shown.remove(column)
-    table = plain_table(*shown, right=tuple(shown[1:]), title=f"{config.name}: {config.qat.scheme}, {size}")
-    for row in rows[1:]:
-        table.add_row(*(row[COLUMNS.index(name)] for name in shown))
-    out.print(table)
+def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None) -> None:
+    steps = f"{plural(timeline.steps, 'step')} of {timeline.tokens_per_step:,}"
+    out, title = console(), f"{config.name}: {config.qat.scheme}, {format_amount(timeline.tokens)} tokens in {steps}"
+    drop = ("decay", "steps", "tokens", "betas", "from step")
+    out.print(TextTable(COLUMNS, words=["phase"], title=title, drop=drop, rows=describe(timeline, config)))
+    out.print()
     if timeline.switch_step is not None:
         tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
         share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
-        out.print(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
+        say(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
         weights = stored_weights(config.model, config.qat, precision_of(run_ds_config(config)))
-        out.print(f"parameters: {weights.text(config.qat.bits)}", soft_wrap=not out.is_terminal)
+        say(f"parameters: {weights.text(config.qat.bits)}")
         rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
-        out.print(f"peak rate of the QAT phase: {rate}")
+        say(f"peak rate of the QAT phase: {rate}")
     for warning in (*timeline.warnings, *ds_config_warnings(config)):
-        out.print(f"warning: {warning}", style="yellow", soft_wrap=not out.is_terminal)
+        say(f"warning: {warning}", style="yellow")
     if figure is not None:
         from qatscale.schedule.figure import draw
 
-        out.print(f"figure: {draw(timeline, config, figure)}", soft_wrap=True)
+        say(f"figure: {draw(timeline, config, figure)}")
 
 
 def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None:
     out = console()
-
-    def say(text: str) -> None:
-        out.print(text, soft_wrap=not out.is_terminal)  # a terminal would break lines within a number
-
     stages = _chosen(job, (out.width - _LABELS) // _COLUMN)
     headers = [f"stage {stage.stage}" if job.layout.pipeline > 1 else "a process" for stage in stages]
+    say("")
     say(
-        f"{job.layout.processes} processes: {job.layout}, ZeRO-{job.zero_stage}, {job.precision}, "
-        f"{job.micro_batches} micro-batches of {config.batch.micro_batch} a step"
+        f"{plural(job.layout.processes, 'process')}: {job.layout}, ZeRO-{job.zero_stage}, {job.precision}, "
+        f"{plural(job.micro_batches, 'micro-batch')} of {config.batch.micro_batch} a step"
     )
-    table = plain_table("fullest moment of a step, GB", *headers, right=tuple(headers))
+    table = TextTable((name := "fullest moment of a step, GB", *headers), words=[name])
     for kind in ON_DEVICE:
         if any(stage.kinds[kind] for stage in stages):
             table.add_row(_SHOWN[kind], *(_gigabytes(stage.kinds[kind]) for stage in stages))
-    table.add_row("[bold]all[/bold]", *(f"[bold]{_gigabytes(stage.step)}[/bold]" for stage in stages))
+    table.add_row("all", *(_gigabytes(stage.step) for stage in stages))
     table.add_row("moment, phase", *(f"{stage.moment}, {stage.phase}" for stage in stages))
     if any(stage.start > stage.step for stage in stages):
         table.add_row("at the start: fp32, not yet divided", *(_gigabytes(stage.start) for stage in stages))
     out.print(table)
+    out.print()
     if job.traffic:
-        table = plain_table("sent by a process", "GB a step", right=("GB a step",))
+        table = TextTable(("sent by a process", "GB a step"), words=["sent by a process"])
         for name, size in job.traffic.items():
             table.add_row(name, _gigabytes(size))
         out.print(table)
+        out.print()
     if job.gpu_memory is not None:
         verdict = "fits into" if job.fits else "does not fit into"
         memory = _gigabytes(job.gpu_memory)
-        say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu}")
+        say(f"{_gigabytes(job.fullest.total)} GB {verdict} the {memory} GB of one {job.given.gpu or 'GPU'}")
     say(_host(job))
     if job.traffic:
         network = job.network
@@ -149,7 +149,7 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
         rate = config.tokens_per_step / job.step_seconds
         say(
             f"at {job.given.mfu:.0%} of the peak while a stage works: {rate:,.0f} tokens/s, "
-            f"{job.step_seconds:,.3g} s a step, {config.tokens / rate / 86_400:,.2g} days in all"
+            f"{job.step_seconds:,.3g} s a step, {format_duration(config.tokens / rate)} in all"
         )
     for notice in filter(None, (advice, *job.notices)):
         say(notice)

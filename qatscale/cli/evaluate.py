@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
-from qatscale.cli.terminal import Json, check_bits, console, plain_table, refuse
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
+from qatscale.cli.terminal import Json, check_bits, console, refuse
 from qatscale.errors import UserError
 
 
@@ -66,8 +68,8 @@ def evaluate(
         views = {view: {"loss": loss, "perplexity": perplexity(loss)} for view, loss in losses.items()}
         print(json.dumps({"checkpoint": str(found), "tokens": counted, "views": views}, indent=2))
         return
-    numbers = ("validation loss", "perplexity")
-    table = plain_table("view", *numbers, right=numbers, title=f"{found}: {counted:,} held-out tokens")
+    title = f"{found}: {counted:,} held-out tokens"
+    table = TextTable(("view", "validation loss", "perplexity"), words=["view"], title=title)
     for view, loss in losses.items():
         table.add_row(view_label(view), f"{loss:.4f}", f"{perplexity(loss):.4g}")
     console().print(table)
@@ -87,9 +89,9 @@ def _print_harness(
         rows = [asdict(score) for score in scores]
         print(json.dumps({"model": judged.about, "limit": limit, "scores": rows}, indent=1))
         return
-    numbers = ("score", "± standard error", "shots", "questions")
-    part = "" if limit is None else f", the first {limit} questions of each task: not the benchmark's score"
-    table = plain_table("task", "metric", *numbers, right=numbers, title=f"{judged.about}{part}")
+    words = ("task", "metric")
+    part = "" if limit is None else f", the first {plural(limit, 'question')} of each task: not the benchmark's score"
+    table = TextTable((*words, "score", "± standard error", "shots", "questions"), words, f"{judged.about}{part}")
     for score in scores:
         metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
         error = "" if score.error is None else f"{score.error:.4f}"

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from qatlaw.bit_widths import bits_label
-from qatscale.cli.terminal import check_bits, console, plain_table
+from qatlaw.text_table import TextTable
+from qatscale.cli.terminal import check_bits, console
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.export.formats import FORMATS
 
@@ -88,8 +89,7 @@ def _print(described: dict[str, Any], out: Path) -> None:
     phases = f"{format_amount(tokens['fp'])} tokens in full precision, {format_amount(tokens['qat'])} in QAT"
     phases = "trained with the plugin" if checkpoint["trained_elsewhere"] else phases
     print(f"{out}: {described['exported_as']} of {described['run']['name']} ({described['view']}), {phases}")
-    numbers = ("tensors", "weights", "bytes", "ideal")
-    table = plain_table("stored as", *numbers, right=numbers)
+    table = TextTable(("stored as", "tensors", "weights", "bytes", "ideal"), words=["stored as"], drop=("ideal",))
     for row in described["storage"]:
         bits = f"{row['bits']:g} bits" if row["bits"] else "not quantized"
         stored_as = f"{bits} as {row['stored_as']}" + (" (fallback)" if row["fallback"] else "")
@@ -115,9 +115,9 @@ def _print_verification(verification: dict[str, Any] | None) -> None:
     if verification is None:
         print("not verified (--no-verify)")
         return
-    numbers = ("validation loss", "weights off", "logits off")
     title = f"{verification['tokens']:,} held-out tokens, fp32 arithmetic"
-    table = plain_table("verified", *numbers, right=numbers, title=title)
+    headers = ("verified", "validation loss", "weights off", "logits off")
+    table = TextTable(headers, words=["verified"], title=title)
     table.add_row("trained model", f"{verification['trained_loss']:.6f}", "", "")
     stored = (f"{verification['stored_loss']:.6f}", f"{verification['weight_change']:.2g}")
     table.add_row("the same, as stored", *stored, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qatlaw.planner_law import law_names
-from qatscale.cli.terminal import Json, console, plain_table
+from qatlaw.text import plural
+from qatscale.cli.terminal import Json, console, say
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -209,40 +210,34 @@ def _print_fit(
 ) -> None:
     from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows
 
-    out = console()
     _say_left_out(collected)
     for summary in summaries:
         result = summary.result
-        title = f"{summary.label}: {len(result.table)} runs of {collected.table.source}, {summary.scheme}"
-        _print_rows(title, coefficient_rows(summary), right=("value",))
+        title = f"{summary.label}: {plural(len(result.table), 'run')} of {collected.table.source}, {summary.scheme}"
+        _print_rows(title, coefficient_rows(summary), ("parameter", "meaning"))
         _print_rows("How it fits its runs", quality_rows(summary))
         if summary.curves:
             _print_rows("Optimal fraction of every measured U-curve", curve_rows(summary))
-        out.print(
-            f"{result.starts.agreeing} of {result.starts.tried} cold starts found this optimum. {summary.noise}",
-            soft_wrap=True,
-        )
+        say(f"{result.starts.agreeing} of {result.starts.tried} cold starts found this optimum. {summary.noise}")
         for line in summary.warnings:
-            out.print(f"warning: {line}", style="yellow", soft_wrap=True)
+            say(f"warning: {line}", style="yellow")
     if compared:
         _print_rows("Laws compared on runs they were not fitted on", comparison_rows(compared))
         for one in compared:
             for reason in one.refused:
-                out.print(f"{one.form.name}: {reason}", soft_wrap=True)
+                say(f"{one.form.name}: {reason}")
     for notice in collected.notices:
-        out.print(f"warning: {notice}", style="yellow", soft_wrap=True)
+        say(f"warning: {notice}", style="yellow")
     in_mlflow = f", logged to MLflow as run {', '.join(logged)}" if logged else ""
-    plans = "" if collected.table.bits_kind == "effective" else f"; `qatscale plan --law {paths[0]}` plans by it"
-    out.print(f"{', '.join(map(str, paths))}{in_mlflow}{plans}", soft_wrap=True)
+    say(f"{', '.join(map(str, paths))}{in_mlflow}; `qatscale plan --law {paths[0]}` plans by it")
 
 
-def _print_rows(title: str, rows: Rows, right: tuple[str, ...] | None = None) -> None:
+def _print_rows(title: str, rows: Rows, words: Sequence[str] | None = None) -> None:
+    from qatlaw.text_table import TextTable
 
     headers, *body = rows
-    table = plain_table(*headers, right=headers[1:] if right is None else right, title=title)
-    for row in body:
-        table.add_row(*row)
-    console().print(table)
+    console().print(TextTable(headers, words=headers[:1] if words is None else words, title=title, rows=body))
+    print()
 
 
 def _say_left_out(collected: Collected) -> None:

@@ -19,8 +19,8 @@ class RecipesAndGpus:
     """What the planner finds in its context."""
 
     def recipe(self, name: str, group_size: int | None) -> Recipe:
-        from qatscale.config import load_run_config
         from qatscale.config.ds_config import precision_of, run_ds_config
+        from qatscale.config.recipe import load_run_config
         from qatscale.config.sizes import count_parameters, flops_per_token, stored_weights
         from qatscale.schedule.fraction import nearest_fraction
 
@@ -51,27 +51,11 @@ class RecipesAndGpus:
         )
 
     def file_size(self, name: str, group_size: int | None) -> Callable[[Shape, float], float]:
-        """Bytes of the tensors in a format, by the export's own encodings: of shapes with one or two blocks."""
-        import torch
+        """Bytes of the tensors in a format of exports."""
+        from qatscale.export.sizes import check_format, tensor_bytes
 
-        from qatscale.config.schema import ModelConfig, QatConfig
-        from qatscale.export.formats.base import get_format
-        from qatscale.export.source import quantized_layers, source_parameters
-
-        format = get_format(name)
-        known: dict[float, dict[str, float]] = {}
-
-        def size(shape: Shape, bits: float) -> float:
-            model = ModelConfig(
-                vocab_size=shape.vocabulary, hidden_size=shape.hidden_size, layers=shape.layers, heads=1,
-                intermediate_size=shape.intermediate_size,
-            )  # fmt: skip
-            if bits not in known:
-                known[bits] = quantized_layers(model.model_copy(update={"layers": 2}), QatConfig(), bits)
-            parameters = source_parameters(model, known[bits], group_size)
-            return sum(format.stored(parameter, torch.bfloat16).size for parameter in parameters)
-
-        return size
+        check_format(name)
+        return lambda shape, bits: tensor_bytes(name, shape, bits, group_size)
 
     def peak_flops(self, gpu: str) -> float:
         from qatscale.config.sizes import device_names, peak_flops
@@ -84,7 +68,7 @@ class RecipesAndGpus:
 
     def runnable(self, answer: Answer, recipe: str | None) -> Answer:
         """With the recipe of the planned size, or for a planned shape the nearest one; `RECIPE` where none fits."""
-        from qatscale.config import load_run_config, recipe_names
+        from qatscale.config.recipe import load_run_config, recipe_names
         from qatscale.config.sizes import count_parameters
         from qatscale.schedule.build import build_timeline
 

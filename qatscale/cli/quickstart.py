@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from qatscale.cli.terminal import console
+from qatscale.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from qatscale.config.schema import RunConfig
@@ -59,7 +59,7 @@ def quickstart(
 
 def prepare_corpus(folder: Path, progress: Console | None = None) -> Path:
     """The embedded corpus as token shards, made now or found."""
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
     from qatscale.data.prepare import prepare
 
     vocabulary = load_run_config("quickstart").model.vocab_size
@@ -86,14 +86,13 @@ def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:
     best = min(("sequential", "fused"), key=lambda name: losses[name]["quantized"])
     below_ptq = losses["fp"][f"ptq{bits:g}"] - losses[best]["quantized"]
     above_fp = losses[best]["quantized"] - losses["fp"]["fp"]
-    out_console.print(
+    say(
         f"At {bits:g} bits, {best} QAT ends {below_ptq:.3f} nats below post-training quantization of the "
-        f"full-precision run, and {above_fp:.3f} above full precision.",
-        soft_wrap=True,
+        f"full-precision run, and {above_fp:.3f} above full precision."
     )
-    out_console.print(f"figure: {figure}", soft_wrap=True)
+    say(f"figure: {figure}")
     assert branches[0].tracking.uri is not None
-    out_console.print(f"all runs in MLflow's UI: {ui_command(branches[0].tracking.uri)}", soft_wrap=True)
+    say(f"all runs in MLflow's UI: {ui_command(branches[0].tracking.uri)}")
 
 
 def _headline(out_console: Console, text: str) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatscale.cli.terminal import Overrides, console, plain_table
+from qatlaw.text_table import TextTable
+from qatscale.cli.terminal import Overrides, console
 from qatscale.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from qatscale.config.schema import RunConfig
 
 
 def config(
@@ -18,21 +22,32 @@ def config(
     ] = "",
     overrides: Overrides = None,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a recipe.")] = False,
+    ds_config: Annotated[
+        Path | None,
+        typer.Option(help="Write the recipe's ds_config into this file, corrected: what DeepSpeed gets of it."),
+    ] = None,
 ) -> None:
     """Print every key of a recipe with its type, default and meaning; for a recipe its keys and values, as YAML.
 
-    `qatscale config quickstart > mine.yaml` writes a recipe to edit.
+    `qatscale config quickstart > mine.yaml` writes a recipe to edit. With --ds-config it prints what is left out of a
+    ds_config that was written for another program.
     """
-    from qatscale.config import RunConfig, explain, load_run_config, recipe_names, resolved_yaml
+    from qatscale.config.recipe import load_run_config, recipe_names, resolved_yaml
+    from qatscale.config.schema import RunConfig
+    from qatscale.config.settings import explain
     from qatscale.files import is_file
 
     if json_schema:
         print(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
+    if ds_config is not None:
+        _write_corrected(load_run_config(what, overrides or ()), ds_config)
+        return
     if overrides or what in recipe_names() or is_file(Path(what)):
         print(resolved_yaml(load_run_config(what, overrides or ())), end="")
         return
-    table = plain_table("key", "allowed", "default", "meaning")
+    headers = ("key", "allowed", "default", "meaning")
+    table = TextTable(headers, words=headers)
     try:
         rows = explain(what)
     except UserError:
@@ -45,14 +60,24 @@ def config(
     console().print(table)
 
 
+def _write_corrected(recipe: RunConfig, file: Path) -> None:
+    from qatscale.config.ds_config import corrected_ds_config
+
+    if file.exists():
+        raise UserError("--ds-config", str(file), "exists already.", "Name a new file.")
+    corrected, lost = corrected_ds_config(recipe)
+    file.write_text(json.dumps(corrected, indent=2) + "\n", encoding="utf-8")
+    print("\n".join([f"{file}: {recipe.engine.ds_config} without", *(f"  {line}" for line in lost or ["– nothing"])]))
+
+
 def recipes() -> None:
     """List the recipes that come with qatscale."""
-    from qatscale.config import load_run_config, recipe_names
     from qatscale.config.amounts import format_amount
+    from qatscale.config.recipe import load_run_config, recipe_names
     from qatscale.config.sizes import count_parameters
 
-    numbers = ("parameters", "width", "layers", "sequence", "batch (tokens)", "tokens")
-    table = plain_table("recipe", *numbers, "ds_config", right=numbers)
+    headers = ("recipe", "parameters", "width", "layers", "sequence", "batch (tokens)", "tokens", "ds_config")
+    table = TextTable(headers, words=("recipe", "ds_config"), drop=("layers", "width", "ds_config", "sequence"))
     configs = {name: load_run_config(name) for name in recipe_names()}
     sizes = {name: count_parameters(config.model).total for name, config in configs.items()}
     for name in sorted(configs, key=lambda name: sizes[name]):

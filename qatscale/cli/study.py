@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.planner_law import law_names
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
 from qatscale.cli import study_run
 from qatscale.cli.fit import Column, Experiment, Runs, Table, Uri
-from qatscale.cli.terminal import Json, console, plain_table
+from qatscale.cli.terminal import Json, console, say
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -51,6 +53,8 @@ def plan(
     With --law it also prints how certain the law's coefficients and the optimal fraction can become with these runs
     and those that exist (--experiment, --table or --runs).
     """
+    import numpy as np
+
     from qatlaw.planner_law import load_law
     from qatscale.cli.fit import collect_runs
     from qatscale.study.plan import as_json as plan_as_json
@@ -62,8 +66,11 @@ def plan(
     if law is None and has_runs:
         raise UserError("--law", None, "missing: existing runs count only for the information.", "Add it.")
     speed = _flops_per_second(gpu, mfu)
-    assumed = None if law is None else load_law(law)
-    known = collect_runs(experiment, table, runs, uri, column)[0].table.frame if has_runs else None
+    assumed = None if law is None else load_law(law, effective=lambda _, bits: np.asarray(bits, np.float64))
+    known = None
+    if assumed is not None and has_runs:
+        existing = collect_runs(experiment, table, runs, uri, column)[0].table
+        known = (existing.on_effective_bits if assumed.effective else existing).frame
     planned = plan_study(file, workers, assumed, noise, known)
     if as_json:
         print(json.dumps(plan_as_json(planned), indent=2))
@@ -92,7 +99,7 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
         branches[job.route.name] = branches[job.parent].add(label)
     out.print(root, soft_wrap=True)
     out.print()
-    table = plain_table("cost", "as a tree", "each run alone", "share", right=("as a tree", "each run alone", "share"))
+    table = TextTable(("cost", "as a tree", "each run alone", "share"), words=["cost"])
     table.add_row("runs", f"{len(tree.jobs):,}", f"{len(tree.jobs):,}", "")
     for name, shared, alone, shown in (
         ("tokens", tree.tokens, tree.tokens_alone, format_amount),
@@ -100,25 +107,48 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
     ):
         table.add_row(name, shown(shared), shown(alone), f"{shared / alone:.1%}")
     out.print(table)
+    out.print()
+    _print_bits(plan)
     amount = f"{cost.makespan / cost.flops:.1%} of the work" if cost.workers > 1 else "all of the work"
     taken = f", {format_duration(cost.makespan / speed)}" if speed else ""
     longest = f", {format_duration(cost.longest / speed)}" if speed else ""
-    out.print(
-        f"time: {cost.workers} {'workers' if cost.workers > 1 else 'worker'}: {amount}{taken}; the longest chain of "
-        f"runs, which no number of workers shortens: {cost.longest / cost.flops:.1%}{longest}",
-        soft_wrap=True,
+    say(
+        f"time: {plural(cost.workers, 'worker')}: {amount}{taken}; the longest chain of "
+        f"runs, which no number of workers shortens: {cost.longest / cost.flops:.1%}{longest}"
     )
-    out.print(
+    say(
         f"disk: checkpoints take {decimal(cost.disk)} at the fullest moment and {decimal(cost.disk_at_end)} at the "
-        "end, when one per run is left",
-        soft_wrap=True,
+        "end, when one per run is left"
     )
     if left_out := plan.grid.left_out:
         first = ", ".join(name for name, _ in left_out[:4]) + (", …" if len(left_out) > 4 else "")
         why = f"whose schedule does not fit ({first}). The first: {left_out[0][1]}"
-        out.print(f"left out: {len(left_out)} runs {why}", soft_wrap=True)
+        say(f"left out: {plural(len(left_out), 'run')} {why}")
     for warning in plan.grid.warnings:
-        out.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        say(f"warning: {warning}", style="yellow")
+
+
+def _print_bits(plan: StudyPlan) -> None:
+    """The effective bits of each size beside the nominal ones."""
+    from qatlaw.bit_widths import bits_label
+    from qatscale.config.amounts import format_amount
+    from qatscale.config.sizes import count_parameters
+    from qatscale.study.plan import effective_bits
+
+    found: dict[int, dict[float, float]] = {}
+    for run in plan.grid.runs:
+        if run.config.qat.scheme != "fp":
+            sizes = found.setdefault(count_parameters(run.config.model).total, {})
+            sizes.setdefault(run.config.qat.bits, effective_bits(run))
+    widths = sorted({bits for row in found.values() for bits in row})
+    if not widths:
+        return
+    title = "Effective bits: stored bits a parameter, with scales, embedding and norms"
+    table = TextTable(("parameters", *map(bits_label, widths)), title=title)
+    for params, row in sorted(found.items()):
+        table.add_row(format_amount(params), *(f"{row[bits]:.3f}" if bits in row else "–" for bits in widths))
+    console().print(table)
+    console().print()
 
 
 def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
@@ -149,7 +179,7 @@ def _print_information(information: Information) -> None:
         title = (
             f"What the {scheme} runs tell at best, at {information.noise:.2%} noise, if this law holds: {law.source}"
         )
-        table = plain_table("parameter", *columns, right=tuple(columns), title=title)
+        table = TextTable(("parameter", *columns), words=["parameter"], title=title)
         for parameter in law.law.form.parameters:
             errors = [certainty.determined[parameter.name] for certainty in columns.values()]
             table.add_row(parameter.name, *(error_text(parameter, error) for error in errors))
@@ -159,11 +189,10 @@ def _print_information(information: Information) -> None:
             texts = (error_text(None, None if math.isinf(error) else error) for error in middle)
             table.add_row(f"optimal fraction at {bits_label(bits)} (median)", *texts)
         out.print(table)
-    out.print(
+    say(
         "Standard errors, of coefficients in per cent: the inverted Fisher information of the runs, (1/s²) Σ g gᵀ with "
         "g = d ln L / dθ (Cramér–Rao), and the delta method for the fraction. Each scheme is fitted together with the "
         "full-precision runs. A coefficient with an error above 30 % counts as not determined. QAT from scratch and "
         "PTQ carry no information under a law that describes neither. Noise that branches share with their trunk is "
-        "not counted.",
-        soft_wrap=True,
+        "not counted."
     )

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.errors import InputError
-from qatscale.cli.terminal import Json, console, plain_table
+from qatlaw.text import plural
+from qatlaw.text_table import TextTable
+from qatscale.cli.terminal import Json, console
 from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def run(
     state.refresh()
     _retry(folder, state, retry or [])
     count = default_workers(folder, workers_per_gpu) if workers is None else workers
-    print(f"study folder: {folder.path}; {count} workers here, logs in {folder.logs}")
+    print(f"study folder: {folder.path}; {plural(count, 'worker')} here, logs in {folder.logs}")
     stopped: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
@@ -76,15 +78,14 @@ def run(
     record(folder, *unrecorded(folder))
     counts = state.counts()
     if stopped:
-        print(f"stopped by {signal.Signals(stopped[0]).name}: {counts['done']} of {len(state.states)} runs are done; "
-              "the same command continues from there")  # fmt: skip
+        done = f"{counts['done']} of {plural(len(state.states), 'run')} done"
+        print(f"stopped by {signal.Signals(stopped[0]).name}: {done}; the same command continues from there")
         sys.exit(EXIT_REQUEUE)
     for name, reason in state.failures().items():
         print(f"failed: {name}: {reason}")
     if counts["blocked"]:
-        print(
-            f"blocked: {counts['blocked']} runs that branch from them. `qatscale study run {folder.path} --retry all`"
-        )
+        blocked = plural(counts["blocked"], "run")
+        print(f"blocked: {blocked} that branch from them. `qatscale study run {folder.path} --retry all`")
     _conclude(folder)
     if counts["done"] < len(state.states):
         sys.exit(EXIT_FAILED)
@@ -216,7 +217,7 @@ def _headline(state: StudyState) -> str:
     from qatscale.train.console import format_duration
 
     counts, now = state.counts(), progress(state)
-    parts = [f"{counts['done']} of {len(state.states)} runs done"]
+    parts = [f"{counts['done']} of {plural(len(state.states), 'run')} done"]
     parts += [f"{counts[one]} {one}" for one in ("running", "ready", "waiting", "failed", "blocked") if counts[one]]
     parts.append(f"{format_amount(now.tokens_done)} of {format_amount(now.tokens)} tokens")
     if now.seconds_left is not None:
@@ -230,7 +231,7 @@ def _status(state: StudyState) -> RenderableType:
     rows: list[RenderableType] = [_headline(state)]
     running = [name for name, one in state.states.items() if one.state == "running"]
     if running:
-        table = plain_table("running", "worker", "step", "%", right=("step", "%"))
+        table = TextTable(("running", "worker", "step", "%"), words=("running", "worker"), drop=("worker",))
         for name in running[:_MOST_ROWS]:
             job, step = state.folder.jobs[name], state.step(name)
             share = (step - job.start) / max(1, job.steps - job.start)
@@ -239,7 +240,7 @@ def _status(state: StudyState) -> RenderableType:
         if len(running) > _MOST_ROWS:
             rows.append(f"and {len(running) - _MOST_ROWS} more")
     if failures := state.failures():
-        table = plain_table("failed", "why")
+        table = TextTable(("failed", "why"), words=("failed", "why"))
         for failure in list(failures.items())[:_MOST_ROWS]:
             table.add_row(*failure)
         rows.append(table)

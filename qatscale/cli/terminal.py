@@ -7,35 +7,50 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.text import terminal_width, wrapped
 from qatscale.errors import UserError
 
 FIGURES = (".png", ".svg", ".pdf")
-_WIDTH_OF_A_FILE = 120
-"""A file or a pipe has no width; rich would take 80 columns and cut tables short."""
+
+_DS_CONFIG = ("--deepspeed", "--deepspeed_config", "--deepspeed-config")
+
+
+def as_overrides(words: list[str] | None) -> list[str]:
+    """Overrides with other programs' options for a ds_config, `--deepspeed FILE`, as engine.ds_config=FILE."""
+    found, rest = [], list(words or ())
+    while rest:
+        option, equals, value = (word := rest.pop(0)).partition("=")
+        if option not in _DS_CONFIG:
+            found.append(word)
+        elif equals or (rest and not rest[0].startswith("-") and "=" not in rest[0]):
+            found.append(f"engine.ds_config={value if equals else rest.pop(0)}")
+        elif option != "--deepspeed":  # alone it is a switch, which has no effect here
+            raise UserError(option, None, "takes the path of a ds_config.", "Add it, or leave the option out.")
+    return found
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]…", help="Overrides of the recipe: tokens=2.3B qat.bits=2."),
+    typer.Argument(
+        metavar="[KEY=VALUE]…", help="Overrides of the recipe: tokens=2.3B qat.bits=2.", callback=as_overrides
+    ),
 ]
 
 
 def console() -> Console:
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE)
+    return found if found.is_terminal else Console(highlight=False, width=terminal_width())
 
 
-def plain_table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """A table that folds what does not fit, so that no number is ever cut; headers in `right` are right-aligned."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for header in headers:
-        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
-    return table
+def say(text: str, style: str = "") -> None:
+    """A sentence: folded between words on a terminal, one line in a file."""
+    out = console()
+    shown = wrapped(text, out.width) if out.is_terminal else text
+    out.print(shown, style=style, markup=False, soft_wrap=True)
 
 
 def check_figure(path: Path | None) -> None:

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatscale.cli.terminal import Json, Overrides, console, refuse
+from qatlaw.amounts import parse_amount
+from qatscale.cli.terminal import Json, Overrides, as_overrides, console, refuse
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
     from qatscale.config.schema import RunConfig
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the timeline, memory, traffic and speed of the run; train nothing.")
+]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Train the run even if another process may still do so; that one ends.")
 ]
@@ -27,10 +31,7 @@ def train(
     branch_from: Annotated[
         str | None, typer.Option(help="Start from another run's checkpoint: RUN, RUN@STEP or a checkpoint folder.")
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show the timeline, memory, traffic and speed of the run; train nothing."),
-    ] = False,
+    dry_run: DryRun = False,
     figure: Annotated[Path | None, typer.Option(help="With --dry-run: draw the timeline into this file.")] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="With --dry-run: GPUs of the job. [default: WORLD_SIZE, or one model's]")
@@ -38,8 +39,17 @@ def train(
     gpu: Annotated[
         str | None, typer.Option(help="With --dry-run: check that the run fits into this GPU: H200.")
     ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="With --dry-run, for a GPU that is not known by name: its memory in GB.")
+    ] = None,
+    peak_flops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="989T", help="With --dry-run, for a GPU that is not known by name: its bf16 peak in FLOP/s."
+        ),
+    ] = None,
     mfu: Annotated[
-        float | None, typer.Option(help="With --dry-run and --gpu: print tokens/s at this share of its peak: 0.4.")
+        float | None, typer.Option(help="With --dry-run: print tokens/s at this share of the GPU's peak: 0.4.")
     ] = None,
     network: Annotated[
         float | None,
@@ -53,20 +63,23 @@ def train(
 ) -> None:
     """Train a run, or continue it where it stopped.
 
-    `deepspeed launch/train.py` takes the same arguments and trains on many processes.
+    `deepspeed --module qatscale train` and `torchrun -m qatscale train` take the same arguments and train on many
+    processes.
     """
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
 
     config = load_run_config(recipe, overrides or ())
     if dry_run:
         from qatscale.cli.dry_run import print_dry_run
         from qatscale.engine.estimate.fits import Given
 
-        print_dry_run(config, branch_from, figure, processes, Given(gpu, mfu, network, host_memory), as_json)
+        peak = None if peak_flops is None else parse_amount("--peak-flops", peak_flops)
+        given = Given(gpu, mfu, network, host_memory, gpu_memory, peak)
+        print_dry_run(config, branch_from, figure, processes, given, as_json)
         return
     only_dry = {
-        "--processes": processes, "--gpu": gpu, "--mfu": mfu, "--network": network, "--host-memory": host_memory,
-        "--json": as_json,
+        "--processes": processes, "--gpu": gpu, "--gpu-memory": gpu_memory, "--peak-flops": peak_flops, "--mfu": mfu,
+        "--network": network, "--host-memory": host_memory, "--figure": figure, "--json": as_json,
     }  # fmt: skip
     refuse(only_dry, "has no effect without --dry-run.")
     _train(config, branch_from, take_over)
@@ -75,31 +88,48 @@ def train(
 def resume(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     overrides: Overrides = None,
+    dry_run: DryRun = False,
     take_over: TakeOver = False,
 ) -> None:
     """Continue a stopped run from its newest checkpoint. Overrides may not change the result."""
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
     from qatscale.tracking.run_folder import RunFolder
 
     folder = RunFolder.open(run.resolve())
     where = [f"output={folder.path.parent}", f"name={folder.path.name}"]  # a run may have been moved or renamed
-    _train(load_run_config(folder.path / "recipe.yaml", [*where, *(overrides or ())]), None, take_over)
+    config = load_run_config(folder.path / "recipe.yaml", [*where, *(overrides or ())])
+    if dry_run:
+        from qatscale.cli.dry_run import print_dry_run
+
+        print_dry_run(config, resumes=True)
+        return
+    _train(config, None, take_over)
 
 
 def branch(
     checkpoint: Annotated[str, typer.Argument(help="Where to start: RUN, RUN@STEP or a checkpoint folder.")],
     overrides: Annotated[
-        list[str], typer.Argument(metavar="name=NAME KEY=VALUE…", help="What differs from the parent's recipe.")
+        list[str],
+        typer.Argument(
+            metavar="name=NAME KEY=VALUE…", help="What differs from the parent's recipe.", callback=as_overrides
+        ),
     ],
+    dry_run: DryRun = False,
 ) -> None:
     """Start a new run from another run's checkpoint: QAT at some bit width, another cooldown, other betas."""
-    _train(branch_config(checkpoint, overrides), checkpoint)
+    config = branch_config(checkpoint, overrides)
+    if dry_run:
+        from qatscale.cli.dry_run import print_dry_run
+
+        print_dry_run(config, checkpoint)
+        return
+    _train(config, checkpoint)
 
 
 def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
     """The parent's recipe with `overrides`, which have to name the new run."""
-    from qatscale.config import load_run_config
-    from qatscale.engine.checkpoints.files import find_checkpoint
+    from qatscale.config.recipe import load_run_config
+    from qatscale.engine.checkpoints.reader import find_checkpoint
 
     run = find_checkpoint(checkpoint).resolve().parent.parent
     if not any(override.startswith("name=") for override in overrides):

@@ -65,6 +65,14 @@ def run_ds_config(config: RunConfig) -> dict[str, Any]:
     return _fill(config, _read(config.engine.ds_config))
 
 
+def corrected_ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """The ds_config that a recipe names without what is wrong in it, and a sentence for everything left out."""
+    check = _read(config.engine.ds_config, mend=True)
+    filled = _fill(config, check)
+    lost = [f"{problem.key}: {problem.problem}" for problem in check.problems]
+    return filled, [*lost, *(f"{key}: has no effect." for key in check.without_effect)]
+
+
 def ds_config_warnings(config: RunConfig) -> tuple[str, ...]:
     """A sentence for each key without effect in a recipe's ds_config."""
     check = _read(config.engine.ds_config)
@@ -111,29 +119,42 @@ def merge_ds_config(config: RunConfig, ds: Mapping[str, Any], data_parallel: int
 
 
 class _Check:
-    """A ds_config sorted into keys with and without effect. UserError for what is wrong under any recipe."""
+    """A ds_config sorted into keys with and without effect. UserError for what is wrong under any recipe.
 
-    def __init__(self, ds: Mapping[str, Any], source: str) -> None:
-        self.source = source
+    mend: collect in `problems` what is wrong, and leave it out.
+    """
+
+    def __init__(self, ds: Mapping[str, Any], source: str, mend: bool = False) -> None:
+        self.source, self.mend = source, mend
         self.content: dict[str, Any] = {}
         self.without_effect: list[str] = []
-        self._problems: list[UserError] = []
+        self.problems: list[UserError] = []
         self._sort(ds, "", self.content)
-        zero = self.content.get("zero_optimization", {})
-        if "stage" not in zero and not self._problems:
+        zero = self.content.setdefault("zero_optimization", {})
+        if "stage" not in zero and not self.problems:
             words = describe(ACCEPTED["zero_optimization.stage"])
             self._wrong("zero_optimization.stage", None, f"missing; it must be {words}.")
+        zero.setdefault("stage", 1)
         if zero.get("stage") in (1, 2) and zero.get("offload_param", {}).get("device", "none") != "none":
             self._wrong("zero_optimization.offload_param", None, "needs stage 3, which shards parameters.")
-        if self._problems:
-            raise together(self._problems)
+            del zero["offload_param"]
+        self.refuse()
+
+    def refuse(self) -> None:
+        """UserError for the problems found so far, unless they are to be mended."""
+        if self.problems and not self.mend:
+            *others, last = self.problems
+            mend = (
+                f"`qatscale config RECIPE engine.ds_config={self.source} --ds-config NEW.json` writes a corrected file."
+            )
+            raise together([*others, UserError(last.key, last.value, last.problem, join(last.fix, mend))])
 
     def contradiction(self, key: str, value: Any, ours: str) -> UserError:
         fix = f'Remove it or write "auto", or change the recipe. (In {self.source}.)'
         return UserError(key, value, f"the recipe says {ours}.", fix)
 
     def _wrong(self, key: str, value: Any, problem: str, fix: str = "") -> None:
-        self._problems.append(UserError(key, value, problem, join(fix, f"(In {self.source}.)")))
+        self.problems.append(UserError(key, value, problem, join(fix, f"(In {self.source}.)")))
 
     def _sort(self, section: Mapping[str, Any], prefix: str, content: dict[str, Any]) -> None:
         for written, value in section.items():
@@ -151,7 +172,8 @@ class _Check:
             elif key in _SECTIONS:
                 self._wrong(key, value, 'must be a section: {"key": value}.')
             elif key not in _RULES:
-                known = [other for other in (*_RULES, *_SECTIONS) if other.startswith(prefix)]
+                inside = (other for other in (*_RULES, *_SECTIONS) if other.startswith(prefix))
+                known = [other for other in inside if "." not in other.removeprefix(prefix)]
                 self._wrong(key, None, "unknown key.", did_you_mean(key, known))
             elif value == "auto" and key == "bf16.enabled":
                 content[name] = True  # such files are written for it
@@ -171,14 +193,12 @@ class _Check:
 
 def _fill(config: RunConfig, check: _Check) -> dict[str, Any]:
     """The content of a checked ds_config, with every "auto" filled and without what the recipe says."""
-    problems = []
     for key, recipe_key in RECIPE_KEYS.items():
         theirs = lookup(check.content, key.split("."))
         ours: Any = functools.reduce(getattr, recipe_key.split("."), config)
         if theirs not in (None, "auto", ours):
-            problems.append(check.contradiction(key, theirs, f"{recipe_key} = {ours}"))
-    if problems:
-        raise together(problems)
+            check.problems.append(check.contradiction(key, theirs, f"{recipe_key} = {ours}"))
+    check.refuse()
     filled = {name: dict(value) if isinstance(value, dict) else value for name, value in check.content.items()}
     for key in (*(key for key in RECIPE_KEYS if "." not in key), "optimizer"):
         filled.pop(key, None)
@@ -243,7 +263,7 @@ def _path(name_or_path: str | Path) -> Path:
     raise UserError("engine.ds_config", str(name_or_path), problem, did_you_mean(path.stem, ds_config_names()))
 
 
-def _read(name_or_path: str | Path) -> _Check:
+def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
     path = _path(name_or_path)
     try:
         ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
@@ -258,7 +278,7 @@ def _read(name_or_path: str | Path) -> _Check:
     if not isinstance(ds, dict):
         problem = f"holds a {type(ds).__name__}, not an object of keys and values."
         raise UserError("engine.ds_config", str(path), problem)
-    return _Check(ds, str(path))
+    return _Check(ds, str(path), mend)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

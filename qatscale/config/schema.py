@@ -165,6 +165,13 @@ class OptimizerConfig(Section):
     """Decoupled decay: each step multiplies the matrices by 1 - rate x weight_decay."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Gradients with a larger global norm are scaled down to it; 0 = no clipping."""
+    on_spike: Literal["stop", "skip", "rollback"] = "stop"
+    """What an update does whose gradient is not finite, or a spike: end the run, be left out, or take the run back to
+    its newest checkpoint, from where it passes over that step's batch."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A gradient norm above so many times its running mean is a spike; null = only what is not finite."""
+    spike_limit: Annotated[int, Field(ge=1)] = 10
+    """Spikes that a run passes over; the next one ends it."""
 
 
 class PhaseOverride(Section):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qatlaw.text import plural
 from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, Shard
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of, write_json
@@ -93,7 +94,7 @@ class Manifest(_Part):
         return manifest
 
     def summary(self) -> str:
-        parts = [f"{split} {c.documents:,} documents, {c.tokens:,} tokens" for split, c in self.splits.items()]
+        parts = [f"{split} {plural(c.documents, 'document')}, {c.tokens:,} tokens" for split, c in self.splits.items()]
         empty = f"; {self.empty_documents:,} empty documents left out" if self.empty_documents else ""
         none = "" if self.splits["validation"].documents else "; nothing is held out: no validation is possible"
         return "; ".join(parts) + empty + none

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import qatscale
+from qatlaw.text import plural
 from qatscale.data import state as states
 from qatscale.data.encode import Encoded, encode_all, is_validation
 from qatscale.data.held_out import hold_out
@@ -49,7 +50,7 @@ class _Watch:
 
     def update(self, documents: int, tokens: int, fraction: float | None) -> None:
         """Totals so far; `fraction` of the sources read, None = unknown."""
-        text = f"{documents:,} documents  {tokens:,} tokens"
+        text = f"{plural(documents, 'document')}  {tokens:,} tokens"
         total = None if fraction is None else 1.0
         self.bar.update(self._task, description=text, total=total, completed=fraction or 0.0)
 
@@ -241,7 +242,7 @@ def _write_shards(
         enough = limit is not None and state.splits["train"].tokens + part.tokens("train") >= limit
         if part.tokens("train") >= shard_tokens or enough:
             part.finish(state, source, position)
-            view.say(f"shard {state.part - 1}: {state.documents:,} documents, {state.tokens:,} tokens so far")
+            view.say(f"shard {state.part - 1}: {plural(state.documents, 'document')}, {state.tokens:,} tokens so far")
             part = _Part(folder, state.part, tokenizer)
         if enough:
             return

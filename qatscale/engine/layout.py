@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qatlaw.text import plural
 from qatscale.config.problems import together
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
@@ -93,8 +94,9 @@ def layout_notices(config: RunConfig, layout: Layout) -> tuple[str, ...]:
         micro_batches = config.batch.micro_batches(layout.data)
         share = bubble(micro_batches, layout.pipeline)
         notices.append(
-            f"pipeline: {shown} blocks a stage (parameters); {micro_batches} micro-batches a step leave each stage "
-            f"waiting {share:.0%} of the time" + ("; more, smaller ones would wait less" if share > 0.2 else "")
+            f"pipeline: {shown} blocks a stage (parameters); {plural(micro_batches, 'micro-batch')} a step "
+            f"leave each stage waiting {share:.0%} of the time"
+            + ("; more, smaller ones would wait less" if share > 0.2 else "")
         )
     return tuple(notices)
 
@@ -160,7 +162,7 @@ def _tensor_problems(config: RunConfig, tensor: int) -> Iterator[UserError]:
         fitting = [n for n in range(1, min(common, 1024) + 1) if common % n == 0]
         yield UserError(
             "engine.tensor_parallel", tensor, f"does not divide {shown}.",
-            f"For this model: {', '.join(map(str, fitting))}. For {tensor} processes: "
+            f"For this model: {', '.join(map(str, fitting))}. For {plural(tensor, 'process')}: "
             + ", ".join(f"{key}={_multiples(size, tensor)}" for key, size in uneven.items()) + ".",
         )  # fmt: skip
     if model.vocab_size <= (tensor - 1) * -(-model.vocab_size // tensor):

@@ -87,7 +87,14 @@ def start_runtime(timeout: float | None = None) -> Runtime:
         if on_gpu:
             torch.cuda.set_device(device)
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
+        try:
+            deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            fix = "Start this one with --master_port 29501 (deepspeed, torchrun), or set MASTER_PORT."
+            problem = "another job on this host uses this port."
+            raise UserError("MASTER_PORT", os.environ["MASTER_PORT"], problem, fix) from None
         atexit.register(_leave)
     return Runtime(rank, ranks, local_rank, device)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qatscale.config.schema import QatConfig, RunConfig
-from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import hugging_face_names, open_hugging_face, trained_length

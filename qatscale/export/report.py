@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import qatscale
 from qatlaw.bit_widths import bits_label
 from qatscale import untrusted
-from qatscale.config import resolved_yaml
 from qatscale.config.amounts import format_amount
+from qatscale.config.recipe import resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import NAME as MANIFEST
 from qatscale.data.manifest import Manifest

@@ -19,7 +19,8 @@ from torch import Tensor
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import ModelConfig, QatConfig, RunConfig
-from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, open_checkpoint
+from qatscale.engine.checkpoints.manifest import Manifest
+from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.errors import UserError
 from qatscale.export.plugin_source import PluginFolder, is_plugin_folder
 from qatscale.export.quantized_matrix import QuantizedMatrix

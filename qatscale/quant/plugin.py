@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import get_quantizer
@@ -229,10 +230,11 @@ class QatPlugin:
     def _check_layers(self, step: int) -> None:
         """Another library may have replaced or wrapped a layer since `prepare`."""
         present = {id(layer) for _, layer in fake_quant_modules(self._prepared())}
-        lost = [target.name for target in self._selection.targets if id(target.module) not in present]
+        targets = self._selection.targets
+        lost = [target.name for target in targets if id(target.module) not in present]
         if lost:
             raise NothingQuantizedError(
-                f"the switch at step {step} does not reach {len(lost)} of {len(self._selection.targets)} layers: "
+                f"the switch at step {step} does not reach {len(lost)} of {plural(len(targets), 'layer')}: "
                 f"{', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}. They were replaced after prepare(model)."
             )
 
@@ -248,7 +250,7 @@ class QatPlugin:
         if still:
             shown = ", ".join(still[:4]) + (" ..." if len(still) > 4 else "")
             raise NothingQuantizedError(
-                f"the scales of {len(still)} of {len(now)} layers have not moved since the switch at step "
+                f"the scales of {len(still)} of {plural(len(now), 'layer')} have not moved since the switch at step "
                 f"{self.switched_at}: {shown}. Are they in the optimizer's groups, with a learning rate above 0?"
             )
 

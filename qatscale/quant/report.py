@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import StringIO
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from qatlaw.bit_widths import bits_label
 from qatlaw.effective_bits import StoredWeights
+from qatlaw.text import plural
 
 
 class NothingQuantizedError(RuntimeError):
@@ -123,12 +120,10 @@ class SwitchReport:
             "modules": [module.to_dict() for module in self.modules], "left_out": dict(self.left_out),
         }  # fmt: skip
 
-    def table(self) -> Table:
-        """One row per kind of layer (the last part of its name), bits and shape, for a terminal."""
-        table = Table(
-            title=f"QAT from step {self.step:,}: {self.layers} layers, {self.weights / self.params:.1%} of all weights",
-            show_footer=True,
-        )
+    def table(self) -> Any:
+        """A `TextTable` with a row per kind of layer (the last part of its name), bits and shape."""
+        from qatlaw.text_table import TextTable
+
         kinds: dict[tuple[str, float, tuple[int, ...]], list[ModuleReport]] = {}
         for module in self.modules:
             kind = " = ".join(name.rsplit(".", 1)[-1] for name in module.names)
@@ -138,8 +133,16 @@ class SwitchReport:
             ("weights", f"{self.weights:,}"), ("bits/weight", f"{self.bits_per_weight:.3f}"),
             ("MiB", f"{self.bytes / 2**20:.2f}"), ("relative error", f"{self.relative_error:.4f}"),
         )  # fmt: skip
-        for index, (header, footer) in enumerate(columns):
-            table.add_column(header, footer, justify="left" if index == 0 else "right")
+        share = self.weights / self.params
+        headers, footer = zip(*columns, strict=True)
+        table = TextTable(
+            headers,
+            words=["layer"],
+            title=f"QAT from step {self.step:,}: {plural(self.layers, 'layer')}, {share:.1%} of all weights",
+            drop=("quantizer", "MiB", "count", "shape"),
+            caption=f"In full precision: {', '.join(self.left_out)}." if self.left_out else "",
+            footer=footer,
+        )
         for (kind, bits, shape), modules in kinds.items():
             stored = sum(module.stored_bits for module in modules)
             weights = sum(module.numel for module in modules)
@@ -147,14 +150,10 @@ class SwitchReport:
                 kind, str(len(modules)), f"{bits:g}", modules[0].quantizer, " x ".join(map(str, shape)), f"{weights:,}",
                 f"{stored / weights:.3f}", f"{stored / 8 / 2**20:.2f}", f"{_overall_error(modules):.4f}",
             )  # fmt: skip
-        if self.left_out:
-            table.caption = "in full precision: " + ", ".join(self.left_out)
         return table
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=120).print(self.table())
-        return text.getvalue()
+        return str(self.table().text(120))
 
 
 def merge_reports(reports: Sequence[SwitchReport], params: int) -> SwitchReport:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import BitsRule, embedding_rule
@@ -120,8 +121,8 @@ def _check_names(model: nn.Module, targets: list[Target], left_out: Collection[s
         lasts = list(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in unnamed))
         raise UserError(
             f"model.{next(iter(unnamed))}", None,
-            f"{len(unnamed)} layers, {share:.1%} of the parameters, would stay in full precision, for only layers "
-            f"named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
+            f"{plural(len(unnamed), 'layer')}, {share:.1%} of the parameters, would stay in full precision, for only "
+            f"layers named {', '.join((*BLOCK_NAMES, *EMBEDDING_NAMES))} are quantized.",
             f"Quantize them, QatPlugin(..., include={lasts}), or leave them out on purpose, exclude={lasts}.",
         )  # fmt: skip
 

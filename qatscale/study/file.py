@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from qatscale.config import recipe_names
 from qatscale.config.amounts import PositiveTokens
 from qatscale.config.problems import together, user_errors
+from qatscale.config.recipe import recipe_names
 from qatscale.config.schema import Bits
 from qatscale.config.section import Allowed, ClashError, KeyPath, NotBool, Positive, Section
 from qatscale.config.settings import settings, suggest

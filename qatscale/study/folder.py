@@ -27,7 +27,8 @@ from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.results import read_results, write_results
 from qatlaw.run_folders import run_record
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
-from qatscale.config import config_differences, load_run_config, resolved_yaml
+from qatlaw.text import plural
+from qatscale.config.recipe import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
@@ -240,7 +241,7 @@ def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> No
 def _refuse_while_training(folder: StudyFolder) -> None:
     running = [one for one in folder.claims.attempts().values() if one.state == "running"]
     if running:
-        problem = f"{len(running)} runs are being trained, and the study file has changed."
+        problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
         raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
 
 

@@ -16,8 +16,9 @@ from functools import cache
 from typing import Any
 
 from qatlaw.study import Piece, Route
-from qatscale.config import RunConfig, load_run_config
 from qatscale.config.amounts import format_amount, parse_amount
+from qatscale.config.recipe import load_run_config
+from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.config.yaml_text import to_yaml
 from qatscale.errors import UserError

@@ -14,7 +14,8 @@ from qatlaw.planner_law import PlannerLaw
 from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord, planned_points
 from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
-from qatscale.config.sizes import count_parameters
+from qatscale.config.ds_config import precision_of, run_ds_config
+from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.grid import Grid, StudyRun, grid
 
@@ -28,14 +29,15 @@ class Information:
     """Standard deviation of a run's log loss."""
     certainties: Mapping[str, tuple[Certainty | None, Certainty]]
     """By scheme: with the runs that exist, None without any, and with those of the study as well."""
-    points: tuple[tuple[float, float, float], ...]
-    """(parameters, tokens, bits) of the planned runs with two phases, as far as the law describes them."""
+    points: tuple[tuple[float, float, float, float], ...]
+    """(parameters, tokens, nominal bits, the law's bits) of the planned runs with two phases, as far as the law
+    describes them."""
 
     def fraction_errors(self, certainty: Certainty) -> dict[float, list[float | None]]:
         """By bit width the standard errors of the optimal fraction at `points`; None where it is not determined."""
         errors: dict[float, list[float | None]] = {}
-        for N, D, B in self.points:
-            errors.setdefault(B, []).append(certainty.determined_fraction(N, D, B))
+        for N, D, nominal, B in self.points:
+            errors.setdefault(nominal, []).append(certainty.determined_fraction(N, D, B))
         return errors
 
 
@@ -61,13 +63,27 @@ def plan_study(
 def _information(study_grid: Grid, law: PlannerLaw, noise: float, known: pd.DataFrame | None) -> Information:
     bits = law.range["bits"][0] if law.law.form.one_width else None
     planned = planned_points([_record(run) for run in study_grid.runs])
+    if law.effective is not None:
+        planned = planned.assign(bits=planned["effective_bits"].astype(float))
     points = {
-        (float(_parameters(run)), float(run.timeline.tokens), float(run.config.qat.bits))
+        (
+            float(_parameters(run)),
+            float(run.timeline.tokens),
+            float(run.config.qat.bits),
+            effective_bits(run) if law.effective else float(run.config.qat.bits),
+        )
         for run in study_grid.runs
         if run.config.qat.scheme in TWO_PHASES and bits in (None, run.config.qat.bits)
     }
     by_scheme = certainties(law.law, planned, noise, known, bits)
     return Information(law, noise, by_scheme, tuple(sorted(points)))
+
+
+def effective_bits(run: StudyRun) -> float:
+    """Stored bits per parameter at the end of a run, with scales, embedding and norms."""
+    return float(
+        stored_weights(run.config.model, run.config.qat, precision_of(run_ds_config(run.config))).effective_bits
+    )
 
 
 def _parameters(run: StudyRun) -> int:
@@ -182,6 +198,8 @@ def _jobs(plan: StudyPlan) -> list[dict[str, Any]]:
                 "start": job.start,
                 "steps": job.route.steps,
                 "new_tokens": job.new_tokens,
+                "bits": None if run.config.qat.scheme == "fp" else run.config.qat.bits,
+                "effective_bits": None if run.config.qat.scheme == "fp" else effective_bits(run),
             }
         )
     return jobs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qatlaw.study import longest_paths, next_job
-from qatscale.engine.checkpoints.files import MANIFEST
+from qatscale.engine.checkpoints.manifest import MANIFEST
 from qatscale.study.folder import StudyFolder, StudyJob
 from qatscale.supervise.claims import Attempt
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.errors import EXIT_REQUEUE
 from qatscale.schedule.build import build_timeline

@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Kind = Literal["error", "gone", "silent", "stalled", "consequence", "witness"]
-"""`error`: an exception of the process itself. `gone`: its process ended without a word. `silent`: no heartbeat.
-`stalled`: alive, and the others wait for it. `consequence`: an exception because another process failed.
+Kind = Literal["error", "fault", "gone", "silent", "stalled", "consequence", "witness"]
+"""`error`: an exception of the process itself. `fault`: one that its sentence explains, such as a full disk.
+`gone`: its process ended without a word. `silent`: no heartbeat. `stalled`: alive, and the others wait for it.
+`consequence`: an exception because another process failed.
 `witness`: alive and waiting for the others when the job ended; no failure."""
-_ORDER: tuple[Kind, ...] = ("error", "gone", "silent", "stalled", "consequence", "witness")
+_ORDER: tuple[Kind, ...] = ("error", "fault", "gone", "silent", "stalled", "consequence", "witness")
 
 _HAPPENED: dict[Kind, str] = {
-    "error": "failed", "gone": "died", "silent": "fell silent", "stalled": "hung", "consequence": "failed",
-    "witness": "waited",
+    "error": "failed", "fault": "failed", "gone": "died", "silent": "fell silent", "stalled": "hung",
+    "consequence": "failed", "witness": "waited",
 }  # fmt: skip
 
 _BROKEN_CONNECTION = re.compile(
@@ -85,7 +86,7 @@ def job_failures(heartbeats: Sequence[Mapping[str, Any]], missing: Mapping[int, 
     cut wire both sides still write into a shared folder.
     """
     own = [Failure(**heartbeat["failure"]) for heartbeat in heartbeats if heartbeat["failure"]]
-    confessed = {failure.rank for failure in own if failure.kind == "error"}
+    confessed = {failure.rank for failure in own if failure.kind in ("error", "fault")}
     seen = [Failure(**heartbeat["seen"]) for heartbeat in heartbeats if heartbeat["seen"]]
     others = dict(missing)
     for failure in sorted(seen, key=lambda failure: -failure.time):  # the earliest wins
@@ -99,9 +100,14 @@ def job_failures(heartbeats: Sequence[Mapping[str, Any]], missing: Mapping[int, 
 
 
 def report(failures: Sequence[Failure], logs: str) -> str:
-    """The last message of a job: the first failure in full, then one line for each other process to blame."""
+    """The last message of a job: the first failure in full, then one line for each other process to blame.
+
+    The traceback of a fault is in the log of its rank alone, and its own sentence says what to do.
+    """
     first = first_failure(failures)
     several = first.kind in ("gone", "silent", "stalled")
     blamed = [failure.sentence for failure in failures if several and failure.kind == first.kind and failure != first]
-    lines = ["=" * 80, *filter(None, [first.text.strip()]), first.sentence, *blamed]
-    return "\n".join([*lines, f"logs of all ranks: {logs}; the same command continues from the newest checkpoint"])
+    text = "" if first.kind == "fault" else first.text.strip()
+    lines = ["=" * 80, *filter(None, [text]), first.sentence, *blamed]
+    advice = "" if first.kind == "fault" else "; the same command continues from the newest checkpoint"
+    return "\n".join([*lines, f"logs of all ranks: {logs}{advice}"])

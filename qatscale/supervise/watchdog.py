@@ -37,7 +37,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch.distributed as dist
 
 from qatscale.engine.runtime import Runtime
-from qatscale.errors import EXIT_FAILED, UserError
+from qatscale.errors import EXIT_FAILED, UserError, fault
 from qatscale.files import write_json
 from qatscale.supervise.failure_report import Failure, Kind, first_failure, is_consequence, job_failures, report
 from qatscale.supervise.heartbeat import Heartbeat, HeartbeatStore
@@ -382,7 +382,8 @@ class Watchdog:
     def _failure_of_self(self, error: BaseException | None) -> Failure:
         if error is not None:
             kind: Kind = "consequence" if self._store is not None and is_consequence(error) else "error"
-            line = traceback.format_exception_only(error)[-1].strip()
+            kind = "fault" if kind == "error" and fault(error) else kind
+            line = fault(error) or traceback.format_exception_only(error)[-1].strip()
             return self._failure_here(kind, line, "".join(traceback.format_exception(error)))
         waited = f"no progress for {time.monotonic() - self._progress:.0f} s"
         stacks = {"The main thread stood at\n": threading.main_thread().ident, "and waited for\n": self._waited}

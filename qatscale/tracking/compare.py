@@ -8,16 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.table import Table
-
 from qatlaw.names import VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_PTQ
+from qatlaw.text_table import TextTable
 from qatscale.config.amounts import format_amount
 from qatscale.tracking.run_folder import RunFolder, Status, perplexity
 
 NONE = "–"
 LEAST_STEPS = 50
 """Fewest steps for a median speed."""
-_STATUS_STYLES: dict[Status, str] = {
+_STATUS_STYLES: dict[str, str] = {
     "done": "green",
     "running": "cyan",
     "running?": "cyan",
@@ -146,20 +145,18 @@ def run_row(folder: RunFolder) -> RunRow:
     )
 
 
-def runs_table(rows: Sequence[RunRow]) -> Table:
-    table = Table()
-    table.add_column("run", overflow="fold")
-    for header in ("scheme", "status"):
-        table.add_column(header)
-    for header in ("bits", "QAT", "step", "tokens", "val loss"):
-        table.add_column(header, justify="right")
-    table.add_column("branched from", overflow="fold")
+def runs_table(rows: Sequence[RunRow]) -> TextTable:
+    table = TextTable(
+        ("run", "scheme", "status", "bits", "QAT", "step", "tokens", "val loss", "branched from"),
+        words=("run", "scheme", "status", "branched from"),
+        drop=("branched from", "tokens", "QAT", "scheme"),
+        styles=_STATUS_STYLES,
+    )
     for row in rows:
-        style = _STATUS_STYLES.get(row.status, "default")
         table.add_row(
             row.name,
             row.scheme,
-            f"[{style}]{row.status}[/]",
+            row.status,
             _number(row.bits, "g"),
             f"{row.qat_fraction:.1%}",
             f"{row.step:,}/{row.steps:,}",
@@ -170,14 +167,15 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[RunRow]) -> Table:
+def comparison_table(rows: Sequence[RunRow]) -> TextTable:
     """Validation loss, and perplexity in parentheses, in every view in which a run was evaluated."""
     views = sorted({view for row in rows for view in row.losses}, key=_view_order)
-    table = Table(caption="validation loss (perplexity)")
-    table.add_column("run", overflow="fold")
-    table.add_column("scheme")
-    for header in ("bits", "tokens", "switch", *map(view_label, views), "tok/s FP", "tok/s QAT"):
-        table.add_column(header, justify="right")
+    table = TextTable(
+        ("run", "scheme", "bits", "tokens", "switch", *map(view_label, views), "tok/s FP", "tok/s QAT"),
+        words=("run", "scheme"),
+        drop=("tok/s FP", "tok/s QAT", "switch", "tokens", "scheme", "bits"),
+        caption="Validation loss (perplexity).",
+    )
     for row in rows:
         losses = row.losses
         table.add_row(

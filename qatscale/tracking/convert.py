@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from qatscale.config import resolved_yaml
+from qatscale.config.recipe import resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import tokenizer_folder
-from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint
 from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
+from qatscale.engine.checkpoints.manifest import MANIFEST
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint, write_state
 from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal
 from qatscale.errors import UserError, did_you_mean

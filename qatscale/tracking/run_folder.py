@@ -32,7 +32,7 @@ Status = Literal["imported", "created", "running", "running?", "stopped", "faile
 machine, and only that machine can look for it. `stopped`: by a signal, after saving. `failed`: by an error. `killed`:
 the process has ended without a record."""
 
-EVENTS = ("start", "resume", "metrics", "validation", "switch", "checkpoint", "stopped", "failed", "final")
+EVENTS = ("start", "resume", "metrics", "validation", "switch", "spike", "checkpoint", "stopped", "failed", "final")
 _LIFE = ("start", "resume", "stopped", "failed")
 """Events that say whether a process writes the folder."""
 

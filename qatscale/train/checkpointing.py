@@ -25,8 +25,9 @@ from torch import Tensor
 
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
-from qatscale.engine.checkpoints.files import Manifest, rotate
-from qatscale.engine.checkpoints.save_load import parameter_records, slices_of, write_checkpoint
+from qatscale.engine.checkpoints.files import rotate
+from qatscale.engine.checkpoints.manifest import Manifest
+from qatscale.engine.checkpoints.save import parameter_records, slices_of, write_checkpoint
 from qatscale.supervise.failure_report import is_consequence
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.components import TrainingComponents
@@ -164,6 +165,7 @@ class AsyncCheckpointer:
             data=self._data.fingerprint,
             tokenizer=self._data.tokenizer.fingerprint,
             plugin=components.plugin.state(),
+            spikes=components.guard.state,
             parameters=parameter_records(components.masters),
             layout={
                 "processes": components.runtime.ranks,

@@ -10,11 +10,12 @@ from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import Precision, stored_weights
 from qatscale.data.reader import BatchReader, EvaluationReader
-from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.compilation import Compilation
 from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.quant.plugin import QatPlugin
@@ -45,6 +46,8 @@ class RunSetup:
     """Everything about a run that one process can decide without the others."""
 
     config: RunConfig
+    recipe: str
+    """All keys of the configuration, as YAML."""
     timeline: Timeline
     resume: ResumePlan
     layout: Layout
@@ -74,3 +77,4 @@ class TrainingComponents:
     plugin: QatPlugin
     compilation: Compilation
     qat_metrics: QatMetrics
+    guard: SpikeGuard

@@ -4,41 +4,59 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qatlaw.text import terminal_width, wrapped
 from qatscale.config.amounts import format_amount
 
+ONE_LINE = 120
+"""Columns from which a metrics record takes one line; below it takes two."""
+SLOW_DATA = 0.05
+"""Share of the time spent on reading batches from which the line shows it."""
 
-def format_metrics(record: Mapping[str, Any], total_steps: int) -> str:
-    """One line for a `metrics` record of metrics.jsonl. Values are named, so that a line reads alone and greps well.
 
-    Left out are the MFU where the device's peak is unknown, the ETA where no speed is known, and the share of scales at
-    their floor where it is 0.
+def format_metrics(record: Mapping[str, Any], total_steps: int, width: int = ONE_LINE) -> str:
+    """A `metrics` record of metrics.jsonl in a line of at most ONE_LINE characters, or in two of a narrow terminal.
+
+    Values are named, so that a line reads alone and greps well. The least important ones leave where they do not fit.
     """
-    step = record["step"]
-    parts = [
-        f"step {step:>{len(str(total_steps))}}/{total_steps}",
-        f"{format_amount(record['tokens']):>6} tokens",
-        f"{record['phase']:<12}",
-        f"loss {record['loss']:.4f}",
-        f"lr {record['learning_rate']:.2e}",
-        f"grad norm {record['grad_norm']:.3f}",
-        *([f"floored {record['scales_floored']:.1%}"] if record.get("scales_floored") else []),
-        f"{format_amount(record['tokens_per_second'])} tok/s",
-        f"{record['tflops']:.3g} TFLOP/s",
-    ]
-    if record.get("mfu") is not None:
-        parts.append(f"MFU {record['mfu']:.1%}")
-    parts.append(f"{record['memory_gib']:.2f} GiB")
-    parts.append(f"data {format_duration(record['data_seconds'])}")
-    left = eta_seconds(record, total_steps)
-    if left is not None:
-        parts.append(f"ETA {format_duration(left)}")
-    return "  ".join(parts)
+    step, left = record["step"], eta_seconds(record, total_steps)
+    data = record["data_seconds"] / (record["steps"] * (_step_seconds(record) or math.inf))
+    parts = {
+        "step": f"step {step:>{len(str(total_steps))}}/{total_steps}",
+        "tokens": f"{format_amount(record['tokens']):>6} tokens",
+        "phase": f"{record['phase']:<12}",
+        "loss": f"loss {record['loss']:.4f}",
+        "lr": f"lr {record['learning_rate']:.2e}",
+        "grad": f"grad {record['grad_norm']:.3f}",
+        "floored": f"floored {record['scales_floored']:.1%}" if record.get("scales_floored") else "",
+        "speed": f"{format_amount(record['tokens_per_second'])} tok/s",
+        "flops": f"{record['tflops']:.3g} TFLOP/s" if record.get("mfu") is None else f"MFU {record['mfu']:.1%}",
+        "memory": f"{record['memory_gib']:.2f} GiB",
+        "data": f"data {data:.0%}" if data >= SLOW_DATA else "",
+        "ETA": f"ETA {format_duration(left)}" if left else "",
+    }
+    for dropped in ("", "flops", "memory", "tokens", "lr", "data"):
+        parts[dropped] = ""
+        lines = _packed([part for part in parts.values() if part], min(width, ONE_LINE))
+        if len(lines) <= (1 if width >= ONE_LINE else 2):
+            break
+    return "\n".join(lines)
+
+
+def _packed(parts: Sequence[str], width: int) -> list[str]:
+    """As many parts a line as fit; further lines are indented."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(f"  {part}")
+    return lines
 
 
 def eta_seconds(record: Mapping[str, Any], total_steps: int) -> float | None:
@@ -46,21 +64,23 @@ def eta_seconds(record: Mapping[str, Any], total_steps: int) -> float | None:
 
     A QAT step costs more than a full-precision one, so before the switch this is a lower bound.
     """
+    seconds = _step_seconds(record)
+    return None if seconds is None else (total_steps - record["step"]) * seconds
+
+
+def _step_seconds(record: Mapping[str, Any]) -> float | None:
+    """None without a speed."""
     speed = record["tokens_per_second"]
     if not record["step"] or not speed or not math.isfinite(speed):
         return None
-    return (total_steps - record["step"]) * (record["tokens"] / record["step"]) / speed
+    return float(record["tokens"] / record["step"] / speed)
 
 
 def format_duration(seconds: float) -> str:
-    """0.0123 -> '12 ms', 75 -> '1m15s', 93784 -> '1d02h'."""
+    """0.97 -> '1 s', 75 -> '1m15s', 93784 -> '1d02h'."""
     if not math.isfinite(seconds):
         return "?"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if round(seconds, 1) < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds) or math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
@@ -80,14 +100,14 @@ class RunConsole:
         self.total_steps = total_steps
         self._stream = stream if stream is not None else sys.stdout
         watched = self._stream.isatty()
-        # a file has no width; a table in it must not be folded to 80 columns
-        self._console = Console(file=self._stream, highlight=False, width=None if watched else 160, quiet=rank != 0)
+        width = None if watched else terminal_width()
+        self._console = Console(file=self._stream, highlight=False, width=width, quiet=rank != 0)
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed}/{task.total} steps"),
             TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if self._console.width >= 80 else []),
             TextColumn("ETA {task.fields[eta]}"),
             console=self._console,
             disable=not watched or rank != 0,
@@ -105,9 +125,9 @@ class RunConsole:
         self._progress.stop()
 
     def notice(self, text: str) -> None:
-        """One line of plain text."""
-        # soft_wrap leaves line breaks to the terminal, so that a copied line is one line
-        self._console.print(text, markup=False, soft_wrap=True)
+        """Plain text: one line in a file, folded between words on a terminal."""
+        shown = wrapped(text, self._console.width) if self._console.is_terminal else text
+        self._console.print(shown, markup=False, soft_wrap=True)
         self._stream.flush()
 
     def show(self, what: RenderableType) -> None:
@@ -129,7 +149,8 @@ class RunConsole:
             loss=f"{record['loss']:.4f}",
             eta="–" if left is None else format_duration(left),
         )
-        self.notice(format_metrics(record, self.total_steps))
+        self._console.print(format_metrics(record, self.total_steps, self._console.width), markup=False, soft_wrap=True)
+        self._stream.flush()
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """A `validation` record."""

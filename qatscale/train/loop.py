@@ -10,6 +10,7 @@ import torch
 
 from qatscale.config.schema import RunConfig
 from qatscale.engine.initialize import apply_settings
+from qatscale.engine.spikes import Spike, SpikeGuard
 from qatscale.engine.step import train_step
 from qatscale.engine.topology import gather_stages
 from qatscale.quant.report import merge_reports
@@ -36,11 +37,15 @@ def run_steps(
     watchdog: Watchdog,
     stop: StopRequest,
 ) -> None:
-    """Take the optimizer steps from where the run starts to its end. Collective. Raises `Stopped` after saving."""
+    """Take the optimizer steps from where the run starts to its end. Collective.
+
+    Raises `Stopped` after saving, and `RollBack` where a spike takes the run back to a checkpoint.
+    """
     config, timeline, first = setup.config, setup.timeline, setup.resume.step
     batches, validation = setup.batches, setup.validation
     runtime, topology, engine = components.runtime, components.topology, components.engine
     masters, plugin, qat_metrics = components.masters, components.plugin, components.qat_metrics
+    guard = components.guard
     due = Due(config, timeline)
     moving = False
     meter = Meter(config, runtime, setup.precision)
@@ -52,6 +57,7 @@ def run_steps(
                 merged.check(setup.weights)
                 log.switched(merged)
                 meter.restart()
+                guard.restart()
             settings = timeline.at(step)
             assert settings.quantized == (plugin.switched_at is not None), f"step {step}: the switch is out of step"
             apply_settings(engine, settings)
@@ -60,14 +66,18 @@ def run_steps(
             if settings.quantized and due.metrics(step + 1):
                 qat_metrics.before_step()
             with meter.data():
-                batch = torch.from_numpy(batches.batch(step, topology.data_rank, topology.data_ranks))
+                index = guard.state.batch_of(step)
+                batch = torch.from_numpy(batches.batch(index, topology.data_rank, topology.data_ranks))
             for loss in train_step(engine, batch, config.batch.micro_batch, topology):
                 meter.add_loss(loss)
                 watchdog.progress(step, slow=compiles)
-            meter.end_step()
+            spike = guard.after_step()
+            meter.end_step(updated=spike is None)
 
             done = step + 1
             watchdog.progress(done, slow=True)  # saving and evaluation may take long
+            if spike is not None:
+                pass_over(spike, step, config, guard, log)
             stopped_by = stop.agreed()
             if due.metrics(done) or stopped_by:
                 counts = qat_metrics.counts() if settings.quantized else None
@@ -91,6 +101,26 @@ def run_steps(
             if stopped_by and done < timeline.steps:
                 checkpointer.wait()
                 raise Stopped(stopped_by)
+
+
+class RollBack(Exception):  # noqa: N818 - no error
+    """A spike takes the run back to its newest checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+def pass_over(spike: Spike, step: int, config: RunConfig, guard: SpikeGuard, log: RunLog) -> None:
+    """Deal with the spike of a 0-based step as `optimizer.on_spike` says. Its update was withheld."""
+    action, count = config.optimizer.on_spike, guard.count()
+    log.spike(step + 1, spike, action)
+    if action == "stop" or count > config.optimizer.spike_limit:
+        why = "" if action == "stop" else f", one more than optimizer.spike_limit = {count - 1}"
+        fix = "Lower optimizer.learning_rate or optimizer.gradient_clipping in a new run or a branch."
+        raise FloatingPointError(f"{spike} at step {step + 1}{why}. {fix}")
+    if action == "rollback":
+        raise RollBack(step)
 
 
 @contextmanager

@@ -42,7 +42,8 @@ class Meter:
 
     def _start_interval(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
-        self._micro_batches = 0
+        self._step_loss = torch.zeros_like(self._loss)
+        self._micro_batches = self._step_micro_batches = 0
         self._steps = 0
         self._data_seconds = 0.0
         self._paused = 0.0
@@ -51,10 +52,16 @@ class Meter:
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """The mean loss of one micro-batch on this process."""
-        self._loss += loss.detach()
-        self._micro_batches += 1
+        self._step_loss += loss.detach()
+        self._step_micro_batches += 1
 
-    def end_step(self) -> None:
+    def end_step(self, *, updated: bool = True) -> None:
+        """updated: False leaves the loss of the step out, whose update was withheld."""
+        if updated:
+            self._loss += self._step_loss
+            self._micro_batches += self._step_micro_batches
+        self._step_loss.zero_()
+        self._step_micro_batches = 0
         self._steps += 1
         self._since_cold += 1
 
@@ -92,7 +99,7 @@ class Meter:
 
         `loss` is the mean over all tokens of the interval's `steps` on all processes. All but the loss and the speeds
         describe the last step. `warmup` marks an interval that began before WARMUP_STEPS were done, which final speeds
-        leave out. FloatingPointError where the loss or a gradient is not finite: all later numbers would be noise.
+        leave out. FloatingPointError where the loss is not finite: all later numbers would be noise.
 
         qat_counts: `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the floor,
         and `code_flips`, the share of quantized weights whose code changed in the interval's last step. A signal that
@@ -102,16 +109,10 @@ class Meter:
         if self._runtime.ranks > 1:
             dist.all_reduce(sums)
         total, *counts = sums.tolist()  # waits for the device
-        loss = total / (self._micro_batches * self._runtime.ranks)
-        problem = ""
-        if not math.isfinite(loss):
+        loss = total / (self._micro_batches * self._runtime.ranks) if self._micro_batches else math.nan
+        if self._micro_batches and not math.isfinite(loss):
             problem = f"the loss is {loss} in the {self._steps} steps up to step {step}"
-        elif engine.skipped_steps:  # DeepSpeed skips such a step silently, and the loss does not show it
-            problem = f"the gradient of {engine.skipped_steps} of the steps up to step {step} is not finite"
-        if problem:
-            fix = (
-                "Lower optimizer.learning_rate or set optimizer.gradient_clipping, and branch from the last checkpoint."
-            )
+            fix = "Lower optimizer.learning_rate or optimizer.gradient_clipping in a new run or a branch."
             raise FloatingPointError(f"{problem}. {fix}")
         seconds = time.perf_counter() - self._started - self._paused
         tokens_per_second = self._steps * self._tokens_per_step / seconds

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qatscale.config import config_differences, load_run_config
+from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
-from qatscale.engine.checkpoints.files import find_checkpoint, newest_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference
@@ -18,7 +19,7 @@ from qatscale.train.components import ResumePlan
 
 MAY_CHANGE = (
     "engine.", "checkpoint.", "evaluation.", "tracking.", "batch.micro_batch", "log_interval", "output", "data.path",
-    "name",
+    "name", "optimizer.on_spike", "optimizer.spike_",
 )  # fmt: skip
 """Keys that a resume may change. None of them changes what is computed, except for the order of sums. `name` is the
 folder's, which may have been renamed."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qatscale.config import recipe_hash
+from qatscale.config.recipe import recipe_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import Runtime, start_runtime, together
 from qatscale.schedule.build import build_timeline
@@ -19,10 +19,10 @@ from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.components import ResumePlan, RunSetup
 from qatscale.train.evaluate import evaluate_final
-from qatscale.train.loop import run_steps
+from qatscale.train.loop import RollBack, run_steps
 from qatscale.train.resume import plan_resume
 from qatscale.train.run_log import RunLog
-from qatscale.train.setup import build, decide
+from qatscale.train.setup import build, decide, roll_back
 
 FAILED_PATIENCE = 5.0
 """Seconds that a run which failed waits for its upload; launchers kill what is left of a job after 30."""
@@ -106,7 +106,13 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
                     saved=log.checkpoint,
                     notice=log.notice,
                 )
-                run_steps(setup, components, log, checkpointer, watchdog, stop)
+                while True:
+                    try:
+                        run_steps(setup, components, log, checkpointer, watchdog, stop)
+                        break
+                    except RollBack as spike:
+                        setup = roll_back(setup, components, spike.step)
+                        log.rolled_back(setup.resume.step)
                 return Outcome("done", setup.timeline.steps, evaluate_final(setup, components, log, stop))
             except Stopped as stopped:
                 log.stopped(log.step, stopped.number)

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qatscale.config import resolved_yaml
+from qatlaw.text import plural
 from qatscale.config.amounts import format_amount
 from qatscale.config.sizes import count_parameters
-from qatscale.engine.checkpoints.files import Manifest
+from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.spikes import Spike
 from qatscale.quant.report import SwitchReport
 from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
@@ -48,7 +49,7 @@ class RunLog:
         if not self.resume.resumes:
             RunFolder.create(
                 self.folder.path,
-                recipe=resolved_yaml(self.config),
+                recipe=self.setup.recipe,
                 ds_config=self.setup.ds_config,
                 timeline=self.timeline,
                 n_params=self.n_params,
@@ -69,6 +70,7 @@ class RunLog:
                     yield
                 except BaseException as error:
                     watchdog.resolve_failure(error)
+                    error.add_note(f"log: {self.folder.logs / f'rank-{self.runtime.rank}.log'}")
                     raise
         finally:
             self._is_open = False
@@ -95,9 +97,9 @@ class RunLog:
         self.console.notice(
             f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
             + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
-            + f", {format_amount(timeline.tokens)} tokens in {timeline.steps:,} steps of "
+            + f", {format_amount(timeline.tokens)} tokens in {plural(timeline.steps, 'step')} of "
             f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
-            f"{ds_config['gradient_accumulation_steps']} x {runtime.ranks} processes), {self.setup.precision} "
+            f"{ds_config['gradient_accumulation_steps']} x {plural(runtime.ranks, 'process')}), {self.setup.precision} "
             f"ZeRO-{ds_config['zero_optimization']['stage']} on {runtime.device_name}"
         )
         if timeline.switch_step is not None:
@@ -143,6 +145,18 @@ class RunLog:
                     f"warning: {floored:.1%} of the quantizer scales lie at their floor, where a row's weights are all "
                     "clipped and do not train. Lower qat.scale_lr_ratio and branch from before the switch."
                 )
+
+    def spike(self, step: int, spike: Spike, action: str) -> None:
+        if self.runtime.is_main:
+            self.folder.append("spike", step=step, norm=spike.norm, mean=spike.mean, action=action)
+            self.console.notice(f"step {step}: {spike}; its update was not applied")
+
+    def rolled_back(self, step: int) -> None:
+        """The run continues from the checkpoint of `step`."""
+        self.step = step
+        if self.runtime.is_main:
+            self.folder.append("resume", step=step)
+            self.console.notice(f"rolled back to the checkpoint of step {step}")
 
     def switched(self, report: SwitchReport) -> None:
         if self.runtime.is_main:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
+from qatscale.config.recipe import resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
 from qatscale.data.reader import EvaluationReader, open_batches, open_validation
-from qatscale.engine.checkpoints.save_load import load_checkpoint
+from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.plugin import QatPlugin
@@ -49,7 +52,10 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
         *check_data(config, resume, batches.stream.manifest),
         *filter(None, [missing, repetition]),
     )
-    return RunSetup(config, timeline, resume, layout, ds_config, precision_of(ds_config), batches, validation, notices)
+    return RunSetup(
+        config, resolved_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),
+        batches, validation, notices,
+    )  # fmt: skip
 
 
 def _held_out(config: RunConfig, manifest: Manifest) -> tuple[EvaluationReader | None, str | None]:
@@ -81,7 +87,22 @@ def assemble(
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
     compilation = Compilation(model, plan_compilation(config.engine, ds_config))
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
-    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics)
+    guard = SpikeGuard(masters, config.optimizer.spike_factor)
+    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard)
+
+
+def roll_back(setup: RunSetup, components: TrainingComponents, step: int) -> RunSetup:
+    """Take the components back to the run's newest checkpoint, to pass over the batch of `step` from now on.
+
+    The set-up from there. FloatingPointError where there is no checkpoint yet. Collective.
+    """
+    resume = plan_resume(setup.config, setup.timeline)
+    if resume is None or resume.checkpoint is None:
+        raise FloatingPointError("there is no checkpoint to roll back to; lower checkpoint.interval")
+    state = components.guard.state
+    _load(resume, components)
+    components.guard.roll_back(state, step)
+    return replace(setup, resume=resume)
 
 
 def _load(resume: ResumePlan, components: TrainingComponents) -> None:
@@ -96,6 +117,7 @@ def _load(resume: ResumePlan, components: TrainingComponents) -> None:
     inert = resume.manifest.plugin["switched_at"] is None
     load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
     components.plugin.load_state(resume.manifest.plugin)
+    components.guard.state = resume.manifest.spikes
 
 
 def _is_scale(name: str) -> bool:

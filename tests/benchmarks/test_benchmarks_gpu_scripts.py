@@ -49,8 +49,8 @@ def test_every_run_has_a_recipe_that_switches_half_way(
     device: str, kind: str, scripts: tuple[ModuleType, ModuleType], tmp_path: Path
 ) -> None:
     """What would otherwise show only on the machine: a recipe that is refused."""
-    from qatscale.config import load_run_config
     from qatscale.config.ds_config import load_ds_config, merge_ds_config
+    from qatscale.config.recipe import load_run_config
     from qatscale.schedule.build import build_timeline
 
     record, main_job = scripts

@@ -11,7 +11,7 @@ import pytest
 import torch
 from steppers import Stepper, bare_stepper, batch_of, engine_stepper
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.runtime import start_runtime
 from tests.processes import unlaunched
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from qatscale.cli import main
-from qatscale.config import explain, flatten, load_run_config
+from qatscale.config.recipe import flatten, load_run_config
 from qatscale.config.schema import RunConfig
+from qatscale.config.settings import explain
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qatlaw import synthetic
 from qatlaw.fit_file import read_fit
+from qatlaw.plan.shapes import nearest_shape
 from qatscale.cli import main
+from qatscale.config.recipe import load_run_config
+from qatscale.config.sizes import stored_weights
+from tests.cli.bad_inputs import run_command
 
 
 def run(*arguments: str) -> int:
@@ -57,9 +62,48 @@ def test_a_law_of_effective_bits_is_fitted_on_them(tmp_path: Path) -> None:
         files[bits] = read_fit(out)
         assert files[bits].data.bits == bits
     assert files["effective"].quality["mae"] < 0.1 * files["nominal"].quality["mae"]
-    plan = ["plan", "--params", "200M", "--tokens", "20B", "--bits", "4", "--law"]
-    assert run(*plan, str(tmp_path / "nominal.json")) == 0
-    assert run(*plan, str(tmp_path / "effective.json")) == 2
+    _plans_by_effective_bits(tmp_path / "effective.json")
+
+
+def _plans_by_effective_bits(file: Path) -> None:
+    """Bits are nominal in questions and answers; the law gets the effective ones of the model that is asked about."""
+    law, D = read_fit(file).law, 20e9
+
+    def plan(typed: str) -> Any:
+        code, out, error = run_command(["plan", *typed.split(), "--tokens", "20B", "--json", "--law", str(file)])
+        assert code == 0, error
+        return json.loads(out)["plan"]
+
+    model = load_run_config("194m")
+    of_recipe = stored_weights(model.model, model.qat.model_copy(update={"bits": 2}), "bf16")
+    usual = nearest_shape(200e6)
+    assert usual is not None
+    for typed, N, bits in (
+        ("--params 200M --bits 2", 200e6, usual.weights(2).effective_bits),
+        ("--recipe 194m --bits 2", of_recipe.params, of_recipe.effective_bits),
+    ):
+        found = plan(typed)
+        assert (found["bits"], found["effective_bits"]) == (2, pytest.approx(float(bits)))
+        assert found["optimum"] == pytest.approx(float(law.optimal_fraction(N, D, bits)))
+        f = found["fraction"]
+        assert found["prediction"]["loss"] == pytest.approx(float(law.loss(N, (1 - f) * D, f * D, bits)))
+    (row,) = plan("memory 60MB --bits 2")["rows"]
+    N, bits = row["shape"]["params"], row["plan"]["effective_bits"]
+    assert row["plan"]["optimum"] == pytest.approx(float(law.optimal_fraction(N, D, bits)))
+    code, _, error = run_command(["plan", "--params", "1K", "--tokens", "1M", "--bits", "2", "--law", str(file)])
+    assert code == 2
+    assert "--params = 1000.0: no usual shape" in error
+    study = file.with_name("study.yaml")
+    study.write_text("name: s\nsizes: [{name: a, recipe: 86k}]\ntokens: [8.6M]\nbits: [1, 4]\nfractions: [0.5]\n")
+    code, out, error = run_command(["study", "plan", str(study), "--law", str(file), "--json"])
+    assert code == 0, error
+    runs = {(one["bits"], round(one["effective_bits"], 3)) for one in json.loads(out)["runs"] if one["bits"]}
+    config = load_run_config("86k")
+    expected = {
+        bits: stored_weights(config.model, config.qat.model_copy(update={"bits": bits}), "fp32").effective_bits
+        for bits in (1, 4)
+    }
+    assert runs == {(bits, round(float(found), 3)) for bits, found in expected.items()}
 
 
 WRONG = {

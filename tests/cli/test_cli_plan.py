@@ -16,7 +16,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from qatlaw.cli import planner
-from qatscale.config import load_run_config, recipe_names
+from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference

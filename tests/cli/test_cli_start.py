@@ -9,6 +9,7 @@ import sys
 COMMANDS = (
     "--help", "config", "recipes", "plan --help",
     "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic",
+    "plan memory 500MB --tokens 100B --bits 4 --format gguf",
     "study --help", "study plan --help", "fit --help", "report --help", "prepare --help",
     "train --help",
 )  # fmt: skip

@@ -14,9 +14,9 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero import offload_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from qatscale.config import load_run_config, recipe_names
 from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_config
 from qatscale.config.ds_keys import ACCEPTED, FORMER_NAMES, REPEATED, UNSUPPORTED, WITHOUT_EFFECT
+from qatscale.config.recipe import load_run_config, recipe_names
 
 
 class Asked(dict):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import load_run_config, recipe_names
 from qatscale.config.ds_config import (
+    corrected_ds_config,
     ds_config_names,
     ds_config_warnings,
     load_ds_config,
@@ -15,6 +15,7 @@ from qatscale.config.ds_config import (
     precision_of,
     run_ds_config,
 )
+from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.errors import UserError, UserErrors
 
 ZERO1 = {"zero_optimization": {"stage": 1}}
@@ -314,3 +315,28 @@ def test_a_batch_that_does_not_divide(sequences: int, micro: int, data_parallel:
     for way in advice.replace(".", " ").replace(";", " ").split():
         if way.isdigit():  # every size offered does divide
             merge_ds_config(load_run_config("debug", [*overrides, f"batch.sequences={way}"]), ZERO1, data_parallel)
+
+
+def test_a_corrected_file_holds_what_deepspeed_gets_and_loads(tmp_path: Path) -> None:
+    theirs, mine = tmp_path / "theirs.json", tmp_path / "mine.json"
+    theirs.write_text(json.dumps({
+        **BATCH, "train_batch_size": 99, "fp16": {"enabled": True}, "bf16": {"enabled": "auto"}, "vocabulary_size": 99,
+        "scheduler": {"type": "WarmupLR"}, "steps_per_print": "often",
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}},
+    }))  # fmt: skip
+    with pytest.raises(UserError, match="--ds-config NEW"):
+        load_ds_config(theirs)
+    corrected, lost = corrected_ds_config(load_run_config("debug", [f"engine.ds_config={theirs}"]))
+    assert corrected == {
+        "bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 64 * 64},
+    }  # fmt: skip
+    assert [line.partition(":")[0] for line in lost] == [
+        "fp16", "scheduler", "steps_per_print", "zero_optimization.stage", "zero_optimization.offload_param",
+        "train_batch_size", "vocabulary_size",
+    ]  # fmt: skip
+    mine.write_text(json.dumps(corrected))
+    assert load_ds_config(mine) == corrected
+    for name, (ds, *_) in FROM_ELSEWHERE.items():
+        theirs.write_text(json.dumps(ds))
+        config = load_run_config("debug", [f"engine.ds_config={theirs}", "batch.sequences=16", "batch.micro_batch=4"])
+        assert corrected_ds_config(config)[0] == run_ds_config(config), name

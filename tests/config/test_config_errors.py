@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
-from qatscale.config import load_run_config, resolved_yaml
+from qatscale.config.recipe import load_run_config, resolved_yaml
 from qatscale.config.schema import ModelConfig, RunConfig
 from qatscale.errors import UserError, UserErrors
 from tests.wrong_values import NO_SUCH_BITS

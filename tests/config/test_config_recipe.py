@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatlaw.bit_widths import BIT_WIDTHS
-from qatscale.config import (
-    RunConfig,
+from qatscale.config.amounts import format_amount, parse_amount
+from qatscale.config.recipe import (
     config_differences,
     flatten,
     is_unaltered,
@@ -17,8 +17,7 @@ from qatscale.config import (
     recipe_names,
     resolved_yaml,
 )
-from qatscale.config.amounts import format_amount, parse_amount
-from qatscale.config.schema import PhaseOverride
+from qatscale.config.schema import PhaseOverride, RunConfig
 from qatscale.errors import UserError
 
 

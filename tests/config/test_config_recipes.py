@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from qatscale.config import flatten, load_run_config, recipe_names
 from qatscale.config.ds_config import load_ds_config, precision_of
-from qatscale.config.recipe import RECIPES
+from qatscale.config.recipe import RECIPES, flatten, load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters
 
 SIZES = {"86m": 86e6, "194m": 194e6, "396m": 396e6, "759m": 759e6, "2p2b": 2.2e9, "8b": 8.03e9}

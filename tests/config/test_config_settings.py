@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT, EMBEDDING_BITS
-from qatscale.config import explain, flatten, load_run_config
-from qatscale.config.settings import sections, settings
+from qatscale.config.recipe import flatten, load_run_config
+from qatscale.config.settings import explain, sections, settings
 from qatscale.errors import UserError
 
 

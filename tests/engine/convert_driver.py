@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import load_ds_config, merge_ds_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
-from qatscale.engine.checkpoints.save_load import load_checkpoint
+from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.layout import Layout

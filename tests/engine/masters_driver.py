@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import merge_ds_config
-from qatscale.engine.checkpoints.files import Manifest, find_checkpoint, list_checkpoints
-from qatscale.engine.checkpoints.save_load import load_checkpoint, parameter_records, slices_of, write_checkpoint
+from qatscale.config.recipe import load_run_config
+from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.engine.checkpoints.load import load_checkpoint
+from qatscale.engine.checkpoints.manifest import Manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
+from qatscale.engine.checkpoints.save import parameter_records, slices_of, write_checkpoint
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.qat_metrics import SAMPLE, QatMetrics
 from qatscale.engine.runtime import start_runtime

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from qatscale.engine.checkpoints.files import (
-    CheckpointReader,
-    Manifest,
-    ParameterRecord,
     check_finite,
     commit,
-    find_checkpoint,
     list_checkpoints,
     newest_checkpoint,
     read_manifest,
@@ -29,6 +25,8 @@ from qatscale.engine.checkpoints.files import (
     write_shard,
     writing_folder,
 )
+from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
+from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.errors import UserError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

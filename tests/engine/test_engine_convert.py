@@ -17,13 +17,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.data.reader import open_batches
-from qatscale.engine.checkpoints.files import (
-    CheckpointReader,
-    find_checkpoint,
-    read_manifest,
-)
+from qatscale.engine.checkpoints.files import read_manifest
+from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import MANIFEST, find_checkpoint, step_folder
+from qatscale.engine.checkpoints.files import step_folder
+from qatscale.engine.checkpoints.manifest import MANIFEST
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
 
 

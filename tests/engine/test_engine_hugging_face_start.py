@@ -14,16 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.data.manifest import Manifest
 from qatscale.data.prepare import prepare
-from qatscale.engine.checkpoints.files import (
-    CheckpointReader,
-    find_checkpoint,
-    list_checkpoints,
-    newest_checkpoint,
-    read_manifest,
-)
+from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, read_manifest
+from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.errors import UserError
 from qatscale.export.export import export
 from qatscale.model.hugging_face import hugging_face_names

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import load_ds_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.layout import Layout, Place, bubble, layout_notices, plan_layout, stages_of
 from qatscale.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qatscale.engine.checkpoints.files import CheckpointReader
+from qatscale.engine.checkpoints.reader import CheckpointReader
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.reference import encode
 from tests.processes import run

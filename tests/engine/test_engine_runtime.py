@@ -8,8 +8,16 @@ import sys
 from tests.processes import unlaunched
 
 STARTED = """
-import sys, torch
+import os, socket, sys, torch
 from qatscale.engine.runtime import start_runtime
+from qatscale.errors import UserError
+taken = socket.create_server(("", 0))
+os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
+try:
+    start_runtime()
+except UserError as error:
+    assert error.key == "MASTER_PORT" and str(taken.getsockname()[1]) in str(error) and "--master_port" in str(error)
+    del os.environ["MASTER_PORT"]
 start_runtime()
 import deepspeed
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
@@ -20,7 +28,7 @@ torch.compile(lambda x: x + 1, backend="inductor")
 """
 
 
-def test_a_trainer_loads_neither_mlflow_nor_the_compiler_for_deepspeeds_sake() -> None:
+def test_a_port_in_use_is_named_and_a_trainer_loads_neither_mlflow_nor_the_compiler_for_deepspeeds_sake() -> None:
     done = subprocess.run(
         [sys.executable, "-c", STARTED], env=unlaunched(), capture_output=True, text=True, check=False
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatscale.config import load_run_config
-from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint
+from qatscale.config.recipe import load_run_config
+from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.export.formats.base import get_format
 from qatscale.model.hugging_face import hugging_face_names

@@ -63,7 +63,7 @@ def test_full_precision_is_offered_quantization_after_training(
 
 
 def test_full_precision_as_it_is(qatscale, runs: Path, tmp_path: Path) -> None:
-    from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint
+    from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 
     code, out, _ = qatscale(f"export {runs}/full --out {tmp_path}/out")
     assert code == 0
@@ -205,14 +205,8 @@ def test_one_tensor_at_a_time(qatscale, runs: Path, tmp_path: Path, monkeypatch)
 
 def test_checkpoints_of_any_layout(qatscale, runs: Path, tmp_path: Path) -> None:
     """Slices of rows and of columns on several ranks, as ZeRO and tensor parallelism save them."""
-    from qatscale.engine.checkpoints.files import (
-        CheckpointReader,
-        commit,
-        find_checkpoint,
-        slice_name,
-        write_shard,
-        writing_folder,
-    )
+    from qatscale.engine.checkpoints.files import commit, slice_name, write_shard, writing_folder
+    from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 
     reader = CheckpointReader(find_checkpoint(runs / "two"))
     shards: list[dict[str, torch.Tensor]] = [{}, {}]

@@ -6,8 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from qatlaw.bit_widths import BIT_WIDTHS
+from qatlaw.plan.shapes import Shape
 from qatscale.cli.plan import RecipesAndGpus
+from qatscale.config.schema import ModelConfig, QatConfig
+from qatscale.export.formats import FORMATS
+from qatscale.export.formats.base import get_format
+from qatscale.export.sizes import tensor_bytes
+from qatscale.export.source import quantized_layers, source_parameters
 from tests.export.export_runs import PLANNED
 from tests.export.exported import described, need
 
@@ -30,6 +38,24 @@ def test_the_planner_counts_the_file(
     size = described(tmp_path / "out")["size"]
     planned = PLANNED.stored_bytes(bits, group_size, RecipesAndGpus().file_size(format, group_size))
     assert planned == pytest.approx(size["bytes"], rel=0.02)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_planner_counts_by_the_encodings_of_an_export(format: str, bits: float) -> None:
+    need(format)
+    for width, vocabulary in ((128, 1000), (256, 1001)):
+        shape = Shape(width, 2, vocabulary)
+        model = ModelConfig(
+            vocab_size=vocabulary, hidden_size=width, layers=2, heads=1, intermediate_size=shape.intermediate_size
+        )
+        layers = quantized_layers(model, QatConfig(), bits)
+        for group_size in (None, 32, 64, 128):
+            stored = (
+                get_format(format).stored(parameter, torch.bfloat16).size
+                for parameter in source_parameters(model, layers, group_size)
+            )
+            assert tensor_bytes(format, shape, bits, group_size) == sum(stored), (width, group_size)
 
 
 def test_the_planner_answers_by_the_format(qatscale) -> None:

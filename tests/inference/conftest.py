@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.train.run import train
 
 

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from qatscale.cli.app import app
-from qatscale.config import load_run_config
-from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint
+from qatscale.config.recipe import load_run_config
+from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.inference.generate import open_transformers

@@ -11,20 +11,31 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import read_manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.tracking.run_folder import RunFolder
+from tests.cli.bad_inputs import run_command
 from tests.processes import unlaunched
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
-LAUNCHERS = {"deepspeed": ["--num_gpus", "2"], "torchrun": ["--nproc_per_node", "2"]}
+LAUNCHERS = {
+    "script": ["deepspeed", "--num_gpus", "2", TRAIN],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", "qatscale", "train"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "-m", "qatscale", "train"],
+}
 
 
 def start(launcher: str, *arguments: str) -> subprocess.Popen[str]:
-    """`deepspeed --num_gpus 2 launch/train.py …` in a process group of its own."""
+    """`deepspeed --num_gpus 2 launch/train.py …`, or what a user without a clone types."""
+    program, *options = LAUNCHERS[launcher]
+    return start_program(sys.executable, Path(sys.executable).with_name(str(program)), *options, *arguments)
+
+
+def start_program(*command: str | Path, **more: str) -> subprocess.Popen[str]:
+    """In a process group of its own. more: environment variables."""
     programs = Path(sys.executable).parent  # deepspeed starts `python` from the PATH
-    environment = unlaunched() | {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, programs / launcher, *LAUNCHERS[launcher], TRAIN, *arguments]
+    environment = unlaunched() | {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | more
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )  # fmt: skip
@@ -63,7 +74,7 @@ def test_started_by_torchrun_stopped_and_ended_by_deepspeed(tmp_path: Path, prep
     assert (manifest.layout["processes"], manifest.layout["zero_stage"]) == (2, 1)
     assert folder.status == "stopped"
 
-    process = start("deepspeed", *arguments)
+    process = start("script", *arguments)
     output = end(process)
     assert process.returncode == 0, output
     assert folder.status == "done"
@@ -74,7 +85,7 @@ def test_started_by_torchrun_stopped_and_ended_by_deepspeed(tmp_path: Path, prep
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_wrong_key_is_told_once(launcher: str, tmp_path: Path) -> None:
     process = start(launcher, "debug", "tokns=1", f"output={tmp_path}")
     output = end(process)
@@ -82,3 +93,29 @@ def test_a_wrong_key_is_told_once(launcher: str, tmp_path: Path) -> None:
     assert output.count("error: tokns: unknown key. Did you mean 'tokens'?") == 1, output
     assert output.count("error: ") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.dist
+def test_written_launch_scripts_train(tmp_path: Path, prepared: Path) -> None:
+    """What `qatscale launch-scripts` writes, under another name than in a clone, on one host of two processes."""
+    code, _, error = run_command(["launch-scripts", str(tmp_path / "jobs")])
+    assert code == 0, error
+    (tmp_path / "jobs" / "hosts").write_text("127.0.0.1 slots=2\n")
+    run = [
+        "debug",
+        "name=run",
+        f"data.path={prepared}",
+        "tracking.uri=none",
+        "tokens=1024",
+        "--deepspeed",
+        "zero2_fp32",
+    ]
+    here = {"HOSTFILE": "jobs/hosts", "MASTER_ADDR": "127.0.0.1", "INTERFACE": "lo", "DS_ACCELERATOR": "cpu"}
+    process = start_program(tmp_path / "jobs" / "no_ssh.sh", "0", *run, **here)
+    output = end(process)
+    assert process.returncode == 0, output
+    folder = RunFolder(tmp_path / "runs" / "run")  # scripts work in the folder that they lie in
+    assert folder.status == "done"
+    manifest = read_manifest(find_checkpoint(folder.path))
+    assert (manifest.layout["processes"], manifest.layout["zero_stage"]) == (2, 2)
+    assert run_command(["launch-scripts", str(tmp_path / "jobs")])[0] == 2, "nobody's edits are overwritten"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import read_manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.tracking.run_folder import RunFolder
 from tests import processes
 from tests.launch.hosts import CannotError, Host, two_hosts

@@ -10,8 +10,7 @@ import pytest
 
 from qatlaw.laws import Law
 from qatscale.cli import main
-from qatscale.config import load_run_config
-from qatscale.config.recipe import resolved_yaml
+from qatscale.config.recipe import load_run_config, resolved_yaml
 from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.mlflow_sync import track_sync

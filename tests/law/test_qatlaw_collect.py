@@ -24,7 +24,7 @@ from qatlaw.run_folders import folder_records
 from qatlaw.runs import RunRecord, collect, counted
 from qatlaw.table import POINT
 from qatscale.cli.fit import collect_runs
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import QatConfig, RunConfig
 from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.tracking.run_folder import RunFolder

@@ -11,7 +11,7 @@ from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.plan.memory import plan_memory
 from qatlaw.plan.shapes import Shape, shapes_within
 from qatlaw.planner_law import synthetic_law
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import ModelConfig
 from qatscale.config.sizes import count_parameters
 

@@ -51,7 +51,7 @@ def test_ternary_is_stored_in_two_bits_and_zero_weights_are_reported() -> None:
     down = {name: m for m in report.modules for name in m.names}["blocks.0.mlp.down"]
     assert down.bits_per_weight == 2 + 32 * 32 / (32 * 48)
     assert down.relative_error == 0
-    assert "in full precision: embed, head" in " ".join(str(report).split())
+    assert "In full precision: embed, head." in " ".join(str(report).split())
 
     model, plugin, _, masters = prepared(0, tied=False, bits=1)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.fitting import fit
 from qatlaw.laws import QAT_PER_BITS
 from qatscale.cli import main
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.errors import UserError
 from qatscale.study import grid, read_study
 from tests.wrong_values import NO_SUCH_BITS

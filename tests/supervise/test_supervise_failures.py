@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.engine.checkpoints.files import find_checkpoint, read_manifest
+from qatscale.engine.checkpoints.files import read_manifest
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_FAILED
 from qatscale.supervise.failure_report import (
@@ -60,7 +61,13 @@ def heartbeat(rank: int, own: Failure | None = None, seen: Failure | None = None
 
 
 def test_a_cause_goes_before_its_consequences_and_then_the_earliest() -> None:
-    ranked = [failure(3, "error", 5), failure(2, "error", 6), failure(1, "gone", 1), failure(4, "silent", 0)]
+    ranked = [
+        failure(3, "error", 5),
+        failure(2, "error", 6),
+        failure(7, "fault", 1),
+        failure(1, "gone", 1),
+        failure(4, "silent", 0),
+    ]
     ranked += [failure(0, "stalled", 0), failure(5, "consequence", 2), failure(6, "witness", 0)]
     for cut in range(len(ranked)):
         assert first_failure(list(reversed(ranked[cut:]))) == ranked[cut]
@@ -122,6 +129,11 @@ def test_the_message_ends_with_the_first_failure_whole() -> None:
     assert told.splitlines()[-2:] == [
         "rank 3 on host b failed at step 17: ValueError: no",
         "logs of all ranks: runs/x/logs; the same command continues from the newest checkpoint",
+    ]
+    full = report([replace(cause, kind="fault", error="a/b: No space left. Free some.")], "runs/x/logs")
+    assert full.splitlines()[1:] == [
+        "rank 3 on host b failed at step 17: a/b: No space left. Free some.",
+        "logs of all ranks: runs/x/logs",
     ]
     cut = report([failure(2, "silent", 1), failure(3, "silent", 2)], "logs").splitlines()
     assert [line.partition(" at ")[0] for line in cut[1:3]] == [

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.checkpoints import files
 from qatscale.supervise import watchdog
 from qatscale.supervise.watchdog import Watchdog

@@ -55,7 +55,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 def config(run: dict[str, Any], *overrides: str) -> RunConfig:
     """The configuration of a `spec`, with more overrides."""
-    from qatscale.config import load_run_config
+    from qatscale.config.recipe import load_run_config
 
     return load_run_config("debug", [*run["overrides"], *overrides])
 
@@ -64,7 +64,7 @@ def assert_same_state(one: Path, other: Path) -> None:
     """The checkpoints `one` and `other` hold the same masters and Adam states, bit for bit."""
     import torch
 
-    from qatscale.engine.checkpoints.files import CheckpointReader
+    from qatscale.engine.checkpoints.reader import CheckpointReader
 
     found, expected = CheckpointReader(one), CheckpointReader(other)
     assert found.manifest.step == expected.manifest.step

@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.data.reader import BatchReader
 from qatscale.engine.checkpoints import files as checkpoint
 from qatscale.quant.bit_widths import SCALE_FLOOR

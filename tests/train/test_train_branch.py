@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder

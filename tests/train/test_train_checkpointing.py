@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qatscale.engine.checkpoints.files import CheckpointReader, list_checkpoints, read_manifest, verify_files
+from qatscale.engine.checkpoints.files import list_checkpoints, read_manifest, verify_files
+from qatscale.engine.checkpoints.reader import CheckpointReader
 from qatscale.errors import EXIT_FAILED
 from qatscale.tracking.run_folder import RunFolder
 from tests.processes import Finished, run
@@ -130,7 +131,7 @@ def test_a_full_disk_ends_the_run(alone: Launch) -> None:
 def test_a_full_disk_of_one_process_ends_the_job_on_all(together: Launch) -> None:
     assert together.finished.codes == [EXIT_FAILED, EXIT_FAILED], together.finished.output
     run = together.run("full")
-    assert "OSError: the checkpoint of step 6 was not written: process 1: [Errno 27]" in together.finished.output
+    assert "the checkpoint of step 6 was not written: process 1: File too large" in together.finished.output
     assert "the checkpoint of step 6 was not written: process 1: " in run.records("failed")[-1]["error"]
     assert run.status == "failed"
     assert [record["step"] for record in run.records("checkpoint")] == [3]

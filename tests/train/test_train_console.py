@@ -17,6 +17,7 @@ from qatscale.train.console import RunConsole, eta_seconds, format_duration, for
 RECORD: dict[str, Any] = {
     "event": "metrics",
     "step": 250,
+    "steps": 10,
     "tokens": 128_000,
     "phase": "qat_stable",
     "loss": 3.14159,
@@ -31,15 +32,34 @@ RECORD: dict[str, Any] = {
 
 
 def test_a_metrics_line_has_every_value_with_its_name() -> None:
-    assert format_metrics(RECORD, 1000) == (
-        "step  250/1000    128K tokens  qat_stable    loss 3.1416  lr 1.23e-03  grad norm 0.988  "
-        "6.4K tok/s  0.0312 TFLOP/s  1.26 GiB  data 2 ms  ETA 1m00s"
+    assert format_metrics(RECORD, 1000, 80) == (
+        "step  250/1000    128K tokens  qat_stable    loss 3.1416  lr 1.23e-03\n"
+        "  grad 0.988  6.4K tok/s  0.0312 TFLOP/s  1.26 GiB  ETA 1m00s"
     )
 
 
-def test_the_mfu_is_there_when_it_is_known_and_only_then() -> None:
-    assert "MFU" not in format_metrics(RECORD, 1000)
-    assert "  MFU 41.5%  " in format_metrics(RECORD | {"mfu": 0.4149}, 1000)
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("steps", [1000, 10_000_000])
+def test_a_metrics_line_fits_with_the_loss_first_of_all(width: int, steps: int) -> None:
+    """With all that a line can hold: MFU, scales at their floor, waiting for data, an ETA of days."""
+    record = RECORD | {"mfu": 0.4149, "scales_floored": 0.0712, "data_seconds": 0.6, "tokens_per_second": 1234.0}
+    lines = format_metrics(record, steps, width).split("\n")
+    assert len(lines) == (1 if width >= 120 else 2)
+    assert max(map(len, lines)) <= min(width, 120)
+    shown = "  ".join(lines)
+    for part in (f"250/{steps}", "qat_stable", "loss 3.1416", "grad 0.988", "floored 7.1%", "tok/s", "ETA "):
+        assert part in shown, part
+
+
+def test_the_mfu_stands_for_the_flops_where_the_peak_is_known() -> None:
+    assert "MFU" not in format_metrics(RECORD, 1000, 80)
+    assert "  MFU 41.5%  " in format_metrics(RECORD | {"mfu": 0.4149}, 1000, 80)
+
+
+def test_waiting_for_data_is_shown_where_it_is_long() -> None:
+    """10 steps of 512 tokens at 6,400 tokens/s take 0.8 s."""
+    assert "data 50%" in format_metrics(RECORD | {"data_seconds": 0.4}, 1000)
+    assert "data" not in format_metrics(RECORD | {"data_seconds": 0.039}, 1000)
 
 
 def test_scales_at_their_floor_are_shown_where_there_are_some() -> None:
@@ -68,7 +88,7 @@ def test_a_loss_that_is_not_finite_is_shown_as_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
-        (0, "0 ms"), (0.0123, "12 ms"), (1.25, "1.2 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1m00s"), (75, "1m15s"),
+        (0, "0 s"), (0.0123, "1 s"), (0.972, "1 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1m00s"), (75, "1m15s"),
         (3599.6, "1h00m"), (5400, "1h30m"), (86400, "1d00h"), (93784, "1d02h"), (864000, "10d00h"), (math.inf, "?"),
     ],
 )  # fmt: skip
@@ -76,7 +96,8 @@ def test_durations(seconds: float, shown: str) -> None:
     assert format_duration(seconds) == shown
 
 
-def test_into_a_file_go_plain_whole_lines() -> None:
+def test_into_a_file_go_plain_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     out = io.StringIO()
     with RunConsole(0, 1000, stream=out) as console:
         console.metrics(RECORD)

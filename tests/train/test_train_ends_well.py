@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
@@ -84,7 +84,7 @@ def test_a_signal_before_the_first_step_or_in_the_final_evaluation(
 
 
 def test_a_signal_while_the_command_starts(data: Path, tmp_path: Path) -> None:
-    at = "qatscale.config::load_run_config"
+    at = "qatscale.config.recipe::load_run_config"
     ended, output = finish(start("-c", SIGNALLED, at, "SIGTERM", *command(tmp_path / "run", data)))
     assert ended == EXIT_REQUEUE, output
     assert not (tmp_path / "run").exists()

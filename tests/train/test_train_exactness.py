@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.checkpoints.files import CheckpointReader, find_checkpoint, list_checkpoints, read_manifest
+from qatscale.engine.checkpoints.files import list_checkpoints, read_manifest
+from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.tracking.run_folder import RunFolder
 from tests.train.driving import STEPS, SWITCH, assert_same_state, drive, losses, spec
 

@@ -57,8 +57,6 @@ def test_every_process_looks_at_the_sizes(altered: Path, tmp_path: Path, monkeyp
 
 
 class _Engine:
-    skipped_steps = 0
-
     @staticmethod
     def get_global_grad_norm() -> float:
         return 1.0

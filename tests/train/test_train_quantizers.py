@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qatscale.engine.checkpoints.files import CheckpointReader
+from qatscale.engine.checkpoints.reader import CheckpointReader
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.reference import encode
 from qatscale.tracking.run_folder import RunFolder

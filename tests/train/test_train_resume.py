@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import load_run_config
-from qatscale.engine.checkpoints.files import find_checkpoint
+from qatscale.config.recipe import load_run_config
+from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder

@@ -62,7 +62,7 @@ def right(options: argparse.Namespace, recipe: str) -> Mapping[str, Any]:
     from checkpoint_speed import BACKGROUND, Bench
 
     from qatscale.engine.checkpoints.files import list_checkpoints
-    from qatscale.engine.checkpoints.save_load import load_checkpoint
+    from qatscale.engine.checkpoints.load import load_checkpoint
 
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         bench = Bench(recipe, Path(temporary))

@@ -50,7 +50,7 @@ class Job:
         self.speeds: dict[tuple[str, bool, bool, str], float] = {}
 
     def config(self, recipe: str) -> Any:
-        from qatscale.config import load_run_config
+        from qatscale.config.recipe import load_run_config
 
         micro = MICRO_BATCHES[recipe]
         more = [f"batch.micro_batch={micro}", f"batch.sequences={micro}", "engine.ds_config=zero1_bf16"]

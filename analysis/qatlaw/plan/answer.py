@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 from qatlaw.fraction import amount
 from qatlaw.laws.named import NamedLaw
 from qatlaw.planner_law import SYNTHETIC_WARNING, PlannerLaw
+from qatlaw.text import terminal_width, wrapped
+from qatlaw.text_table import TextTable
 
 TRAIN = ("qatscale", "train", "RECIPE")
 NO_LAW = (
@@ -21,15 +21,12 @@ NO_LAW = (
 )
 NO_CHOICE = "With --bits, `qatscale plan` also gives the command that runs one of these."
 
-Table = Sequence[Sequence[str]]
-"""Rows of cells, the headers first. The first column holds words or a key, the others numbers."""
-
 
 @dataclass(frozen=True)
 class Answer:
     question: str
     title: str
-    table: Table
+    table: TextTable
     plan: Any
     """The dataclass, or the list of them, that the table shows."""
     law: PlannerLaw | NamedLaw | None
@@ -55,10 +52,10 @@ class Answer:
 
     def text(self) -> str:
         """For a terminal: only sentences are wrapped, so that no number is cut and the command can be copied."""
-        columns = shutil.get_terminal_size().columns
+        width = terminal_width()
         sentences = [*self._notes(), *(f"warning: {warning}" for warning in self._warnings())]
-        lines = [self.title, "", *aligned(self.table), ""]
-        lines += [textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False) for line in sentences]
+        lines = [self.title, "", self.table.text(width), ""]
+        lines += [wrapped(sentence, width) for sentence in sentences]
         lines += ["", f"To run it: {' '.join((*self.command, *self.overrides))}"] if self.overrides else []
         return "\n".join(lines)
 
@@ -95,31 +92,25 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 """By attribute of a plan: its header and the format of its values."""
 
 
-def columns(items: Sequence[Any], attributes: str, best: object = None) -> Table:
+_DROPPED = ("per stored byte", "depth", "width", "stored bits", "tokens per byte", "training FLOPs", "QAT tokens")
+
+
+def columns(items: Sequence[Any], attributes: str, best: object = None) -> TextTable:
     """A row for each item. A column with an unknown value (None) is left out; `best` is marked with *."""
-    table = []
+    table: dict[str, list[str]] = {}
     for path in attributes.split():
         header, form = _COLUMNS[path.rpartition(".")[2]]
         values = [attrgetter(path)(item) for item in items]
         if None not in values:
-            table.append([header, *(amount(v, 4) if form == "amount" else format(v, form) for v in values)])
-    table[0][1:] = [text + " *" * (item is best) for item, text in zip(items, table[0][1:], strict=True)]
-    return list(zip(*table, strict=True))
+            table[header] = [amount(v, 4) if form == "amount" else format(v, form) for v in values]
+    first, *_ = table
+    table[first] = [text + " *" * (item is best) for item, text in zip(items, table[first], strict=True)]
+    return TextTable(list(table), words=[first], drop=_DROPPED, rows=list(zip(*table.values(), strict=True)))
 
 
-def facts(known: Mapping[str, str | None]) -> Table:
-    return [("quantity", "value"), *((name, text) for name, text in known.items() if text)]
-
-
-def aligned(table: Table, left: int = 1) -> Iterable[str]:
-    """Columns as narrow as their cells allow; headers break at spaces. left: columns of words."""
-    widths = [max(map(len, (*cells, *header.split()))) for header, *cells in zip(*table, strict=True)]
-    heads = [textwrap.wrap(header, width) for header, width in zip(table[0], widths, strict=True)]
-    depth = max(map(len, heads))
-    above = zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)
-    for row in (*above, ["-" * width for width in widths], *table[1:]):
-        pairs = enumerate(zip(row, widths, strict=True))
-        yield "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in pairs)
+def facts(known: Mapping[str, str | None]) -> TextTable:
+    headers = ("quantity", "value")
+    return TextTable(headers, words=headers, rows=[(name, text) for name, text in known.items() if text])
 
 
 def plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, tokens_per_parameter_byte
 from qatlaw.laws.base import Floats, Law
+from qatlaw.plan.root import falling_root
 from qatlaw.plan.run import SEQUENTIAL, Scheme, overrides_of, warnings_of, written_fraction
 from qatlaw.planner_law import PlannerLaw
 
@@ -32,7 +33,6 @@ ROUNDS = 6
 """Each tries POINTS splits and narrows the search 20 times; what is left is 2e-7 of the logit."""
 SIZES = (1e6, 1e13)
 """Parameters between which the best size is searched."""
-HALVINGS = 60
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,13 @@ def best_size(law: Law, B: float, amount: float, fp_cost: float, qat_cost: float
 def spend(budget: Budget, fraction_of: Callable[[float], float]) -> tuple[float, float]:
     """(f, D) of a budget whose fraction follows a rule, f = fraction_of(D): D (c_fp (1-f) + c_qat f) = amount."""
     costs = sorted((budget.fp_cost, budget.qat_cost))
-    low, high = budget.amount / costs[1], budget.amount / costs[0]
-    for _ in range(HALVINGS):
-        D = (low + high) / 2
-        f = fraction_of(D)
-        if D * (budget.fp_cost * (1 - f) + budget.qat_cost * f) > budget.amount:
-            high = D
-        else:
-            low = D
-    return fraction_of(low), low
+
+    def left(D: Floats) -> float:
+        f = fraction_of(float(D))
+        return budget.amount - float(D) * (budget.fp_cost * (1 - f) + budget.qat_cost * f)
+
+    D = float(falling_root(left, budget.amount / costs[1], budget.amount / costs[0]))
+    return fraction_of(D), D
 
 
 def plan_budget(

@@ -13,13 +13,13 @@ import numpy as np
 
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, tokens_per_parameter_byte
+from qatlaw.plan.root import falling_root
 from qatlaw.plan.run import warnings_of, written_fraction
 from qatlaw.planner_law import PlannerLaw
 
 MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the deserved tokens, for the table of what they buy."""
 DOUBLINGS = 60
-HALVINGS = 100
 STEP = 1e-4
 """In log tokens, for the slope of the loss."""
 
@@ -90,11 +90,7 @@ def plan_checkpoint(params: float, bits: float, tokens_fp: float, *, law: Planne
     if high is None:
         problem = "are the optimal full-precision share of no number of tokens."
         raise InputError("trained tokens", tokens_fp, problem)
-    low = tokens_fp
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if excess(middle) >= 0 else (middle, high)
-    deserved = high - tokens_fp
+    deserved = float(falling_root(lambda D: -excess(float(D)), tokens_fp, high)) - tokens_fp
     if law is None and tokens_per_parameter_byte(params, tokens_fp + deserved, bits) <= 1:
         problem = f"is less than a token per byte of {params:g} parameters at {bits:g} bits, too few here."
         raise InputError("trained tokens", tokens_fp, problem, "Are --params and the tokens in the right units?")

@@ -6,8 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
+from qatlaw.laws.nominal import EffectiveBits
+from qatlaw.plan.shapes import usual_effective_bits
 from qatlaw.plan.waste import optimal_loss, split_loss, wasted_tokens
 from qatlaw.planner_law import PlannerLaw
 
@@ -63,6 +67,14 @@ class Recipe:
     """Bits -> bytes of all its weights with their scales; None: unknown."""
     model: str = ""
     """The model that these bytes are counted on, in words."""
+
+    @property
+    def effective(self) -> EffectiveBits:
+        """(N, nominal bits) -> effective bits: its own, or where they are unknown those of usual shapes."""
+        if self.stored_bytes is None or self.params is None:
+            return usual_effective_bits()
+        stored_bytes, params = self.stored_bytes, self.params
+        return np.vectorize(lambda _, bits: 8 * stored_bytes(bits) / params, otypes=[float])
 
 
 @dataclass(frozen=True)

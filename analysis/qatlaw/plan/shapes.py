@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from qatlaw.effective_bits import StoredWeights, llama_weights
 from qatlaw.errors import InputError
+from qatlaw.laws.nominal import EffectiveBits
 
 VOCABULARY = 32_000
 """Rows of the embedding: Llama 2's."""
@@ -119,6 +120,30 @@ def nearest_shape(params: float, vocabulary: int = VOCABULARY) -> Shape | None:
     off = np.abs(np.log(_weights(widths, layers, vocabulary, 1).params / params))
     best = int(np.argmin(off))
     return Shape(int(widths[best]), int(layers[best]), vocabulary) if off[best] < NEAR else None
+
+
+def usual_effective_bits(vocabulary: int = VOCABULARY, group_size: int | None = None) -> EffectiveBits:
+    """(N, nominal bits) -> effective bits of the usual shape of about N parameters. InputError where none is near."""
+    widths, layers = _usual()
+    order = np.argsort(_weights(widths, layers, vocabulary, 1).params)
+    widths, layers = widths[order], layers[order]
+    sizes = np.log(_weights(widths, layers, vocabulary, 1).params)
+
+    def effective(N: ArrayLike, B: ArrayLike) -> NDArray[np.float64]:
+        logs, bits = np.broadcast_arrays(np.log(np.asarray(N, np.float64)), np.asarray(B, np.float64))
+        above = np.clip(np.searchsorted(sizes, logs), 1, len(sizes) - 1)
+        near = above - (logs - sizes[above - 1] < sizes[above] - logs)
+        off = np.abs(sizes[near] - logs)
+        if off.min() > NEAR:  # of many sizes that are compared, some may lie outside
+            problem = "no usual shape has about so many parameters, so that its effective bits are not known."
+            raise InputError("--params", float(np.asarray(N).flat[0]), problem, "Give a --recipe.")
+        found = np.empty(logs.shape)
+        for width in np.unique(bits):
+            at = near[bits == width]
+            found[bits == width] = _weights(widths[at], layers[at], vocabulary, width, group_size).effective_bits
+        return found
+
+    return effective
 
 
 def check_group_size(group_size: int | None) -> None:

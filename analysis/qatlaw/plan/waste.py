@@ -13,17 +13,14 @@ from numpy.typing import ArrayLike
 
 from qatlaw.errors import InputError
 from qatlaw.laws.base import Floats, Law
+from qatlaw.plan.root import falling_root
 
 WASTED = "wasted: 1 - D'/D, where D' tokens at their optimal fraction reach the same loss"
 SAVED = "saved: 1 - D/D_u, where the sequential scheme needs D_u tokens at its optimal fraction for the fused loss"
 
 EPSILON = np.finfo(np.float64).eps
-FIRST_STEP = 0.125
 REACH = 32.0
 """Distance, in log tokens, beyond which a loss counts as out of reach."""
-MOST_STEPS = 100
-TOLERANCE = 1e-13
-"""In log tokens."""
 
 
 def split_loss(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike) -> Floats:
@@ -41,36 +38,16 @@ def optimal_loss(law: Law, N: ArrayLike, D: ArrayLike, B: ArrayLike) -> Floats:
 def tokens_for_loss(law: Law, N: ArrayLike, loss: ArrayLike, B: ArrayLike, near: ArrayLike) -> Floats:
     """D with L*(N, D, B) = loss; broadcasts. Infinite where no number of tokens reaches it, 0 where any does.
 
-    near: where the search begins, in tokens. L* falls with D: an interval is widened until it holds the loss, and
-    narrowed by the Illinois form of regula falsi. NumPy alone, as a plan does not wait for SciPy.
+    near: tokens about which the search lies.
     """
     N, loss, B, near = np.broadcast_arrays(*(np.asarray(value, np.float64) for value in (N, loss, B, near)))
 
     def gap(x: Floats) -> Floats:
         return optimal_loss(law, N, np.exp(x), B) - loss
 
-    low, high = np.log(near) - FIRST_STEP, np.log(near)
-    at_low, at_high = gap(low), gap(high)
-    step = FIRST_STEP
-    while step < REACH and np.any((at_low <= 0) | (at_high > 0)):
-        step *= 2
-        low, high = np.where(at_low <= 0, low - step, low), np.where(at_high > 0, high + step, high)
-        at_low, at_high = gap(low), gap(high)
-    unreachable, any_does = at_high > 0, at_low <= 0
-    nowhere = unreachable | any_does
-    from_left = np.zeros(low.shape)  # +1 where the last point replaced the low end, -1 where the high one
-    for _ in range(MOST_STEPS):
-        x = low + (high - low) * np.where(nowhere, 0.0, at_low / np.where(nowhere, 1.0, at_low - at_high))
-        at_x = gap(x)
-        left = at_x > 0
-        moved = np.where(left, x - low, high - x)
-        at_high = np.where(left, at_high / np.where(from_left > 0, 2, 1), at_x)
-        at_low = np.where(left, at_x, at_low / np.where(from_left < 0, 2, 1))
-        low, high = np.where(left, x, low), np.where(left, high, x)
-        from_left = np.where(left, 1.0, -1.0)
-        if np.all((np.minimum(moved, high - low) < TOLERANCE) | nowhere):
-            break
-    return np.where(unreachable, np.inf, np.where(any_does, 0.0, np.exp(x)))
+    low, high = np.log(near) - REACH, np.log(near) + REACH
+    tokens = np.where(gap(high) > 0, np.inf, np.exp(falling_root(gap, low, high)))
+    return np.where(gap(low) <= 0, 0.0, tokens)
 
 
 def wasted_tokens(law: Law, N: ArrayLike, D: ArrayLike, f: ArrayLike, B: ArrayLike) -> Floats:

@@ -14,103 +14,28 @@ A checkpoint is written into a hidden folder, which is renamed when it is comple
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Required, cast
+from typing import Any
 
-import pydantic
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from typing_extensions import TypedDict
 
-from qatscale.config import is_unaltered, load_run_config
-from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoints.manifest import FORMAT_JSON, MANIFEST, MANIFEST_JSON, READABLE, Manifest
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of, sync
 from qatscale.tensor_files import write_safetensors
 
-FORMAT = 3
-READABLE = (1, 2, 3)
-"""Format 1 has no slices of columns, and 2 no checksum of the manifest itself."""
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"^step-(\d{8,})$")
-
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-_STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
-class ParameterRecord:
-    shape: Annotated[list[Count], Field(max_length=8)]
-    adam_steps: Count
-    """Adam's own count for this parameter: bias correction depends on it."""
-
-
-class FileRecord(TypedDict):
-    bytes: Count
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class PluginState(TypedDict, total=False):
-    """As `QatPlugin.state` gives it."""
-
-    switched_at: Required[Count | None]
-    group_size: Annotated[int, Field(gt=0)] | None
-    bits: dict[str, float]
-    scales_at_switch: dict[str, str]
-
-
-def _plugin_state(state: dict[str, Any]) -> dict[str, Any]:
-    return cast(dict[str, Any], _PLUGIN.validate_python(state, strict=True))
-
-
-_PLUGIN = TypeAdapter(PluginState)
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
-class Manifest:
-    step: Count
-    """Optimizer steps done."""
-    tokens: Count
-    reason: str
-    """interval, boundary (also those of `checkpoint.keep_at`), signal, end or imported."""
-    kept: bool
-    """Stays when interval checkpoints rotate."""
-    recipe_hash: str
-    """`config.recipe_hash` of the recipe beside it; 16 digits of another hash in checkpoints of version 0.1."""
-    data: str
-    """Fingerprint of the tokens it was trained on."""
-    plugin: Annotated[dict[str, Any], AfterValidator(_plugin_state)]
-    """A `PluginState`."""
-    parameters: dict[str, ParameterRecord]
-    layout: dict[str, int]
-    """The layout it was saved under, for information: processes, zero_stage, data, tensor, pipeline."""
-    files: dict[Annotated[str, Field(pattern=r"^[^/\\]+$")], FileRecord] = field(default_factory=dict)
-    tokenizer: str | None = None
-    """Fingerprint of the tokenizer of these tokens; None where it is not known."""
-    format: int = FORMAT
-    checksum: str = ""
-    """sha256 of all else in the manifest."""
-
-    def digest(self) -> str:
-        """What `checksum` has to be."""
-        return hashlib.sha256(json.dumps(asdict(replace(self, checksum="")), sort_keys=True).encode()).hexdigest()
-
-
-class _Format(TypedDict):
-    format: int
-
-
-_MANIFEST, _FORMAT = TypeAdapter(Manifest), TypeAdapter(_Format)
+STEP = re.compile(r"^step-(\d{8,})$")
+"""The name of a checkpoint's folder."""
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -120,7 +45,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return sorted(p for p in found if _STEP.match(p.name) and (p / MANIFEST).is_file())
+    return sorted(p for p in found if STEP.match(p.name) and (p / MANIFEST).is_file())
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -129,9 +54,11 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     UserError where a newer one is half-deleted: an older one would silently cost the steps between them.
     """
     found = list_checkpoints(checkpoints)
-    folders = sorted(p for p in checkpoints.iterdir() if _STEP.match(p.name)) if checkpoints.is_dir() else []
+    folders = sorted(p for p in checkpoints.iterdir() if STEP.match(p.name)) if checkpoints.is_dir() else []
     if folders and (not found or folders[-1] != found[-1]):
-        raise UserError("checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", _other(folders[-1]))
+        raise UserError(
+            "checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", other_checkpoint(folders[-1])
+        )
     return found[-1] if found else None
 
 
@@ -145,7 +72,7 @@ def _with_advice(folder: Path) -> Iterator[None]:
     try:
         yield
     except _DamageError as damage:
-        raise UserError("checkpoint", str(folder), str(damage), _other(folder)) from damage.__cause__
+        raise UserError("checkpoint", str(folder), str(damage), other_checkpoint(folder)) from damage.__cause__
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -157,10 +84,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _parse_manifest(folder: Path) -> Manifest:
     try:
         text = (folder / MANIFEST).read_bytes()
-        written = _FORMAT.validate_json(text)["format"]
+        written = FORMAT_JSON.validate_json(text)["format"]
         if written not in READABLE:
             raise _DamageError(f"its {MANIFEST} is of format {written}; this version of qatscale reads {READABLE}.")
-        return _MANIFEST.validate_json(text)
+        return MANIFEST_JSON.validate_json(text)
     except FileNotFoundError:
         raise _DamageError(f"no checkpoint: it has no {MANIFEST}.") from None
     except OSError as error:
@@ -201,7 +128,7 @@ def _is_finite(values: Tensor) -> bool:
 def check_finite(folder: Path, slices: Iterable[tuple[str, Tensor]]) -> None:
     """UserError where a slice of a checkpoint holds NaN or infinity. Version 0.1 saved such states."""
     if wrong := not_finite(slices):
-        raise UserError("checkpoint", str(folder), f"{wrong} is not finite.", _other(folder))
+        raise UserError("checkpoint", str(folder), f"{wrong} is not finite.", other_checkpoint(folder))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -218,7 +145,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _other(folder: Path) -> str:
+def other_checkpoint(folder: Path) -> str:
     """The fix for a damaged checkpoint: the newest undamaged one before it, and how to use it.
 
     Only the first process of a job reads the earlier ones to verify them. The others name the newest unverified.
@@ -299,152 +226,6 @@ def _may_go(folder: Path) -> bool:
         return False
 
 
-# --- reading ---
-
-
 def slice_name(kind: str, parameter: str, start: int, columns: tuple[int, int] | None) -> str:
     """The name of a slice in a shard."""
     return f"{kind}/{parameter}/{start}" + ("" if columns is None else f"/{columns[0]}-{columns[1]}")
-
-
-@dataclass(frozen=True)
-class _SavedSlice:
-    key: str
-    file: str
-    start: int
-    numel: int
-    columns: tuple[int, int] | None
-
-
-class CheckpointReader:
-    """Any slice of any parameter of a checkpoint, assembled from the slices it was saved in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
-        self._files: dict[str, Any] = {}
-        self._slices: dict[tuple[str, str], list[_SavedSlice]] = {}
-        for name in sorted(self.manifest.files):
-            try:
-                self._files[name] = file = safe_open(folder / name, framework="pt")
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    kind, parameter, start, *columns = key.split("/")
-                    first, _, end = columns[0].partition("-") if columns else ("", "", "")
-                    numel = file.get_slice(key).get_shape()[0]
-                    saved = _SavedSlice(key, name, int(start), numel, (int(first), int(end)) if columns else None)
-                    self._slices.setdefault((kind, parameter), []).append(saved)
-            except (SafetensorError, OSError, ValueError, IndexError) as error:  # the latter two: an altered header
-                problem = f"{name} cannot be read ({error})."
-                raise UserError("checkpoint", str(folder), problem, _other(folder)) from error
-
-    def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
-        """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
-        out = torch.empty(numel, dtype=torch.float32)
-        filled = 0
-        slices = self._slices.get((kind, parameter), [])
-        if not slices and kind != "weight" and self.manifest.parameters[parameter].adam_steps == 0:
-            return out.zero_()
-        for saved in slices:
-            if saved.columns == columns:
-                filled += self._copy(saved, start, out)
-            else:
-                filled += self._pick(saved, start, columns, out, self.manifest.parameters[parameter].shape)
-        if filled != numel:
-            missing = f"{kind} of {parameter}: {filled} of {numel} elements are there."
-            raise UserError("checkpoint", str(self.folder), missing, _other(self.folder))
-        return out
-
-    def _chunk(self, saved: _SavedSlice, low: int, high: int) -> Tensor:
-        """Its elements [low, high), counted as its `start` is."""
-        return self._files[saved.file].get_slice(saved.key)[low - saved.start : high - saved.start]
-
-    def _copy(self, saved: _SavedSlice, start: int, out: Tensor) -> int:
-        """Copy what a slice of the same columns holds of [start, start + len(out)); returns how much that was."""
-        low, high = max(start, saved.start), min(start + len(out), saved.start + saved.numel)
-        if low >= high:
-            return 0
-        out[low - start : high - start] = self._chunk(saved, low, high)
-        return high - low
-
-    def _pick(
-        self, saved: _SavedSlice, start: int, columns: tuple[int, int] | None, out: Tensor, shape: list[int]
-    ) -> int:
-        """As `_copy`, from a slice of other columns: only the rows concerned are read."""
-        (first, end), (own_first, own_end) = columns or (0, shape[1]), saved.columns or (0, shape[1])
-        width, own_width = end - first, own_end - own_first
-        rows = start // width, -(-(start + len(out)) // width)
-        low, high = max(saved.start, rows[0] * own_width), min(saved.start + saved.numel, rows[1] * own_width)
-        if low >= high:
-            return 0
-        index = torch.arange(low, high)
-        column = index % own_width + own_first - first
-        target = index.div(own_width, rounding_mode="floor") * width + column - start
-        wanted = (column >= 0) & (column < width) & (target >= 0) & (target < len(out))
-        out[target[wanted]] = self._chunk(saved, low, high)[wanted]
-        return int(wanted.sum())
-
-    def parameter(self, name: str, kind: str = "weight") -> Tensor:
-        """A full parameter, fp32."""
-        shape = torch.Size(self.manifest.parameters[name].shape)
-        return self.read(kind, name, 0, shape.numel()).view(shape)
-
-    def weights(self) -> dict[str, Tensor]:
-        """All parameters, fp32: a state dict."""
-        return {name: self.parameter(name) for name in self.manifest.parameters}
-
-
-def open_checkpoint(what: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, CheckpointReader]:
-    """A checkpoint, named as `find_checkpoint` takes it, and its run's configuration with `overrides`.
-
-    UserError where it is damaged, or where the run's recipe is missing or was altered since the save.
-    """
-    folder = find_checkpoint(what)
-    recipe = folder.resolve().parent.parent / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
-    reader = CheckpointReader(folder)
-    if not is_unaltered(recipe, reader.manifest.recipe_hash):
-        problem = f"{recipe} was altered after the checkpoint was saved: it describes another model or run."
-        raise UserError("checkpoint", what, problem, "Restore the recipe.")
-    verify_files(folder, reader.manifest)
-    return load_run_config(recipe, overrides), reader
-
-
-def find_checkpoint(what: str | Path) -> Path:
-    """A checkpoint from how people name one: its folder, a run folder (its newest), or `RUN@STEP`.
-
-    UserError where none exists, with those that do.
-    """
-    path, at = Path(what), ""
-    if not path.exists() and "@" in str(what):  # where a path holds one, the last is meant
-        text, _, at = str(what).rpartition("@")
-        path = Path(text)
-    if not at and _STEP.match(path.resolve().name):
-        if not (path / MANIFEST).is_file():
-            raise UserError("checkpoint", str(path), "no complete checkpoint here.", _other(path))
-        return path
-    found = list_checkpoints(path / "checkpoints")
-    newest = None if at else newest_checkpoint(path / "checkpoints")
-    if not found:
-        none = "no run folder with a complete checkpoint, and no checkpoint folder."
-        raise UserError("checkpoint", str(what), none, _what_is_there(path))
-    if newest:
-        return newest
-    steps = {int(p.name.removeprefix("step-")): p for p in found}
-    if not at.isdigit() or int(at) not in steps:
-        problem = f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
-        raise UserError("checkpoint", str(what), problem)
-    return steps[int(at)]
-
-
-def _what_is_there(path: Path) -> str:
-    """Where no checkpoint is."""
-    if not path.is_dir():
-        return "The folder does not exist."
-    if (path / "run.json").is_file():
-        return "The run has none yet."
-    if (path / "config.json").is_file():
-        convert = f"qatscale convert {path} --to checkpoint --out runs/NAME --recipe RECIPE"
-        return f"It looks like a Hugging Face model; make it a run to branch from: {convert}"
-    runs = sorted(str(file.parent) for file in path.glob("*/run.json"))
-    return f"It holds runs; give one: {', '.join(runs[:5])}." if runs else "It holds no run.json."

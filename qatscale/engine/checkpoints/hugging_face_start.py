@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import ModelConfig, RunConfig
 from qatscale.data.manifest import tokenizer_folder
 from qatscale.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer

@@ -10,18 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import recipe_hash
 from qatscale.config.ds_config import precision_of, run_ds_config
+from qatscale.config.recipe import recipe_hash
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import (
-    CheckpointReader,
-    Manifest,
-    ParameterRecord,
-    commit,
-    open_checkpoint,
-    slice_name,
-    writing_folder,
-)
+from qatscale.engine.checkpoints.files import commit, slice_name, writing_folder
+from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
+from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.initialize import optimizer_groups
 from qatscale.engine.zero_masters import MOMENTS
 from qatscale.model.llama import Llama

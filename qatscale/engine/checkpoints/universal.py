@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config import load_run_config, resolved_yaml
+from qatscale.config.recipe import load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
 from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, skeleton

@@ -70,6 +70,21 @@ class Given:
     """GB/s that a process sends over the job's slowest link; None = by the kind of link."""
     host_memory: float | None = None
     """GB of a node."""
+    gpu_memory: float | None = None
+    """GB of a device, in place of what is known of `gpu`."""
+    gpu_peak: float | None = None
+    """bf16 FLOP/s of a device, in place of what is known of `gpu`."""
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of a device."""
+        known = device_memory(self.gpu) if self.gpu else None
+        return known if self.gpu_memory is None else round(self.gpu_memory * 1e9)
+
+    @property
+    def peak(self) -> float | None:
+        """bf16 FLOP/s of a device."""
+        return self.gpu_peak or (peak_flops(self.gpu) if self.gpu else None)
 
 
 @dataclass(frozen=True)
@@ -149,32 +164,32 @@ def estimate_job(
         bubble=waiting,
         notices=layout_notices(config, layout),
         given=given,
-        gpu_memory=device_memory(given.gpu) if given.gpu else None,
+        gpu_memory=given.memory,
         compute_seconds=compute,
     )  # fmt: skip
 
 
 def _speed(config: RunConfig, processes: int, given: Given, precision: str) -> float | None:
     """Tokens/s of the job while it computes: MFU x peak over the FLOPs of a token."""
-    for option, value in (("--network", given.network), ("--host-memory", given.host_memory)):
+    in_gb = {"--network": given.network, "--host-memory": given.host_memory, "--gpu-memory": given.gpu_memory}
+    for option, value in in_gb.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(option, value, "a number of GB above 0.")
     mfu, gpu = given.mfu, given.gpu
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError("--mfu", mfu, "a share of the device's peak, above 0 and at most 1, e.g. 0.4.")
-    if gpu is None:
-        if mfu is not None:
-            raise UserError("--mfu", mfu, "is a share of a device's peak.", "Name the device with --gpu.")
-        return None
-    peak = peak_flops(gpu)
-    if peak is None:
-        known = f"Known: {', '.join(device_names())}."
+    if gpu is not None and (given.peak is None or given.memory is None):
+        known = f"Give its --gpu-memory and --peak-flops. Known: {', '.join(device_names())}."
         raise UserError("--gpu", gpu, "its peak and memory are not known here, and are not guessed.", known)
     if mfu is None:
         return None
+    if given.peak is None:
+        raise UserError(
+            "--mfu", mfu, "is a share of a device's peak.", "Name the device with --gpu, or add --peak-flops."
+        )
     if precision == "fp32":
         raise UserError("--mfu", mfu, "is of the bf16 peak, and the ds_config computes in fp32.", "Take a bf16 one.")
-    return mfu * peak * processes / flops_per_token(config.model, config.data.sequence_length)
+    return mfu * given.peak * processes / flops_per_token(config.model, config.data.sequence_length)
 
 
 # --- what would help ---
@@ -189,7 +204,8 @@ def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], job:
         needs = f"{whose} needs {_gigabytes(job.fullest.total)} ({job.fullest.when})"
         fitting = [f"{what} ({_gigabytes(o.fullest.total)})" for what, o in _changes(config, ds_config, job) if o.fits]
         problem = f"has {_gigabytes(job.gpu_memory)}; {needs}."
-        problems.append(UserError("--gpu", job.given.gpu, problem, _would(fitting)))
+        option = "--gpu" if job.given.gpu else "--gpu-memory"
+        problems.append(UserError(option, job.given.gpu or job.given.gpu_memory, problem, _would(fitting)))
     if job.fits_host is False:
         needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory ({job.host.when})"
         fitting = [

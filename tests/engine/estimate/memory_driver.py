@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qatscale.config import load_run_config
 from qatscale.config.ds_config import merge_ds_config
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.initialize import apply_settings, initialize_engine
 from qatscale.engine.layout import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime

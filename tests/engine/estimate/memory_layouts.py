@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
 from qatscale.engine.estimate.memory import Kinds, fullest_moment, zero_settings
 from qatscale.engine.layout import Layout, plan_layout, stages_of

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from qatscale.config import load_run_config, recipe_names
 from qatscale.config.ds_config import load_ds_config
+from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters, device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.estimate.fits import Given, estimate_job, network_advice, refuse_what_cannot_fit

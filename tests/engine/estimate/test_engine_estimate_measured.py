@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.estimate.memory import between_steps, start_bytes, zero_settings
 from qatscale.engine.estimate.traffic import traffic_of
 from tests.engine.estimate.memory_layouts import MORE, RUNS, estimate, fullest, layout_of, measure, sizes_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import load_run_config, recipe_names
+from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes

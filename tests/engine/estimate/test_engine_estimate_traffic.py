@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qatscale.config import load_run_config
+from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.estimate.local_sizes import local_sizes

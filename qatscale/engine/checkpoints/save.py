@@ -1,22 +1,20 @@
-"""Save the masters and Adam states of a running engine, and put them back under the same or another layout."""
+"""Save the masters and Adam states of a running engine."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qatscale.engine.checkpoints import files
-from qatscale.engine.checkpoints.files import CheckpointReader, Manifest, ParameterRecord
+from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
 from qatscale.engine.runtime import Runtime, together
 from qatscale.engine.zero_masters import MOMENTS, ZeroMasters
-from qatscale.errors import UserError
 from qatscale.quant.plugin import merge_states
 
 
@@ -32,7 +30,7 @@ def slices_of(masters: ZeroMasters) -> dict[str, Tensor]:
     """What this process writes: slice name -> its elements, flat, fp32; views of the masters and of Adam's state."""
     slices: dict[str, Tensor] = {}
     for partition, fragments in masters.by_partition().items():
-        for kind, flat in _by_kind(masters, partition).items():
+        for kind, flat in by_kind(masters, partition).items():
             for fragment in fragments:
                 if fragment.saved:
                     name = files.slice_name(kind, fragment.name, fragment.start, fragment.columns)
@@ -40,7 +38,7 @@ def slices_of(masters: ZeroMasters) -> dict[str, Tensor]:
     return slices
 
 
-def _by_kind(masters: ZeroMasters, partition: Tensor) -> dict[str, Tensor]:
+def by_kind(masters: ZeroMasters, partition: Tensor) -> dict[str, Tensor]:
     state = masters.adam_state(partition)
     return {"weight": partition, **{moment: state[moment] for moment in MOMENTS}}
 
@@ -90,47 +88,3 @@ def write_checkpoint(
             shutil.rmtree(writing, ignore_errors=True)
         raise type(error)(f"the checkpoint of step {draft.step} was not written: {error}") from error
     return files.step_folder(checkpoints, draft.step)
-
-
-@torch.no_grad()
-def load_checkpoint(
-    folder: Path, masters: ZeroMasters, runtime: Runtime, *, keep: Callable[[str], bool] | None = None
-) -> Manifest:
-    """Put a checkpoint's masters and Adam states into a fresh engine. Collective.
-
-    Parameters of which `keep` is true keep their initial value, whatever the checkpoint has of them (scales of a branch
-    that are not yet in use). Raises UserError for a damaged checkpoint and for one of another model.
-    """
-    reader = CheckpointReader(folder)
-    together(lambda: files.verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
-    saved = {name: record for name, record in reader.manifest.parameters.items() if not (keep and keep(name))}
-    # every stage of a pipeline has some of the model's parameters
-    held = {name: shape for shapes in together(lambda: masters.shapes, runtime) for name, shape in shapes.items()}
-    loaded = {name: list(shape) for name, shape in held.items() if not (keep and keep(name))}
-    _check_same_model(folder, loaded, {name: record.shape for name, record in saved.items()})
-    for partition, fragments in masters.by_partition().items():
-        wanted = [fragment for fragment in fragments if fragment.name in loaded]
-        if not wanted:
-            continue
-        (steps,) = {saved[fragment.name].adam_steps for fragment in wanted}  # one optimizer group, one count
-        masters.adam_state(partition)["step"].fill_(steps)
-        for kind, flat in _by_kind(masters, partition).items():
-            for f in wanted:
-                f.of(flat).copy_(reader.read(kind, f.name, f.start, f.numel, f.columns))
-    together(lambda: files.check_finite(folder, slices_of(masters).items()), runtime)
-    masters.refresh_working_copies()
-    return reader.manifest
-
-
-def _check_same_model(folder: Path, expected: dict[str, list[int]], saved: dict[str, list[int]]) -> None:
-    """UserError where a checkpoint's parameters or their shapes are not the model's."""
-    problem = ""
-    if missing := sorted(expected.keys() - saved.keys()):
-        problem = f"it lacks {len(missing)} parameters of this model: {missing[:3]}."
-    elif surplus := sorted(saved.keys() - expected.keys()):
-        problem = f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}."
-    elif others := [name for name, shape in expected.items() if saved[name] != shape]:
-        name = others[0]
-        problem = f"{name} has shape {saved[name]} there and {expected[name]} in this model."
-    if problem:
-        raise UserError("checkpoint", str(folder), problem)

@@ -1,0 +1,60 @@
+"""Put the masters and Adam states of a checkpoint into an engine of the same or another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qatscale.engine.checkpoints import files
+from qatscale.engine.checkpoints.manifest import Manifest
+from qatscale.engine.checkpoints.reader import CheckpointReader
+from qatscale.engine.checkpoints.save import by_kind, slices_of
+from qatscale.engine.runtime import Runtime, together
+from qatscale.engine.zero_masters import ZeroMasters
+from qatscale.errors import UserError
+
+
+@torch.no_grad()
+def load_checkpoint(
+    folder: Path, masters: ZeroMasters, runtime: Runtime, *, keep: Callable[[str], bool] | None = None
+) -> Manifest:
+    """Put a checkpoint's masters and Adam states into a fresh engine. Collective.
+
+    Parameters of which `keep` is true keep their initial value, whatever the checkpoint has of them (scales of a branch
+    that are not yet in use). Raises UserError for a damaged checkpoint and for one of another model.
+    """
+    reader = CheckpointReader(folder)
+    together(lambda: files.verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
+    saved = {name: record for name, record in reader.manifest.parameters.items() if not (keep and keep(name))}
+    # every stage of a pipeline has some of the model's parameters
+    held = {name: shape for shapes in together(lambda: masters.shapes, runtime) for name, shape in shapes.items()}
+    loaded = {name: list(shape) for name, shape in held.items() if not (keep and keep(name))}
+    _check_same_model(folder, loaded, {name: record.shape for name, record in saved.items()})
+    for partition, fragments in masters.by_partition().items():
+        wanted = [fragment for fragment in fragments if fragment.name in loaded]
+        if not wanted:
+            continue
+        (steps,) = {saved[fragment.name].adam_steps for fragment in wanted}  # one optimizer group, one count
+        masters.adam_state(partition)["step"].fill_(steps)
+        for kind, flat in by_kind(masters, partition).items():
+            for f in wanted:
+                f.of(flat).copy_(reader.read(kind, f.name, f.start, f.numel, f.columns))
+    together(lambda: files.check_finite(folder, slices_of(masters).items()), runtime)
+    masters.refresh_working_copies()
+    return reader.manifest
+
+
+def _check_same_model(folder: Path, expected: dict[str, list[int]], saved: dict[str, list[int]]) -> None:
+    """UserError where a checkpoint's parameters or their shapes are not the model's."""
+    problem = ""
+    if missing := sorted(expected.keys() - saved.keys()):
+        problem = f"it lacks {len(missing)} parameters of this model: {missing[:3]}."
+    elif surplus := sorted(saved.keys() - expected.keys()):
+        problem = f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}."
+    elif others := [name for name, shape in expected.items() if saved[name] != shape]:
+        name = others[0]
+        problem = f"{name} has shape {saved[name]} there and {expected[name]} in this model."
+    if problem:
+        raise UserError("checkpoint", str(folder), problem)

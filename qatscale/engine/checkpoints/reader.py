@@ -1,0 +1,168 @@
+"""Reading checkpoints: any slice of any parameter, and a checkpoint as people name one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qatscale.config.recipe import is_unaltered, load_run_config
+from qatscale.config.schema import RunConfig
+from qatscale.engine.checkpoints.files import (
+    STEP,
+    list_checkpoints,
+    newest_checkpoint,
+    other_checkpoint,
+    read_manifest,
+    verify_files,
+)
+from qatscale.engine.checkpoints.manifest import MANIFEST
+from qatscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class _SavedSlice:
+    key: str
+    file: str
+    start: int
+    numel: int
+    columns: tuple[int, int] | None
+
+
+class CheckpointReader:
+    """Any slice of any parameter of a checkpoint, assembled from the slices it was saved in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._files: dict[str, Any] = {}
+        self._slices: dict[tuple[str, str], list[_SavedSlice]] = {}
+        for name in sorted(self.manifest.files):
+            try:
+                self._files[name] = file = safe_open(folder / name, framework="pt")
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    kind, parameter, start, *columns = key.split("/")
+                    first, _, end = columns[0].partition("-") if columns else ("", "", "")
+                    numel = file.get_slice(key).get_shape()[0]
+                    saved = _SavedSlice(key, name, int(start), numel, (int(first), int(end)) if columns else None)
+                    self._slices.setdefault((kind, parameter), []).append(saved)
+            except (SafetensorError, OSError, ValueError, IndexError) as error:  # the latter two: an altered header
+                problem = f"{name} cannot be read ({error})."
+                raise UserError("checkpoint", str(folder), problem, other_checkpoint(folder)) from error
+
+    def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
+        out = torch.empty(numel, dtype=torch.float32)
+        filled = 0
+        slices = self._slices.get((kind, parameter), [])
+        if not slices and kind != "weight" and self.manifest.parameters[parameter].adam_steps == 0:
+            return out.zero_()
+        for saved in slices:
+            if saved.columns == columns:
+                filled += self._copy(saved, start, out)
+            else:
+                filled += self._pick(saved, start, columns, out, self.manifest.parameters[parameter].shape)
+        if filled != numel:
+            missing = f"{kind} of {parameter}: {filled} of {numel} elements are there."
+            raise UserError("checkpoint", str(self.folder), missing, other_checkpoint(self.folder))
+        return out
+
+    def _chunk(self, saved: _SavedSlice, low: int, high: int) -> Tensor:
+        """Its elements [low, high), counted as its `start` is."""
+        return self._files[saved.file].get_slice(saved.key)[low - saved.start : high - saved.start]
+
+    def _copy(self, saved: _SavedSlice, start: int, out: Tensor) -> int:
+        """Copy what a slice of the same columns holds of [start, start + len(out)); returns how much that was."""
+        low, high = max(start, saved.start), min(start + len(out), saved.start + saved.numel)
+        if low >= high:
+            return 0
+        out[low - start : high - start] = self._chunk(saved, low, high)
+        return high - low
+
+    def _pick(
+        self, saved: _SavedSlice, start: int, columns: tuple[int, int] | None, out: Tensor, shape: list[int]
+    ) -> int:
+        """As `_copy`, from a slice of other columns: only the rows concerned are read."""
+        (first, end), (own_first, own_end) = columns or (0, shape[1]), saved.columns or (0, shape[1])
+        width, own_width = end - first, own_end - own_first
+        rows = start // width, -(-(start + len(out)) // width)
+        low, high = max(saved.start, rows[0] * own_width), min(saved.start + saved.numel, rows[1] * own_width)
+        if low >= high:
+            return 0
+        index = torch.arange(low, high)
+        column = index % own_width + own_first - first
+        target = index.div(own_width, rounding_mode="floor") * width + column - start
+        wanted = (column >= 0) & (column < width) & (target >= 0) & (target < len(out))
+        out[target[wanted]] = self._chunk(saved, low, high)[wanted]
+        return int(wanted.sum())
+
+    def parameter(self, name: str, kind: str = "weight") -> Tensor:
+        """A full parameter, fp32."""
+        shape = torch.Size(self.manifest.parameters[name].shape)
+        return self.read(kind, name, 0, shape.numel()).view(shape)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters, fp32: a state dict."""
+        return {name: self.parameter(name) for name in self.manifest.parameters}
+
+
+def open_checkpoint(what: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, CheckpointReader]:
+    """A checkpoint, named as `find_checkpoint` takes it, and its run's configuration with `overrides`.
+
+    UserError where it is damaged, or where the run's recipe is missing or was altered since the save.
+    """
+    folder = find_checkpoint(what)
+    recipe = folder.resolve().parent.parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError("checkpoint", what, f"its run's recipe is not beside it ({recipe}).")
+    reader = CheckpointReader(folder)
+    if not is_unaltered(recipe, reader.manifest.recipe_hash):
+        problem = f"{recipe} was altered after the checkpoint was saved: it describes another model or run."
+        raise UserError("checkpoint", what, problem, "Restore the recipe.")
+    verify_files(folder, reader.manifest)
+    return load_run_config(recipe, overrides), reader
+
+
+def find_checkpoint(what: str | Path) -> Path:
+    """A checkpoint from how people name one: its folder, a run folder (its newest), or `RUN@STEP`.
+
+    UserError where none exists, with those that do.
+    """
+    path, at = Path(what), ""
+    if not path.exists() and "@" in str(what):  # where a path holds one, the last is meant
+        text, _, at = str(what).rpartition("@")
+        path = Path(text)
+    if not at and STEP.match(path.resolve().name):
+        if not (path / MANIFEST).is_file():
+            raise UserError("checkpoint", str(path), "no complete checkpoint here.", other_checkpoint(path))
+        return path
+    found = list_checkpoints(path / "checkpoints")
+    newest = None if at else newest_checkpoint(path / "checkpoints")
+    if not found:
+        none = "no run folder with a complete checkpoint, and no checkpoint folder."
+        raise UserError("checkpoint", str(what), none, _what_is_there(path))
+    if newest:
+        return newest
+    steps = {int(p.name.removeprefix("step-")): p for p in found}
+    if not at.isdigit() or int(at) not in steps:
+        problem = f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
+        raise UserError("checkpoint", str(what), problem)
+    return steps[int(at)]
+
+
+def _what_is_there(path: Path) -> str:
+    """Where no checkpoint is."""
+    if not path.is_dir():
+        return "The folder does not exist."
+    if (path / "run.json").is_file():
+        return "The run has none yet."
+    if (path / "config.json").is_file():
+        convert = f"qatscale convert {path} --to checkpoint --out runs/NAME --recipe RECIPE"
+        return f"It looks like a Hugging Face model; make it a run to branch from: {convert}"
+    runs = sorted(str(file.parent) for file in path.glob("*/run.json"))
+    return f"It holds runs; give one: {', '.join(runs[:5])}." if runs else "It holds no run.json."

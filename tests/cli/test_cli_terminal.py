@@ -1,0 +1,93 @@
+"""What a person types first, and what a terminal shows when the machine fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shlex
+from pathlib import Path
+
+import pytest
+
+import qatscale
+from qatscale.cli.terminal import as_overrides
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
+from tests.cli.bad_inputs import run_command
+
+
+def test_the_version() -> None:
+    assert run_command(["--version"]) == (0, f"qatscale {qatscale.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "overrides"),
+    [
+        ("tokens=1K --deepspeed a.json qat.bits=2", "tokens=1K engine.ds_config=a.json qat.bits=2"),
+        ("--deepspeed --deepspeed_config a.json", "engine.ds_config=a.json"),
+        ("--deepspeed_config=a=b.json", "engine.ds_config=a=b.json"),
+        ("--deepspeed tokens=1K", "tokens=1K"),
+        ("--deepspeed", ""),
+        ("--qat.bits=2", "--qat.bits=2"),
+    ],
+)
+def test_a_ds_config_as_other_programs_take_it(typed: str, overrides: str) -> None:
+    assert as_overrides(typed.split()) == overrides.split()
+
+
+def test_a_ds_config_without_a_file() -> None:
+    with pytest.raises(UserError, match="takes the path of a ds_config"):
+        as_overrides(["--deepspeed_config"])
+
+
+def test_a_full_disk_is_one_sentence_and_dry_runs_say_where_a_run_would_go_on(prepared: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stops the checkpoint at the switch, as a full disk does."""
+    settings = f"output={tmp_path} data.path={prepared} tokens=2560 tracking.uri=none checkpoint.background=false"
+    words = shlex.split(f"train debug name=run {settings}")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        code, out, error = run_command(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == EXIT_FAILED
+    assert re.fullmatch(r"error: the checkpoint of step 5 [^\n]+: File too large: [^\n]+\nlog: \S+rank-0\.log\n", error)
+    assert "Traceback" not in out
+    assert "Traceback" in Path(error.split("log: ")[1].strip()).read_text()
+
+    run = tmp_path / "run"
+    code, out, error = run_command(["resume", str(run), "--dry-run"])
+    assert code == 0, error
+    assert "begins at step 0" in out
+    assert run_command(words)[0] == 0
+    assert f"{run} is done: nothing is left to train" in run_command(["resume", str(run), "--dry-run"])[1]
+    branch = ["branch", f"{run}@5", "name=branch", "tokens=5120", "--dry-run"]
+    code, out, error = run_command(branch)
+    assert code == 0, error
+    assert "begins at step 5 of " in out
+    assert "in 20 steps of 256" in out
+    assert run_command([*branch, "batch.sequences=7"])[0] == EXIT_BAD_INPUT
+    assert not (tmp_path / "branch").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["train 86m --dry-run --gpu X1", "train 86m --dry-run --mfu 0.4", "train 86m --dry-run --gpu-memory 0",
+     "train 86m --dry-run --processes 3", "train 86m --dry-run --figure a.txt", "train 86m --dry-run --peak-flops x"],
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_anything_else(typed: str) -> None:
+    code, out, error = run_command(typed.split())
+    assert (code, out) == (EXIT_BAD_INPUT, ""), error
+
+
+def test_a_gpu_that_is_in_no_table() -> None:
+    known = run_command(["train", "86m", "--dry-run", "--gpu", "H200", "--mfu", "0.4", "--json"])[1]
+    given = ["--gpu-memory", "141", "--peak-flops", "989T", "--mfu", "0.4"]
+    code, out, error = run_command(["train", "86m", "--dry-run", *given, "--json"])
+    assert code == 0, error
+    mine, theirs = (json.loads(text)["scale"] for text in (out, known))
+    for key in ("gpu_memory", "tokens_per_second", "fits"):
+        assert mine[key] == theirs[key]
+    code, _, error = run_command(["train", "86m", "--dry-run", "--gpu-memory", "10"])
+    assert code == EXIT_BAD_INPUT
+    assert "--gpu-memory = 10.0: has 10 GB; a process needs 12.4 GB" in error
