@@ -75,9 +75,11 @@ class TransformersModel:
 
 class MlxModel:
     def __init__(self, export: Exported) -> None:
-        from mlx_lm import load
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+        from mlx_lm.utils import load_model
 
-        self._model, self._tokenizer, config = load(str(export.path), return_config=True)
+        self._model, config = load_model(export.path)
+        self._tokenizer = TokenizerWrapper(Transformers.load_tokenizer(export.path))
         self.about = f"{export.path}: {export.format.name}, with mlx-lm"
         self.length: int | None = config.get("max_position_embeddings")
 
@@ -120,6 +122,7 @@ def _open(
     with readable("model", what):
         export = find_export(Path(what))
         if export is None:
+            check_files(Path(what))  # of an export that has lost its file of weights
             return from_checkpoint(what, view)
     if view is not None:
         raise UserError("--view", view, f"{what} is an export, which has one view of its weights.", "Leave it out.")
