@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 
 from qatscale.cli import TRAINING, main
-from qatscale.cli.broken_pipe import IgnoreBrokenPipe
 from qatscale.errors import EXIT_BAD_INPUT, UserError
 from qatscale.supervise.launchers import launcher_environment
 
@@ -32,7 +31,6 @@ def start(arguments: Sequence[str]) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
-        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
         # torch's C++ side prints a stack of its own for every connection that breaks, below the failure we report
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     main(own)

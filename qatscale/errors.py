@@ -7,12 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from qatlaw.errors import InputError, did_you_mean, nearest
-
-__all__ = [
-    "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_REQUEUE", "UserError", "UserErrors",
-    "did_you_mean", "first_invalid", "nearest",
-]  # fmt: skip
+from qatlaw.errors import InputError
+from qatlaw.errors import did_you_mean as did_you_mean
+from qatlaw.errors import nearest as nearest
 
 EXIT_OK = 0
 EXIT_FAILED = 1

@@ -15,13 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
-from qatlaw.files import PARTIAL, rename_synced, sync, write_atomic
+from qatlaw.files import PARTIAL as PARTIAL
+from qatlaw.files import rename_synced as rename_synced
+from qatlaw.files import sync, write_atomic
 from qatscale.errors import UserError
-
-__all__ = [
-    "PARTIAL", "HeldError", "appearing", "check_new", "decode", "encode", "is_file", "is_folder", "locked", "read_json",
-    "rename_synced", "sha256_of", "sync", "write_atomic", "write_json",
-]  # fmt: skip
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

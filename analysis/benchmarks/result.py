@@ -16,7 +16,8 @@ from typing import Any
 
 from measure import Skipped, Variant
 
-from qatscale.cli.terminal import console, plain_table
+from qatlaw.text_table import TextTable
+from qatscale.cli.terminal import console
 from qatscale.files import write_json
 from qatscale.tracking.environment import environment
 
@@ -149,7 +150,7 @@ def report(result: Result, options: argparse.Namespace) -> None:
 def _print_table(table: Table) -> None:
     extras = list(dict.fromkeys(key for row in table.rows for key in row.extra))
     numbers = ("time", f"{table.unit}/s", "ratio", "quartiles", *extras)
-    shown = plain_table("", *numbers, right=numbers, title=table.title)
+    shown = TextTable(("", *numbers), words=("",), title=table.title)
     for row in table.rows:
         low, high = row.ratio_quartiles
         figures = (shown_seconds(row.seconds), _shown(row.per_second), f"{row.ratio:.3f}", f"{low:.3f} to {high:.3f}")

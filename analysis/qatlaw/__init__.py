@@ -1,11 +1,7 @@
 """qatlaw: scaling laws of quantization-aware training, and how many of a run's tokens it should have. No torch.
 
-    runs = qatlaw.read_table("runs.csv", columns={"loss": "val_loss"})     # or read_runs("runs")
-    fit = qatlaw.fit(runs)
-    fit.law.optimal_fraction(396e6, 100e9, 4)
-    qatlaw.report(runs, "report")
-
 `import qatlaw` loads the closed form of the optimal fraction alone; the other names load what they need on first use.
+analysis/guides/fit-in-python.md shows them.
 
 Symbols, as in the literature: N parameters, D tokens, B bits per quantized weight, f = D_qat / D_total the QAT
 fraction, S = D / (N B / 8) tokens per parameter byte.
@@ -18,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qatlaw.errors import InputError
-from qatlaw.fraction import extrapolation_warning, is_extrapolated, optimal_fraction, tokens_per_parameter_byte
+from qatlaw.fraction import extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
 
 if TYPE_CHECKING:
     from qatlaw.api import fit, read_runs, read_table, report
@@ -30,7 +26,7 @@ _ON_USE = {
 }  # fmt: skip
 
 __all__ = [
-    "InputError", "Law", "extrapolation_warning", "fit", "is_extrapolated", "optimal_fraction", "read_fit", "read_runs",
+    "InputError", "Law", "extrapolation_warning", "fit", "optimal_fraction", "read_fit", "read_runs",
     "read_table", "report", "tokens_per_parameter_byte",
 ]  # fmt: skip
 

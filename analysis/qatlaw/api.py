@@ -23,7 +23,7 @@ def read_table(
     either tokens_fp and tokens_qat or tokens and qat_fraction.
     scheme: of the runs with two phases, where the file has no column `scheme`.
 
-    Of trials of one point the best one counts; `frame.attrs["left_out"]` says which runs were left out, and why.
+    The best trial of each point counts. `frame.attrs["left_out"]` names the runs that were left out, with the reason.
     InputError (a ValueError) for whatever is wrong, with the row.
     """
     return from_table(path, columns, scheme).frame

@@ -3,7 +3,7 @@
     f = exp(log S - a / log S) / S = exp(-a / log S),    S = D / (N B / 8),    natural logarithm
 
 The paper's note writes the first form [note]; the second is the same, shortened [ours]. The form is an empirical fit:
-trust it inside the range it was fitted on (`is_extrapolated`) only.
+trust it inside the range it was fitted on (`extrapolation_warning`) only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def fraction_at(S: ArrayLike) -> Any:
     """The optimal QAT fraction exp(-A / ln S) [note], in (0, 1), rising with S: a float for a number, else an array.
 
     ValueError where S <= 1: the closed form reaches 0 at S = 1 and has no meaning below. Nothing is clipped:
-    `is_extrapolated` says whether the form was measured at S.
+    `extrapolation_warning` says whether the form was measured.
     """
     values = np.asarray(S, dtype=np.float64)
     if not np.all(np.isfinite(values) & (values > 1)):
@@ -80,16 +80,11 @@ LADDER = (
 """What the 1:1000 ladder says of the closed form, over 21 U-curves of 86,304 to 385,856 parameters."""
 
 
-def is_extrapolated(S: float) -> bool:
-    """Whether S lies outside the range the closed form was measured on."""
-    return not MEASURED_S[0] <= S <= MEASURED_S[1]
-
-
 def extrapolation_warning(N: float, D: float, B: float) -> str | None:
     """One sentence that names all numbers outside the measured ranges, or None."""
     S = tokens_per_parameter_byte(N, D, B)
     outside = []
-    if is_extrapolated(S):
+    if not MEASURED_S[0] <= S <= MEASURED_S[1]:
         outside.append(f"S = {S:.4g} tokens per parameter byte (measured about {MEASURED_S[0]:g} to {MEASURED_S[1]:g})")
     measured = (("N", N, MEASURED_PARAMETERS), ("D", D, MEASURED_TOKENS), ("B", B, MEASURED_BITS))
     for name, value, (low, high) in measured:

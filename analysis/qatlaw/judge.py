@@ -247,7 +247,7 @@ def of_file(name: str, file: FitFile) -> Candidate:
 
 
 def refitted(table: JudgedTable) -> tuple[list[Candidate], list[str]]:
-    """Every form fitted on a table's runs of quantized weights alone; and what a reader has to know of the fits."""
+    """Every form fitted on a table's runs of quantized weights alone; and caveats about the fits."""
     runs = table.runs.where(_weights_alone(table.runs))
     counts = runs.frame["scheme"].value_counts()
     scheme = max(MIXED_SCHEMES, key=lambda name: counts.get(name, 0))

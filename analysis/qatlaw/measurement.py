@@ -4,8 +4,8 @@ A recipe's keys fall into four groups:
 
 - without effect on the result: names, folders, tracking, the layout on GPUs;
 - known to laws: tokens, bit width, fraction, scheme, and the seed of a repeat;
-- the optimizer's settings: they tell trials of one point apart, of which the best one counts;
-- all others: they tell points apart, whether or not a law knows them.
+- the optimizer's settings: they distinguish trials of one point, and the best trial counts;
+- all others: they distinguish points, whether or not a law knows them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def settings_with_effect(recipe: Mapping[str, str]) -> dict[str, str]:
 
 
 def split_settings(recipe: Mapping[str, str], scheme: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(settings that tell points apart, beside the numbers that a law knows; settings that tell trials apart)."""
+    """(settings that distinguish points, beside the numbers that a law knows; settings that distinguish trials)."""
     unused = ("qat.",) if scheme == "fp" else () if scheme == "sequential" else ("qat.cooldown_fraction",)
     used = {key: value for key, value in settings_with_effect(recipe).items() if not key.startswith(unused)}
     trial = {key: value for key, value in used.items() if key.startswith(TRIALS)}

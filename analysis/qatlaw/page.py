@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from qatlaw.errors import InputError
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
 from qatlaw.files import write_atomic
+from qatlaw.findings import findings
 from qatlaw.planner_law import load_law
 from qatlaw.runs import Collected, LeftOut, counted
 from qatlaw.summary import (
@@ -40,7 +41,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_RUNS = 40
-"""Rows of the table of runs; longer ones are for programs."""
+"""Rows of the table of runs; all of them are in a file beside the page."""
+RUNS = "runs.csv"
+
+
+PAPERS = {
+    "optimal_fraction": "the optimal QAT fraction over tokens per parameter byte",
+    "u_curves": "the loss over the QAT fraction",
+    "law_against_measurement": "the loss law's prediction over the measured loss",
+    "equal_memory": "the optimal bit width under a memory constraint",
+    "against_full_precision": "QAT at several bit widths against full precision",
+    "wasted_tokens": "tokens wasted by a sub-optimal fraction",
+    "fusion": "cooldown and QAT fusion",
+    "cooldown_shapes": "the loss by cooldown shape",
+}
+"""Subject of the papers' figures that ours correspond to, by name. arXiv 2509.22935, and 2508.01483 for the shapes."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,7 @@ def write_report(report: Report, folder: Path) -> Path:
         else:  # an earlier report may have had more runs
             svg.unlink(missing_ok=True)
             png.unlink(missing_ok=True)
+    write_atomic(folder / RUNS, report.evidence.table.frame.to_csv(index=False).encode())
     page = folder / "report.html"
     write_atomic(page, html(report).encode())
     return page
@@ -167,10 +183,14 @@ def html(report: Report) -> str:
         curve_rows=curve_rows,
         comparison_rows=comparison_rows,
         table=table,
-        title=f"Quantization-aware training: {table.source}",
+        title=f"Quantization-aware training: {Path(table.source).name}",
         warnings=_warnings(report),
         runs=_run_rows(table),
+        all_runs=RUNS,
         more_runs=len(table) - MOST_RUNS,
+        findings=findings(report.evidence, report.summaries),
+        missing=_missing(report),
+        paper=_paper,
         reasons=", ".join(f"{count} {reason}" for reason, count in counted(report.left_out).items()),
         left_out=[("run left out", "why"), *((one.name, one.reason) for one in report.left_out[:MOST_RUNS])],
     )
@@ -181,11 +201,23 @@ def _warnings(report: Report) -> list[str]:
     laws = report.evidence.laws
     if report.evidence.table.synthetic:
         lines.append("These runs were drawn from a made-up law: this is a demonstration, not a measurement.")
-    if laws is None:
-        lines.append(f"No loss law: {report.no_law or 'none was given.'} Figures that need one say so.")
-    elif laws.demonstration:
+    if laws is not None and laws.demonstration:
         lines.append(f"The law is {laws.source}. Plan nothing by it.")
     return [*lines, *(f"{notice[0].upper()}{notice[1:]}." for notice in report.notices)]
+
+
+def _missing(report: Report) -> list[tuple[str, str]]:
+    """(what, what it needs) of everything that these runs do not give."""
+    law = [] if report.evidence.laws else [("Loss law", report.no_law or "none was given.")]
+    return [*law, *((one.title, f"needs {one.lacking}") for one in report.drawn if one.figure is None)]
+
+
+def _paper(name: str) -> str:
+    """Which figure of a paper one of ours corresponds to."""
+    if name not in PAPERS:
+        return "Of the papers' figures none corresponds to it."
+    source = "2508.01483" if name == "cooldown_shapes" else "2509.22935"
+    return f"It corresponds to the figure of {PAPERS[name]} in arXiv {source}."
 
 
 def _run_rows(table: RunTable) -> Rows:
@@ -210,11 +242,17 @@ def rows_html(rows: Rows) -> Markup:
         return "".join(f"<{tag}{own}>{escape(cell)}</{tag}>" for own, cell in zip(classes, row, strict=True))
 
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in body)
-    return Markup(f"<table><thead><tr>{cells('th', headers)}</tr></thead><tbody>{lines}</tbody></table>")
+    return Markup(
+        f'<div class="scroll"><table><thead><tr>{cells("th", headers)}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
 
 
 def boxes_html(lines: Sequence[str]) -> Markup:
-    return Markup("\n").join(Markup('<div class="warning">{}</div>').format(line) for line in lines)
+    """One box; several lines are its list."""
+    if len(lines) < 2:
+        return Markup("").join(Markup('<div class="warning">{}</div>').format(line) for line in lines)
+    items = Markup("").join(Markup("<li>{}</li>").format(line) for line in lines)
+    return Markup('<div class="warning"><ul>{}</ul></div>').format(items)
 
 
 def _is_number(cell: str) -> bool:

@@ -30,7 +30,7 @@ SHIPPED = Path(__file__).parent / "laws" / "shipped"
 
 @dataclass(frozen=True)
 class PlannerLaw:
-    """A law with what the reader of a plan has to know about it."""
+    """A law with its source and the range of its runs."""
 
     law: Law
     source: str

@@ -142,7 +142,7 @@ class Problem:
         """Values with the trunks' shared noise weighed down: [runs] or [runs, columns].
 
         Runs that share noise of variance c^2 beside their own of variance 1 have the covariance 1 + c^2 J over a trunk
-        of n runs; its inverse root takes the part 1 - 1/sqrt(1 + n c^2) of the trunk's mean out of each residual.
+        of n runs. Its inverse root takes the part 1 - 1/sqrt(1 + n c^2) of the trunk's mean out of each residual.
         """
         if self.trunk_noise == 0:
             return values

@@ -34,7 +34,8 @@ def run_record(folder: Path) -> RunRecord:
             name=name,
             status="FINISHED" if done.is_file() else _last_event(folder),
             final={key: float(value) if value in _NOT_FINITE else value for key, value in final.items()},
-            recipe=flatten({key: value for key, value in recipe.items() if key != "tracking"}),
+            recipe=flatten({key: value for key, value in recipe.items() if key != "tracking"})
+            | flatten(run.get("resolved", {})),
             created=run["created"],
             kind="imported" if run.get("imported") else "training",
         )

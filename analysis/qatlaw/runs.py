@@ -73,7 +73,7 @@ class Collected:
     """One row a point, and one for each post-training quantization of an `fp` run."""
     left_out: tuple[LeftOut, ...] = ()
     notices: tuple[str, ...] = ()
-    """What a reader has to know about the runs that were used."""
+    """Differences between the runs that no law knows."""
 
     @classmethod
     def of(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
@@ -228,8 +228,8 @@ def _data_setting(record: RunRecord, knows_data: bool) -> dict[str, str]:
 def _validation_texts(records: Sequence[RunRecord]) -> dict[str, tuple[str, float | None]]:
     """By run the fingerprint of its held-out split and the tokens read of it.
 
-    Older versions kept neither. Their runs get the fingerprint of a newer run on the same path ('' without one), and
-    all runs beside them count the tokens that the recipe asked for.
+    Older versions kept neither. Their runs get the fingerprint of a newer run on the same path, '' without one. All
+    runs beside them count the tokens that the recipe asked for.
     """
     exact = all(record.final.get("validation_tokens") is not None for record in records)
     of_path = {record.recipe.get("data.path"): record.final.get("validation_fingerprint") for record in records

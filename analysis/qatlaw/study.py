@@ -1,9 +1,9 @@
 """The cheapest tree of runs that covers a study, and the order in which several workers train it.
 
 A run prescribes settings for each of its steps. Two runs of the same model, data and seed are the same training up to
-the first step whose settings differ; the shared steps are trained once. So the runs of a study form a prefix tree over
+the first step whose settings differ. The shared steps are trained once. So the runs of a study form a prefix tree over
 steps, and its edges are the least that must be trained: some run needs each edge, and no two are equal. The run that
-reaches a fork first trains up to it and keeps a checkpoint; the others branch there.
+reaches a fork first trains up to it and keeps a checkpoint, from which the others branch.
 
 A free worker takes, of the runs that can start, the one with the longest path below it (R. L. Graham, Bounds on
 multiprocessing timing anomalies, SIAM Journal on Applied Mathematics 17, 1969, calls this list scheduling).

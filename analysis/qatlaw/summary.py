@@ -71,7 +71,7 @@ class Summary:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of the coefficients and of their intervals has to know."""
+        """Caveats about the coefficients and their intervals."""
         return [*self.result.warnings, *(interval_notes(self.result) if self.bootstrap else [])]
 
     @property
@@ -177,7 +177,7 @@ Rows = list[tuple[str, ...]]
 
 
 def coefficient_rows(summary: Summary) -> Rows:
-    """An open parameter's value is not printed: the search happened to stop there."""
+    """The value of an open parameter is not printed: it depends on where the search happened to stop."""
     level = f"{summary.bootstrap.level:.0%} interval" if summary.bootstrap else "interval"
     rows: Rows = [("parameter", "value", "standard error", level, "meaning")]
     result, intervals = summary.result, summary.bootstrap.coefficients if summary.bootstrap else {}

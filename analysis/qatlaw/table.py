@@ -31,7 +31,7 @@ TOTAL = ("tokens", "tokens_total")
 OPTIONAL = ("qat_fraction", *TOTAL, "seed", "name", "run_id", "trial", "effective_bits", *TEXT)
 """Columns that are used where a table has them."""
 POINT = (*(name for name in COLUMNS if name != "loss"), "seed", *TEXT, "settings")
-"""Columns that tell points apart, as far as a table has them. `settings`: those of the recipe that no law knows. Rows
+"""Columns that distinguish points, as far as a table has them. `settings`: those of the recipe that no law knows. Rows
 of one point differ in `trial`, the optimizer's settings."""
 SAME_COUNT = 1.02
 """Ratio of token counts up to which the held-out text is the same: counts are cut to complete sequences."""
@@ -263,7 +263,7 @@ def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
         options = " ".join(f"--column {name}={own}" for name, own in found.items())
         fixes.append(f"Try {options} (in Python: columns={found}).")
     if "scheme" in missing:
-        fixes.append("Name the scheme of runs with two phases: --scheme sequential or fused.")
+        fixes.append("Add it (fp, sequential, fused), or name that of all runs with two phases: --scheme fused.")
     if set(missing) - found.keys() - {"scheme"} or not fixes:
         fixes.append(
             "A table of runs has n_params, bits, loss, scheme, and either tokens_fp and tokens_qat (0 for "

@@ -1,8 +1,8 @@
 """Bootstrap intervals of a fit's coefficients, losses and optimal fractions.
 
 A study's grid is fixed, so residuals are drawn and not runs (B. Efron, Annals of Statistics 7, 1979). Each resample has
-the losses of the fitted law, with errors drawn with replacement within each bit width (and within the full-precision
-runs), and with one more error for each trunk. The law is fitted again from the optimum: every resample has its own
+the losses of the fitted law plus errors. One is drawn for each run, with replacement within its bit width or within the
+full-precision runs, and one for each trunk. The law is fitted again from the optimum: every resample has its own
 optimum nearby.
 
 A trunk's error is drawn from the noise that trunks of one size show (`qatlaw.noise`), which takes several seeds. With
@@ -62,7 +62,7 @@ def bootstrap(result: FitResult, *, resamples: int = 200, level: float = 0.95, s
 
 
 def interval_notes(result: FitResult) -> list[str]:
-    """What a reader of a fit's intervals has to know of the trunks behind its runs."""
+    """Caveats about a fit's intervals that follow from the trunks of its runs."""
     notes = []
     if "seed" not in result.table.frame.columns:
         notes.append("The table has no column seed: runs of one size are assumed to share a trunk and its noise.")

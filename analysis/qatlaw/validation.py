@@ -24,7 +24,7 @@ AXES: dict[Axis, str] = {"n_params": "the largest models", "tokens_total": "the 
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """A law fitted without the upper end of an axis, and its errors there."""
+    """A law fitted without the upper end of an axis, and its errors at that end."""
 
     above: float
     """Runs with more than that were left out of the fit."""
@@ -67,10 +67,10 @@ def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
 
 
 def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> LeaveOut:
-    """Fit without the largest value of the axis, predict the quantized runs there. `options` as for `fit`.
+    """Fit without the largest value of the axis, and predict the quantized runs at it. `options` as for `fit`.
 
-    Of tokens, which sizes need not share, the longest fifth of the quantized runs is left out. InputError where too
-    little is left to fit, or nothing to predict.
+    On the axis of tokens, which sizes need not share, the longest fifth of the quantized runs is left out.
+    InputError where too little is left to fit, or nothing to predict.
     """
     where = f"{table.source}: {axis}"
     values = table.tokens_total if axis == "tokens_total" else table.column("n_params")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from qatlaw.errors import InputError
+from qatscale.cli.broken_pipe import IgnoreBrokenPipe
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
 
 TRAINING = ("train", "resume", "branch")
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without Unicode must not end a run
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
+    if command and command[0] in (*TRAINING, "study", "quickstart"):
+        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
     with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():
         from qatscale.cli.app import app
 

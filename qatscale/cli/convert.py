@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qatscale.cli.terminal import Overrides
+from qatscale.cli.terminal import Overrides, working
 
 
 def convert(
@@ -40,7 +40,8 @@ def convert(
     from qatscale.tracking.convert import convert as convert_to
 
     seen = None if trained_tokens is None else positive_amount("--trained-tokens", trained_tokens)
-    state = convert_to(source, to, out, recipe, overrides or [], seen)
+    with working(f"converting {source}"):
+        state = convert_to(source, to, out, recipe, overrides or [], seen)
     tokens = format_amount(state.step * state.config.tokens_per_step)
     print(f"{out}: {state.source}, {sum(map(math.prod, state.shapes.values())):,} parameters with their scales")
     match to:

@@ -13,13 +13,17 @@ import typer
 
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
-from qatscale.cli.terminal import Json, check_bits, console, refuse
+from qatscale.cli import completion
+from qatscale.cli.terminal import Json, check_bits, console, refuse, working
 from qatscale.errors import UserError
 
 
 def evaluate(
     checkpoint: Annotated[
-        str, typer.Argument(help="RUN, RUN@STEP or a checkpoint folder; with --harness also an export.")
+        str,
+        typer.Argument(
+            help="RUN, RUN@STEP or a checkpoint folder; with --harness also an export.", autocompletion=completion.run
+        ),
     ],
     ptq: Annotated[
         list[float] | None, typer.Option(help="Also after post-training quantization to this many bits.")
@@ -63,7 +67,8 @@ def evaluate(
     for bits in ptq or ():
         check_bits("--ptq", bits)
     most = None if tokens is None else positive_amount("--tokens", tokens)
-    found, counted, losses = evaluate_checkpoint(checkpoint, ptq or (), data, most)
+    with working("reading the checkpoint") as progress:
+        found, counted, losses = evaluate_checkpoint(checkpoint, ptq or (), data, most, progress)
     if as_json:
         views = {view: {"loss": loss, "perplexity": perplexity(loss)} for view, loss in losses.items()}
         print(json.dumps({"checkpoint": str(found), "tokens": counted, "views": views}, indent=2))
@@ -101,7 +106,12 @@ def _print_harness(
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="RUN, RUN@STEP, a checkpoint folder, or an exported folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="RUN, RUN@STEP, a checkpoint folder, or an exported folder.", autocompletion=completion.run
+        ),
+    ],
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
     tokens: Annotated[int, typer.Option(help="Tokens to generate at most; the model may end its text earlier.")] = 128,
     temperature: Annotated[float, typer.Option(help="Temperature of the draws; 0 takes the likeliest token.")] = 0.8,

@@ -10,7 +10,8 @@ import typer
 
 from qatlaw.bit_widths import bits_label
 from qatlaw.text_table import TextTable
-from qatscale.cli.terminal import check_bits, console
+from qatscale.cli import completion
+from qatscale.cli.terminal import check_bits, console, working
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.export.formats import FORMATS
 
@@ -19,7 +20,10 @@ _FORMAT_HELP = " ".join(f"{name}: {what}." for name, what in FORMATS.items())
 
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="RUN, RUN@STEP, a checkpoint folder, or a folder of QatPlugin.export.")
+        str,
+        typer.Argument(
+            help="RUN, RUN@STEP, a checkpoint folder, or a folder of QatPlugin.export.", autocompletion=completion.run
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     format: Annotated[str, typer.Option(help=_FORMAT_HELP)] = "hf",
@@ -67,10 +71,11 @@ def export(
         raise UserError("--tokens", tokens, "has no effect with --no-verify.", "Leave one of them out.")
     held_out = None if tokens is None else positive_amount("--tokens", tokens)
     try:
-        described = export_to(
-            checkpoint, out, format=format, ptq_bits=ptq, fallback=fallback, q1_0=q1_0, tokenizer=tokenizer,
-            data=data, unfinished=unfinished, tokens=held_out, verify=verify, license=license,
-        )  # fmt: skip
+        with working("reading the checkpoint") as progress:
+            described = export_to(
+                checkpoint, out, format=format, ptq_bits=ptq, fallback=fallback, q1_0=q1_0, tokenizer=tokenizer,
+                data=data, unfinished=unfinished, tokens=held_out, verify=verify, license=license, progress=progress,
+            )  # fmt: skip
     except VerificationError as error:
         print(f"error: the export is not what was trained, and was removed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)

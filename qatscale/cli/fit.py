@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +13,7 @@ import typer
 
 from qatlaw.planner_law import law_names
 from qatlaw.text import plural
-from qatscale.cli.terminal import Json, console, say
+from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,11 +87,11 @@ def fit(
             raise UserError("--bits", bits, f"{form} is a law of one nominal width.", "Fit qat_unified.")
         collected = replace(collected, table=collected.table.on_effective_bits)
     kind = scheme_of(collected.table, scheme)
-    with _working("fitting"):
+    with working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
     compared = []
     if compare:
-        with _working("fitting the rival laws without the largest models and the longest runs"):
+        with working("fitting the rival laws without the largest models and the longest runs"):
             compared = rivals(collected.table, kind, seed=seed)
     paths = write_files(summaries, out)
     logged = [_log(where, summary, path) for summary, path in zip(summaries, paths, strict=True)] if where else []
@@ -130,7 +129,7 @@ def report(
 
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
-    with _working("fitting" if law is None else "drawing"):
+    with working("fitting" if law is None else "drawing"):
         content = compose(collected, form, scheme, law, resamples=resamples, compare=compare)
         page = write_report(content, out)
     for one in content.drawn:
@@ -172,7 +171,7 @@ def collect_runs(
     resolved = resolve_uri(uri)
     if resolved is None:
         raise UserError("MLFLOW_TRACKING_URI", "none", "means no tracking.", "Give --uri, --runs or --table.")
-    with _working(f"reading experiment {experiment}"), quiet_mlflow():
+    with working(f"reading experiment {experiment}"), quiet_mlflow():
         return sources.from_experiment(experiment, resolved), (resolved, experiment)
 
 
@@ -247,12 +246,3 @@ def _say_left_out(collected: Collected) -> None:
         names = [one.name for one in collected.left_out if one.reason.startswith(reason)]
         shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         print(f"left out: {count} {reason} ({shown})")
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    """A status line on a terminal while something takes long."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

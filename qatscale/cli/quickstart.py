@@ -73,7 +73,7 @@ def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.curves import draw_loss_curves
     from qatscale.tracking.run_folder import RunFolder
-    from qatscale.tracking.store import ui_command
+    from qatscale.tracking.store import where_to_look
 
     runs = [RunFolder(config.folder) for config in branches]
     rows = [run_row(run) for run in runs]
@@ -91,8 +91,8 @@ def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:
         f"full-precision run, and {above_fp:.3f} above full precision."
     )
     say(f"figure: {figure}")
-    assert branches[0].tracking.uri is not None
-    say(f"all runs in MLflow's UI: {ui_command(branches[0].tracking.uri)}")
+    for line in where_to_look(runs):
+        say(line)
 
 
 def _headline(out_console: Console, text: str) -> None:

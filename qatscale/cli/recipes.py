@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.text_table import TextTable
+from qatscale.cli import completion
 from qatscale.cli.terminal import Overrides, console
 from qatscale.errors import UserError, nearest
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 def config(
     what: Annotated[
-        str, typer.Argument(metavar="[KEY|RECIPE]", help="A section or key (qat, qat.bits), or a recipe: name or file.")
+        str,
+        typer.Argument(
+            metavar="[KEY|RECIPE]",
+            help="A section or key (qat, qat.bits), or a recipe: name or file.",
+            autocompletion=completion.recipe_or_key,
+        ),
     ] = "",
     overrides: Overrides = None,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a recipe.")] = False,

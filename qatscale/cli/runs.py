@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qatscale.cli import completion
 from qatscale.cli.terminal import Json, check_figure, console
 from qatscale.errors import EXIT_FAILED, UserError
 
@@ -18,21 +20,31 @@ def runs(
     output: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), as_json: Json = False
 ) -> None:
     """Print a table of runs."""
-    from qatscale.tracking.compare import list_runs, runs_table
+    from qatscale.tracking.compare import list_runs, run_folders, runs_table
+    from qatscale.tracking.store import where_to_look
 
-    rows = list_runs(output)
-    if not rows:
+    found = run_folders(output)
+    if not found:
         is_a_run = (output / "run.json").exists()
         fix = "Its parent folder is what lists runs." if is_a_run else "Name a folder of run folders."
         raise UserError("output", str(output), "holds no runs.", fix)
+    rows, damaged = list_runs(found)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print(json.dumps([asdict(row) for row in rows.values()], indent=2))
     else:
-        console().print(runs_table(rows))
+        console().print(runs_table(list(rows.values())))
+        for line in where_to_look(rows):
+            print(line)
+    _say_damaged(damaged)
+
+
+def _say_damaged(damaged: Iterable[str]) -> None:
+    for line in damaged:
+        print(f"warning: left out: {line}", file=sys.stderr)
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.", autocompletion=completion.run)],
     figure: Annotated[Path | None, typer.Option(help="Draw the loss curves into this file (PNG, SVG, PDF).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,22 +53,24 @@ def compare(
     from qatscale.tracking.run_folder import RunFolder
 
     check_figure(figure)
-    found = [RunFolder.open(folder) for folder in folders]
-    rows = [comparison.run_row(folder) for folder in found]
+    rows, damaged = comparison.list_runs([RunFolder.open(folder) for folder in folders])
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        console().print(comparison.comparison_table(rows))
+        print(json.dumps([asdict(row) for row in rows.values()], indent=2))
+    elif rows:
+        console().print(comparison.comparison_table(list(rows.values())))
+    _say_damaged(damaged)
+    if not rows:
+        raise UserError("runs", ", ".join(map(str, folders)), "none of them can be read.")
     if figure is not None:
         from qatscale.tracking.curves import draw_loss_curves
 
         figure.parent.mkdir(parents=True, exist_ok=True)
-        draw_loss_curves(found, figure)
+        draw_loss_curves(rows, figure)
         print(f"figure: {figure}", file=sys.stderr)
 
 
 def track_sync(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder.", autocompletion=completion.run)],
     uri: Annotated[str | None, typer.Option(help="Another MLflow store than the one in the run's recipe.")] = None,
 ) -> None:
     """Upload to MLflow what an unreachable server missed."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.text import terminal_width, wrapped
+from qatscale.cli import completion
 from qatscale.errors import UserError
 
 FIGURES = (".png", ".svg", ".pdf")
@@ -36,7 +38,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]…", help="Overrides of the recipe: tokens=2.3B qat.bits=2.", callback=as_overrides
+        metavar="[KEY=VALUE]…",
+        help="Overrides of the recipe: tokens=2.3B qat.bits=2.",
+        callback=as_overrides,
+        autocompletion=completion.override,
     ),
 ]
 
@@ -51,6 +56,13 @@ def say(text: str, style: str = "") -> None:
     out = console()
     shown = wrapped(text, out.width) if out.is_terminal else text
     out.print(shown, style=style, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """A status line on a terminal while something takes long; the function that it gives changes the text."""
+    with Console(stderr=True).status(what) as status:
+        yield status.update
 
 
 def check_figure(path: Path | None) -> None:

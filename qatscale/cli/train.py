@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qatlaw.amounts import parse_amount
+from qatscale.cli import completion
 from qatscale.cli.terminal import Json, Overrides, as_overrides, console, refuse
 from qatscale.errors import UserError
 
@@ -26,10 +27,20 @@ TakeOver = Annotated[
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe by name (`qatscale recipes`) or the path of a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe by name (`qatscale recipes`) or the path of a YAML file.",
+            autocompletion=completion.recipe_or_file,
+        ),
+    ],
     overrides: Overrides = None,
     branch_from: Annotated[
-        str | None, typer.Option(help="Start from another run's checkpoint: RUN, RUN@STEP or a checkpoint folder.")
+        str | None,
+        typer.Option(
+            help="Start from another run's checkpoint: RUN, RUN@STEP or a checkpoint folder.",
+            autocompletion=completion.run,
+        ),
     ] = None,
     dry_run: DryRun = False,
     figure: Annotated[Path | None, typer.Option(help="With --dry-run: draw the timeline into this file.")] = None,
@@ -86,7 +97,7 @@ def train(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder.", autocompletion=completion.run)],
     overrides: Overrides = None,
     dry_run: DryRun = False,
     take_over: TakeOver = False,
@@ -107,11 +118,16 @@ def resume(
 
 
 def branch(
-    checkpoint: Annotated[str, typer.Argument(help="Where to start: RUN, RUN@STEP or a checkpoint folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Where to start: RUN, RUN@STEP or a checkpoint folder.", autocompletion=completion.run)
+    ],
     overrides: Annotated[
         list[str],
         typer.Argument(
-            metavar="name=NAME KEY=VALUE…", help="What differs from the parent's recipe.", callback=as_overrides
+            metavar="name=NAME KEY=VALUE…",
+            help="What differs from the parent's recipe.",
+            callback=as_overrides,
+            autocompletion=completion.override,
         ),
     ],
     dry_run: DryRun = False,
@@ -142,6 +158,7 @@ def _train(config: RunConfig, branch_from: str | None, take_over: bool = False) 
     from qatscale.supervise.signals import exit_code
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
+    from qatscale.tracking.store import where_to_look
     from qatscale.train.run import train
 
     outcome = train(config, branch_from, take_over=take_over)
@@ -150,3 +167,5 @@ def _train(config: RunConfig, branch_from: str | None, take_over: bool = False) 
     if int(os.environ.get("RANK", 0)) == 0:
         console().print(comparison_table([run_row(RunFolder(config.folder))]))
         print(f"run folder: {config.folder}")
+        for line in where_to_look([RunFolder(config.folder)]):
+            print(line)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qatscale.config.places import absolute_places, find_moved
 from qatscale.config.problems import lookup, together, user_errors
 from qatscale.config.schema import RunConfig
 from qatscale.config.section import KeyPath, plain_types
@@ -41,6 +42,7 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     raw = document.value
     if any((path.parent / name).is_file() for name in _RECORDS):
         _drop_retired(raw)
+        find_moved(raw, path.parent)
     given = _apply(raw, overrides)
 
     def origin(at: KeyPath) -> str:
@@ -60,6 +62,11 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
 def resolved_yaml(config: RunConfig) -> str:
     """The entire configuration with its defaults. Saved as a recipe, it loads back to an equal one."""
     return to_yaml(config.model_dump(mode="json"))
+
+
+def recorded_yaml(config: RunConfig) -> str:
+    """`resolved_yaml` with absolute paths, for a folder that is read from anywhere."""
+    return to_yaml(absolute_places(config.model_dump(mode="json")))
 
 
 def recipe_hash(path: Path) -> str:

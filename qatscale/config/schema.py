@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_serializer, model_validator
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config import cooldown_shapes
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
+from qatscale.config.places import without_credentials
 from qatscale.config.section import Allowed, ClashError, NotBool, Positive, Section
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
@@ -323,7 +324,12 @@ class TrackingConfig(Section):
     experiment: str = "qatscale"
     """MLflow experiment that the run belongs to."""
     uri: str | None = None
-    """Address of the MLflow store; null = MLFLOW_TRACKING_URI, else SQLite in the working folder; none = no MLflow."""
+    """Address of the MLflow store; null = MLFLOW_TRACKING_URI, else SQLite in the working folder; none = no MLflow.
+    Credentials in it are used and never written."""
+
+    @field_serializer("uri")
+    def _without_credentials(self, uri: str | None) -> str | None:
+        return uri and without_credentials(uri)
 
 
 class RunConfig(Section):

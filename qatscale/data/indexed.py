@@ -121,8 +121,8 @@ class IndexedReader:
     """One shard, memory-mapped: opening costs the same for any size.
 
     `tokens` [all tokens], `lengths` [S], `pointers` [S], `documents` [D] are read-only views of the files.
-    Raises UserError for a missing file, a wrong magic number or version, a dtype that holds no tokens, a truncated
-    index, and a `.bin` whose size is not what the index says.
+    Raises UserError for a missing file, a wrong magic number or version, and a dtype that holds no tokens. Also for a
+    truncated index, and for a `.bin` whose size is not what the index says.
     """
 
     def __init__(self, prefix: Path, fix: str = PREPARE_AGAIN) -> None:

@@ -20,7 +20,7 @@ Verify = Literal["auto", "size", "full"]
 NAME = "manifest.json"
 FULL_BELOW = 4 << 30
 """`verify="auto"` reads every byte of a split smaller than this, which takes a few seconds."""
-_PREPARE = "Make it: qatscale prepare SOURCE… --out FOLDER"
+_PREPARE = "Name the folder of prepared data (data.path=, --data), or make one: qatscale prepare SOURCE… --out FOLDER"
 
 
 class _Part(BaseModel):
@@ -91,6 +91,12 @@ class Manifest(_Part):
             raise UserError("data.path", str(path), problem) from None
         if manifest.dtype not in {dtype.name for dtype in DTYPE_CODES.values() if dtype.kind != "f"}:
             raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
+        for split, counts in manifest.splits.items():
+            for what in ("tokens", "documents"):
+                total, held = getattr(counts, what), sum(getattr(shard, what) for shard in counts.shards)
+                if total != held:
+                    problem = f"splits.{split}.{what} is {total:,}, and its shards hold {held:,}."
+                    raise UserError("data.path", str(path), problem, _PREPARE)
         return manifest
 
     def summary(self) -> str:
@@ -152,6 +158,10 @@ class Manifest(_Part):
                 if sha256_of(path) != checksum:
                     raise UserError("shard", str(path), "was altered: its checksum is not the manifest's.", fix)
             reader.check_contiguous()
+            low, high = int(reader.tokens.min()), int(reader.tokens.max())
+            if low < 0 or high >= self.tokenizer.vocab_size:
+                problem = f"holds token id {low if low < 0 else high}; the vocabulary has {self.tokenizer.vocab_size}."
+                raise UserError("shard", str(reader.bin_path), problem, fix)
         return reader
 
 

@@ -1,7 +1,7 @@
 """From sources of text to a folder of token shards: `prepare`.
 
 Memory stays bounded. The folder holds the same bytes for any number of workers and any number of interruptions: the
-reader alone cuts the batches, they return in their order, shards end where a batch ends, and after each pair of shards
+reader alone cuts the batches, they return in their order, and shards end where a batch ends. After each pair of shards
 `progress.json` says where the sources continue.
 """
 

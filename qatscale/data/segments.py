@@ -1,11 +1,11 @@
 """SentencePiece BPE through caches: the same ids as the library's own encoder, several times as fast.
 
 The library runs its merges over the entire document. A merge only ever makes a piece of the vocabulary. If no piece
-holds the neighbouring characters a, b in that order, no merge crosses a boundary between an a and a b, and the text on
-both sides can be encoded separately. Two such cuts are used:
+holds the neighbouring characters a, b in that order, no merge crosses a boundary between an a and a b. The text on both
+sides can then be encoded separately. Two such cuts are used:
 
-- Words. In a vocabulary trained as usual, "▁" (the space) stands at the start of a piece or among other spaces only,
-  and a line break in no piece. So a word with the spaces before it is independent, and so is a line break. Words
+- Words. In a vocabulary trained as usual, "▁" (the space) stands only at the start of a piece or among other spaces.
+  No piece holds a line break. So a word with the spaces before it is independent, and so is a line break. Words
   repeat, so most of them are a dictionary look-up.
 - Runs, for new words. Characters that occur together in pieces form groups, for example the letters of a script. A word
   is cut where the group changes: "(foo.bar)," is new, but "(", "foo", ".", "bar" are not.

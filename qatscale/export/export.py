@@ -55,13 +55,15 @@ def export(
     tokens: int | None = None,
     verify: bool = True,
     license: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the folder `out` and return its export.json.
 
     checkpoint: RUN, RUN@STEP or a checkpoint folder. tokenizer: its folder, or "none"; None: that of the run's data.
     tokens: held-out ones to verify on. license: for the model card, an identifier of the Hub. Other settings as in
-    `open_source`, `Format.layout` and `Format.with_q1_0`. All but the verification streams: the largest tensor bounds
-    its memory. UserError for wrong input, before anything is written; VerificationError and OSError leave no folder.
+    `open_source`, `Format.layout` and `Format.with_q1_0`. progress: called with what is being done.
+    All but the verification streams: the largest tensor bounds its memory. UserError for wrong input, before anything
+    is written; VerificationError and OSError leave no folder.
     """
     chosen = get_format(format)
     if q1_0:
@@ -76,7 +78,9 @@ def export(
         tokenizer_files = find_tokenizer(source, tokenizer)
         verifier = _verifier(source, chosen, tokens) if verify else None
     with appearing(out) as folder, torch.no_grad():
+        progress(f"writing {len(layout.entries)} tensors")
         chosen.write(layout, folder, tokenizer_files)
+        progress("comparing what its clients compute with the trained model")
         verification = verifier(layout, folder) if verifier else None
         if verification and not verification.passed:
             raise VerificationError(verification)

@@ -162,9 +162,12 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
         view = "fp" if plugin.switched_at is None else "quantized"
     with open_view(model, view):
         state = computed_weights(model)
+    fix = "Export it with --tokenizer FOLDER, and generate from the export."
+    if config.data.path is not None and not config.data.path.is_dir():
+        problem = f"its run's data, which hold the tokenizer, are not in {config.data.path} any more."
+        raise UserError("model", what, problem, f"Put them back. {fix}")
     tokens = tokenizer_folder(config.data.path, reader.manifest.tokenizer)
     if tokens is None:
-        fix = "Export it with --tokenizer FOLDER, and generate from the export."
         raise UserError("model", what, "the data of its run have no tokenizer.", fix)
     with tempfile.TemporaryDirectory() as folder:
         special = export_tokenizer(tokens, Path(folder))

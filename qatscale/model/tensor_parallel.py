@@ -14,7 +14,7 @@ Sizes in comments: b = sequences, t = tokens of a sequence, D = hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
     sequence: bool = False
     """Whether the residual stream is split along the sequence."""
 
@@ -81,9 +81,6 @@ class TensorParallel:
         out = everyone.new_empty((everyone.shape[0] // self.size, *everyone.shape[1:]))
         dist.reduce_scatter_tensor(out, everyone, group=self.group)
         return out.transpose(0, 1)
-
-    def __repr__(self) -> str:
-        return f"TensorParallel(rank={self.rank}, size={self.size}, sequence={self.sequence})"
 
 
 UNSPLIT = TensorParallel()

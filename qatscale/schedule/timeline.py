@@ -96,6 +96,12 @@ class Segment:
             case _:
                 return self.peak * self.cooldown.factor(done / self.steps)
 
+    def to_dict(self) -> dict[str, Any]:
+        shared = {name: getattr(self, name) for name in ("phase", "start", "end", "quantized", "weight_decay")}
+        rates = [self.learning_rate(step) for step in (self.start, self.end - 1)]
+        shape = self.cooldown.shape if self.kind == "cooldown" else None
+        return {**shared, "learning_rate": rates, "betas": list(self.betas), "shape": shape}
+
     def at(self, step: int) -> StepSettings:
         return StepSettings(self.phase, self.quantized, self.learning_rate(step), self.betas, self.weight_decay)
 
@@ -164,19 +170,7 @@ class Timeline:
             "qat_lr_ratio": self.qat_lr_ratio,
             "boundaries": list(self.boundaries),
             "warnings": list(self.warnings),
-            "segments": [
-                {
-                    "phase": segment.phase,
-                    "start": segment.start,
-                    "end": segment.end,
-                    "quantized": segment.quantized,
-                    "learning_rate": [segment.learning_rate(segment.start), segment.learning_rate(segment.end - 1)],
-                    "betas": list(segment.betas),
-                    "weight_decay": segment.weight_decay,
-                    "shape": segment.cooldown.shape if segment.kind == "cooldown" else None,
-                }
-                for segment in self.segments
-            ],
+            "segments": [segment.to_dict() for segment in self.segments],
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 from qatlaw.names import VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_PTQ
 from qatlaw.text_table import TextTable
 from qatscale.config.amounts import format_amount
+from qatscale.errors import UserError
 from qatscale.tracking.run_folder import RunFolder, Status, perplexity
+from qatscale.untrusted import first_line
 
 NONE = "–"
 LEAST_STEPS = 50
@@ -94,11 +97,27 @@ def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
 def run_folders(output: Path | str) -> list[RunFolder]:
     """The runs in a folder of run folders, oldest first; empty if the folder does not exist."""
     found = [RunFolder(file.parent) for file in Path(output).glob("*/run.json")]
-    return sorted(found, key=lambda folder: (folder.run["created"], folder.name))
+
+    def age(folder: RunFolder) -> tuple[float, str]:
+        try:
+            return float(folder.run["created"]), folder.name
+        except (UserError, TypeError, ValueError):  # damaged: whoever reads it says so
+            return math.inf, folder.name
+
+    return sorted(found, key=age)
 
 
-def list_runs(output: Path | str) -> list[RunRow]:
-    return [run_row(folder) for folder in run_folders(output)]
+def list_runs(folders: Iterable[RunFolder]) -> tuple[dict[RunFolder, RunRow], list[str]]:
+    """A row of each run that can be read, and a sentence about each one that cannot."""
+    rows, damaged = {}, []
+    for folder in folders:
+        try:
+            rows[folder] = run_row(folder)
+        except UserError as error:
+            damaged.append(f"{error.value} {error.problem}")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # valid JSON or YAML of another shape
+            damaged.append(f"{folder.path}: its files are damaged ({first_line(error)}).")
+    return rows, damaged
 
 
 def own_view(folder: RunFolder) -> str:
@@ -110,7 +129,8 @@ def validation_losses(folder: RunFolder) -> dict[str, float]:
     """Loss by view, of the final evaluation or else of the last validation."""
     records = folder.records("validation")
     losses = {record["view"]: record["loss"] for record in records if record["step"] == records[-1]["step"]}
-    return losses | losses_by_view(folder.final or {}, own_view(folder))
+    losses |= losses_by_view(folder.final or {}, own_view(folder))
+    return {view: float(loss) for view, loss in losses.items()}
 
 
 def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
@@ -121,8 +141,9 @@ def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
 
 def run_row(folder: RunFolder) -> RunRow:
     recipe, timeline, run = folder.recipe, folder.timeline, folder.run
-    scheme, steps, switch = recipe["qat"]["scheme"], timeline["steps"], timeline["switch_step"]
-    step = max((record["step"] for record in folder.records() if "step" in record), default=0)
+    scheme, switch = recipe["qat"]["scheme"], timeline["switch_step"]
+    steps, per_step = int(timeline["steps"]), int(timeline["tokens_per_step"])
+    step = max((int(record["step"]) for record in folder.records() if "step" in record), default=0)
     losses = validation_losses(folder)
     speeds = tokens_per_second(folder)
     parent, imported = run["parent"], folder.imported
@@ -132,8 +153,8 @@ def run_row(folder: RunFolder) -> RunRow:
         bits=None if scheme == "fp" else recipe["qat"]["bits"],
         qat_fraction=0.0 if switch is None else (steps - switch) / steps,
         switch_step=switch,
-        tokens=step * timeline["tokens_per_step"],
-        tokens_total=steps * timeline["tokens_per_step"],
+        tokens=step * per_step,
+        tokens_total=steps * per_step,
         step=step,
         steps=steps,
         status=folder.status,

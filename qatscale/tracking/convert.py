@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from qatscale.config.recipe import resolved_yaml
+from qatscale.config.recipe import recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import tokenizer_folder
@@ -115,7 +115,7 @@ def write_run(state: TrainingState, out: Path) -> None:
     with appearing(out) as path:
         folder = RunFolder.create(
             path,
-            recipe=resolved_yaml(config),
+            recipe=recorded_yaml(config),
             ds_config={},  # no engine took part
             timeline=build_timeline(config),
             n_params=count_parameters(config.model).total,

@@ -174,10 +174,9 @@ def _styles(shown: Sequence[Curve]) -> list[tuple[str, Any]]:
 
 
 def _results(folder: RunFolder) -> list[tuple[str, float]]:
-    """(view, loss) of the run's own view, and of a full-precision run's post-training quantizations."""
+    """(view, loss) of every view that was measured, the run's own one first."""
     losses, own = validation_losses(folder), own_view(folder)
-    quantizations = sorted((view for view in losses if own == "fp" and view.startswith("ptq")), key=losses.__getitem__)
-    return [(view, losses[view]) for view in [own, *quantizations] if view in losses]
+    return sorted(losses.items(), key=lambda item: (item[0] != own, item[1]))
 
 
 def _draw_curves(axes: Axes, shown: Sequence[Curve], styles: Sequence[tuple[str, Any]]) -> None:
@@ -217,25 +216,42 @@ def _scale(axes: Axes, shown: Sequence[Curve]) -> None:
 
 
 def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], styles: dict[Path, str]) -> None:
-    """One row per (run, view), with a dot and its value."""
+    """One row per (run, view), with a dot and its value; a loss beyond the range is an arrow at its end."""
+    own = [loss for curve, view, loss in results if view == own_view(curve.folder)]
+    low, high = _range(own, [loss for _, _, loss in results])
     for row, (curve, view, loss) in enumerate(results):
         colour = styles[curve.folder.path]
         marker, face = ("s", "white") if view.startswith("ptq") else ("o", colour)
-        axes.plot(loss, row, **_mark(marker, face, colour))
+        if view != own_view(curve.folder):
+            face = "white"
+        beyond = loss > high
+        axes.plot(min(loss, high), row, **_mark(">" if beyond else marker, face, colour))
         place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(f"{loss:.3f}", (loss, row), **place, fontsize=8, color=INK)
+        axes.annotate(f"{loss:.3f}", (min(loss, high), row), **place, fontsize=8, color=INK)
     axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results])
     axes.set_ylim(max(len(results), 1) - 0.5, -0.5)
-    for loss in (loss for _, view, loss in results if view == "fp"):
+    for loss in (loss for curve, view, loss in results if view == "fp" == own_view(curve.folder)):
         axes.axvline(loss, color=_TRUNK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)  # what quantization costs
-    losses = [loss for _, _, loss in results if np.isfinite(loss)]
-    if losses:
-        spread = max(max(losses) - min(losses), 0.02 * abs(max(losses)), 1e-6)
-        axes.set_xlim(min(losses) - 0.12 * spread, max(losses) + 0.38 * spread)  # room for the value
+    if high > low:
+        axes.set_xlim(low - 0.12 * (high - low), high + 0.38 * (high - low))  # room for the value
     else:
         axes.text(0.5, 0.5, "no validation yet", transform=axes.transAxes, ha="center", color=INK)
         axes.set_xticks([])
     tidy(axes, "Where each run ended", "validation loss (nats per token)", grid="x")
+
+
+def _range(own: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
+    """The losses to show: all, but those that lie further above the runs' own views than these and the best differ.
+
+    A view that a run was not trained for may lie nats above it, where it would flatten all other differences.
+    """
+    finite, judged = [x for x in losses if np.isfinite(x)], [x for x in own if np.isfinite(x)]
+    if not finite:
+        return 0.0, 0.0
+    low, worst = min(finite), max(judged, default=max(finite))
+    most = worst + max(2 * (worst - low), 0.1 * worst)
+    high = max(loss for loss in finite if loss <= most)
+    return low, max(high, low + max(0.02 * abs(low), 1e-6))
 
 
 def _mark(marker: str, face: str, edge: str) -> dict[str, Any]:

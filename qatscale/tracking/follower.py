@@ -7,19 +7,24 @@ records and marks the run KILLED. Whatever is still missing, `qatscale track-syn
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from qatscale.files import HeldError, locked
-from qatscale.tracking.mlflow_sync import Uploader, lock_file, shown
+from qatscale.supervise import process
+from qatscale.tracking.mlflow_sync import HAND_OVER, Uploader, lock_file
+from qatscale.tracking.refusals import as_refused, shown, stall_limit
 from qatscale.tracking.run_folder import RunFolder
-from qatscale.tracking.store import Cursor, quiet_mlflow, resolve_uri
+from qatscale.tracking.store import Cursor, database, known_store, quiet_mlflow, resolve_uri
 
 POLL = 2.0
 """Seconds between two looks at the run folder."""
@@ -31,6 +36,14 @@ TERM_GRACE = 25.0
 """Seconds from SIGTERM to the follower's end; DeepSpeed's launcher and Slurm send SIGKILL after 30."""
 PATIENCE = 120.0
 """Seconds after the run's end in which the follower keeps trying."""
+IMPORT = 60.0
+"""Seconds that a follower may take to load MLflow."""
+ANSWER = 5.0
+"""Seconds that a run waits for MLflow's first answer before its first step."""
+STUCK = 10.0
+"""Seconds without progress after which a run that has ended no longer waits for its upload."""
+MEMORY = 2 << 30
+"""Bytes that a follower may allocate: an answer without end must not fill the machine."""
 SAMPLING = 10.0
 """Seconds between samples of the system metrics, MLflow's own default."""
 
@@ -41,18 +54,57 @@ class Follower:
     def __init__(self, folder: RunFolder, child: subprocess.Popen[bytes] | None) -> None:
         self.folder, self.child = folder, child
 
+    def first_answer(self) -> str | None:
+        """Wait until MLflow has answered, for ANSWER seconds. Returns a line for the user where it failed."""
+        begun = time.monotonic()
+        while self.child is not None and self.child.poll() is None and time.monotonic() < begun + IMPORT:
+            cursor = self._cursor()
+            if cursor and (cursor.answered or _is_overdue(cursor)):
+                if cursor.refused:
+                    return f"warning: MLflow does not take this run, which trains without it. {cursor.error}"
+                reason = cursor.error or f"{cursor.uri} has not answered for {ANSWER:.0f} s"
+                keeps = "The run's folder records everything, and uploads are tried again."
+                return None if cursor.answered and cursor.error is None else f"note: {reason}. {keeps}"
+            time.sleep(0.05)
+        return None
+
     def finish(self, seconds: float = 30.0) -> str | None:
-        """Wait at most `seconds` for the upload to end. Returns a line for the user if something remains to do."""
+        """Wait at most `seconds` for the upload to end, and only while MLflow takes it.
+
+        Returns a line for the user if something remains to do.
+        """
         if self.child is None:
             return None
-        try:
-            if self.child.wait(seconds) == 0:
-                return None
-            how = "failed"
-        except subprocess.TimeoutExpired:
-            how = f"is not finished after {seconds:.0f} s; it continues in the background"
-        log = lock_file(self.folder)
-        return f"The upload to MLflow {how} (see {log}). `qatscale track-sync {self.folder.path}` uploads the rest."
+        moved, seen = time.monotonic(), None
+        end = moved + seconds
+        while self.child.poll() is None and time.monotonic() < min(end, moved + STUCK):
+            cursor = self._cursor()
+            if cursor and (cursor.error or _is_overdue(cursor)):
+                break
+            if cursor is None or cursor != seen:
+                moved, seen = time.monotonic(), cursor
+            time.sleep(0.05)
+        if self.child.poll() == 0:
+            return None
+        cursor = self._cursor()
+        reason = (cursor and cursor.error) or f"it has not answered in time (see {lock_file(self.folder)})"
+        more = "" if self.child.poll() is not None else " The upload continues in the background."
+        return (
+            f"MLflow does not have all of this run: {reason.removesuffix('.')}.{more} "
+            f"`qatscale track-sync {self.folder.path}` uploads the rest."
+        )
+
+    def _cursor(self) -> Cursor | None:
+        """As the child left it; None before it asked MLflow, while a predecessor may still write."""
+        assert self.child is not None
+        cursor = Cursor.load(self.folder)
+        return cursor if cursor and cursor.follower and cursor.follower["pid"] == self.child.pid else None
+
+
+def _is_overdue(cursor: Cursor) -> bool:
+    """Whether a server takes longer for its first answer than it should, as one that never answers."""
+    waits = not cursor.answered and cursor.asked is not None and database(cursor.uri) is None
+    return waits and time.time() > (cursor.asked or 0.0) + ANSWER
 
 
 def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENCE) -> Follower:
@@ -60,15 +112,15 @@ def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENC
 
     Call it on rank 0 after the `start` or `resume` event, which names the process that the follower watches.
     """
-    cursor = Cursor.load(folder)
-    resolved = resolve_uri(uri, known=cursor.uri if cursor else None)
+    resolved = resolve_uri(uri, known=known_store(folder))
     if resolved is None:
         return Follower(folder, None)
-    if cursor is None or cursor.uri != resolved:
-        Cursor.fresh(folder, resolved).save(folder)  # `track-sync` needs the store even if it never answers
+    afresh = {"follower": None, "asked": None, "answered": False, "error": None, "refused": False}
+    # `track-sync` needs the store even if it never answers
+    Cursor.of_store(folder, resolved).model_copy(update=afresh).save(folder)
     folder.logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "qatscale.tracking.follower", str(folder.path.resolve())]
-    command += ["--uri", resolved, "--patience", str(patience)]
+    command += ["--patience", str(patience)]
     with lock_file(folder).open("ab") as log:
         child = subprocess.Popen(
             command,
@@ -76,9 +128,14 @@ def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENC
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C and a launcher's kill of the process group do not reach the follower
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # the store's address may hold a password, which the list of processes would show
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": resolved},
         )
     return Follower(folder, child)
+
+
+_HAS_PSUTIL = importlib.util.find_spec("psutil") is not None
+"""mlflow-skinny does without it, and then a run has no system metrics."""
 
 
 class SystemMetrics:
@@ -123,6 +180,8 @@ class Following:
     def __init__(self, folder: RunFolder, uri: str, patience: float) -> None:
         self.folder, self.uri, self.patience = folder, uri, patience
         self.writer = folder.writer
+        self._identity = process.identity()
+        self._asked = time.time()
         self._give_up_at = math.inf
         self._uploader: Uploader | None = None
         self._system: SystemMetrics | None = None
@@ -139,10 +198,13 @@ class Following:
                 ended = True
                 self.give_up_in(self.patience)
             try:
-                if self.upload():
+                complete = self.upload()
+                self._note(None)
+                if complete:
                     return True
                 pause = POLL
             except Exception as error:  # a failing store must not end the follower
+                self._note(error)
                 log(f"attempt failed: {shown(error)}; next in {pause:.0f} s")
                 self._uploader = self._system = None
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -155,15 +217,40 @@ class Following:
         log("another process continues this run and has its own follower")
         return False
 
+    def _note(self, error: Exception | None) -> None:
+        """Record how an attempt went, for the run and for `track-sync`. A refusal ends the patience after a run."""
+        cursor = self._uploader.cursor if self._uploader else Cursor.of_store(self.folder, self.uri)
+        cursor.follower, cursor.asked = self._identity, self._asked
+        connected = self._uploader is not None and self._uploader.is_connected
+        refused = as_refused(error) if error and not connected else None
+        text = str(refused) if refused else shown(error) if error else None
+        if refused:
+            self.patience = 0.0
+        if (cursor.answered, cursor.error, cursor.refused) != (True, text, refused is not None):
+            cursor.answered, cursor.error, cursor.refused = True, text, refused is not None
+            cursor.save(self.folder)
+
+    def introduce(self) -> None:
+        """Record that this process asks the store from now on."""
+        self._asked = time.time()
+        cursor = Cursor.of_store(self.folder, self.uri)
+        cursor.follower, cursor.asked = self._identity, self._asked
+        cursor.save(self.folder)
+
     def upload(self) -> bool:
         """One attempt. The uploader is created when the store first answers, and again after a failure."""
+        with stall_limit() as progress:
+            return self._upload(progress)
+
+    def _upload(self, progress: Callable[[], None]) -> bool:
         if self._uploader is None:
-            self._uploader = Uploader(self.folder, self.uri)
+            self._uploader = Uploader(self.folder, self.uri, progress)
         complete = self._uploader.sync()
         if not complete:
-            if self._system is None:
+            if self._system is None and _HAS_PSUTIL:
                 self._system = SystemMetrics(self._uploader)
-            self._system.upload()
+            if self._system is not None:
+                self._system.upload()
         return complete
 
     def is_superseded(self) -> bool:
@@ -180,20 +267,40 @@ def log(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m qatscale.tracking.follower", description="Upload a run to MLflow.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--uri", required=True)
     parser.add_argument("--patience", type=float, default=PATIENCE)
     arguments = parser.parse_args()
+
+    def hand_over(*_: object) -> None:
+        raise HandOver
+
     os.nice(10)  # training has priority
-    following = Following(RunFolder.open(arguments.folder), arguments.uri, arguments.patience)
+    folder, uri = RunFolder.open(arguments.folder), os.environ["MLFLOW_TRACKING_URI"]
+    following = Following(folder, uri, arguments.patience)
     signal.signal(signal.SIGTERM, lambda *_: following.give_up_in(TERM_GRACE))
+    signal.signal(HAND_OVER, hand_over)
     try:
         # A follower that a killed trainer left behind may still be uploading. It ends once it sees that another process
         # continues the run. If it hangs, the lock is never forced.
-        with quiet_mlflow(), locked(lock_file(following.folder), HANDOVER, give_up=following.is_superseded):
+        with quiet_mlflow(), locked(lock_file(folder), HANDOVER, give_up=following.is_superseded):
+            import mlflow.tracking  # noqa: F401 - it takes seconds, which are not the store's
+
+            _limit_memory()
+            following.introduce()
             return 0 if following.run() else 1
     except HeldError as error:
         log(f"not started: {error}")
-        return 1
+    except HandOver:
+        log("`qatscale track-sync` uploads the rest")
+    return 1
+
+
+class HandOver(BaseException):
+    """`track-sync` takes over. It ends whatever the follower waits for; uploads may end anywhere."""
+
+
+def _limit_memory() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 if __name__ == "__main__":

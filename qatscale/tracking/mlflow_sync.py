@@ -11,17 +11,32 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from qatlaw.run_folders import flatten
+from qatscale.config.places import without_credentials
 from qatscale.files import HeldError, encode, locked
+from qatscale.supervise import process
 from qatscale.tracking.averages import Averages
+from qatscale.tracking.mlflow_page import (
+    EXPERIMENT_TAGS,
+    NOTE_TAG,
+    VIEW_TAG,
+    dataset_input,
+    description,
+    parameters,
+    points,
+    view_state,
+)
 from qatscale.tracking.records import Record, Tail, live
+from qatscale.tracking.refusals import RefusedError, as_refused, check_database, shown, stall_limit
 from qatscale.tracking.run_folder import RunFolder, Status
-from qatscale.tracking.store import Cursor, artifact_location, database, quiet_mlflow, resolve_uri
+from qatscale.tracking.store import Cursor, artifact_location, database, known_store, quiet_mlflow, resolve_uri
 
 MLFLOW_STATUS: dict[Status, str] = {
     "imported": "FINISHED",
@@ -37,28 +52,7 @@ RUN_TAG = "qatscale.run_id"
 """The tag that ties an MLflow run to one run folder."""
 _CHUNK = 100_000
 """Bytes of metrics.jsonl between two moves of the cursor: a few hundred records, a few MLflow batches."""
-_PERF = {"tokens_per_second", "tflops", "mfu", "memory_gib", "data_seconds"}
-_NOT_METRICS = {"event", "time", "step", "steps", "phase", "warmup"}
 _IDENTITY = attrgetter("key", "step", "value")
-_MAX_PARAM = 6000
-"""MLflow's limit on the length of a parameter's value."""
-
-
-def points(record: Record) -> Iterator[Any]:
-    """One event of metrics.jsonl as MLflow's Metrics. Null values are left out; NaN and infinities are kept."""
-    from mlflow.entities import Metric
-
-    named: dict[str, Any] = {}
-    if record["event"] == "metrics":
-        fields = {name: value for name, value in record.items() if name not in _NOT_METRICS}
-        named = {f"{'perf' if name in _PERF else 'train'}/{name}": value for name, value in fields.items()}
-    elif record["event"] == "validation":
-        named = {f"val/{name}_{record['view']}": record.get(name) for name in ("loss", "perplexity")}
-    elif record["event"] == "final":
-        named = record["metrics"]
-    for key, value in named.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield Metric(key, float(value), int(record["time"] * 1000), record["step"])
 
 
 class Uploader:
@@ -67,15 +61,15 @@ class Uploader:
     Every method may raise whatever MLflow and the network raise. The cursor never precedes what the store confirmed.
     """
 
-    def __init__(self, folder: RunFolder, uri: str) -> None:
+    def __init__(self, folder: RunFolder, uri: str, progress: Callable[[], None] = lambda: None) -> None:
+        """progress: called whenever the store confirmed something. RefusedError for a file that cannot be written."""
         from mlflow.tracking import MlflowClient
 
-        self.folder, self.uri = folder, uri
+        check_database(uri)
+        self.folder, self.uri, self._progress = folder, uri, progress
         self.recipe = folder.recipe
-        cursor = Cursor.load(folder)
-        # another store than last time does not know this run
-        self.cursor = cursor if cursor and cursor.uri == uri else Cursor.fresh(folder, uri)
-        self._connected = False
+        self.cursor = Cursor.of_store(folder, uri)
+        self.is_connected = False
         parent = folder.run["parent"]
         self._averages = Averages(self.recipe["log_interval"], parent["step"] if parent else 0)
         self._sent: set[Any] = set()
@@ -90,7 +84,7 @@ class Uploader:
     def sync(self) -> bool:
         """Upload everything that is new. True when the run has ended and MLflow has all of it."""
         status = self.folder.status  # before the records, because a run that has ended writes no more of them
-        if not self._connected:
+        if not self.is_connected:
             self._connect()
         if not self.cursor.described:
             self._describe()
@@ -110,37 +104,51 @@ class Uploader:
 
         if self.cursor.run_id is not None:
             try:
-                self.client.get_run(self.cursor.run_id)
+                found_run = self.client.get_run(self.cursor.run_id)
+                if found_run.info.lifecycle_stage == "deleted":
+                    restore = f"`mlflow runs restore --run-id {self.cursor.run_id}` brings it back."
+                    raise RefusedError(f"The run was deleted in MLflow. {restore}")
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                self.cursor = Cursor.fresh(self.folder, self.uri)  # the store was removed and created again
+                # the store was removed and created again
+                known = {"follower": self.cursor.follower, "asked": self.cursor.asked}
+                self.cursor = Cursor.fresh(self.folder, self.uri).model_copy(update=known)
+        self.cursor.experiment_id = experiment_id = self._experiment()
         if self.cursor.run_id is None:
-            experiment_id = self._experiment()
             run = self.folder.run
             tags = {RUN_TAG: run["id"]}
             found = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run['id']}'", max_results=1)
             created = int(run["created"] * 1000)
             mlflow_run = found[0] if found else self.client.create_run(experiment_id, created, tags, run["name"])
             self.cursor.run_id = mlflow_run.info.run_id
-            self.cursor.save(self.folder)
+            self._save()
         for record in live(self._uploaded()):  # a superseded one may never have been sent
             self._sent.update(map(_IDENTITY, self._points(record)))
-        self._connected = True
+        self.is_connected = self.cursor.answered = True
+        self._save()
 
     def _experiment(self) -> str:
+        """Its id, once it has the tags that decide how MLflow's UI shows it. RefusedError for a deleted one."""
         from mlflow.exceptions import MlflowException
 
-        name = self.cursor.experiment
+        name, tags = self.cursor.experiment, EXPERIMENT_TAGS | {VIEW_TAG: view_state()}
         found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        try:
-            return self.client.create_experiment(name, artifact_location(self.uri, name))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            return self.client.get_experiment_by_name(name).experiment_id  # another run was faster
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name, artifact_location(self.uri, name), tags))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self.client.get_experiment_by_name(name)  # another run was faster
+        if found.lifecycle_stage == "deleted":
+            restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+            raise RefusedError(f"The experiment {name} was deleted. {restore}; tracking.experiment=NAME takes another.")
+        for key, value in tags.items():
+            if found.tags.get(key) != value and not (key in EXPERIMENT_TAGS and key in found.tags):
+                with suppress(MlflowException):  # another user's experiment may take runs and no tags
+                    self.client.set_experiment_tag(found.experiment_id, key, value)
+        return str(found.experiment_id)
 
     def _uploaded(self) -> Iterator[Record]:
         tail = Tail(self.folder.metrics_file)
@@ -155,13 +163,12 @@ class Uploader:
         return list(points(averaged[1])) if averaged else []
 
     def _describe(self) -> None:
-        """Parameters: n_params and the recipe without `tracking`, since the store is not a property of the run."""
+        """Parameters, constant tags, the corpus."""
         run = self.folder.run
-        flat = flatten({key: value for key, value in self.recipe.items() if key != "tracking"})
-        parameters = {k: v if len(v) <= _MAX_PARAM else f"{v[: _MAX_PARAM - 1]}…" for k, v in flat.items()}
         qat = self.recipe["qat"]
         tags = {
             "scheme": qat["scheme"],
+            NOTE_TAG: description(self.folder),
             "bits": "16" if qat["scheme"] == "fp" else f"{qat['bits']:g}",
             "mlflow.source.name": " ".join(run["command"]),
             "mlflow.source.type": "LOCAL",
@@ -174,15 +181,17 @@ class Uploader:
         if run["parent"]:
             tags["parent"] = run["parent"]["name"]
             tags["parent_step"] = str(run["parent"]["step"])
-        self.log(parameters=parameters | {"n_params": str(run["n_params"])}, tags=tags)
+        self.log(parameters=parameters(self.folder) | {"n_params": str(run["n_params"])}, tags=tags)
+        if (corpus := dataset_input(self.folder)) is not None:
+            self.client.log_inputs(self.cursor.run_id, [corpus])
         self.cursor.described = True
-        self.cursor.save(self.folder)
+        self._save()
 
     def _upload_records(self) -> None:
         tail = Tail(self.folder.metrics_file, self.cursor.offset)
         while chunk := tail.read(_CHUNK):
             fresh: list[Any] = []
-            parameters: dict[str, str] = {}
+            texts: dict[str, str] = {}
             tags: dict[str, str] = {}
             new = live(chunk)
             switches = [record for record in new if record["event"] == "switch"]
@@ -195,15 +204,21 @@ class Uploader:
                 if "phase" in record:
                     tags["phase"] = record["phase"]
                 if record["event"] == "final":
-                    parameters |= {key: value for key, value in record["metrics"].items() if isinstance(value, str)}
+                    texts |= {key: value for key, value in record["metrics"].items() if isinstance(value, str)}
+                    tags |= self._final_description(record["metrics"])
             if switches:
                 tags["switch_step"] = str(switches[-1]["step"])
-            self.log(fresh, parameters, tags)
+            self.log(fresh, texts, tags)
             for record in switches:
                 report = json.dumps(encode({"step": record["step"], "report": record["report"]}), indent=2)
                 self.client.log_text(self.cursor.run_id, report, "switch_report.json")
             self.cursor.offset = tail.offset
-            self.cursor.save(self.folder)
+            self._save()
+
+    def _final_description(self, final: Mapping[str, Any]) -> dict[str, str]:
+        """The description with losses, unless somebody has changed the one of the start."""
+        shown_now = self.client.get_run(self.cursor.run_id).data.tags.get(NOTE_TAG)
+        return {NOTE_TAG: description(self.folder, final)} if shown_now == description(self.folder) else {}
 
     def log(
         self,
@@ -225,10 +240,10 @@ class Uploader:
         """Make a branch a child run of its trunk, once the same store has the trunk."""
         parent = self.folder.parent
         theirs = Cursor.load(parent) if parent else None
-        if theirs and theirs.uri == self.uri and theirs.run_id:
+        if theirs and theirs.uri == self.cursor.uri and theirs.run_id:
             self.log(tags={"mlflow.parentRunId": theirs.run_id})
             self.cursor.parent_run_id = theirs.run_id
-            self.cursor.save(self.folder)
+            self._save()
 
     def _upload_artifacts(self) -> list[Exception]:
         """Upload new and changed files. Returns the failures: a store whose artifacts fail gets everything else."""
@@ -249,8 +264,12 @@ class Uploader:
                 failures.append(error)
                 continue
             self.cursor.artifacts[str(name)] = version
-            self.cursor.save(self.folder)
+            self._save()
         return failures
+
+    def _save(self) -> None:
+        self.cursor.save(self.folder)
+        self._progress()
 
     def _upload_status(self, status: Status) -> None:
         if MLFLOW_STATUS[status] == "RUNNING":
@@ -262,7 +281,7 @@ class Uploader:
             self.client.set_terminated(self.cursor.run_id, MLFLOW_STATUS[status], ended)
         self.log(tags={"run_status": status})
         self.cursor.status = status
-        self.cursor.save(self.folder)
+        self._save()
 
 
 class TrackingError(RuntimeError):
@@ -272,30 +291,43 @@ class TrackingError(RuntimeError):
 def track_sync(folder: RunFolder, uri: str | None = None) -> str:
     """Upload what MLflow lacks of a run; returns the MLflow run's id. Raises TrackingError when that fails.
 
-    `uri` None = the store of the earlier upload, or else the one of the recipe.
+    `uri` None = the store of the earlier upload, or else the one of the recipe. It takes over from the process that
+    follows a run which has ended.
     """
-    cursor = Cursor.load(folder)
-    resolved = resolve_uri(uri or (cursor.uri if cursor else folder.recipe["tracking"]["uri"]))
+    own = known_store(folder) if Cursor.load(folder) else folder.recipe["tracking"]["uri"]
+    resolved = resolve_uri(uri or own, known=known_store(folder))
     if resolved is None:
         raise TrackingError(f"Tracking of {folder.name} is off (tracking.uri = none). Name a store to upload it to.")
+    if folder.has_ended:
+        _end_follower(folder)
     try:
-        with quiet_mlflow(), locked(lock_file(folder), wait=1.0):
-            uploader = Uploader(folder, resolved)
+        with quiet_mlflow(), locked(lock_file(folder), wait=TAKE_OVER), stall_limit() as progress:
+            uploader = Uploader(folder, resolved, progress)
             uploader.sync()
+            uploader.cursor.error, uploader.cursor.refused = None, False
+            uploader.cursor.save(folder)
     except HeldError as error:
         raise TrackingError(f"{folder.name} is being uploaded right now: {error}.") from error
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
-        raise TrackingError(f"{resolved} did not accept {folder.name}: {shown(error)}") from error
+        reason = as_refused(error) or shown(error)
+        raise TrackingError(f"{without_credentials(resolved)} did not accept {folder.name}: {reason}") from error
     assert uploader.cursor.run_id is not None
     return uploader.cursor.run_id
+
+
+TAKE_OVER = 5.0
+"""Seconds in which a follower that was asked to end does so."""
+HAND_OVER = signal.SIGUSR1
+"""Asks a follower to end at once."""
+
+
+def _end_follower(folder: RunFolder) -> None:
+    cursor = Cursor.load(folder)
+    if cursor and cursor.follower and process.is_alive(cursor.follower):
+        with suppress(OSError):  # it has just ended, or is another user's
+            os.kill(cursor.follower["pid"], HAND_OVER)
 
 
 def lock_file(folder: RunFolder) -> Path:
     """Every upload of a run holds the lock on this file."""
     return folder.logs / "tracking.log"
-
-
-def shown(error: BaseException) -> str:
-    """An exception in one line."""
-    inner = error.exceptions if isinstance(error, ExceptionGroup) else [error]
-    return "; ".join(f"{type(e).__name__}: {e}" for e in inner).replace("\n", " ")[:2000]

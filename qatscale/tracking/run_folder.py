@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from qatscale.config.places import find_moved, without_credentials
 from qatscale.errors import UserError
 from qatscale.files import read_json, write_atomic, write_json
 from qatscale.schedule.timeline import Timeline
@@ -73,12 +74,13 @@ class RunFolder:
         parent: Mapping[str, Any] | None = None,
         hosts: Mapping[str, Sequence[int]] | None = None,
         imported: str | None = None,
+        resolved: Mapping[str, Any] | None = None,
     ) -> Self:
         """Write the files that describe a run. run.json comes last, so a folder with run.json has them all.
 
         `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from. `hosts`:
-        each host's ranks. `imported`: the origin of a model that the folder holds and did not train.
-        Raises UserError where a run exists already.
+        each host's ranks. `imported`: the origin of a model that the folder holds and did not train. `resolved`:
+        by key, the values that `auto` has in this run. Raises UserError where a run exists already.
         """
         self = cls(path)
         if self.run_file.exists():
@@ -100,7 +102,8 @@ class RunFolder:
             "imported": imported,
             "n_params": n_params,
             "git_commit": around["git"]["commit"] if around["git"] else None,
-            "command": list(command),
+            "resolved": dict(resolved or {}),
+            "command": [without_credentials(argument) for argument in command],
         }
         write_json(self.run_file, run)
         return self
@@ -123,7 +126,24 @@ class RunFolder:
     @property
     def run(self) -> dict[str, Any]:
         """run.json."""
-        return read_json(self.run_file)
+        return self._content("run.json", "name", "id", "created", "parent", "n_params")
+
+    def _content(self, name: str, *keys: str) -> dict[str, Any]:
+        """A file that describes the run. UserError, naming it, where it is damaged."""
+        import yaml
+
+        from qatscale.untrusted import first_line
+
+        path = self.path / name
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            what = "is empty" if path.exists() and not path.stat().st_size else f"cannot be read: {first_line(error)}"
+            raise UserError("run", str(path), f"{what}.", "Restore the file.") from None
+        missing = [key for key in keys if key not in content] if isinstance(content, dict) else keys
+        if missing:
+            raise UserError("run", str(path), f"is damaged: it lacks {', '.join(missing)}.", "Restore the file.")
+        return dict(content)
 
     @property
     def parent(self) -> RunFolder | None:
@@ -145,14 +165,20 @@ class RunFolder:
     @property
     def timeline(self) -> dict[str, Any]:
         """timeline.json, see `Timeline.to_dict`; runs of earlier versions have fewer of its keys."""
-        return read_json(self.path / "timeline.json")
+        return self._content("timeline.json")
 
     @property
     def recipe(self) -> dict[str, Any]:
         """recipe.yaml as plain data, so that runs remain readable when RunConfig changes."""
-        import yaml
+        return self._content("recipe.yaml", "data", "qat")
 
-        return yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+    @property
+    def data(self) -> Path | None:
+        """The folder of its prepared data, also where it was moved together with the run's; None where none was set."""
+        recipe = self.recipe
+        find_moved(recipe, self.path)
+        path = recipe["data"]["path"]
+        return Path(path).absolute() if path else None
 
     def records(self, *events: str) -> list[Record]:
         """The events of metrics.jsonl, all kinds or these, without the ones that a later resume superseded."""
@@ -166,7 +192,7 @@ class RunFolder:
     @property
     def final(self) -> dict[str, Any] | None:
         """The final metrics by their stable names, None while the run is not done."""
-        return read_json(self.done_file)["metrics"] if self.is_done else None
+        return self._content("done.json", "metrics")["metrics"] if self.is_done else None
 
     @property
     def status(self) -> Status:

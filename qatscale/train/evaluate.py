@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ from qatscale.train.validation import open_view, ptq_view, summed_loss, validati
 
 
 def evaluate_checkpoint(
-    what: str, ptq_bits: Iterable[float] = (), data: Path | None = None, tokens: int | None = None
+    what: str,
+    ptq_bits: Iterable[float] = (),
+    data: Path | None = None,
+    tokens: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, int, dict[str, float]]:
     """Evaluate a checkpoint, named as `find_checkpoint` takes it, on the held-out data of its run or on `data`.
 
     Returns the checkpoint's folder, the number of predicted tokens, and view → loss: `fp`, `quantized` where it has
-    switched, and `ptqB` for each of `ptq_bits`.
+    switched, and `ptqB` for each of `ptq_bits`. progress: called with what is being done.
     """
     for bits in ptq_bits:
         get_quantizer(bits)  # refuses an unknown bit width before anything is loaded
@@ -47,10 +52,17 @@ def evaluate_checkpoint(
     views = ["fp", *(["quantized"] if plugin.switched_at is not None else []), *map(ptq_view, ptq_bits)]
     losses, counted = {}, 0
     for name in views:
+        before_batch = _counted(progress, f"{name} view: batch {{}} of {reader.batches_per_rank(1)}")
         with open_view(model, name):
-            total, counted = summed_loss(model, reader, device, 0, 1)
+            total, counted = summed_loss(model, reader, device, 0, 1, before_batch)
         losses[name] = total / counted
     return checkpoint.folder, counted, losses
+
+
+def _counted(progress: Callable[[str], None], text: str) -> Callable[[], None]:
+    """A function that reports `text` with the number of its calls."""
+    calls = itertools.count(1)
+    return lambda: progress(text.format(next(calls)))
 
 
 def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog, stop: StopRequest) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qatscale.train.evaluate import evaluate_final
 from qatscale.train.loop import RollBack, run_steps
 from qatscale.train.resume import plan_resume
 from qatscale.train.run_log import RunLog
-from qatscale.train.setup import build, decide, roll_back
+from qatscale.train.setup import build, decide, resolved_settings, roll_back
 
 FAILED_PATIENCE = 5.0
 """Seconds that a run which failed waits for its upload; launchers kill what is left of a job after 30."""
@@ -92,7 +92,7 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
     log = RunLog(setup, runtime, linger=linger)
     with Watchdog(runtime, log.folder.logs, setup.config.engine.stall_timeout, log.failed) as watchdog:
         components = build(setup, runtime)
-        log.open(watchdog.hosts)
+        log.open(watchdog.hosts, resolved_settings(setup))
         with _uploaded(log, linger), log.recording(watchdog):
             try:
                 stop.check_now()
@@ -128,6 +128,8 @@ def _uploaded(log: RunLog, linger: bool) -> Iterator[None]:
         yield
         return
     follower = start_follower(log.folder, log.config.tracking.uri)
+    if linger and (message := follower.first_answer()):
+        log.notice(message)
     patience = [FAILED_PATIENCE]
     try:
         yield

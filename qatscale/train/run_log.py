@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ class RunLog:
         """Steps done, as far as reported: where a failure or a stop is placed."""
         self._is_open = self._warned = False
 
-    def open(self, hosts: dict[str, list[int]]) -> None:
-        """Create or continue the run's folder. hosts: each host's ranks."""
+    def open(self, hosts: dict[str, list[int]], resolved: Mapping[str, Any]) -> None:
+        """Create or continue the folder. hosts: each host's ranks. resolved: by key, what `auto` is in this run."""
         if not self.runtime.is_main:
             return
         if not self.resume.resumes:
@@ -56,6 +56,7 @@ class RunLog:
                 command=sys.argv,
                 parent=self.resume.parent,
                 hosts=hosts,
+                resolved=resolved,
             )
         self.folder.append("resume" if self.resume.resumes else "start", step=self.resume.step, hosts=hosts)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
-from qatscale.config.recipe import resolved_yaml
+from qatscale.config.recipe import flatten, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
@@ -20,6 +21,7 @@ from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
+from qatscale.quant.bit_widths import embedding_rule, get_quantizer
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
@@ -53,7 +55,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
         *filter(None, [missing, repetition]),
     )
     return RunSetup(
-        config, resolved_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),
+        config, recorded_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),
         batches, validation, notices,
     )  # fmt: skip
 
@@ -122,3 +124,19 @@ def _load(resume: ResumePlan, components: TrainingComponents) -> None:
 
 def _is_scale(name: str) -> bool:
     return name.endswith(".weight_scale")
+
+
+def resolved_settings(setup: RunSetup) -> dict[str, Any]:
+    """The values of the recipe's keys that say `auto`, and QAT's share as it is. None: without effect in this run."""
+    config, timeline, qat = setup.config, setup.timeline, setup.config.qat
+    quantized = qat.scheme != "fp"
+    rule = embedding_rule(qat.embedding_bits, config.model.tied_embedding)
+    values = {
+        "qat.embedding_bits": (rule.at(qat.bits) if rule else UNQUANTIZED_BITS) if quantized else None,
+        "qat.lr_ratio": timeline.qat_lr_ratio if quantized else None,
+        "qat.scale_lr_ratio": get_quantizer(qat.bits).scale_lr_ratio if quantized else None,
+        "engine.compile": "on" if plan_compilation(config.engine, setup.ds_config) else "off",
+    }
+    given = flatten(config)
+    resolved = {key: value for key, value in values.items() if given[key] == "auto"}
+    return {"qat.fraction": timeline.qat_fraction, **resolved}

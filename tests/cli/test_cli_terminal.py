@@ -6,14 +6,20 @@ import json
 import re
 import resource
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import qatscale
+from qatscale.cli import completion
 from qatscale.cli.terminal import as_overrides
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.evaluate import evaluate_checkpoint
 from tests.cli.bad_inputs import run_command
+from tests.processes import unlaunched
 
 
 def test_the_version() -> None:
@@ -61,6 +67,10 @@ def test_a_full_disk_is_one_sentence_and_dry_runs_say_where_a_run_would_go_on(pr
     assert "begins at step 0" in out
     assert run_command(words)[0] == 0
     assert f"{run} is done: nothing is left to train" in run_command(["resume", str(run), "--dry-run"])[1]
+    told: list[str] = []
+    evaluate_checkpoint(str(run), (2,), progress=told.append)
+    assert re.fullmatch(r"ptq2 view: batch (\d+) of \1", told[-1])
+    assert told[0].startswith("fp view: batch 1 of ")
     branch = ["branch", f"{run}@5", "name=branch", "tokens=5120", "--dry-run"]
     code, out, error = run_command(branch)
     assert code == 0, error
@@ -68,6 +78,40 @@ def test_a_full_disk_is_one_sentence_and_dry_runs_say_where_a_run_would_go_on(pr
     assert "in 20 steps of 256" in out
     assert run_command([*branch, "batch.sequences=7"])[0] == EXIT_BAD_INPUT
     assert not (tmp_path / "branch").exists()
+
+
+def test_training_goes_on_when_nobody_reads_any_more(prepared: Path, tmp_path: Path) -> None:
+    """`qatscale train … | head -1`"""
+    settings = f"output={tmp_path} data.path={prepared} tokens=2560 tracking.uri=none"
+    command = [sys.executable, "-c", "from qatscale.cli import main; main()"]
+    command += shlex.split(f"train debug name=run {settings}")
+    process = subprocess.Popen(command, env=unlaunched(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("run: ")
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert RunFolder(tmp_path / "run").is_done
+
+
+def test_the_tab_key_offers_recipes_runs_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/first", "runs/second", "other/third", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+        if folder != "data":
+            (tmp_path / folder / "run.json").touch()
+    (tmp_path / "mine.yaml").touch()
+    assert completion.run("") == ["runs/first", "runs/second"]
+    assert completion.run("o") == ["other/"]
+    assert completion.run(f"{tmp_path}/other/") == [f"{tmp_path}/other/third"]
+    assert completion.run("nowhere/") == []
+    assert completion.recipe_or_file("de") == ["debug"]
+    assert completion.recipe_or_file("m") == ["mine.yaml"]
+    assert completion.override("qat.b") == ["qat.bits="]
+    assert {"qat", "qat.bits", "quickstart"} <= set(completion.recipe_or_key("q"))
+    asked = {"_QATSCALE_COMPLETE": "complete_bash", "COMP_WORDS": "qatscale train debug tok", "COMP_CWORD": "3"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    assert run_command([])[1].split() == ["tokens="]
 
 
 @pytest.mark.parametrize(

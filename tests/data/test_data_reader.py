@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
@@ -193,6 +194,23 @@ def test_damaged_folders_are_refused(prepared: Path, damage, said: str) -> None:
     TokenStream.open(prepared, "train")
     damage(prepared)
     with pytest.raises(UserError, match=said):
+        TokenStream.open(prepared, "train")
+
+
+def test_totals_and_ids_are_compared_with_the_shards(prepared: Path) -> None:
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    for what in ("tokens", "documents"):
+        splits = {**manifest["splits"], "train": {**manifest["splits"]["train"], what: 10**9}}
+        edit(prepared, splits=splits)
+        with pytest.raises(UserError, match=rf"splits.train.{what} is 1,000,000,000, and its shards hold"):
+            TokenStream.open(prepared, "train")
+    shard = manifest["splits"]["train"]["shards"][0]
+    raw = bytearray((prepared / "train-00000.bin").read_bytes())
+    raw[40:42] = b"\xff\xff"
+    (prepared / "train-00000.bin").write_bytes(raw)
+    shard["bin_sha256"] = hashlib.sha256(raw).hexdigest()
+    edit(prepared, splits=manifest["splits"])
+    with pytest.raises(UserError, match="holds token id 65535; the vocabulary has 700"):
         TokenStream.open(prepared, "train")
 
 

@@ -89,8 +89,9 @@ def test_adopted_shards_are_sampled_alike(tmp_path: Path) -> None:
     sizes = {"low": 150_000, "high": 300_000}
     for number, (name, size) in enumerate(sizes.items()):
         ids = (np.arange(size) % 100 + 100 * number).tolist()
-        megatron_pair(tmp_path / name, 8, "H", ids, [size // 3] + [size // 300] * 200)
-    adopt(tmp_path, train=list(sizes), validation=list(sizes))
+        for use in ("train", "held"):
+            megatron_pair(tmp_path / f"{use}-{name}", 8, "H", ids, [size // 3] + [size // 300] * 200)
+    adopt(tmp_path, train=[f"train-{name}" for name in sizes], validation=[f"held-{name}" for name in sizes])
     tokens = TokenStream.open(tmp_path, "train")
     total = tokens.sequences(LENGTH)
     for seed in SEEDS:

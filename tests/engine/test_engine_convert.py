@@ -24,7 +24,7 @@ from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
-from qatscale.tracking.compare import list_runs
+from qatscale.tracking.compare import list_runs, run_folders
 from qatscale.tracking.convert import convert
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.resume import plan_resume
@@ -193,7 +193,7 @@ def test_its_first_loss_is_that_of_transformers(name: str, made: Made) -> None:
 
 @pytest.mark.dist
 def test_an_imported_run_is_listed_as_one_and_not_trained(made: Made) -> None:
-    rows = {row.name: row for row in list_runs(made.runs)}
+    rows = {row.name: row for row in list_runs(run_folders(made.runs))[0].values()}
     assert (rows["llama-tied"].status, rows["llama-tied"].parent) == ("imported", "tied")
     assert rows["tied-p1"].parent == "llama-tied@0"
     folder = RunFolder(made.runs / "llama-tied")

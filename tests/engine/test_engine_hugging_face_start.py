@@ -23,7 +23,7 @@ from qatscale.errors import UserError
 from qatscale.export.export import export
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.schedule.build import build_timeline
-from qatscale.tracking.compare import list_runs
+from qatscale.tracking.compare import list_runs, run_folders
 from qatscale.tracking.convert import convert
 from qatscale.train.resume import plan_resume
 from qatscale.train.setup import decide
@@ -63,7 +63,7 @@ def test_trained_tokens_are_steps_of_the_recipe(tmp_path: Path) -> None:
     save_model(tmp_path / "hf", tied=True)
     import_model(tmp_path / "hf", tmp_path / "run", "data.path=null", trained_tokens=2600)  # 5.08 steps of 512
     assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000005"]
-    (row,) = list_runs(tmp_path)
+    (row,) = list_runs(run_folders(tmp_path))[0].values()
     assert (row.step, row.tokens) == (5, 2560)
     # Nothing is trained here: what the model has seen may exceed the recipe's tokens, by nine digits of steps too.
     import_model(tmp_path / "hf", tmp_path / "late", "data.path=null", trained_tokens=15 * 10**12)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ PROBE = """<script>addEventListener("load", async () => {
   await Promise.all([...document.images].map(image => image.decode()));
   const said = {
     images: [...document.images].map(i => ({section: i.closest("section").id, width: i.naturalWidth, shown: i.width})),
+    tables: [...document.querySelectorAll("table")].every(t => t.closest(".scroll")),
     sections: [...document.querySelectorAll("section")].map(s => s.id),
     lacking: [...document.querySelectorAll(".lacking")].map(d => d.closest("section").id),
     loaded: performance.getEntriesByType("resource").map(r => r.name.slice(0, 40)),
@@ -50,15 +52,19 @@ class Seen:
     """Its lines, errors and warnings of the page among them."""
 
 
-def open_page(page: Path, folder: Path) -> Seen:
-    """Open a copy of the page, in `folder`, with the probe in it. CannotError where there is no browser."""
+def open_page(page: Path, folder: Path, width: int = 1000) -> Seen:
+    """Open a copy of the page, in `folder`, with the probe in it, so many pixels wide.
+
+    CannotError where there is no browser.
+    """
     program, environment = find_browser()
     probed = folder / "probed.html"
     html = page.read_text(encoding="utf-8")
     assert html.count("</body>") == 1
     probed.write_text(html.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     command = [
-        program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1000,1400",
+        program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        f"--window-size={width},1400",
         f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--dump-dom", probed.as_uri(),
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=True)
@@ -66,6 +72,18 @@ def open_page(page: Path, folder: Path) -> Seen:
     assert found, f"the probe did not speak: {ran.stderr[-2000:]}"
     told = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", "\u00a0").replace("&amp;", "&")
     return Seen(json.loads(told), [line for line in ran.stderr.splitlines() if ":CONSOLE" in line])
+
+
+def open_address(address: str, folder: Path) -> str:
+    """The text of an address's page once its scripts have drawn it. CannotError where there is no browser."""
+    program, environment = find_browser()
+    command = [
+        program, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,2400",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=60000", "--dump-dom", address,
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=True)
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", ran.stdout, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", body)))
 
 
 def find_browser() -> tuple[str, dict[str, str]]:

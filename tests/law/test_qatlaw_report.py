@@ -16,6 +16,7 @@ from qatlaw import synthetic
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
 from qatlaw.figures.style import amount, memory, thinned, width_dash, width_style
+from qatlaw.findings import findings
 from qatlaw.fraction import fraction_at
 from qatlaw.laws import QAT_UNIFIED
 from qatlaw.page import Report, html, image, rows_html, write_report
@@ -29,7 +30,7 @@ from tests.law.law_runs import command, finished
 
 NAMES = (
     "optimal_fraction", "u_curves", "law_against_measurement", "residuals", "equal_memory", "against_full_precision",
-    "wasted_tokens", "fusion",
+    "wasted_tokens", "fusion", "cooldown_shapes",
 )  # fmt: skip
 FUSED_GAP = -0.003
 
@@ -80,7 +81,10 @@ def few() -> dict[str, Drawn]:
 
 def test_with_runs_enough_every_figure_is_drawn(full: dict[str, Drawn]) -> None:
     assert tuple(full) == NAMES
-    for one in full.values():
+    for name, one in full.items():
+        if name == "cooldown_shapes":
+            assert one.lacking == "runs that differ in schedule.shape alone."
+            continue
         assert one.figure is not None, one.lacking
         assert one.caption.endswith(".")
         for axes in one.figure.axes:
@@ -95,7 +99,7 @@ def test_with_few_runs_what_cannot_be_drawn_says_what_it_needs(few: dict[str, Dr
         "optimal_fraction", "u_curves", "against_full_precision", "fusion",
     }  # fmt: skip
     for one in few.values():
-        assert one.figure is not None or "law" in one.lacking
+        assert one.figure is not None or "law" in one.lacking or "schedule.shape" in one.lacking
     assert "are not optima" in few["optimal_fraction"].caption
     assert "extrapolation" in few["optimal_fraction"].warnings[0]
 
@@ -159,6 +163,41 @@ def test_a_model_at_equal_memory_fills_the_budget(full: dict[str, Drawn]) -> Non
         bytes_ = float(budget.split()[0]) * 1e6
         for bits, told in zip(synthetic.BITS, row, strict=True):
             assert told == amount(bytes_ * 8 / bits)
+
+
+def test_the_answer_has_the_numbers_of_the_runs() -> None:
+    sentences = findings(Evidence(quickstart(), None))
+    assert len(sentences) == 3
+    assert "lowest loss is 2.9837 nats, of full precision with 279K parameters and 2M tokens" in sentences[0]
+    assert "0.104 by QAT and 0.297 by PTQ at 2 bits" in sentences[1]
+    assert "lowers the loss by 0.092 nats (median of 1 pair)" in sentences[2]
+    sentences = findings(Evidence(rich(), None))
+    assert len(sentences) == 4
+    curves = Evidence(rich(), None).curves
+    optima = [curve.optimum for curve in curves if curve.inside and curve.B == 1]
+    assert f"{min(optima):.2f} to {max(optima):.2f} at 1 bit" in sentences[1]
+
+
+def test_cooldown_shapes_are_compared_where_nothing_else_differs() -> None:
+    """Two seeds of two shapes, and a third shape that was run at another size only."""
+    frame = quickstart().frame.iloc[:1]
+    rows = [
+        (279_104, 0, "1-sqrt", 3.00), (279_104, 0, "linear", 3.02), (279_104, 1, "1-sqrt", 3.01),
+        (279_104, 1, "linear", 3.05), (500_000, 0, "cosine", 2.0),
+    ]  # fmt: skip
+    parts = [
+        frame.assign(n_params=N, seed=seed, loss=loss, settings=f"batch.sequences=8, schedule.shape={shape}")
+        for N, seed, shape, loss in rows
+    ]
+    drawn = SUBJECTS[-1](Evidence(RunTable.from_frame(pd.concat(parts, ignore_index=True), "shapes"), None))
+    assert drawn.figure is not None
+    (axes,) = drawn.figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1-sqrt", "linear"]
+    assert line(drawn, "mean")[0] == pytest.approx([0.0])
+    assert sorted(x for one in axes.get_lines() for x in np.atleast_1d(one.get_xdata())) == pytest.approx(
+        sorted([0, 0, 0, 0.02, 0.04, 0.03])
+    )
+    assert "4 runs in 2 groups" in drawn.caption
 
 
 def luminance(colour: str) -> float:
@@ -231,7 +270,8 @@ def test_the_page_of_a_fit_shows_its_numbers(tmp_path: Path) -> None:
     assert {row[0] for row in coefficient_rows(summary)[1:]} == set(synthetic.COEFFICIENTS)
     assert comparison_rows(compared)[1][0] in ("qat_unified", "qat_per_bits"), "rivals know no split"
     assert "bad&lt;run&gt;" in page
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "nothing is loaded from elsewhere"
+    assert not re.findall(r'(?:src|href)="(?!data:|#|runs.csv")', page), "nothing is loaded from elsewhere"
+    assert pd.read_csv(tmp_path / "runs.csv")["loss"].tolist() == table.loss.tolist(), "all runs, also as a file"
     again = SUBJECTS[0](report.evidence)
     assert again.figure is not None
     assert image(again.figure, "svg") == report.svg[again.name], "the same runs give the same bytes"
@@ -258,15 +298,23 @@ def test_the_report_of_the_quickstarts_runs_in_a_browser(tmp_path: Path) -> None
     page = seen(["--runs", str(runs)], tmp_path)
     assert page.console == [], "no error, no warning"
     facts = page.facts
-    assert [name for name in facts["sections"] if name] == list(NAMES)
-    drawn = [image["section"] for image in facts["images"]]
-    assert drawn == ["optimal_fraction", "u_curves", "against_full_precision", "fusion"]
-    assert sorted(drawn + facts["lacking"]) == sorted(NAMES), "every figure is there, or why it is not"
+    drawn = ["optimal_fraction", "u_curves", "against_full_precision", "fusion"]
+    assert [name for name in facts["sections"] if name] == ["answer", *drawn, "runs"]
+    assert [image["section"] for image in facts["images"]] == drawn
+    assert facts["lacking"] == ["answer"], "one box says what is missing"
+    for missing in ("Loss law", "Law against measurement", "Residuals", "Tokens wasted by the 10 % rule"):
+        assert f"{missing}: " in facts["text"]
     assert all(image["width"] > 300 and image["shown"] > 300 for image in facts["images"])
     assert all(name.startswith("data:") for name in facts["loaded"])
     assert facts["page"] <= facts["window"], "nothing sticks out"
-    for told in ("without a cooldown", "3.0879", "No loss law", "extrapolation"):
+    for told in ("without a cooldown", "3.0879", "extrapolation", "lowers the loss by 0.092 nats", "0.104 by QAT"):
         assert told in facts["text"]
+    phone = open_page(tmp_path / "report" / "report.html", tmp_path, width=390).facts
+    assert phone["window"] == 390
+    assert phone["page"] <= 390, "tables and figures scroll within the page"
+    assert phone["tables"]
+    points = 7.4 * 72
+    assert all(image["shown"] / points * 7.5 > 8.5 for image in phone["images"] if image["width"] > 600), "pixels"
 
 
 def test_the_report_of_many_runs_in_a_browser(tmp_path: Path) -> None:
@@ -274,7 +322,7 @@ def test_the_report_of_many_runs_in_a_browser(tmp_path: Path) -> None:
     table[table["n_params"] < 4e8].to_csv(tmp_path / "runs.csv", index=False)
     page = seen(["--table", str(tmp_path / "runs.csv"), "--law", "synthetic", "--scheme", "sequential"], tmp_path)
     assert page.console == []
-    assert [image["section"] for image in page.facts["images"]] == list(NAMES)
-    assert page.facts["lacking"] == []
+    assert [image["section"] for image in page.facts["images"]] == list(NAMES[:-1])
+    assert page.facts["text"].count("arXiv 2509.22935.") >= 7, "the figures of the paper that ours correspond to"
     assert page.facts["page"] <= page.facts["window"]
     assert "made-up" in json.dumps(page.facts["text"])

@@ -193,7 +193,7 @@ def test_a_table_with_names_of_its_own(tmp_path):
         ({}, "n_params, loss, scheme missing. Try --column n_params=params --column loss=val_loss "),
         ({"los": "val_loss"}, "--column = 'los': .* Did you mean 'loss'"),
         ({"loss": "val_los"}, "--column loss = 'val_los': .* Did you mean 'val_loss'"),
-        ({"n_params": "params", "loss": "val_loss"}, "scheme missing. .*--scheme sequential or fused"),
+        ({"n_params": "params", "loss": "val_loss"}, "scheme missing. .*--scheme fused"),
     ],
 )
 def test_the_nearest_name_is_offered(columns, told):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qatscale.config.recipe import load_run_config, resolved_yaml
+from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.schedule.timeline import Segment, Timeline, cooldown_of
 from qatscale.tracking.run_folder import RunFolder
 
@@ -27,8 +27,10 @@ def make_run_in(
     cooldown: int = 0,
     parent: tuple[RunFolder, int] | None = None,
     overrides: tuple[str, ...] = (),
+    resolved: float | None = None,
 ) -> RunFolder:
-    """A run's folder before its first event. `cooldown`: steps before the end (sequential: also before the switch)."""
+    """A run's folder before its first event. `cooldown`: steps before the end (sequential: also before the switch).
+    `resolved`: the fraction that the trainer found."""
     qat = () if scheme == "fp" else (f"qat.bits={bits}",)
     qat += (f"qat.fraction={(steps - (switch or 0)) / steps}",) if scheme in ("sequential", "fused") else ()
     config = load_run_config(
@@ -55,12 +57,13 @@ def make_run_in(
     lineage = {"name": parent[0].name, "folder": parent[0].path, "step": parent[1]} if parent else None
     return RunFolder.create(
         output / name,
-        recipe=resolved_yaml(config),
+        recipe=recorded_yaml(config),
         ds_config={"zero_optimization": {"stage": 1}},
         timeline=timeline,
         n_params=1_000_000,
         command=["qatscale", "train", "debug", f"name={name}"],
         parent=lineage,
+        resolved={} if resolved is None else {"qat.fraction": resolved},
     )
 
 

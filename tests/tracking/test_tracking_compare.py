@@ -16,6 +16,7 @@ from qatscale.tracking.compare import (
     comparison_table,
     list_runs,
     median_speeds,
+    run_folders,
     run_row,
     runs_table,
     tokens_per_second,
@@ -24,6 +25,7 @@ from qatscale.tracking.compare import (
 )
 from qatscale.tracking.curves import curves, draw_loss_curves, loss_curves, smoothed
 from qatscale.tracking.run_folder import RunFolder, perplexity
+from tests.law.law_runs import command
 from tests.tracking.synthetic_runs import TOKENS_PER_STEP, MakeRun, finish, log_metrics, loss_at
 
 
@@ -69,7 +71,7 @@ def text(table: Table, width: int = 200) -> str:
 
 
 def test_runs_are_listed_oldest_first_with_what_they_are(study: Study) -> None:
-    rows = {row.name: row for row in list_runs(study.trunk.path.parent)}
+    rows = {row.name: row for row in list_runs(run_folders(study.trunk.path.parent))[0].values()}
     assert list(rows) == ["trunk", "fp", "sequential", "fused"]
     trunk, fused = rows["trunk"], rows["fused"]
     assert (trunk.scheme, trunk.bits, trunk.qat_fraction, trunk.status) == ("fp", None, 0.0, "stopped")
@@ -81,10 +83,10 @@ def test_runs_are_listed_oldest_first_with_what_they_are(study: Study) -> None:
 
 
 def test_the_list_is_a_table_and_an_empty_folder_an_empty_list(study: Study, tmp_path: Path) -> None:
-    shown = text(runs_table(list_runs(study.trunk.path.parent)))
+    shown = text(runs_table(list(list_runs(run_folders(study.trunk.path.parent))[0].values())))
     for cell in ("trunk@500", "50.0%", "800/1,000", "409.6K/512K", "2.5000", "stopped", "done"):
         assert cell in shown
-    assert list_runs(tmp_path / "none") == []
+    assert run_folders(tmp_path / "none") == []
 
 
 def test_a_comparison_has_every_view_and_both_speeds(study: Study) -> None:
@@ -114,7 +116,7 @@ def test_a_run_that_is_not_done_is_judged_by_its_last_validation(make_run: MakeR
     for step, view, loss in ((80, "fp", 3.0), (160, "fp", 2.9), (160, "quantized", 2.7)):
         folder.append("validation", step=step, tokens=0, view=view, loss=loss, perplexity=math.exp(loss))
     assert validation_losses(folder) == {"fp": 2.9, "quantized": 2.7}
-    assert list_runs(folder.path.parent)[0].val_loss == 2.7
+    assert run_row(folder).val_loss == 2.7
 
 
 def test_speeds_leave_warm_up_out_and_count_steps_not_lines() -> None:
@@ -228,14 +230,17 @@ def test_the_figure_says_what_is_in_it(study: Study) -> None:
     assert dots == {
         "fp\nfull precision": 2.25,
         "fp\nPTQ 4-bit": 2.375,
-        "fp\nPTQ 2-bit": 5.5,
+        "fp\nPTQ 2-bit": 3.0,
         "sequential\nquantized": 2.5625,
+        "sequential\nfull precision": 3.0,
         "fused\nquantized": 2.5,
+        "fused\nfull precision": 2.875,
     }
+    assert [line.get_xdata()[0] for line in right.lines if line.get_marker() == ">"] == [3.0], "5.5 is off the scale"
     assert {"2.250", "2.375", "5.500", "2.562", "2.500"} <= {note.get_text() for note in right.texts}
     low, high = right.get_xlim()
     assert low < 2.25
-    assert high > 5.5
+    assert 3.0 < high < 4.0
     curve_styles = {
         (line.get_color(), str(line.get_linestyle())) for line in left.lines if line.get_label() in names[:4]
     }
@@ -290,4 +295,46 @@ def test_losses_that_are_not_finite_leave_a_gap(make_run: MakeRun, tmp_path: Pat
     folder.append("metrics", step=60, phase="stable", loss=math.nan, tokens_per_second=1.0)
     finish(folder, {"fp": math.inf})
     draw_loss_curves([folder], tmp_path / "nan.png")
-    assert list_runs(folder.path.parent)[0].val_loss == math.inf
+    assert run_row(folder).val_loss == math.inf
+
+
+DAMAGE = {
+    "run.json": [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"name": "x"}',
+        '{"name": 1, "id": 2, "created": [], "parent": 3, "n_params": ""}',
+    ],
+    "recipe.yaml": ["", "qat: [", "7", "qat: 3\ndata: {}"],
+    "timeline.json": ["", "{}", '{"steps": "x", "tokens_per_step": 1, "switch_step": null, "segments": []}'],
+    "done.json": ["", "[]", '{"metrics": 3}'],
+    "metrics.jsonl": ["no json\n", "[]\n", '{"event": "metrics", "step": "x"}\n'],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_named_and_the_others_are_shown(
+    name: str, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = make_run("good"), make_run("bad")
+    for folder in (good, bad):
+        folder.append("start", step=0)
+        log_metrics(folder, 0, 100)
+        finish(folder, {"fp": 2.625})
+    output = str(good.path.parent)
+    whole = (bad.path / name).read_text()
+    for content in DAMAGE[name]:
+        (bad.path / name).write_text(content)
+        for arguments in (["runs", output], ["compare", str(bad.path), str(good.path)]):
+            assert command(*arguments) == 0, content
+            shown = capsys.readouterr()
+            assert "2.6250" in shown.out
+            assert "warning: left out" in shown.err
+            assert "runs/bad" in shown.err
+    assert command("compare", str(bad.path)) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    (bad.path / name).write_text(whole)
+    assert command("runs", output) == 0
+    assert capsys.readouterr().out.count("2.6250") == 2

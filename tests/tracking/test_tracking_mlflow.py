@@ -14,7 +14,8 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from qatlaw.run_folders import flatten
-from qatscale.tracking.mlflow_sync import TrackingError, Uploader, points, track_sync
+from qatscale.tracking.mlflow_page import points
+from qatscale.tracking.mlflow_sync import TrackingError, Uploader, track_sync
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import Cursor
 from tests.tracking.synthetic_runs import MakeRun, finish, log_metrics

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from qatscale.files import HeldError, locked
-from qatscale.tracking.store import artifact_location, quiet_mlflow, resolve_uri, ui_command
+from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.store import (
+    Cursor,
+    artifact_location,
+    known_store,
+    quiet_mlflow,
+    resolve_uri,
+    ui_command,
+    where_to_look,
+)
+from tests.tracking.synthetic_runs import MakeRun
 
 
 def test_the_default_is_sqlite_in_the_working_folder(tmp_path: Path) -> None:
@@ -42,6 +52,47 @@ def test_the_recipe_goes_before_the_environment_and_that_before_the_store_that_h
 )
 def test_relative_places_become_absolute_and_addresses_stay(uri: str, resolved: str, tmp_path: Path) -> None:
     assert resolve_uri(uri) == resolved.format(here=tmp_path)
+
+
+def test_a_branch_belongs_to_its_parents_store_wherever_it_is_begun(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = make_run("trunk")
+    Cursor.fresh(trunk, f"sqlite:///{tmp_path}/mlflow.db").save(trunk)
+    branch = make_run("branch", parent=(trunk, 50))
+    monkeypatch.chdir("/")
+    assert resolve_uri(None, known=known_store(branch)) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_store_that_moved_with_its_runs_is_found(make_run: MakeRun, tmp_path: Path) -> None:
+    """And a store that is only named by a run stays what it is."""
+    folder = make_run("run")
+    (tmp_path / "mlflow.db").touch()
+    Cursor.fresh(folder, f"sqlite:///{tmp_path}/mlflow.db").save(folder)
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    moved_run = RunFolder(moved / "runs" / "run")
+    assert known_store(moved_run) == f"sqlite:///{moved}/mlflow.db"
+    (moved / "mlflow.db").unlink()
+    assert known_store(moved_run) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_credentials_come_from_the_environment_where_the_run_recorded_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    assert resolve_uri("http://host:5000") == "http://me:secret@host:5000"
+    assert resolve_uri("http://other:5000") == "http://other:5000"
+
+
+def test_a_page_is_named_for_each_store_once(make_run: MakeRun, tmp_path: Path) -> None:
+    first, second, third = (make_run(name) for name in ("first", "second", "third"))
+    for folder, uri in ((first, f"sqlite:///{tmp_path}/x.db"), (second, f"sqlite:///{tmp_path}/x.db")):
+        cursor = Cursor.fresh(folder, uri)
+        cursor.experiment_id = "7"
+        cursor.save(folder)
+    third.tracking_file.write_text("{damaged")
+    (line,) = where_to_look([first, second, third])
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/x.db" in line
+    assert "http://127.0.0.1:5000/#/experiments/7/runs?" in line
 
 
 def test_artifacts_lie_beside_a_sqlite_file_and_a_server_decides_for_itself() -> None:

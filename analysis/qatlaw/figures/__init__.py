@@ -14,6 +14,7 @@ SUBJECTS: tuple[Callable[[Evidence], Drawn], ...] = (
     differences.draw_full_precision,
     by_law.draw_waste,
     differences.draw_fusion,
+    differences.draw_shapes,
 )
 """In the order of the report."""
 

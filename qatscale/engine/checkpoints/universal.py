@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatscale.config.recipe import load_run_config, resolved_yaml
+from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
 from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, skeleton
@@ -100,7 +100,7 @@ def write_universal(state: TrainingState, out: Path) -> None:
             _write_parameter(state, name, shape, inner / "zero" / name)
         _save({"ds_version": DEEPSPEED, "param_groups": _param_groups(state)}, inner / "zero" / OPTIMIZER)
         _save(model_states, inner / MODEL)
-        (inner / RECIPE).write_text(resolved_yaml(state.config))
+        (inner / RECIPE).write_text(recorded_yaml(state.config))
         known = {"format": 1, "source": state.source, "step": state.step, "data": state.data, "plugin": state.plugin}
         known["tokenizer"] = state.tokenizer
         (inner / SIDE_FILE).write_text(json.dumps(known, indent=1))

@@ -1,0 +1,95 @@
+"""What a report says first: up to five sentences, each with a number that was measured on its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qatlaw.bit_widths import bits_label
+from qatlaw.figures.evidence import Evidence
+from qatlaw.fraction import amount, closed_form
+from qatlaw.laws.base import Floats
+from qatlaw.summary import Summary
+from qatlaw.table import MIXED_SCHEMES, SCHEMES, RunTable
+
+
+def findings(evidence: Evidence, summaries: Sequence[Summary] = ()) -> list[str]:
+    """The answer, for a reader who reads nothing else. A sentence whose runs are missing is left out."""
+    found = [_best(evidence.table), _optimum(evidence), _cost(evidence), _fusion(evidence), _law(summaries)]
+    return [sentence for sentence in found if sentence]
+
+
+def _best(table: RunTable) -> str:
+    frame = table.frame
+    counts = frame["scheme"].value_counts()
+    kinds = ", ".join(f"{counts[scheme]} {scheme}" for scheme in SCHEMES if scheme in counts)
+    best = frame.loc[frame["loss"].idxmin()]
+    total = best["tokens_fp"] + best["tokens_qat"]
+    kind = "full precision" if best["scheme"] == "fp" else f"{best['scheme']} at {bits_label(best['bits'])}"
+    return (
+        f"{len(frame)} results were compared ({kinds}); the lowest loss is {best['loss']:.4f} nats, of {kind} with "
+        f"{amount(best['n_params'])} parameters and {amount(total)} tokens."
+    )
+
+
+def _optimum(evidence: Evidence) -> str:
+    """The measured optimal fractions by width, and the mean distance of the closed form."""
+    curves = [curve for curve in evidence.curves if curve.inside]
+    if not curves:
+        return ""
+    parts = []
+    for bits in sorted({curve.B for curve in curves}):
+        own = [curve.optimum for curve in curves if bits == curve.B]
+        ends = f"{min(own):.2f}" if len(own) == 1 else f"{min(own):.2f} to {max(own):.2f}"
+        parts.append(f"{ends} at {bits_label(bits)}")
+    closed = [(curve.optimum, closed_form(curve.N, curve.D_total, curve.B)) for curve in curves]
+    away = [abs(optimum - published) for optimum, published in closed if published is not None]
+    beside = f"; the published closed form is {np.mean(away):.2f} away on average" if away else ""
+    inside = f"{len(curves)} of {len(evidence.curves)} curves have their minimum inside"
+    return f"The measured optimal QAT fraction is {', '.join(parts)} ({inside}){beside}."
+
+
+def _cost(evidence: Evidence) -> str:
+    """Loss above full precision of the best QAT and of PTQ, by width, over the cells that have both."""
+    parts = []
+    for bits in evidence.widths:
+        gaps = {"QAT": _gaps(evidence, MIXED_SCHEMES, bits), "PTQ": _gaps(evidence, ("ptq",), bits)}
+        told = [f"{np.median(gap):.3f} by {name}" for name, gap in gaps.items() if len(gap)]
+        if told:
+            parts.append(f"{' and '.join(told)} at {bits_label(bits)}")
+    if not parts:
+        return ""
+    return f"Above full precision of the same size and tokens, quantization costs {'; '.join(parts)} (median nats)."
+
+
+def _gaps(evidence: Evidence, schemes: Sequence[str], bits: float) -> Floats:
+    gaps = []
+    for N, D in evidence.cells:
+        full = evidence.losses("fp", N, D)
+        losses = np.concatenate([evidence.losses(scheme, N, D, bits) for scheme in schemes])
+        if len(full) and len(losses):
+            gaps.append(losses.min() - full.mean())
+    return np.array(gaps)
+
+
+def _fusion(evidence: Evidence) -> str:
+    cell = ["n_params", "bits", "tokens_fp", "tokens_qat"]
+    means = evidence.rows(*MIXED_SCHEMES).frame.groupby([*cell, "scheme"])["loss"].mean().unstack("scheme")
+    if not {*MIXED_SCHEMES} <= set(means.columns) or means.dropna().empty:
+        return ""
+    gap = (means["fused"] - means["sequential"]).dropna()
+    verb = "lowers" if gap.median() < 0 else "raises"
+    pairs = f"{len(gap)} pair" + ("s" if len(gap) > 1 else "")
+    return f"Fusing the cooldown with QAT {verb} the loss by {abs(gap.median()):.3f} nats (median of {pairs})."
+
+
+def _law(summaries: Sequence[Summary]) -> str:
+    if not summaries:
+        return ""
+    first = summaries[0]
+    quality = first.result.quality
+    text = f"The law {first.label} meets its {quality.runs} runs within {quality.mae:.4f} nats on average"
+    if error := first.fractions.get("all"):
+        text += f" and their optimal fractions within {error.mae:.2f}"
+    return f"{text}."

@@ -1,0 +1,73 @@
+"""Where a run's data, ds_config and MLflow store are: absolute, found again after a move, without credentials."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from qatscale.files import is_file
+
+SQLITE = "sqlite:///"
+_USER = re.compile(r"(?<=://)(?:[^\s/:@]+|[^\s/:@]*:(?!\d+(?:/|$))\S*)@")
+"""`user@`, `token@` or `user:password@` of an address. A password may hold any character but a blank."""
+_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:user|pass|pwd|token|secret|key|auth|sig)[^=&\s]*=)[^&\s#'\"]*", re.I)
+"""A value of an address's query that is a credential by its name."""
+
+
+def without_credentials(text: str) -> str:
+    """An address, or a text with addresses, without user names, passwords and tokens.
+
+    >>> without_credentials("https://me:secret@host:5000/path?token=abc&x=1")
+    'https://host:5000/path?token=&x=1'
+    """
+    return _SECRET.sub(r"\1", _USER.sub("", text))
+
+
+def absolute_uri(uri: str) -> str:
+    """A tracking URI with an absolute path, where it names one."""
+    if uri.startswith(SQLITE):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+    if "://" not in uri and uri.lower() != "none" and not uri.startswith(("file:", "databricks")):
+        return str(Path(uri).absolute())
+    return uri
+
+
+def absolute_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as plain data, with absolute paths: what a run remembers, so that it is read from any folder."""
+    data, engine, tracking = recipe["data"], recipe["engine"], recipe["tracking"]
+    return recipe | {
+        "output": str(Path(recipe["output"]).absolute()),
+        "data": data | {"path": data["path"] and str(Path(data["path"]).absolute())},
+        "engine": engine | {"ds_config": _absolute_file(engine["ds_config"])},
+        "tracking": tracking | {"uri": tracking["uri"] and absolute_uri(tracking["uri"])},
+    }
+
+
+def _absolute_file(name: str) -> str:
+    """The path of a file; the name of a ds_config that comes with the package stays."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if is_file(path) else name
+
+
+def find_moved(recipe: dict[str, Any], run: Path) -> None:
+    """Name data and ds_config by their new places where they were moved together with the folder `run`.
+
+    recipe: what the run remembers, as plain data. A path that exists stays. A relative one, as former versions kept it,
+    is first looked for where it was in relation to the run's folder.
+    """
+    for section, key in (("data", "path"), ("engine", "ds_config")):
+        values = recipe.get(section)
+        if not isinstance(values, dict):
+            continue
+        recorded = values.get(key)
+        if isinstance(recorded, str) and not (Path(recorded).is_absolute() and Path(recorded).exists()):
+            values[key] = moved_with(run, recipe, recorded) or recorded
+
+
+def moved_with(run: Path, recipe: dict[str, Any], path: str) -> str | None:
+    """Where `path` lies if it was moved together with the run's folder; None where nothing is there."""
+    began = Path(str(recipe.get("output", "runs"))) / str(recipe.get("name", run.name))
+    moved = (run / os.path.relpath(path, began)).resolve()
+    return str(moved) if moved.exists() else None

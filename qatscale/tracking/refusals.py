@@ -1,0 +1,96 @@
+"""Which errors of MLflow will not pass by themselves, what cures them, and a limit on how long one upload may hang."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from qatscale.config.places import without_credentials
+from qatscale.tracking.store import database
+
+STALL = 60.0
+"""Seconds after which an upload ends in which MLflow confirmed nothing, such as one whose answer never ends."""
+_PERMANENT = {
+    "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "INVALID_PARAMETER_VALUE", "INVALID_STATE",
+    "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
+}  # fmt: skip
+"""Error codes of MLflow for requests that it will never take."""
+_CURES = (
+    ("maintenance mode", "Set tracking.uri=sqlite:///mlflow.db; `mlflow migrate-filestore` moves former runs."),
+    ("unsupported URI", "Set tracking.uri=sqlite:///FILE or http://HOST:PORT."),
+    ("database schema", "`mlflow db upgrade` with the store's address brings it up to date."),
+    ("error code 403", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
+    ("error code 401", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
+    ("not authenticated", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
+    ("error code 404", "Check the address: an MLflow server does not answer so."),
+)  # fmt: skip
+"""(part of a message, cure)"""
+
+
+class RefusedError(RuntimeError):
+    """A request that MLflow will never take as things stand. Its text ends with the cure."""
+
+
+def as_refused(error: BaseException) -> RefusedError | None:
+    """An error of the first contact as a refusal; None for one that may pass, such as a server out of reach."""
+    if isinstance(error, RefusedError):
+        return error
+    text = shown(error)
+    if isinstance(error, ModuleNotFoundError):
+        return RefusedError(f"{text.removesuffix('.')}. `pip install {error.name}` where the run trains.")
+    cure = next((cure for part, cure in _CURES if part in text), None)
+    if cure is None and getattr(error, "error_code", None) not in _PERMANENT:
+        return None
+    problem = text.partition(": ")[2].split(". ")[0].removesuffix(".")  # MLflow's own advice follows
+    return RefusedError(f"{problem}. {cure or 'tracking.uri=none trains without MLflow.'}")
+
+
+def check_database(uri: str) -> None:
+    """RefusedError where a SQLite file cannot be written; MLflow itself would retry for 100 seconds."""
+    file = database(uri)
+    if file is None:
+        return
+    existing = next(place for place in (file, *file.parents) if place.exists())
+    if not os.access(existing, os.W_OK) or (existing != file and not existing.is_dir()):
+        problem = "is write-protected" if existing == file or existing.is_dir() else "is a file"
+        raise RefusedError(f"{existing} {problem}. Set tracking.uri=sqlite:///FILE to a place that can be written.")
+
+
+@contextmanager
+def stall_limit() -> Iterator[Callable[[], None]]:
+    """Raises TimeoutError in the context after STALL seconds without a call of what it yields. Main thread only."""
+
+    def expired(*_: object) -> None:
+        raise TimeoutError(f"MLflow confirmed nothing for {STALL:.0f} s")
+
+    def progress() -> None:
+        signal.setitimer(signal.ITIMER_REAL, STALL)
+
+    handler, timer = signal.signal(signal.SIGALRM, expired), signal.getitimer(signal.ITIMER_REAL)
+    progress()
+    try:
+        yield progress
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def shown(error: BaseException) -> str:
+    """An exception in one line, without credentials."""
+    inner = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+    text = "; ".join(str(e) if isinstance(e, RefusedError) else f"{type(e).__name__}: {e}" for e in inner)
+    text = without_credentials(" ".join(text.split()))
+    if unreachable := _UNREACHABLE.search(text):
+        return f"{unreachable[1]} cannot be reached: {unreachable[2]}"
+    return text[:2000]
+
+
+_UNREACHABLE = re.compile(
+    r"API request to (\S+?)/api/\S+ failed with exception .*?(?:\[Errno -?\d+\] )?"
+    r"(Connection refused|Connection reset by peer|Name or service not known|No route to host|"
+    r"Network is unreachable|Temporary failure in name resolution|Read timed out|timed out)"
+)
+"""What MLflow says in several lines of a server out of reach: its address and the reason."""
