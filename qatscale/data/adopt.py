@@ -37,7 +37,7 @@ def adopt(
     """
     folder = Path(folder)
     if (folder / NAME).exists():
-        raise UserError("folder", str(folder), f"has a {NAME} already.")
+        raise UserError("folder", str(folder), f"has a {NAME} already.", "Remove it to adopt the shards anew.")
     if not train:
         raise UserError("train", None, "name at least one shard.", "Give it without its ending, relative to FOLDER.")
     if validation and validation_fraction is not None:

@@ -165,7 +165,14 @@ class Manifest(_Part):
         return reader
 
 
-def tokenizer_folder(data: Path | None) -> Path | None:
-    """Where the tokenizer of prepared data is; None without data or tokenizer. UserError if the data are unreadable."""
-    name = Manifest.load(data).tokenizer.folder if data else None
-    return data / name if data and name else None
+def tokenizer_folder(data: Path | None, expected: str | None = None) -> Path | None:
+    """Where the tokenizer of prepared data is; None without data or tokenizer.
+
+    expected: the fingerprint of the model's tokenizer, if known. UserError where the data's is another, and where the
+    data are unreadable.
+    """
+    if data is None:
+        return None
+    manifest = Manifest.load(data)
+    manifest.check_tokenizer(expected)
+    return data / manifest.tokenizer.folder if manifest.tokenizer.folder else None

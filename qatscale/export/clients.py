@@ -97,8 +97,10 @@ class Transformers(Client):
 
     @classmethod
     def load_tokenizer(cls, path: Path) -> Any:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        if (path / "tokenizer.json").is_file():  # beside a Qwen2, AutoTokenizer makes Qwen2's own of any tokenizer
+            return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(**cls.location(path), trust_remote_code=False)
 
     def weights(self) -> Weights:

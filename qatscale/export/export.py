@@ -108,7 +108,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
     if data is None or not data.is_dir():
         gone = "the run's data, which hold the tokenizer, no longer exist."
         raise UserError("data.path", str(data) if data else None, gone, fix)
-    folder = tokenizer_folder(data)
+    folder = tokenizer_folder(data, source.manifest.tokenizer)
     if folder is None or not folder.is_dir():
         raise UserError("tokenizer", None, f"{data} holds none.", fix)
     for file in folder.iterdir():

@@ -75,9 +75,11 @@ class TransformersModel:
 
 class MlxModel:
     def __init__(self, export: Exported) -> None:
-        from mlx_lm import load
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+        from mlx_lm.utils import load_model
 
-        self._model, self._tokenizer, config = load(str(export.path), return_config=True)
+        self._model, config = load_model(export.path)
+        self._tokenizer = TokenizerWrapper(Transformers.load_tokenizer(export.path))
         self.about = f"{export.path}: {export.format.name}, with mlx-lm"
         self.length: int | None = config.get("max_position_embeddings")
 
@@ -120,6 +122,7 @@ def _open(
     with readable("model", what):
         export = find_export(Path(what))
         if export is None:
+            check_files(Path(what))  # of an export that has lost its file of weights
             return from_checkpoint(what, view)
     if view is not None:
         raise UserError("--view", view, f"{what} is an export, which has one view of its weights.", "Leave it out.")
@@ -150,7 +153,7 @@ def from_export(export: Exported) -> TransformersModel:
 
 @torch.no_grad()
 def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
-    """The weights of a checkpoint in the given view, in transformers' Llama."""
+    """The weights of a checkpoint in the given view, in transformers' model."""
     import transformers
 
     config, reader = open_checkpoint(what)
@@ -163,16 +166,15 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     if config.data.path is not None and not config.data.path.is_dir():
         problem = f"its run's data, which hold the tokenizer, are not in {config.data.path} any more."
         raise UserError("model", what, problem, f"Put them back. {fix}")
-    tokens = tokenizer_folder(config.data.path)
+    tokens = tokenizer_folder(config.data.path, reader.manifest.tokenizer)
     if tokens is None:
         raise UserError("model", what, "the data of its run have no tokenizer.", fix)
     with tempfile.TemporaryDirectory() as folder:
         special = export_tokenizer(tokens, Path(folder))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     dtype = state["embed.weight"].dtype
-    theirs = transformers.LlamaForCausalLM(
-        hugging_face_config(config.model, config.data.sequence_length, special, dtype)
-    )
+    described = hugging_face_config(config.model, config.data.sequence_length, special, dtype)
+    theirs = transformers.AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     theirs.to(dtype).load_state_dict(to_hugging_face(state, config.model), strict=False)  # a tied head is stored once
     theirs.tie_weights()
     return TransformersModel(theirs, tokenizer, f"{reader.folder}: {view} view")

@@ -32,6 +32,7 @@ from qatscale.tensor_files import (
     type_of,
     write_safetensors,
 )
+from qatscale.untrusted import check_json_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE_TYPES = ("F32", "BF16", "F16")
@@ -237,7 +238,9 @@ def open_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of a folder saved by transformers. Raises UserError as `open_hugging_face` does."""
-    return _model_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    raw = _read_json(folder / "config.json")
+    check_json_files(folder, "model folder", "AutoModel")
+    return _model_config(raw, str(folder / "config.json"))
 
 
 def trained_length(folder: Path) -> int | None:

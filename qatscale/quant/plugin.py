@@ -111,7 +111,7 @@ def _check_plain(parameter: nn.Parameter) -> None:
     """TypeError for a parameter that is not its own fp32 master."""
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         raise TypeError(f"DeepSpeed's ZeRO {_ZERO}")
-    if isinstance(parameter, torch.distributed.tensor.DTensor):
+    if type(parameter.data).__name__ == "DTensor":
         raise TypeError("a parameter is a DTensor, of which this process has a part; FSDP is not supported.")
 
 

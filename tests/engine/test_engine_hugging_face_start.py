@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from qatscale.data.prepare import prepare
 from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.errors import UserError
+from qatscale.export.export import export
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.compare import list_runs, run_folders
@@ -116,6 +118,9 @@ def test_data_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         import_model(tmp_path / "hf", tmp_path / "run", f"data.path={tmp_path}/other")
     for name in ("own", "ends"):
         import_model(tmp_path / "hf", tmp_path / f"run-{name}", f"data.path={tmp_path}/{name}")
+    export(str(tmp_path / "run-own"), tmp_path / "out", verify=False)
+    card = ModelCard((tmp_path / "out/README.md").read_text()).data
+    assert (card.base_model, card.datasets, card.license) == ("hf", ["a.jsonl"], "unknown")
     import_model(tmp_path / "hf", tmp_path / "run", "data.path=null")
     manifest = read_manifest(find_checkpoint(tmp_path / "run"))
     Manifest.load(tmp_path / "own").check_tokenizer(manifest.tokenizer)

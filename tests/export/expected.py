@@ -51,6 +51,8 @@ class LoadedInMlx:
                 self.weights[f"{name}.weight"] = torch.from_numpy(np.array(weight))
             elif "weight" in module:
                 self.weights[f"{name}.weight"] = torch.from_numpy(np.array(module.weight.astype(mx.float32)))
+            if "bias" in module:
+                self.weights[f"{name}.bias"] = torch.from_numpy(np.array(module.bias.astype(mx.float32)))
 
     def logits(self, tokens: Tensor) -> Tensor:
         import mlx.core as mx

@@ -67,8 +67,11 @@ def test_sizes(run: str, format: str, exports) -> None:
     about = described(folder)
     layers = 2 if run == "one" else 1
     # q, o: 256·256; k, v: 128·256; gate, up, down: 512·256
-    matrices, rows = layers * (2 * 65536 + 2 * 32768 + 3 * 131072), layers * (256 * 2 + 128 * 2 + 512 * 2 + 256)
+    wider = 2 if run == "four" else 1  # its heads have 128 channels
+    matrices = layers * (wider * (2 * 65536 + 2 * 32768) + 3 * 131072)
+    rows = layers * (256 * wider + 256 + 128 * wider * 2 + 512 * 2 + 256)
     tables, norms = 514 * 256 * (2 if run == "four" else 1), 256 * (2 * layers + 1)
+    norms += {"one": layers * (256 + 2 * 128), "four": 2 * 128}.get(run, 0)  # Qwen2's biases, Qwen3's norms of heads
     of_format, wide = EXPECTED[format], 2 if run in BF16_RUNS else 4  # bytes of a number in training
     bits = of_format.bits[run] or 8 * wide
     table_bits = of_format.table_bits.get(run, 8 * wide)

@@ -273,6 +273,7 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ({"model_type": "qwen2"}, r"layers\.0\.self_attn\.q_proj\.bias is missing"),
         ({"model_type": "qwen3"}, r"layers\.0\.self_attn\.[qk]_norm\.weight is missing"),
         ({"mlp_bias": True}, "mlp_bias = True: only False"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}, "names Python code"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
         ({"head_dim": 16}, r"q_proj.weight has the shape \[32, 32\].*\[64, 32\]"),

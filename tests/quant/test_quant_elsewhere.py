@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -207,8 +209,14 @@ def test_an_export_of_the_plugin_is_verified_on_given_data(tmp_path: Path, prepa
     given = {"tokenizer": "none", "tokens": 512}
     with pytest.raises(UserError, match="--data FOLDER"):
         export(str(tmp_path / "shipped"), tmp_path / "out", **given)  # type: ignore[arg-type]
-    out = export(str(tmp_path / "shipped"), tmp_path / "out", data=prepared, **given)  # type: ignore[arg-type]
+    given |= {"data": prepared, "license": "apache-2.0"}
+    out = export(str(tmp_path / "shipped"), tmp_path / "out", **given)  # type: ignore[arg-type]
     assert out["verification"]["passed"]
+    card = ModelCard((tmp_path / "out/README.md").read_text()).data
+    assert (card.license, card.metrics, card.library_name) == ("apache-2.0", ["perplexity"], "transformers")
+    losses = {result.metric_type: result.metric_value for result in card.eval_results or []}
+    assert losses["loss"] == pytest.approx(out["verification"]["stored_loss"], abs=1e-4)
+    assert losses["perplexity"] == pytest.approx(math.exp(out["verification"]["stored_loss"]), rel=1e-4)
     assert {row["name"]: row["bits"] for row in out["tensors"]}["blocks.0.attention.o.weight"] is None
 
 

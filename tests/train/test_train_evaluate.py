@@ -11,6 +11,7 @@ import pytest
 
 from qatscale.data.manifest import Manifest
 from qatscale.errors import UserError
+from qatscale.tracking.compare import list_runs
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import evaluate_checkpoint
 from tests.train.driving import SWITCH
@@ -53,6 +54,16 @@ def test_a_finished_run_says_which_text_its_losses_are_of(trained: Trained) -> N
     shards = [["validation", count, digest] for count, digest in zip(counts, hashes, strict=True)]
     expected = hashlib.sha256(json.dumps([manifest.dtype, shards]).encode()).hexdigest()
     assert final["validation_fingerprint"] == expected
+
+
+@pytest.mark.dist
+def test_a_run_whose_data_hold_nothing_out_ends_without_a_validation_loss(trained: Trained) -> None:
+    folder = RunFolder(trained.runs / "unvalidated")
+    assert folder.is_done
+    assert folder.records("validation") == []
+    assert not {"final/val_loss", "validation_tokens"} & set(folder.final or {})
+    assert "note: the data hold nothing out: this run gets no validation loss" in trained.output[1]
+    assert {row.name: row.val_loss for row in list_runs(trained.runs)}["unvalidated"] is None
 
 
 @pytest.mark.dist

@@ -8,11 +8,14 @@ processes under ZeRO-3 with micro-batches of 4 sequences out of 8.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qatscale.data.adopt import adopt
 from tests.train.driving import STEPS, SWITCH, drive, spec
+from tests.train.fixed_tokens import VOCABULARY
 
 TOKENS_PER_STEP = 512
 LEARNING_RATE = "optimizer.learning_rate=3e-4"
@@ -53,6 +56,7 @@ class Trained:
         self.runs = folder / "runs"
         self.long = ["tokens=12288", *self.layout("z1", "m1")]
         self.output: dict[int, str] = {}
+        self.unvalidated = folder / "unvalidated"
 
     def launch(self, ranks: int, runs: list[dict[str, Any]]) -> None:
         """Train `runs` on so many processes."""
@@ -75,6 +79,10 @@ class Trained:
     def train(self) -> None:
         sharded: Mapping[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
         (self.folder / "sharded.json").write_text(json.dumps(sharded))
+        self.unvalidated.mkdir()
+        for ending in ("bin", "idx"):
+            shutil.copy(self.data / f"train.{ending}", self.unvalidated)
+        adopt(self.unvalidated, train=["train"], validation_fraction=0, vocab_size=VOCABULARY)
         self.launch(1, self._on_one())
         self.launch(2, self._on_two())
 
@@ -88,6 +96,15 @@ class Trained:
         return [
             *map(self.laid_out, ON_ONE),
             self.spec("long", *self.long),
+            self.spec(
+                "unvalidated",
+                f"data.path={self.unvalidated}",
+                "tokens=1024",
+                "evaluation.interval=512",
+                "qat.scheme=fp",
+                "qat.fraction=auto",
+                "evaluation.ptq_bits=[2]",
+            ),
             self.spec("trunk", *reference, *trunk),
             self.spec("floored", *reference, *FLOORED),
             self.spec("branch", *reference, branch_from=fork),

@@ -110,10 +110,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 _TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 model = AutoModelForCausalLM.from_pretrained("."{options})
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = PreTrainedTokenizerFast.from_pretrained(".")
 ids = tokenizer("The", add_special_tokens=False, return_tensors="pt").input_ids
 continued = model.generate(ids, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(continued[0]))

@@ -63,6 +63,8 @@ class MlxLm(Client):
                 settings = {"group_size": module.group_size, "bits": module.bits}
                 weight = mx.dequantize(weight, module.scales, module.biases, **settings)
             yield f"{name}.weight", torch.from_numpy(np.array(weight.astype(mx.float32)))
+            if "bias" in module:
+                yield f"{name}.bias", torch.from_numpy(np.array(module.bias.astype(mx.float32)))
 
     def logits(self, tokens: Tensor) -> Tensor:
         import mlx.core as mx
