@@ -105,7 +105,7 @@ def test_metadata_and_tensors_are_read_back_by_gguf(tmp_path: Path) -> None:
     }  # fmt: skip
     arrays = {"one": np.arange(6, dtype=np.float32).reshape(2, 3), "two": np.arange(5, dtype=np.float32)}
     tensors = [TensorInfo(n, a.shape, GGMLQuantizationType.F32, a.nbytes, lambda a=a: a) for n, a in arrays.items()]
-    write_gguf(tmp_path / "x.gguf", metadata, tensors)
+    write_gguf(tmp_path / "x.gguf", "llama", metadata, tensors)
     found = GGUFReader(tmp_path / "x.gguf")
     assert found.fields["general.architecture"].contents() == "llama"
     assert {key: found.fields[key].contents() for key in metadata} == metadata
@@ -123,7 +123,7 @@ def test_llama_cpp_gives_the_ids_of_a_byte_level_model(name: str, tmp_path: Path
         "llama.block_count": 1, "llama.feed_forward_length": 64, "llama.attention.head_count": 1,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
     }  # fmt: skip
-    write_gguf(tmp_path / "x.gguf", shape | vocabulary(folder, 300), [])
+    write_gguf(tmp_path / "x.gguf", "llama", shape | vocabulary(folder, 300), [])
     model = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in (*PROBES, *TEXT[:3]):

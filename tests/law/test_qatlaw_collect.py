@@ -182,7 +182,8 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 TRIALS = {
     "optimizer.learning_rate", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay",
-    "optimizer.gradient_clipping", "schedule.phases", "schedule.warmup_fraction", "schedule.warmup_tokens",
+    "optimizer.gradient_clipping", "optimizer.on_spike", "optimizer.spike_factor", "optimizer.spike_limit",
+    "schedule.phases", "schedule.warmup_fraction", "schedule.warmup_tokens",
     "qat.learning_rate", "qat.lr_ratio", "qat.optimizer_state", "qat.scale_lr_ratio", "qat.scale_gradient_factor",
     "qat.warmup_fraction", "qat.warmup_tokens",
 }  # fmt: skip

@@ -330,7 +330,7 @@ def test_a_matrix_whose_name_no_rule_knows_is_an_error_unless_it_is_kept(layer: 
     qat = QatConfig(scheme="fused", bits=2)
     model = TinyModel()
     model.blocks[1].qkv = layer
-    with pytest.raises(UserError, match=r"model\.blocks\.1\.qkv: 1 layers, .*exclude=\['qkv'\]"):
+    with pytest.raises(UserError, match=r"model\.blocks\.1\.qkv: 1 layer, .*exclude=\['qkv'\]"):
         QatPlugin(qat, 0).prepare(model)
     for exclude in ("qkv", "blocks.1.qkv", "*.q?v"):
         QatPlugin(qat, 0, exclude=[exclude]).prepare(model)

@@ -64,7 +64,8 @@ def test_a_run_keeps_the_rate_that_it_began_with(timeline: dict[str, Any] | None
     if timeline is not None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "run.json").write_text("{}")
-        (tmp_path / "run" / "timeline.json").write_text(json.dumps(timeline))
+        whole = {"steps": 20, "tokens_per_step": 512, "switch_step": None, "segments": []}
+        (tmp_path / "run" / "timeline.json").write_text(json.dumps(whole | timeline))
     folder = RunFolder(tmp_path / "run")
     assert with_qat_rate(automatic, folder).qat.lr_ratio == pytest.approx(ratio, rel=2e-3)
     given = load_run_config("debug", [*overrides, "qat.lr_ratio=0.3"])
