@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qatscale.config.ds_config import merge_ds_config, run_ds_config
 from qatscale.config.recipe import load_run_config
+from qatscale.data.manifest import Manifest, TokenizerCard
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.save import slices_of
@@ -40,6 +41,10 @@ COPY, BACKGROUND, BLOCKING, DEEPSPEED = (
     "plain copy to host memory", "checkpoint.background", "checkpoint.background=false", "DeepSpeed save_checkpoint",
 )  # fmt: skip
 WRITE = "plain write of the same bytes"
+NO_DATA = Manifest(
+    qatscale="", dtype="uint16", sources=[], identity={}, empty_documents=0, splits={},
+    tokenizer=TokenizerCard(kind="unknown", fingerprint=None, vocab_size=1, eos_id=None, folder=None),
+)  # fmt: skip
 
 
 class Bench:
@@ -79,7 +84,7 @@ class Bench:
         checkpoint = self.config.checkpoint.model_copy(update={"background": name == BACKGROUND, "keep": 1})
         return AsyncCheckpointer(
             self.folder / name, self.config.model_copy(update={"checkpoint": checkpoint}), self.job,
-            Watchdog(self.runtime, self.folder, None), recipe_hash="", data="", saved=lambda *_: None,
+            Watchdog(self.runtime, self.folder, None), recipe_hash="", data=NO_DATA, saved=lambda *_: None,
             notice=lambda _: None,
         )  # fmt: skip
 
