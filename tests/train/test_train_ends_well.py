@@ -38,7 +38,14 @@ def start(*arguments: str, environment: dict[str, str] | None = None) -> subproc
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=_default_signals,
     )
+
+
+def _default_signals() -> None:
+    """A shell ignores SIGINT for what it starts in the background, and nohup SIGHUP; children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -99,7 +99,7 @@ class Trained:
             self.spec(
                 "unvalidated",
                 f"data.path={self.unvalidated}",
-                "tokens=1024",
+                "tokens=2048",
                 "evaluation.interval=512",
                 "qat.scheme=fp",
                 "qat.fraction=auto",
