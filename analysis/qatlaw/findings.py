@@ -55,9 +55,9 @@ def _cost(evidence: Evidence) -> str:
     parts = []
     for bits in evidence.widths:
         gaps = {"QAT": _gaps(evidence, MIXED_SCHEMES, bits), "PTQ": _gaps(evidence, ("ptq",), bits)}
-        told = [f"{np.median(gap):.3f} by {name}" for name, gap in gaps.items() if len(gap)]
-        if told:
-            parts.append(f"{' and '.join(told)} at {bits_label(bits)}")
+        costs = [f"{np.median(gap):.3f} by {name}" for name, gap in gaps.items() if len(gap)]
+        if costs:
+            parts.append(f"{' and '.join(costs)} at {bits_label(bits)}")
     if not parts:
         return ""
     return f"Above full precision of the same size and tokens, quantization costs {'; '.join(parts)} (median nats)."

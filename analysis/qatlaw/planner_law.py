@@ -43,7 +43,7 @@ class PlannerLaw:
     sizes: tuple[float, ...] = ()
     """N of the runs behind it; empty where unknown."""
     effective: EffectiveBits | None = None
-    """Of a law that was fitted on effective bits: those of a model. `law` and the methods here take nominal ones."""
+    """Gives a model's effective bits where the law was fitted on them. `law` and the methods here take nominal ones."""
 
     def warning(self, N: float, D: float, B: float | None = None) -> str | None:
         """Names each number that lies outside the range of the law's runs; None where all lie inside.

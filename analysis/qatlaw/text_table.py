@@ -64,7 +64,7 @@ class TextTable:
         yield shown
 
     def _widths(self, shown: Sequence[int], width: int) -> list[int] | None:
-        """Of each column; None where they do not fit."""
+        """The width of each column; None where they do not fit."""
         room = width - len(GAP) * (len(shown) - 1)
         least, cells = [], []
         for column in shown:

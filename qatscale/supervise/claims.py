@@ -81,7 +81,7 @@ class Claims:
             return {}
         for entry in os.scandir(self.folder):
             name, separator, number = entry.name.removesuffix(".json").rpartition("~")
-            if separator and entry.name.endswith(".json"):
+            if separator and entry.name.endswith(".json") and number.isdecimal():
                 latest[name] = max(latest.get(name, 0), int(number))
         return {name: self._look(name, number) for name, number in latest.items()}
 

@@ -53,9 +53,9 @@ def train(
     """
     with StopRequest() as stop:
         setup = decide(config, branch_from)
-        runtime = start_runtime(collective_timeout(config.engine.stall_timeout)) if setup else None
-        if setup is None or runtime is None:
+        if setup is None:
             return _done(config)
+        runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
         stop.join(runtime)
         with _only_writer(setup, branch_from, runtime, take_over) as resume:
             if resume is None:

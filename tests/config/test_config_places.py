@@ -39,7 +39,7 @@ def test_no_recipe_holds_a_password_and_a_run_still_uses_it() -> None:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder beside its data and its ds_config, begun in their common folder by relative paths."""
-    work = tmp_path / "work"
+    work = tmp_path / "before"
     (work / "data").mkdir(parents=True)
     (work / "mine.json").write_text("{}")
     monkeypatch.chdir(work)
@@ -54,8 +54,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_is_read_from_any_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_run_config(run / "recipe.yaml")
-    assert (config.data.path, config.output) == (tmp_path / "work" / "data", run.parent)
-    assert config.engine.ds_config == str(tmp_path / "work" / "mine.json")
+    assert (config.data.path, config.output) == (tmp_path / "before" / "data", run.parent)
+    assert config.engine.ds_config == str(tmp_path / "before" / "mine.json")
     assert absolute_uri("sqlite:///x.db") == f"sqlite:///{tmp_path}/x.db"
 
 
@@ -66,9 +66,9 @@ def test_data_that_moved_with_their_run_are_found(
     """Former versions kept relative paths."""
     if former:
         recipe = run / "recipe.yaml"
-        recipe.write_text(recipe.read_text().replace(f"{tmp_path}/work/", ""))
+        recipe.write_text(recipe.read_text().replace(f"{tmp_path}/before/", ""))
     monkeypatch.chdir("/")
-    shutil.move(tmp_path / "work", tmp_path / "elsewhere")
+    shutil.move(tmp_path / "before", tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere" / "runs" / "run"
     config = load_run_config(moved / "recipe.yaml")
     assert config.data.path == tmp_path / "elsewhere" / "data"

@@ -14,7 +14,7 @@ from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
 from tests.processes import unlaunched
-from tests.train.driving import STEPS, losses, spec
+from tests.train.driving import STEPS, SWITCH, losses, spec
 from tests.train.fixed_tokens import write_fixed_tokens
 
 pytestmark = pytest.mark.dist
@@ -125,6 +125,23 @@ def test_a_verdict_stays_with_the_run(data: Path, tmp_path: Path) -> None:
         assert ended == EXIT_FAILED, output
         assert "have not moved since the switch" in output
     assert not RunFolder(tmp_path / "run").is_done
+
+
+EARLY = """
+import sys
+import qatscale.train.loop
+qatscale.train.loop.SCALES_MOVE_WITHIN = 2
+from qatscale.cli import main
+main(sys.argv[1:])
+"""
+"""`qatscale` that looks at the scales two steps after the switch."""
+
+
+def test_scales_that_do_not_move_are_found_soon_after_the_switch(data: Path, tmp_path: Path) -> None:
+    ended, output = finish(start("-c", EARLY, *command(tmp_path / "run", data, "optimizer.eps=1e300")))
+    assert ended == EXIT_FAILED, output
+    assert "have not moved since the switch" in output
+    assert max(losses(tmp_path / "run")) == SWITCH + 2 < STEPS
 
 
 POISONED = """
