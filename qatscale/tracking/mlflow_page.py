@@ -82,6 +82,8 @@ def points(record: Record) -> Iterator[Any]:
         named = {f"{'perf' if name in _PERF else 'train'}/{name}": value for name, value in fields.items()}
     elif record["event"] == "validation":
         named = {f"val/{name}_{record['view']}": record.get(name) for name in ("loss", "perplexity")}
+    elif record["event"] == "spike":
+        named = {"train/spike_norm": record["norm"]}
     elif record["event"] == "final":
         named = record["metrics"]
     for key, value in named.items():

@@ -303,6 +303,8 @@ def test_the_names_of_a_record_in_mlflow() -> None:
     assert [p.key for p in points(validation)] == ["val/loss_ptq1.58", "val/perplexity_ptq1.58"]
     final = {"event": "final", "time": 2.0, "step": 4, "metrics": {"n_params": 10, "scheme": "fp", "switch_step": None}}
     assert [(p.key, p.value) for p in points(final)] == [("n_params", 10.0)]
+    spike = {"event": "spike", "time": 2.0, "step": 4, "norm": float("inf"), "mean": 1.0, "action": "skip"}
+    assert [(p.key, p.value) for p in points(spike)] == [("train/spike_norm", float("inf"))]
     assert list(points({"event": "checkpoint", "time": 2.0, "step": 4, "path": "x", "kept": True})) == []
 
 
