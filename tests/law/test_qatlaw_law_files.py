@@ -15,10 +15,12 @@ import pytest
 from qatlaw import synthetic
 from qatlaw.__main__ import main
 from qatlaw.errors import InputError
-from qatlaw.fit_file import FitFile, write_fit
+from qatlaw.fit_file import FitFile, read_fit, write_fit
 from qatlaw.planner_law import SHIPPED, law_names, load_law
+from qatlaw.tables import load_table
 
 LAW = synthetic.law()
+RESULTS = "analysis/studies/ladder-1to1000/results.csv"
 THETAS = np.array([LAW.theta, LAW.theta])
 
 
@@ -178,6 +180,18 @@ def test_a_law_in_the_shipped_folder_is_known_by_its_name(tmp_path: Path, monkey
     assert load_law("ladder", shipped).law == LAW, "the name comes before a path"
     with pytest.raises(InputError, match=r"--law = 'laddder': .*\(synthetic, ladder\)"):
         load_law("laddder", shipped)
+
+
+def test_the_ladder_ships_as_it_was_measured() -> None:
+    """The package's table and law are those of the study's results.csv, which is not installed with it."""
+    study = load_table(RESULTS)
+    assert load_table("ladder-1to1000").runs.hash == study.runs.hash
+    own = read_fit(SHIPPED / "ladder-1to1000.json")
+    assert own.data.hash == study.runs.of_scheme("sequential").hash
+    assert own.data.source == RESULTS
+    law = load_law("ladder-1to1000")
+    assert law.warning(199_440, 4.6e6, 2) is None
+    assert "its runs: 86" in (law.warning(396e6, 1e11, 2) or "")
 
 
 def test_shipped_laws_are_beside_the_laws_and_in_the_wheel() -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from qatlaw.curves import Curve, measured_curves
 from qatlaw.fraction import fraction_at
 from qatlaw.laws.base import Law
-from qatlaw.planner_law import load_law
+from qatlaw.planner_law import SHIPPED, load_law
 from qatlaw.results import read_results
 from qatlaw.runs import RunRecord, collect
 
@@ -35,11 +35,10 @@ def short(tokens: float) -> str:
     return f"{tokens / 1e6:.1f}M"
 
 
-def loss_at(curve: Curve, f: float) -> float:
-    """The curve's own fit a - b ln f - c ln(1 - f) at f."""
-    design = np.stack([np.ones_like(curve.fractions), -np.log(curve.fractions), -np.log1p(-curve.fractions)], axis=1)
-    a, b, c = np.linalg.lstsq(design, curve.losses, rcond=None)[0]
-    return float(a - b * np.log(f) - c * np.log1p(-f))
+def regret(curve: Curve, f: float) -> float:
+    """What the fraction f costs above the lowest loss. Outside the measured fractions: at the nearest of them."""
+    inside = np.clip([f, curve.optimum], curve.fractions[0], curve.fractions[-1])
+    return float(-np.diff(curve.loss_at(inside))[0])
 
 
 def optima(curves: list[Curve], law: Law | None) -> None:
@@ -48,14 +47,12 @@ def optima(curves: list[Curve], law: Law | None) -> None:
     for curve in curves:
         S = curve.D_total / (curve.N * curve.B / 8)
         closed = float(fraction_at(S))
-        lowest = loss_at(curve, curve.optimum)
-        bar = f"{curve.optimum:.2f} ({curve.low:.2f} to {curve.high:.2f})"
-        measured = bar if curve.inside else f"{'≤' if curve.optimum == curve.fractions[0] else '≥'} {curve.optimum:.2f}"
+        measured = curve.optimum_text.partition(" ±")[0] + f" ({curve.low:.2f} to {curve.high:.2f})" * curve.inside
         row = [f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{S:.0f}", measured]
-        row += [f"{closed:.2f}", f"{loss_at(curve, closed) - lowest:+.3f}"]
+        row += [f"{closed:.2f}", f"{regret(curve, closed):+.3f}"]
         if law is not None:
             fraction = float(law.fraction_at(curve.N, curve.D_total, curve.B))
-            row += [f"{fraction:.2f}", f"{loss_at(curve, fraction) - lowest:+.3f}"]
+            row += [f"{fraction:.2f}", f"{regret(curve, fraction):+.3f}"]
         rows.append([*row, f"{curve.losses.min():.3f}"])
     with_law = [] if law is None else ["law", "regret"]
     print_table(["N", "D", "bits", "S", "measured f*", "closed form", "regret", *with_law, "lowest loss"], rows)
@@ -107,10 +104,9 @@ def predictions(curves: list[Curve], file: Path) -> None:
         if not near:
             continue
         curve = measured[near[0]]
-        shown = [row["law"], f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{curve.optimum:.2f}"]
+        shown = [row["law"], f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", curve.optimum_text]
         if pd.notna(row["f*"]):
-            above = loss_at(curve, row["f*"]) - loss_at(curve, curve.optimum)
-            shown += [f"{row['f*']:.2f}", f"{above:+.3f}"]
+            shown += [f"{row['f*']:.2f}", f"{regret(curve, row['f*']):+.3f}"]
         else:
             shown += ["–", "–"]
         losses = [
@@ -141,7 +137,7 @@ def main() -> None:
     frame, curves = frame_of(records)
     hidden = {record.final["n_params"]: int(record.recipe["model.hidden_size"]) for record in records}
     for scheme in ("sequential", "fused"):
-        file = FOLDER / f"fit-{scheme}.json"
+        file = SHIPPED / "ladder-1to1000.json" if scheme == "sequential" else FOLDER / "fit-fused.json"
         print(f"\n## {scheme}: optimal fraction")
         law = load_law(str(file)).law if file.exists() else None
         optima([curve for curve in curves if curve.scheme == scheme], law)
