@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qatlaw.curves import Curve, measured_curves
+from qatlaw.curves import Curve, closed_form_constant, measured_curves
 from qatlaw.fraction import fraction_at
-from qatlaw.laws.base import Law
-from qatlaw.planner_law import SHIPPED, load_law
 from qatlaw.results import read_results
 from qatlaw.runs import RunRecord, collect
 
@@ -35,27 +33,29 @@ def short(tokens: float) -> str:
     return f"{tokens / 1e6:.1f}M"
 
 
-def regret(curve: Curve, f: float) -> float:
-    """What the fraction f costs above the lowest loss. Outside the measured fractions: at the nearest of them."""
-    inside = np.clip([f, curve.optimum], curve.fractions[0], curve.fractions[-1])
-    return float(-np.diff(curve.loss_at(inside))[0])
-
-
-def optima(curves: list[Curve], law: Law | None) -> None:
-    """Measured f* with its error bar beside the closed form's and the law's, and what their fractions cost."""
+def optima(curves: list[Curve]) -> None:
+    """Measured f* with its error bar beside the closed form's, and what that costs."""
     rows = []
     for curve in curves:
         S = curve.D_total / (curve.N * curve.B / 8)
         closed = float(fraction_at(S))
         measured = curve.optimum_text.partition(" ±")[0] + f" ({curve.low:.2f} to {curve.high:.2f})" * curve.inside
         row = [f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{S:.0f}", measured]
-        row += [f"{closed:.2f}", f"{regret(curve, closed):+.3f}"]
-        if law is not None:
-            fraction = float(law.fraction_at(curve.N, curve.D_total, curve.B))
-            row += [f"{fraction:.2f}", f"{regret(curve, fraction):+.3f}"]
+        row += [f"{closed:.2f}", f"{curve.regret(closed):+.3f}"]
         rows.append([*row, f"{curve.losses.min():.3f}"])
-    with_law = [] if law is None else ["law", "regret"]
-    print_table(["N", "D", "bits", "S", "measured f*", "closed form", "regret", *with_law, "lowest loss"], rows)
+    print_table(["N", "D", "bits", "S", "measured f*", "closed form", "regret", "lowest loss"], rows)
+
+
+def constants(curves: list[Curve]) -> None:
+    """A of f = exp(-A / ln S) at each width, beside what the paper's A costs."""
+    rows = []
+    for B in sorted({curve.B for curve in curves}):
+        own = [curve for curve in curves if curve.B == B]
+        found = closed_form_constant(own)
+        paper = [curve.regret(float(fraction_at(curve.S))) for curve in own]
+        measured = f"{found.A:.2f} ({found.low:.2f} to {found.high:.2f})", f"{found.regret:.4f}, {found.worst:.3f}"
+        rows.append([f"{B:g}", str(len(own)), *measured, f"{np.mean(paper):.4f}, {np.max(paper):.3f}"])
+    print_table(["bits", "curves", "A (95 %)", "regret (mean, worst)", "regret with A = 6.73"], rows)
 
 
 def by_point(frame: pd.DataFrame) -> list[tuple[tuple[float, float, float], pd.DataFrame]]:
@@ -106,7 +106,7 @@ def predictions(curves: list[Curve], file: Path) -> None:
         curve = measured[near[0]]
         shown = [row["law"], f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", curve.optimum_text]
         if pd.notna(row["f*"]):
-            shown += [f"{row['f*']:.2f}", f"{regret(curve, row['f*']):+.3f}"]
+            shown += [f"{row['f*']:.2f}", f"{curve.regret(row['f*']):+.3f}"]
         else:
             shown += ["–", "–"]
         losses = [
@@ -137,10 +137,10 @@ def main() -> None:
     frame, curves = frame_of(records)
     hidden = {record.final["n_params"]: int(record.recipe["model.hidden_size"]) for record in records}
     for scheme in ("sequential", "fused"):
-        file = SHIPPED / "ladder-1to1000.json" if scheme == "sequential" else FOLDER / "fit-fused.json"
         print(f"\n## {scheme}: optimal fraction")
-        law = load_law(str(file)).law if file.exists() else None
-        optima([curve for curve in curves if curve.scheme == scheme], law)
+        own = [curve for curve in curves if curve.scheme == scheme]
+        optima(own)
+        constants(own)
     if (file := FOLDER / "predictions.csv").exists():
         print("\n## Predicted before they were trained")
         predictions([curve for curve in curves if curve.scheme == "sequential"], file)
