@@ -1,0 +1,115 @@
+"""A measured loss landscape: the folder that `qatscale landscape` writes, its curvatures, and what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+GRID, PATH, SUMMARY = "grid.csv", "path.csv", "landscape.json"
+ENDS = {"before": 0.0, "after": 1.0}
+"""x of the two checkpoints, at y = 0."""
+VIEW_LABELS = {"fp": "full precision", "quantized": "quantized"}
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Second differences of the loss at a point, with the grid's spacing, in nats per squared unit."""
+
+    along: float
+    across: float
+    mixed: float
+
+    @property
+    def ratio(self) -> float:
+        """Across over along; not finite where the loss is not convex along the line."""
+        return self.across / self.along if self.along > 0 else math.inf
+
+    @property
+    def valley_angle(self) -> float:
+        """Degrees between the line and the direction of the least curvature, in (−90, 90]."""
+        _, directions = np.linalg.eigh([[self.along, self.mixed], [self.mixed, self.across]])
+        x, y = directions[:, 0]  # eigenvalues ascend
+        angle = math.degrees(math.atan2(y, x))
+        return angle - 180 if angle > 90 else angle + 180 if angle <= -90 else angle
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Losses on a grid of a plane in weight space."""
+
+    inputs: Mapping[str, Any]
+    axes: Mapping[str, float]
+    """`unit`: the distance between the checkpoints, 1 on both axes; `adam_step`: one step of Adam, in units;
+    `adam_cosine`: of the angle between that step and the line."""
+    grid: pd.DataFrame
+    """x, y and a column per view."""
+    path: pd.DataFrame | None
+    """step, x, y, distance from the plane in units, and the checkpoint's own loss in each view."""
+
+    @property
+    def views(self) -> list[str]:
+        return list(self.inputs["views"])
+
+    def surface(self, view: str) -> pd.DataFrame:
+        """Losses of a view; index y, columns x, both ascending."""
+        return self.grid.pivot(index="y", columns="x", values=view)
+
+    def curvature(self, view: str, x: float) -> Curvature:
+        """At (x, 0)."""
+        surface = self.surface(view)
+        column, row = surface.columns.get_loc(x), surface.index.get_loc(0.0)
+        dx, dy = np.diff(surface.columns)[column], np.diff(surface.index)[row]
+        near = surface.to_numpy()[row - 1 : row + 2, column - 1 : column + 2]
+        return Curvature(
+            along=float((near[1, 2] - 2 * near[1, 1] + near[1, 0]) / dx**2),
+            across=float((near[2, 1] - 2 * near[1, 1] + near[0, 1]) / dy**2),
+            mixed=float((near[2, 2] - near[2, 0] - near[0, 2] + near[0, 0]) / (4 * dx * dy)),
+        )
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """By view: the loss and the curvature at both ends, and the lowest point."""
+        return {view: self._summary(view) for view in self.views}
+
+    def _summary(self, view: str) -> dict[str, Any]:
+        surface = self.surface(view)
+        lowest = self.grid.loc[self.grid[view].idxmin()]
+        found: dict[str, Any] = {"lowest": {"x": lowest["x"], "y": lowest["y"], "loss": lowest[view]}}
+        for end, x in ENDS.items():
+            curvature = self.curvature(view, x)
+            derived = {"ratio": curvature.ratio, "valley_angle": curvature.valley_angle}
+            found[end] = {"loss": surface.loc[0.0, x], **asdict(curvature), **derived}
+        return found
+
+    @property
+    def findings(self) -> list[str]:
+        """What is seen, a sentence per view."""
+        return [_finding(VIEW_LABELS[view], found) for view, found in self.summary.items()]
+
+
+def _finding(label: str, found: Mapping[str, Any]) -> str:
+    after = found["after"]
+    fell = found["before"]["loss"] - after["loss"]
+    start = f"{label}: the loss falls by {fell:.3f} nats from BEFORE to AFTER. There it"
+    angle = f"the flattest direction lies {abs(after['valley_angle']):.0f}° off the line"
+    if after["across"] <= 0:
+        return f"{start} does not curve upwards across the line: no valley at this resolution."
+    if after["along"] <= 0:
+        return f"{start} curves upwards across the line only; {angle}."
+    return f"{start} curves {after['ratio']:.3g} times as much across the line as along it; {angle}."
+
+
+def read_landscape(folder: Path) -> Landscape:
+    """Of a folder whose grid is complete."""
+    known = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    path = folder / PATH
+    frame = pd.read_csv(path) if path.is_file() else None
+    return Landscape(known["inputs"], known["axes"], pd.read_csv(folder / GRID), frame)
