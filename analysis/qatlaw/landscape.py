@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qatlaw.bit_widths import bits_label
+
 GRID, PATH, SUMMARY = "grid.csv", "path.csv", "landscape.json"
 ENDS = {"before": 0.0, "after": 1.0}
 """x of the two checkpoints, at y = 0."""
-VIEW_LABELS = {"fp": "full precision", "quantized": "quantized"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Landscape:
     """Losses on a grid of a plane in weight space."""
 
     inputs: Mapping[str, Any]
-    axes: Mapping[str, float]
-    """`unit`: the distance between the checkpoints, 1 on both axes; `adam_step`: one step of Adam, in units;
+    axes: Mapping[str, Any]
+    """`unit`: the distance between the checkpoints, 1 on both axes; `adam_step`: Adam's last step before, in units;
     `adam_cosine`: of the angle between that step and the line."""
     grid: pd.DataFrame
     """x, y and a column per view."""
@@ -57,6 +58,9 @@ class Landscape:
     @property
     def views(self) -> list[str]:
         return list(self.inputs["views"])
+
+    def label(self, view: str) -> str:
+        return "full precision" if view == "fp" else f"quantized, {bits_label(self.inputs['bits'])}"
 
     def surface(self, view: str) -> pd.DataFrame:
         """Losses of a view; index y, columns x, both ascending."""
@@ -92,7 +96,7 @@ class Landscape:
     @property
     def findings(self) -> list[str]:
         """What is seen, a sentence per view."""
-        return [_finding(VIEW_LABELS[view], found) for view, found in self.summary.items()]
+        return [_finding(self.label(view), found) for view, found in self.summary.items()]
 
 
 def _finding(label: str, found: Mapping[str, Any]) -> str:

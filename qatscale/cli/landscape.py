@@ -64,7 +64,7 @@ def landscape(
         scene = open_scene(before, after, Grid(resolution, across), view, path, overrides)
         measure_landscape(scene, out, _forecast(len(scene.views), status))
     found = read_landscape(out)
-    write_json(out / SUMMARY, {**read_json(out / SUMMARY), "views": found.summary, "findings": found.findings})
+    write_json(out / SUMMARY, {**read_json(out / SUMMARY), "summary": found.summary, "findings": found.findings})
     figure = draw_landscape(found)
     for ending in ("png", "svg"):
         write_figure(figure, out / f"landscape.{ending}", dpi=200)
@@ -93,7 +93,7 @@ def _forecast(views: int, status: Callable[[str], None]) -> Callable[[int, int],
 
 
 def _print(found: Landscape, out: Path) -> None:
-    from qatlaw.landscape import ENDS, VIEW_LABELS
+    from qatlaw.landscape import ENDS
 
     headers = ("view", "at", "loss", "curvature along", "across", "ratio", "flattest direction")
     table = TextTable(headers, ("view", "at"), "Loss (nats per token) and its second differences", headers[-1:])
@@ -101,7 +101,7 @@ def _print(found: Landscape, out: Path) -> None:
         for end in ENDS:
             at = summary[end]
             numbers = (f"{at[key]:.3g}" for key in ("along", "across", "ratio"))
-            table.add_row(VIEW_LABELS[view], end, f"{at['loss']:.4f}", *numbers, f"{at['valley_angle']:.0f}°")
+            table.add_row(found.label(view), end, f"{at['loss']:.4f}", *numbers, f"{at['valley_angle']:.0f}°")
     console().print(table)
     print()
     for sentence in found.findings:

@@ -75,12 +75,15 @@ def _switched(reader: CheckpointReader) -> bool:
 
 def _between(run: Path, first: int, last: int) -> tuple[CheckpointReader, ...]:
     """The checkpoints of a run after the step of before, up to that of after."""
-    found = [open_checkpoint(str(folder))[1] for folder in list_checkpoints(run / "checkpoints")]
-    between = tuple(reader for reader in found if first < reader.manifest.step <= last)
+    between = [
+        folder
+        for folder in list_checkpoints(run / "checkpoints")
+        if first < int(folder.name.removeprefix("step-")) <= last
+    ]
     if not between:
         problem = f"has no checkpoint after step {first} and up to {last}."
         raise UserError("--path", str(run), problem, "Train it with checkpoint.interval and checkpoint.keep.")
-    return between
+    return tuple(open_checkpoint(str(folder))[1] for folder in between)
 
 
 def _shapes(reader: CheckpointReader) -> dict[str, list[int]]:
@@ -204,7 +207,13 @@ def _measure(scene: Scene, out: Path, progress: Progress) -> None:
     step = probe.state(adam_step(scene.before_config, scene.before))
     plane = Plane.through(before, probe.state(scene.after.parameter), step)
     rate = _last_settings(scene.before_config, scene.before).learning_rate
-    axes = {"unit": plane.norm, "adam_step": rate * plane.step_norm / plane.norm, "adam_cosine": plane.cosine}
+    axes = {
+        "x": "along the line from before (0) to after (1)",
+        "y": "across it: the part of Adam's last step at before that is orthogonal to the line",
+        "unit": plane.norm,
+        "adam_step": rate * plane.step_norm / plane.norm,
+        "adam_cosine": plane.cosine,
+    }
     write_json(out / SUMMARY, {"inputs": inputs, "axes": axes})
     first, last = probe.scales(scene.before), probe.scales(scene.after)
 
@@ -229,6 +238,7 @@ def _inputs(scene: Scene, held_out: EvaluationReader) -> dict[str, Any]:
         **{name: str(reader.folder) for name, reader in named.items()},
         **{f"{name}_checksum": reader.manifest.digest() for name, reader in named.items()},
         "views": list(scene.views),
+        "bits": scene.config.qat.bits if "quantized" in scene.views else None,
         "resolution": scene.grid.resolution,
         "across": scene.grid.across,
         "tokens": held_out.tokens,
@@ -241,7 +251,10 @@ def _check_same(out: Path, inputs: Mapping[str, Any]) -> None:
     """UserError where the folder was begun with other inputs; a checkpoint may have moved."""
     if not (out / SUMMARY).is_file():
         return
-    begun = read_json(out / SUMMARY).get("inputs", {})
+    try:
+        begun = dict(read_json(out / SUMMARY)["inputs"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError("--out", str(out / SUMMARY), "cannot be read.", "Give another folder.") from None
     for key, value in inputs.items():
         if key not in ("before", "after") and begun.get(key) != value:
             was = f"{begun.get(key)} instead of {value}"

@@ -219,7 +219,7 @@ def test_a_stopped_command_continues_to_the_same_bits(run: Path, folder: Path, t
     assert (tmp_path / GRID).read_bytes() == undisturbed
     assert {"landscape.png", "landscape.svg"} <= {path.name for path in tmp_path.iterdir()}
     known = json.loads((tmp_path / "landscape.json").read_text())
-    assert known["views"] == json.loads((folder / "landscape.json").read_text())["views"]
+    assert known["summary"] == json.loads((folder / "landscape.json").read_text())["summary"]
 
 
 @pytest.mark.parametrize(

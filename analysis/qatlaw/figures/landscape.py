@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qatlaw.figures.style import INK, legend_below, mark, new_figure, series_style, tidy
-from qatlaw.landscape import ENDS, VIEW_LABELS, Landscape
+from qatlaw.landscape import ENDS, Landscape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def draw_landscape(landscape: Landscape) -> Figure:
     for place, view in enumerate(views):
         colour, _, _ = series_style(place)
         surface = landscape.surface(view)
-        along.plot(surface.columns, surface.loc[0.0], color=colour, linewidth=1.6, label=VIEW_LABELS[view])
+        along.plot(surface.columns, surface.loc[0.0], color=colour, linewidth=1.6, label=landscape.label(view))
         for end, x in ENDS.items():
             across.plot(surface.index, surface[x], color=colour, linewidth=1.6, linestyle=_DASHES[end])
             mark(along, [x], [surface.loc[0.0, x]], _MARKERS[end], colour)
@@ -63,5 +63,5 @@ def _draw_map(axes: Axes, landscape: Landscape, view: str) -> None:
         mark(axes, [place], [0], _MARKERS[end], INK, size=6.5, zorder=6)
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(y[0], y[-1])
-    tidy(axes, f"{VIEW_LABELS[view]}: nats above {lowest:.3f}", "along (x): from BEFORE to AFTER", grid="x")
+    tidy(axes, f"{landscape.label(view)}: nats above {lowest:.3f}", "along (x): from BEFORE to AFTER", grid="x")
     axes.grid(False)
