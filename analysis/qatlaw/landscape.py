@@ -95,20 +95,23 @@ class Landscape:
 
     @property
     def findings(self) -> list[str]:
-        """What is seen, a sentence per view."""
-        return [_finding(self.label(view), found) for view, found in self.summary.items()]
+        """What is seen, in a sentence or two per view."""
+        found = [_finding(self.label(view), self.summary[view]) for view in self.views]
+        if len(self.views) == 2:
+            one, other = (self.summary[view]["after"]["valley_angle"] for view in self.views)
+            apart = abs(one - other)
+            found.append(f"The flattest directions of both views lie {min(apart, 180 - apart):.0f}° apart at AFTER.")
+        return found
 
 
 def _finding(label: str, found: Mapping[str, Any]) -> str:
-    after = found["after"]
-    fell = found["before"]["loss"] - after["loss"]
-    start = f"{label}: the loss falls by {fell:.3f} nats from BEFORE to AFTER. There it"
-    angle = f"the flattest direction lies {abs(after['valley_angle']):.0f}° off the line"
+    after, change = found["after"], found["after"]["loss"] - found["before"]["loss"]
+    moves = f"{label}: the loss {'rises' if change > 0 else 'falls'} by {abs(change):.3f} nats from BEFORE to AFTER."
     if after["across"] <= 0:
-        return f"{start} does not curve upwards across the line: no valley at this resolution."
-    if after["along"] <= 0:
-        return f"{start} curves upwards across the line only; {angle}."
-    return f"{start} curves {after['ratio']:.3g} times as much across the line as along it; {angle}."
+        return f"{moves} At AFTER it does not curve upwards across the line: no valley at this resolution."
+    curves = f"{after['ratio']:.3g} times as much across the line as along it" if after["along"] > 0 else "across only"
+    angle = abs(after["valley_angle"])
+    return f"{moves} At AFTER it curves {curves}; the flattest direction lies {angle:.0f}° off the line."
 
 
 def read_landscape(folder: Path) -> Landscape:

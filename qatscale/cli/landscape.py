@@ -87,7 +87,10 @@ def _forecast(views: int, status: Callable[[str], None]) -> Callable[[int, int],
         if done == first + 1:
             cost = f"{plural(total - first, 'point')} x {plural(views, 'view')}, {each:.2g} s a point"
             say(f"{cost}: about {format_duration(each * (total - first))}. The same command continues after a stop.")
-        status(f"point {done} of {total}, {format_duration(each * (total - done))} left")
+        text = f"point {done} of {total}, {format_duration(each * (total - done))} left"
+        status(text)
+        if not console().is_terminal and done * 10 // total > (done - 1) * 10 // total:
+            say(text)  # a log has ten lines of progress
 
     return progress
 

@@ -220,13 +220,15 @@ def _measure(scene: Scene, out: Path, progress: Progress) -> None:
     def losses(weights: State, x: float) -> list[float]:
         return probe.losses(weights, between_scales(first, last, x))
 
-    measure(plane, scene.grid, losses, scene.views, out / GRID, progress)
-    if scene.path:
-        rows = [
-            (reader.manifest.step, *plane.project(weights), *probe.losses(weights, probe.scales(reader)))
-            for reader in scene.path
-            for weights in [probe.state(reader.parameter)]
-        ]
+    count = len(scene.grid.points)
+    total = count + len(scene.path)
+    measure(plane, scene.grid, losses, scene.views, out / GRID, lambda done: progress(done, total))
+    rows = []
+    for index, reader in enumerate(scene.path, 1):
+        weights = probe.state(reader.parameter)
+        rows.append((reader.manifest.step, *plane.project(weights), *probe.losses(weights, probe.scales(reader))))
+        progress(count + index, total)
+    if rows:
         frame = pd.DataFrame(rows, columns=["step", "x", "y", "distance", *scene.views])
         write_atomic(out / PATH, frame.to_csv(index=False).encode())
 

@@ -48,9 +48,11 @@ class Plane:
             part = step[name]
             squares += _dot(part, part)
             products += _dot(part, value)
-        plane = cls(before, step, along, norm, math.sqrt(squares), products / math.sqrt(squares) / norm)
+        cosine = products / math.sqrt(squares) / norm if squares else 1.0
+        plane = cls(before, step, along, norm, math.sqrt(squares), cosine)
         if plane._sine < _COLLINEAR:
-            raise UserError("BEFORE", None, "Adam's step there points along the line.", "Give another checkpoint.")
+            problem = "Adam's step there is zero or points along the line."
+            raise UserError("BEFORE", None, problem, "Give another checkpoint.")
         return plane
 
     @property
@@ -108,15 +110,15 @@ def measure(
     losses: Losses,
     views: Sequence[str],
     file: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
+    progress: Callable[[int], None] = lambda done: None,  # noqa: ARG005
 ) -> None:
     """Append the losses of the grid's points to a CSV: x, y, a column per view. Points that it holds are not repeated.
 
-    progress: called with the points done and their number, first before anything is measured.
+    progress: called with the number of points done, first before anything is measured.
     """
     points = grid.points
     done = _begin(file, ["x", "y", *views], points)
-    progress(done, len(points))
+    progress(done)
     row, at = None, None
     with file.open("a", encoding="ascii") as out:
         for x, y in points[done:]:
@@ -128,7 +130,7 @@ def measure(
             out.flush()
             os.fsync(out.fileno())
             done += 1
-            progress(done, len(points))
+            progress(done)
 
 
 def _begin(file: Path, header: Sequence[str], points: Sequence[tuple[float, float]]) -> int:

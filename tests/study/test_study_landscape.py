@@ -128,12 +128,10 @@ def test_a_stop_changes_nothing(tmp_path: Path, cut: int) -> None:
     kept = undisturbed.splitlines(keepends=True)[:31]
     file, views = tmp_path / "stopped.csv", ["fp", "quantized"]
     file.write_bytes(b"".join(kept)[: -cut or None])
-    seen: list[tuple[int, int]] = []
-    measure(
-        bowl.plane, GRID_SIZE, bowl.losses, ["fp", "quantized"], tmp_path / "stopped.csv", lambda *at: seen.append(at)
-    )
-    assert (tmp_path / "stopped.csv").read_bytes() == undisturbed
-    assert seen == [(done, 81) for done in range(29 if cut else 30, 82)]
+    seen: list[int] = []
+    measure(bowl.plane, GRID_SIZE, bowl.losses, views, file, seen.append)
+    assert file.read_bytes() == undisturbed
+    assert seen == list(range(29 if cut else 30, 82))
     with pytest.raises(UserError, match="other points"):
         measure(bowl.plane, Grid(5, 0.5), bowl.losses, views, file)
 
@@ -167,7 +165,7 @@ def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("measured") / "landscape"
     code, output, error = measured(run, out, "--path", str(run))
     assert code == 0, error
-    assert "12 points x 2 views" in output
+    assert "18 points x 2 views" in output
     return out
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LEVELS = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10])
-"""Contours, in nats above the lowest point of a view."""
+_LEVELS = np.outer(10.0 ** np.arange(-5, 2), [1, 2, 5]).ravel()
+"""Contours, in nats above the lowest point of a view; the highest _MOST that the map reaches are drawn."""
+_MOST = 8
 _MARKERS, _DASHES = {"before": "o", "after": "D"}, {"before": (0, (4, 2)), "after": "solid"}
 
 
@@ -49,7 +50,7 @@ def _draw_map(axes: Axes, landscape: Landscape, view: str) -> None:
     surface = landscape.surface(view)
     lowest = landscape.grid[view].min()
     above = np.ma.masked_invalid(surface.to_numpy() - lowest)
-    levels = _LEVELS[above.max() > _LEVELS]
+    levels = _LEVELS[above.max() > _LEVELS][-_MOST:]
     x, y = surface.columns, surface.index
     colours = colormaps["Blues"](np.linspace(0, 0.7, len(levels) + 1))  # light enough for labels, monotone in grey
     axes.contourf(x, y, above, levels=[-1.0, *levels], colors=colours, extend="max")
