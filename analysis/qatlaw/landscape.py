@@ -18,6 +18,8 @@ from qatlaw.bit_widths import bits_label
 GRID, PATH, SUMMARY = "grid.csv", "path.csv", "landscape.json"
 ENDS = {"before": 0.0, "after": 1.0}
 """x of the two checkpoints, at y = 0."""
+_SMOOTH = 0.7
+"""Least `smoothness` of what is not called a cusp."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,15 @@ class Landscape:
         """Losses of a view; index y, columns x, both ascending."""
         return self.grid.pivot(index="y", columns="x", values=view)
 
-    def curvature(self, view: str, x: float) -> Curvature:
-        """At (x, 0)."""
+    def curvature(self, view: str, x: float, steps: int = 1) -> Curvature | None:
+        """At (x, 0), from neighbours so many steps of the grid away; None where the grid ends before them."""
         surface = self.surface(view)
-        column, row = surface.columns.get_loc(x), surface.index.get_loc(0.0)
-        dx, dy = np.diff(surface.columns)[column], np.diff(surface.index)[row]
-        near = surface.to_numpy()[row - 1 : row + 2, column - 1 : column + 2]
+        columns, rows = surface.columns, surface.index
+        column, row = columns.get_loc(x), rows.get_loc(0.0)
+        if steps > min(column, len(columns) - 1 - column, row):
+            return None
+        near = surface.to_numpy()[row - steps : row + steps + 1 : steps, column - steps : column + steps + 1 : steps]
+        dx, dy = columns[column + steps] - x, rows[row + steps]
         return Curvature(
             along=float((near[1, 2] - 2 * near[1, 1] + near[1, 0]) / dx**2),
             across=float((near[2, 1] - 2 * near[1, 1] + near[0, 1]) / dy**2),
@@ -80,7 +85,10 @@ class Landscape:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """By view: the loss and the curvature at both ends, and the lowest point."""
+        """By view: the loss and the curvature at both ends, and the lowest point.
+
+        `smoothness`: curvature across at twice the spacing over that at the grid's: 1 in a parabola, ½ in a cusp |y|.
+        """
         return {view: self._summary(view) for view in self.views}
 
     def _summary(self, view: str) -> dict[str, Any]:
@@ -88,8 +96,10 @@ class Landscape:
         lowest = self.grid.loc[self.grid[view].idxmin()]
         found: dict[str, Any] = {"lowest": {"x": lowest["x"], "y": lowest["y"], "loss": lowest[view]}}
         for end, x in ENDS.items():
-            curvature = self.curvature(view, x)
-            derived = {"ratio": curvature.ratio, "valley_angle": curvature.valley_angle}
+            curvature, wider = self.curvature(view, x), self.curvature(view, x, 2)
+            assert curvature is not None
+            smoothness = wider.across / curvature.across if wider and curvature.across else None
+            derived = {"ratio": curvature.ratio, "valley_angle": curvature.valley_angle, "smoothness": smoothness}
             found[end] = {"loss": surface.loc[0.0, x], **asdict(curvature), **derived}
         return found
 
@@ -110,8 +120,11 @@ def _finding(label: str, found: Mapping[str, Any]) -> str:
     if after["across"] <= 0:
         return f"{moves} At AFTER it does not curve upwards across the line: no valley at this resolution."
     curves = f"{after['ratio']:.3g} times as much across the line as along it" if after["along"] > 0 else "across only"
-    angle = abs(after["valley_angle"])
-    return f"{moves} At AFTER it curves {curves}; the flattest direction lies {angle:.0f}° off the line."
+    angle, smoothness = abs(after["valley_angle"]), after["smoothness"]
+    seen = f"{moves} At AFTER it curves {curves}; the flattest direction lies {angle:.0f}° off the line."
+    if smoothness is None or smoothness > _SMOOTH:
+        return seen
+    return f"{seen} It has a cusp there: the curvature across is {smoothness:.2g} times that at twice the spacing."
 
 
 def read_landscape(folder: Path) -> Landscape:

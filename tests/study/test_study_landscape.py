@@ -74,10 +74,13 @@ def test_a_bowl_has_its_own_curvatures(tmp_path: Path) -> None:
     expected = bowl.directions @ bowl.hessian @ bowl.directions.T
     for x in (0.0, 1.0):
         for view, factor in (("fp", 1), ("quantized", 2)):
-            found = landscape.curvature(view, x)
+            found, wider = landscape.curvature(view, x), landscape.curvature(view, x, 2)
+            assert found is not None
+            assert wider is not None
             computed = [[found.along, found.mixed], [found.mixed, found.across]]
             np.testing.assert_allclose(computed, factor * expected, rtol=1e-9)
             assert found.ratio == pytest.approx(expected[1, 1] / expected[0, 0])
+            assert wider.across == pytest.approx(found.across)
     np.testing.assert_allclose(
         landscape.surface("fp").loc[0.0, [0.0, 1.0]], [bowl.at(bowl.before), bowl.at(bowl.after)]
     )
@@ -91,7 +94,23 @@ def test_a_valley_has_its_direction(tmp_path: Path, degrees: float) -> None:
     in_plane = turn @ turn.T + 50 * (np.eye(2) - turn @ turn.T)
     back = np.linalg.pinv(bowl.directions)  # H with dᵀHe = in_plane
     bowl.hessian = back @ in_plane @ back.T
-    assert bowl.measured(tmp_path / GRID).curvature("fp", 1.0).valley_angle == pytest.approx(degrees)
+    found = bowl.measured(tmp_path / GRID)
+    assert found.summary["fp"]["after"]["valley_angle"] == pytest.approx(degrees)
+    assert found.summary["fp"]["after"]["smoothness"] == pytest.approx(1)
+
+
+def test_a_cusp_is_called_one(tmp_path: Path) -> None:
+    """|y| has second differences 2/h: half as large at twice the spacing."""
+    bowl = Bowl()
+
+    def losses(weights: State, x: float) -> list[float]:
+        y = bowl.plane.project(weights)[1]
+        return [(x - 1) ** 2 + y**2, (x - 1) ** 2 + abs(y)]
+
+    measure(bowl.plane, GRID_SIZE, losses, ["fp", "quantized"], tmp_path / GRID)
+    found = Landscape({"views": ["fp", "quantized"], "bits": 2}, {}, pd.read_csv(tmp_path / GRID), None)
+    assert found.summary["quantized"]["after"]["smoothness"] == pytest.approx(0.5)
+    assert ["cusp" in sentence for sentence in found.findings] == [False, True, False]
 
 
 def test_the_directions_are_orthogonal_and_of_one_length() -> None:

@@ -8,13 +8,14 @@ import numpy as np
 
 from qatlaw.figures.style import INK, legend_below, mark, new_figure, series_style, tidy
 from qatlaw.landscape import ENDS, Landscape
+from qatlaw.laws.base import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LEVELS = np.outer(10.0 ** np.arange(-5, 2), [1, 2, 5]).ravel()
-"""Contours, in nats above the lowest point of a view; the highest _MOST that the map reaches are drawn."""
+"""Contours, in nats above the lowest point of a view; the highest _MOST that a map reaches are drawn."""
 _MOST = 8
 _MARKERS, _DASHES = {"before": "o", "after": "D"}, {"before": (0, (4, 2)), "after": "solid"}
 
@@ -23,8 +24,10 @@ def draw_landscape(landscape: Landscape) -> Figure:
     views = landscape.views
     figure = new_figure(6.4)
     panels = figure.subplot_mosaic([[views[0], views[-1]], ["along", "across"]], height_ratios=(1.2, 1))
+    highest = max(landscape.grid[view].max() - landscape.grid[view].min() for view in views)
+    levels = _LEVELS[highest > _LEVELS][-_MOST:]  # a shade means the same in both maps
     for view in views:
-        _draw_map(panels[view], landscape, view)
+        _draw_map(panels[view], landscape, view, levels)
     panels[views[0]].set_ylabel("across (y): Adam's step at BEFORE", fontsize=8.5, color=INK)
     along, across = panels["along"], panels["across"]
     for place, view in enumerate(views):
@@ -44,13 +47,12 @@ def draw_landscape(landscape: Landscape) -> Figure:
     return figure
 
 
-def _draw_map(axes: Axes, landscape: Landscape, view: str) -> None:
+def _draw_map(axes: Axes, landscape: Landscape, view: str, levels: Floats) -> None:
     from matplotlib import colormaps
 
     surface = landscape.surface(view)
     lowest = landscape.grid[view].min()
     above = np.ma.masked_invalid(surface.to_numpy() - lowest)
-    levels = _LEVELS[above.max() > _LEVELS][-_MOST:]
     x, y = surface.columns, surface.index
     colours = colormaps["Blues"](np.linspace(0, 0.7, len(levels) + 1))  # light enough for labels, monotone in grey
     axes.contourf(x, y, above, levels=[-1.0, *levels], colors=colours, extend="max")
