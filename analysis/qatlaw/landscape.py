@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from qatlaw.bit_widths import bits_label
+from qatlaw.errors import InputError
 
 GRID, PATH, SUMMARY = "grid.csv", "path.csv", "landscape.json"
 ENDS = {"before": 0.0, "after": 1.0}
@@ -60,6 +61,12 @@ class Landscape:
     @property
     def views(self) -> list[str]:
         return list(self.inputs["views"])
+
+    @property
+    def title(self) -> str:
+        """RUN@STEP to RUN@STEP."""
+        ends = (Path(self.inputs[end]) for end in ENDS)
+        return " to ".join(f"{end.parent.parent.name}@{int(end.name.removeprefix('step-'))}" for end in ends)
 
     def label(self, view: str) -> str:
         return "full precision" if view == "fp" else f"quantized, {bits_label(self.inputs['bits'])}"
@@ -128,8 +135,14 @@ def _finding(label: str, found: Mapping[str, Any]) -> str:
 
 
 def read_landscape(folder: Path) -> Landscape:
-    """Of a folder whose grid is complete."""
-    known = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    path = folder / PATH
-    frame = pd.read_csv(path) if path.is_file() else None
-    return Landscape(known["inputs"], known["axes"], pd.read_csv(folder / GRID), frame)
+    """InputError where its grid is not complete."""
+    try:
+        known = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        path = pd.read_csv(folder / PATH) if (folder / PATH).is_file() else None
+        found = Landscape(known["inputs"], known["axes"], pd.read_csv(folder / GRID), path)
+        lacking = found.inputs["points"] - len(found.grid)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("landscape", str(folder), f"cannot be read ({type(error).__name__}: {error}).") from None
+    if lacking:
+        raise InputError("landscape", str(folder), f"lacks {lacking} points.", "Run `qatscale landscape` again.")
+    return found

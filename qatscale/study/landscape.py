@@ -243,6 +243,7 @@ def _inputs(scene: Scene, held_out: EvaluationReader) -> dict[str, Any]:
         "bits": scene.config.qat.bits if "quantized" in scene.views else None,
         "resolution": scene.grid.resolution,
         "across": scene.grid.across,
+        "points": len(scene.grid.points),
         "tokens": held_out.tokens,
         "data": held_out.stream.manifest.fingerprint_of("validation"),
         "device": "cuda" if uses_gpu() else "cpu",

@@ -259,3 +259,18 @@ def test_checkpoints_that_do_not_go_together_are_refused(run: Path, tmp_path: Pa
     ):
         code, _, error = run_command(["landscape", *words, "--out", str(tmp_path / "out"), "--tokens", "64"])
         assert (code, named in error) == (2, True), error
+
+
+def test_a_report_shows_it(folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text("scheme,bits,n_params,tokens_fp,tokens_qat,loss\nfp,16,86304,2300000,0,3.887\n")
+    words = ["report", "--table", str(table), "--landscape", str(folder), "--out", str(tmp_path / "report")]
+    code, _, error = run_command(words)
+    assert code == 0, error
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"The loss around a cooldown: two@{SWITCH} to two@{STEPS}" in page
+    assert all((tmp_path / "report" / "figures" / f"landscape_1.{ending}").is_file() for ending in ("png", "svg"))
+    (folder / "landscape.json").replace(tmp_path / "landscape.json")
+    code, _, error = run_command(words)
+    (tmp_path / "landscape.json").replace(folder / "landscape.json")
+    assert (code, "cannot be read" in error) == (2, True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qatlaw.figures.evidence import Drawn
 from qatlaw.figures.style import INK, legend_below, mark, new_figure, series_style, tidy
 from qatlaw.landscape import ENDS, Landscape
 from qatlaw.laws.base import Floats
@@ -14,10 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_CAPTION = (
+    "Held-out loss on a plane through the weights: x from the checkpoint before a cooldown to the one after it, y "
+    "across, along Adam's step at the start; 1 on both axes is the distance between the two. "
+)
 _LEVELS = np.outer(10.0 ** np.arange(-5, 2), [1, 2, 5]).ravel()
 """Contours, in nats above the lowest point of a view; the highest _MOST that a map reaches are drawn."""
 _MOST = 8
 _MARKERS, _DASHES = {"before": "o", "after": "D"}, {"before": (0, (4, 2)), "after": "solid"}
+
+
+def drawn_landscape(landscape: Landscape, name: str) -> Drawn:
+    """The figure as one of a report."""
+    caption = _CAPTION + " ".join(landscape.findings)
+    return Drawn(name, f"The loss around a cooldown: {landscape.title}", caption, draw_landscape(landscape))
 
 
 def draw_landscape(landscape: Landscape) -> Figure:
@@ -57,7 +68,7 @@ def _draw_map(axes: Axes, landscape: Landscape, view: str, levels: Floats) -> No
     colours = colormaps["Blues"](np.linspace(0, 0.7, len(levels) + 1))  # light enough for labels, monotone in grey
     axes.contourf(x, y, above, levels=[-1.0, *levels], colors=colours, extend="max")
     lines = axes.contour(x, y, above, levels=levels, colors=INK, linewidths=0.5)
-    axes.clabel(lines, fmt="%g", fontsize=6.5)
+    axes.clabel(lines, levels[min(2, len(levels) - 1) :], fmt="%g", fontsize=6.5)  # the innermost lie too close
     if landscape.path is not None:
         px, py = [0, *landscape.path["x"]], [0, *landscape.path["y"]]
         axes.plot(px, py, color="white", linewidth=2.6, zorder=4)
