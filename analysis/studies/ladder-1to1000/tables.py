@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import least_squares
 
 from qatlaw.curves import Curve, closed_form_constant, measured_curves
 from qatlaw.fraction import fraction_at
@@ -124,6 +125,29 @@ def predictions(curves: list[Curve], file: Path) -> None:
     print_table(header, rows)
 
 
+def full_precision(frame: pd.DataFrame) -> None:
+    """Residual (per degree of freedom) of the paper's base form and of Kaplan et al.'s, arXiv 2001.08361 eq. 1.5."""
+    runs = frame[frame["scheme"] == "fp"]
+    N, D, loss = runs["n_params"] / 2e5, runs["tokens_total"] / 4e6, runs["loss"].to_numpy()
+
+    def additive(x: np.ndarray) -> np.ndarray:
+        return np.exp(x[0]) + np.exp(x[1]) * D ** -np.exp(x[2]) + np.exp(x[3]) * N ** -np.exp(x[4])
+
+    def kaplan(x: np.ndarray) -> np.ndarray:
+        return (np.exp(x[0]) * N ** -np.exp(x[1]) + np.exp(x[2]) / D) ** np.exp(x[3])
+
+    rng, rows = np.random.default_rng(0), []
+    for name, form, start in (
+        ("alpha + beta/D^gamma + zeta/N^eta", additive, [1, -1, 0, -1, 0]),
+        ("[(a/N)^b + c/D]^d", kaplan, [2, -1, 0, -1]),
+    ):
+        starts = np.array(start) + rng.standard_normal((40, len(start)))
+        fits = [least_squares(lambda x, form=form: form(x) - loss, x, max_nfev=5000) for x in starts]
+        freedom = len(loss) - len(start)
+        rows.append([name, str(len(start)), f"{np.sqrt(2 * min(fit.cost for fit in fits) / freedom):.4f}"])
+    print_table(["form", "coefficients", "residual"], rows)
+
+
 def frame_of(records: list[RunRecord]) -> tuple[pd.DataFrame, list[Curve]]:
     table = collect(records, "results.csv").table
     frame = table.frame.assign(
@@ -144,6 +168,8 @@ def main() -> None:
     if (file := FOLDER / "predictions.csv").exists():
         print("\n## Predicted before they were trained")
         predictions([curve for curve in curves if curve.scheme == "sequential"], file)
+    print("\n## Full precision")
+    full_precision(frame)
     print("\n## Full precision, PTQ, sequential, fused")
     ends_and_schemes(frame)
     print("\n## Loss at equal bytes")
