@@ -17,7 +17,7 @@ from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
-from qatscale.engine.runtime import Runtime
+from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
@@ -48,7 +48,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
-        *ds_config_warnings(config),
+        *ds_config_warnings(config, uses_gpu()),
         *layout_notices(config, layout),
         *resume.notices,
         *check_data(config, resume, batches.stream.manifest),
