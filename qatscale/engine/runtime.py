@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import resource
 import socket
 import sys
 import warnings
@@ -17,6 +18,10 @@ import torch
 
 from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
+
+
+DESCRIPTORS = 1 << 16
+"""Open files that a training process may have, where the hard limit allows it."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,10 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0
         device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
     if not torch.distributed.is_initialized():
+        _allow_many_descriptors()
         if on_gpu:
             torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("highest")  # fp32 is IEEE's: TF32 rounds factors to 10 bits
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         try:
             deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
@@ -97,6 +104,14 @@ def start_runtime(timeout: float | None = None) -> Runtime:
             raise UserError("MASTER_PORT", os.environ["MASTER_PORT"], problem, fix) from None
         atexit.register(_leave)
     return Runtime(rank, ranks, local_rank, device)
+
+
+def _allow_many_descriptors() -> None:
+    """Raise the soft limit of open files: collectives of gloo take one for each other process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def together(

@@ -94,14 +94,16 @@ class HostCopy:
 class _Flight(threading.Thread):
     """A checkpoint that is being written."""
 
-    def __init__(self, draft: Manifest, write: Callable[[], Path]) -> None:
+    def __init__(self, draft: Manifest, write: Callable[[], Path], device: torch.device) -> None:
         super().__init__(name=f"checkpoint of step {draft.step}", daemon=True)
-        self.draft, self._write = draft, write
+        self.draft, self._write, self._device = draft, write, device
         self.path: Path | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
+            if self._device.type == "cuda":  # a thread begins on GPU 0, and would make a context there
+                torch.cuda.set_device(self._device)
             if sys.platform == "linux":  # elsewhere priorities are those of processes
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             self.path = self._write()
@@ -182,7 +184,7 @@ class AsyncCheckpointer:
             copy.wait()
             return self._write(draft, copies)
 
-        self._flight = _Flight(draft, write)
+        self._flight = _Flight(draft, write, components.runtime.device)
         self._flight.start()
 
     def _write(self, draft: Manifest, slices: dict[str, Tensor]) -> Path:
