@@ -9,7 +9,7 @@ import resource
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 
 from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
-
 
 DESCRIPTORS = 1 << 16
 """Open files that a training process may have, where the hard limit allows it."""
@@ -86,8 +85,9 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     import deepspeed
 
     device = torch.device("cpu")
-    if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0
+    if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0, and so must DeepSpeed
         device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
+        os.environ["LOCAL_RANK"] = str(device.index)
     if not torch.distributed.is_initialized():
         _allow_many_descriptors()
         if on_gpu:
@@ -114,24 +114,34 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def together(
-    work: Callable[[], Any] | None, runtime: Runtime, group: torch.distributed.ProcessGroup | None = None
-) -> list[Any]:
+def together(work: Callable[[], Any] | None, runtime: Runtime) -> list[Any]:
     """The results of `work` on all processes. An OSError, UserError or FloatingPointError of one is raised on all.
 
     Collective.
     """
-    own: tuple[Any, Exception | None]
-    try:
-        own = (work() if work else None, None)
-    except (UserError, FloatingPointError) as error:  # not raised yet: the others wait to hear of it
-        own = (None, error)
-    except OSError as error:
-        own = (None, OSError(f"process {runtime.rank}: {error}"))
+    own = outcome_of(work, runtime)
     outcomes = [own]
     if runtime.ranks > 1:
         outcomes *= runtime.ranks
-        torch.distributed.all_gather_object(outcomes, own, group=group)
+        torch.distributed.all_gather_object(outcomes, own)
+    return results_of(outcomes)
+
+
+Outcome = tuple[Any, Exception | None]
+
+
+def outcome_of(work: Callable[[], Any] | None, runtime: Runtime) -> Outcome:
+    """What `work` gives, or its error: not raised yet, since the other processes wait to hear of it."""
+    try:
+        return (work() if work else None, None)
+    except (UserError, FloatingPointError) as error:
+        return (None, error)
+    except OSError as error:
+        return (None, OSError(f"process {runtime.rank}: {error}"))
+
+
+def results_of(outcomes: Sequence[Outcome]) -> list[Any]:
+    """What all have given, or the errors."""
     errors = [error for _, error in outcomes if error]
     if errors and isinstance(errors[0], OSError):
         raise OSError("; ".join(map(str, errors)))

@@ -8,14 +8,13 @@ reads what it brought into memory.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from qatscale.engine.agreement import job_store
 
 Heartbeat = dict[str, Any]
 _ALARM = "alarm"
@@ -35,10 +34,7 @@ class HeartbeatStore:
         """period: seconds between two heartbeats."""
         HeartbeatStore._made += 1
         self.rank, self.ranks, self.period = rank, ranks, period
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=_START_TIMEOUT, wait_for_workers=False)
-        self._store = dist.PrefixStore(f"qatscale/heartbeats/{restart}/{HeartbeatStore._made}", store)
+        self._store = job_store(f"heartbeats/{HeartbeatStore._made}", _START_TIMEOUT)
         if rank == 0:
             self._store.set(_ALARM, "")
         self._store.set(f"{rank}", json.dumps(heartbeat))

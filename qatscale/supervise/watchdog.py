@@ -41,8 +41,7 @@ from qatscale.errors import EXIT_FAILED, UserError, fault
 from qatscale.files import write_json
 from qatscale.supervise.failure_report import Failure, Kind, first_failure, is_consequence, job_failures, report
 from qatscale.supervise.heartbeat import Heartbeat, HeartbeatStore
-from qatscale.supervise.launchers import LauncherProcesses
-from qatscale.supervise.process import identity, is_alive
+from qatscale.supervise.process import LauncherProcesses, identity, is_alive
 
 SLOW = 1800.0
 """Seconds on top of stall_timeout for what may take long: start and first step (compilation), saving, evaluation."""
@@ -56,6 +55,7 @@ OWN_ERROR = 3.0
 """Seconds after an alarm for the main thread to meet an exception of its own, before the watchdog speaks for it."""
 KILL = 30.0
 """Seconds after SILENCE at which a process without a heartbeat is killed; the others have reported it by then."""
+_WAITS = ("torch/distributed/", "deepspeed/comm/", "engine/agreement.py")
 MAX_TEXT = 20_000
 """Characters of a traceback that travel, from its end."""
 LOST = "its process ended without a word (SIGKILL? out of memory?)"
@@ -392,8 +392,8 @@ class Watchdog:
 
 
 def in_communication(files: Sequence[str]) -> bool:
-    """Whether a stack, innermost file first, is inside torch.distributed or DeepSpeed's wrappers of it."""
-    return any("torch/distributed/" in file or "deepspeed/comm/" in file for file in files[:6])
+    """Whether a stack, innermost file first, waits for other processes."""
+    return any(part in file for file in files[:6] for part in _WAITS)
 
 
 def _stack(thread: int | None) -> list[traceback.FrameSummary]:
