@@ -1,7 +1,7 @@
 """Agreement of a job's processes through the store that they met in, without a process group.
 
-A group of gloo opens a socket between any two of its processes: 1,023 a process in a job of 1,024. Those of NCCL work on
-the device alone. Here each process has one connection to the store's host.
+A group of gloo opens a socket between any two of its processes, 1,023 a process in a job of 1,024. NCCL's groups work
+on the device alone. Here each process has one connection to the store's host.
 """
 
 from __future__ import annotations

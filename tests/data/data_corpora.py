@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from qatscale.data.indexed import IndexedReader, encode_index
+from qatscale.data.indexed import IndexedReader
+from qatscale.data.indexed_writer import encode_index
 from qatscale.data.manifest import Manifest, Shard, SplitCounts, TokenizerCard
 from qatscale.data.reader import TokenStream
 

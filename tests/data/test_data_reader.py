@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from qatscale.data.indexed import IndexedWriter
+from qatscale.data.indexed_writer import IndexedWriter
 from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import BatchReader, EvaluationReader, ShuffledOrder, TokenStream
@@ -242,7 +242,8 @@ def test_opening_a_billion_tokens_takes_no_scan(tmp_path: Path) -> None:
     """Sparse files of the right size: a scan of 2 GB could not be this fast."""
     tokens, length = 10**9, 1000
     prefix, count = tmp_path / "train-00000", tokens // length
-    from qatscale.data.indexed import IndexedReader, encode_index
+    from qatscale.data.indexed import IndexedReader
+    from qatscale.data.indexed_writer import encode_index
 
     prefix.with_name("train-00000.idx").write_bytes(encode_index(np.full(count, length), np.dtype("<u2")))
     with prefix.with_name("train-00000.bin").open("wb") as file:
