@@ -37,10 +37,10 @@ class Agreement:
 
     def __init__(self, runtime: Runtime) -> None:
         """Each process makes as many as the others, in the same order."""
-        Agreement._made += 1
+        type(self)._made += 1
         self._runtime, self._turn, self._votes = runtime, 0, 0
         if runtime.ranks > 1:
-            self._store = job_store(f"agreement/{Agreement._made}", timedelta(days=1))
+            self._store = job_store(f"agreement/{type(self)._made}", timedelta(days=1))
 
     def gather(self, work: Callable[[], Any] | None) -> list[Any]:
         """As `together`, but the results come to rank 0 alone, and the others get none."""

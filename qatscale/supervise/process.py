@@ -7,8 +7,11 @@ start time in clock ticks since boot, which no change of the wall clock can touc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,44 @@ def _command(process: int) -> list[str]:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
     except OSError:
         return []
+
+
+# --- what ends a process that cannot end itself ---
+
+# Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
+_KILLER = """
+import os, select, signal, sys
+pid, limit = int(sys.argv[1]), float(sys.argv[2])
+while select.select([0], [], [], limit)[0]:
+    if not os.read(0, 4096):
+        sys.exit()
+os.kill(pid, signal.SIGKILL)
+"""
+
+
+class WatchdogProcess:
+    """A small process beside this one that kills it when it stops sending.
+
+    A process that is stopped (SIGSTOP) or whose interpreter is blocked cannot run the thread that would end it, and
+    would hold its GPUs for good.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _KILLER, str(os.getpid()), str(limit)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # what stops this process's group must not stop it
+        )
+        assert self._child.stdin is not None
+        self._pipe = self._child.stdin
+
+    def alive(self) -> None:
+        """Call it more often than every `limit` seconds."""
+        with contextlib.suppress(OSError):  # it was killed; the run continues without it
+            self._pipe.write(b".")
+            self._pipe.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+        self._child.wait()

@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from thousand import Job
 
 from qatscale.engine.agreement import Agreement
 from qatscale.engine.runtime import Runtime
-from tests.processes import free_port
 
 RANKS = 64
 
 
-class Job:
-    """The agreement of each rank, and the store that they share."""
-
-    def __init__(self, ranks: int) -> None:
-        port = free_port()
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        self.store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        self.agreements = []
-        for rank in range(ranks):
-            Agreement._made = 0  # each rank is a process of its own in a real job
-            self.agreements.append(Agreement(Runtime(rank, ranks, rank % 8, torch.device("cpu"))))
-        self._pool = ThreadPoolExecutor(ranks)
-
-    def each(self, act: Callable[[int, Agreement], Any]) -> list[Any]:
-        return list(self._pool.map(act, range(len(self.agreements)), self.agreements))
-
-
-@pytest.fixture(scope="module")
-def job() -> Iterator[Job]:
-    before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
-    yield Job(RANKS)
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Job:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # restored at the end
+    return Job(RANKS)
 
 
 def test_results_come_to_rank_0_in_order_and_nothing_stays(job: Job) -> None:
+    agreements = job.agreements()
     for turn in range(3):
-        gathered = job.each(lambda rank, agreement: agreement.gather(lambda: (rank, turn)))  # noqa: B023
+        gathered = job.each(lambda rank, agreement: agreement.gather(lambda: (rank, turn)), agreements)  # noqa: B023
         assert gathered == [[(rank, turn) for rank in range(RANKS)]] + [[]] * (RANKS - 1)
     assert job.store.num_keys() < 10
 
@@ -62,9 +40,10 @@ def test_an_error_of_one_is_raised_on_all(job: Job, failing: set[int]) -> None:
             agreement.gather(work)
         return str(caught.value)
 
-    (text,) = set(job.each(act))
+    agreements = job.agreements()
+    (text,) = set(job.each(act, agreements))
     assert all(f"process {rank}: " in text for rank in failing)
-    assert job.each(lambda rank, agreement: agreement.gather(lambda: rank))[0] == list(range(RANKS))
+    assert job.each(lambda rank, agreement: agreement.gather(lambda: rank), agreements)[0] == list(range(RANKS))
 
 
 def test_all_hear_of_a_number_after_the_same_vote(job: Job) -> None:
@@ -80,7 +59,7 @@ def test_all_hear_of_a_number_after_the_same_vote(job: Job) -> None:
             agreement.vote(15 if rank == 17 and turn >= 4 else 0)
         return [*heard, agreement.voted()]
 
-    assert job.each(act) == [[0, 0, 0, 0, 0, 15, 15, 15, 15]] * RANKS
+    assert job.each(act, job.agreements()) == [[0, 0, 0, 0, 0, 15, 15, 15, 15]] * RANKS
     assert job.store.num_keys() < 10
 
 
