@@ -135,7 +135,7 @@ def resolved_settings(setup: RunSetup) -> dict[str, Any]:
         "qat.embedding_bits": (rule.at(qat.bits) if rule else UNQUANTIZED_BITS) if quantized else None,
         "qat.lr_ratio": timeline.qat_lr_ratio if quantized else None,
         "qat.scale_lr_ratio": get_quantizer(qat.bits).scale_lr_ratio if quantized else None,
-        "engine.compile": "on" if plan_compilation(config.engine, setup.ds_config) else "off",
+        "engine.compile": plan_compilation(config.engine, setup.ds_config),
     }
     given = flatten(config)
     resolved = {key: value for key, value in values.items() if given[key] == "auto"}
