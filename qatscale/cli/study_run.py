@@ -83,6 +83,8 @@ def run(
         sys.exit(EXIT_REQUEUE)
     for name, reason in state.failures().items():
         print(f"failed: {name}: {reason}")
+    for reason, names in state.refusals().items():
+        print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:
         blocked = plural(counts["blocked"], "run")
         print(f"blocked: {blocked} that branch from them. `qatscale study run {folder.path} --retry all`")

@@ -118,7 +118,11 @@ class Manifest(_Part):
         needed = self.tokenizer.vocab_size
         if needed > vocab_size:
             problem = f"smaller than the vocabulary of the data, {needed}; the larger ids would have no embedding."
-            raise UserError("model.vocab_size", vocab_size, problem, f"Set model.vocab_size={needed} or more.")
+            fix = (
+                f"A new model takes model.vocab_size={needed} or more. A trained one keeps its own: prepare the text "
+                "with its tokenizer, --tokenizer FOLDER."
+            )
+            raise UserError("model.vocab_size", vocab_size, problem, fix)
 
     def open_shards(self, folder: Path, split: Split, verify: Verify = "auto") -> list[IndexedReader]:
         """The shards of a split, checked: `size` looks at files and headers, `full` reads every byte.

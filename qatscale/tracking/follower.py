@@ -60,13 +60,20 @@ class Follower:
         while self.child is not None and self.child.poll() is None and time.monotonic() < begun + IMPORT:
             cursor = self._cursor()
             if cursor and (cursor.answered or _is_overdue(cursor)):
-                if cursor.refused:
-                    return f"warning: MLflow does not take this run, which trains without it. {cursor.error}"
+                if refusal := self.refusal():
+                    return refusal
                 reason = cursor.error or f"{cursor.uri} has not answered for {ANSWER:.0f} s"
                 keeps = "The run's folder records everything, and uploads are tried again."
                 return None if cursor.answered and cursor.error is None else f"note: {reason}. {keeps}"
             time.sleep(0.05)
         return None
+
+    def refusal(self) -> str | None:
+        """A line for the user where MLflow has refused the run for good. It does not wait."""
+        cursor = None if self.child is None else self._cursor()
+        if cursor is None or not cursor.refused:
+            return None
+        return f"warning: MLflow does not take this run, which trains without it. {cursor.error}"
 
     def finish(self, seconds: float = 30.0) -> str | None:
         """Wait at most `seconds` for the upload to end, and only while MLflow takes it.
