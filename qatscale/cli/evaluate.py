@@ -127,7 +127,7 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a prompt with text from a model, printed as it is generated."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # clients draw progress bars while they load, amid the text
+    os.environ.setdefault("TQDM_DISABLE", "1")  # clients would draw progress bars into the generated text
     from qatscale.inference.generate import open_text_generator
     from qatscale.inference.sampling import Sampling, prompt_ids
 
@@ -145,4 +145,4 @@ def generate(
 
 def _write(piece: str) -> None:
     sys.stdout.write(piece)
-    sys.stdout.flush()  # it is read while it is generated
+    sys.stdout.flush()  # the reader sees each piece as it comes

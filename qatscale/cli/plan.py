@@ -12,11 +12,11 @@ from qatlaw.plan.shapes import Shape
 from qatscale.errors import UserError
 
 NEAR = 0.05
-"""A recipe of another size than the planned one is named only if it is no further off than this."""
+"""Relative difference of sizes up to which a recipe is named for a planned size."""
 
 
 class RecipesAndGpus:
-    """What the planner finds in its context."""
+    """What the planner asks of its context."""
 
     def recipe(self, name: str, group_size: int | None) -> Recipe:
         from qatscale.config.ds_config import precision_of, run_ds_config
@@ -65,7 +65,7 @@ class RecipesAndGpus:
         peak = peak_flops(gpu)
         if peak is None:
             fix = f"Give its --peak-flops. Known: {', '.join(device_names())}."
-            raise UserError("--gpu", gpu, "its peak is not known here, and is not guessed.", fix)
+            raise UserError("--gpu", gpu, "its peak FLOP/s is unknown.", fix)
         return peak
 
     def runnable(self, answer: Answer, recipe: str | None) -> Answer:

@@ -1,4 +1,4 @@
-"""`qatscale study run`, `work` and `status`: train a study, take part in it, look at it."""
+"""`qatscale study run`, `work` and `status`: train a study, join it as a worker, watch it."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
 
 
 def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
-    """Open the runs that failed for another attempt."""
+    """Let workers try failed runs again."""
     failed = list(state.failures())
     for name in names:
         if name != "all" and name not in failed:

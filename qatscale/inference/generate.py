@@ -105,7 +105,8 @@ def open_text_generator(what: str, view: str | None = None, data: Path | None = 
     """The model of an export, a run, RUN@STEP or a checkpoint folder, on the GPU if one exists.
 
     view: that of a checkpoint's weights, `fp` or `quantized`; None = quantized after the switch. data: prepared data
-    with a checkpoint's tokenizer; None = those of its run. UserError where nothing is found, the export is damaged, or its client is not installed or refuses it.
+    with a checkpoint's tokenizer; None = those of its run. UserError where nothing is found, the export is damaged, or
+    its client is not installed or refuses it.
     """
     openers: dict[type[Client], Callable[[Exported], TextGenerator]] = {Transformers: from_export, MlxLm: MlxModel}
     return _open(what, view, data, openers)
