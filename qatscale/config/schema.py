@@ -140,6 +140,9 @@ class DataConfig(Section):
     seed: int = 0
     """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch. A branch
     with its parent's seed continues the parent's order."""
+    cooldown_seed: Annotated[int, NotBool, Field(ge=0)] = 0
+    """Order of the data in the last cooldown alone: 0 continues that of `seed`, another number shuffles what the epoch
+    has left. Branches of one checkpoint that differ in it alone show the noise of a cooldown."""
 
 
 class BatchConfig(Section):
