@@ -360,18 +360,14 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     log_interval: Positive = 10
     """Optimizer steps between metrics lines."""
-    _notes: tuple[str, ...] = ()
-    """About lengths of the recipe that gave way; not recorded."""
+    _notes: tuple[str, ...] = ()  # about lengths of a shipped recipe that gave way; not recorded
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.tokens < self.tokens_per_step:
-            most = self.tokens // self.data.sequence_length
             step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
-            fix = f"Give at least as many, or set batch.sequences={most}." if most else "Give at least as many."
-            raise ClashError(
-                "tokens", f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})", fix
-            )
+            problem = f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})"
+            raise ClashError("tokens", problem, "Give more tokens, or lower batch.sequences.")
         group = self.qat.group_size
         for key, size in self.model.input_widths.items():
             if group and size % group:
@@ -386,10 +382,6 @@ class RunConfig(Section):
     def steps(self) -> int:
         """Optimizer steps of the run."""
         return max(1, round(self.tokens / self.tokens_per_step))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self._notes
 
     @property
     def folder(self) -> Path:
