@@ -117,7 +117,7 @@ class Manifest(_Part):
         """Raise UserError if the data hold ids without an embedding in a model with `vocab_size` rows."""
         if (needed := self.tokenizer.vocab_size) > vocab_size:
             problem = f"smaller than the vocabulary of the data, {needed}; the larger ids would have no embedding."
-            fix = f"A new model takes model.vocab_size={needed}, a trained one its tokenizer's data: --tokenizer FOLDER."
+            fix = f"A new model takes model.vocab_size={needed}, a trained one its tokenizer's data, --tokenizer DIR."
             raise UserError("model.vocab_size", vocab_size, problem, fix)
 
     def open_shards(self, folder: Path, split: Split, verify: Verify = "auto") -> list[IndexedReader]:
