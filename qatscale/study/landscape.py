@@ -21,13 +21,13 @@ from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.files import HeldError, locked, read_json, write_json
+from qatscale.model.lazy_state import LazyState, State
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import matrices
 from qatscale.quant.scales import initial_scale
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.timeline import StepSettings
 from qatscale.study.plane import Grid, Plane, measure
-from qatscale.tensor_files import LazyState, State
 from qatscale.train.validation import open_view, summed_loss
 
 VIEWS = ("fp", "quantized")

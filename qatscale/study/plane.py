@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qatscale.errors import UserError
-from qatscale.tensor_files import LazyState, State, shapes_of
+from qatscale.model.lazy_state import LazyState, State, shapes_of
 
 Losses = Callable[[State, float], Sequence[float]]
 """(weights of a point, its x) → its loss in each view."""
