@@ -1,4 +1,4 @@
-"""The identity of a process, and whether it still runs.
+"""The identity of a process, whether it still runs, and whether the launcher that started it does.
 
 A process id alone does not identify a process: ids are used again, and a folder may lie on a disk that several machines
 share. Host, boot id and start tick together identify it for good. Linux `proc(5)`: field 22 of `/proc/PID/stat` is the
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _ZOMBIE_OR_DEAD = {"Z", "X", "x"}
+_ON_A_HOST = "deepspeed.launcher.launch"
+_LAUNCHERS = {"deepspeed", "torchrun", "torch.distributed.run", _ON_A_HOST}
 
 
 def identity() -> dict[str, Any]:
@@ -44,7 +46,7 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
     return stat is not None and stat[0] not in _ZOMBIE_OR_DEAD and stat[1] == process["start_ticks"]
 
 
-def parent_of(pid: int) -> int | None:
+def _parent_of(pid: int) -> int | None:
     """The parent of a process, or the process that adopted it; None where `pid` does not exist."""
     stat = _stat(pid)
     return stat[2] if stat else None
@@ -84,3 +86,44 @@ def _answers(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+class LauncherProcesses:
+    """The processes of DeepSpeed's or torch's launcher that this one descends from.
+
+    SIGTERM to the single-node `deepspeed` command ends that command and nothing else: its launcher and the training
+    processes stay, without a parent. The same happens on a remote host whose ssh connection ends.
+    """
+
+    def __init__(self, first: int | None = None) -> None:
+        self._chain: list[tuple[int, int]] = []
+        """(process, its parent), upwards as far as launchers made them."""
+        process = os.getpid() if first is None else first
+        while (parent := _parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
+            self._chain.append((process, parent))
+            process = parent
+
+    def gone(self) -> bool:
+        """Whether one of them has ended: its child has another parent now."""
+        return any(_parent_of(process) != parent for process, parent in self._chain)
+
+
+def _is_launcher(process: int) -> bool:
+    """`deepspeed`, `torchrun` and their parts. The process that started such a command may end before it (nohup)."""
+    return any(word.rpartition("/")[2] in _LAUNCHERS for word in _command(process)) or _is_on_host(process)
+
+
+def _is_on_host(process: int) -> bool:
+    """DeepSpeed's launcher of one host, or the shell that ssh started for it.
+
+    The `deepspeed` command or sshd's session starts these, never a person, and must stay alive.
+    """
+    return any(_ON_A_HOST in word for word in _command(process))
+
+
+def _command(process: int) -> list[str]:
+    """The first words: python [options] SCRIPT or -m MODULE. The training's own arguments follow them."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
+    except OSError:
+        return []

@@ -41,8 +41,7 @@ from qatscale.errors import EXIT_FAILED, UserError, fault
 from qatscale.files import write_json
 from qatscale.supervise.failure_report import Failure, Kind, first_failure, is_consequence, job_failures, report
 from qatscale.supervise.heartbeat import Heartbeat, HeartbeatStore
-from qatscale.supervise.launchers import LauncherProcesses
-from qatscale.supervise.process import identity, is_alive
+from qatscale.supervise.process import LauncherProcesses, identity, is_alive
 
 SLOW = 1800.0
 """Seconds on top of stall_timeout for what may take long: start and first step (compilation), saving, evaluation."""

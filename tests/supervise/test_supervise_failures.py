@@ -30,7 +30,7 @@ from qatscale.supervise.failure_report import (
     report,
     stragglers,
 )
-from qatscale.supervise.launchers import LauncherProcesses
+from qatscale.supervise.process import LauncherProcesses
 from qatscale.supervise.watchdog import Watchdog, in_communication
 from qatscale.tracking.run_folder import RunFolder
 from tests import processes
