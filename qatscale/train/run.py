@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from qatscale.supervise.claims import Claim, hold_run
 from qatscale.supervise.signals import Stopped, StopRequest
 from qatscale.supervise.watchdog import Watchdog, collective_timeout
 from qatscale.tracking.follower import start_follower
+from qatscale.tracking.new_run import create_run_folder
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.components import ResumePlan, RunSetup
@@ -92,7 +94,8 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
     log = RunLog(setup, runtime, linger=linger)
     with Watchdog(runtime, log.folder.logs, setup.config.engine.stall_timeout, log.failed) as watchdog:
         components = build(setup, runtime)
-        log.open(watchdog.hosts, resolved_settings(setup))
+        if runtime.is_main:
+            _open_folder(log, watchdog.hosts)
         with _uploaded(log, linger), log.recording(watchdog):
             try:
                 stop.check_now()
@@ -119,6 +122,24 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
                 return Outcome("stopped", log.step, None, stopped.number)
             finally:
                 components.engine.destroy()
+
+
+def _open_folder(log: RunLog, hosts: dict[str, list[int]]) -> None:
+    """Create or continue the run's folder. hosts: each host's ranks."""
+    setup, resume = log.setup, log.resume
+    if not resume.resumes:
+        create_run_folder(
+            log.folder.path,
+            recipe=setup.recipe,
+            ds_config=setup.ds_config,
+            timeline=setup.timeline,
+            n_params=log.n_params,
+            command=sys.argv,
+            parent=resume.parent,
+            hosts=hosts,
+            resolved=resolved_settings(setup),
+        )
+    log.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=hosts)
 
 
 @contextmanager

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,24 +40,6 @@ class RunLog:
         self.step = self.resume.step
         """Steps done, as far as reported: where a failure or a stop is placed."""
         self._is_open = self._warned = False
-
-    def open(self, hosts: dict[str, list[int]], resolved: Mapping[str, Any]) -> None:
-        """Create or continue the folder. hosts: each host's ranks. resolved: by key, what `auto` is in this run."""
-        if not self.runtime.is_main:
-            return
-        if not self.resume.resumes:
-            RunFolder.create(
-                self.folder.path,
-                recipe=self.setup.recipe,
-                ds_config=self.setup.ds_config,
-                timeline=self.timeline,
-                n_params=self.n_params,
-                command=sys.argv,
-                parent=self.resume.parent,
-                hosts=hosts,
-                resolved=resolved,
-            )
-        self.folder.append("resume" if self.resume.resumes else "start", step=self.resume.step, hosts=hosts)
 
     @contextmanager
     def recording(self, watchdog: Watchdog) -> Iterator[None]:
