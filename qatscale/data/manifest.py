@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -83,7 +84,9 @@ class Manifest(_Part):
         if not folder.is_dir():
             raise UserError("data.path", str(folder), "no such folder.", _PREPARE)
         if not path.is_file():
-            raise UserError("data.path", str(folder), f"holds no {NAME}: not prepared, or not to the end.", _PREPARE)
+            inside = sorted(manifest.parent.name for manifest in folder.glob(f"*/{NAME}"))
+            mix = f"To mix the prepared folders in it: data.mix={{{': …, '.join(inside)}: …}}" if inside else _PREPARE
+            raise UserError("data.path", str(folder), f"holds no {NAME}: not prepared, or not to the end.", mix)
         try:
             manifest = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
@@ -98,6 +101,9 @@ class Manifest(_Part):
                     problem = f"splits.{split}.{what} is {total:,}, and its shards hold {held:,}."
                     raise UserError("data.path", str(path), problem, _PREPARE)
         return manifest
+
+    def holds(self, split: Split) -> bool:
+        return split in self.splits and bool(self.splits[split].shards)
 
     def summary(self) -> str:
         parts = [f"{split} {plural(c.documents, 'document')}, {c.tokens:,} tokens" for split, c in self.splits.items()]
@@ -163,6 +169,41 @@ class Manifest(_Part):
                 problem = f"holds token id {low if low < 0 else high}; the vocabulary has {self.tokenizer.vocab_size}."
                 raise UserError("shard", str(reader.bin_path), problem, fix)
         return reader
+
+
+def joined(manifests: Mapping[str, Manifest]) -> Manifest:
+    """The manifest of several prepared folders, by their names in one folder. A single one stays as it is.
+
+    UserError where the ids of one are another tokenizer's.
+    """
+    known = {name: manifest for name, manifest in manifests.items() if manifest.tokenizer.fingerprint} or manifests
+    first, chosen = next(iter(known.items()))
+    if len(manifests) == 1:
+        return chosen
+    for name, manifest in known.items():
+        if manifest.tokenizer.fingerprint != chosen.tokenizer.fingerprint:
+            found = [f"{one} with {known[one].tokenizer.fingerprint:.12}…" for one in (first, name)]
+            fix = "The same ids mean other text. Prepare one of them again with the other's: --tokenizer FOLDER."
+            raise UserError("data.mix", None, f"the sources have two tokenizers: {', '.join(found)}.", fix)
+    splits: dict[Split, SplitCounts] = {}
+    for split in get_args(Split):
+        parts = {name: manifest.splits[split] for name, manifest in manifests.items() if split in manifest.splits}
+        splits[split] = SplitCounts(
+            documents=sum(part.documents for part in parts.values()),
+            tokens=sum(part.tokens for part in parts.values()),
+            text_bytes=sum(part.text_bytes or 0 for part in parts.values()) or None,
+            shards=[
+                shard.model_copy(update={"name": f"{name}/{shard.name}"})
+                for name, part in parts.items()
+                for shard in part.shards
+            ],
+        )
+    card = chosen.tokenizer
+    size = max(manifest.tokenizer.vocab_size for manifest in manifests.values())
+    folder = card.folder and f"{first}/{card.folder}"
+    return chosen.model_copy(
+        update={"tokenizer": card.model_copy(update={"vocab_size": size, "folder": folder}), "splits": splits}
+    )
 
 
 def tokenizer_folder(data: Path | None, expected: str | None = None) -> Path | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ import numpy as np
 
 from qatscale.config.schema import RunConfig
 from qatscale.data.indexed import IndexedReader
-from qatscale.data.manifest import Manifest, Split, Verify
+from qatscale.data.manifest import Manifest, Split, Verify, joined
+from qatscale.data.mixture import Mixture
 from qatscale.errors import UserError
 
 
@@ -29,7 +31,7 @@ class TokenStream:
     def __init__(self, manifest: Manifest, shards: Sequence[IndexedReader], name: str) -> None:
         """`name`: what errors call it."""
         self.manifest, self.name = manifest, name
-        self._shards = shards
+        self.shards = shards
         self._ends = list(itertools.accumulate(len(shard.tokens) for shard in shards))
 
     @classmethod
@@ -51,7 +53,7 @@ class TokenStream:
     def _read(self, shard: int, offset: int, out: np.ndarray) -> None:
         filled = 0
         while filled < len(out):
-            part = self._shards[shard].tokens[offset : offset + len(out) - filled]
+            part = self.shards[shard].tokens[offset : offset + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled, shard, offset = filled + len(part), shard + 1, 0
 
@@ -69,7 +71,7 @@ class TokenStream:
         out = np.empty((len(indices), sequence_length + 1), np.int64)
         places = [self._locate(index * sequence_length) for index in indices.tolist()]
         for shard, offset in places:  # all before the first is read, so that a disk serves them together
-            self._shards[shard].prefetch(offset, sequence_length + 1)
+            self.shards[shard].prefetch(offset, sequence_length + 1)
         for row, place in zip(out, places, strict=True):
             self._read(*place, row)
         return out
@@ -139,15 +141,17 @@ class BatchReader:
             raise UserError("batch.sequences", sequences, problem, "Choose a smaller batch or prepare more text.")
         self._order = ShuffledOrder(self.sequences_per_epoch, seed)
 
+    @property
+    def manifest(self) -> Manifest:
+        return self.stream.manifest
+
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
-        if self.sequences % ranks:
-            problem = f"cannot be divided among {ranks} data-parallel processes."
-            raise UserError("batch.sequences", self.sequences, problem)
-        assert 0 <= rank < ranks
-        share = self.sequences // ranks
-        first = step * self.sequences + rank * share
-        return self.stream.gather(self._order(first, share), self.sequence_length)
+        return self.read(*_part(self.sequences, step, rank, ranks))
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """The sequences at the positions [first, first + count) of the order, counted through all epochs."""
+        return self.stream.gather(self._order(first, count), self.sequence_length)
 
     def epochs(self, steps: int) -> float:
         """Epochs that `steps` steps read; above 1, data repeat."""
@@ -155,12 +159,72 @@ class BatchReader:
 
     def repetition(self, steps: int) -> str | None:
         """A warning for a run of `steps` steps, or None if no sequence occurs twice."""
-        epochs = self.epochs(steps)
+        return self.repeats("the data repeat", self.epochs(steps))
+
+    def repeats(self, what: str, epochs: float) -> str | None:
         if epochs <= 1:
             return None
         unique = self.sequences_per_epoch * self.sequence_length
         beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
-        return f"the data repeat: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
+        return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
+
+
+def _part(sequences: int, step: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(first position, number) of a rank's sequences in the batch of `step`."""
+    if sequences % ranks:
+        raise UserError("batch.sequences", sequences, f"cannot be divided among {ranks} data-parallel processes.")
+    assert 0 <= rank < ranks
+    share = sequences // ranks
+    return step * sequences + rank * share, share
+
+
+class MixedReader:
+    """Training batches of several sources, a pure function of (seed, step, rank) as those of `BatchReader`.
+
+    The mixture decides each position's source. Every source has an order of its own, of which it reads the next
+    sequence; the order depends on the source's name and on no other source.
+    """
+
+    def __init__(
+        self, streams: Mapping[str, TokenStream], mixture: Mixture, sequence_length: int, sequences: int, seed: int
+    ) -> None:
+        """streams: by the mixture's names. UserError where one is shorter than a sequence."""
+        self.manifest = joined({name: stream.manifest for name, stream in streams.items()})
+        self.mixture, self.sequence_length, self.sequences = mixture, sequence_length, sequences
+        self._readers = []
+        for name in mixture.names:
+            own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
+            self._readers.append(BatchReader(streams[name], sequence_length, 1, own_seed))
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
+        """As `BatchReader.batch`."""
+        first, count = _part(self.sequences, step, rank, ranks)
+        sources, done = self.mixture.sources(first, count), self.mixture.count(first)
+        out = np.empty((count, self.sequence_length + 1), np.int64)
+        for source, reader in enumerate(self._readers):
+            rows = np.flatnonzero(sources == source)
+            if len(rows):
+                out[rows] = reader.read(int(done[source]), len(rows))
+        return out
+
+    def tokens(self, first: int, end: int, left_out: Sequence[int] = ()) -> dict[str, int]:
+        """By source the tokens of the batches [first, end) without those left out."""
+        counts = self._count(first, end)
+        for batch in left_out:
+            if first <= batch < end:
+                counts -= self._count(batch, batch + 1)
+        return dict(zip(self.mixture.names, (counts * self.sequence_length).tolist(), strict=True))
+
+    def _count(self, first: int, end: int) -> np.ndarray:
+        return self.mixture.count(end * self.sequences) - self.mixture.count(first * self.sequences)
+
+    def repetition(self, steps: int) -> str | None:
+        """A warning that names each source of which a run of `steps` steps reads sequences again, or None."""
+        counts = self.mixture.count(steps * self.sequences)
+        epochs = [count / reader.sequences_per_epoch for count, reader in zip(counts, self._readers, strict=True)]
+        named = zip(self.mixture.names, epochs, self._readers, strict=True)
+        lines = [reader.repeats(f"{name} repeats", epoch) for name, epoch, reader in named]
+        return "; ".join(filter(None, lines)) or None
 
 
 class EvaluationBatch(NamedTuple):
@@ -212,10 +276,12 @@ class EvaluationReader:
         return EvaluationBatch(self.stream.gather(indices, self.sequence_length), weight)
 
 
-def open_batches(config: RunConfig) -> BatchReader:
-    """The training batches of a run. UserError as from `open_stream`, and where the split cannot fill one batch."""
-    stream, length = open_stream(config, "train"), config.data.sequence_length
-    return BatchReader(stream, length, config.batch.sequences, config.data.seed)
+def open_batches(config: RunConfig, mixture: Mixture | None = None) -> BatchReader | MixedReader:
+    """The training batches of a run. UserError as from `open_stream`, and where the data cannot fill one batch."""
+    length, sequences, seed = config.data.sequence_length, config.batch.sequences, config.data.seed
+    if mixture is None:
+        return BatchReader(open_stream(config, "train"), length, sequences, seed)
+    return MixedReader(_open_sources(config, "train"), mixture, length, sequences, seed)
 
 
 def open_validation(config: RunConfig) -> EvaluationReader:
@@ -225,15 +291,35 @@ def open_validation(config: RunConfig) -> EvaluationReader:
 
 
 def open_stream(config: RunConfig, split: Split) -> TokenStream:
-    """A split of the run's data, after checks of its checksums and vocabulary.
+    """A split of the run's data, after checks of its checksums and vocabulary. Sources follow one another.
+
+    UserError for data that are missing, damaged or of another vocabulary.
+    """
+    streams = _open_sources(config, split)
+    if len(streams) == 1:
+        return next(iter(streams.values()))
+    manifest = joined({name: stream.manifest for name, stream in streams.items()})
+    shards = [shard for stream in streams.values() for shard in stream.shards]
+    return TokenStream(manifest, shards, f"{config.data.path} ({split})")
+
+
+def _open_sources(config: RunConfig, split: Split) -> dict[str, TokenStream]:
+    """By name the sources of the run's data that have this split; all of them, if it is the training split.
 
     Rank 0 reads the bytes; the other ranks check only sizes, so that a large job does not read the corpus once per
-    process. UserError for data that are missing, damaged or of another vocabulary.
+    process.
     """
     if config.data.path is None:
         fix = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
         raise UserError("data.path", None, "is not set.", fix)
-    is_main = int(os.environ.get("RANK", 0)) == 0  # before there is a process group
-    stream = TokenStream.open(config.data.path, split, verify="auto" if is_main else "size")
-    stream.manifest.check_vocabulary(config.model.vocab_size)
-    return stream
+    verify: Verify = "auto" if int(os.environ.get("RANK", 0)) == 0 else "size"  # before there is a process group
+    folders = config.data.sources
+    manifests = {name: Manifest.load(folder) for name, folder in folders.items()}
+    joined(manifests).check_vocabulary(config.model.vocab_size)
+    held = [name for name, manifest in manifests.items() if split == "train" or manifest.holds(split)]
+    return {
+        name: TokenStream(
+            manifests[name], manifests[name].open_shards(folders[name], split, verify), f"{folders[name]} ({split})"
+        )
+        for name in held or folders
+    }

@@ -163,10 +163,11 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
     with open_view(model, view):
         state = computed_weights(model)
     fix = "Export it with --tokenizer FOLDER, and generate from the export."
-    if config.data.path is not None and not config.data.path.is_dir():
-        problem = f"its run's data, which hold the tokenizer, are not in {config.data.path} any more."
+    data = config.data.folder
+    if data is not None and not data.is_dir():
+        problem = f"its run's data, which hold the tokenizer, are not in {data} any more."
         raise UserError("model", what, problem, f"Put them back. {fix}")
-    tokens = tokenizer_folder(config.data.path, reader.manifest.tokenizer)
+    tokens = tokenizer_folder(data, reader.manifest.tokenizer)
     if tokens is None:
         raise UserError("model", what, "the data of its run have no tokenizer.", fix)
     with tempfile.TemporaryDirectory() as folder:

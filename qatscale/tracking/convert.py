@@ -136,5 +136,5 @@ def write_hugging_face(state: TrainingState, out: Path) -> None:
         state.config.model,
         out,
         sequence_length=state.config.data.sequence_length,
-        tokenizer_folder=tokenizer_folder(state.config.data.path, state.tokenizer),
+        tokenizer_folder=tokenizer_folder(state.config.data.folder, state.tokenizer),
     )

@@ -107,12 +107,13 @@ class RunFolder:
         return read_run_file(self.path / "recipe.yaml")
 
     @property
-    def data(self) -> Path | None:
-        """The folder of its prepared data, also where it was moved together with the run's; None where none was set."""
+    def data(self) -> list[Path]:
+        """The folders of its prepared data, also where they were moved together with the run's."""
         recipe = self.recipe
         find_moved(recipe, self.path)
-        path = recipe["data"]["path"]
-        return Path(path).absolute() if path else None
+        data = recipe["data"]
+        sources = sorted({*(data.get("mix") or ()), *(data.get("cooldown_mix") or ())}) or [""]
+        return [Path(data["path"], name).absolute() for name in sources] if data["path"] else []
 
     def records(self, *events: str) -> list[Record]:
         """The events of metrics.jsonl, all kinds or these, without the ones that a later resume superseded."""

@@ -15,7 +15,7 @@ from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
 from qatscale.data.reader import open_validation
-from qatscale.engine.checkpoints.reader import open_checkpoint
+from qatscale.engine.checkpoints.reader import only_data, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.quant.bit_widths import get_quantizer
@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     """
     for bits in ptq_bits:
         get_quantizer(bits)  # refuses an unknown bit width before anything is loaded
-    overrides = [f"data.path={data}"] if data else []
+    overrides = only_data(data)
     overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config, checkpoint = open_checkpoint(what, overrides)
     reader = open_validation(config)
@@ -83,10 +83,11 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog,
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder, setup.weights)
     # the data by content: losses on other held-out text do not compare
-    final["data_fingerprint"] = setup.batches.stream.manifest.fingerprint
+    final["data_fingerprint"] = setup.batches.manifest.fingerprint
     if held_out:
         final["validation_fingerprint"] = held_out.stream.manifest.fingerprint_of("validation")
         final["validation_tokens"] = held_out.tokens
+    final |= setup.tokens_by_source(timeline.steps, components.guard.state)
     log.finished(timeline.steps, final)
     return final
 

@@ -81,7 +81,8 @@ def run_steps(
             stopped_by = stop.agreed()
             if due.metrics(done) or stopped_by:
                 counts = qat_metrics.counts() if settings.quantized else None
-                log.metrics(done, meter.read(done, settings, engine, counts))
+                record = meter.read(done, settings, engine, counts)
+                log.metrics(done, record | setup.tokens_by_source(done, guard.state))
             log.step_done(done, components.compilation.news())
             if settings.quantized and not moving and done >= (timeline.switch_step or 0) + SCALES_MOVE_WITHIN:
                 plugin.check_moving(masters)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qatscale.config.places import absolute_places
+from qatscale.config.places import absoluteplaces
 from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
+from qatscale.data.mixture import mixture_of
 from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
@@ -83,7 +84,7 @@ def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | Non
     old = with_qat_rate(load_run_config(folder.path / "recipe.yaml"), folder)
     notices: list[str] = []
     wrong: list[str] = []
-    now = RunConfig.model_validate(absolute_places(with_qat_rate(config, folder).model_dump(mode="json")))
+    now = RunConfig.model_validate(absoluteplaces(with_qat_rate(config, folder).model_dump(mode="json")))
     for difference in config_differences(old, now):
         line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
         (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)
@@ -146,10 +147,20 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
         notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")
     if parent.data.seed != config.data.seed:
         notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
+    elif places(parent, build_timeline(parent), manifest.step) != places(config, timeline, manifest.step):
+        notices.append("another mixture up to the branch: the tail may show sequences again that the trunk has seen")
     if _reads_a_former_order(RunFolder(run)):
         notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
     origin = {"name": run.name, "folder": str(run), "step": manifest.step}
     return ResumePlan(checkpoint, manifest, False, origin, tuple(notices))
+
+
+def places(config: RunConfig, timeline: Timeline, step: int) -> dict[str, int]:
+    """By source how many sequences a run has read in its first steps: where its orders continue."""
+    sequences = step * config.batch.sequences
+    mixture = mixture_of(config, timeline)
+    counts = {"": sequences} if mixture is None else dict(zip(mixture.names, mixture.count(sequences), strict=True))
+    return {name: int(count) for name, count in counts.items() if count}
 
 
 def check_data(config: RunConfig, resume: ResumePlan, data: DataManifest) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
                     components,
                     watchdog,
                     recipe_hash=recipe_hash(log.folder.path / "recipe.yaml") if runtime.is_main else "",
-                    data=setup.batches.stream.manifest,
+                    data=setup.batches.manifest,
                     saved=log.checkpoint,
                     notice=log.notice,
                 )

@@ -11,6 +11,7 @@ from qatscale.config.recipe import flatten, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
+from qatscale.data.mixture import mixture_of
 from qatscale.data.reader import EvaluationReader, open_batches, open_validation
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
@@ -43,15 +44,15 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches = open_batches(config)
-    validation, missing = _held_out(config, batches.stream.manifest)
+    batches = open_batches(config, mixture_of(config, timeline))
+    validation, missing = _held_out(config, batches.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
         *ds_config_warnings(config),
         *layout_notices(config, layout),
         *resume.notices,
-        *check_data(config, resume, batches.stream.manifest),
+        *check_data(config, resume, batches.manifest),
         *filter(None, [missing, repetition]),
     )
     return RunSetup(
