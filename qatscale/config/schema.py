@@ -178,6 +178,8 @@ class DataConfig(Section):
     """Shares from the first cooldown or the switch to QAT on, whichever is first, to the end; null = data.mix."""
     sequence_length: Positive
     """Tokens that the model sees at once; prepared data serve any length."""
+    document_mask: bool = False
+    """Whether attention and positions keep to one document of a sequence, as if each had a forward pass of its own."""
     seed: int = 0
     """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch. A branch
     with its parent's seed continues the parent's order."""

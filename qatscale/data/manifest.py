@@ -119,6 +119,13 @@ class Manifest(_Part):
             fix = "The same ids mean other text. Prepare the text with the model's tokenizer: --tokenizer FOLDER."
             raise UserError("data.path", None, problem, fix)
 
+    def document_end(self, masked: bool) -> int | None:
+        """The token that divides documents, where `masked`. UserError where the data do not name one."""
+        if masked and self.tokenizer.eos_id is None:
+            fix = "Adopt the shards with --eos ID, or set data.document_mask=false."
+            raise UserError("data.document_mask", True, "the data do not say which token ends a document.", fix)
+        return self.tokenizer.eos_id if masked else None
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError if the data hold ids without an embedding in a model with `vocab_size` rows."""
         needed = self.tokenizer.vocab_size

@@ -22,6 +22,7 @@ import torch
 from qatscale.config.schema import EngineConfig
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
+from qatscale.model import documents
 from qatscale.model.head import fusible_chunk_loss
 from qatscale.model.llama import Llama, run_block
 from qatscale.model.tensor_parallel import keep_out_of_graphs
@@ -62,6 +63,8 @@ class Compilation:
             return
         if model.parallel.size > 1:
             keep_out_of_graphs()
+        if model.document_end is not None:
+            documents.keep_out_of_graphs()
         model.run_block = torch.compile(run_block, dynamic=False, backend=backend)
         if uses_gpu() and model.stage.is_last:  # on CPUs the vectorised softmax is as fast as the compiled one
             model.head.chunk_loss = torch.compile(fusible_chunk_loss, dynamic=False, backend=backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import tee
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ def train_step(engine: Any, batch: Tensor, micro_batch: int, topology: Topology)
     """
     micro_batches = ((part[:, :-1], part[:, 1:]) for part in _on_device(batch, micro_batch, engine))
     if topology.layout.pipeline > 1:
-        yield engine.train_batch(micro_batches)
+        engine.module.micro_batches, loaded = tee(micro_batches)
+        yield engine.train_batch(loaded)
         return
     for tokens, labels in micro_batches:
         loss = engine(tokens, labels)
@@ -45,6 +47,7 @@ def evaluation_loss(engine: Any, topology: Topology) -> Callable[[Tensor, Tensor
         if tokens.shape != shape:  # the engine keeps buffers of the last shape that it saw
             engine.reset_activation_shape()
             shape = tokens.shape
+        engine.module.micro_batches = iter([(tokens, labels)])
         losses = engine.eval_batch(iter([(tokens, labels)]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
         return losses[0] if losses else None
 

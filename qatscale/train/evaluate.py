@@ -49,6 +49,7 @@ def evaluate_checkpoint(
     reader.stream.manifest.check_tokenizer(checkpoint.manifest.tokenizer)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)
+    model.document_end = reader.stream.manifest.document_end(config.data.document_mask)
     views = ["fp", *(["quantized"] if plugin.switched_at is not None else []), *map(ptq_view, ptq_bits)]
     losses, counted = {}, 0
     for name in views:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qatscale.config.places import absoluteplaces
+from qatscale.config.places import absolute_places
 from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
@@ -84,7 +84,7 @@ def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | Non
     old = with_qat_rate(load_run_config(folder.path / "recipe.yaml"), folder)
     notices: list[str] = []
     wrong: list[str] = []
-    now = RunConfig.model_validate(absoluteplaces(with_qat_rate(config, folder).model_dump(mode="json")))
+    now = RunConfig.model_validate(absolute_places(with_qat_rate(config, folder).model_dump(mode="json")))
     for difference in config_differences(old, now):
         line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
         (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)

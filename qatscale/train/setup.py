@@ -16,7 +16,8 @@ from qatscale.data.reader import EvaluationReader, open_batches, open_validation
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
-from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
+from qatscale.engine.layout import Layout, job_size
+from qatscale.engine.layout_plan import layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import SpikeGuard
@@ -45,6 +46,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
     batches = open_batches(config, mixture_of(config, timeline))
+    batches.manifest.document_end(config.data.document_mask)  # refuses before any process waits for another
     validation, missing = _held_out(config, batches.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (
@@ -73,18 +75,25 @@ def _held_out(config: RunConfig, manifest: Manifest) -> tuple[EvaluationReader |
 
 def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:
     """The components of a run, at the step where it starts. Collective."""
-    components = assemble(setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step)
+    end = setup.batches.manifest.document_end(setup.config.data.document_mask)
+    components = assemble(setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step, end)
     _load(setup.resume, components)
     return components
 
 
 def assemble(
-    config: RunConfig, layout: Layout, ds_config: dict[str, Any], runtime: Runtime, switch_step: int | None
+    config: RunConfig,
+    layout: Layout,
+    ds_config: dict[str, Any],
+    runtime: Runtime,
+    switch_step: int | None,
+    document_end: int | None = None,
 ) -> TrainingComponents:
-    """Freshly initialised model, plugin and engine. `ds_config`: merged. Collective."""
+    """Freshly initialised model, plugin and engine. `ds_config`: merged. document_end: of `Llama`. Collective."""
     topology = join_topology(config, layout, runtime)
     model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
     initialise(model, config.seed)
+    model.document_end = document_end
     plugin = QatPlugin(config.qat, switch_step)
     plugin.prepare(model)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
