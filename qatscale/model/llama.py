@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -106,6 +107,8 @@ class Attention(nn.Module):
         self.o = row_parallel_linear(config.heads * channels, config.hidden_size, parallel)
         self.q_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
+        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext
+        """A context around the part without weights and exchanges."""
 
     def forward(self, x: Tensor, rotation: Rotation, documents: Documents | None) -> Tensor:
         x = self.parallel.enter(x)
@@ -113,7 +116,8 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q(x).view(heads)), rotation).transpose(1, 2)  # [b, h, t, d]
         k = rotate(self.k_norm(self.k(x).view(heads)), rotation).transpose(1, 2)
         v = self.v(x).view(heads).transpose(1, 2)
-        mixed = attend(q, k, v, self.grouped, documents)
+        with self.timed():
+            mixed = attend(q, k, v, self.grouped, documents)
         return self.parallel.leave(self.o(mixed.transpose(1, 2).flatten(2)))
 
 

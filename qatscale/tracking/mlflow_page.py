@@ -93,7 +93,16 @@ def points(record: Record) -> Iterator[Any]:
             yield Metric(key, float(value), int(record["time"] * 1000), record["step"])
 
 
-_PERF = {"tokens_per_second", "tflops", "mfu", "memory_gib", "data_seconds"}
+_PERF = {
+    "tokens_per_second",
+    "tflops",
+    "mfu",
+    "memory_gib",
+    "data_seconds",
+    "slowest_rank",
+    "slowest_seconds",
+    "median_seconds",
+}
 _NOT_METRICS = {"event", "time", "step", "steps", "phase", "warmup"}
 
 

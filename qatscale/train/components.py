@@ -16,6 +16,7 @@ from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import SpikeGuard, SpikeState
+from qatscale.engine.stragglers import Stopwatch
 from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.quant.plugin import QatPlugin
@@ -89,3 +90,7 @@ class TrainingComponents:
     compilation: Compilation
     qat_metrics: QatMetrics
     guard: SpikeGuard
+    stopwatch: Stopwatch | None
+    """Of what this process computes by itself; None where that cannot be told."""
+    times_forward: bool
+    """Whether the stopwatch is put around forward passes; attention has it otherwise."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import flops_per_token, peak_flops
 from qatscale.engine.runtime import Runtime
+from qatscale.engine.stragglers import Stragglers
 from qatscale.schedule.timeline import StepSettings
 
 WARMUP_STEPS = 10
@@ -38,6 +39,9 @@ class Meter:
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._peak = total_peak(runtime.device_name, runtime.ranks, precision)
         self._since_cold = 0
+        self._stragglers = Stragglers()
+        self.straggler: int | None = None
+        """The rank that the last record shows to keep the others waiting for long enough."""
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -93,7 +97,12 @@ class Meter:
             torch.cuda.synchronize(self._runtime.device)
 
     def read(
-        self, step: int, settings: StepSettings, engine: Any, qat_counts: torch.Tensor | None = None
+        self,
+        step: int,
+        settings: StepSettings,
+        engine: Any,
+        qat_counts: torch.Tensor | None = None,
+        own_seconds: float | None = None,
     ) -> dict[str, Any]:
         """The interval's record after `step` steps. Collective.
 
@@ -104,11 +113,20 @@ class Meter:
         qat_counts: `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the floor,
         and `code_flips`, the share of quantized weights whose code changed in the interval's last step. A signal that
         ends an interval early leaves the second out.
+
+        own_seconds: what the `Stopwatch` of the last step shows, if it was on. It adds `slowest_rank`,
+        `slowest_seconds` and `median_seconds`, of a step.
         """
-        sums = self._loss.view(1) if qat_counts is None else torch.cat([self._loss.view(1), qat_counts])
+        parts = [self._loss.view(1), *([] if qat_counts is None else [qat_counts])]
+        if own_seconds is not None:  # each process's place in the sum that is made anyway
+            own = self._loss.new_zeros(self._runtime.ranks)
+            own[self._runtime.rank] = own_seconds + self._data_seconds / self._steps
+            parts.append(own)
+        sums = torch.cat(parts)
         if self._runtime.ranks > 1:
             dist.all_reduce(sums)
         total, *counts = sums.tolist()  # waits for the device
+        seconds_of_ranks = [counts.pop() for _ in parts[-1]][::-1] if own_seconds is not None else []
         loss = total / (self._micro_batches * self._runtime.ranks) if self._micro_batches else math.nan
         if self._micro_batches and not math.isfinite(loss):
             problem = f"the loss is {loss} in the {self._steps} steps up to step {step}"
@@ -136,5 +154,9 @@ class Meter:
             record["scales_floored"] = floored / scales
             if compared:
                 record["code_flips"] = flipped / compared
+        self.straggler = None
+        if seconds_of_ranks and not self._warmup:
+            shown, self.straggler = self._stragglers.add(seconds_of_ranks)
+            record |= shown
         self._start_interval()
         return record

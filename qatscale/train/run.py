@@ -94,8 +94,9 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
     log = RunLog(setup, runtime, linger=linger)
     with Watchdog(runtime, log.folder.logs, setup.config.engine.stall_timeout, log.failed) as watchdog:
         components = build(setup, runtime)
+        log.hosts = watchdog.hosts
         if runtime.is_main:
-            _open_folder(log, watchdog.hosts)
+            _open_folder(log)
         with _uploaded(log, linger), log.recording(watchdog):
             try:
                 stop.check_now()
@@ -124,8 +125,8 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
                 components.engine.destroy()
 
 
-def _open_folder(log: RunLog, hosts: dict[str, list[int]]) -> None:
-    """Create or continue the run's folder. hosts: each host's ranks."""
+def _open_folder(log: RunLog) -> None:
+    """Create or continue the run's folder."""
     setup, resume = log.setup, log.resume
     if not resume.resumes:
         create_run_folder(
@@ -136,10 +137,10 @@ def _open_folder(log: RunLog, hosts: dict[str, list[int]]) -> None:
             n_params=log.n_params,
             command=sys.argv,
             parent=resume.parent,
-            hosts=hosts,
+            hosts=log.hosts,
             resolved=resolved_settings(setup),
         )
-    log.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=hosts)
+    log.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=log.hosts)
 
 
 @contextmanager

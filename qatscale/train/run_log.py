@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import Spike
+from qatscale.engine.stragglers import FACTOR, INTERVALS
 from qatscale.quant.report import SwitchReport
 from qatscale.supervise.failure_report import Failure
 from qatscale.supervise.watchdog import Watchdog
@@ -37,6 +38,8 @@ class RunLog:
         self.n_params = count_parameters(self.config.model).total
         self.folder = RunFolder(self.config.folder)
         self.console = RunConsole(runtime.rank, self.timeline.steps, self.resume.step)
+        self.hosts: dict[str, list[int]] = {}
+        """Each host's ranks, once the processes have met."""
         self.step = self.resume.step
         """Steps done, as far as reported: where a failure or a stop is placed."""
         self._is_open = self._warned = False
@@ -127,6 +130,15 @@ class RunLog:
                     f"warning: {floored:.1%} of the quantizer scales lie at their floor, where a row's weights are all "
                     "clipped and do not train. Lower qat.scale_lr_ratio and branch from before the switch."
                 )
+
+    def straggler(self, step: int, rank: int, record: Mapping[str, Any]) -> None:
+        if self.runtime.is_main:
+            host = next((host for host, ranks in self.hosts.items() if rank in ranks), "an unknown host")
+            ratio = record["slowest_seconds"] / max(record["median_seconds"], 1e-9)
+            self.console.notice(
+                f"step {step}: warning: rank {rank} on {host} takes {ratio:.2g} times the median for what it computes "
+                f"by itself, the {INTERVALS}th interval in a row above {FACTOR:g} times; the others wait for it"
+            )
 
     def spike(self, step: int, spike: Spike, action: str) -> None:
         if self.runtime.is_main:

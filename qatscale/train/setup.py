@@ -21,6 +21,7 @@ from qatscale.engine.layout_plan import layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import SpikeGuard
+from qatscale.engine.stragglers import Stopwatch, time_attention
 from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
@@ -97,10 +98,19 @@ def assemble(
     plugin = QatPlugin(config.qat, switch_step)
     plugin.prepare(model)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
-    compilation = Compilation(model, plan_compilation(config.engine, ds_config))
+    compiles = plan_compilation(config.engine, ds_config)
+    compilation = Compilation(model, compiles)
+    # where a forward pass exchanges, its time is that of the slowest process; compiled blocks cannot be looked into
+    exchanges = layout.model_parallel or ds_config["zero_optimization"]["stage"] == 3
+    passages = config.batch.micro_batches(layout.data) * (config.model.layers / layout.pipeline if exchanges else 1)
+    stopwatch = Stopwatch(runtime.device, passages) if runtime.ranks > 1 and not (exchanges and compiles) else None
+    if stopwatch and exchanges:
+        time_attention(model, stopwatch)
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
     guard = SpikeGuard(masters, config.optimizer.spike_factor)
-    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard)
+    return TrainingComponents(
+        runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard, stopwatch, not exchanges
+    )
 
 
 def roll_back(setup: RunSetup, components: TrainingComponents, step: int) -> RunSetup:
