@@ -64,8 +64,10 @@ def _attend_in_kernel(q: Tensor, k: Tensor, v: Tensor, grouped: bool, documents:
     from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler
 
     length, bounds = q.shape[2], documents.bounds
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b·t, h, d]
-    mixed = varlen_attn(*rows, bounds, bounds, length, length, window_size=(-1, 0), enable_gqa=grouped)
+    assert bounds is not None
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b·t, h, d]
+    mixed = varlen_attn(q, k, v, bounds, bounds, length, length, window_size=(-1, 0), enable_gqa=grouped)
+    assert isinstance(mixed, Tensor)
     return mixed.unflatten(0, (-1, length)).transpose(1, 2)
 
 
