@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qatscale.config.schema import SHARE_UNITS, RunConfig
-from qatscale.schedule.timeline import Timeline
+from qatscale.config.schema import SHARE_UNITS
 
 
 def deal(units: Sequence[int]) -> np.ndarray:
@@ -76,15 +75,3 @@ class Mixture:
             return self._first.sources(positions)
         later = self._second.sources(positions - self.change)
         return np.where(positions < self.change, self._first.sources(positions), later)
-
-
-def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture | None:
-    """The mixture of a run; None without `data.mix`.
-
-    `data.cooldown_mix` holds from the first cooldown or the switch to QAT, whichever is first, to the end.
-    """
-    data = config.data
-    if data.mix is None:
-        return None
-    change = timeline.boundaries[0] * config.batch.sequences if timeline.boundaries else None
-    return Mixture(data.mix, data.cooldown_mix if timeline.boundaries else None, change)

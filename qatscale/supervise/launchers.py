@@ -1,4 +1,4 @@
-"""The environment variables of launchers, as torch.distributed reads them.
+"""The launcher of this process: its environment variables as torch.distributed reads them.
 
 torchrun and DeepSpeed's launcher set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `srun` and `mpirun` set
 variables of their own. No torch here.

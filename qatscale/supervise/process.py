@@ -1,4 +1,4 @@
-"""The identity of a process, whether it still runs, and whether the launcher that started it does.
+"""The identity of a process, and whether it and its launcher still run.
 
 A process id alone does not identify a process: ids are used again, and a folder may lie on a disk that several machines
 share. Host, boot id and start tick together identify it for good. Linux `proc(5)`: field 22 of `/proc/PID/stat` is the
@@ -7,8 +7,11 @@ start time in clock ticks since boot, which no change of the wall clock can touc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
     return stat is not None and stat[0] not in _ZOMBIE_OR_DEAD and stat[1] == process["start_ticks"]
 
 
-def _parent_of(pid: int) -> int | None:
+def parent_of(pid: int) -> int | None:
     """The parent of a process, or the process that adopted it; None where `pid` does not exist."""
     stat = _stat(pid)
     return stat[2] if stat else None
@@ -88,6 +91,9 @@ def _answers(pid: int) -> bool:
     return True
 
 
+# --- whether the launcher still runs ---
+
+
 class LauncherProcesses:
     """The processes of DeepSpeed's or torch's launcher that this one descends from.
 
@@ -99,13 +105,13 @@ class LauncherProcesses:
         self._chain: list[tuple[int, int]] = []
         """(process, its parent), upwards as far as launchers made them."""
         process = os.getpid() if first is None else first
-        while (parent := _parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
+        while (parent := parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
             self._chain.append((process, parent))
             process = parent
 
     def gone(self) -> bool:
         """Whether one of them has ended: its child has another parent now."""
-        return any(_parent_of(process) != parent for process, parent in self._chain)
+        return any(parent_of(process) != parent for process, parent in self._chain)
 
 
 def _is_launcher(process: int) -> bool:
@@ -127,3 +133,44 @@ def _command(process: int) -> list[str]:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
     except OSError:
         return []
+
+
+# --- what ends a process that cannot end itself ---
+
+# Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
+_KILLER = """
+import os, select, signal, sys
+pid, limit = int(sys.argv[1]), float(sys.argv[2])
+while select.select([0], [], [], limit)[0]:
+    if not os.read(0, 4096):
+        sys.exit()
+os.kill(pid, signal.SIGKILL)
+"""
+
+
+class WatchdogProcess:
+    """A small process beside this one that kills it when it stops sending.
+
+    A process that is stopped (SIGSTOP) or whose interpreter is blocked cannot run the thread that would end it, and
+    would hold its GPUs for good.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _KILLER, str(os.getpid()), str(limit)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # what stops this process's group must not stop it
+        )
+        assert self._child.stdin is not None
+        self._pipe = self._child.stdin
+
+    def alive(self) -> None:
+        """Call it more often than every `limit` seconds."""
+        with contextlib.suppress(OSError):  # it was killed; the run continues without it
+            self._pipe.write(b".")
+            self._pipe.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+        self._child.wait()

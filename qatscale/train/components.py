@@ -16,11 +16,11 @@ from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import SpikeGuard, SpikeState
-from qatscale.engine.stragglers import Stopwatch
 from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.timeline import Timeline
+from qatscale.train.metrics import Stopwatch
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ import qatlaw
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
-from qatscale.data.reader import open_validation
+from qatscale.data.open import open_validation
 from qatscale.engine.checkpoints.reader import only_data, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
@@ -89,8 +90,24 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog,
         final["validation_fingerprint"] = held_out.stream.manifest.fingerprint_of("validation")
         final["validation_tokens"] = held_out.tokens
     final |= setup.tokens_by_source(timeline.steps, components.guard.state)
-    log.finished(timeline.steps, final)
+    if log.runtime.is_main:
+        if log.linger:
+            _draw(log)
+        log.folder.finish(timeline.steps, final)
     return final
+
+
+def _draw(log: RunLog) -> None:
+    """timeline.png and loss.png in the run's figures. A figure that fails must not cost the run its end."""
+    from qatscale.schedule.figure import draw
+    from qatscale.tracking.curves import draw_loss_curves
+
+    try:
+        draw(log.timeline, log.config, log.folder.figures / "timeline.png")
+        draw_loss_curves([log.folder], log.folder.figures / "loss.png")
+    except Exception as error:  # a broken font cache, a missing backend: whatever a drawing library raises
+        logging.getLogger("qatscale").exception("figures")
+        log.notice(f"note: the figures were not drawn ({error}); see {log.folder.logs}")
 
 
 def final_metrics(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,11 +15,14 @@ import torch.distributed as dist
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import flops_per_token, peak_flops
 from qatscale.engine.runtime import Runtime
-from qatscale.engine.stragglers import Stragglers
 from qatscale.schedule.timeline import StepSettings
 
 WARMUP_STEPS = 10
 """Steps after a start or the switch that no speed counts: compilation, first allocations, cold caches."""
+SLOW = 1.2
+"""Times the median from which a process counts as slow."""
+SLOW_INTERVALS = 5
+"""Logging intervals in a row after which a slow process is reported."""
 
 
 def total_peak(device_name: str, devices: int, precision: Literal["fp32", "bf16"]) -> float | None:
@@ -160,3 +164,62 @@ class Meter:
             record |= shown
         self._start_interval()
         return record
+
+
+class Stopwatch:
+    """Takes the time of the passages that it is put around, on a GPU by the GPU's clock; only while it is `on`.
+
+    All processes take equally long for a step: the faster ones wait in the next exchange. What counts is the time of
+    passages in which none waits. Under ZeRO-1 and 2 these are the forward passes. Under ZeRO-3, tensor parallelism and
+    pipelines those exchange too, and the core of attention is timed, which has no weights.
+    """
+
+    def __init__(self, device: torch.device, passages: float) -> None:
+        """passages: those of a step on an average process. Stages of a pipeline may have more or fewer."""
+        self.on = False
+        self._on_gpu, self._per_step = device.type == "cuda", passages
+        self._seconds, self._count = 0.0, 0
+        self._passages: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        start = time.perf_counter()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.on and self._on_gpu else []
+        if events:
+            events[0].record()
+        yield
+        self._count += self.on
+        if events:
+            events[1].record()
+            self._passages.append((events[0], events[1]))
+        elif self.on:
+            self._seconds += time.perf_counter() - start
+
+    def read(self) -> float | None:
+        """Seconds that a step takes by the passages since the last call; None without one. Waits for the GPU."""
+        for first, last in self._passages:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1000
+        mean = self._seconds / self._count if self._count else None
+        self.on, self._seconds, self._count, self._passages = False, 0.0, 0, []
+        return None if mean is None else mean * self._per_step
+
+
+class Stragglers:
+    """Notices a process that is slow in several logging intervals in a row."""
+
+    def __init__(self) -> None:
+        self._slow, self._intervals = -1, 0
+
+    def add(self, seconds: Sequence[float]) -> tuple[dict[str, float], int | None]:
+        """seconds: of each rank, per step. Returns the numbers for the record, and a rank to report now."""
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        median = statistics.median_low(seconds)
+        if seconds[slowest] <= SLOW * median:
+            self._slow, self._intervals = -1, 0
+        elif slowest == self._slow:
+            self._intervals += 1
+        else:
+            self._slow, self._intervals = slowest, 1
+        record = {"slowest_rank": slowest, "slowest_seconds": seconds[slowest], "median_seconds": median}
+        return record, slowest if self._intervals == SLOW_INTERVALS else None

@@ -9,7 +9,7 @@ from qatscale.config.places import absolute_places
 from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
-from qatscale.data.mixture import mixture_of
+from qatscale.data.open import mixture_of
 from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
@@ -145,8 +145,15 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     difference_before = first_difference(build_timeline(parent), timeline, manifest.step)
     if difference_before is not None:
         notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")
-    if parent.data.seed != config.data.seed:
-        notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
+    cooled = build_timeline(parent).last_cooldown
+    begun = cooled is not None and cooled < manifest.step
+    other = [
+        key for key in ("seed", *["cooldown_seed"] * begun) if getattr(parent.data, key) != getattr(config.data, key)
+    ]
+    if other:
+        notices.append(
+            f"another data.{other[0]}: the tail may show sequences again that the trunk has seen in this epoch"
+        )
     elif places(parent, build_timeline(parent), manifest.step) != places(config, timeline, manifest.step):
         notices.append("another mixture up to the branch: the tail may show sequences again that the trunk has seen")
     if _reads_a_former_order(RunFolder(run)):

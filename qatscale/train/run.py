@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from qatlaw.text import plural
+from qatscale.config.amounts import format_amount
 from qatscale.config.recipe import recipe_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import Runtime, start_runtime, together
@@ -98,6 +100,7 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
         if runtime.is_main:
             _open_folder(log)
         with _uploaded(log, linger), log.recording(watchdog):
+            _introduce(log, watchdog.clock_notices)
             try:
                 stop.check_now()
                 checkpointer = AsyncCheckpointer(
@@ -141,6 +144,30 @@ def _open_folder(log: RunLog) -> None:
             resolved=resolved_settings(setup),
         )
     log.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=log.hosts)
+
+
+def _introduce(log: RunLog, clock_notices: Sequence[str]) -> None:
+    """Say on the console what is about to be trained, from where."""
+    setup, config, timeline, resume = log.setup, log.config, log.timeline, log.resume
+    log.notice(
+        f"{config.name}: {format_amount(log.n_params)} parameters, {config.qat.scheme}"
+        + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
+        + f", {format_amount(timeline.tokens)} tokens in {plural(timeline.steps, 'step')} of "
+        f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
+        f"{setup.ds_config['gradient_accumulation_steps']} x {plural(log.runtime.ranks, 'process')}), "
+        f"{setup.precision} ZeRO-{setup.ds_config['zero_optimization']['stage']} on {log.runtime.device_name}"
+    )
+    if timeline.switch_step is not None:
+        log.notice(
+            f"switch to QAT before step {timeline.switch_step:,}: {timeline.qat_fraction:.2%} of the tokens, "
+            f"at {timeline.qat_lr_ratio:.4g} x the full-precision rate"
+        )
+    if resume.parent and not resume.resumes:
+        log.notice(f"branched from {resume.parent['folder']}@{resume.parent['step']}")
+    elif resume.checkpoint is not None:
+        log.notice(f"resume from step {resume.step}: {resume.checkpoint}")
+    for notice in [*clock_notices, *setup.notices]:
+        log.notice(f"note: {notice}")
 
 
 @contextmanager

@@ -11,24 +11,24 @@ from qatscale.config.recipe import flatten, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
-from qatscale.data.mixture import mixture_of
-from qatscale.data.reader import EvaluationReader, open_batches, open_validation
+from qatscale.data.open import open_batches, open_validation
+from qatscale.data.reader import EvaluationReader
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, job_size
 from qatscale.engine.layout_plan import layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
-from qatscale.engine.runtime import Runtime
+from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.engine.spikes import SpikeGuard
-from qatscale.engine.stragglers import Stopwatch, time_attention
 from qatscale.engine.topology import join_topology
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.llama import Attention, Llama, initialise
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
+from qatscale.train.metrics import Stopwatch
 from qatscale.train.resume import check_data, plan_resume, with_qat_rate
 
 
@@ -46,13 +46,13 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches = open_batches(config, mixture_of(config, timeline))
+    batches = open_batches(config, timeline)
     batches.manifest.document_end(config.data.document_mask)  # refuses before any process waits for another
     validation, missing = _held_out(config, batches.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
-        *ds_config_warnings(config),
+        *ds_config_warnings(config, uses_gpu()),
         *layout_notices(config, layout),
         *resume.notices,
         *check_data(config, resume, batches.manifest),
@@ -98,14 +98,16 @@ def assemble(
     plugin = QatPlugin(config.qat, switch_step)
     plugin.prepare(model)
     engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
-    compiles = plan_compilation(config.engine, ds_config)
-    compilation = Compilation(model, compiles)
+    plan = plan_compilation(config.engine, ds_config)
+    compilation = Compilation(model, plan)
     # where a forward pass exchanges, its time is that of the slowest process; compiled blocks cannot be looked into
     exchanges = layout.model_parallel or ds_config["zero_optimization"]["stage"] == 3
     passages = config.batch.micro_batches(layout.data) * (config.model.layers / layout.pipeline if exchanges else 1)
-    stopwatch = Stopwatch(runtime.device, passages) if runtime.ranks > 1 and not (exchanges and compiles) else None
+    stopwatch = Stopwatch(runtime.device, passages) if runtime.ranks > 1 and not (exchanges and plan == "on") else None
     if stopwatch and exchanges:
-        time_attention(model, stopwatch)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.timed = stopwatch
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
     guard = SpikeGuard(masters, config.optimizer.spike_factor)
     return TrainingComponents(
@@ -155,7 +157,7 @@ def resolved_settings(setup: RunSetup) -> dict[str, Any]:
         "qat.embedding_bits": (rule.at(qat.bits) if rule else UNQUANTIZED_BITS) if quantized else None,
         "qat.lr_ratio": timeline.qat_lr_ratio if quantized else None,
         "qat.scale_lr_ratio": get_quantizer(qat.bits).scale_lr_ratio if quantized else None,
-        "engine.compile": "on" if plan_compilation(config.engine, setup.ds_config) else "off",
+        "engine.compile": plan_compilation(config.engine, setup.ds_config),
     }
     given = flatten(config)
     resolved = {key: value for key, value in values.items() if given[key] == "auto"}

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
-from qatscale.data.mixture import Mixture, deal, mixture_of
+from qatscale.data.mixture import Mixture, deal
+from qatscale.data.open import joined, mixture_of, open_batches, open_stream, open_validation
 from qatscale.data.prepare import prepare
-from qatscale.data.reader import MixedReader, TokenStream, open_batches, open_stream, open_validation
+from qatscale.data.reader import MixedReader, TokenStream
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from tests.data.data_corpora import documents, stream, write_jsonl
@@ -48,14 +49,15 @@ def test_counts_are_known_without_counting(first: int, count: int) -> None:
             assert abs((part == source).sum() - len(part) * shares.get(name, 0)) < 1
 
 
-def mixed(seed: int = 3) -> MixedReader:
+def mixed(seed: int = 3, tail: tuple[int, int] | None = None) -> MixedReader:
     """Tokens tell their source and place: 10,000 x source + position."""
     tokens = {"code": 201, "math": 101, "web": 5001}
     streams = {
         name: stream(np.arange(i * 10_000, i * 10_000 + size, dtype=np.int32))
         for i, (name, size) in enumerate(tokens.items())
     }
-    return MixedReader(streams, Mixture(MIX, LATER, CHANGE), LENGTH, 4, seed)
+    manifest = joined({name: stream.manifest for name, stream in streams.items()})
+    return MixedReader(manifest, streams, Mixture(MIX, LATER, CHANGE), LENGTH, 4, seed, tail)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -78,6 +80,16 @@ def test_a_source_continues_its_own_order_through_the_change() -> None:
     assert reader.repetition(25) == "code repeats: 2.30 epochs of 200 tokens"
     others = [mixed(seed).batch(0) for seed in (3, 4)]
     assert (others[0] != others[1]).any()
+
+
+def test_another_order_of_the_cooldown_is_one_of_what_the_epochs_have_left() -> None:
+    one, other = mixed(), mixed(tail=(15, 1))
+    assert all((one.batch(step) == other.batch(step)).all() for step in range(15))
+    assert any((one.batch(step) != other.batch(step)).any() for step in range(15, 20))
+    rows = np.concatenate([other.batch(step)[:, 0] for step in range(25)])
+    for source, held in enumerate((20, 10, 500)):
+        epoch = rows[rows // 10_000 == source][:held]
+        assert len(set(epoch.tolist())) == len(epoch), "nothing twice within an epoch"
 
 
 def test_tokens_are_those_of_the_batches_that_were_read() -> None:
@@ -107,7 +119,7 @@ def config(folder: Path, *overrides: str) -> RunConfig:
 def test_a_mixture_of_prepared_folders(corpora: Path) -> None:
     run = config(corpora, "data.mix={web: 0.5, code: 0.5}", "data.cooldown_mix={bare: 1}")
     timeline = build_timeline(run)
-    reader = open_batches(run, mixture_of(run, timeline))
+    reader = open_batches(run, timeline)
     assert isinstance(reader, MixedReader)
     assert timeline.boundaries[0] == timeline.switch_step == 20
     assert reader.tokens(0, 20) == {"bare": 0, "code": 2560, "web": 2560}
@@ -118,7 +130,7 @@ def test_a_mixture_of_prepared_folders(corpora: Path) -> None:
     codes = TokenStream.open(corpora / "code", "validation")
     assert (held_out.gather(np.array([0]), 64) == codes.gather(np.array([0]), 64)).all()
     reordered = config(corpora, "data.mix={code: 0.5, web: 0.5}", "data.cooldown_mix={bare: 1}")
-    again = open_batches(reordered, mixture_of(reordered, timeline))
+    again = open_batches(reordered, timeline)
     assert (again.batch(3) == reader.batch(3)).all(), "the order of names in a recipe changes nothing"
 
 

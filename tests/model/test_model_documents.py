@@ -109,7 +109,7 @@ def test_blocks_compile_once_however_many_documents_there_are(build: Build, monk
     config = ModelConfig(vocab_size=96, hidden_size=32, layers=2, heads=4, intermediate_size=88)
     model = build(config)
     model.document_end = END
-    Compilation(model, True, CompileCounter())
+    Compilation(model, "on", CompileCounter())
     plain = build(config)
     plain.document_end = END
     graphs = []

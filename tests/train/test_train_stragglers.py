@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.engine.stragglers import INTERVALS, Stragglers
+from qatscale.train.metrics import SLOW_INTERVALS, Stragglers
 from tests.processes import run
 from tests.train.driving import records, spec
 
@@ -16,12 +16,12 @@ from tests.train.driving import records, spec
 def test_a_process_is_reported_once_it_was_slow_for_long_enough() -> None:
     found = Stragglers()
     slow, even = [1.0, 1.0, 1.3, 1.1], [1.0, 1.1, 1.2, 1.0]
-    assert [found.add(slow)[1] for _ in range(INTERVALS + 2)] == [None] * (INTERVALS - 1) + [2, None, None]
+    assert [found.add(slow)[1] for _ in range(SLOW_INTERVALS + 2)] == [None] * (SLOW_INTERVALS - 1) + [2, None, None]
     assert found.add(slow)[0] == {"slowest_rank": 2, "slowest_seconds": 1.3, "median_seconds": 1.0}
     assert found.add(even)[1] is None, "a fifth above the median is usual"
     other = [1.4, *slow[1:]]
-    reports = [found.add(seconds)[1] for seconds in [slow] * (INTERVALS - 1) + [other] * INTERVALS]
-    assert reports == [None] * (2 * INTERVALS - 2) + [0], "the count begins anew with another process"
+    reports = [found.add(seconds)[1] for seconds in [slow] * (SLOW_INTERVALS - 1) + [other] * SLOW_INTERVALS]
+    assert reports == [None] * (2 * SLOW_INTERVALS - 2) + [0], "the count begins anew with another process"
 
 
 @pytest.mark.dist
