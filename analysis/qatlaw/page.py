@@ -98,7 +98,7 @@ def compose(
     chosen, table = form_named(form), runs.table
     laws, summaries, compared, no_law = None, [], [], ""
     if law is not None:
-        laws = _given_law(law, scheme_of(table, scheme, either=True))
+        laws = _given_law(law, scheme_of(table, scheme, either=True), table)
     else:
         try:
             summaries = summarise(chosen, table, scheme_of(table, scheme, either=True), resamples=resamples)
@@ -114,8 +114,8 @@ def compose(
     return Report(evidence, created, summaries, compared, runs.left_out, runs.notices, no_law, landscapes)
 
 
-def _given_law(name: str, scheme: str) -> Laws:
-    found = load_law(name)
+def _given_law(name: str, scheme: str, table: RunTable) -> Laws:
+    found = load_law(name, effective=table.effective_bits)
     width = found.range["bits"][0] if found.law.form.one_width else None
     return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
 

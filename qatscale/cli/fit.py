@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qatlaw.planner_law import law_names
 from qatlaw.text import plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
@@ -117,7 +116,7 @@ def report(
         str | None,
         typer.Option(
             metavar="LAW",
-            help=f"A law to draw instead of fitting one: path of a fit.json, or one of {', '.join(law_names())}.",
+            help="A law to draw instead of fitting one: path of a fit.json, or synthetic.",
         ),
     ] = None,
     landscape: Annotated[
