@@ -25,7 +25,8 @@ from qatscale.engine.estimate.memory import (
     zero_settings,
 )
 from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time, traffic_of
-from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
+from qatscale.engine.layout import Layout, stages_of
+from qatscale.engine.layout_plan import bubble, layout_notices, plan_layout
 from qatscale.errors import UserError
 
 Phase = Literal["fp", "qat"]
