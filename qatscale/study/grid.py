@@ -190,7 +190,7 @@ def _root(config: RunConfig) -> Hashable:
     """Equal for runs in which equal settings of a step give equal training: model, data, batch, seed, precision."""
     optimizer = config.optimizer.model_dump(include={"eps", "gradient_clipping"})
     parts: list[Any] = [config.model.model_dump(mode="json"), config.data.model_dump(mode="json"), optimizer]
-    parts += [config.batch.model_dump(), config.seed, config.engine.model_dump(mode="json")]
+    parts += [config.batch.model_dump(), config.seed, config.init, config.engine.model_dump(mode="json")]
     return json.dumps(parts, sort_keys=True)
 
 
