@@ -80,7 +80,9 @@ def place_parameters(
                 for parameter in param_list:
                     _materialise(parameter, device)
                     share = -(-parameter.numel() // ranks)
-                    fill(parameter, rank * share, min((rank + 1) * share, parameter.numel()))
+                    start, end = (min(place * share, parameter.numel()) for place in (rank, rank + 1))
+                    parameter.view(-1)[start:end].zero_()  # the rest is nobody's here: on CPU it takes no memory
+                    fill(parameter, start, end)
                     self._convert_to_deepspeed_param(parameter)
                     parameter.partition()
 
@@ -89,6 +91,7 @@ def place_parameters(
         return
     for turn, parameter in enumerate(names):
         _materialise(parameter, device)
+        parameter.zero_()
         if turn % ranks == rank:
             fill(parameter)
     for turn, parameter in enumerate(names):
@@ -96,8 +99,8 @@ def place_parameters(
 
 
 def _materialise(parameter: nn.Parameter, device: torch.device) -> None:
-    """Zeros in place of a meta tensor. The Parameter stays the same object and keeps its attributes."""
-    real = nn.Parameter(torch.zeros_like(parameter, device=device), parameter.requires_grad)
+    """Memory for a meta tensor, not initialised. The Parameter stays the same object and keeps its attributes."""
+    real = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
     real.__dict__.update(parameter.__dict__)
     torch.utils.swap_tensors(parameter, real)
 
