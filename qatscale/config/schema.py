@@ -407,6 +407,9 @@ class RunConfig(Section):
     """Folder in which the run's folder is made."""
     seed: int = 0
     """Decides the initial weights."""
+    init: Literal["auto", 1, 2] = "auto"
+    """Version of the generator that draws them from the seed; `auto` = 2 in a new run, and in a resumed run its own.
+    Runs before version 2 existed have 1."""
     tokens: PositiveTokens
     """Training tokens of the run, both phases together, rounded to optimizer steps."""
     model: ModelConfig
