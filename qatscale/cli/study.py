@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatlaw.planner_law import law_names
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
 from qatscale.cli import study_run
@@ -34,8 +33,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="LAW",
-            help="Law under which the runs' information is predicted: path of a fit.json, or one of "
-            f"{', '.join(law_names())}.",
+            help="Law under which the runs' information is predicted: path of a fit.json, or synthetic.",
         ),
     ] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of a run's log loss: 0.002 is 0.2 %.")] = 0.002,

@@ -18,26 +18,33 @@ from typing import NamedTuple
 import numpy as np
 
 from qatscale.config.schema import RunConfig
-from qatscale.data.indexed import IndexedReader
+from qatscale.data.indexed import IndexedReader, Shard
 from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.errors import UserError
 
+MAPS = 256
+"""Shards that a process keeps open, over all its streams; a descriptor each."""
+
 
 class TokenStream:
-    """The tokens of a split, shard after shard, memory-mapped."""
+    """The tokens of a split, shard after shard, each memory-mapped when it is first read."""
 
-    def __init__(self, manifest: Manifest, shards: Sequence[IndexedReader], name: str) -> None:
-        """`name`: what errors call it."""
-        self.manifest, self.name = manifest, name
-        self._shards = shards
-        self._ends = list(itertools.accumulate(len(shard.tokens) for shard in shards))
+    def __init__(
+        self, manifest: Manifest, shards: Sequence[Shard], open_shard: Callable[[Shard], IndexedReader], name: str
+    ) -> None:
+        """`open_shard`: gives the file that holds a shard. `name`: what errors call the stream."""
+        self.manifest, self.name, self.open_shard = manifest, name, open_shard
+        self._shards, self.files = shards, {shard.name: shard for shard in shards}
+        self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
 
     @classmethod
     def open(cls, folder: Path | str, split: Split, verify: Verify = "auto") -> TokenStream:
         """Raises UserError for a missing folder or split and for a missing, truncated or altered shard."""
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        return cls(manifest, manifest.open_shards(folder, split, verify), f"{folder} ({split})")
+        manifest.check_shards(folder, split, verify)
+        open_shard = functools.partial(manifest.open_shard, folder)
+        return cls(manifest, manifest.splits[split].shards, open_shard, f"{folder} ({split})")
 
     def __len__(self) -> int:
         """Tokens."""
@@ -51,7 +58,9 @@ class TokenStream:
     def _read(self, shard: int, offset: int, out: np.ndarray) -> None:
         filled = 0
         while filled < len(out):
-            part = self._shards[shard].tokens[offset : offset + len(out) - filled]
+            held = self._shards[shard]
+            first, end = held.start + offset, held.start + min(held.tokens, offset + len(out) - filled)
+            part = _opened(self, held.name).tokens[first:end]
             out[filled : filled + len(part)] = part
             filled, shard, offset = filled + len(part), shard + 1, 0
 
@@ -69,10 +78,16 @@ class TokenStream:
         out = np.empty((len(indices), sequence_length + 1), np.int64)
         places = [self._locate(index * sequence_length) for index in indices.tolist()]
         for shard, offset in places:  # all before the first is read, so that a disk serves them together
-            self._shards[shard].prefetch(offset, sequence_length + 1)
+            held = self._shards[shard]
+            _opened(self, held.name).prefetch(held.start + offset, sequence_length + 1)
         for row, place in zip(out, places, strict=True):
             self._read(*place, row)
         return out
+
+
+@functools.lru_cache(maxsize=MAPS)
+def _opened(stream: TokenStream, name: str) -> IndexedReader:
+    return stream.open_shard(stream.files[name])
 
 
 class ShuffledOrder:
@@ -262,13 +277,15 @@ def open_validation(config: RunConfig) -> EvaluationReader:
 def open_stream(config: RunConfig, split: Split) -> TokenStream:
     """A split of the run's data, after checks of its checksums and vocabulary.
 
-    Rank 0 reads the bytes; the other ranks check only sizes, so that a large job does not read the corpus once per
-    process. UserError for data that are missing, damaged or of another vocabulary.
+    Rank 0 reads the bytes, and the first rank of every other host checks sizes. The others trust them, so that a large
+    job neither reads the corpus nor asks for every file once per process. UserError for data that are missing, damaged
+    or of another vocabulary.
     """
     if config.data.path is None:
         fix = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
         raise UserError("data.path", None, "is not set.", fix)
-    is_main = int(os.environ.get("RANK", 0)) == 0  # before there is a process group
-    stream = TokenStream.open(config.data.path, split, verify="auto" if is_main else "size")
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))  # before they have met
+    verify: Verify = "auto" if rank == "0" else "size" if local_rank == "0" else "trust"
+    stream = TokenStream.open(config.data.path, split, verify)
     stream.manifest.check_vocabulary(config.model.vocab_size)
     return stream

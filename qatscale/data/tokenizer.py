@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qatscale.data.indexed import token_dtype
+from qatscale.data.indexed_writer import token_dtype
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json

@@ -20,18 +20,9 @@ from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
 from qatscale.files import appearing, check_new
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
+from qatscale.model.lazy_state import LazyState, State, renamed, shapes_of
 from qatscale.model.llama import parameter_shapes
-from qatscale.tensor_files import (
-    SHARD_BYTES,
-    LazyState,
-    Shape,
-    State,
-    Types,
-    renamed,
-    shapes_of,
-    type_of,
-    write_safetensors,
-)
+from qatscale.tensor_files import SHARD_BYTES, Shape, Types, type_of, write_safetensors
 from qatscale.untrusted import check_json_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

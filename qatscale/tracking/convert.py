@@ -22,8 +22,8 @@ from qatscale.engine.checkpoints.universal import find_universal, read_universal
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import appearing, check_new
 from qatscale.model.hugging_face import export_hugging_face
+from qatscale.model.lazy_state import LazyState
 from qatscale.schedule.build import build_timeline
-from qatscale.tensor_files import LazyState
 from qatscale.tracking.run_folder import RunFolder
 
 Format = Literal["checkpoint", "universal", "hf"]

@@ -32,7 +32,8 @@ from torch import Tensor
 from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
-from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, skeleton
+from qatscale.engine.checkpoints.files import KINDS
+from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState, skeleton
 from qatscale.errors import UserError
 from qatscale.files import appearing
 from qatscale.schedule.build import build_timeline
