@@ -14,7 +14,7 @@ import qatlaw
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
-from qatscale.data.reader import open_validation
+from qatscale.data.open import open_validation
 from qatscale.engine.checkpoints.reader import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from qatscale.config.ds_config import load_ds_config, merge_ds_config
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.data.reader import open_batches
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info

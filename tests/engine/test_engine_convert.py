@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from qatscale.config.recipe import load_run_config
-from qatscale.data.reader import open_batches
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
