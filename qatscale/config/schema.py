@@ -181,11 +181,9 @@ class DataConfig(Section):
     document_mask: bool = False
     """Whether attention and positions keep to one document of a sequence, as if each had a forward pass of its own."""
     seed: int = 0
-    """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch. A branch
-    with its parent's seed continues the parent's order."""
+    """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch."""
     cooldown_seed: Annotated[int, NotBool, Field(ge=0)] = 0
-    """Order of the data in the last cooldown alone: 0 continues that of `seed`, another number shuffles what the epoch
-    has left. Branches of one checkpoint that differ in it alone show the noise of a cooldown."""
+    """Order of the last cooldown's data: 0 continues that of `seed`, another number shuffles what the epoch has left."""
 
     @model_validator(mode="after")
     def _mix_comes_first(self) -> Self:

@@ -120,7 +120,7 @@ def write_run(state: TrainingState, out: Path) -> None:
             timeline=build_timeline(config),
             n_params=count_parameters(config.model).total,
             command=sys.argv,
-            imported=str(Path(state.source).resolve()),
+            imported=str(Path(state.source).resolve()) if Path(state.source).exists() else state.source,
         )
         written = write_state(state, folder.checkpoints, config)
         shown = out / folder.checkpoints.name / written.name
