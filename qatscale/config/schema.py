@@ -183,7 +183,7 @@ class DataConfig(Section):
     seed: int = 0
     """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch."""
     cooldown_seed: Annotated[int, NotBool, Field(ge=0)] = 0
-    """Order of the last cooldown's data: 0 continues that of `seed`, another number shuffles what the epoch has left."""
+    """Order of the last cooldown's data: 0 continues `seed`'s, another number shuffles what the epoch has left."""
 
     @model_validator(mode="after")
     def _mix_comes_first(self) -> Self:
