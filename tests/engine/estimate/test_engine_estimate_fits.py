@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 @pytest.mark.parametrize(
     ("given", "ds_config", "problem"),
     [
-        (Given("H100"), "zero1_bf16", "not known here"),  # SXM, PCIe or NVL
+        (Given("h100"), "zero1_bf16", r"not known here.* Which one: H100 80GB HBM3, H100 NVL, H100 PCIe\?"),
         (Given(mfu=0.4), "zero1_bf16", "Name the device"),
         (Given("H200", 1.4), "zero1_bf16", "at most 1"),
         (Given("H200", 0.4), "zero1_fp32", "in fp32"),
