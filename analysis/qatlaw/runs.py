@@ -23,7 +23,7 @@ from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
 from qatlaw.measurement import settings_with_effect, split_settings
-from qatlaw.names import VAL_LOSS, VAL_LOSS_PTQ
+from qatlaw.names import AVERAGED, VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
 
 LAW_POINT = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme")
@@ -74,6 +74,8 @@ class Collected:
     left_out: tuple[LeftOut, ...] = ()
     notices: tuple[str, ...] = ()
     """Differences between the runs that no law knows."""
+    records: tuple[RunRecord, ...] = ()
+    """All that was read, trials and averages included; empty for a table of anyone's runs."""
 
     @classmethod
     def of(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
@@ -95,6 +97,7 @@ class Collected:
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
     """The points of the runs that ended soundly, each by its best trial. InputError where none is left."""
     left_out, sound = [], []
+    records = tuple(records)
     for record in records:
         if record.kind == "fit":
             continue
@@ -114,7 +117,7 @@ def collect(records: Iterable[RunRecord], source: str) -> Collected:
     ptq = [row for point in points for row in _ptq_rows(point, by_id[point["run_id"]])]
     table = RunTable.from_frame(pd.DataFrame([*points, *ptq]), source)
     notices = _notices([by_id[point["run_id"]] for point in points], knows_data, unlike)
-    return Collected(table, (*left_out, *again, *best.left_out), notices)
+    return Collected(table, (*left_out, *again, *best.left_out), notices, records)
 
 
 def best_trials(table: RunTable) -> Collected:
@@ -149,6 +152,8 @@ def _unfit(record: RunRecord) -> str | None:
         return "imported, not trained"
     if record.kind == "damaged":
         return f"damaged: {record.status}"
+    if AVERAGED in record.final:
+        return "averaged from checkpoints, not trained"
     if record.status != "FINISHED":
         return f"unfinished: {record.status.lower()}"
     missing = [name for name in (*LAW_POINT, VAL_LOSS) if record.final.get(name) is None]

@@ -10,7 +10,7 @@ import typer
 from qatlaw.cli import planner
 from qatlaw.judge_cli import judge
 from qatscale import __version__
-from qatscale.cli.convert import convert
+from qatscale.cli.convert import average, convert
 from qatscale.cli.evaluate import evaluate, generate
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
@@ -27,6 +27,7 @@ from qatscale.cli.train import branch, resume, train
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # rich's own markup swallows [default: …]
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -49,7 +50,7 @@ def _options(
 _TAKES_OVERRIDES = (train, resume, branch, convert)
 _COMMANDS: tuple[Callable[..., None], ...] = (
     config, recipes, prepare, adopt, train, resume, branch, evaluate, generate, runs, compare, track_sync, export,
-    convert, fit, report, judge, landscape, quickstart, launch_scripts,
+    convert, average, fit, report, judge, landscape, quickstart, launch_scripts,
 )  # fmt: skip
 
 app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})

@@ -1,4 +1,4 @@
-"""`qatscale train … --dry-run`: the timeline of a run, and what it takes of devices, nodes and network."""
+"""`qatscale train … --dry-run`: a run's timeline, memory, network traffic and speed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def print_dry_run(
     *,
     resumes: bool = False,
 ) -> None:
-    """The timeline, then the layout. UserError where it cannot work, and, after both are shown, does not fit.
+    """Show the timeline and the layout. UserError where the layout cannot work and, after both are shown, where memory
+    does not suffice.
 
     resumes: the run's folder exists, and the run continues from its newest checkpoint.
     """
@@ -66,9 +67,9 @@ def print_dry_run(
     timeline, branch = build_timeline(config), None
     if branch_from is not None or resumes:
         from qatscale.tracking.run_folder import RunFolder
-        from qatscale.train.resume import plan_resume, with_qat_rate
+        from qatscale.train.resume import as_begun, plan_resume
 
-        resumed = with_qat_rate(config, RunFolder(config.folder))
+        resumed = as_begun(config, RunFolder(config.folder))
         start = plan_resume(resumed, build_timeline(resumed), branch_from)
         branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
     ds_config = run_ds_config(config)
@@ -199,13 +200,12 @@ def _host(job: JobEstimate) -> str:
     host = job.host
     parts = {
         "libraries": host.libraries,
-        "the model at the start": host.start,
         "checkpoint copies": host.checkpoint,
         "offloaded": host.offloaded,
     }
     shown = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
     node = f" of a node of {host.processes}" if job.layout.processes > 1 else ""
-    return f"host memory{node}: {_gigabytes(host.total)} GB {host.when} ({shown})"
+    return f"host memory{node}: {_gigabytes(host.total)} GB ({shown})"
 
 
 def _chosen(job: JobEstimate, columns: int) -> list[StageMemory]:

@@ -1,4 +1,4 @@
-"""`qatscale study run`, `work` and `status`: train a study, take part in it, look at it."""
+"""`qatscale study run`, `work` and `status`: train a study, join it as a worker, watch it."""
 
 from __future__ import annotations
 
@@ -83,6 +83,8 @@ def run(
         sys.exit(EXIT_REQUEUE)
     for name, reason in state.failures().items():
         print(f"failed: {name}: {reason}")
+    for reason, names in state.refusals().items():
+        print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:
         blocked = plural(counts["blocked"], "run")
         print(f"blocked: {blocked} that branch from them. `qatscale study run {folder.path} --retry all`")
@@ -131,6 +133,23 @@ def status(
         display.show()
 
 
+def average(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
+) -> None:
+    """Average and evaluate the weights of runs that differ in the cooldown's data alone, and of uncooled runs' ends.
+
+    Each average is a row of results.csv and a run's folder in averages/. The report is written anew, with bias and
+    variance of the cooldown. An average that has its row is not made again.
+    """
+    from qatscale.study.average import average_study
+    from qatscale.study.folder import StudyFolder
+
+    found = StudyFolder(folder)
+    made = average_study(found)
+    print(f"{plural(made, 'new average')} in {found.results}")
+    _conclude(found)
+
+
 def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
     """The study's file and folder."""
     from qatscale.study.file import read_study
@@ -147,7 +166,7 @@ def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
 
 
 def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
-    """Open the runs that failed for another attempt."""
+    """Let workers try failed runs again."""
     failed = list(state.failures())
     for name in names:
         if name != "all" and name not in failed:

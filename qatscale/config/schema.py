@@ -181,11 +181,9 @@ class DataConfig(Section):
     document_mask: bool = False
     """Whether attention and positions keep to one document of a sequence, as if each had a forward pass of its own."""
     seed: int = 0
-    """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch. A branch
-    with its parent's seed continues the parent's order."""
+    """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch."""
     cooldown_seed: Annotated[int, NotBool, Field(ge=0)] = 0
-    """Order of the data in the last cooldown alone: 0 continues that of `seed`, another number shuffles what the epoch
-    has left. Branches of one checkpoint that differ in it alone show the noise of a cooldown."""
+    """Order of the last cooldown's data: 0 continues `seed`'s, another number shuffles what the epoch has left."""
 
     @model_validator(mode="after")
     def _mix_comes_first(self) -> Self:
@@ -407,6 +405,9 @@ class RunConfig(Section):
     """Folder in which the run's folder is made."""
     seed: int = 0
     """Decides the initial weights."""
+    init: Literal["auto", 1, 2] = "auto"
+    """Version of the generator that draws them from the seed; `auto` = 2 in a new run, and in a resumed run its own.
+    Runs before version 2 existed have 1."""
     tokens: PositiveTokens
     """Training tokens of the run, both phases together, rounded to optimizer steps."""
     model: ModelConfig
@@ -421,12 +422,14 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     log_interval: Positive = 10
     """Optimizer steps between metrics lines."""
+    _notes: tuple[str, ...] = ()  # about lengths of a shipped recipe that gave way; not recorded
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.tokens < self.tokens_per_step:
             step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
-            raise ClashError("tokens", f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})")
+            problem = f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})"
+            raise ClashError("tokens", problem, "Give more tokens, or lower batch.sequences.")
         group = self.qat.group_size
         for key, size in self.model.input_widths.items():
             if group and size % group:

@@ -11,6 +11,15 @@ import torch
 from torch import Tensor
 
 from qatscale.engine.topology import Topology
+from qatscale.schedule.timeline import StepSettings
+
+
+def apply_settings(engine: Any, settings: StepSettings) -> None:
+    """Give AdamW the rate, betas and weight decay of the step about to be taken."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = settings.learning_rate * group["lr_ratio"]
+        group["betas"] = settings.betas
+        group["weight_decay"] = settings.weight_decay if group["decayed"] else 0.0
 
 
 def train_step(

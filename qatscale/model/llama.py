@@ -18,7 +18,6 @@ share.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -39,7 +38,6 @@ from qatscale.model.tensor_parallel import (
     column_parallel_linear,
     look_up,
     row_parallel_linear,
-    shard_of,
     vocabulary_parallel_embedding,
 )
 
@@ -307,31 +305,3 @@ def canonical_name(name: str, config: ModelConfig) -> str:
 def is_norm(name: str) -> bool:
     """Whether a parameter of this name is the gain of a norm: initially 1, without weight decay, never quantized."""
     return name.endswith("norm.weight")
-
-
-def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter: full shape, fp32, on the CPU.
-
-    Norms are 1, biases 0. Matrices are normal with mean 0 and standard deviation `init_std`. `o` and `down`, which
-    write into the residual stream, have `init_std` / √(2·layers), so that the stream's variance does not grow with
-    depth (GPT-2's rule). Each draw has its own generator, seeded by sha256 of (seed, name). It depends on no other
-    parameter, order or layout, so any rank can draw any parameter by itself.
-    """
-    shape = parameter_shapes(config)[name]
-    if is_norm(name):  # an explicit device: with `torch.device("meta")` as default the values would be lost
-        return torch.ones(shape, device="cpu")
-    if name.endswith(".bias"):
-        return torch.zeros(shape, device="cpu")
-    residual = name.endswith((".o.weight", ".down.weight"))
-    std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-
-
-@torch.no_grad()
-def initialise(model: Llama, seed: int) -> None:
-    """Set every parameter to its `initial_value`, in its dtype. Call it before the plugin prepares the model."""
-    for name, parameter in model.named_parameters():
-        value, shard = initial_value(canonical_name(name, model.config), model.config, seed), shard_of(parameter)
-        parameter.copy_(value if shard is None else shard.take(value))

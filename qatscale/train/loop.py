@@ -9,9 +9,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from qatscale.config.schema import RunConfig
-from qatscale.engine.initialize import apply_settings
 from qatscale.engine.spikes import Spike, SpikeGuard
-from qatscale.engine.step import train_step
+from qatscale.engine.step import apply_settings, train_step
 from qatscale.engine.topology import gather_stages
 from qatscale.quant.report import merge_reports
 from qatscale.schedule.timeline import Timeline, kept_steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
 from qatscale.config.recipe import flatten, recorded_yaml
@@ -15,21 +17,22 @@ from qatscale.data.open import open_batches, open_validation
 from qatscale.data.reader import EvaluationReader
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
-from qatscale.engine.initialize import initialize_engine
+from qatscale.engine.initialize import initialize_engine, place_parameters
 from qatscale.engine.layout import Layout, job_size
 from qatscale.engine.layout_plan import layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
-from qatscale.model.llama import Attention, Llama, initialise
+from qatscale.model.initial_weights import InitialWeights
+from qatscale.model.llama import Attention, Llama
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
 from qatscale.train.metrics import Stopwatch
-from qatscale.train.resume import check_data, plan_resume, with_qat_rate
+from qatscale.train.resume import as_begun, check_data, plan_resume
 
 
 def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None:
@@ -37,7 +40,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
 
     UserError for whatever is wrong with the input. Every process finds it alone, before any waits for another.
     """
-    config = with_qat_rate(config, RunFolder(config.folder))
+    config = as_begun(config, RunFolder(config.folder))
     timeline = build_timeline(config)
     ds_config = run_ds_config(config)
     resume = plan_resume(config, timeline, branch_from)
@@ -77,7 +80,10 @@ def _held_out(config: RunConfig, manifest: Manifest) -> tuple[EvaluationReader |
 def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:
     """The components of a run, at the step where it starts. Collective."""
     end = setup.batches.manifest.document_end(setup.config.data.document_mask)
-    components = assemble(setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step, end)
+    components = assemble(
+        setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step, end,
+        draw=setup.resume.checkpoint is None,
+    )  # fmt: skip
     _load(setup.resume, components)
     return components
 
@@ -89,15 +95,22 @@ def assemble(
     runtime: Runtime,
     switch_step: int | None,
     document_end: int | None = None,
+    *,
+    draw: bool = True,
 ) -> TrainingComponents:
-    """Freshly initialised model, plugin and engine. `ds_config`: merged. document_end: of `Llama`. Collective."""
+    """Model, plugin and engine, with initial weights if `draw`, for a checkpoint's else. Collective.
+
+    ds_config: merged. document_end: of `Llama`.
+    """
     topology = join_topology(config, layout, runtime)
-    model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
-    initialise(model, config.seed)
+    with torch.device("meta"):
+        model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
+        plugin = QatPlugin(config.qat, switch_step)
+        plugin.prepare(model)
     model.document_end = document_end
-    plugin = QatPlugin(config.qat, switch_step)
-    plugin.prepare(model)
-    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
+    weights = InitialWeights(config.model, config.seed, config.init)
+    place_parameters(model, weights, ds_config, topology, runtime.device, draw=draw)
+    engine, masters = initialize_engine(model, plugin, config, ds_config, topology)
     plan = plan_compilation(config.engine, ds_config)
     compilation = Compilation(model, plan)
     # where a forward pass exchanges, its time is that of the slowest process; compiled blocks cannot be looked into

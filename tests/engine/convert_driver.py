@@ -22,13 +22,14 @@ from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info
-from qatscale.engine.initialize import apply_settings, initialize_engine
+from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
-from qatscale.engine.step import train_step
+from qatscale.engine.step import apply_settings, train_step
 from qatscale.engine.topology import join_topology
 from qatscale.engine.zero_masters import ZeroMasters
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.initial_weights import initialise
+from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.convert import convert

@@ -206,7 +206,7 @@ def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str, tmp_path: Pat
         assert (list(rows.table.frame["name"]), [left.reason for left in rows.left_out]) == (used, reasons)
     if key in TRIALS:
         assert (used, reasons) == (["a"], [f"a trial with a higher loss: {key}=b; the best is a"])
-    elif key in ("seed", "data.seed"):
+    elif key in ("seed", "data.seed", "data.cooldown_seed"):
         assert (used, reasons, found.notices) == (["a", "b"], [], ()), "a repeat"
     elif key in BY_NUMBERS or (key.startswith((*NOT_SCIENCE, "engine.")) and key != "engine.ds_config"):
         assert (used, reasons) == (["b"], ["trained again: as b, which is later"])

@@ -43,7 +43,7 @@ class StageMemory:
     moment: str
     kinds: dict[Kind, int]
     start: int
-    """While the share of the model is on the device as it was built, undivided and in fp32."""
+    """While the model is built, see `start_bytes`."""
 
     @property
     def step(self) -> int:
@@ -208,7 +208,7 @@ def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], job:
         option = "--gpu" if job.given.gpu else "--gpu-memory"
         problems.append(UserError(option, job.given.gpu or job.given.gpu_memory, problem, _would(fitting)))
     if job.fits_host is False:
-        needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory ({job.host.when})"
+        needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory"
         fitting = [
             f"{what} ({_gigabytes(o.host.total)})"
             for what, o in _changes(config, ds_config, job)
