@@ -22,7 +22,7 @@ import pandas as pd
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
-from qatlaw.measurement import split_settings
+from qatlaw.measurement import settings_with_effect, split_settings
 from qatlaw.names import AVERAGED, VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
 
@@ -33,9 +33,9 @@ LARGEST = 1e300
 """MLflow's SQL stores keep an infinite number as the largest float."""
 
 SAME_IN_ALL = (
-    "data.path", "data_fingerprint", "data.sequence_length", "model.vocab_size", "schedule.shape",
-    "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size", "qat.embedding_bits",
-    "qat.cooldown_fraction", "qat.optimizer_state",
+    "data.path", "data_fingerprint", "data.mix", "data.cooldown_mix", "data.sequence_length", "model.vocab_size",
+    "schedule.shape", "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size",
+    "qat.embedding_bits", "qat.cooldown_fraction", "qat.optimizer_state",
 )  # fmt: skip
 """Settings that no law here knows: runs that differ in them compare only if the difference does not matter."""
 
@@ -312,7 +312,7 @@ def _notices(records: Sequence[RunRecord], knows_data: bool, unlike: Sequence[st
         if key in ("data.path", "data_fingerprint"):
             found = {_data_setting(record, knows_data).get(key) for record in records}
         else:
-            found = {record.recipe.get(key) for record in records}
+            found = {settings_with_effect(record.recipe).get(key) for record in records}
         values = sorted(value for value in found if value is not None)
         if len(values) > 1:
             shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")

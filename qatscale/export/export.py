@@ -103,7 +103,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
         return Path(given)
     if isinstance(source.reader, PluginFolder) and any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         return source.folder
-    data = source.config.data.path
+    data = source.config.data.folder
     fix = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
         gone = "the run's data, which hold the tokenizer, no longer exist."

@@ -273,9 +273,9 @@ def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> No
 
 
 def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:
-    """UserError where a run that was begun would get another configuration."""
+    """UserError where a run that was begun would get another configuration. `init`: it keeps its initial weights."""
     differences = config_differences(folder.config(name), config)
-    if first := next((one for one in differences if not one.key.startswith(WITHOUT_EFFECT)), None):
+    if first := next((one for one in differences if not one.key.startswith((*WITHOUT_EFFECT, "init"))), None):
         problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."
         raise UserError("study", str(folder.path), problem, "Use another folder, or give the sizes other names.")
 

@@ -180,7 +180,7 @@ def test_qat_from_a_hugging_face_folder_is_the_same_on_every_layout(name: str, m
 @pytest.mark.parametrize("name", TIED)
 def test_its_first_loss_is_that_of_transformers(name: str, made: Made) -> None:
     config = load_run_config(made.runs / f"{name}-p1/recipe.yaml")
-    batch = torch.from_numpy(open_batches(config).batch(0))
+    batch = torch.from_numpy(open_batches(config, build_timeline(config)).batch(0))
     theirs = AutoModelForCausalLM.from_pretrained(made.folder / name)
     with torch.no_grad():
         logits = theirs(input_ids=batch[:, :-1]).logits
