@@ -139,6 +139,7 @@ def test_a_table_on_disk_gives_the_same_figures(records: list[RunRecord], runs: 
     again = collect(read_results(tmp_path / "results.csv"), "bowl")
     columns = [*POINT, "shape", "beta2", "weight_decay", "cooldown", "fraction", "order", "averaged", "window", "loss"]
     pd.testing.assert_frame_equal(branch_frame(again.records)[columns], branch_frame(records)[columns])
+    assert len(set(runs.table.trunks)) == 1, "orders of the cooldown's data are branches of one trunk"
     averages = sum(AVERAGED in record.final for record in records)
     assert sum("averaged" in one.reason for one in runs.left_out) == averages > 50
     report = compose(again, law="synthetic", compare=False)
