@@ -100,6 +100,8 @@ class Watchdog:
         self._failures: list[Failure] = []
         self._verdict: dict[str, Any] | None = None
         self._collects = False
+        self._looked = 0.0
+        self._written: dict[int, Heartbeat] = {}
         self._reporter = runtime.rank
         self._count = 0
         self._job = uuid.uuid4().hex
@@ -366,15 +368,19 @@ class Watchdog:
         """Rank → the heartbeat of each of these that has ended."""
         heartbeats = {rank: store.heartbeats[rank] for rank in ranks}
         unheard = ("training", "ended") if store.lost or store.age > 2 * store.period else ("training",)
-        for rank in heartbeats:
-            if heartbeats[rank]["state"] in unheard:
+        missing = {rank for rank, heartbeat in heartbeats.items() if heartbeat["state"] in unheard}
+        if (now := time.monotonic()) > self._looked + 1:  # there may be a thousand files
+            self._looked = now
+            for rank in missing:
                 try:
                     heartbeat = json.loads(self._file(rank).read_bytes())
                 except (OSError, ValueError):
                     continue
                 if heartbeat["job"] == self._job:
-                    heartbeats[rank] = heartbeat
-        heartbeats[self.runtime.rank] = self._heartbeat()
+                    self._written[rank] = heartbeat
+        heartbeats |= {rank: self._written[rank] for rank in missing & self._written.keys()}
+        if self.runtime.rank in heartbeats:
+            heartbeats[self.runtime.rank] = self._heartbeat()
         return {rank: heartbeat for rank, heartbeat in heartbeats.items() if heartbeat["state"] != "training"}
 
     def _file(self, rank: int) -> Path:
