@@ -1,4 +1,4 @@
-"""`qatscale fit` and `qatscale report`: from runs to a law, and to a page that shows both."""
+"""`qatscale fit` and `qatscale report`: fit a law to runs, and write a page about both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qatlaw.planner_law import law_names
 from qatlaw.text import plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
@@ -117,20 +116,25 @@ def report(
         str | None,
         typer.Option(
             metavar="LAW",
-            help=f"A law to draw instead of fitting one: path of a fit.json, or one of {', '.join(law_names())}.",
+            help="A law to draw instead of fitting one: path of a fit.json, or synthetic.",
         ),
+    ] = None,
+    landscape: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="Also show this folder of `qatscale landscape`.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
     compare: Compare = True,
 ) -> None:
     """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
+    from qatlaw.landscape import read_landscape
     from qatlaw.page import compose, write_report
 
+    landscapes = [read_landscape(folder) for folder in landscape or ()]
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
     with working("fitting" if law is None else "drawing"):
-        content = compose(collected, form, scheme, law, resamples=resamples, compare=compare)
+        content = compose(collected, form, scheme, law, resamples=resamples, compare=compare, landscapes=landscapes)
         page = write_report(content, out)
     for one in content.drawn:
         print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")
@@ -187,7 +191,7 @@ def _columns(given: list[str] | None) -> dict[str, str]:
 
 
 def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
-    """The MLflow run of the fit; None, with a warning, where MLflow fails. The law is in its file in any case."""
+    """The MLflow run of the fit; None, with a warning, where MLflow fails. The file has the law either way."""
     from qatlaw.mlflow_runs import log_fit
     from qatscale.tracking.mlflow_sync import shown
     from qatscale.tracking.store import quiet_mlflow
@@ -196,7 +200,7 @@ def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
     try:
         with quiet_mlflow():
             return log_fit(uri, experiment, summary.file, path, f"fit {summary.label}")
-    except Exception as error:  # whatever MLflow, its store or the network raise
+    except Exception as error:  # MLflow, its store and the network raise errors of every kind
         print(f"warning: {uri} did not take the fit: {shown(error)}", file=sys.stderr)
         return None
 

@@ -115,11 +115,12 @@ class ShuffledOrder:
         while count:
             epoch, place = divmod(first, self._n)
             taken = min(count, self._n - place)
-            parts.append(self._in_epoch(epoch, np.arange(place, place + taken)))
+            parts.append(self.in_epoch(epoch, np.arange(place, place + taken)))
             first, count = first + taken, count - taken
         return np.concatenate(parts)
 
-    def _in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Sequence at each of these places of an epoch, in any order; int64 [places]."""
         places = self._permute(epoch, places)
         while (beyond := places >= self._n).any():
             places[beyond] = self._permute(epoch, places[beyond])
@@ -138,6 +139,32 @@ class ShuffledOrder:
         return (bits % np.uint64(self._side)).astype(np.int64).reshape(self._ROUNDS, 2, self._side)
 
 
+class ReshuffledTail:
+    """An order that is another one up to the position `start`, and from there on shuffled anew: first what that epoch
+    has left, so that nothing repeats within it, then all sequences again."""
+
+    def __init__(self, order: ShuffledOrder, sequences: int, start: int, seed: int) -> None:
+        """`sequences`: those of an epoch."""
+        self._order, self._start = order, start
+        self._epoch, self._place = divmod(start, sequences)
+        self._rest = sequences - self._place
+        self._within = ShuffledOrder(self._rest, seed)
+        self._after = ShuffledOrder(sequences, seed + 1)
+
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """Sequence at each of the positions [first, first + count); int64 [count]."""
+        end, turn = first + count, self._start + self._rest
+        parts = []
+        if first < self._start:
+            parts.append(self._order(first, min(end, self._start) - first))
+        if (begin := max(first, self._start)) < min(end, turn):
+            shuffled = self._within(begin - self._start, min(end, turn) - begin)
+            parts.append(self._order.in_epoch(self._epoch, self._place + shuffled))
+        if (begin := max(first, turn)) < end:
+            parts.append(self._after(begin - turn, end - begin))
+        return np.concatenate(parts)
+
+
 class BatchReader:
     """Training batches: a pure function of (seed, step, rank). The global batch is the same for any number of ranks.
 
@@ -145,14 +172,20 @@ class BatchReader:
     The order of sources and documents does not bias what a short run sees.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, sequences: int, seed: int) -> None:
-        """`sequences`: those of the global batch. Raises UserError where the stream cannot fill one batch."""
+    def __init__(
+        self, stream: TokenStream, sequence_length: int, sequences: int, seed: int, tail: tuple[int, int] | None = None
+    ) -> None:
+        """`sequences`: those of the global batch. `tail`: (step, seed) from which the order is another one. Raises
+        UserError where the stream cannot fill one batch."""
         self.stream, self.sequence_length, self.sequences = stream, sequence_length, sequences
         self.sequences_per_epoch = stream.sequences(sequence_length)
         if sequences > self.sequences_per_epoch:
             problem = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
             raise UserError("batch.sequences", sequences, problem, "Choose a smaller batch or prepare more text.")
-        self._order = ShuffledOrder(self.sequences_per_epoch, seed)
+        self._order: Callable[[int, int], np.ndarray] = (order := ShuffledOrder(self.sequences_per_epoch, seed))
+        if tail is not None:
+            step, other = tail
+            self._order = ReshuffledTail(order, self.sequences_per_epoch, step * sequences, seed + (other << 32))
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
@@ -227,10 +260,12 @@ class EvaluationReader:
         return EvaluationBatch(self.stream.gather(indices, self.sequence_length), weight)
 
 
-def open_batches(config: RunConfig) -> BatchReader:
-    """The training batches of a run. UserError as from `open_stream`, and where the split cannot fill one batch."""
-    stream, length = open_stream(config, "train"), config.data.sequence_length
-    return BatchReader(stream, length, config.batch.sequences, config.data.seed)
+def open_batches(config: RunConfig, last_cooldown: int | None = None) -> BatchReader:
+    """The training batches of a run. `last_cooldown`: its first step, for `data.cooldown_seed`. UserError as from
+    `open_stream`, and where the split cannot fill one batch."""
+    stream, data = open_stream(config, "train"), config.data
+    tail = (last_cooldown, data.cooldown_seed) if data.cooldown_seed and last_cooldown is not None else None
+    return BatchReader(stream, data.sequence_length, config.batch.sequences, data.seed, tail)
 
 
 def open_validation(config: RunConfig) -> EvaluationReader:

@@ -43,7 +43,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches = open_batches(config)
+    batches = open_batches(config, timeline.last_cooldown)
     validation, missing = _held_out(config, batches.stream.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (

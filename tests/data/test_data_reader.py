@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 from qatscale.data.indexed_writer import IndexedWriter
 from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard
 from qatscale.data.prepare import prepare
-from qatscale.data.reader import BatchReader, EvaluationReader, ShuffledOrder, TokenStream
+from qatscale.data.reader import BatchReader, EvaluationReader, ReshuffledTail, ShuffledOrder, TokenStream
 from qatscale.errors import UserError
 from tests.data.data_corpora import documents, stream, stream_of, write_jsonl
 
@@ -84,6 +84,30 @@ def test_the_order_is_written_down() -> None:
         return cell if cell < sequences else permute(cell)
 
     assert ShuffledOrder(sequences, seed)(19, 19).tolist() == [permute(place) for place in range(sequences)]
+
+
+@given(st.integers(1, 60), st.integers(0, 200), st.integers(0, 3))
+def test_a_reshuffled_tail_reads_what_the_epoch_has_left(sequences: int, start: int, seed: int) -> None:
+    """Every epoch still reads each sequence once; up to the tail's start the order is the old one; positions are read
+    alike in one piece and one by one."""
+    old = ShuffledOrder(sequences, 5)
+    tail = ReshuffledTail(old, sequences, start, seed)
+    end = (start // sequences + 3) * sequences
+    read = tail(0, end)
+    assert not start or (read[:start] == old(0, start)).all()
+    assert (np.sort(read.reshape(-1, sequences)) == np.arange(sequences)).all()
+    assert [int(tail(place, 1)[0]) for place in range(end)] == read.tolist()
+
+
+def test_the_seed_of_a_cooldown_changes_its_data_alone() -> None:
+    """A draw of 20 from the 60 sequences that are left, another one for each seed."""
+    readers = [BatchReader(counting(1001), 10, 5, 7, tail) for tail in (None, (8, 1), (8, 2))]
+    before, after = (
+        [np.concatenate([r.batch(s)[:, 0] for s in steps]) for r in readers] for steps in (range(8), range(8, 12))
+    )
+    assert all((part == before[0]).all() for part in before)
+    assert len({tuple(sorted(part.tolist())) for part in after}) == 3
+    assert all(not set(part) & set(before[0]) and len(set(part)) == 20 for part in after)
 
 
 def test_batches_are_windows_of_the_stream() -> None:
