@@ -38,7 +38,7 @@ from qatscale.data.reader import BatchReader, TokenStream
 from qatscale.engine.agreement import Agreement
 from qatscale.engine.checkpoints import files
 from qatscale.engine.checkpoints.manifest import FileRecord, Manifest, ParameterRecord
-from qatscale.engine.checkpoints.reader import CheckpointReader
+from qatscale.engine.checkpoints.reader import CheckpointReader, slice_table
 from qatscale.engine.runtime import Runtime, free_port
 from qatscale.model.llama import parameter_shapes
 from qatscale.supervise import heartbeat, watchdog
@@ -222,7 +222,7 @@ def open_checkpoint(saved: Path, ranks: int, rank: int, *, table: bool = True) -
 
     def act() -> None:
         if not table:
-            files.SliceTable.of(saved, replace(files.read_manifest(saved), slices=None))
+            slice_table(saved, replace(files.read_manifest(saved), slices=None))
             return
         reader = CheckpointReader(saved)
         name, record = next(iter(reader.manifest.parameters.items()))
@@ -286,8 +286,9 @@ def measure(ranks: int, shards: int, recipe: str, folder: Path) -> Iterator[dict
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     threading.stack_size(1 << 20)
-    sys.setswitchinterval(0.2)  # the threads of one interpreter take turns, and so
-    watchdog.GATHER = 300.0  # nobody counts as silent
+    sys.setswitchinterval(0.2)
+    slower = max(1.0, ranks / 64)  # the threads of one interpreter take turns: so many look that much more rarely
+    watchdog.POLL, heartbeat.ALARMED, watchdog.GATHER = 0.1 * slower, 0.2 * slower, 300.0
     saved, table = write_checkpoint(folder / "checkpoints", ranks, recipe)
     yield {"the table": table}
     yield {"open by the table": open_checkpoint(saved, ranks, ranks // 2)}

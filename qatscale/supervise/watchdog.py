@@ -50,6 +50,8 @@ PERIOD = 2.0
 """Seconds between two heartbeats."""
 GATHER = 10.0
 """Seconds for all to report their state, and for one to print. Launchers kill the rest 30 s after the first exit."""
+POLL = 0.1
+"""Seconds between two looks at what has been answered."""
 OWN_ERROR = 3.0
 """Seconds after an alarm for the main thread to meet an exception of its own, before the watchdog speaks for it."""
 KILL = 30.0
@@ -302,7 +304,7 @@ class Watchdog:
             if answer and (verdict := answer["verdict"]):
                 self._reporter = verdict["reporter"]
                 return [Failure(**verdict["first"])]
-            time.sleep(0.1)
+            time.sleep(POLL)
         return self._collect(store, until)
 
     def _collector(self) -> int:
@@ -323,7 +325,7 @@ class Watchdog:
             if missing <= gone or time.monotonic() > until:
                 break
             store.follow(missing)  # who has answered is not asked again
-            time.sleep(0.1)
+            time.sleep(POLL)
         silent = {r: self._failure_of(r, "silent", "no heartbeat: dead, stopped or cut off") for r in missing - gone}
         lost = {r: self._failure_of(r, "gone", LOST) for r in gone}
         failures = job_failures(list(answers.values()), silent | lost)
@@ -349,7 +351,7 @@ class Watchdog:
                 ):
                     break
                 store.follow(rank for rank in ranks if states.get(rank) != "reported")
-                time.sleep(0.1)
+                time.sleep(POLL)
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
 
