@@ -297,7 +297,8 @@ class Watchdog:
         self._state = "ended"
         self._publish(store)
         store.raise_alarm()
-        until = time.monotonic() + GATHER
+        self._looked = time.monotonic()
+        until = self._looked + GATHER
         while (collector := self._collector()) != self.runtime.rank and time.monotonic() < until + 2 * OWN_ERROR:
             store.follow([collector])
             answer = self._answers(store, [collector]).get(collector)
@@ -371,7 +372,7 @@ class Watchdog:
         heartbeats = {rank: store.heartbeats[rank] for rank in ranks}
         unheard = ("training", "ended") if store.lost or store.age > 2 * store.period else ("training",)
         missing = {rank for rank, heartbeat in heartbeats.items() if heartbeat["state"] in unheard}
-        if (now := time.monotonic()) > self._looked + 1:  # there may be a thousand files
+        if (now := time.monotonic()) > self._looked + 10 * POLL:  # there may be a thousand files
             self._looked = now
             for rank in missing:
                 try:
