@@ -23,7 +23,7 @@ from measure import Skipped, Variant, interleaved
 from result import Result, Table, options_of, report
 
 from qatscale.data.indexed import IndexedReader
-from qatscale.data.indexed_writer import encode_index, token_dtype
+from qatscale.data.indexed_writer import described, encode_index, token_dtype
 from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard, Verify
 from qatscale.data.reader import BatchReader, TokenStream
 from qatscale.data.sources import SourceOptions, open_source
@@ -289,7 +289,7 @@ def _write_empty(folder: Path, tokens: int, shards: int = 4) -> None:
         with path.open("wb") as file:
             file.truncate(size * dtype.itemsize)
         path.with_suffix(".idx").write_bytes(index)
-    first = IndexedReader(folder / "train-00000").shard("train-00000")
+    first = described(IndexedReader(folder / "train-00000"), "train-00000")
     made = [first.model_copy(update={"name": f"train-{number:05d}"}) for number in range(shards)]
     counts = SplitCounts(documents=size // 1000 * shards, tokens=size * shards, text_bytes=None, shards=made)
     card = TokenizerCard(kind="unknown", fingerprint=None, vocab_size=_VOCABULARY, eos_id=None, folder=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import qatscale
 from qatscale.data.held_out import hold_out
 from qatscale.data.indexed import WRITE_AGAIN, IndexedReader
+from qatscale.data.indexed_writer import described
 from qatscale.data.manifest import NAME, Manifest, Split, SplitCounts, TokenizerCard
 from qatscale.errors import UserError
 
@@ -64,7 +65,7 @@ def adopt(
             if part.min() < 0:
                 raise UserError("shard", name, f"holds the negative id {part.min()}; ids count from 0.")
             largest = max(largest, int(part.max()))
-        found[name] = reader.shard(name)
+        found[name] = described(reader, name)
     assert dtype is not None
     if vocab_size is not None and largest >= vocab_size:
         raise UserError("vocab_size", vocab_size, f"the shards hold id {largest}.", "Give the size of their tokenizer.")

@@ -28,7 +28,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from qatscale.errors import UserError
-from qatscale.files import sha256_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -154,15 +153,3 @@ class IndexedReader:
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
         if self.pointers[0] != 0 or (self.pointers[1:] != ends[:-1]).any() or (self.lengths < 0).any():
             raise UserError("shard", str(self.idx_path), "its sequences are not one after another in the .bin.")
-
-    def shard(self, name: str) -> Shard:
-        """Counts, sizes and checksums under `name`; reads every byte of both files."""
-        return Shard(
-            name=name,
-            documents=self._documents - 1,
-            tokens=len(self.tokens),
-            bin_bytes=self.bin_bytes,
-            idx_bytes=self.idx_bytes,
-            bin_sha256=sha256_of(self.bin_path),
-            idx_sha256=sha256_of(self.idx_path),
-        )

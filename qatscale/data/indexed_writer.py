@@ -1,4 +1,4 @@
-"""Writes the shards that `qatscale.data.indexed` reads."""
+"""Writes and describes the shards that `qatscale.data.indexed` reads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qatscale.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, Shard
-from qatscale.files import PARTIAL, rename_synced, write_atomic
+from qatscale.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, IndexedReader, Shard
+from qatscale.files import PARTIAL, rename_synced, sha256_of, write_atomic
 
 SMALL_VOCABULARY = 65_500
 """Vocabularies below this size are stored in 16 bits, as in Megatron-LM."""
@@ -71,3 +71,16 @@ def encode_index(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
     documents = np.arange(len(lengths) + 1, dtype="<i8")
     header = HEADER.pack(MAGIC, VERSION, _CODE_OF[dtype], len(lengths), len(documents))
     return b"".join([header, lengths.astype("<i4").tobytes(), pointers.tobytes(), documents.tobytes()])
+
+
+def described(reader: IndexedReader, name: str) -> Shard:
+    """Counts, sizes and checksums of a finished pair under `name`; reads every byte of both files."""
+    return Shard(
+        name=name,
+        documents=len(reader.documents) - 1,
+        tokens=len(reader.tokens),
+        bin_bytes=reader.bin_bytes,
+        idx_bytes=reader.idx_bytes,
+        bin_sha256=sha256_of(reader.bin_path),
+        idx_sha256=sha256_of(reader.idx_path),
+    )

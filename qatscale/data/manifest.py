@@ -193,16 +193,3 @@ class Manifest(_Part):
         if low < 0 or high >= self.tokenizer.vocab_size:
             problem = f"holds token id {low if low < 0 else high}; the vocabulary has {self.tokenizer.vocab_size}."
             raise UserError("shard", str(reader.bin_path), problem, fix)
-
-
-def tokenizer_folder(data: Path | None, expected: str | None = None) -> Path | None:
-    """Where the tokenizer of prepared data is; None without data or tokenizer.
-
-    expected: the fingerprint of the model's tokenizer, if known. UserError where the data's is another, and where the
-    data are unreadable.
-    """
-    if data is None:
-        return None
-    manifest = Manifest.load(data)
-    manifest.check_tokenizer(expected)
-    return data / manifest.tokenizer.folder if manifest.tokenizer.folder else None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qatscale.data.indexed_writer import token_dtype
+from qatscale.data.manifest import Manifest
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json
@@ -287,3 +288,16 @@ def _explain(error: str) -> str:
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return f"too small for the {limit[1]} single characters and bytes that must have a piece. Choose more."
     return f"SentencePiece could not train: {error.strip().splitlines()[-1]}"
+
+
+def tokenizer_folder(data: Path | None, expected: str | None = None) -> Path | None:
+    """Where the tokenizer of prepared data is; None without data or tokenizer.
+
+    expected: the fingerprint of the model's tokenizer, if known. UserError where the data's is another, and where the
+    data are unreadable.
+    """
+    if data is None:
+        return None
+    manifest = Manifest.load(data)
+    manifest.check_tokenizer(expected)
+    return data / manifest.tokenizer.folder if manifest.tokenizer.folder else None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qatlaw.files import write_atomic
-from qatscale.data.manifest import tokenizer_folder
 from qatscale.data.open import open_validation
+from qatscale.data.tokenizer import tokenizer_folder
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.encoding import ExportLayout

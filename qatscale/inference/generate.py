@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from qatscale.data.manifest import tokenizer_folder
+from qatscale.data.tokenizer import tokenizer_folder
 from qatscale.engine.checkpoints.reader import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu

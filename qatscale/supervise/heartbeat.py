@@ -21,6 +21,8 @@ Heartbeat = dict[str, Any]
 _ALARM = "alarm"
 _START_TIMEOUT = timedelta(minutes=10)
 _CLOCK_ROUNDS = 3
+ALARMED = 0.2
+"""Seconds between two rounds since an alarm."""
 
 
 class HeartbeatStore:
@@ -125,7 +127,7 @@ class HeartbeatStore:
                 return
             self._last_round = time.monotonic()
             self._done_round.set()
-            self._wake.wait(0.2 if self.alarm else self.period)
+            self._wake.wait(ALARMED if self.alarm else self.period)
             self._wake.clear()
 
     def _round(self) -> None:

@@ -50,6 +50,8 @@ PERIOD = 2.0
 """Seconds between two heartbeats."""
 GATHER = 10.0
 """Seconds for all to report their state, and for one to print. Launchers kill the rest 30 s after the first exit."""
+POLL = 0.1
+"""Seconds between two looks at what has been answered."""
 OWN_ERROR = 3.0
 """Seconds after an alarm for the main thread to meet an exception of its own, before the watchdog speaks for it."""
 KILL = 30.0
@@ -100,6 +102,8 @@ class Watchdog:
         self._failures: list[Failure] = []
         self._verdict: dict[str, Any] | None = None
         self._collects = False
+        self._looked = 0.0
+        self._written: dict[int, Heartbeat] = {}
         self._reporter = runtime.rank
         self._count = 0
         self._job = uuid.uuid4().hex
@@ -293,14 +297,15 @@ class Watchdog:
         self._state = "ended"
         self._publish(store)
         store.raise_alarm()
-        until = time.monotonic() + GATHER
+        self._looked = time.monotonic()
+        until = self._looked + GATHER
         while (collector := self._collector()) != self.runtime.rank and time.monotonic() < until + 2 * OWN_ERROR:
             store.follow([collector])
             answer = self._answers(store, [collector]).get(collector)
             if answer and (verdict := answer["verdict"]):
                 self._reporter = verdict["reporter"]
                 return [Failure(**verdict["first"])]
-            time.sleep(0.1)
+            time.sleep(POLL)
         return self._collect(store, until)
 
     def _collector(self) -> int:
@@ -321,7 +326,7 @@ class Watchdog:
             if missing <= gone or time.monotonic() > until:
                 break
             store.follow(missing)  # who has answered is not asked again
-            time.sleep(0.1)
+            time.sleep(POLL)
         silent = {r: self._failure_of(r, "silent", "no heartbeat: dead, stopped or cut off") for r in missing - gone}
         lost = {r: self._failure_of(r, "gone", LOST) for r in gone}
         failures = job_failures(list(answers.values()), silent | lost)
@@ -347,7 +352,7 @@ class Watchdog:
                 ):
                     break
                 store.follow(rank for rank in ranks if states.get(rank) != "reported")
-                time.sleep(0.1)
+                time.sleep(POLL)
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
 
@@ -366,15 +371,19 @@ class Watchdog:
         """Rank → the heartbeat of each of these that has ended."""
         heartbeats = {rank: store.heartbeats[rank] for rank in ranks}
         unheard = ("training", "ended") if store.lost or store.age > 2 * store.period else ("training",)
-        for rank in heartbeats:
-            if heartbeats[rank]["state"] in unheard:
+        missing = {rank for rank, heartbeat in heartbeats.items() if heartbeat["state"] in unheard}
+        if (now := time.monotonic()) > self._looked + 10 * POLL:  # there may be a thousand files
+            self._looked = now
+            for rank in missing:
                 try:
                     heartbeat = json.loads(self._file(rank).read_bytes())
                 except (OSError, ValueError):
                     continue
                 if heartbeat["job"] == self._job:
-                    heartbeats[rank] = heartbeat
-        heartbeats[self.runtime.rank] = self._heartbeat()
+                    self._written[rank] = heartbeat
+        heartbeats |= {rank: self._written[rank] for rank in missing & self._written.keys()}
+        if self.runtime.rank in heartbeats:
+            heartbeats[self.runtime.rank] = self._heartbeat()
         return {rank: heartbeat for rank, heartbeat in heartbeats.items() if heartbeat["state"] != "training"}
 
     def _file(self, rank: int) -> Path:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from qatscale.config.recipe import recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
-from qatscale.data.manifest import tokenizer_folder
+from qatscale.data.tokenizer import tokenizer_folder
 from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
 from qatscale.engine.checkpoints.manifest import MANIFEST
 from qatscale.engine.checkpoints.reader import find_checkpoint

@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import struct
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -75,22 +74,22 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
-class _DamageError(Exception):
+class DamageError(Exception):
     """What is wrong with a checkpoint."""
 
 
 @contextmanager
-def _with_advice(folder: Path) -> Iterator[None]:
+def with_advice(folder: Path) -> Iterator[None]:
     """A context whose damage becomes a UserError with the checkpoint to use instead."""
     try:
         yield
-    except _DamageError as damage:
+    except DamageError as damage:
         raise UserError("checkpoint", str(folder), str(damage), other_checkpoint(folder)) from damage.__cause__
 
 
 def read_manifest(folder: Path) -> Manifest:
     """UserError for a manifest that is missing or cannot be read, with the checkpoint to use instead."""
-    with _with_advice(folder):
+    with with_advice(folder):
         return _parse_manifest(folder)
 
 
@@ -99,34 +98,34 @@ def _parse_manifest(folder: Path) -> Manifest:
         text = (folder / MANIFEST).read_bytes()
         written = FORMAT_JSON.validate_json(text)["format"]
         if written not in READABLE:
-            raise _DamageError(f"its {MANIFEST} is of format {written}; this version of qatscale reads {READABLE}.")
+            raise DamageError(f"its {MANIFEST} is of format {written}; this version of qatscale reads {READABLE}.")
         return MANIFEST_JSON.validate_json(text)
     except FileNotFoundError:
-        raise _DamageError(f"no checkpoint: it has no {MANIFEST}.") from None
+        raise DamageError(f"no checkpoint: it has no {MANIFEST}.") from None
     except OSError as error:
-        raise _DamageError(f"its {MANIFEST} cannot be read ({error.strerror}).") from error
+        raise DamageError(f"its {MANIFEST} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
-        raise _DamageError(f"its {MANIFEST} cannot be read ({first_invalid(error)}).") from error
+        raise DamageError(f"its {MANIFEST} cannot be read ({first_invalid(error)}).") from error
 
 
 def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     """UserError if a shard is missing, truncated or altered. Checks every `shares`-th file, from `share`."""
-    with _with_advice(folder):
+    with with_advice(folder):
         _check_files(folder, manifest, share, shares)
 
 
 def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     if manifest.format > 2 and manifest.checksum != manifest.digest():
-        raise _DamageError(f"its {MANIFEST} was altered: checksum differs.")
+        raise DamageError(f"its {MANIFEST} was altered: checksum differs.")
     recorded = [*sorted(manifest.files.items()), *([(SLICES, manifest.slices)] if manifest.slices else [])]
     for name, expected in recorded[share::shares]:
         path = folder / name
         if not path.is_file():
-            raise _DamageError(f"{name} is missing.")
+            raise DamageError(f"{name} is missing.")
         if path.stat().st_size != expected["bytes"]:
-            raise _DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}.")
+            raise DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}.")
         if sha256_of(path) != expected["sha256"]:
-            raise _DamageError(f"{name} was altered: checksum differs.")
+            raise DamageError(f"{name} was altered: checksum differs.")
 
 
 def not_finite(slices: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -154,7 +153,7 @@ def _is_whole(folder: Path) -> bool:
             with safe_open(folder / name, framework="pt") as file:
                 if not_finite((key, file.get_tensor(key)) for key in file.keys()):  # noqa: SIM118 - not a dict
                     return False
-    except (_DamageError, SafetensorError):
+    except (DamageError, SafetensorError):
         return False
     return True
 
@@ -239,7 +238,7 @@ def rotate(checkpoints: Path, keep: int) -> list[Path]:
 def _may_go(folder: Path) -> bool:
     try:
         return not _parse_manifest(folder).kept
-    except _DamageError:
+    except DamageError:
         return False
 
 
@@ -279,7 +278,7 @@ class SliceTable(NamedTuple):
                     row = rows.setdefault((parameter, number, int(start), int(first), int(end)), [numel, -1, -1, -1])
                     row[1 + KINDS.index(kind)] = offset
             except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-                raise _DamageError(f"{name} cannot be read ({error}).") from error
+                raise DamageError(f"{name} cannot be read ({error}).") from error
         parameters = sorted({parameter for parameter, *_ in rows})
         index = {parameter: number for number, parameter in enumerate(parameters)}
         table = np.array([[index[key[0]], *key[1:], *row] for key, row in sorted(rows.items())], np.int64).reshape(
@@ -288,21 +287,6 @@ class SliceTable(NamedTuple):
         small = table[:, :2].astype(np.int32)
         return cls(np.array(names), np.array(parameters), small[:, 0], small[:, 1], table[:, 2], table[:, 5],
                    table[:, 3:5], table[:, 6:])  # fmt: skip
-
-    @classmethod
-    def of(cls, folder: Path, manifest: Manifest) -> SliceTable:
-        """UserError where it cannot be read, with the checkpoint to use instead."""
-        with _with_advice(folder):
-            if manifest.slices is None:
-                return cls.scan(folder, manifest.files)
-            try:
-                with np.load(folder / SLICES) as saved:
-                    table = cls(**{name: saved[name] for name in cls._fields})
-                if sorted(manifest.files) != table.files.tolist() or len({len(column) for column in table[2:]}) != 1:
-                    raise ValueError("it is of other files")
-                return table
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                raise _DamageError(f"{SLICES} cannot be read ({error}).") from error
 
     def save(self, path: Path) -> None:
         np.savez_compressed(path, **self._asdict())

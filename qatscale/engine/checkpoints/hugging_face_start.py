@@ -14,8 +14,7 @@ from torch import Tensor
 
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import ModelConfig, RunConfig
-from qatscale.data.manifest import tokenizer_folder
-from qatscale.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from qatscale.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer, tokenizer_folder
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, skeleton
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import (

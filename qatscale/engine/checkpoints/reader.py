@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +16,16 @@ from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import (
     KINDS,
     STEP,
+    DamageError,
     SliceTable,
     list_checkpoints,
     newest_checkpoint,
     other_checkpoint,
     read_manifest,
     verify_files,
+    with_advice,
 )
-from qatscale.engine.checkpoints.manifest import MANIFEST
+from qatscale.engine.checkpoints.manifest import MANIFEST, SLICES, Manifest
 from qatscale.errors import UserError
 
 
@@ -40,7 +43,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._table = SliceTable.of(folder, self.manifest)
+        self._table = slice_table(folder, self.manifest)
         self._number = {str(name): number for number, name in enumerate(self._table.parameters)}
 
     def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
@@ -125,6 +128,21 @@ class CheckpointReader:
     def weights(self) -> dict[str, Tensor]:
         """All parameters, fp32: a state dict."""
         return {name: self.parameter(name) for name in self.manifest.parameters}
+
+
+def slice_table(folder: Path, manifest: Manifest) -> SliceTable:
+    """UserError where it cannot be read, with the checkpoint to use instead."""
+    with with_advice(folder):
+        if manifest.slices is None:
+            return SliceTable.scan(folder, manifest.files)
+        try:
+            with np.load(folder / SLICES) as saved:
+                table = SliceTable(**{name: saved[name] for name in SliceTable._fields})
+            if sorted(manifest.files) != table.files.tolist() or len({len(column) for column in table[2:]}) != 1:
+                raise ValueError("it is of other files")
+            return table
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DamageError(f"{SLICES} cannot be read ({error}).") from error
 
 
 def only_data(folder: Path | None) -> list[str]:
