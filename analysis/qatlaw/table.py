@@ -159,9 +159,12 @@ class RunTable:
 
     @cached_property
     def trunks(self) -> NDArray[np.int64]:
-        """[runs]: equal for runs of one size and seed, which share a trunk; without a column `seed`, of one size."""
-        key = [name for name in ("n_params", "seed") if name in self.frame.columns]
-        return self.frame.groupby(key, dropna=False).ngroup().to_numpy(np.int64)
+        """[runs]: equal for runs of one size and seed, which share a trunk; without a column `seed`, of one size. Seed
+        1+2 is the trunk of seed 1 with another order of the cooldown's data."""
+        frame = self.frame[["n_params"]]
+        if "seed" in self.frame.columns:
+            frame = frame.assign(seed=self.frame["seed"].astype(str).str.partition("+")[0])
+        return frame.groupby(list(frame.columns), dropna=False).ngroup().to_numpy(np.int64)
 
     @property
     def names(self) -> pd.Series:
