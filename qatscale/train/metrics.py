@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -166,6 +166,9 @@ class Meter:
         return record
 
 
+_NOTHING = nullcontext()
+
+
 class Stopwatch:
     """Takes the time of the passages that it is put around, on a GPU by the GPU's clock; only while it is `on`.
 
@@ -181,18 +184,21 @@ class Stopwatch:
         self._seconds, self._count = 0.0, 0
         self._passages: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
+    def __call__(self) -> AbstractContextManager[None]:
+        return self._passage() if self.on else _NOTHING
+
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def _passage(self) -> Iterator[None]:
         start = time.perf_counter()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.on and self._on_gpu else []
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._on_gpu else []
         if events:
             events[0].record()
         yield
-        self._count += self.on
+        self._count += 1
         if events:
             events[1].record()
             self._passages.append((events[0], events[1]))
-        elif self.on:
+        else:
             self._seconds += time.perf_counter() - start
 
     def read(self) -> float | None:
