@@ -19,11 +19,11 @@ _LATER = 5.0
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line. A wrong input is reported in one message, and the process exits with 2.
+    """Run a command line. Wrong input gives one message and exit code 2.
 
-    So is a fault of the machine (disk, permission) and a diverged run, with exit code 1; a run's log has the traceback.
-    In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
-    first one leaves, and an error of one of them alone is still reported.
+    A machine fault (disk, permission) or a diverged run gives one message and exit code 1; the run's log has the
+    traceback. In a job of many processes the first one reports. The others wait a few seconds: the launcher ends them
+    when the first one exits, and an error of a single process is still reported.
     """
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
