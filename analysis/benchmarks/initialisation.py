@@ -31,8 +31,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 SYSTEM = {
     "bf16": {"enabled": True},
     "zero_optimization": {
-        "stage": 3, "reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 1_000_000, "stage3_max_reuse_distance": 0,
-        "stage3_max_live_parameters": 30_000_000,
+        "stage": 3, "reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 1_000_000,
+        "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 30_000_000,
     },
 }  # fmt: skip
 """Without DeepSpeed's buckets of hundreds of millions of elements, which would hide what is measured."""
