@@ -151,8 +151,6 @@ def initialize_engine(
         ds_config = {**ds_config, "pipeline": section}
     groups.mpu = mpu  # DeepSpeed keeps that of an earlier engine of the same process
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False)
-    if module is not model:
-        engine.set_batch_fn(module.take_labels)
     masters = ZeroMasters(engine, names, copies)
     assert all(masters.steps_taken(p) == 0 for p in masters.by_partition()), "the optimizer stepped before training"
     return engine, masters

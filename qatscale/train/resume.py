@@ -9,6 +9,7 @@ from qatscale.config.places import absolute_places
 from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
+from qatscale.data.open import mixture_of
 from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
@@ -155,10 +156,20 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
         notices.append(
             f"another data.{other[0]}: the tail may show sequences again that the trunk has seen in this epoch"
         )
+    elif places(parent, build_timeline(parent), manifest.step) != places(config, timeline, manifest.step):
+        notices.append("another mixture up to the branch: the tail may show sequences again that the trunk has seen")
     if _reads_a_former_order(RunFolder(run)):
         notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
     origin = {"name": run.name, "folder": str(run), "step": manifest.step}
     return ResumePlan(checkpoint, manifest, False, origin, tuple(notices))
+
+
+def places(config: RunConfig, timeline: Timeline, step: int) -> dict[str, int]:
+    """By source how many sequences a run has read in its first steps: where its orders continue."""
+    sequences = step * config.batch.sequences
+    mixture = mixture_of(config, timeline)
+    counts = {"": sequences} if mixture is None else dict(zip(mixture.names, mixture.count(sequences), strict=True))
+    return {name: int(count) for name, count in counts.items() if count}
 
 
 def check_data(config: RunConfig, resume: ResumePlan, data: DataManifest) -> tuple[str, ...]:

@@ -13,22 +13,25 @@ from qatscale.config.recipe import flatten, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
-from qatscale.data.reader import EvaluationReader, open_batches, open_validation
+from qatscale.data.open import open_batches, open_validation
+from qatscale.data.reader import EvaluationReader
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine, place_parameters
-from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
+from qatscale.engine.layout import Layout, job_size
+from qatscale.engine.layout_plan import layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
 from qatscale.model.initial_weights import InitialWeights
-from qatscale.model.llama import Llama
+from qatscale.model.llama import Attention, Llama
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
+from qatscale.train.metrics import Stopwatch
 from qatscale.train.resume import as_begun, check_data, plan_resume
 
 
@@ -46,15 +49,16 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches = open_batches(config, timeline.last_cooldown)
-    validation, missing = _held_out(config, batches.stream.manifest)
+    batches = open_batches(config, timeline)
+    batches.manifest.document_end(config.data.document_mask)  # refuses before any process waits for another
+    validation, missing = _held_out(config, batches.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
         *ds_config_warnings(config, uses_gpu()),
         *layout_notices(config, layout),
         *resume.notices,
-        *check_data(config, resume, batches.stream.manifest),
+        *check_data(config, resume, batches.manifest),
         *filter(None, [missing, repetition]),
     )
     return RunSetup(
@@ -75,8 +79,11 @@ def _held_out(config: RunConfig, manifest: Manifest) -> tuple[EvaluationReader |
 
 def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:
     """The components of a run, at the step where it starts. Collective."""
-    draw = setup.resume.checkpoint is None
-    components = assemble(setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step, draw=draw)
+    end = setup.batches.manifest.document_end(setup.config.data.document_mask)
+    components = assemble(
+        setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step, end,
+        draw=setup.resume.checkpoint is None,
+    )  # fmt: skip
     _load(setup.resume, components)
     return components
 
@@ -87,25 +94,38 @@ def assemble(
     ds_config: dict[str, Any],
     runtime: Runtime,
     switch_step: int | None,
+    document_end: int | None = None,
     *,
     draw: bool = True,
 ) -> TrainingComponents:
-    """Model, plugin and engine, with initial weights if `draw`, for a checkpoint's else. `ds_config`: merged.
+    """Model, plugin and engine, with initial weights if `draw`, for a checkpoint's else. Collective.
 
-    Collective.
+    ds_config: merged. document_end: of `Llama`.
     """
     topology = join_topology(config, layout, runtime)
     with torch.device("meta"):
         model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
         plugin = QatPlugin(config.qat, switch_step)
         plugin.prepare(model)
+    model.document_end = document_end
     weights = InitialWeights(config.model, config.seed, config.init)
     place_parameters(model, weights, ds_config, topology, runtime.device, draw=draw)
     engine, masters = initialize_engine(model, plugin, config, ds_config, topology)
-    compilation = Compilation(model, plan_compilation(config.engine, ds_config))
+    plan = plan_compilation(config.engine, ds_config)
+    compilation = Compilation(model, plan)
+    # where a forward pass exchanges, its time is that of the slowest process; compiled blocks cannot be looked into
+    exchanges = layout.model_parallel or ds_config["zero_optimization"]["stage"] == 3
+    passages = config.batch.micro_batches(layout.data) * (config.model.layers / layout.pipeline if exchanges else 1)
+    stopwatch = Stopwatch(runtime.device, passages) if runtime.ranks > 1 and not (exchanges and plan == "on") else None
+    if stopwatch and exchanges:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.timed = stopwatch
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
     guard = SpikeGuard(masters, config.optimizer.spike_factor)
-    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard)
+    return TrainingComponents(
+        runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard, stopwatch, not exchanges
+    )
 
 
 def roll_back(setup: RunSetup, components: TrainingComponents, step: int) -> RunSetup:

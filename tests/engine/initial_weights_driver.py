@@ -13,7 +13,7 @@ import torch
 
 from qatscale.config.ds_config import merge_ds_config
 from qatscale.config.recipe import load_run_config
-from qatscale.engine.layout import plan_layout
+from qatscale.engine.layout_plan import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime
 from qatscale.model.initial_weights import initialise
 from qatscale.model.llama import Llama

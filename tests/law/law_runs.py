@@ -14,6 +14,7 @@ from qatscale.config.recipe import load_run_config, resolved_yaml
 from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.mlflow_sync import track_sync
+from qatscale.tracking.new_run import create_run_folder
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import quiet_mlflow
 from qatscale.train.evaluate import final_metrics
@@ -28,7 +29,7 @@ def finished(output: Path, name: str, recipe: str, law: Law, *overrides: str, lo
     config = load_run_config(recipe, [f"name={name}", f"output={output}", "evaluation.ptq_bits=[2, 4]", *overrides])
     timeline = build_timeline(config)
     n_params = count_parameters(config.model).total
-    folder = RunFolder.create(
+    folder = create_run_folder(
         output / name, recipe=resolved_yaml(config), ds_config={}, timeline=timeline, n_params=n_params,
         command=["qatscale", "train", recipe],
     )  # fmt: skip

@@ -32,6 +32,7 @@ from torch import Tensor
 from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
+from qatscale.data.open import joined
 from qatscale.engine.checkpoints.files import KINDS
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState, skeleton
 from qatscale.errors import UserError
@@ -187,7 +188,8 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
             raise reader.error(f"{SIDE_FILE} cannot be read ({error}).") from None
     else:
         step, plugin = _place(config, bones, adam_steps, reader)
-        known_data = None if config.data.path is None else Manifest.load(config.data.path)
+        folders = config.data.sources
+        known_data = joined({name: Manifest.load(path) for name, path in folders.items()}) if folders else None
         data = known_data.fingerprint if known_data else UNKNOWN_DATA
         tokenizer = known_data.tokenizer.fingerprint if known_data else None
     return TrainingState(config, str(folder), step, data, plugin, bones.shapes, adam_steps, reader.read, tokenizer)

@@ -25,7 +25,8 @@ from qatscale.engine.estimate.memory import (
     zero_settings,
 )
 from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time, traffic_of
-from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
+from qatscale.engine.layout import Layout, stages_of
+from qatscale.engine.layout_plan import bubble, layout_notices, plan_layout
 from qatscale.errors import UserError
 
 Phase = Literal["fp", "qat"]
@@ -179,7 +180,9 @@ def _speed(config: RunConfig, processes: int, given: Given, precision: str) -> f
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError("--mfu", mfu, "a share of the device's peak, above 0 and at most 1, e.g. 0.4.")
     if gpu is not None and (given.peak is None or given.memory is None):
-        known = f"Give its --gpu-memory and --peak-flops. Known: {', '.join(device_names())}."
+        alike = [name for name in device_names() if gpu.lower() in name.lower()]
+        names = f"Which one: {', '.join(alike)}?" if alike else f"Known: {', '.join(device_names())}."
+        known = f"{names} Or give its --gpu-memory and --peak-flops."
         raise UserError("--gpu", gpu, "its peak and memory are not known here, and are not guessed.", known)
     if mfu is None:
         return None

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from qatscale.config.ds_config import merge_ds_config
 from qatscale.config.recipe import load_run_config
 from qatscale.engine.initialize import initialize_engine, place_parameters
-from qatscale.engine.layout import plan_layout
+from qatscale.engine.layout_plan import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime
 from qatscale.engine.step import apply_settings, train_step
 from qatscale.engine.topology import join_topology

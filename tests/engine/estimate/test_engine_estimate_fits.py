@@ -50,8 +50,12 @@ def test_every_recipe_on_every_layout(recipe: str, ds_config: str, tensor: int, 
         f"engine.tensor_parallel={tensor}", f"engine.sequence_parallel={str(sequence).lower()}",
         f"engine.pipeline_stages={stages}", f"engine.ds_config={ds_config}", "batch.micro_batch=1",
     ]  # fmt: skip
-    if load_run_config(recipe).model.heads % tensor:  # 3 heads do not split in two
+    shape = load_run_config(recipe).model
+    if shape.heads % tensor:  # 3 heads do not split in two
         overrides += ["model.heads=2"]
+    if (shape.kv_heads or shape.heads) % tensor:
+        overrides += [f"model.kv_heads={tensor}"]
+    overrides += [f"model.layers={max(shape.layers, stages)}"]
     config = load_run_config(recipe, overrides)
     job = estimate_job(config, load_ds_config(ds_config), 4)
     assert len(job.stages) == stages
@@ -112,7 +116,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 @pytest.mark.parametrize(
     ("given", "ds_config", "problem"),
     [
-        (Given("H100"), "zero1_bf16", "not known here"),  # SXM, PCIe or NVL
+        (Given("h100"), "zero1_bf16", r"not known here.* Which one: H100 80GB HBM3, H100 NVL, H100 PCIe\?"),
         (Given(mfu=0.4), "zero1_bf16", "Name the device"),
         (Given("H200", 1.4), "zero1_bf16", "at most 1"),
         (Given("H200", 0.4), "zero1_fp32", "in fp32"),
