@@ -5,8 +5,9 @@
     python analysis/benchmarks/initialisation.py share [--recipe 8b] [--processes 1024]
 
 `draw` fills a model as versions before `init: 2` did (a constructor's draws, then the generator's, undivided and in
-fp32) and as this one does (one process, bf16). `start` builds the model under ZeRO-3 in bf16 on CPU processes and
-takes one step; the sum of their peaks may not be above 18 bytes a parameter, one block each and their interpreters.
+fp32) and as this one does (one process, bf16). `start` builds the model under ZeRO-3 in bf16 on CPU processes; the
+sum of their peaks may not be above 18 bytes a parameter, one block each and their interpreters. It then takes one step
+and says what that adds. It needs 40 bytes a parameter in all.
 `share` builds one process's share as if it were one of many: torch's fake process group stands for the others. Each
 part ends with one line of JSON.
 """
@@ -135,11 +136,11 @@ def start(recipe: str, processes: int) -> None:
     ranks = [json.loads(output.splitlines()[-1]) for output in outputs]
     count, interpreters = ranks[0]["parameters"], sum(rank["interpreter"] for rank in ranks)
     allowed = 18 * count + processes * 2 * ranks[0]["largest"] + interpreters
-    together = sum(rank["stepped"] for rank in ranks)
+    together, stepped = (sum(rank[when] for rank in ranks) for when in ("built", "stepped"))
     found = {
-        "recipe": recipe, "processes": processes, "parameters": count, "together GB": together / 1e9,
+        "recipe": recipe, "processes": processes, "parameters": count, "built GB": together / 1e9,
         "allowed GB": allowed / 1e9, "interpreters GB": interpreters / 1e9,
-        "built GB": sum(rank["built"] for rank in ranks) / 1e9,
+        "with a step GB": stepped / 1e9,
         "bytes a parameter beside interpreters": (together - interpreters) / count,
         "CPU s of a process to build": [round(rank["CPU s"], 1) for rank in ranks],
         "s in all": round(time.perf_counter() - began, 1), "losses": [rank["loss"] for rank in ranks],
