@@ -91,7 +91,7 @@ def build(recipe: str, processes: int, runtime: Any) -> dict[str, Any]:
     from qatscale.config.ds_config import merge_ds_config
     from qatscale.config.recipe import load_run_config
     from qatscale.config.sizes import count_parameters
-    from qatscale.engine.layout import plan_layout
+    from qatscale.engine.layout_plan import plan_layout
     from qatscale.engine.step import train_step
     from qatscale.train.setup import assemble
 

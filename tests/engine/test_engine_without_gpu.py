@@ -98,7 +98,7 @@ import os, sys, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from qatscale.config.ds_config import load_ds_config, merge_ds_config
 from qatscale.config.recipe import load_run_config
-from qatscale.engine.layout import plan_layout
+from qatscale.engine.layout_plan import plan_layout
 from qatscale.engine.runtime import Runtime, _import_deepspeed_quietly
 from qatscale.engine.topology import join_topology
 from qatscale.model.initial_weights import InitialWeights
