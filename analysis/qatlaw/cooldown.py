@@ -129,15 +129,16 @@ def differences(rows: pd.DataFrame, column: str, base: Any) -> pd.DataFrame:
 def bias_and_variance(rows: pd.DataFrame) -> pd.DataFrame:
     """By shape the mean loss of its branches, the loss of their averaged weights, and the two parts.
 
-    rows: of one point, trained runs and averages of branches. Shapes without an average of the most branches are left
-    out.
+    rows: of one point, trained runs and averages of branches. Left out are shapes with fewer branches than others, and
+    those that were averaged before all of their branches were done.
     """
     trained = rows[rows["averaged"] == 0].groupby("shape")["loss"]
-    found = pd.DataFrame({"mean": trained.mean(), "branches": trained.size()})
+    orders = rows[rows["averaged"] == 0].groupby("shape")["order"].nunique()
+    found = pd.DataFrame({"mean": trained.mean(), "branches": orders})
     most = max(rows["averaged"].max(), 2)  # an average of fewer branches keeps more of their variance
     averages = rows[rows["averaged"] == most]
     found["averaged"] = averages.groupby("shape")["loss"].mean()
-    found = found.dropna()
+    found = found[found["branches"] == most].dropna()
     found["variance"] = found["mean"] - found["averaged"]
     found["bias"] = found["averaged"] - found["averaged"].min()
     return found.sort_values("mean").reset_index()

@@ -17,6 +17,7 @@ from qatlaw.page import compose, html, write_report
 from qatlaw.results import read_results, write_results
 from qatlaw.runs import Collected, RunRecord, collect
 from tests.law.bowl import BIAS, CURVATURE, LOWEST, SPREAD, bowl_records
+from tests.law.law_runs import labels_apart
 
 ORDERS = np.array([np.random.default_rng(order).standard_normal(3) for order in range(5)])
 """The noise of each order of the cooldown's data: [orders, axes]."""
@@ -92,6 +93,12 @@ def test_adamw_stands_beside_the_shapes_over_the_same_orders(drawn: dict[str, Dr
         pairs = losses(ends("1-sqrt", 3, more)) - base
         assert found.loc[setting, "above"] == pytest.approx(pairs.mean(), abs=1e-12), setting
         assert found.loc[setting, "pairs"] == 3
+    lowered = losses(ends("lowered_linear", 3))  # whose own setting is varied with beta2, one at a time and together
+    for setting, more in (("0.76: as before", 0.0006), (": β₂ 0.999", 0.00245), ("0.76: β₂ 0.999", 0.00305)):
+        name = f"lowered_linear{setting if setting[0] == ':' else f' {setting}'}"
+        pairs = losses(ends("lowered_linear", 3, more)) - lowered
+        assert found.loc[name, "above"] == pytest.approx(pairs.mean(), abs=1e-12), name
+        expected[name] = more
     assert set(found.index[found["kind"] == "AdamW"]) == set(expected)
     assert found.loc["linear", "above"] == pytest.approx((losses(ends("linear", 3)) - base).mean(), abs=1e-12)
     assert set(drawn["cooldown_adamw"].table["group"]) == {"full precision", "fused, 4 bits"}  # type: ignore[index]
@@ -105,6 +112,12 @@ def test_lengths_stand_by_scheme_bits_and_length_of_qat(drawn: dict[str, Drawn])
         assert found[0.2] == 0
         assert found.idxmin() == 0.3, "the bowl's best length"
         assert found[0.1] == pytest.approx(found[0.5], abs=1e-12) if 0.5 in found and "50" not in group else True
+
+
+def test_figures_are_drawn_without_one_label_over_another(drawn: dict[str, Drawn]) -> None:
+    for one in drawn.values():
+        assert one.figure is not None, one.lacking
+        labels_apart(one)
 
 
 def test_averages_stand_above_the_runs_that_cool_down(drawn: dict[str, Drawn]) -> None:

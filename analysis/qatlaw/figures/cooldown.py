@@ -121,32 +121,53 @@ def draw_adamw(evidence: Evidence) -> Drawn:
     if not panels:
         return Drawn(name, title, lacking="branches that differ in schedule.phases.cooldown.betas or weight_decay.")
     shapes = dict(_panels(usual(evidence.branches, "shape")))
-    figure = new_figure(0.8 + 0.21 * max(len(own[ADAMW].drop_duplicates()) + 9 for _, own in panels), 7.4)
+    figure = new_figure(0.8 + 0.21 * max(len(own[ADAMW].drop_duplicates()) + 12 for _, own in panels), 7.4)
     parts, spans = [], []
-    for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    shown: list[str] = []
+    for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         base = own[own["usual"]].iloc[0]
         texts = own.apply(lambda row, base=base: _text(row, base), axis=1)
         adamw = differences(own.assign(setting=texts), "setting", "as before").query("setting != 'as before'")
         adamw = adamw.sort_values("setting", ascending=False)
+        elsewhere = [_at_another_shape(rows) for rows in _other_shapes(evidence, label, base["shape"])]
         beside = shapes[label][shapes[label]["order"].isin(set(own.loc[~own["usual"], "order"]))]
         by_shape = differences(beside, "shape", base["shape"]).query("shape != @base['shape']")
         by_shape = by_shape.rename(columns={"shape": "setting"})
-        found = pd.concat([by_shape.assign(kind="shape"), adamw.assign(kind="AdamW")], ignore_index=True)
+        of_adamw = pd.concat([adamw, *elsewhere]).assign(kind="AdamW")
+        found = pd.concat([by_shape.assign(kind="shape"), of_adamw], ignore_index=True)
         for series, kind in enumerate(("shape", "AdamW")):
-            own_rows = np.flatnonzero(found["kind"] == kind)
-            _bars(axes, found.iloc[own_rows], own_rows, series, kind)
+            rows = found[found["kind"] == kind]
+            shown += [setting for setting in rows["setting"] if setting not in shown]
+            _bars(axes, rows, [shown.index(setting) for setting in rows["setting"]], series, kind)
         axes.axvline(0, color=SOFT, linewidth=1, zorder=2)
-        axes.set_yticks(range(len(found)), list(found["setting"]))
-        axes.set_ylim(len(found) - 0.5, -0.5)
-        tidy(axes, title=label, x="loss above the recipe's (10⁻³ nats)", grid="x")
+        tidy(axes, title=label, x="above the recipe's (10⁻³ nats)", grid="x")
         spans.append(f"{label}: shapes {_span(by_shape):.4f}, AdamW {_span(adamw):.4f}")
         parts.append(found.assign(group=label))
+    figure.axes[0].set_yticks(range(len(shown)), shown)
+    figure.axes[0].set_ylim(len(shown) - 0.5, -0.5)
     legend_below(figure, list(figure.axes))
     caption = (
-        "Measured: loss above that of the recipe's cooldown, the mean over pairs with the same trunk and data, with "
-        f"Student's 95 % intervals. Span of the means in nats, the recipe's included: {'; '.join(spans)}."
+        "Measured: loss above that of the recipe's cooldown (of `as before` at the shape, where a line names one), the "
+        "mean over pairs with the same trunk and data, with Student's 95 % intervals. Span of the means in nats, the "
+        f"recipe's included: {'; '.join(spans)}."
     )
     return Drawn(name, title, caption, figure, table=pd.concat(parts))
+
+
+def _other_shapes(evidence: Evidence, label: str, shape: str) -> Iterator[pd.DataFrame]:
+    """Branches of a panel under each other shape for which AdamW's settings differ, with all values of its setting."""
+    rows = dict(_panels(usual(evidence.branches, "shape", *ADAMW)))[label]
+    for name, own in rows.groupby(rows["shape"].str.partition(" ")[0]):
+        if name != shape and not own["usual"].all():
+            yield own
+
+
+def _at_another_shape(rows: pd.DataFrame) -> pd.DataFrame:
+    """Differences to that shape's usual run: its own setting and AdamW's, alone and together."""
+    base = rows[rows["usual"]].sort_values("shape").iloc[0]
+    texts = rows.apply(lambda row: f"{row['shape']}: {_text(row, base)}", axis=1)
+    usual_text = f"{base['shape']}: as before"
+    return differences(rows.assign(setting=texts), "setting", usual_text).query("setting != @usual_text")
 
 
 def _bars(axes: Any, found: pd.DataFrame, places: Any, series: int, label: str = "_") -> None:
