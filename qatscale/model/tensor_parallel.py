@@ -156,7 +156,8 @@ def row_parallel_linear(inputs: int, outputs: int, parallel: TensorParallel) -> 
 def vocabulary_parallel_embedding(vocabulary: int, hidden_size: int, parallel: TensorParallel) -> nn.Embedding:
     """The embedding rows of this process's share of the vocabulary; `look_up` reads them."""
     shard = parallel.shard(0, vocabulary)
-    return _marked(nn.Embedding(shard.local, hidden_size), shard)
+    # `nn.Embedding(…)` would draw values, for which the meta device first imports torch's decompositions: 1.4 s
+    return _marked(nn.Embedding.from_pretrained(torch.empty(shard.local, hidden_size), freeze=False), shard)
 
 
 def _marked(module: Layer, shard: Shard) -> Layer:
