@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qatlaw.files import read_small
 from qatscale.errors import UserError
 
 
 def read_json(path: Path, key: str) -> Any:
     """UserError, about `key`, for a file that is missing, unreadable or not JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(key, str(path), f"cannot be read: {error}.") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(key, str(path), f"cannot be read: {reason}.") from None
 
 
 def read_object(path: Path, key: str) -> dict[str, Any]:

@@ -12,15 +12,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from qatscale.data.indexed import token_dtype
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
-from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json
-from qatscale.untrusted import check_json_files, read_object, readable
+from qatscale.files import PARTIAL, Count, read_checked, rename_synced, write_atomic, write_json
+from qatscale.untrusted import check_json_files, readable
 
 CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: its kind, its EOS and its fingerprint."""
@@ -194,10 +196,22 @@ def _not_sentencepiece(content: bytes) -> tuple[str, str]:
     return "not a SentencePiece model.", "A .model of SentencePiece and a tokenizer.json are read."
 
 
+class Card(TypedDict):
+    """As `Tokenizer.card` gives it."""
+
+    kind: Literal["sentencepiece", "huggingface"]
+    eos_id: Count
+    fingerprint: str
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a saved tokenizer. UserError where it is damaged."""
+    return read_checked(folder / CARD, TypeAdapter(Card), "tokenizer")
+
+
 def _load_saved(folder: Path, eos: str | None) -> Tokenizer:
-    card = read_object(folder / CARD, "tokenizer")
-    if missing := {"kind", "eos_id", "fingerprint"} - card.keys():
-        raise UserError("tokenizer", str(folder / CARD), f"is damaged: it lacks {', '.join(sorted(missing))}.")
+    card = read_card(folder)
+    check_json_files(folder, "tokenizer", "AutoTokenizer")
     if card["kind"] == SentencePieceTokenizer.kind:
         model = (folder / SENTENCEPIECE_FILE).read_bytes()
         load: Callable[[str], Tokenizer] = functools.partial(SentencePieceTokenizer, model, str(folder))

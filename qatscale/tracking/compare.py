@@ -12,7 +12,7 @@ from typing import Any
 from qatlaw.names import VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_PTQ
 from qatlaw.text_table import TextTable
 from qatscale.config.amounts import format_amount
-from qatscale.errors import UserError, first_line
+from qatscale.errors import InputError, first_line
 from qatscale.tracking.run_folder import RunFolder, Status, perplexity
 
 NONE = "–"
@@ -100,7 +100,7 @@ def run_folders(output: Path | str) -> list[RunFolder]:
     def age(folder: RunFolder) -> tuple[float, str]:
         try:
             return float(folder.run["created"]), folder.name
-        except (UserError, TypeError, ValueError):  # damaged: whoever reads it says so
+        except InputError:  # damaged: whoever reads it says so
             return math.inf, folder.name
 
     return sorted(found, key=age)
@@ -112,7 +112,7 @@ def list_runs(folders: Iterable[RunFolder]) -> tuple[dict[RunFolder, RunRow], li
     for folder in folders:
         try:
             rows[folder] = run_row(folder)
-        except UserError as error:
+        except InputError as error:
             damaged.append(f"{error.value} {error.problem}")
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # valid JSON or YAML of another shape
             damaged.append(f"{folder.path}: its files are damaged ({first_line(error)}).")

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from qatlaw.run_files import read_run_file
 from qatscale.config.places import find_moved, without_credentials
 from qatscale.errors import UserError
 from qatscale.files import write_atomic, write_json
@@ -27,7 +28,6 @@ from qatscale.schedule.timeline import Timeline
 from qatscale.supervise import process
 from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live
-from qatscale.tracking.run_files import read_run_file
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: the process is on another

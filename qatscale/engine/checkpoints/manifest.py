@@ -12,13 +12,13 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from qatscale.engine.spikes import SpikeState
+from qatscale.files import Count
 
 FORMAT = 3
 READABLE = (1, 2, 3)
 """Format 1 has no slices of columns, and 2 no checksum of the manifest itself."""
 MANIFEST = "manifest.json"
 
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
