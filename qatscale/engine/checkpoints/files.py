@@ -29,9 +29,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qatlaw.files import sync
 from qatscale.engine.checkpoints.manifest import FORMAT_JSON, MANIFEST, MANIFEST_JSON, READABLE, Manifest
 from qatscale.errors import UserError, first_invalid
-from qatscale.files import sha256_of, sync
+from qatscale.files import sha256_of
 from qatscale.tensor_files import write_safetensors
 
 STEP = re.compile(r"^step-(\d{8,})$")

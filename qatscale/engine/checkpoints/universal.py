@@ -18,7 +18,6 @@ needs under ZeRO-3, and DeepSpeed stops with an error. Our own checkpoints know 
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -146,8 +145,6 @@ def _save(content: Any, path: Path) -> None:
             torch.save(content, file)
         except RuntimeError as error:  # what torch makes of an OSError when it closes its archive
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- reading ---
