@@ -80,11 +80,11 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+            self.vocab_size = self._processor.get_piece_size()
+            pieces = {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        except (RuntimeError, UnicodeDecodeError):  # the latter: a damaged piece
             raise UserError("tokenizer", name, *_not_sentencepiece(model)) from None
         self.files = {SENTENCEPIECE_FILE: model}
-        self.vocab_size = self._processor.get_piece_size()
-        pieces = {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
         special = [piece for piece, i in pieces.items() if self._processor.is_control(i)]
         own = self._processor.eos_id()
         self.eos_id = _end_of_text(eos, own if own >= 0 else None, pieces, special, name)
