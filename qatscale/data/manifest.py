@@ -59,7 +59,7 @@ class Manifest(_Part):
     empty_documents: Count
     splits: dict[Split, SplitCounts]
     checksum: str = ""
-    """sha256 of all else in the manifest; older versions wrote none."""
+    """sha256 of all else, in the file alone; older versions wrote none."""
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +86,7 @@ class Manifest(_Part):
             raise UserError("data.path", str(folder), "no such folder.", _PREPARE)
         if not path.is_file():
             raise UserError("data.path", str(folder), f"holds no {NAME}: not prepared, or not to the end.", _PREPARE)
-        manifest = read_checked(path, TypeAdapter(cls), "data.path", _PREPARE)
+        manifest = read_checked(path, TypeAdapter(cls), "data.path", _PREPARE).model_copy(update={"checksum": ""})
         if manifest.dtype not in {dtype.name for dtype in DTYPE_CODES.values() if dtype.kind != "f"}:
             raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
         for split, counts in manifest.splits.items():
