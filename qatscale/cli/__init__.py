@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -16,12 +17,15 @@ from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
 _LATER = 5.0
+_FORBIDDEN = r".*\[Errno (1|13|30)\] "
+"""EPERM, EACCES, EROFS: the command names a place that its user may not read or write."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line. A wrong input is reported in one message, and the process exits with 2.
 
-    So is a fault of the machine (disk, permission) and a diverged run, with exit code 1; a run's log has the traceback.
+    So is a place that may not be read or written, and with exit code 1 another fault of the machine (a full disk) and a
+    diverged run; a run's log has the traceback.
     In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
     first one leaves, and an error of one of them alone is still reported.
     """
@@ -45,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
             if fault(error) is None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-            sys.exit(EXIT_FAILED)
+            sys.exit(EXIT_BAD_INPUT if re.match(_FORBIDDEN, str(error)) else EXIT_FAILED)
 
 
 @contextmanager

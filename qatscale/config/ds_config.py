@@ -275,7 +275,8 @@ def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
     except UserError:
         raise
     except (OSError, ValueError) as error:  # not UTF-8; a number of more digits than Python reads
-        raise UserError("engine.ds_config", str(path), f"cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError("engine.ds_config", str(path), f"cannot be read: {reason}.") from error
     if not isinstance(ds, dict):
         problem = f"holds a {type(ds).__name__}, not an object of keys and values."
         raise UserError("engine.ds_config", str(path), problem)

@@ -191,7 +191,9 @@ def _incomplete(study: Study) -> Iterator[UserError]:
         axes = (part.sizes, part.tokens or part.tokens_per_parameter, part.bits, part.fractions, part.schemes)
         runs = math.prod(map(len, (*axes, part.seeds, *part.vary.values())))
         if runs > MOST_RUNS:
-            yield UserError("study", None, f"a grid of up to {runs:,} runs; at most {MOST_RUNS:,} are laid out.", "Split it.")
+            yield UserError(
+                "study", None, f"a grid of up to {runs:,} runs; at most {MOST_RUNS:,} are laid out.", "Split it."
+            )
         if part.tokens and part.tokens_per_parameter:
             yield UserError("tokens", None, "says the same as tokens_per_parameter.", "Keep one of them.")
     by_name: dict[str, Size] = {}

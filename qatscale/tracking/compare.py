@@ -114,6 +114,8 @@ def list_runs(folders: Iterable[RunFolder]) -> tuple[dict[RunFolder, RunRow], li
             rows[folder] = run_row(folder)
         except InputError as error:
             damaged.append(f"{error.value} {error.problem}")
+        except OSError as error:
+            damaged.append(f"{error.filename} cannot be read: {error.strerror}.")
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # valid JSON or YAML of another shape
             damaged.append(f"{folder.path}: its files are damaged ({first_line(error)}).")
     return rows, damaged
