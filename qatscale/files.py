@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from qatlaw.files import PARTIAL as PARTIAL
+from qatlaw.files import Count as Count
 from qatlaw.files import decode as decode
 from qatlaw.files import read_small, write_atomic
 from qatlaw.files import rename_synced as rename_synced
-from qatlaw.run_files import Count as Count
 from qatscale.errors import UserError, first_invalid
 
 Value = TypeVar("Value")

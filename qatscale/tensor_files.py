@@ -1,4 +1,4 @@
-"""Tensors read when they are asked for, and safetensors files written one tensor at a time.
+"""Safetensors files written one tensor at a time.
 
 A model that is only passed on from one format to another never has to be in memory as a whole.
 """
@@ -9,14 +9,12 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-State = Mapping[str, Tensor]
-"""Parameter name → value, as from `named_parameters()` or `state_dict()`."""
 Shape = tuple[int, ...]
 
 SHARD_BYTES = 4 * 10**9
@@ -26,37 +24,6 @@ _TYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
     torch.uint32: "U32",
 }  # fmt: skip
-
-
-class LazyState(Mapping[str, Tensor]):
-    """A state whose tensors are read each time they are asked for; their shapes are known."""
-
-    def __init__(self, shapes: Mapping[str, Shape], read: Callable[[str], Tensor]) -> None:
-        self.shapes = dict(shapes)
-        self._read = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def shapes_of(state: State) -> dict[str, Shape]:
-    """Without reading any tensor."""
-    return state.shapes if isinstance(state, LazyState) else {name: tuple(t.shape) for name, t in state.items()}
-
-
-def renamed(state: State, names: Mapping[str, str]) -> State:
-    """New name → the tensor of the old name; the very same tensors, or as lazy as `state` is."""
-    if isinstance(state, LazyState):
-        return LazyState({new: state.shapes[old] for new, old in names.items()}, lambda new: state[names[new]])
-    return {new: state[old] for new, old in names.items()}
 
 
 def type_of(name: str, types: Types) -> torch.dtype:

@@ -62,7 +62,7 @@ def _encode(line: str) -> list[int]:
 def megatron_style(text: Path, folder: Path, model: Path, workers: int) -> None:
     import sentencepiece
 
-    from qatscale.data.indexed import encode_index, token_dtype
+    from qatscale.data.indexed_writer import encode_index, token_dtype
 
     dtype = token_dtype(sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size())
     lengths = []

@@ -22,7 +22,8 @@ import psutil
 from measure import Skipped, Variant, interleaved
 from result import Result, Table, options_of, report
 
-from qatscale.data.indexed import IndexedReader, encode_index, token_dtype
+from qatscale.data.indexed import IndexedReader
+from qatscale.data.indexed_writer import encode_index, token_dtype
 from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard, Verify
 from qatscale.data.reader import BatchReader, TokenStream
 from qatscale.data.sources import SourceOptions, open_source

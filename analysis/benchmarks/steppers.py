@@ -89,7 +89,7 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     loop = BareLoop(model, optimizer_groups(model, plugin), config, batch_of(config, runtime.device), precision)
     if quantized:
         plugin.maybe_switch(0, loop.masters)
-    Compilation(model, compiled)
+    Compilation(model, "on" if compiled else "off")
     return Stepper(name, partial(loop.step, model), lambda: None)
 
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from qatlaw.amounts import parse_bytes
-from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
-from qatlaw.fraction import LADDER, amount
-from qatlaw.laws.named import NAMED, NamedLaw
+from qatlaw.fraction import amount
+from qatlaw.fraction_laws import LADDER_FOUND, PAPER
+from qatlaw.laws.named import NAMED
 from qatlaw.laws.nominal import EffectiveBits
 from qatlaw.options import (
     BATCH_TOKENS,
@@ -47,13 +47,12 @@ from qatlaw.plan.answer import Answer, columns, facts
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
 from qatlaw.plan.checkpoint import plan_checkpoint
 from qatlaw.plan.memory import RULE, SHAPES, plan_memory
-from qatlaw.plan.published import NOTE as SCRATCH
-from qatlaw.plan.published import plan_scratch
+from qatlaw.plan.published import published_answer
 from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
 from qatlaw.plan.run_folder import read_trained
 from qatlaw.plan.shapes import check_group_size, nearest_shape, usual_effective_bits
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
-from qatlaw.planner_law import PlannerLaw, load_law
+from qatlaw.planner_law import PlannerLaw, law_or_fractions, load_law, widths_of
 
 _EFFECTIVE = "plan.effective_bits plan.S plan.tokens_per_stored_byte"
 LOWEST = "* the lowest predicted loss."
@@ -95,9 +94,9 @@ def run(
     if width is None:
         bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, group_size=group_size, as_json=as_json)
         return
-    (N, D), loss_law = _size(known), _law(law, known)
+    (N, D), (loss_law, fractions) = _size(known), law_or_fractions(law, known.effective)
     plan = plan_run(
-        N, D, width, law=loss_law, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
+        N, D, width, law=loss_law, fractions=fractions, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
         stored_bytes=known.stored_bytes(width) if known.stored_bytes else None, group_size=group_size,
     )  # fmt: skip
     table = {
@@ -107,6 +106,7 @@ def run(
         "  per stored byte": None if plan.tokens_per_stored_byte is None else f"{plan.tokens_per_stored_byte:,.4g}",
         "optimal QAT fraction (closed form)": None if plan.closed_form is None else f"{plan.closed_form:.1%}",
         "optimal QAT fraction (loss law)": None,
+        "optimal QAT fraction (ladder)": f"{plan.optimum:.1%}" if fractions is not PAPER else None,
         "planned QAT fraction": None if plan.fraction == plan.optimum else f"{plan.fraction:.1%}",
         "tokens in full precision": amount(plan.tokens_fp, 4),
         "tokens in QAT": amount(plan.tokens_qat, 4),
@@ -120,9 +120,16 @@ def run(
             "  the closed form's fraction": _judged(p.closed_form),
             "  QAT on 10 % of the tokens": _judged(p.rule),
         }
-    notes = [*_counted_on(known), f"Losses in nats per token; {WASTED}." if law else LADDER]
-    warnings = (*plan.warnings, *warnings_of(N, D, width, None))
-    answer = Answer("run", _run(N, D, width), facts(table), plan, loss_law, notes, warnings, plan.overrides, N)
+    notes, warnings = _counted_on(known), list(plan.warnings)
+    if loss_law:
+        notes.append(f"Losses in nats per token; {WASTED}.")
+    elif fractions is PAPER:
+        notes.append(LADDER_FOUND)
+    if fractions is PAPER:
+        warnings += warnings_of(N, D, width, PAPER)
+    answer = Answer(
+        "run", _run(N, D, width), facts(table), plan, loss_law or fractions, notes, warnings, plan.overrides, N
+    )
     _show(ctx, as_json, answer, recipe)
 
 
@@ -144,26 +151,32 @@ def bit_widths(
     if law in NAMED:
         if group_size and not NAMED[law].needs_group:
             raise InputError("--group-size", group_size, f"has no effect: {law} does not know it.", "Leave it out.")
-        _show(ctx, as_json, _by_published(NAMED[law], known, tolerance or TOLERANCE))
+        _show(ctx, as_json, published_answer(NAMED[law], known, _run(N, D), tolerance or TOLERANCE))
         return
-    loss_law = _law(law, known)
-    if tolerance and law is None:
+    loss_law, fractions = law_or_fractions(law, known.effective)
+    if tolerance and loss_law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
     nats = tolerance or TOLERANCE
     plan = compare_widths(
-        N, D, _widths(None, loss_law), law=loss_law, tolerance=nats, tokens_per_step=known.tokens_per_step,
-        scheme=known.scheme, stored_bytes=known.stored_bytes, group_size=group_size,
+        N, D, widths_of(None, loss_law, fractions), law=loss_law, fractions=fractions, tolerance=nats,
+        tokens_per_step=known.tokens_per_step, scheme=known.scheme, stored_bytes=known.stored_bytes,
+        group_size=group_size,
     )  # fmt: skip
     best = None if plan.smallest is None else plan.rows[plan.smallest]
     table = columns(plan.rows, f"bits {_EFFECTIVE} plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
     notes = _counted_on(known)
-    if law:
+    if loss_law:
         within = f"within {nats:g} nats ({math.expm1(nats):.2%} of the perplexity) of full precision"
         start = f"* the smallest bit width {within}" if best else f"No bit width is {within}"
         notes += [f"{start}, whose predicted loss is {plan.full_precision_loss:.4f}."]
     title = f"{_run(N, D)}: QAT at each bit width"
     overrides = best.plan.overrides if best else None
-    _show(ctx, as_json, Answer("bit-widths", title, table, plan, loss_law, notes, plan.warnings, overrides, N), recipe)
+    _show(
+        ctx,
+        as_json,
+        Answer("bit-widths", title, table, plan, loss_law or fractions, notes, plan.warnings, overrides, N),
+        recipe,
+    )
 
 
 @planner.command(epilog="Example: qatscale plan memory 500MB --tokens 100B --bits 4")
@@ -184,7 +197,7 @@ def memory(
     loss_law, size = _law(law, effective=effective), parse_bytes("BYTES", budget)
     file_size = _stack(ctx, "--format", format).file_size(format, group_size) if format else None
     plan = plan_memory(
-        size, tokens, _widths(bits, loss_law), law=loss_law, vocabulary=round(vocab_size), group_size=group_size,
+        size, tokens, widths_of(bits, loss_law), law=loss_law, vocabulary=round(vocab_size), group_size=group_size,
         file_size=file_size,
     )  # fmt: skip
     best = None if plan.best is None else plan.rows[plan.best]
@@ -241,7 +254,7 @@ def compute(
         source = "6 FLOPs per parameter, attention scores left out"
     ratio = qat_overhead or 1.0
     budget = Budget(flops or gpu_hours or 0.0, "FLOPs" if flops else "GPU-hours", cost, cost * ratio)
-    widths = _widths(bits, loss_law)
+    widths = widths_of(bits, loss_law)
     plans = [plan_budget(known.params, width, budget, law=loss_law, scheme=known.scheme) for width in widths]
     one = plans[0] if len(plans) == 1 else None
     best = one or (min(plans, key=lambda plan: plan.chosen.loss or 0.0) if law else None)
@@ -253,7 +266,7 @@ def compute(
     notes += [LOWEST] if law and not one else []
     warnings = [warning for plan in plans for warning in plan.warnings]
     if one and one.closed_form:
-        warnings += warnings_of(one.params, one.closed_form.tokens, one.bits, None)
+        warnings += warnings_of(one.params, one.closed_form.tokens, one.bits, PAPER)
     if qat_overhead is None:
         warnings.append(
             "a QAT token is assumed to cost as much as a full-precision one: divide tokens_per_second_fp of a finished "
@@ -281,9 +294,12 @@ def checkpoint(
             raise InputError(flag, None, "is missing.", "Add it, or name a RUN.")
         if run is not None and value is not None:
             raise InputError(flag, value, "is read from RUN.", "Leave it out.")
-    trained, loss_law = read_trained(run) if run else None, _law(law)
+    trained, (loss_law, fractions) = read_trained(run) if run else None, law_or_fractions(law, Recipe().effective)
     N, D = (trained.params, trained.tokens) if trained else (params or 0.0, trained_tokens or 0.0)
-    plans = [plan_checkpoint(N, width, D, law=loss_law) for width in _widths(bits, loss_law)]
+    plans = [
+        plan_checkpoint(N, width, D, law=loss_law, fractions=fractions)
+        for width in widths_of(bits, loss_law, fractions)
+    ]
     plans = [plan.whole_steps(trained.tokens_per_step) for plan in plans] if trained else plans
     one = plans[0] if len(plans) == 1 else None
     table = columns(plans, "bits tokens_qat fraction loss")
@@ -300,7 +316,9 @@ def checkpoint(
     elif one:
         overrides = (*one.overrides(), "qat.scheme=sequential")
     command = ("qatscale", "branch", trained.checkpoint if trained else "RUN", "name=NAME")
-    answer = Answer("checkpoint", title, table, one or plans, loss_law, notes, warnings, overrides, N, command)
+    answer = Answer(
+        "checkpoint", title, table, one or plans, loss_law or fractions, notes, warnings, overrides, N, command
+    )
     _show(ctx, as_json, answer)
 
 
@@ -399,30 +417,9 @@ def _stack(ctx: typer.Context, flag: str, value: str) -> Any:
     return ctx.obj
 
 
-def _by_published(law: NamedLaw, known: Recipe, nats: float) -> Answer:
-    N, D = _size(known)
-    plan = plan_scratch(law, known, tolerance=nats)
-    best = None if plan.smallest is None else plan.rows[plan.smallest]
-    notes = [f"It answers: {law.answers}.", SCRATCH]
-    if plan.full_precision_loss is not None:
-        within = f"within {nats:g} nats of full precision, whose predicted loss is {plan.full_precision_loss:.4f}."
-        notes.insert(0, f"* the smallest bit width {within}" if best else f"No bit width is {within}")
-    table = columns(plan.rows, "bits S loss gap", best)
-    title = f"{_run(N, D)}: QAT from scratch by {law.label}"
-    return Answer("bit-widths", title, table, plan, law, notes, plan.warnings, (), N)
-
-
 def _law(name: str | None, known: Recipe | None = None, effective: EffectiveBits | None = None) -> PlannerLaw | None:
     """known: the model that the law is asked about. effective: what its effective bits are, instead."""
     return None if name is None else load_law(name, effective=effective or (known or Recipe()).effective)
-
-
-def _widths(bits: float | None, law: PlannerLaw | None) -> tuple[float, ...]:
-    """The bit width that was asked for, or all that the law describes."""
-    if bits is not None:
-        return (bits,)
-    low, high = law.range["bits"] if law and law.law.form.one_width else (0, math.inf)
-    return tuple(width for width in BIT_WIDTHS if low <= width <= high)
 
 
 def _show(ctx: typer.Context, as_json: bool, answer: Answer, recipe: str | None = None) -> None:

@@ -7,10 +7,14 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
 
 PARTIAL = ".partial"
 """Ending of a file that is still being written."""
+Count = Annotated[int, Ge(0), Lt(1 << 53)]
+"""A number of things in a file; JSON holds larger ones inexactly."""
 LARGEST = 256 << 20
 """Bytes of a file of JSON or YAML."""
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -8,6 +8,7 @@ trust it inside the range it was fitted on (`extrapolation_warning`) only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def tokens_per_parameter_byte(N: ArrayLike, D: ArrayLike, B: ArrayLike) -> Any:
     return S if np.ndim(S) else float(S)
 
 
-def fraction_at(S: ArrayLike) -> Any:
+def fraction_at(S: ArrayLike, constant: float = A) -> Any:
     """The optimal QAT fraction exp(-A / ln S) [note], in (0, 1), rising with S: a float for a number, else an array.
 
     ValueError where S <= 1: the closed form reaches 0 at S = 1 and has no meaning below. Nothing is clipped:
@@ -57,7 +58,7 @@ def fraction_at(S: ArrayLike) -> Any:
             f"S = {shown} tokens per parameter byte: the closed form of the optimal QAT fraction is defined "
             f"for S > 1 only, and was measured from S = {MEASURED_S[0]:g} on"
         )
-    found = np.exp(-A / np.log(values))
+    found = np.exp(-constant / np.log(values))
     return found if np.ndim(found) else float(found)
 
 
@@ -72,22 +73,20 @@ def closed_form(N: float, D: float, B: float) -> float | None:
     return (fraction_at(S) or None) if S > 1 else None
 
 
-LADDER = (
-    "The closed form is the paper's, of 86M parameters and more. At a thousandth of that, this project measured optima "
-    "of .58 to .74 at 1 bit and .45 to .63 at 2 bits where it says .18 to .37 and .12 to .33, and at 4 bits no clear "
-    "one (sequential; analysis/studies/ladder-1to1000)."
-)
-"""What the 1:1000 ladder says of the closed form, over 21 U-curves of 86,304 to 385,856 parameters."""
+MEASURED = {"S": MEASURED_S, "N": MEASURED_PARAMETERS, "D": MEASURED_TOKENS, "B": MEASURED_BITS}
 
 
-def extrapolation_warning(N: float, D: float, B: float) -> str | None:
+def extrapolation_warning(
+    N: float, D: float, B: float, measured: Mapping[str, tuple[float, float]] = MEASURED
+) -> str | None:
     """One sentence that names all numbers outside the measured ranges, or None."""
     S = tokens_per_parameter_byte(N, D, B)
     outside = []
-    if not MEASURED_S[0] <= S <= MEASURED_S[1]:
-        outside.append(f"S = {S:.4g} tokens per parameter byte (measured about {MEASURED_S[0]:g} to {MEASURED_S[1]:g})")
-    measured = (("N", N, MEASURED_PARAMETERS), ("D", D, MEASURED_TOKENS), ("B", B, MEASURED_BITS))
-    for name, value, (low, high) in measured:
+    if not measured["S"][0] <= S <= measured["S"][1]:
+        low, high = measured["S"]
+        outside.append(f"S = {S:.4g} tokens per parameter byte (measured about {low:g} to {high:g})")
+    for name, value in (("N", N), ("D", D), ("B", B)):
+        low, high = measured[name]
         if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
             outside.append(f"{name} = {amount(value)} (measured {amount(low)} to {amount(high)})")
     if not outside:

@@ -19,8 +19,8 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 """Prefixes of the keys without effect. The ds_config counts all the same, since it holds the precision."""
 KNOWN_TO_LAWS = (
-    "evaluation.", "batch.micro_batch", "n_params", "tokens", "seed", "data.seed", "qat.scheme", "qat.bits",
-    "qat.fraction",
+    "evaluation.", "batch.micro_batch", "n_params", "tokens", "seed", "data.seed", "data.cooldown_seed", "qat.scheme",
+    "qat.bits", "qat.fraction",
 )  # fmt: skip
 """Prefixes of the keys that the final numbers, the seed and the held-out text stand for."""
 TRIALS = (

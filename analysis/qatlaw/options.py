@@ -8,9 +8,9 @@ import typer
 
 from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_share
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
+from qatlaw.fraction_laws import FRACTION_LAWS
 from qatlaw.laws.named import NAMED
 from qatlaw.plan.run import TOLERANCE
-from qatlaw.planner_law import law_names
 
 
 def _option(metavar: str, text: str, read: Reader = parse_amount) -> Any:
@@ -48,7 +48,8 @@ FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.")
 SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.")
 LAW = typer.Option(
     metavar="LAW",
-    help=f"Loss law: path of a fit.json, or one of {', '.join(law_names())}. (synthetic: made up, to try the planner.) "
+    help=f"Loss law: path of a fit.json, or synthetic. (synthetic: made up, to try the planner.) "
+    f"For fractions alone also {', '.join(FRACTION_LAWS)}. "
     f"For losses at each bit width also a published law, of QAT from scratch: {', '.join(NAMED)}.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

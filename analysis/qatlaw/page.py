@@ -17,8 +17,10 @@ from markupsafe import Markup, escape
 
 from qatlaw.errors import InputError
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
+from qatlaw.figures.landscape import drawn_landscape
 from qatlaw.files import write_atomic
 from qatlaw.findings import findings
+from qatlaw.landscape import Landscape
 from qatlaw.planner_law import load_law
 from qatlaw.runs import Collected, LeftOut, counted
 from qatlaw.summary import (
@@ -54,8 +56,9 @@ PAPERS = {
     "wasted_tokens": "tokens wasted by a sub-optimal fraction",
     "fusion": "cooldown and QAT fusion",
     "cooldown_shapes": "the loss by cooldown shape",
+    "landscape": "the loss landscape of the cooldown",
 }
-"""Subject of the papers' figures that ours correspond to, by name. arXiv 2509.22935, and 2508.01483 for the shapes."""
+"""Subject of the papers' figures that ours correspond to, by name. arXiv 2509.22935, and 2508.01483 for cooldowns."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,12 @@ class Report:
     left_out: Sequence[LeftOut] = ()
     notices: Sequence[str] = ()
     no_law: str = ""
+    landscapes: Sequence[Landscape] = ()
 
     @cached_property
     def drawn(self) -> tuple[Drawn, ...]:
-        return tuple(draw(self.evidence) for draw in SUBJECTS)
+        landscapes = (drawn_landscape(one, f"landscape_{place}") for place, one in enumerate(self.landscapes, 1))
+        return (*(draw(self.evidence) for draw in SUBJECTS), *landscapes)
 
     @cached_property
     def svg(self) -> dict[str, bytes]:
@@ -84,7 +89,7 @@ class Report:
 
 def compose(
     runs: Collected, form: str = "qat_unified", scheme: str | None = None, law: str | None = None, *,
-    resamples: int = 200, compare: bool = True,
+    resamples: int = 200, compare: bool = True, landscapes: Sequence[Landscape] = (),
 ) -> Report:  # fmt: skip
     """The report of these runs. Without `law` (a name or the path of a fit.json) the form is fitted to them.
 
@@ -93,7 +98,7 @@ def compose(
     chosen, table = form_named(form), runs.table
     laws, summaries, compared, no_law = None, [], [], ""
     if law is not None:
-        laws = _given_law(law, scheme_of(table, scheme, either=True))
+        laws = _given_law(law, scheme_of(table, scheme, either=True), table)
     else:
         try:
             summaries = summarise(chosen, table, scheme_of(table, scheme, either=True), resamples=resamples)
@@ -105,11 +110,12 @@ def compose(
     if compare and summaries:
         compared = rivals(table, summaries[0].scheme)
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return Report(Evidence(table, laws), created, summaries, compared, runs.left_out, runs.notices, no_law)
+    evidence = Evidence(table, laws)
+    return Report(evidence, created, summaries, compared, runs.left_out, runs.notices, no_law, landscapes)
 
 
-def _given_law(name: str, scheme: str) -> Laws:
-    found = load_law(name)
+def _given_law(name: str, scheme: str, table: RunTable) -> Laws:
+    found = load_law(name, effective=table.effective_bits)
     width = found.range["bits"][0] if found.law.form.one_width else None
     return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
 
@@ -214,9 +220,10 @@ def _missing(report: Report) -> list[tuple[str, str]]:
 
 def _paper(name: str) -> str:
     """Which figure of a paper one of ours corresponds to."""
+    name = "landscape" if name.startswith("landscape_") else name
     if name not in PAPERS:
         return "Of the papers' figures none corresponds to it."
-    source = "2508.01483" if name == "cooldown_shapes" else "2509.22935"
+    source = "2508.01483" if name in ("cooldown_shapes", "landscape") else "2509.22935"
     return f"It corresponds to the figure of {PAPERS[name]} in arXiv {source}."
 
 

@@ -1,7 +1,7 @@
 """The loss law that a plan stands on, with the range of its runs.
 
-A command line names a law: `synthetic`, a law that ships with the package, or the path of a `fit.json`. Without one,
-plans stand on the closed form of the optimal fraction, which predicts no losses.
+A command line names a law: `synthetic`, or the path of a `fit.json`. Without one, or with one of `FRACTION_LAWS`, plans
+stand on a closed form of the optimal fraction, which predicts no losses.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qatlaw import fraction
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
 from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
+from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
 from qatlaw.laws.named import NAMED
 from qatlaw.text import plural
 
@@ -24,8 +26,6 @@ if TYPE_CHECKING:  # every --help reads the names of the laws, and does not wait
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_WARNING = "every prediction here comes from a made-up law, for demonstration: plan nothing by it"
-SHIPPED = Path(__file__).parent / "laws" / "shipped"
-"""Laws that come with the package: NAME.json, as `qatscale fit` writes it."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,8 @@ class PlannerLaw:
             raise InputError("--bits", bits, problem, f"Ask for {low:g} bits, or give another law.")
 
 
-def law_names(shipped: Path = SHIPPED) -> list[str]:
-    return [SYNTHETIC, *sorted(file.stem for file in shipped.glob("*.json"))]
-
-
-def load_law(name: str, shipped: Path = SHIPPED, effective: EffectiveBits | None = None) -> PlannerLaw:
-    """The law of this name, or else of the `fit.json` at this path.
+def load_law(name: str, effective: EffectiveBits | None = None) -> PlannerLaw:
+    """`synthetic`, or else the law of the `fit.json` at this path.
 
     effective: of the models that it will be asked about, for a law that was fitted on effective bits.
 
@@ -86,17 +82,19 @@ def load_law(name: str, shipped: Path = SHIPPED, effective: EffectiveBits | None
     """
     if name == SYNTHETIC:
         return synthetic_law()
+    if name in FRACTION_LAWS:
+        problem = "has optimal fractions alone, and this command needs losses."
+        raise InputError("--law", name, problem, "`plan`, `plan bit-widths` and `plan checkpoint` use it.")
     if name in NAMED:
         problem = f"contains no QAT fraction: it describes {NAMED[name].answers}."
         raise InputError("--law", name, problem, "`plan bit-widths` has its losses and gaps, `judge` its errors.")
     from qatlaw.fit_file import read_fit
 
-    named = name in law_names(shipped)
-    path = shipped / f"{name}.json" if named else Path(name)
+    path = Path(name)
     try:
         path.stat()
     except OSError as error:
-        known = ", ".join(law_names(shipped))
+        known = ", ".join([SYNTHETIC, *FRACTION_LAWS])
         problem = f"is neither the name of a law ({known}) nor a file ({error.strerror})."
         raise InputError("--law", name, problem, "Fit one with `qatscale fit`.") from None
     file = read_fit(path)
@@ -118,8 +116,7 @@ def load_law(name: str, shipped: Path = SHIPPED, effective: EffectiveBits | None
         bootstrap = None if bootstrap is None else replace(bootstrap, form=form)
     return PlannerLaw(
         law=law,
-        source=f"{name}, " * named
-        + f"{form.name} fitted on {plural(data.runs, 'run')} of {data.source}"
+        source=f"{form.name} fitted on {plural(data.runs, 'run')} of {data.source}"
         + ", on effective bits" * (effective is not None),
         range=file.range,
         synthetic=data.synthetic,
@@ -127,6 +124,24 @@ def load_law(name: str, shipped: Path = SHIPPED, effective: EffectiveBits | None
         sizes=tuple(data.sizes),
         effective=effective,
     )
+
+
+def law_or_fractions(name: str | None, effective: EffectiveBits) -> tuple[PlannerLaw | None, FractionLaw]:
+    """What a plan without losses needs: a law that has them, or else one of the optimal fraction."""
+    fractions = FRACTION_LAWS.get(name or "")
+    if fractions is not None:
+        return None, fractions
+    return None if name is None else load_law(name, effective), PAPER
+
+
+def widths_of(bits: float | None, law: PlannerLaw | None, fractions: FractionLaw = PAPER) -> tuple[float, ...]:
+    """The bit width that was asked for, or all that the law describes."""
+    if bits is not None:
+        return (bits,)
+    if fractions.constants:
+        return tuple(fractions.constants)
+    low, high = law.range["bits"] if law and law.law.form.one_width else (0, float("inf"))
+    return tuple(width for width in BIT_WIDTHS if low <= width <= high)
 
 
 def synthetic_law() -> PlannerLaw:

@@ -10,10 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qatlaw.errors import InputError, first_invalid
-from qatlaw.files import decode, read_small
+from qatlaw.files import Count, decode, read_small
 
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-"""A number of things; JSON holds larger ones inexactly."""
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 

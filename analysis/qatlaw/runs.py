@@ -296,9 +296,9 @@ def model_shape(recipe: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _seed(record: RunRecord) -> str:
-    """The seed of weights and data, or both if they differ: runs with another one are repeats."""
-    weights, data = record.recipe.get("seed", "0"), record.recipe.get("data.seed", "0")
-    return weights if weights == data else f"{weights}/{data}"
+    """The seed of weights, data and cooldown's data, in short where they are usual: runs with another are repeats."""
+    weights, data, cooldown = (record.recipe.get(key, "0") for key in ("seed", "data.seed", "data.cooldown_seed"))
+    return (weights if weights == data else f"{weights}/{data}") + (f"+{cooldown}" if cooldown != "0" else "")
 
 
 def _notices(records: Sequence[RunRecord], knows_data: bool, unlike: Sequence[str]) -> tuple[str, ...]:

@@ -123,6 +123,17 @@ def shared_steps(first: Route, second: Route) -> int:
     return done
 
 
+def trained_by(begins: Mapping[str, tuple[str | None, int]], name: str, step: int) -> str:
+    """The run that trains `step` of the run `name`: itself, or the one that it branches from, and so on.
+
+    begins: by run its parent and the step at which it branches.
+    """
+    parent, start = begins[name]
+    while step <= start and parent is not None:
+        name, (parent, start) = parent, begins[parent]
+    return name
+
+
 def cheapest_tree(routes: Sequence[Route], offers: Sequence[Offer] = ()) -> Tree:
     """Every run once, each branching off the run that has most of it already.
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.errors import InputError, did_you_mean, nearest
@@ -204,6 +204,19 @@ class RunTable:
         found = pd.to_numeric(self.frame["effective_bits"], errors="coerce").astype(np.float64)
         _refuse(self.source, "effective_bits", self.frame["effective_bits"], ~np.isfinite(found), "is not known.")
         return RunTable(self.frame.assign(nominal_bits=self.frame["bits"], bits=found), self.source)
+
+    def effective_bits(self, N: ArrayLike, B: ArrayLike) -> NDArray[np.float64]:
+        """Effective bits at nominal B, linear between the widths of the quantized runs of the size nearest to N."""
+        runs = self.on_effective_bits.where(self.quantized)
+        sizes, nominal, stored = runs.column("n_params"), runs.column("nominal_bits"), runs.column("bits")
+        known = np.unique(sizes)
+        N, B = np.broadcast_arrays(np.asarray(N, np.float64), np.asarray(B, np.float64))
+        nearest = known[np.abs(np.log(N[..., None] / known)).argmin(axis=-1)]
+        found = np.empty(N.shape)
+        for size in np.unique(nearest):
+            order = np.argsort(np.where(sizes == size, nominal, np.inf))[: (sizes == size).sum()]
+            found[nearest == size] = np.interp(B[nearest == size], nominal[order], stored[order])
+        return found
 
     @property
     def bits_kind(self) -> Literal["nominal", "effective"]:

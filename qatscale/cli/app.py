@@ -14,6 +14,7 @@ from qatscale.cli.convert import convert
 from qatscale.cli.evaluate import evaluate, generate
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
+from qatscale.cli.landscape import landscape
 from qatscale.cli.launch_scripts import launch_scripts
 from qatscale.cli.plan import RecipesAndGpus
 from qatscale.cli.prepare import adopt, prepare
@@ -48,7 +49,7 @@ def _options(
 _TAKES_OVERRIDES = (train, resume, branch, convert)
 _COMMANDS: tuple[Callable[..., None], ...] = (
     config, recipes, prepare, adopt, train, resume, branch, evaluate, generate, runs, compare, track_sync, export,
-    convert, fit, report, judge, quickstart, launch_scripts,
+    convert, fit, report, judge, landscape, quickstart, launch_scripts,
 )  # fmt: skip
 
 app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})

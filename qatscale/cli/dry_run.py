@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,14 @@ def print_dry_run(
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
     job = estimate_job(config, ds_config, processes or job_size(smallest), given)
     advice = network_advice(config, ds_config, job)
+    warnings = ds_config_warnings(config, on_gpu=job.gpu_memory is not None)
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
         shown = {"name": config.name, **timeline.to_dict()}
-        shown["warnings"] = [*shown["warnings"], *ds_config_warnings(config)]
+        shown["warnings"] = [*shown["warnings"], *warnings]
         print(json.dumps({"timeline": shown, "branch": branch, "scale": scale}, indent=2))
     else:
-        print_timeline(config, timeline, figure)
+        print_timeline(config, timeline, figure, warnings)
         if branch and branch["step"] is None:
             say(f"{config.folder} is done: nothing is left to train")
         elif branch:
@@ -87,7 +89,7 @@ def print_dry_run(
     refuse_what_cannot_fit(config, ds_config, job)
 
 
-def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None) -> None:
+def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, warnings: Sequence[str]) -> None:
     steps = f"{plural(timeline.steps, 'step')} of {timeline.tokens_per_step:,}"
     out, title = console(), f"{config.name}: {config.qat.scheme}, {format_amount(timeline.tokens)} tokens in {steps}"
     drop = ("decay", "steps", "tokens", "betas", "from step")
@@ -101,7 +103,7 @@ def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None) -
         say(f"parameters: {weights.text(config.qat.bits)}")
         rate = f"{timeline.qat_lr_ratio:.4g} x optimizer.learning_rate={config.optimizer.learning_rate:g}"
         say(f"peak rate of the QAT phase: {rate}")
-    for warning in (*timeline.warnings, *ds_config_warnings(config)):
+    for warning in (*timeline.warnings, *warnings):
         say(f"warning: {warning}", style="yellow")
     if figure is not None:
         from qatscale.schedule.figure import draw

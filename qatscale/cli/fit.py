@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qatlaw.planner_law import law_names
 from qatlaw.text import plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
@@ -117,20 +116,25 @@ def report(
         str | None,
         typer.Option(
             metavar="LAW",
-            help=f"A law to draw instead of fitting one: path of a fit.json, or one of {', '.join(law_names())}.",
+            help="A law to draw instead of fitting one: path of a fit.json, or synthetic.",
         ),
+    ] = None,
+    landscape: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="Also show this folder of `qatscale landscape`.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
     compare: Compare = True,
 ) -> None:
     """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
+    from qatlaw.landscape import read_landscape
     from qatlaw.page import compose, write_report
 
+    landscapes = [read_landscape(folder) for folder in landscape or ()]
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
     with working("fitting" if law is None else "drawing"):
-        content = compose(collected, form, scheme, law, resamples=resamples, compare=compare)
+        content = compose(collected, form, scheme, law, resamples=resamples, compare=compare, landscapes=landscapes)
         page = write_report(content, out)
     for one in content.drawn:
         print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")

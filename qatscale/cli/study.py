@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatlaw.planner_law import law_names
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
 from qatscale.cli import study_run
@@ -33,8 +32,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="LAW",
-            help="Law under which the runs' information is predicted: path of a fit.json, or one of "
-            f"{', '.join(law_names())}.",
+            help="Law under which the runs' information is predicted: path of a fit.json, or synthetic.",
         ),
     ] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of a run's log loss: 0.002 is 0.2 %.")] = 0.002,
@@ -84,6 +82,7 @@ def plan(
 
 
 def _print_tree(plan: StudyPlan, speed: float | None) -> None:
+    from rich.console import Console
     from rich.filesize import decimal
     from rich.tree import Tree as Branches
 
@@ -97,7 +96,7 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
         at = f" @{job.start:,}" if job.parent else ""
         label = f"{job.route.name}{at}  {format_amount(job.new_tokens)}"
         branches[job.route.name] = branches[job.parent].add(label)
-    out.print(root, soft_wrap=True)
+    Console(highlight=False, width=2000).print(root, soft_wrap=True)  # the terminal folds a long line, nothing is cut
     out.print()
     table = TextTable(("cost", "as a tree", "each run alone", "share"), words=["cost"])
     table.add_row("runs", f"{len(tree.jobs):,}", f"{len(tree.jobs):,}", "")
@@ -118,8 +117,13 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
     )
     say(
         f"disk: checkpoints take {decimal(cost.disk)} at the fullest moment and {decimal(cost.disk_at_end)} at the "
-        "end, when one per run is left"
+        "end, when one per run is left, and those of keep_at"
     )
+    if repeated := plan.grid.repeated:
+        say(
+            f"trained once: {plural(len(repeated), 'cell')} of the grids that other cells repeat. The first: "
+            f"{repeated[0][0]} is {repeated[0][1]}"
+        )
     if left_out := plan.grid.left_out:
         first = ", ".join(name for name, _ in left_out[:4]) + (", …" if len(left_out) > 4 else "")
         why = f"whose schedule does not fit ({first}). The first: {left_out[0][1]}"

@@ -74,13 +74,17 @@ def corrected_ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     return filled, [*lost, *(f"{key}: has no effect." for key in check.without_effect)]
 
 
-def ds_config_warnings(config: RunConfig) -> tuple[str, ...]:
-    """A sentence for each key without effect in a recipe's ds_config."""
+def ds_config_warnings(config: RunConfig, on_gpu: bool = False) -> tuple[str, ...]:
+    """A sentence for each key without effect in a recipe's ds_config, and for fp32 on a GPU."""
     check = _read(config.engine.ds_config)
-    return tuple(
+    warnings = [
         f"{key} in {check.source} has no effect" + (f": use {INSTEAD[key]}" if key in INSTEAD else "")
         for key in check.without_effect
-    )
+    ]
+    if on_gpu and precision_of(check.content) == "fp32":
+        bf16 = f"engine.ds_config=zero{check.content['zero_optimization']['stage']}_bf16"
+        warnings.append(f"{check.source} computes in fp32, which leaves a GPU's bf16 units idle: {bf16}")
+    return tuple(warnings)
 
 
 def precision_of(ds: Mapping[str, Any]) -> Literal["fp32", "bf16"]:

@@ -140,6 +140,9 @@ class DataConfig(Section):
     seed: int = 0
     """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch. A branch
     with its parent's seed continues the parent's order."""
+    cooldown_seed: Annotated[int, NotBool, Field(ge=0)] = 0
+    """Order of the data in the last cooldown alone: 0 continues that of `seed`, another number shuffles what the epoch
+    has left. Branches of one checkpoint that differ in it alone show the noise of a cooldown."""
 
 
 class BatchConfig(Section):
@@ -285,8 +288,8 @@ class EngineConfig(Section):
     activation_checkpointing: bool = False
     """Whether each block is recomputed in the backward pass: less memory, about a third more arithmetic."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks, once for all of them and once more at the switch. `auto` = on GPUs under ZeRO-1 and
-    2. On CPUs `on` pays in runs of hours: it takes a minute and a C++ compiler. Not with ZeRO-3."""
+    """torch.compile of the blocks, once for all of them and once more at the switch; under ZeRO-3 of what has no
+    weights. `auto` = on GPUs. On CPUs `on` pays in runs of hours: it takes a minute and a C++ compiler."""
     stall_timeout: Annotated[float, Field(gt=0)] | None = 600.0
     """Seconds without a micro-batch after which the job ends and names the rank that hangs; start, saving and
     evaluation may take half an hour more. null = wait for ever, for debuggers."""

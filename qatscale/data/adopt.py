@@ -47,13 +47,13 @@ def adopt(
     if not 0 <= fraction <= 0.5:
         raise UserError("validation_fraction", fraction, "must be 0 to 0.5.", "1 % is usual: 0.01")
     names: dict[Split, Sequence[str]] = {"train": train, "validation": validation}
-    readers = {name: IndexedReader(folder / name, WRITE_AGAIN) for split in names.values() for name in split}
     if both := sorted({*train} & {*validation}):
         raise UserError("shard", both[0], "is named for training and as held out.", "Leave out one of the two.")
-    dtype = readers[train[0]].dtype
-    largest = 0
-    for name, reader in readers.items():
+    dtype, largest, found = None, 0, {}
+    for name in (*train, *validation):  # one open at a time
+        reader = IndexedReader(folder / name, WRITE_AGAIN)
         reader.check_contiguous()
+        dtype = dtype or reader.dtype
         if reader.dtype != dtype:
             problem = f"holds tokens of {reader.dtype.name}, and those of {train[0]} are {dtype.name}."
             raise UserError("shard", name, problem, "Shards of one dataset need one dtype.")
@@ -62,12 +62,14 @@ def adopt(
             if part.min() < 0:
                 raise UserError("shard", name, f"holds the negative id {part.min()}; ids count from 0.")
             largest = max(largest, int(part.max()))
+        found[name] = reader.shard(name)
+    assert dtype is not None
     if vocab_size is not None and largest >= vocab_size:
         raise UserError("vocab_size", vocab_size, f"the shards hold id {largest}.", "Give the size of their tokenizer.")
     size = largest + 1 if vocab_size is None else vocab_size
     splits: dict[Split, SplitCounts] = {}
     for split, members in names.items():
-        shards = [readers[name].shard(name) for name in members]
+        shards = [found[name] for name in members]
         documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
         splits[split] = SplitCounts(documents=documents, tokens=tokens, text_bytes=None, shards=shards)
     if fraction and splits["train"].documents > 1:

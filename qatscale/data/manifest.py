@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from qatscale.errors import UserError
 from qatscale.files import Count, read_checked, sealed, sha256_of, write_json
 
 Split = Literal["train", "validation"]
-Verify = Literal["auto", "size", "full"]
+Verify = Literal["auto", "size", "full", "trust"]
 NAME = "manifest.json"
 FULL_BELOW = 4 << 30
 """`verify="auto"` reads every byte of a split smaller than this, which takes a few seconds."""
@@ -118,49 +120,65 @@ class Manifest(_Part):
             problem = f"smaller than the vocabulary of the data, {needed}; the larger ids would have no embedding."
             raise UserError("model.vocab_size", vocab_size, problem, f"Set model.vocab_size={needed} or more.")
 
-    def open_shards(self, folder: Path, split: Split, verify: Verify = "auto") -> list[IndexedReader]:
-        """The shards of a split, checked: `size` looks at files and headers, `full` reads every byte.
+    def check_shards(self, folder: Path, split: Split, verify: Verify = "auto") -> None:
+        """Raise UserError for a missing split and for a missing, truncated or altered shard.
 
-        Raises UserError for a missing split and for a missing, truncated or altered shard.
+        `size` looks at files and headers, `full` reads every byte, `trust` looks at nothing.
         """
         counts = self.splits.get(split)
         if counts is None or not counts.shards:
             again = "adopt" if "adopted" in self.identity else "prepare"
             fix = f"Run `qatscale {again}` again with a larger --validation-fraction."
             raise UserError("data.path", None, f"the data have no {split} split.", fix)
+        if verify == "trust":
+            return
         files = {shard.name: shard for shard in counts.shards}
         size = sum(shard.bin_bytes + shard.idx_bytes for shard in files.values())
         full = verify == "full" or (verify == "auto" and size < FULL_BELOW)
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-            readers = pool.map(lambda shard: self._open_shard(folder, shard, full), files.values())
-            opened = dict(zip(files, readers, strict=True))
-        return [
-            opened[s.name] if s.tokens == len(opened[s.name].tokens) else opened[s.name].stretch(s.start, s.tokens)
-            for s in counts.shards
-        ]
+            for _ in pool.map(lambda shard: self._check_shard(folder, shard, full), files.values()):
+                pass
 
-    def _open_shard(self, folder: Path, shard: Shard, full: bool) -> IndexedReader:
+    @functools.cached_property
+    def _file_tokens(self) -> dict[str, int]:
+        """Name of a file → the tokens that all splits hold of it."""
+        tokens: Counter[str] = Counter()
+        for counts in self.splits.values():
+            for shard in counts.shards:
+                tokens[shard.name] += shard.tokens
+        return tokens
+
+    def open_shard(self, folder: Path, shard: Shard) -> IndexedReader:
+        """The file that holds a shard. UserError where its size or type is not what the manifest says."""
         fix = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
         reader = IndexedReader(folder / shard.name, fix)
-        for path, size in ((reader.bin_path, shard.bin_bytes), (reader.idx_path, shard.idx_bytes)):
-            if path.stat().st_size != size:
-                problem = f"has {path.stat().st_size} bytes, and the manifest says {size}."
-                raise UserError("shard", str(path), problem, fix)
-        stretches = [s.tokens for counts in self.splits.values() for s in counts.shards if s.name == shard.name]
-        if reader.dtype.name != self.dtype or len(reader.tokens) not in (shard.tokens, sum(stretches)):
+        sizes = (
+            (reader.bin_path, reader.bin_bytes, shard.bin_bytes),
+            (reader.idx_path, reader.idx_bytes, shard.idx_bytes),
+        )
+        for path, size, expected in sizes:
+            if size != expected:
+                raise UserError("shard", str(path), f"has {size} bytes, and the manifest says {expected}.", fix)
+        held = self._file_tokens[shard.name]
+        if reader.dtype.name != self.dtype or len(reader.tokens) not in (shard.tokens, held):
             found = f"holds {len(reader.tokens)} tokens of {reader.dtype.name}"
-            problem = f"{found}, and the manifest says {sum(stretches)} of {self.dtype}."
+            problem = f"{found}, and the manifest says {held} of {self.dtype}."
             raise UserError("shard", str(reader.idx_path), problem, fix)
-        if full:
-            for path, checksum in ((reader.bin_path, shard.bin_sha256), (reader.idx_path, shard.idx_sha256)):
-                if sha256_of(path) != checksum:
-                    raise UserError("shard", str(path), "was altered: its checksum is not the manifest's.", fix)
-            reader.check_contiguous()
-            low, high = int(reader.tokens.min()), int(reader.tokens.max())
-            if low < 0 or high >= self.tokenizer.vocab_size:
-                problem = f"holds token id {low if low < 0 else high}; the vocabulary has {self.tokenizer.vocab_size}."
-                raise UserError("shard", str(reader.bin_path), problem, fix)
         return reader
+
+    def _check_shard(self, folder: Path, shard: Shard, full: bool) -> None:
+        reader = self.open_shard(folder, shard)
+        if not full:
+            return
+        fix = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
+        for path, checksum in ((reader.bin_path, shard.bin_sha256), (reader.idx_path, shard.idx_sha256)):
+            if sha256_of(path) != checksum:
+                raise UserError("shard", str(path), "was altered: its checksum is not the manifest's.", fix)
+        reader.check_contiguous()
+        low, high = int(reader.tokens.min()), int(reader.tokens.max())
+        if low < 0 or high >= self.tokenizer.vocab_size:
+            problem = f"holds token id {low if low < 0 else high}; the vocabulary has {self.tokenizer.vocab_size}."
+            raise UserError("shard", str(reader.bin_path), problem, fix)
 
 
 def tokenizer_folder(data: Path | None, expected: str | None = None) -> Path | None:

@@ -21,7 +21,7 @@ from qatlaw.text import plural
 from qatscale.data import state as states
 from qatscale.data.encode import Encoded, encode_all, is_validation
 from qatscale.data.held_out import hold_out
-from qatscale.data.indexed import IndexedWriter
+from qatscale.data.indexed_writer import IndexedWriter
 from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard
 from qatscale.data.records import Unit
 from qatscale.data.sources import Batch, Source, SourceOptions, open_sources

@@ -11,33 +11,40 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from qatscale.config.schema import RunConfig
-from qatscale.data.indexed import IndexedReader
+from qatscale.data.indexed import IndexedReader, Shard
 from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.errors import UserError
 
+MAPS = 256
+"""Shards that a process keeps open, over all its streams; a descriptor each."""
+
 
 class TokenStream:
-    """The tokens of a split, shard after shard, memory-mapped."""
+    """The tokens of a split, shard after shard, each memory-mapped when it is first read."""
 
-    def __init__(self, manifest: Manifest, shards: Sequence[IndexedReader], name: str) -> None:
-        """`name`: what errors call it."""
-        self.manifest, self.name = manifest, name
-        self._shards = shards
-        self._ends = list(itertools.accumulate(len(shard.tokens) for shard in shards))
+    def __init__(
+        self, manifest: Manifest, shards: Sequence[Shard], open_shard: Callable[[Shard], IndexedReader], name: str
+    ) -> None:
+        """`open_shard`: gives the file that holds a shard. `name`: what errors call the stream."""
+        self.manifest, self.name, self.open_shard = manifest, name, open_shard
+        self._shards, self.files = shards, {shard.name: shard for shard in shards}
+        self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
 
     @classmethod
     def open(cls, folder: Path | str, split: Split, verify: Verify = "auto") -> TokenStream:
         """Raises UserError for a missing folder or split and for a missing, truncated or altered shard."""
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        return cls(manifest, manifest.open_shards(folder, split, verify), f"{folder} ({split})")
+        manifest.check_shards(folder, split, verify)
+        open_shard = functools.partial(manifest.open_shard, folder)
+        return cls(manifest, manifest.splits[split].shards, open_shard, f"{folder} ({split})")
 
     def __len__(self) -> int:
         """Tokens."""
@@ -51,7 +58,9 @@ class TokenStream:
     def _read(self, shard: int, offset: int, out: np.ndarray) -> None:
         filled = 0
         while filled < len(out):
-            part = self._shards[shard].tokens[offset : offset + len(out) - filled]
+            held = self._shards[shard]
+            first, end = held.start + offset, held.start + min(held.tokens, offset + len(out) - filled)
+            part = _opened(self, held.name).tokens[first:end]
             out[filled : filled + len(part)] = part
             filled, shard, offset = filled + len(part), shard + 1, 0
 
@@ -69,10 +78,16 @@ class TokenStream:
         out = np.empty((len(indices), sequence_length + 1), np.int64)
         places = [self._locate(index * sequence_length) for index in indices.tolist()]
         for shard, offset in places:  # all before the first is read, so that a disk serves them together
-            self._shards[shard].prefetch(offset, sequence_length + 1)
+            held = self._shards[shard]
+            _opened(self, held.name).prefetch(held.start + offset, sequence_length + 1)
         for row, place in zip(out, places, strict=True):
             self._read(*place, row)
         return out
+
+
+@functools.lru_cache(maxsize=MAPS)
+def _opened(stream: TokenStream, name: str) -> IndexedReader:
+    return stream.open_shard(stream.files[name])
 
 
 class ShuffledOrder:
@@ -100,11 +115,12 @@ class ShuffledOrder:
         while count:
             epoch, place = divmod(first, self._n)
             taken = min(count, self._n - place)
-            parts.append(self._in_epoch(epoch, np.arange(place, place + taken)))
+            parts.append(self.in_epoch(epoch, np.arange(place, place + taken)))
             first, count = first + taken, count - taken
         return np.concatenate(parts)
 
-    def _in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Sequence at each of these places of an epoch, in any order; int64 [places]."""
         places = self._permute(epoch, places)
         while (beyond := places >= self._n).any():
             places[beyond] = self._permute(epoch, places[beyond])
@@ -123,6 +139,32 @@ class ShuffledOrder:
         return (bits % np.uint64(self._side)).astype(np.int64).reshape(self._ROUNDS, 2, self._side)
 
 
+class ReshuffledTail:
+    """An order that is another one up to the position `start`, and from there on shuffled anew: first what that epoch
+    has left, so that nothing repeats within it, then all sequences again."""
+
+    def __init__(self, order: ShuffledOrder, sequences: int, start: int, seed: int) -> None:
+        """`sequences`: those of an epoch."""
+        self._order, self._start = order, start
+        self._epoch, self._place = divmod(start, sequences)
+        self._rest = sequences - self._place
+        self._within = ShuffledOrder(self._rest, seed)
+        self._after = ShuffledOrder(sequences, seed + 1)
+
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """Sequence at each of the positions [first, first + count); int64 [count]."""
+        end, turn = first + count, self._start + self._rest
+        parts = []
+        if first < self._start:
+            parts.append(self._order(first, min(end, self._start) - first))
+        if (begin := max(first, self._start)) < min(end, turn):
+            shuffled = self._within(begin - self._start, min(end, turn) - begin)
+            parts.append(self._order.in_epoch(self._epoch, self._place + shuffled))
+        if (begin := max(first, turn)) < end:
+            parts.append(self._after(begin - turn, end - begin))
+        return np.concatenate(parts)
+
+
 class BatchReader:
     """Training batches: a pure function of (seed, step, rank). The global batch is the same for any number of ranks.
 
@@ -130,14 +172,20 @@ class BatchReader:
     The order of sources and documents does not bias what a short run sees.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, sequences: int, seed: int) -> None:
-        """`sequences`: those of the global batch. Raises UserError where the stream cannot fill one batch."""
+    def __init__(
+        self, stream: TokenStream, sequence_length: int, sequences: int, seed: int, tail: tuple[int, int] | None = None
+    ) -> None:
+        """`sequences`: those of the global batch. `tail`: (step, seed) from which the order is another one. Raises
+        UserError where the stream cannot fill one batch."""
         self.stream, self.sequence_length, self.sequences = stream, sequence_length, sequences
         self.sequences_per_epoch = stream.sequences(sequence_length)
         if sequences > self.sequences_per_epoch:
             problem = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
             raise UserError("batch.sequences", sequences, problem, "Choose a smaller batch or prepare more text.")
-        self._order = ShuffledOrder(self.sequences_per_epoch, seed)
+        self._order: Callable[[int, int], np.ndarray] = (order := ShuffledOrder(self.sequences_per_epoch, seed))
+        if tail is not None:
+            step, other = tail
+            self._order = ReshuffledTail(order, self.sequences_per_epoch, step * sequences, seed + (other << 32))
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
@@ -212,10 +260,12 @@ class EvaluationReader:
         return EvaluationBatch(self.stream.gather(indices, self.sequence_length), weight)
 
 
-def open_batches(config: RunConfig) -> BatchReader:
-    """The training batches of a run. UserError as from `open_stream`, and where the split cannot fill one batch."""
-    stream, length = open_stream(config, "train"), config.data.sequence_length
-    return BatchReader(stream, length, config.batch.sequences, config.data.seed)
+def open_batches(config: RunConfig, last_cooldown: int | None = None) -> BatchReader:
+    """The training batches of a run. `last_cooldown`: its first step, for `data.cooldown_seed`. UserError as from
+    `open_stream`, and where the split cannot fill one batch."""
+    stream, data = open_stream(config, "train"), config.data
+    tail = (last_cooldown, data.cooldown_seed) if data.cooldown_seed and last_cooldown is not None else None
+    return BatchReader(stream, data.sequence_length, config.batch.sequences, data.seed, tail)
 
 
 def open_validation(config: RunConfig) -> EvaluationReader:
@@ -227,13 +277,15 @@ def open_validation(config: RunConfig) -> EvaluationReader:
 def open_stream(config: RunConfig, split: Split) -> TokenStream:
     """A split of the run's data, after checks of its checksums and vocabulary.
 
-    Rank 0 reads the bytes; the other ranks check only sizes, so that a large job does not read the corpus once per
-    process. UserError for data that are missing, damaged or of another vocabulary.
+    Rank 0 reads the bytes, and the first rank of every other host checks sizes. The others trust them, so that a large
+    job neither reads the corpus nor asks for every file once per process. UserError for data that are missing, damaged
+    or of another vocabulary.
     """
     if config.data.path is None:
         fix = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
         raise UserError("data.path", None, "is not set.", fix)
-    is_main = int(os.environ.get("RANK", 0)) == 0  # before there is a process group
-    stream = TokenStream.open(config.data.path, split, verify="auto" if is_main else "size")
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))  # before they have met
+    verify: Verify = "auto" if rank == "0" else "size" if local_rank == "0" else "trust"
+    stream = TokenStream.open(config.data.path, split, verify)
     stream.manifest.check_vocabulary(config.model.vocab_size)
     return stream

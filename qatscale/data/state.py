@@ -75,7 +75,7 @@ def finished(folder: Path, identity: dict[str, Any]) -> Manifest | None:
     _check_identity(folder, "a dataset", manifest.identity, identity)
     for split, counts in manifest.splits.items():
         if counts.shards:
-            manifest.open_shards(folder, split, "size")
+            manifest.check_shards(folder, split, "size")
     return manifest
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from qatscale.data.indexed import token_dtype
+from qatscale.data.indexed_writer import token_dtype
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.files import PARTIAL, Count, read_checked, rename_synced, write_atomic, write_json

@@ -7,42 +7,44 @@ block computes and compiles it once more.
 
 Under activation checkpointing a block is recomputed by the same graph. A pipeline stage compiles its blocks by itself.
 Under tensor parallelism the exchanges lie between graphs: they are autograd Functions around collectives that write in
-place, which the compiler does not accept; a block then is a dozen graphs, and blocks still share them. Under ZeRO-3
-nothing is compiled: DeepSpeed gathers every weight in a hook, each of which ends a graph, and the graphs of one block
-and the next differ until the compiler gives up.
+place, which the compiler does not accept; a block then is a dozen graphs, and blocks still share them. Under ZeRO-3 a
+block cannot be compiled: DeepSpeed gathers every weight in a hook, each of which ends a graph, and the graphs of one
+block and the next differ until the compiler gives up. There, and by default under tensor parallelism, the parts without
+weights are compiled: the rotation, SiLU(gate)·up, and the loss of a chunk. The switch does not change them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from qatscale.config.schema import EngineConfig
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
 from qatscale.model.head import fusible_chunk_loss
-from qatscale.model.llama import Llama, run_block
+from qatscale.model.llama import Llama, gated, rotate, run_block
 from qatscale.model.tensor_parallel import keep_out_of_graphs
 
+Plan = Literal["off", "parts", "on"]
+"""`on`: the blocks. `parts`: what has no weights."""
 
-def plan_compilation(engine: EngineConfig, ds_config: Mapping[str, Any]) -> bool:
-    """Whether this process compiles. UserError where it was asked for and cannot be.
+
+def plan_compilation(engine: EngineConfig, ds_config: Mapping[str, Any]) -> Plan:
+    """What this process compiles. UserError where it was asked for and cannot be.
 
     `auto` is for GPUs: on two CPU cores compiling takes longer than a small run gains (analysis/benchmarks/
-    step_speed.md). It leaves tensor parallelism out, where it was tested and never timed.
+    step_speed.md). Under tensor parallelism blocks were tested and never timed: `auto` leaves them out.
     """
-    setting, stage = engine.compile, ds_config["zero_optimization"]["stage"]
-    if setting == "on" and stage == 3:
-        problem = "does not work with ZeRO-3, whose hooks end a graph at every weight."
-        raise UserError("engine.compile", setting, problem, "Take a ZeRO-1 or ZeRO-2 ds_config, or engine.compile=off.")
-    if setting == "auto":
-        return stage < 3 and engine.tensor_parallel == 1 and uses_gpu() and _has_triton()
-    if setting == "on" and uses_gpu() and not _has_triton():
+    setting, sharded = engine.compile, ds_config["zero_optimization"]["stage"] == 3
+    if setting == "off" or (setting == "auto" and not (uses_gpu() and _has_triton())):
+        return "off"
+    if uses_gpu() and not _has_triton():
         problem = "needs Triton on this GPU, which is not installed or too old for it."
         raise UserError("engine.compile", setting, problem)
-    return setting == "on"
+    return "parts" if sharded or (setting == "auto" and engine.tensor_parallel > 1) else "on"
 
 
 def _has_triton() -> bool:
@@ -54,15 +56,18 @@ def _has_triton() -> bool:
 class Compilation:
     """Counts the graphs of a model's compiled parts. torch compiles them when they are first run."""
 
-    def __init__(self, model: Llama, compiles: bool, backend: str = "inductor") -> None:
-        """compiles: False = the model stays as it is. backend: of torch.compile."""
-        self._reported = self._total() if compiles else None
-        self._begun = self._reported
-        if not compiles:
+    def __init__(self, model: Llama, plan: Plan, backend: str = "inductor") -> None:
+        """plan: "off" = the model stays as it is. backend: of torch.compile."""
+        self._plan = plan
+        self._reported = self._begun = None if plan == "off" else self._total()
+        if plan == "off":
             return
-        if model.parallel.size > 1:
-            keep_out_of_graphs()
-        model.run_block = torch.compile(run_block, dynamic=False, backend=backend)
+        if plan == "on":
+            if model.parallel.size > 1:
+                keep_out_of_graphs()
+            model.run_block = torch.compile(run_block, dynamic=False, backend=backend)
+        else:
+            model.use_parts(*(_for_training(part, backend) for part in (rotate, gated)))
         if uses_gpu() and model.stage.is_last:  # on CPUs the vectorised softmax is as fast as the compiled one
             model.head.chunk_loss = torch.compile(fusible_chunk_loss, dynamic=False, backend=backend)
 
@@ -78,4 +83,11 @@ class Compilation:
             return None
         again = "anew " if self._reported != self._begun else ""
         self._reported += graphs
-        return f"compiled {again}{graphs} graph{'s' if graphs > 1 else ''}, the same for all blocks"
+        of = ", the same for all blocks" if self._plan == "on" else " of parts without weights"
+        return f"compiled {again}{graphs} graph{'s' if graphs > 1 else ''}{of}"
+
+
+def _for_training(part: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    """`part`, compiled where gradients are taken: the shapes of a validation differ."""
+    compiled = torch.compile(part, dynamic=False, backend=backend)
+    return lambda *given: (compiled if torch.is_grad_enabled() else part)(*given)

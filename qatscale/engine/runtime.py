@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import resource
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 
 from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
+
+DESCRIPTORS = 1 << 16
+"""Open files that a training process may have, where the hard limit allows it."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,14 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     import deepspeed
 
     device = torch.device("cpu")
-    if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0
+    if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0, and so must DeepSpeed
         device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
+        os.environ["LOCAL_RANK"] = str(device.index)
     if not torch.distributed.is_initialized():
+        _allow_many_descriptors()
         if on_gpu:
             torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("highest")  # fp32 is IEEE's: TF32 rounds factors to 10 bits
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         try:
             deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
@@ -99,24 +106,42 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     return Runtime(rank, ranks, local_rank, device)
 
 
-def together(
-    work: Callable[[], Any] | None, runtime: Runtime, group: torch.distributed.ProcessGroup | None = None
-) -> list[Any]:
+def _allow_many_descriptors() -> None:
+    """Raise the soft limit of open files: collectives of gloo take one for each other process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def together(work: Callable[[], Any] | None, runtime: Runtime) -> list[Any]:
     """The results of `work` on all processes. An OSError, UserError or FloatingPointError of one is raised on all.
 
     Collective.
     """
-    own: tuple[Any, Exception | None]
-    try:
-        own = (work() if work else None, None)
-    except (UserError, FloatingPointError) as error:  # not raised yet: the others wait to hear of it
-        own = (None, error)
-    except OSError as error:
-        own = (None, OSError(f"process {runtime.rank}: {error}"))
+    own = outcome_of(work, runtime)
     outcomes = [own]
     if runtime.ranks > 1:
         outcomes *= runtime.ranks
-        torch.distributed.all_gather_object(outcomes, own, group=group)
+        torch.distributed.all_gather_object(outcomes, own)
+    return results_of(outcomes)
+
+
+Outcome = tuple[Any, Exception | None]
+
+
+def outcome_of(work: Callable[[], Any] | None, runtime: Runtime) -> Outcome:
+    """What `work` gives, or its error: not raised yet, since the other processes wait to hear of it."""
+    try:
+        return (work() if work else None, None)
+    except (UserError, FloatingPointError) as error:
+        return (None, error)
+    except OSError as error:
+        return (None, OSError(f"process {runtime.rank}: {error}"))
+
+
+def results_of(outcomes: Sequence[Outcome]) -> list[Any]:
+    """What all have given, or the errors."""
     errors = [error for _, error in outcomes if error]
     if errors and isinstance(errors[0], OSError):
         raise OSError("; ".join(map(str, errors)))

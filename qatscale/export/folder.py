@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qatscale.export.encoding import ExportLayout, StoredParameter
 from qatscale.model.hugging_face import hugging_face_names, save_safetensors, write_config
-from qatscale.tensor_files import LazyState
+from qatscale.model.lazy_state import LazyState
 
 
 class FileTensor(NamedTuple):

@@ -19,19 +19,10 @@ from torch import nn
 from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
+from qatscale.model.lazy_state import LazyState, State, renamed, shapes_of
 from qatscale.model.llama import parameter_shapes
 from qatscale.new_folder import appearing, check_new
-from qatscale.tensor_files import (
-    SHARD_BYTES,
-    LazyState,
-    Shape,
-    State,
-    Types,
-    renamed,
-    shapes_of,
-    type_of,
-    write_safetensors,
-)
+from qatscale.tensor_files import SHARD_BYTES, Shape, Types, type_of, write_safetensors
 from qatscale.untrusted import check_json_files, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -86,6 +86,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate)·up, of any one shape."""
+    return F.silu(gate) * up
+
+
 class Attention(nn.Module):
     """Causal self-attention, [b, t, D] → [b, t, D].
 
@@ -105,12 +110,13 @@ class Attention(nn.Module):
         self.o = row_parallel_linear(config.heads * channels, config.hidden_size, parallel)
         self.q_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
+        self.rotate = rotate
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         x = self.parallel.enter(x)
         heads = (*x.shape[:-1], -1, self.channels)
-        q = rotate(self.q_norm(self.q(x).view(heads)), rotation).transpose(1, 2)  # [b, h, t, d]
-        k = rotate(self.k_norm(self.k(x).view(heads)), rotation).transpose(1, 2)
+        q = self.rotate(self.q_norm(self.q(x).view(heads)), rotation).transpose(1, 2)  # [b, h, t, d]
+        k = self.rotate(self.k_norm(self.k(x).view(heads)), rotation).transpose(1, 2)
         v = self.v(x).view(heads).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.parallel.leave(self.o(mixed.transpose(1, 2).flatten(2)))
@@ -125,10 +131,11 @@ class MLP(nn.Module):
         self.gate = column_parallel_linear(config.hidden_size, config.intermediate_size, parallel)
         self.up = column_parallel_linear(config.hidden_size, config.intermediate_size, parallel)
         self.down = row_parallel_linear(config.intermediate_size, config.hidden_size, parallel)
+        self.gated = gated
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.parallel.enter(x)
-        return self.parallel.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
+        return self.parallel.leave(self.down(self.gated(self.gate(x), self.up(x))))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -201,6 +208,12 @@ class Llama(nn.Module):
             self.norm = RMSNorm(config, parallel)
             self.head = Head(config.hidden_size, config.vocab_size, parallel)
         self._tie()
+
+    def use_parts(self, rotate: Callable[..., Tensor], gated: Callable[..., Tensor]) -> None:
+        """Compute `rotate` and `gated` by these functions, which may be compiled ones."""
+        for block in self.blocks:
+            if isinstance(block, Block):
+                block.attention.rotate, block.mlp.gated = rotate, gated
 
     @property
     def tied_embedding(self) -> bool:

@@ -64,6 +64,8 @@ def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> 
     present = [segment.phase for segment in segments]
     absent = [f"schedule.phases.{phase}" for phase in schedule.phases if phase not in present]
     lines = _no_effect(absent, f"the phases of this run are {', '.join(present)}")
+    if segments[-1].kind != "cooldown":
+        lines += _no_effect(_changed(config.data, "data", ["cooldown_seed"]), "this run ends without a cooldown")
     if not any(segment.kind == "cooldown" for segment in segments):
         names = ["shape", "min_lr_ratio", *(shape.setting for shape in SHAPES.values() if shape.setting)]
         return lines + _no_effect(

@@ -149,6 +149,11 @@ class Timeline:
         starts = {segment.start for segment in self.segments if segment.kind == "cooldown"}
         return tuple(sorted((starts | {self.switch_step or 0}) - {0}))
 
+    @property
+    def last_cooldown(self) -> int | None:
+        """First step of the cooldown that ends the run; None where it ends without one."""
+        return self.segments[-1].start if self.segments[-1].kind == "cooldown" else None
+
     def segment_at(self, step: int) -> Segment:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a run of {self.steps} steps (0-based)")

@@ -120,6 +120,12 @@ class Axes(Section):
     ] = Field({})
     """Dotted key of a recipe and its values."""
     seeds: Annotated[Values[Annotated[int, NotBool]], Sets(("seed", "data.seed"), "seed")] = (0,)
+    cooldown_data_seeds: Annotated[
+        Values[Annotated[int, NotBool, Field(ge=0)]], Sets(("data.cooldown_seed",), "order")
+    ] = (0,)
+    """Orders of the data in the cooldown: runs that differ in it alone branch where the cooldown starts."""
+    keep_at: Values[PositiveTokens] = ()
+    """Not an axis: checkpoints that stay when the study is done, in tokens from the start."""
 
 
 class Study(Axes):
@@ -153,7 +159,7 @@ PLAIN_AXES = {
 """The axes that only set keys of the recipe. Another one takes a line in `Axes`, and one above in the format."""
 _OF_AN_AXIS = {
     "name": "name", "tokens": "tokens", "qat.scheme": "schemes", "qat.bits": "bits", "qat.fraction": "fractions",
-    "evaluation.ptq_bits": "bits", "checkpoint.keep_at": "plan", "output": "folder",
+    "evaluation.ptq_bits": "bits", "checkpoint.keep_at": "keep_at", "output": "folder",
     **{key: name for name, sets in PLAIN_AXES.items() for key in sets.keys},
 }  # fmt: skip
 """What no override may set, and what sets it."""

@@ -18,7 +18,7 @@ trained again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -27,7 +27,7 @@ from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.results import read_results, write_results
 from qatlaw.run_files import Number
 from qatlaw.run_folders import run_record
-from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
+from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree, trained_by
 from qatlaw.text import plural
 from qatscale.config.recipe import config_differences, load_run_config, resolved_yaml
 from qatscale.config.schema import RunConfig
@@ -36,7 +36,7 @@ from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
 from qatscale.errors import UserError
 from qatscale.files import Count, is_file, locked, read_checked, write_atomic, write_json
 from qatscale.study.file import read_study
-from qatscale.study.grid import StudyRun, grid
+from qatscale.study.grid import Grid, StudyRun, grid
 from qatscale.supervise.claims import Claims
 from qatscale.tracking.run_folder import RunFolder
 
@@ -57,6 +57,8 @@ class StudyJob:
     flops_per_token: Number
     n_params: Count
     processes: Count
+    stay: tuple[Count, ...] = ()
+    """Steps whose checkpoints stay when the study is done."""
 
     @property
     def new_tokens(self) -> int:
@@ -154,7 +156,8 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             _refuse_another_run(folder, name, configs[name])
         fresh = [run for run in cells.runs if run.route.name not in begun]
         routes = {run.route.name: run.route for run in cells.runs}
-        offers = [Offer(routes[name], _offered_steps(folder, old[name])) for name in begun & routes.keys()]
+        offered = {name: _offered_steps(folder, old[name]) for name in begun}
+        offers = [Offer(routes[name], offered[name]) for name in begun & routes.keys()]
         done = recorded & configs.keys() - begun  # trained elsewhere: nothing branches from them here
         kept = _needed(old, begun & configs.keys(), begun)
         jobs = [old[name] for name in old if name in kept]
@@ -162,12 +165,20 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
         by_name = {run.route.name: run for run in cells.runs}
         jobs += [_job(by_name[job.route.name], job, tree.kept[job.route.name]) for job in tree.jobs]
         jobs += [_job(by_name[name], Job(routes[name], None, 0), ()) for name in sorted(done)]
+        jobs, lost = _with_stay(jobs, cells, offered, done)
         for job in jobs:
             if job.name in configs and job.name not in begun:
-                _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in job.keep])
+                steps = sorted({*job.keep, *job.stay})
+                _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in steps])
         write_atomic(folder.study_file, text.encode())
         write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
+    if cells.repeated:
+        notes.append(
+            f"trained once, under their first names: {_listed([f'{name} is {same}' for name, same in cells.repeated])}"
+        )
+    if lost:
+        notes.append(f"trained before keep_at named them, so not on disk: {_listed(lost)}")
     widths = {name: (configs[name], folder.config(name)) for name in sorted(begun & configs.keys())}
     unasked = [
         name for name, (now, then) in widths.items() if set(now.evaluation.ptq_bits) - set(then.evaluation.ptq_bits)
@@ -178,6 +189,26 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     if dropped:
         notes.append(f"no longer in the study, their folders stay: {_listed(dropped)}")
     return (*notes, *cells.warnings)
+
+
+def _with_stay(
+    jobs: list[StudyJob], cells: Grid, offered: Mapping[str, tuple[int, ...]], done: Set[str]
+) -> tuple[list[StudyJob], list[str]]:
+    """The jobs with the checkpoints that `keep_at` names, each at the job that trains it, and what is past.
+
+    offered: by begun run the steps whose checkpoints exist or will. done: runs trained elsewhere.
+    """
+    begins = {job.name: (job.parent, job.start) for job in jobs}
+    stay: dict[str, set[int]] = {}
+    lost = []
+    for run in cells.runs:
+        for step in run.keep_at:
+            name = trained_by(begins, run.route.name, step)
+            if name in done or step not in offered.get(name, (step,)):
+                lost.append(f"{name}@{step}")
+            else:
+                stay.setdefault(name, set()).add(step)
+    return [replace(job, stay=tuple(sorted(stay.get(job.name, ())))) for job in jobs], lost
 
 
 def _needed(jobs: Mapping[str, StudyJob], names: Set[str], begun: Set[str]) -> set[str]:
@@ -213,7 +244,7 @@ def _offered_steps(folder: StudyFolder, job: StudyJob) -> tuple[int, ...]:
     if run.is_done:
         return tuple(sorted(on_disk))
     reached = max(on_disk, default=0)
-    return tuple(step for step in (*job.keep, job.steps) if step in on_disk or step > reached)
+    return tuple(step for step in (*job.keep, *job.stay, job.steps) if step in on_disk or step > reached)
 
 
 def _absolute(config: RunConfig) -> RunConfig:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,8 @@ class StudyRun:
     overrides: tuple[str, ...]
     """They make `config` of the recipe."""
     processes: int
+    keep_at: tuple[int, ...]
+    """Steps whose checkpoints stay when the study is done."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Grid:
     runs: tuple[StudyRun, ...]
     left_out: tuple[tuple[str, str], ...]
     """(run, why its schedule does not fit)."""
+    repeated: tuple[tuple[str, str], ...]
+    """(cell of the grid, the run that is the same training under another name)."""
     warnings: tuple[str, ...]
 
 
@@ -66,6 +70,8 @@ class Cell:
 
     size: Size
     choices: tuple[Choice, ...]
+    keep_at: tuple[int, ...]
+    """In tokens."""
 
     @property
     def name(self) -> str:
@@ -82,9 +88,14 @@ def grid(study: Study) -> Grid:
     """All runs of a study, in the order of its file. UserError where none has a schedule that fits."""
     runs: dict[str, StudyRun] = {}
     left_out: dict[str, str] = {}
+    repeated: dict[str, str] = {}
+    trained: dict[Hashable, str] = {}
     for cell in _cells(study):
-        if cell.name in runs or cell.name in left_out:
-            continue  # grids may overlap
+        if cell.name in left_out:
+            continue
+        if cell.name in runs:  # grids may overlap
+            runs[cell.name] = _keeping(runs[cell.name], cell.keep_at)
+            continue
         overrides = (*study.set, *cell.size.set, *cell.overrides)
         config = load_run_config(cell.size.recipe, overrides)
         try:
@@ -93,11 +104,24 @@ def grid(study: Study) -> Grid:
             left_out[cell.name] = str(problem)
             continue
         route = _route(cell.name, config, timeline)
-        runs[cell.name] = StudyRun(config, timeline, route, cell.size.recipe, overrides, cell.size.processes)
+        if (same := trained.setdefault(_training(config, route), cell.name)) != cell.name:
+            repeated[cell.name] = same
+            runs[same] = _keeping(runs[same], cell.keep_at)
+            continue
+        run = StudyRun(config, timeline, route, cell.size.recipe, overrides, cell.size.processes, ())
+        runs[cell.name] = _keeping(run, cell.keep_at)
     if not runs:
         first = next(iter(left_out.values()))
         raise UserError("study", study.name, f"none of its runs has a schedule that fits; the first: {first}")
-    return Grid(study.name, tuple(runs.values()), tuple(left_out.items()), _warnings(list(runs.values())))
+    warnings = _warnings(list(runs.values()))
+    return Grid(study.name, tuple(runs.values()), tuple(left_out.items()), tuple(repeated.items()), warnings)
+
+
+def _keeping(run: StudyRun, keep_at: Iterable[int]) -> StudyRun:
+    """The run with more checkpoints that stay, as far as it reaches. keep_at: in tokens."""
+    steps = {max(1, round(tokens / run.timeline.tokens_per_step)) for tokens in keep_at}
+    kept = {step for step in steps if step < run.timeline.steps}  # the final checkpoint stays in any case
+    return replace(run, keep_at=tuple(sorted(kept | {*run.keep_at})))
 
 
 def _cells(study: Study) -> Iterator[Cell]:
@@ -108,8 +132,8 @@ def _cells(study: Study) -> Iterator[Cell]:
     for axes in study.parts:
         for size, tokens, *plain in _models(study, axes):
             for qat in _quantizations(axes, list(bits[size.name, tokens, *plain])):
-                for varied in _variations(axes, quantized=qat.label != "fp"):
-                    yield Cell(size, (tokens, qat, *varied, *plain))
+                for varied in _variations(axes, scheme=qat.label.partition("-")[0]):
+                    yield Cell(size, (tokens, qat, *varied, *plain), axes.keep_at)
 
 
 def _models(study: Study, axes: Axes) -> Iterator[tuple[Any, ...]]:
@@ -152,12 +176,20 @@ def _quantizations(axes: Axes, ptq_bits: list[float]) -> Iterator[Choice]:
             yield Choice(label, tuple(settings))
 
 
-def _variations(axes: Axes, quantized: bool) -> Iterator[tuple[Choice, ...]]:
-    """All combinations of `vary`, without the keys that a full-precision run does not use."""
+_UNUSED = {
+    "fp": ("qat.", "schedule.phases.qat_"),
+    "fused": ("schedule.phases.cooldown.",),
+    "scratch": tuple(f"schedule.phases.{phase}." for phase in ("warmup", "stable", "cooldown")),
+}
+"""Prefixes of the keys without effect under a scheme."""
+
+
+def _variations(axes: Axes, scheme: str) -> Iterator[tuple[Choice, ...]]:
+    """All combinations of `vary`, without the keys that the scheme does not use."""
     varied = [
         [Choice(re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{key}={_text(value)}"), ((key, value),)) for value in values]
         for key, values in axes.vary.items()
-        if quantized or not key.startswith(("qat.", "schedule.phases.qat_"))
+        if not key.startswith(_UNUSED.get(scheme, ()))
     ]
     return itertools.product(*varied)
 
@@ -178,7 +210,8 @@ def _text(value: Any) -> str:
 def _route(name: str, config: RunConfig, timeline: Timeline) -> Route:
     pieces: list[Piece] = []
     for segment in timeline.segments:
-        piece = Piece(_rule(segment, config), segment.start, segment.end)
+        cooldown_seed = config.data.cooldown_seed if segment.start == timeline.last_cooldown else 0
+        piece = Piece((_rule(segment, config), cooldown_seed), segment.start, segment.end)
         if pieces and pieces[-1].rule == piece.rule:
             piece = Piece(piece.rule, pieces.pop().start, piece.end)
         pieces.append(piece)
@@ -186,10 +219,20 @@ def _route(name: str, config: RunConfig, timeline: Timeline) -> Route:
     return Route(name, _root(config), tuple(pieces), timeline.tokens_per_step, float(flops))
 
 
+def _training(config: RunConfig, route: Route) -> Hashable:
+    """Equal for runs that are one training, whatever the keys by which their schedules came to be."""
+    return route.pieces, config.model_dump_json(exclude={"name": True, "schedule": True, "optimizer": _IN_ALL_STEPS})
+
+
+_IN_ALL_STEPS = {"learning_rate", "betas", "weight_decay"}
+"""Keys of `optimizer.` whose effect is in the segments."""
+
+
 def _root(config: RunConfig) -> Hashable:
     """Equal for runs in which equal settings of a step give equal training: model, data, batch, seed, precision."""
     optimizer = config.optimizer.model_dump(include={"eps", "gradient_clipping"})
-    parts: list[Any] = [config.model.model_dump(mode="json"), config.data.model_dump(mode="json"), optimizer]
+    data = config.data.model_dump(mode="json", exclude={"cooldown_seed"})
+    parts: list[Any] = [config.model.model_dump(mode="json"), data, optimizer]
     parts += [config.batch.model_dump(), config.seed, config.engine.model_dump(mode="json")]
     return json.dumps(parts, sort_keys=True)
 

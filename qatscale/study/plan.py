@@ -13,7 +13,7 @@ from qatlaw.information import Certainty, certainties
 from qatlaw.planner_law import PlannerLaw
 from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord, planned_points
-from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
+from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate, trained_by
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.study.file import TWO_PHASES, read_study
@@ -55,9 +55,20 @@ def plan_study(
     """The cheapest tree of a study's runs, its cost, and under `law` the information of its and the `known` runs."""
     study_grid = grid(read_study(file))
     tree = cheapest_tree([run.route for run in study_grid.runs])
-    cost = forecast(tree.jobs, {run.route.name: _parameters(run) for run in study_grid.runs}, workers)
+    stay = kept_for_good(study_grid, tree)
+    cost = forecast(tree.jobs, {run.route.name: _parameters(run) for run in study_grid.runs}, workers, stay)
     information = None if law is None else _information(study_grid, law, noise, known)
     return StudyPlan(study_grid, tree, cost, information)
+
+
+def kept_for_good(study_grid: Grid, tree: Tree) -> dict[str, set[int]]:
+    """By run the steps of `keep_at` that it trains, and not the run it branches from."""
+    begins = {job.route.name: (job.parent, job.start) for job in tree.jobs}
+    steps: dict[str, set[int]] = {name: set() for name in begins}
+    for run in study_grid.runs:
+        for step in run.keep_at:
+            steps[trained_by(begins, run.route.name, step)].add(step)
+    return steps
 
 
 def _information(study_grid: Grid, law: PlannerLaw, noise: float, known: pd.DataFrame | None) -> Information:
@@ -120,11 +131,14 @@ class Forecast:
     disk: int
     """Bytes of checkpoints at the fullest moment."""
     disk_at_end: int
-    """Bytes of the final checkpoints, which are kept."""
+    """Bytes of the checkpoints that stay: the final ones, and those of `keep_at`."""
 
 
-def forecast(jobs: Sequence[Job], parameters: Mapping[str, int], workers: int) -> Forecast:
-    """`jobs`: each after the one it branches from. `parameters`: of each job's model, by the job's name."""
+def forecast(
+    jobs: Sequence[Job], parameters: Mapping[str, int], workers: int, stay: Mapping[str, set[int]]
+) -> Forecast:
+    """`jobs`: each after the one it branches from. By job: `parameters` of its model, steps of checkpoints that
+    `stay`."""
     slots = {slot.job.route.name: slot for slot in simulate(jobs, workers)}
     sizes = {name: count * CHECKPOINT_BYTES for name, count in parameters.items()}
     needed_until: dict[tuple[str, int], float] = {}  # a checkpoint stays until the last run that branches there is done
@@ -134,7 +148,9 @@ def forecast(jobs: Sequence[Job], parameters: Mapping[str, int], workers: int) -
             needed_until[key] = max(needed_until.get(key, 0.0), slots[job.route.name].end)
     changes = [(slot.end, sizes[name]) for name, slot in slots.items()]
     for (parent, step), end in needed_until.items():
-        changes += [(slots[parent].reaches(step), sizes[parent]), (end, -sizes[parent])]
+        if step not in stay[parent]:
+            changes += [(slots[parent].reaches(step), sizes[parent]), (end, -sizes[parent])]
+    changes += [(slots[name].reaches(step), sizes[name]) for name, steps in stay.items() for step in steps]
     held, most = 0, 0
     for _, change in sorted(changes, key=lambda pair: (pair[0], -pair[1])):
         held += change
@@ -159,6 +175,7 @@ def as_json(plan: StudyPlan) -> dict[str, Any]:
         "study": plan.grid.name,
         "runs": _jobs(plan),
         "left_out": [{"name": name, "reason": reason} for name, reason in plan.grid.left_out],
+        "repeated": dict(plan.grid.repeated),
         "warnings": list(plan.grid.warnings),
         "tokens": tree.tokens,
         "tokens_alone": tree.tokens_alone,
@@ -184,10 +201,14 @@ def as_json(plan: StudyPlan) -> dict[str, Any]:
 def _jobs(plan: StudyPlan) -> list[dict[str, Any]]:
     runs = {run.route.name: run for run in plan.grid.runs}
     jobs = []
+    stay = kept_for_good(plan.grid, plan.tree)
     for job in plan.tree.jobs:
         run = runs[job.route.name]
         parent = runs[job.parent].config.folder if job.parent else None
-        kept = [step * job.route.tokens_per_step for step in plan.tree.kept[job.route.name]]
+        kept = [
+            step * job.route.tokens_per_step
+            for step in sorted({*plan.tree.kept[job.route.name], *stay[job.route.name]})
+        ]
         keep_at = [f"checkpoint.keep_at=[{', '.join(map(str, kept))}]"] if kept else []
         jobs.append(
             {

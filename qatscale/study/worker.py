@@ -136,9 +136,10 @@ def _lost(name: str) -> None:
 
 def clear_checkpoints(folder: StudyFolder, name: str) -> None:
     """Remove the checkpoints that nobody needs once the run `name` is done: its own from which no run branches, and its
-    parent's where it was the last one to branch. The final checkpoint of a run stays."""
+    parent's where it was the last one to branch. The final checkpoint of a run stays, and so do those of `keep_at`."""
     jobs = folder.jobs
-    waiting = {(job.parent, job.start) for job in jobs.values() if not folder.run(job.name).is_done}
+    needed = {(job.parent, job.start) for job in jobs.values() if not folder.run(job.name).is_done}
+    needed |= {(job.name, step) for job in jobs.values() for step in job.stay}
     job = jobs[name]
     useless = [path for path in list_checkpoints(folder.run(name).checkpoints) if _step(path) != job.steps]
     if job.parent is not None:
@@ -146,7 +147,7 @@ def clear_checkpoints(folder: StudyFolder, name: str) -> None:
         if job.parent in jobs and job.start != jobs[job.parent].steps and path != _newest(path.parent):
             useless.append(path)
     for path in useless:
-        if (path.parent.parent.name, _step(path)) not in waiting:
+        if (path.parent.parent.name, _step(path)) not in needed:
             hidden = path.with_name(f".old-{path.name}")  # half-removed must not look complete
             try:
                 path.rename(hidden)

@@ -8,14 +8,14 @@ reads what it brought into memory.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from qatscale.engine.agreement import job_store
 
 Heartbeat = dict[str, Any]
 _ALARM = "alarm"
@@ -33,34 +33,32 @@ class HeartbeatStore:
 
     def __init__(self, rank: int, ranks: int, heartbeat: Heartbeat, period: float) -> None:
         """period: seconds between two heartbeats."""
-        HeartbeatStore._made += 1
+        type(self)._made += 1
         self.rank, self.ranks, self.period = rank, ranks, period
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=_START_TIMEOUT, wait_for_workers=False)
-        self._store = dist.PrefixStore(f"qatscale/heartbeats/{restart}/{HeartbeatStore._made}", store)
+        self._store = job_store(f"heartbeats/{type(self)._made}", _START_TIMEOUT)
         if rank == 0:
             self._store.set(_ALARM, "")
         self._store.set(f"{rank}", json.dumps(heartbeat))
-        self.offsets = self._compare_clocks()
+        met = self._meet(range(ranks))
+        self.offsets: dict[int, float] = dict(enumerate(met["offsets"]))
         """Rank → seconds that its clock is ahead of rank 0's."""
-        self.heartbeats: dict[int, Heartbeat] = {}
-        """As last read: those of all processes after the start and since an alarm, otherwise those of `follow`."""
+        self.heartbeats: dict[int, Heartbeat] = dict(enumerate(met["heartbeats"]))
+        """As last read: those of all processes at the start, and then those of `follow`."""
         self.alarm = False
         """Some process raised the alarm."""
         self.lost = ""
         """Why the store is out of reach for good."""
         self._own, self._raise = json.dumps(heartbeat), False
         self._follow: tuple[int, ...] = ()
-        self._read(range(ranks))
         self._last_round = time.monotonic()
         self._wake, self._done_round, self._closed = threading.Event(), threading.Event(), False
         threading.Thread(target=self._talk, name="heartbeat", daemon=True).start()
 
-    def _compare_clocks(self) -> dict[int, float]:
-        """All processes read their clocks when rank 0 gives the signal.
+    def _meet(self, ranks: Sequence[int]) -> dict[str, Any]:
+        """The first heartbeats of all processes and the offsets of their clocks: rank 0 reads them, all others it.
 
-        The smallest difference of some rounds counts: a busy machine wakes a process late, never early.
+        For the clocks all processes read theirs when rank 0 gives the signal. The smallest difference of some rounds
+        counts: a busy machine wakes a process late, never early.
         """
         store = self._store
         for turn in range(_CLOCK_ROUNDS):
@@ -72,12 +70,17 @@ class HeartbeatStore:
                 store.add(f"clock/ready/{turn}", 1)
                 store.wait([f"clock/go/{turn}"])
             store.set(f"clock/at/{turn}/{self.rank}", repr(time.time()))
-        offsets: dict[int, float] = {}
-        for turn in range(_CLOCK_ROUNDS):
-            times = [float(t) for t in store.multi_get([f"clock/at/{turn}/{rank}" for rank in range(self.ranks)])]
-            for rank, at in enumerate(times):
-                offsets[rank] = min(at - times[0], offsets.get(rank, at - times[0]), key=abs)
-        return offsets
+        if self.rank == 0:
+            offsets: dict[int, float] = {}
+            for turn in range(_CLOCK_ROUNDS):
+                times = [float(t) for t in store.multi_get([f"clock/at/{turn}/{rank}" for rank in ranks])]
+                for rank, at in enumerate(times):
+                    offsets[rank] = min(at - times[0], offsets.get(rank, at - times[0]), key=abs)
+            heartbeats = [json.loads(text) for text in store.multi_get([f"{rank}" for rank in ranks])]
+            met = json.dumps({"heartbeats": heartbeats, "offsets": [offsets[rank] for rank in ranks]})
+            store.set("met", zlib.compress(met.encode()))  # type: ignore[arg-type] # it takes bytes
+        found: dict[str, Any] = json.loads(zlib.decompress(store.get("met")))
+        return found
 
     @property
     def age(self) -> float:
@@ -129,10 +132,7 @@ class HeartbeatStore:
         self._store.set(f"{self.rank}", self._own)
         if self._raise:
             self._store.set(_ALARM, "raised")
-        self._read(range(self.ranks) if self.alarm else self._follow)
-
-    def _read(self, ranks: Iterable[int]) -> None:
-        wanted = list(ranks)
+        wanted = list(self._follow)
         alarm, *read = self._store.multi_get([_ALARM, *map(str, wanted)])
         self.heartbeats = self.heartbeats | {rank: json.loads(text) for rank, text in zip(wanted, read, strict=True)}
         self.alarm = bool(alarm)

@@ -1,4 +1,4 @@
-"""The launcher of this process: its environment variables as torch.distributed reads them, and whether it still runs.
+"""The launcher of this process: its environment variables as torch.distributed reads them.
 
 torchrun and DeepSpeed's launcher set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `srun` and `mpirun` set
 variables of their own. No torch here.
@@ -6,20 +6,14 @@ variables of their own. No torch here.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from qatscale.errors import UserError
-from qatscale.supervise.process import parent_of
 
 TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DEFAULT_PORT = 29500
-
-_ON_A_HOST = "deepspeed.launcher.launch"
-_LAUNCHERS = {"deepspeed", "torchrun", "torch.distributed.run", _ON_A_HOST}
 
 
 class Variables(NamedTuple):
@@ -172,47 +166,3 @@ def _port(environ: Mapping[str, str]) -> int:
     if job.isdigit() and step.isdigit():
         return 20_000 + (int(job) * 10 + int(step)) % 10_000
     return DEFAULT_PORT
-
-
-# --- whether the launcher still runs ---
-
-
-class LauncherProcesses:
-    """The processes of DeepSpeed's or torch's launcher that this one descends from.
-
-    SIGTERM to the single-node `deepspeed` command ends that command and nothing else: its launcher and the training
-    processes stay, without a parent. The same happens on a remote host whose ssh connection ends.
-    """
-
-    def __init__(self, first: int | None = None) -> None:
-        self._chain: list[tuple[int, int]] = []
-        """(process, its parent), upwards as far as launchers made them."""
-        process = os.getpid() if first is None else first
-        while (parent := parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
-            self._chain.append((process, parent))
-            process = parent
-
-    def gone(self) -> bool:
-        """Whether one of them has ended: its child has another parent now."""
-        return any(parent_of(process) != parent for process, parent in self._chain)
-
-
-def _is_launcher(process: int) -> bool:
-    """`deepspeed`, `torchrun` and their parts. The process that started such a command may end before it (nohup)."""
-    return any(word.rpartition("/")[2] in _LAUNCHERS for word in _command(process)) or _is_on_host(process)
-
-
-def _is_on_host(process: int) -> bool:
-    """DeepSpeed's launcher of one host, or the shell that ssh started for it.
-
-    The `deepspeed` command or sshd's session starts these, never a person, and must stay alive.
-    """
-    return any(_ON_A_HOST in word for word in _command(process))
-
-
-def _command(process: int) -> list[str]:
-    """The first words: python [options] SCRIPT or -m MODULE. The training's own arguments follow them."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
-    except OSError:
-        return []

@@ -1,4 +1,4 @@
-"""The identity of a process, and whether it still runs.
+"""The identity of a process, and whether it and its launcher still run.
 
 A process id alone does not identify a process: ids are used again, and a folder may lie on a disk that several machines
 share. Host, boot id and start tick together identify it for good. Linux `proc(5)`: field 22 of `/proc/PID/stat` is the
@@ -7,13 +7,18 @@ start time in clock ticks since boot, which no change of the wall clock can touc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _ZOMBIE_OR_DEAD = {"Z", "X", "x"}
+_ON_A_HOST = "deepspeed.launcher.launch"
+_LAUNCHERS = {"deepspeed", "torchrun", "torch.distributed.run", _ON_A_HOST}
 
 
 def identity() -> dict[str, Any]:
@@ -84,3 +89,88 @@ def _answers(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+# --- whether the launcher still runs ---
+
+
+class LauncherProcesses:
+    """The processes of DeepSpeed's or torch's launcher that this one descends from.
+
+    SIGTERM to the single-node `deepspeed` command ends that command and nothing else: its launcher and the training
+    processes stay, without a parent. The same happens on a remote host whose ssh connection ends.
+    """
+
+    def __init__(self, first: int | None = None) -> None:
+        self._chain: list[tuple[int, int]] = []
+        """(process, its parent), upwards as far as launchers made them."""
+        process = os.getpid() if first is None else first
+        while (parent := parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
+            self._chain.append((process, parent))
+            process = parent
+
+    def gone(self) -> bool:
+        """Whether one of them has ended: its child has another parent now."""
+        return any(parent_of(process) != parent for process, parent in self._chain)
+
+
+def _is_launcher(process: int) -> bool:
+    """`deepspeed`, `torchrun` and their parts. The process that started such a command may end before it (nohup)."""
+    return any(word.rpartition("/")[2] in _LAUNCHERS for word in _command(process)) or _is_on_host(process)
+
+
+def _is_on_host(process: int) -> bool:
+    """DeepSpeed's launcher of one host, or the shell that ssh started for it.
+
+    The `deepspeed` command or sshd's session starts these, never a person, and must stay alive.
+    """
+    return any(_ON_A_HOST in word for word in _command(process))
+
+
+def _command(process: int) -> list[str]:
+    """The first words: python [options] SCRIPT or -m MODULE. The training's own arguments follow them."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
+    except OSError:
+        return []
+
+
+# --- what ends a process that cannot end itself ---
+
+# Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
+_KILLER = """
+import os, select, signal, sys
+pid, limit = int(sys.argv[1]), float(sys.argv[2])
+while select.select([0], [], [], limit)[0]:
+    if not os.read(0, 4096):
+        sys.exit()
+os.kill(pid, signal.SIGKILL)
+"""
+
+
+class WatchdogProcess:
+    """A small process beside this one that kills it when it stops sending.
+
+    A process that is stopped (SIGSTOP) or whose interpreter is blocked cannot run the thread that would end it, and
+    would hold its GPUs for good.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _KILLER, str(os.getpid()), str(limit)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # what stops this process's group must not stop it
+        )
+        assert self._child.stdin is not None
+        self._pipe = self._child.stdin
+
+    def alive(self) -> None:
+        """Call it more often than every `limit` seconds."""
+        with contextlib.suppress(OSError):  # it was killed; the run continues without it
+            self._pipe.write(b".")
+            self._pipe.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+        self._child.wait()

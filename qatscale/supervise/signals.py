@@ -9,9 +9,7 @@ import time
 from types import FrameType
 from typing import Self
 
-import torch
-import torch.distributed as dist
-
+from qatscale.engine.agreement import Agreement
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 
@@ -37,8 +35,8 @@ class Stopped(Exception):  # noqa: N818 - no error
 class StopRequest:
     """A context in which all processes agree, at the same step, whether any of them was asked to stop.
 
-    A signal may reach one process only, or several at different steps. So every step starts an all-reduce of one number
-    over a CPU group and reads the result of the step before: all processes read the same, and none waits for it.
+    A signal may reach one process only, or several at different steps. So every step ends with a vote and reads the
+    result of the vote before: all processes read the same, and none waits for it.
 
     A second SIGINT ends the process at once. A signal that was ignored before (nohup) stays ignored.
     """
@@ -46,8 +44,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: int = 0
         """The number of the first signal this process got, or 0."""
-        self._group: dist.ProcessGroup | None = None
-        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._agreement: Agreement | None = None
         self._before = {
             number: signal.signal(number, self._on_signal)
             for number in SIGNALS
@@ -85,7 +82,7 @@ class StopRequest:
     def join(self, runtime: Runtime) -> None:
         """Agree with the job's other processes from now on. Collective."""
         self._started()
-        self._group = dist.new_group(backend="gloo") if runtime.ranks > 1 else None
+        self._agreement = Agreement(runtime) if runtime.ranks > 1 else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the handler's signature
         if number == self.received == signal.SIGINT:
@@ -94,13 +91,10 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal's number once all processes know of it, else 0. Call it once after every step on every process."""
-        if self._group is None:
+        if self._agreement is None:
             return self.received
-        agreed = self._read()
-        flag = torch.tensor(self.received)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._pending = flag, work
+        agreed = self._agreement.voted()
+        self._agreement.vote(self.received)
         return agreed
 
     def check(self) -> None:
@@ -111,16 +105,8 @@ class StopRequest:
     def check_now(self) -> None:
         """As `check`, for a signal of this moment, too: waits for the other processes."""
         self.check()
-        if number := self._read():
+        if self._agreement is not None and (number := self._agreement.voted()):
             raise Stopped(number)
-
-    def _read(self) -> int:
-        """The number that the last all-reduce gives; this process's own where there was none."""
-        if self._pending is None:
-            return self.received if self._group is None else 0
-        flag, work = self._pending
-        work.wait()
-        return int(flag)
 
     def __enter__(self) -> Self:
         return self
@@ -129,11 +115,7 @@ class StopRequest:
         """Restore the signal handlers. After an error they stay: the launcher ends processes with SIGTERM when one has
         failed, and the error has yet to be reported; and the other processes may never reach this point."""
         self._started()
-        if kind is not None and self._group is not None:
+        if kind is not None and self._agreement is not None:
             return
-        if self._pending is not None:
-            self._pending[1].wait()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)  # its threads, beside NCCL; see `runtime._leave`
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -9,27 +9,26 @@ waits) and reads that of its neighbour, the next rank. It looks for:
 - heartbeats of all, but no progress for `stall_timeout` seconds: some process hangs.
 
 A process that sees one of these, or meets an exception, raises the alarm. Then each process reports its state, in the
-store and in a file beside its log. The lowest rank that answers prints the failure report, and all end with
-EXIT_FAILED. The store's host may be the one that died, and the main thread may hang in a call that never returns:
-nothing here waits for either.
+store and in a file beside its log. The first process of each host collects the states of all, and the others of the
+host take over its verdict. The lowest rank that answers prints the failure report, and all end with EXIT_FAILED. The
+store's host may be the one that died, and the main thread may hang in a call that never returns: nothing here waits for
+either.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -41,8 +40,7 @@ from qatscale.errors import EXIT_FAILED, UserError, fault
 from qatscale.files import write_json
 from qatscale.supervise.failure_report import Failure, Kind, first_failure, is_consequence, job_failures, report
 from qatscale.supervise.heartbeat import Heartbeat, HeartbeatStore
-from qatscale.supervise.launchers import LauncherProcesses
-from qatscale.supervise.process import identity, is_alive
+from qatscale.supervise.process import LauncherProcesses, WatchdogProcess, identity, is_alive
 
 SLOW = 1800.0
 """Seconds on top of stall_timeout for what may take long: start and first step (compilation), saving, evaluation."""
@@ -56,6 +54,7 @@ OWN_ERROR = 3.0
 """Seconds after an alarm for the main thread to meet an exception of its own, before the watchdog speaks for it."""
 KILL = 30.0
 """Seconds after SILENCE at which a process without a heartbeat is killed; the others have reported it by then."""
+_WAITS = ("torch/distributed/", "deepspeed/comm/", "engine/agreement.py")
 MAX_TEXT = 20_000
 """Characters of a traceback that travel, from its end."""
 LOST = "its process ended without a word (SIGKILL? out of memory?)"
@@ -99,6 +98,9 @@ class Watchdog:
         self._seen: Failure | None = None
         self._stalled = False
         self._failures: list[Failure] = []
+        self._verdict: dict[str, Any] | None = None
+        self._collects = False
+        self._reporter = runtime.rank
         self._count = 0
         self._job = uuid.uuid4().hex
         self._store: HeartbeatStore | None = None
@@ -286,37 +288,65 @@ class Watchdog:
             return first_failure(self._failures)
 
     def _gather(self, store: HeartbeatStore) -> list[Failure]:
-        """Publish this process's state and collect those of the others; one that does not answer in time is silent."""
+        """Publish this process's state and collect those of the others, or take over what another one has collected."""
         self._alarm_since = self._alarm_since or time.monotonic()
         self._state = "ended"
         self._publish(store)
         store.raise_alarm()
         until = time.monotonic() + GATHER
+        while (collector := self._collector()) != self.runtime.rank and time.monotonic() < until + 2 * OWN_ERROR:
+            store.follow([collector])
+            answer = self._answers(store, [collector]).get(collector)
+            if answer and (verdict := answer["verdict"]):
+                self._reporter = verdict["reporter"]
+                return [Failure(**verdict["first"])]
+            time.sleep(0.1)
+        return self._collect(store, until)
+
+    def _collector(self) -> int:
+        """The first process of this host that is not known to be gone."""
+        own = self.hosts[self._process["host"]]
+        gone = {rank for rank in own if rank in self._siblings and is_alive(self._siblings[rank]) is False}
+        return next(rank for rank in own if rank not in gone)
+
+    def _collect(self, store: HeartbeatStore, until: float) -> list[Failure]:
+        """The failures of all; a process that does not answer in time is silent."""
+        self._collects, ranks = True, range(self.runtime.ranks)
+        store.follow(ranks)
+        store.flush(wait=1)
         while True:
-            answers = self._answers(store)
-            missing = set(range(self.runtime.ranks)) - answers.keys()
+            answers = self._answers(store, ranks)
+            missing = set(ranks) - answers.keys()
             gone = {rank for rank in missing if rank in self._siblings and is_alive(self._siblings[rank]) is False}
             if missing <= gone or time.monotonic() > until:
                 break
+            store.follow(missing)  # who has answered is not asked again
             time.sleep(0.1)
         silent = {r: self._failure_of(r, "silent", "no heartbeat: dead, stopped or cut off") for r in missing - gone}
-        return job_failures(list(answers.values()), silent | {r: self._failure_of(r, "gone", LOST) for r in gone})
+        lost = {r: self._failure_of(r, "gone", LOST) for r in gone}
+        failures = job_failures(list(answers.values()), silent | lost)
+        self._reporter = min(answers)
+        self._verdict = {"first": asdict(replace(first_failure(failures), text="")), "reporter": self._reporter}
+        self._publish(store)
+        return failures
 
     def _end(self) -> NoReturn:
         """Print the failure report if that falls to this process, and end it, whatever its other threads are doing."""
-        store, rank = self._store, self.runtime.rank
-        reporter = min(self._answers(store)) if store is not None else rank
-        if reporter == rank:
+        store, reporter = self._store, self._reporter
+        if reporter == self.runtime.rank:
             print(report(self._failures, str(self.logs)), file=sys.stderr, flush=True)
         if store is not None:
             self._state = "reported"
             self._publish(store)
+            ranks = range(self.runtime.ranks) if self._collects else [reporter]
             until = time.monotonic() + GATHER / 2
             while time.monotonic() < until and not store.lost:  # the first to leave makes the launcher end the others
-                answers = self._answers(store)
-                everybody = all(answer["state"] == "reported" for answer in answers.values())
-                if everybody or (rank != 0 and answers[reporter]["state"] == "reported"):
+                states = {rank: answer["state"] for rank, answer in self._answers(store, ranks).items()}
+                if set(states.values()) == {"reported"} or (
+                    self.runtime.rank != 0 and states.get(reporter) == "reported"
+                ):
                     break
+                store.follow(rank for rank in ranks if states.get(rank) != "reported")
                 time.sleep(0.1)
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
@@ -332,11 +362,12 @@ class Watchdog:
             logging.getLogger("qatscale").exception("the record of the failure was not written")
         store.flush(wait=1)
 
-    def _answers(self, store: HeartbeatStore) -> dict[int, Heartbeat]:
-        """Rank → the heartbeat of each that has ended."""
-        heartbeats = dict(store.heartbeats)
-        for rank in range(self.runtime.ranks):
-            if heartbeats[rank]["state"] in ("training", "ended"):
+    def _answers(self, store: HeartbeatStore, ranks: Iterable[int]) -> dict[int, Heartbeat]:
+        """Rank → the heartbeat of each of these that has ended."""
+        heartbeats = {rank: store.heartbeats[rank] for rank in ranks}
+        unheard = ("training", "ended") if store.lost or store.age > 2 * store.period else ("training",)
+        for rank in heartbeats:
+            if heartbeats[rank]["state"] in unheard:
                 try:
                     heartbeat = json.loads(self._file(rank).read_bytes())
                 except (OSError, ValueError):
@@ -365,6 +396,7 @@ class Watchdog:
             "collectives": _collectives() if self._store is not None else 0,
             "failure": asdict(self._own) if self._own else None,
             "seen": asdict(self._seen) if self._seen else None,
+            "verdict": self._verdict,
         }
 
     def _failure_here(self, kind: Kind, error: str, text: str) -> Failure:
@@ -392,8 +424,8 @@ class Watchdog:
 
 
 def in_communication(files: Sequence[str]) -> bool:
-    """Whether a stack, innermost file first, is inside torch.distributed or DeepSpeed's wrappers of it."""
-    return any("torch/distributed/" in file or "deepspeed/comm/" in file for file in files[:6])
+    """Whether a stack, innermost file first, waits for other processes."""
+    return any(part in file for file in files[:6] for part in _WAITS)
 
 
 def _stack(thread: int | None) -> list[traceback.FrameSummary]:
@@ -406,42 +438,3 @@ def _collectives() -> int:
     """How many collectives this process has entered since its start, over all groups."""
     groups = dist.distributed_c10d._world.pg_map  # the only list of groups there is
     return sum(group._get_sequence_number_for_group() for group in list(groups))  # type: ignore[attr-defined]
-
-
-# Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
-_KILLER = """
-import os, select, signal, sys
-pid, limit = int(sys.argv[1]), float(sys.argv[2])
-while select.select([0], [], [], limit)[0]:
-    if not os.read(0, 4096):
-        sys.exit()
-os.kill(pid, signal.SIGKILL)
-"""
-
-
-class WatchdogProcess:
-    """A small process beside this one that kills it when it stops sending.
-
-    A process that is stopped (SIGSTOP) or whose interpreter is blocked cannot run the thread that would end it, and
-    would hold its GPUs for good.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _KILLER, str(os.getpid()), str(limit)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # what stops this process's group must not stop it
-        )
-        assert self._child.stdin is not None
-        self._pipe = self._child.stdin
-
-    def alive(self) -> None:
-        """Call it more often than every `limit` seconds."""
-        with contextlib.suppress(OSError):  # it was killed; the run continues without it
-            self._pipe.write(b".")
-            self._pipe.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._pipe.close()
-        self._child.wait()

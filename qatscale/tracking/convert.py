@@ -21,9 +21,9 @@ from qatscale.engine.checkpoints.training_state import TrainingState, read_check
 from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal
 from qatscale.errors import UserError, did_you_mean
 from qatscale.model.hugging_face import export_hugging_face
+from qatscale.model.lazy_state import LazyState
 from qatscale.new_folder import appearing, check_new
 from qatscale.schedule.build import build_timeline
-from qatscale.tensor_files import LazyState
 from qatscale.tracking.run_folder import RunFolder
 
 Format = Literal["checkpoint", "universal", "hf"]

@@ -1,7 +1,7 @@
 """The checkpoints of a run in training, written beside its steps.
 
 The loop pauses while the masters and Adam's state are copied to host memory. A thread writes the copy, waits for the
-writers of the other processes (over a group of their own), commits the checkpoint and rotates. Write errors are
+writers of the other processes (through the job's store), commits the checkpoint and rotates. Write errors are
 re-raised in the training loop. A checkpoint is reported only once it is durable on disk.
 """
 
@@ -14,17 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
+from qatscale.engine.agreement import Agreement
 from qatscale.engine.checkpoints.files import rotate
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.checkpoints.save import parameter_records, slices_of, write_checkpoint
@@ -32,8 +31,6 @@ from qatscale.supervise.failure_report import is_consequence
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.components import TrainingComponents
 
-_TIMEOUT = timedelta(days=1)
-"""The group's timeout: processes wait for the slowest writer. The watchdog notices a hang sooner."""
 NICE = 10
 """Priority of the writing thread. Where the CPU also computes the steps, hashing and copying into the page cache would
 otherwise take half of it from them."""
@@ -94,14 +91,16 @@ class HostCopy:
 class _Flight(threading.Thread):
     """A checkpoint that is being written."""
 
-    def __init__(self, draft: Manifest, write: Callable[[], Path]) -> None:
+    def __init__(self, draft: Manifest, write: Callable[[], Path], device: torch.device) -> None:
         super().__init__(name=f"checkpoint of step {draft.step}", daemon=True)
-        self.draft, self._write = draft, write
+        self.draft, self._write, self._device = draft, write, device
         self.path: Path | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
+            if self._device.type == "cuda":  # a thread begins on GPU 0, and would make a context there
+                torch.cuda.set_device(self._device)
             if sys.platform == "linux":  # elsewhere priorities are those of processes
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             self.path = self._write()
@@ -135,8 +134,7 @@ class AsyncCheckpointer:
         self.checkpoints, self._config, self._components = checkpoints, config, components
         self._watchdog, self._saved, self._notice = watchdog, saved, notice
         self._recipe_hash, self._data = recipe_hash, data
-        several = components.runtime.ranks > 1
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if several else None
+        self._agreement = Agreement(components.runtime)
         self._copy = HostCopy(slices_of(components.masters)) if config.checkpoint.background else None
         self._flight: _Flight | None = None
 
@@ -182,12 +180,12 @@ class AsyncCheckpointer:
             copy.wait()
             return self._write(draft, copies)
 
-        self._flight = _Flight(draft, write)
+        self._flight = _Flight(draft, write, components.runtime.device)
         self._flight.start()
 
     def _write(self, draft: Manifest, slices: dict[str, Tensor]) -> Path:
         runtime = self._components.runtime
-        path = write_checkpoint(self.checkpoints, draft, slices, runtime, self._group)
+        path = write_checkpoint(self.checkpoints, draft, slices, runtime, self._agreement)
         if runtime.is_main:
             rotate(self.checkpoints, self._config.checkpoint.keep)
         return path
@@ -232,5 +230,3 @@ class AsyncCheckpointer:
         self.wait()
         if self._copy is not None:
             self._copy.close()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)

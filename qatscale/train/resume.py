@@ -144,8 +144,15 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     difference_before = first_difference(build_timeline(parent), timeline, manifest.step)
     if difference_before is not None:
         notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")
-    if parent.data.seed != config.data.seed:
-        notices.append("another data.seed: the tail may show sequences again that the trunk has seen in this epoch")
+    cooled = build_timeline(parent).last_cooldown
+    begun = cooled is not None and cooled < manifest.step
+    other = [
+        key for key in ("seed", *["cooldown_seed"] * begun) if getattr(parent.data, key) != getattr(config.data, key)
+    ]
+    if other:
+        notices.append(
+            f"another data.{other[0]}: the tail may show sequences again that the trunk has seen in this epoch"
+        )
     if _reads_a_former_order(RunFolder(run)):
         notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
     origin = {"name": run.name, "folder": str(run), "step": manifest.step}

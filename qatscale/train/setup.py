@@ -17,7 +17,7 @@ from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
-from qatscale.engine.runtime import Runtime
+from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
 from qatscale.model.llama import Llama, initialise
@@ -43,12 +43,12 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches = open_batches(config)
+    batches = open_batches(config, timeline.last_cooldown)
     validation, missing = _held_out(config, batches.stream.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
-        *ds_config_warnings(config),
+        *ds_config_warnings(config, uses_gpu()),
         *layout_notices(config, layout),
         *resume.notices,
         *check_data(config, resume, batches.stream.manifest),
@@ -135,7 +135,7 @@ def resolved_settings(setup: RunSetup) -> dict[str, Any]:
         "qat.embedding_bits": (rule.at(qat.bits) if rule else UNQUANTIZED_BITS) if quantized else None,
         "qat.lr_ratio": timeline.qat_lr_ratio if quantized else None,
         "qat.scale_lr_ratio": get_quantizer(qat.bits).scale_lr_ratio if quantized else None,
-        "engine.compile": "on" if plan_compilation(config.engine, setup.ds_config) else "off",
+        "engine.compile": plan_compilation(config.engine, setup.ds_config),
     }
     given = flatten(config)
     resolved = {key: value for key, value in values.items() if given[key] == "auto"}

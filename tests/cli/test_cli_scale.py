@@ -66,6 +66,21 @@ def test_network_and_host_are_in_the_output_and_in_the_json() -> None:
     assert scale["step_seconds"] > 2 * scale["compute_seconds"]
 
 
+def test_fp32_on_a_gpu_comes_with_the_bf16_file() -> None:
+    _, out, _ = run_command(["train", "debug", "--dry-run", "--gpu", "H200", "engine.ds_config=zero3_fp32"])
+    assert "engine.ds_config=zero3_bf16" in out
+    assert "_bf16" not in run_command(["train", "debug", "--dry-run"])[1]
+
+
+@pytest.mark.parametrize("recipe", ["759m", "2p2b", "8b"])
+def test_large_recipes_do_not_wait_for_the_network_on_a_node(recipe: str) -> None:
+    """They fit into 80 GB on eight GPUs, where a step takes at most 5 % longer than its arithmetic."""
+    words = ["train", recipe, "--dry-run", "--processes", "8", "--mfu", "0.4", "--gpu", GPU, "--json"]
+    scale = json.loads(run_command(words)[1])["scale"]
+    assert scale["fits"]
+    assert scale["step_seconds"] < 1.05 * scale["compute_seconds"]
+
+
 NUMBER = re.compile(r"(?<![\w.])\d[\d,.]*\d(?:e[+-]\d+)?|\d")
 
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from qatscale.data.indexed import IndexedReader, encode_index
+from qatscale.data.indexed import IndexedReader
+from qatscale.data.indexed_writer import encode_index
 from qatscale.data.manifest import Manifest, Shard, SplitCounts, TokenizerCard
 from qatscale.data.reader import TokenStream
 
@@ -61,9 +62,17 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 def stream(*shards: np.ndarray) -> TokenStream:
     """A stream over these tokens, each array a shard that is one document."""
-    none = dict.fromkeys(("documents", "tokens", "bin_bytes", "idx_bytes"), 0) | dict.fromkeys(
-        ("bin_sha256", "idx_sha256"), ""
-    )
+    with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
+        readers = {str(number): _shard(Path(folder) / str(number), tokens) for number, tokens in enumerate(shards)}
+    return stream_of(readers)
+
+
+def stream_of(readers: dict[str, IndexedReader]) -> TokenStream:
+    """A stream over these files, in order."""
+    shards = [
+        Shard(name=n, documents=1, tokens=len(r.tokens), bin_bytes=0, idx_bytes=0, bin_sha256="", idx_sha256="")
+        for n, r in readers.items()
+    ]
     manifest = Manifest(
         qatscale="0",
         dtype="uint16",
@@ -71,11 +80,9 @@ def stream(*shards: np.ndarray) -> TokenStream:
         sources=[],
         identity={},
         empty_documents=0,
-        splits={"train": SplitCounts(documents=0, tokens=0, text_bytes=0, shards=[Shard(name="train-0", **none)])},
+        splits={"train": SplitCounts(documents=0, tokens=0, text_bytes=0, shards=shards)},
     )
-    with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name
-        readers = [_shard(Path(folder) / str(number), tokens) for number, tokens in enumerate(shards)]
-    return TokenStream(manifest, readers, "memory")
+    return TokenStream(manifest, shards, lambda shard: readers[shard.name], "memory")
 
 
 def _shard(prefix: Path, tokens: np.ndarray) -> IndexedReader:

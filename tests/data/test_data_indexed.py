@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qatscale.data.indexed import IndexedReader, IndexedWriter, encode_index, token_dtype
+from qatscale.data.indexed import IndexedReader
+from qatscale.data.indexed_writer import IndexedWriter, encode_index, token_dtype
 from qatscale.errors import UserError
 from tests.data.data_corpora import documents_of
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from qatscale.data.indexed import IndexedWriter
-from qatscale.data.manifest import Manifest
+from qatscale.data.indexed_writer import IndexedWriter
+from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard
 from qatscale.data.prepare import prepare
-from qatscale.data.reader import BatchReader, EvaluationReader, ShuffledOrder, TokenStream
+from qatscale.data.reader import BatchReader, EvaluationReader, ReshuffledTail, ShuffledOrder, TokenStream
 from qatscale.errors import UserError
-from tests.data.data_corpora import documents, stream, write_jsonl
+from tests.data.data_corpora import documents, stream, stream_of, write_jsonl
 
 
 def counting(tokens: int, *cuts: int) -> TokenStream:
@@ -82,6 +84,30 @@ def test_the_order_is_written_down() -> None:
         return cell if cell < sequences else permute(cell)
 
     assert ShuffledOrder(sequences, seed)(19, 19).tolist() == [permute(place) for place in range(sequences)]
+
+
+@given(st.integers(1, 60), st.integers(0, 200), st.integers(0, 3))
+def test_a_reshuffled_tail_reads_what_the_epoch_has_left(sequences: int, start: int, seed: int) -> None:
+    """Every epoch still reads each sequence once; up to the tail's start the order is the old one; positions are read
+    alike in one piece and one by one."""
+    old = ShuffledOrder(sequences, 5)
+    tail = ReshuffledTail(old, sequences, start, seed)
+    end = (start // sequences + 3) * sequences
+    read = tail(0, end)
+    assert not start or (read[:start] == old(0, start)).all()
+    assert (np.sort(read.reshape(-1, sequences)) == np.arange(sequences)).all()
+    assert [int(tail(place, 1)[0]) for place in range(end)] == read.tolist()
+
+
+def test_the_seed_of_a_cooldown_changes_its_data_alone() -> None:
+    """A draw of 20 from the 60 sequences that are left, another one for each seed."""
+    readers = [BatchReader(counting(1001), 10, 5, 7, tail) for tail in (None, (8, 1), (8, 2))]
+    before, after = (
+        [np.concatenate([r.batch(s)[:, 0] for s in steps]) for r in readers] for steps in (range(8), range(8, 12))
+    )
+    assert all((part == before[0]).all() for part in before)
+    assert len({tuple(sorted(part.tolist())) for part in after}) == 3
+    assert all(not set(part) & set(before[0]) and len(set(part)) == 20 for part in after)
 
 
 def test_batches_are_windows_of_the_stream() -> None:
@@ -240,14 +266,60 @@ def test_opening_a_billion_tokens_takes_no_scan(tmp_path: Path) -> None:
     """Sparse files of the right size: a scan of 2 GB could not be this fast."""
     tokens, length = 10**9, 1000
     prefix, count = tmp_path / "train-00000", tokens // length
-    from qatscale.data.indexed import IndexedReader, encode_index
+    from qatscale.data.indexed import IndexedReader
+    from qatscale.data.indexed_writer import encode_index
 
     prefix.with_name("train-00000.idx").write_bytes(encode_index(np.full(count, length), np.dtype("<u2")))
     with prefix.with_name("train-00000.bin").open("wb") as file:
         file.truncate(tokens * 2)
     start = time.perf_counter()
     shard = IndexedReader(prefix)
-    reader = BatchReader(TokenStream(stream(np.zeros(1)).manifest, [shard], "sparse"), 2048, 64, 0)
+    reader = BatchReader(stream_of({"sparse": shard}), 2048, 64, 0)
     batch = reader.batch(7_000)
     assert time.perf_counter() - start < 0.5
     assert batch.shape == (64, 2049)
+
+
+def many_shards(folder: Path, count: int, tokens: int = 8) -> Path:
+    """A data set of so many shards; token i of the stream is i."""
+    folder.mkdir()
+    shards = []
+    for number in range(count):
+        writer = IndexedWriter(folder / f"train-{number:05d}", np.dtype("<i4"))
+        writer.add(np.arange(number * tokens, (number + 1) * tokens), np.array([tokens]))
+        shards.append(writer.finish())
+    counts = SplitCounts(documents=count, tokens=count * tokens, text_bytes=None, shards=shards)
+    card = TokenizerCard(kind="unknown", fingerprint=None, vocab_size=count * tokens, eos_id=None, folder=None)
+    Manifest(qatscale="0", dtype="int32", tokenizer=card, sources=[], identity={}, empty_documents=0,
+             splits={"train": counts}).save(folder)  # fmt: skip
+    return folder
+
+
+def test_any_number_of_shards_is_read_through_few_descriptors(tmp_path: Path) -> None:
+    """More shards than the soft limit lets a process open, in a process of its own."""
+    folder = many_shards(tmp_path / "data", 320)
+    code = f"""
+import resource
+import numpy as np
+import qatscale.data.reader as reader
+reader._opened = reader.functools.lru_cache(maxsize=32)(reader._opened.__wrapped__)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+stream = reader.TokenStream.open({str(folder)!r}, "train", "size")
+rows = stream.gather(np.random.default_rng(0).permutation(stream.sequences(16)), 16)
+assert sorted(rows[:, 0].tolist()) == list(range(0, 16 * len(rows), 16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_processes_that_trust_another_ask_for_no_file(tmp_path: Path) -> None:
+    """One process a host looks at the files; what it would have found, the others find when they read."""
+    folder = many_shards(tmp_path / "data", 3)
+    for shard in range(2):
+        (folder / f"train-{shard:05d}.bin").unlink()
+    with pytest.raises(UserError, match="missing"):
+        TokenStream.open(folder, "train", "size")
+    stream = TokenStream.open(folder, "train", "trust")
+    assert stream.gather(np.array([4]), 4)[0].tolist() == [16, 17, 18, 19, 20]
+    with pytest.raises(UserError, match="missing"):
+        stream.gather(np.array([0]), 4)

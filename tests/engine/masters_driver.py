@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qatscale.config.ds_config import merge_ds_config
 from qatscale.config.recipe import load_run_config
+from qatscale.engine.agreement import Agreement
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.manifest import Manifest
@@ -105,7 +106,7 @@ def save(folder: Path, step: int) -> Path:
         step=step, tokens=0, reason="interval", kept=False, recipe_hash="", data="", plugin=plugin.state(),
         parameters=parameter_records(masters), layout={},
     )  # fmt: skip
-    return write_checkpoint(folder, draft, slices_of(masters), runtime)
+    return write_checkpoint(folder, draft, slices_of(masters), runtime, agreement)
 
 
 def observe_masters() -> dict[str, Any]:
@@ -193,6 +194,7 @@ def damaged_for_one(folder: Path) -> str:
 
 folder = Path(sys.argv[1])
 runtime = start_runtime()
+agreement = Agreement(runtime)
 result: dict[str, Any] = {"masters": {}, "cross": {}}
 for layout in LAYOUTS:
     engine, masters, plugin = build(*layout)

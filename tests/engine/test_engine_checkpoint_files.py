@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_any_division_reads_back_whole_and_in_parts(cuts: tuple[int, ...], tmp_p
 def test_a_checkpoint_holds_numbers_and_json_only(tmp_path: Path) -> None:
     folder = write(tmp_path, 4)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "manifest.json", "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors",
+        "manifest.json", "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors", "slices.npz",
     ]  # fmt: skip
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
@@ -129,7 +130,9 @@ DAMAGES = {
     "truncated shard": (truncate, SHARD),
     "empty shard": (lambda f: (f / SHARD).write_bytes(b""), SHARD),
     "altered byte": (alter, f"{SHARD} was altered"),
-    "altered header": (alter_header, f"{SHARD} cannot be read"),
+    "altered header": (alter_header, f"{SHARD} was altered"),
+    "altered table": (lambda f: (f / "slices.npz").write_bytes(b"PK"), "slices.npz cannot be read"),
+    "missing table": (lambda f: (f / "slices.npz").unlink(), "slices.npz cannot be read"),
     "half-deleted": (half_delete, "no manifest.json"),
     "missing shard": (lambda f: (f / SHARD).unlink(), SHARD),
     "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
@@ -157,7 +160,7 @@ DAMAGES = {
     "not UTF-8": (lambda f: (f / "manifest.json").write_bytes(b"\xff{}"), "manifest.json cannot be read"),
     "a parameter less": (change_manifest(lambda m: m["parameters"].pop("norm.weight")), "manifest.json was altered"),
     "another step": (change_manifest(lambda m: m.update(step=5)), "manifest.json was altered"),
-    "a format of the future": (change_manifest(lambda m: m.update(format=4)), "manifest.json is of format 4; this"),
+    "a format of the future": (change_manifest(lambda m: m.update(format=5)), "manifest.json is of format 5; this"),
 }
 
 
@@ -179,12 +182,50 @@ def test_damage_is_told_with_the_file_and_the_checkpoint_before(damage: str, tmp
     )
 
 
+def opened(folder: Path) -> CheckpointReader:
+    """As a run opens it."""
+    reader = CheckpointReader(folder)
+    verify_files(folder, reader.manifest)
+    return reader
+
+
+def without_table(folder: Path) -> Path:
+    """As version 0.2 wrote it before there was a table."""
+    (folder / "slices.npz").unlink()
+    manifest = replace(read_manifest(folder), slices=None, format=3)
+    content = {key: value for key, value in asdict(manifest).items() if key != "slices"}
+    (folder / "manifest.json").write_text(json.dumps(content | {"checksum": manifest.digest()}))
+    return folder
+
+
+def test_checkpoints_without_a_table_are_read_by_their_headers(tmp_path: Path) -> None:
+    folder = without_table(write(tmp_path, 4, cuts=(1, 2, 20)))
+    reader = opened(folder)
+    for kind, name in itertools.product(KINDS, SHAPES):
+        assert torch.equal(reader.parameter(name, kind).flatten(), value(kind, name, 4))
+    alter_header(without_table(write(tmp_path, 6)))
+    with pytest.raises(UserError, match=f"{SHARD} cannot be read"):
+        CheckpointReader(step_folder(tmp_path, 6))
+
+
+def test_a_process_opens_the_table_and_the_files_that_it_reads(tmp_path: Path) -> None:
+    """Of 36 files 35 are gone; what the other one holds is read."""
+    folder = write(tmp_path, 4, cuts=tuple(range(1, 35)))
+    for path in folder.glob("shard-*"):
+        if not path.name.startswith("shard-00020"):
+            path.unlink()
+    reader = CheckpointReader(folder)
+    assert reader.read("exp_avg", "embed.weight", 20, 1) == value("exp_avg", "embed.weight", 4)[20]
+    with pytest.raises(UserError, match=r"shard-00021-of-00035.safetensors cannot be read"):
+        reader.read("exp_avg", "embed.weight", 20, 2)
+
+
 def test_damage_without_a_checkpoint_before(tmp_path: Path) -> None:
     folder = write(tmp_path, 4)
     write(tmp_path, 6)
     truncate(folder)
     with pytest.raises(UserError, match="There is no earlier checkpoint beside it"):
-        CheckpointReader(folder)
+        opened(folder)
 
 
 def test_a_checkpoint_that_is_offered_was_itself_verified(tmp_path: Path) -> None:
@@ -194,10 +235,10 @@ def test_a_checkpoint_that_is_offered_was_itself_verified(tmp_path: Path) -> Non
         damage(step_folder(tmp_path, step))
     offer = f"before it is step-00000002 .*: give {tmp_path.parent}@2, or remove step-00000004, step-00000008 to go on"
     with pytest.raises(UserError, match=offer):
-        CheckpointReader(step_folder(tmp_path, 8))
+        opened(step_folder(tmp_path, 8))
     alter(step_folder(tmp_path, 2))
     with pytest.raises(UserError, match="None of the 2 earlier checkpoints beside it is whole"):
-        CheckpointReader(step_folder(tmp_path, 8))
+        opened(step_folder(tmp_path, 8))
 
 
 def test_values_that_are_not_finite_are_named_and_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +253,10 @@ def test_values_that_are_not_finite_are_named_and_not_offered(tmp_path: Path, mo
     truncate(write(tmp_path, 6))
     offer = r"before it is step-0+2 \(verified just now\): .* or remove step-0+4, step-0+6"
     with pytest.raises(UserError, match=offer):
-        CheckpointReader(step_folder(tmp_path, 6))
+        opened(step_folder(tmp_path, 6))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match=r"The one before it is step-0+4 \(not verified\): give"):
-        CheckpointReader(step_folder(tmp_path, 6))
+        opened(step_folder(tmp_path, 6))
 
 
 def test_a_half_deleted_newest_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
@@ -249,7 +290,7 @@ def test_processes_share_the_check_of_the_files(tmp_path: Path) -> None:
 
 
 def test_elements_that_no_shard_holds_are_an_error(tmp_path: Path) -> None:
-    folder = write(tmp_path, 4)
+    folder = without_table(write(tmp_path, 4))
     change_manifest(lambda manifest: manifest["files"].pop(SHARD))(folder)
     with pytest.raises(UserError, match=r"weight of embed\.weight: 3 of 35 elements are there"):
         CheckpointReader(folder).parameter("embed.weight")

@@ -59,7 +59,7 @@ def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_losses_and_gradients_through_the_switch_from_two_graphs_for_all_blocks(recompute: bool, backend: str) -> None:
     plain, compiled = build(recompute), build(recompute)
     names = list(compiled.state_dict())
-    compilation = Compilation(compiled, True, backend)
+    compilation = Compilation(compiled, "on", backend)
     assert_alike(step(compiled), step(plain))
     news = compilation.news()
     assert news is not None
@@ -76,9 +76,26 @@ def test_losses_and_gradients_through_the_switch_from_two_graphs_for_all_blocks(
     assert list(compiled.state_dict()) == names
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_parts_without_weights_compute_the_same_and_do_not_change_at_the_switch(recompute: bool) -> None:
+    plain, compiled = build(recompute), build(recompute)
+    names = list(compiled.state_dict())
+    compilation = Compilation(compiled, "parts", "aot_eager")
+    assert_alike(step(compiled), step(plain))
+    assert compilation.news() == "compiled 3 graphs of parts without weights", "q, k of fewer heads, and the MLP's gate"
+    for model in (plain, compiled):
+        switch(model)
+    assert_alike(step(compiled), step(plain))
+    with torch.no_grad():
+        pair = [model(TOKENS[:3, :-1], TOKENS[:3, 1:]) for model in (plain, compiled)]
+    assert torch.equal(*pair)
+    assert compilation.news() is None
+    assert list(compiled.state_dict()) == names
+
+
 def test_validation_is_not_compiled_and_gives_the_plain_models_loss_to_the_bit() -> None:
     plain, compiled = build(False), build(False)
-    compilation = Compilation(compiled, True, "aot_eager")
+    compilation = Compilation(compiled, "on", "aot_eager")
     for rows in (4, 3, 1):
         with torch.no_grad():
             pair = [model(TOKENS[:rows, :-1], TOKENS[:rows, 1:]) for model in (plain, compiled)]
@@ -98,21 +115,20 @@ def test_the_compiled_loss_of_a_chunk_is_the_plain_one(dtype: torch.dtype) -> No
     torch.testing.assert_close(grad, expected_grad, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
 
 
-def decide(setting: str, stage: int, tensor: int = 1) -> bool:
+def decide(setting: str, stage: int, tensor: int = 1) -> str:
     engine = EngineConfig.model_validate({"compile": setting, "tensor_parallel": tensor})
     return plan_compilation(engine, {"zero_optimization": {"stage": stage}})
 
 
-def test_when_something_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [decide("off", 1), decide("on", 1), decide("on", 2), decide("on", 1, 2)] == [False, True, True, True]
-    assert not decide("auto", 1), "on a CPU it takes longer than a small run gains"
-    for triton, expected in ((True, [True, True, False]), (False, [False, False, False])):
+def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [decide("on", 1), decide("on", 2), decide("on", 1, 2), decide("on", 3), decide("on", 3, 2)]
+    assert asked == ["on", "on", "on", "parts", "parts"]
+    assert decide("off", 1) == "off"
+    assert decide("auto", 1) == "off", "on a CPU it takes longer than a small run gains"
+    for triton, expected in ((True, ["on", "on", "parts", "parts"]), (False, ["off"] * 4)):
         monkeypatch.setattr("qatscale.engine.compilation.uses_gpu", lambda: True)
         monkeypatch.setattr("qatscale.engine.compilation._has_triton", lambda triton=triton: triton)
-        assert [decide("auto", stage) for stage in (1, 2, 3)] == expected
-        assert not decide("auto", 1, 2)
+        assert [decide("auto", stage, tensor) for stage, tensor in ((1, 1), (2, 1), (3, 1), (1, 2))] == expected
     with pytest.raises(UserError, match="Triton"):
-        decide("on", 1)
-    with pytest.raises(UserError, match="ZeRO-3"):
         decide("on", 3)
-    assert Compilation(build(False), False).news() is None
+    assert Compilation(build(False), "off").news() is None

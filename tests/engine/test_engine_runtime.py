@@ -8,7 +8,9 @@ import sys
 from tests.processes import unlaunched
 
 STARTED = """
-import os, socket, sys, torch
+import os, resource, socket, sys, torch
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 from qatscale.engine.runtime import start_runtime
 from qatscale.errors import UserError
 taken = socket.create_server(("", 0))
@@ -19,6 +21,7 @@ except UserError as error:
     assert error.key == "MASTER_PORT" and str(taken.getsockname()[1]) in str(error) and "--master_port" in str(error)
     del os.environ["MASTER_PORT"]
 start_runtime()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard)
 import deepspeed
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 assert is_zero_supported_optimizer(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]))

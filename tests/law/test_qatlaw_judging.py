@@ -74,13 +74,23 @@ def test_bootstrap_refuses_what_makes_no_interval(result):
 # ---- measured U-curves -------------------------------------------------------------------------------------------
 
 
-def test_a_curve_of_the_logarithmic_form_is_read_exactly():
+def test_a_curve_of_the_readings_form_is_read_exactly():
     f = np.array([0.05, 0.1, 0.3, 0.6, 0.9])
     (curve,) = measured_curves(curve_table(f, 3 - 0.02 * np.log(f) - 0.05 * np.log1p(-f)))
-    assert curve.optimum == pytest.approx(0.02 / 0.07, rel=1e-9)
+    assert curve.optimum == pytest.approx(0.02 / 0.07, abs=0.001)
     assert curve.inside
     assert curve.error == pytest.approx(READING, rel=1e-6)  # no noise is left
+    assert curve.loss_at(f) == pytest.approx(curve.losses, rel=1e-12)
     assert (curve.N, curve.D_total, curve.B, curve.scheme) == (1e8, 1e10, 4.0, "fused")
+
+
+def test_a_steep_left_side_does_not_move_the_minimum():
+    """Losses as short phases on this project's ladder have them, f^-1.2: the two logarithms alone read .55 for .30."""
+    f = np.array([0.02, 0.05, 0.15, 0.35, 0.65, 0.9])
+    shape = lambda f: 3.9 + 0.0018 * f**-1.2 + 0.03 * f  # noqa: E731
+    grid = np.linspace(0.02, 0.9, 2001)
+    (curve,) = measured_curves(curve_table(f, shape(f)))
+    assert curve.optimum == pytest.approx(grid[shape(grid).argmin()], abs=0.08)
 
 
 def curve_table(f, loss, **columns):
@@ -92,7 +102,7 @@ def curve_table(f, loss, **columns):
 @pytest.mark.parametrize(("slope", "end"), [(0.1, 0.05), (-0.1, 0.9)])
 def test_a_curve_without_a_minimum_inside_is_told(slope, end):
     f = np.array([0.05, 0.1, 0.3, 0.6, 0.9])
-    (curve,) = measured_curves(curve_table(f, 3 + slope * f))
+    (curve,) = measured_curves(curve_table(f, 3 + slope * np.log(f)))
     assert curve.optimum == end
     assert not curve.inside
     assert fraction_errors(synthetic.law().optimal_fraction, [curve]) == {}
@@ -139,9 +149,9 @@ def test_the_closed_form_is_judged_by_the_same_curves():
     def curves(optimum):
         return measured_curves(curve_table(f, 3 - 0.1 * (optimum * np.log(f) + (1 - optimum) * np.log1p(-f))))
 
-    assert fraction_errors(closed_form, curves(published))["all"].mae < 1e-6
+    assert fraction_errors(closed_form, curves(published))["all"].mae < 1e-3
     moved = fraction_errors(closed_form, curves(published + 0.1))["4"]
-    assert moved.bias == pytest.approx(-0.1, abs=1e-6)
+    assert moved.bias == pytest.approx(-0.1, abs=1e-3)
 
 
 def test_a_curve_with_too_few_tokens_per_byte_has_no_closed_form(result):

@@ -14,9 +14,13 @@ import pytest
 
 from qatlaw import synthetic
 from qatlaw.__main__ import main
+from qatlaw.curves import closed_form_constant, measured_curves
 from qatlaw.errors import InputError
 from qatlaw.fit_file import FitFile, write_fit
-from qatlaw.planner_law import SHIPPED, law_names, load_law
+from qatlaw.fraction_laws import LADDER
+from qatlaw.planner_law import load_law
+from qatlaw.tables import load_table
+from tests.law.law_runs import command
 
 LAW = synthetic.law()
 THETAS = np.array([LAW.theta, LAW.theta])
@@ -161,32 +165,43 @@ def test_files_of_former_versions_are_read(tmp_path: Path) -> None:
     assert np.isnan(law.bootstrap.loss(396e6, 6e10, 4e10, 4)).all()
 
 
-# ---- laws that ship with the package ----
+# ---- the ladder's law ----
 
 
-def test_a_law_in_the_shipped_folder_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    (shipped / "ladder.json").write_text(json.dumps(content(tmp_path)))
-    assert law_names(shipped) == ["synthetic", "ladder"]
-    law = load_law("ladder", shipped)
-    assert law.law == LAW
-    assert law.source == "ladder, qat_unified fitted on 2 runs of two runs"
-    assert not law.synthetic
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ladder").write_text("a file of the same name")
-    assert load_law("ladder", shipped).law == LAW, "the name comes before a path"
-    with pytest.raises(InputError, match=r"--law = 'laddder': .*\(synthetic, ladder\)"):
-        load_law("laddder", shipped)
+def test_a_wrong_name_is_told_the_right_ones() -> None:
+    with pytest.raises(InputError, match=r"--law = 'laddder': .*\(synthetic, ladder-1to1000\)"):
+        load_law("laddder")
 
 
-def test_shipped_laws_are_beside_the_laws_and_in_the_wheel() -> None:
-    import tomllib
+def test_the_ladder_ships_as_it_was_measured() -> None:
+    """The package's table is that of the study, which is not installed with it; its constants follow from the table."""
+    table = load_table("ladder-1to1000").runs
+    assert table.hash == load_table("analysis/studies/ladder-1to1000/results.csv").runs.hash
+    curves = [curve for curve in measured_curves(table) if curve.scheme == "sequential"]
+    for bits, constants in LADDER.constants.items():
+        own = [curve for curve in curves if bits == curve.B]
+        found = closed_form_constant(own)
+        assert (found.A, found.low, found.high) == pytest.approx(constants, rel=0.02)
+    S = [curve.S for curve in curves]
+    assert (round(min(S)), round(max(S))) == LADDER.measured["S"]
 
-    import qatlaw.laws
 
-    assert SHIPPED.parent == Path(qatlaw.laws.__file__).parent
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert f"{SHIPPED.name}/*.json" in project["tool"]["setuptools"]["package-data"]["qatlaw.laws"]
-    for name in law_names():
-        assert load_law(name).law.form.has_fraction
+def test_a_law_of_fractions_plans_where_no_losses_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--params", "199440", "--law", "ladder-1to1000"]
+    assert command("plan", *size, "--tokens", "4.6M", "--bits", "4", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    A, *_ = LADDER.constants[4]
+    assert answer["plan"]["fraction"] == pytest.approx(math.exp(-A / math.log(4.6e6 / (199_440 / 2))))
+    assert "thousandth" in answer["law"]["source"]
+    assert answer["warnings"] == []
+    assert command("plan", *size, "--tokens", "4.6M", "--json") == 0
+    assert [row["bits"] for row in json.loads(capsys.readouterr().out)["plan"]["rows"]] == [1, 2, 4]
+    assert command("plan", "checkpoint", *size, "--trained-tokens", "4M", "--bits", "4", "--json") == 0
+    deserved = json.loads(capsys.readouterr().out)["plan"]["tokens_qat"]
+    D = 4e6 + deserved
+    assert deserved / D == pytest.approx(math.exp(-A / math.log(D / (199_440 / 2))), rel=1e-4)
+    assert command("plan", *size, "--tokens", "4.6M", "--bits", "3") == 2
+    assert command("plan", "waste", *size, "--tokens", "4.6M", "--bits", "2", "--fraction", "0.1") == 2
+    assert "fractions alone" in capsys.readouterr().err
+    assert command("plan", "--params", "396M", "--tokens", "100B", "--bits", "2", "--law", "ladder-1to1000") == 0
+    assert "N = 396M (measured 86.3K to 763K)" in " ".join(capsys.readouterr().out.split())

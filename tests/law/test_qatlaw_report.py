@@ -17,14 +17,17 @@ from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
 from qatlaw.figures.style import amount, memory, thinned, width_dash, width_style
 from qatlaw.findings import findings
+from qatlaw.fit_file import fit_file, read_fit, write_fit
+from qatlaw.fitting import fit
 from qatlaw.fraction import fraction_at
 from qatlaw.laws import QAT_UNIFIED
-from qatlaw.page import Report, html, image, rows_html, write_report
+from qatlaw.page import Report, compose, html, image, rows_html, write_report
 from qatlaw.plan.waste import split_loss, wasted_tokens
 from qatlaw.planner_law import synthetic_law
-from qatlaw.runs import LeftOut
+from qatlaw.runs import Collected, LeftOut
 from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, quality_rows, rivals, summarise
 from qatlaw.table import RunTable
+from qatlaw.tables import load_table
 from tests.law.browser import CannotError, Seen, open_page
 from tests.law.law_runs import command, finished
 
@@ -252,6 +255,20 @@ def test_a_page_names_what_makes_it_a_demonstration() -> None:
     page = html(Report(Evidence(table, made_up_laws(table)), "today"))
     assert "drawn from a made-up law" in page
     assert "Plan nothing by it" in page
+
+
+def test_a_law_on_effective_bits_is_drawn_over_nominal_ones(tmp_path: Path) -> None:
+    """At the widths of the runs it says what the law itself says of their effective bits."""
+    table = load_table("ladder-1to1000").runs
+    file = tmp_path / "fit.json"
+    runs = table.of_scheme("sequential")
+    write_fit(file, fit_file(fit(QAT_UNIFIED, runs.on_effective_bits, starts=1)))
+    laws = compose(Collected(table), law=str(file), scheme="sequential").evidence.laws
+    assert laws is not None
+    stored = read_fit(file).law
+    D_fp, D_qat, N = (runs.column(name)[runs.quantized] for name in ("tokens_fp", "tokens_qat", "n_params"))
+    nominal, effective = (runs.column(name)[runs.quantized] for name in ("bits", "effective_bits"))
+    assert laws.by_width[None].loss(N, D_fp, D_qat, nominal) == pytest.approx(stored.loss(N, D_fp, D_qat, effective))
 
 
 def test_the_page_of_a_fit_shows_its_numbers(tmp_path: Path) -> None:

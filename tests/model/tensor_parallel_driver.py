@@ -143,7 +143,7 @@ def check_compiled(parallel: TensorParallel) -> None:
     """The exchanges lie between graphs, and the numbers are the plain ones."""
     config = ModelConfig(vocab_size=VOCABULARY, hidden_size=48, layers=1, heads=4, kv_heads=2, intermediate_size=64)
     plain, compiled = (build(config, QatConfig(scheme="fused", bits=2), parallel) for _ in range(2))
-    compilation = Compilation(compiled, True, "aot_eager")
+    compilation = Compilation(compiled, "on", "aot_eager")
     losses = [model(TOKENS, LABELS) for model in (plain, compiled)]
     close(losses[1].detach(), losses[0].detach(), "compiled loss", 1e-6)
     for loss in losses:

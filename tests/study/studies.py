@@ -22,6 +22,7 @@ TINY = {
     "bits": "[2, 4]",
     "fractions": "[0, 0.25, 0.5, 1]",
     "schemes": "[sequential, fused]",
+    "keep_at": "[4096, 8192]",
 }
 """11 runs of 40 steps."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from qatscale.cli import main
 from qatscale.config.recipe import load_run_config
 from qatscale.errors import UserError
 from qatscale.study import grid, read_study
+from qatscale.study.plan import plan_study
 from tests.wrong_values import NO_SUCH_BITS
 
 SMALL = Path(__file__).parents[2] / "analysis" / "studies" / "small.yaml"
@@ -101,6 +103,44 @@ def test_any_key_can_be_varied(tmp_path: Path) -> None:
     found = {(config.optimizer.betas, config.batch.micro_batch) for config in runs.values()}
     assert found == {((0.9, beta), micro) for beta in (0.95, 0.99) for micro in (1, 2)}
     assert len(runs) == 4, "each has a name of its own"
+
+
+def test_orders_of_the_cooldowns_data_branch_where_it_starts(tmp_path: Path) -> None:
+    """Full precision and fused QAT, three orders each: one trunk, five branches, and the first order is the trunk's."""
+    file = written(tmp_path, bits="[2]", fractions="[0, 0.2]", schemes="[fused]", cooldown_data_seeds="[0, 1, 2]")
+    planned = plan_study(file)
+    trunk, *branches = planned.tree.jobs
+    runs = {run.route.name: run for run in planned.grid.runs}
+    assert trunk.parent is None
+    assert [job.parent for job in branches] == [trunk.route.name] * 5
+    assert {job.start for job in branches} == {runs[trunk.route.name].timeline.last_cooldown}
+    assert sorted(run.config.data.cooldown_seed for run in runs.values()) == [0, 0, 1, 1, 2, 2]
+    assert {run.config.data.seed for run in runs.values()} == {0}
+
+
+def test_adamw_in_the_cooldown_is_varied_in_the_phases_of_each_scheme(tmp_path: Path) -> None:
+    """The cooldown of a fused run is its qat_cooldown; branches part there, and the recipe's own value is no branch."""
+    betas = "[[0.9, 0.95], [0.9, 0.99]]"
+    vary = f"{{schedule.phases.cooldown.betas: {betas}, schedule.phases.qat_cooldown.betas: {betas}}}"
+    file = written(tmp_path, bits="[2]", fractions="[0, 0.2]", schemes="[fused]", vary=vary, grids="[{vary: {}}, {}]")
+    planned = plan_study(file)
+    last = sorted((run.config.qat.scheme, run.timeline.segments[-1].betas) for run in planned.grid.runs)
+    assert last == [("fp", (0.9, 0.95)), ("fp", (0.9, 0.99)), ("fused", (0.9, 0.95)), ("fused", (0.9, 0.99))]
+    assert {run.timeline.segments[1].betas for run in planned.grid.runs} == {(0.9, 0.95)}
+    assert len({job.start for job in planned.tree.jobs if job.parent}) == 1
+    assert [same for _, same in planned.grid.repeated] == ["debug-100K-fp", "debug-100K-fused-2bit-f0.2"]
+
+
+def test_cells_that_are_one_training_are_one_run(tmp_path: Path) -> None:
+    """A key's default, an alias of a shape, a setting of another shape. What is evaluated still counts."""
+    for vary, runs in (
+        ("{schedule.shape: [1-sqrt, sqrt]}", 1),
+        ("{schedule.shape: [linear], schedule.exponent: [0.5, 0.7]}", 1),
+        ("{schedule.shape: [1-sqrt], schedule.exponent: [0.5, 0.7]}", 2),
+        ("{evaluation.tokens: [10K, 20K]}", 2),
+        ("{optimizer.spike_factor: [null, 10]}", 2),
+    ):
+        assert len(names(written(tmp_path, fractions="[0]", vary=vary))) == runs, vary
 
 
 def test_what_differs_from_the_first_step_shares_no_trunk(tmp_path: Path) -> None:
@@ -197,6 +237,9 @@ def test_the_plan_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "debug-200K-fp @313" in said, "it goes on from the shorter run before its cooldown"
     assert "made up" in said or "synthetic" in said
     assert "not determined" in said, "one size tells nothing of the size's exponent"
+    name = "a-name-of-one-hundred-and-more-letters" * 3
+    assert run("study", "plan", str(written(tmp_path, sizes=f"[{{name: {name}, recipe: debug}}]"))) == 0
+    assert re.search(rf"{name}-100K-sequential-4bit-f0.3 @\d+  [\d.]+K\n", capsys.readouterr().out), "no number is cut"
 
 
 def test_runs_there_are_already_count_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qatlaw.study import Job, Offer, Piece, Route, Slot, cheapest_tree, longest_paths, shared_steps, simulate
+from qatlaw.study import (
+    Job,
+    Offer,
+    Piece,
+    Route,
+    Slot,
+    cheapest_tree,
+    longest_paths,
+    shared_steps,
+    simulate,
+    trained_by,
+)
 from qatscale.study import grid, read_study
 from qatscale.study.plan import CHECKPOINT_BYTES, forecast
 
@@ -91,11 +102,24 @@ def test_disk_holds_the_open_front_and_the_final_checkpoints() -> None:
         Job(route("b2", ("a", 2), ("c", 5)), "trunk", 2),
     ]
     one = CHECKPOINT_BYTES * 100
-    cost = forecast(jobs, dict.fromkeys(("trunk", "b1", "b2"), 100), workers=1)
+    cost = forecast(jobs, dict.fromkeys(("trunk", "b1", "b2"), 100), 1, {name: set() for name in ("trunk", "b1", "b2")})
     assert cost.disk_at_end == 3 * one
     assert cost.disk == 4 * one, "the fork's and three final ones, in the moment before the fork's is removed"
     assert cost.makespan == cost.flops == 10
     assert cost.longest == 5
+    kept = forecast(jobs, dict.fromkeys(("trunk", "b1", "b2"), 100), 1, {"trunk": {1, 2}, "b1": set(), "b2": {3}})
+    assert kept.disk == kept.disk_at_end == 6 * one
+
+
+def test_a_shared_step_is_trained_by_the_run_that_others_branch_from() -> None:
+    begins = {"trunk": (None, 0), "branch": ("trunk", 6), "twig": ("branch", 8)}
+    assert [trained_by(begins, "twig", step) for step in (1, 6, 7, 8, 9)] == [
+        "trunk",
+        "trunk",
+        "branch",
+        "branch",
+        "twig",
+    ]
 
 
 def test_a_study_that_grows_branches_where_checkpoints_are_left() -> None:

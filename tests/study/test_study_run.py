@@ -46,11 +46,12 @@ def test_results_say_to_a_fit_what_the_run_folders_say(tiny: Path) -> None:
     assert len(from_rows) == len(from_folders)
 
 
-def test_only_final_checkpoints_are_left(tiny: Path) -> None:
-    """What branches needed is gone with the last of them."""
+def test_only_final_checkpoints_and_those_to_keep_are_left(tiny: Path) -> None:
+    """What branches needed is gone with the last of them. Steps 16 and 32 stay in the runs that trained them."""
     for job in json.loads((tiny / "tree.json").read_text()):
         left = list_checkpoints(tiny / "runs" / job["name"] / "checkpoints")
-        assert [path.name for path in left] == [f"step-{job['steps']:08d}"], job["name"]
+        kept = [step for step in (16, 32) if step > job["start"]]
+        assert [path.name for path in left] == [f"step-{step:08d}" for step in (*kept, job["steps"])], job["name"]
 
 
 def test_a_run_equals_the_same_run_trained_alone(tiny: Path, tmp_path: Path) -> None:

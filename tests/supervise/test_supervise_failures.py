@@ -30,7 +30,7 @@ from qatscale.supervise.failure_report import (
     report,
     stragglers,
 )
-from qatscale.supervise.launchers import LauncherProcesses
+from qatscale.supervise.process import LauncherProcesses
 from qatscale.supervise.watchdog import Watchdog, in_communication
 from qatscale.tracking.run_folder import RunFolder
 from tests import processes
@@ -238,7 +238,7 @@ def test_output_outlives_its_reader() -> None:
 
 
 def test_the_watchdog_process_ends_a_process_that_is_stopped() -> None:
-    code = "import time; from qatscale.supervise.watchdog import WatchdogProcess; w = WatchdogProcess(1.0)\n"
+    code = "import time; from qatscale.supervise.process import WatchdogProcess; w = WatchdogProcess(1.0)\n"
     code += "print(flush=True)\nwhile 1: w.alive()"
     with subprocess.Popen([sys.executable, "-c", code + "; time.sleep(0.1)"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qatscale.data.adopt import adopt
-from qatscale.data.indexed import IndexedWriter
+from qatscale.data.indexed_writer import IndexedWriter
 
 VOCABULARY = 512
 FOLLOWERS = 8

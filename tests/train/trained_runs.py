@@ -27,7 +27,12 @@ KINDS = {
     "fused2": [],
     "seq1": ["qat.scheme=sequential", "qat.bits=1", "qat.optimizer_state=reset"],
     "scratch4": ["qat.scheme=scratch", "qat.fraction=auto", "qat.bits=4"],
-    "fused4": ["qat.bits=4", "qat.optimizer_state=reset"],
+    "fused4": [
+        "qat.bits=4",
+        "qat.optimizer_state=reset",
+        "data.cooldown_seed=1",
+        "schedule.phases.qat_cooldown={betas: [0.8, 0.99], weight_decay: 0.3}",
+    ],
     "fused2e16": ["qat.embedding_bits=16"],
 }
 # Two launches, all schemes, 1, 2 and 4 bits, both treatments of Adam's state, every stage on 1 and on 2 processes,

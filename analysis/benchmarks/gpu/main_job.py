@@ -199,7 +199,7 @@ class Job:
     def data(self) -> Mapping[str, Any]:
         """Token shards of a Markov chain: something to learn, the same everywhere, and no text needed."""
         from qatscale.data.adopt import adopt
-        from qatscale.data.indexed import IndexedWriter
+        from qatscale.data.indexed_writer import IndexedWriter
 
         size = self.size
         most = max(size.steps * size.tokens_per_step[0], size.measured_steps * size.tokens_per_step[1])

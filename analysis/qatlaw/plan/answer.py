@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from qatlaw.fraction import amount
+from qatlaw.fraction_laws import PAPER, FractionLaw
 from qatlaw.laws.named import NamedLaw
 from qatlaw.planner_law import SYNTHETIC_WARNING, PlannerLaw
 from qatlaw.text import terminal_width, wrapped
@@ -29,7 +30,8 @@ class Answer:
     table: TextTable
     plan: Any
     """The dataclass, or the list of them, that the table shows."""
-    law: PlannerLaw | NamedLaw | None
+    law: PlannerLaw | NamedLaw | FractionLaw | None
+    """None: the closed form."""
     notes: Sequence[str]
     warnings: Sequence[str]
     overrides: Sequence[str] | None = ()
@@ -43,7 +45,7 @@ class Answer:
         return {
             "question": self.question,
             "plan": plain(self.plan),
-            "law": self.law and {"source": self.law.source, "synthetic": self.law.synthetic},
+            "law": self._named and {"source": self._named.source, "synthetic": self._named.synthetic},
             "notes": self._notes(),
             "warnings": self._warnings(),
             "overrides": list(self.overrides or ()),
@@ -59,8 +61,16 @@ class Answer:
         lines += ["", f"To run it: {' '.join((*self.command, *self.overrides))}"] if self.overrides else []
         return "\n".join(lines)
 
+    @property
+    def _named(self) -> PlannerLaw | NamedLaw | FractionLaw | None:
+        return None if self.law is PAPER else self.law
+
     def _notes(self) -> list[str]:
-        law = NO_LAW if self.law is None else f"Loss law: {self.law.source}."
+        law = NO_LAW
+        if isinstance(self._named, FractionLaw):
+            law = f"Fractions of {self._named.name}: {self._named.about}. {NO_LAW}"
+        elif self._named:
+            law = f"Loss law: {self._named.source}."
         return [*self.notes, *([NO_CHOICE] if self.overrides is None else []), law]
 
     def _warnings(self) -> list[str]:

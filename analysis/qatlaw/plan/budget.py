@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, tokens_per_parameter_byte
+from qatlaw.fraction_laws import PAPER
 from qatlaw.laws.base import Floats, Law
 from qatlaw.plan.root import falling_root
 from qatlaw.plan.run import SEQUENTIAL, Scheme, overrides_of, warnings_of, written_fraction
@@ -192,5 +193,5 @@ def plan_budget(
         closed_form=by_closed_form,
         chosen=chosen,
         overrides=overrides_of(chosen.tokens, bits, scheme, written_fraction(chosen.fraction)),
-        warnings=(*moved, *warnings_of(params, chosen.tokens, bits, law)),
+        warnings=(*moved, *warnings_of(params, chosen.tokens, bits, law or PAPER)),
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qatlaw.errors import InputError
-from qatlaw.fraction import closed_form, tokens_per_parameter_byte
+from qatlaw.fraction import tokens_per_parameter_byte
+from qatlaw.fraction_laws import PAPER, FractionLaw
 from qatlaw.plan.root import falling_root
 from qatlaw.plan.run import warnings_of, written_fraction
 from qatlaw.planner_law import PlannerLaw
@@ -71,18 +72,21 @@ class CheckpointPlan:
         return (f"tokens={self.tokens}", f"qat.bits={self.bits:g}", f"qat.fraction={text}")
 
 
-def plan_checkpoint(params: float, bits: float, tokens_fp: float, *, law: PlannerLaw | None = None) -> CheckpointPlan:
-    """QAT tokens for a checkpoint that saw `tokens_fp` full-precision tokens, by the law or else by the closed form.
+def plan_checkpoint(
+    params: float, bits: float, tokens_fp: float, *, law: PlannerLaw | None = None, fractions: FractionLaw = PAPER
+) -> CheckpointPlan:
+    """QAT tokens for a checkpoint that saw `tokens_fp` full-precision tokens, by the law or else by `fractions`.
 
     InputError where no number of tokens makes them the optimal share.
     """
-    if law is not None:
-        law.check_bits(bits)
+    (law or fractions).check_bits(bits)
 
     def excess(D: float) -> float:
         """Full-precision tokens of an optimal run of D tokens, beyond those that exist."""
-        closed = closed_form(params, D, bits) or 0.0
-        f = closed if law is None else float(law.law.optimal_fraction(params, D, bits))
+        if law is not None:
+            f = float(law.law.optimal_fraction(params, D, bits))
+        else:
+            f = fractions.optimal_fraction(params, D, bits) if tokens_per_parameter_byte(params, D, bits) > 1 else 0.0
         return (1 - f) * D - tokens_fp
 
     ends = (tokens_fp * 2.0**n for n in range(1, DOUBLINGS + 1))
@@ -112,5 +116,5 @@ def plan_checkpoint(params: float, bits: float, tokens_fp: float, *, law: Planne
         purchases=tuple(purchases),
         loss=loss(deserved),
         full_precision_loss=loss(0.0),
-        warnings=warnings_of(params, tokens_fp + deserved, bits, law),
+        warnings=warnings_of(params, tokens_fp + deserved, bits, law or fractions),
     )

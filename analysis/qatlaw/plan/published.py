@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qatlaw.errors import InputError
 from qatlaw.fraction import tokens_per_parameter_byte
 from qatlaw.laws.named import NamedLaw
+from qatlaw.plan.answer import Answer, columns
 from qatlaw.plan.run import Recipe
 
 NOTE = "The law contains no QAT fraction: every token is a QAT token. Its N has neither embedding nor head."
@@ -60,3 +61,16 @@ def plan_scratch(law: NamedLaw, run: Recipe, *, tolerance: float) -> ScratchPlan
         smallest=min(within, default=None),
         warnings=tuple(line for line in (outside, unknown) if line),
     )
+
+
+def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Answer:
+    """nats: the gap to full precision that is called small."""
+    plan = plan_scratch(law, run, tolerance=nats)
+    best = None if plan.smallest is None else plan.rows[plan.smallest]
+    notes = [f"It answers: {law.answers}.", NOTE]
+    if plan.full_precision_loss is not None:
+        within = f"within {nats:g} nats of full precision, whose predicted loss is {plan.full_precision_loss:.4f}."
+        notes.insert(0, f"* the smallest bit width {within}" if best else f"No bit width is {within}")
+    table = columns(plan.rows, "bits S loss gap", best)
+    title += f": QAT from scratch by {law.label}"
+    return Answer("bit-widths", title, table, plan, law, notes, plan.warnings, (), plan.params)

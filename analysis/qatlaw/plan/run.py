@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qatlaw.errors import InputError
-from qatlaw.fraction import closed_form, extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
+from qatlaw.fraction import closed_form, tokens_per_parameter_byte
+from qatlaw.fraction_laws import PAPER, FractionLaw
 from qatlaw.laws.nominal import EffectiveBits
 from qatlaw.plan.shapes import usual_effective_bits
 from qatlaw.plan.waste import optimal_loss, split_loss, wasted_tokens
@@ -152,6 +153,7 @@ def plan_run(
     bits: float,
     *,
     law: PlannerLaw | None = None,
+    fractions: FractionLaw = PAPER,
     tokens_per_step: int | None = None,
     scheme: Scheme = SEQUENTIAL,
     stored_bytes: float | None = None,
@@ -159,19 +161,20 @@ def plan_run(
 ) -> RunPlan:
     """The plan for a model of `params` parameters (a tied embedding counted once), `tokens` tokens and `bits` bits.
 
-    law: gives the optimum and the losses; without one the closed form decides. `scheme` may move the fraction.
+    law: gives the optimum and the losses; without one `fractions` decides. `scheme` may move the fraction.
     tokens_per_step: of an optimizer step, for the switch step. stored_bytes: of the weights, for their effective bits.
     group_size: to be set in the recipe.
 
-    InputError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.optimal_fraction`).
+    InputError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.fraction_at`).
     """
     S = tokens_per_parameter_byte(params, tokens, bits)
     if law is not None:
         law.check_bits(bits)
         optimum = float(law.law.optimal_fraction(params, tokens, bits))
     else:
+        fractions.check_bits(bits)
         try:
-            optimum = optimal_fraction(params, tokens, bits)
+            optimum = fractions.optimal_fraction(params, tokens, bits)
         except ValueError as error:
             units = "Are --params and --tokens in the right units (396M, 100B)?"
             raise InputError("plan", None, f"{error}.", units) from None
@@ -193,7 +196,7 @@ def plan_run(
         steps=steps,
         switch_step=None if steps is None else switch_step(planned, steps),
         prediction=None if law is None else _predict(law, params, tokens, bits, optimum, planned),
-        warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law)),
+        warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law or fractions)),
         overrides=overrides_of(tokens, bits, scheme, written_fraction(planned, steps), group_size),
     )
 
@@ -210,9 +213,9 @@ def overrides_of(
     return (*settings, f"qat.group_size={group_size}") if group_size else settings
 
 
-def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | None) -> tuple[str, ...]:
-    """The numbers of a plan outside the range of the data behind them: the law's, or the closed form's."""
-    found = extrapolation_warning(params, tokens, bits) if law is None else law.warning(params, tokens, bits)
+def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | FractionLaw) -> tuple[str, ...]:
+    """The numbers of a plan outside the range of the data behind them."""
+    found = law.warning(params, tokens, bits)
     return (found,) if found else ()
 
 
@@ -287,6 +290,7 @@ def compare_widths(
     widths: Sequence[float],
     *,
     law: PlannerLaw | None = None,
+    fractions: FractionLaw = PAPER,
     tolerance: float = TOLERANCE,
     tokens_per_step: int | None = None,
     scheme: Scheme = SEQUENTIAL,
@@ -297,7 +301,7 @@ def compare_widths(
     rows = []
     for bits in widths:
         plan = plan_run(
-            params, tokens, bits, law=law, tokens_per_step=tokens_per_step, scheme=scheme,
+            params, tokens, bits, law=law, fractions=fractions, tokens_per_step=tokens_per_step, scheme=scheme,
             stored_bytes=stored_bytes(bits) if stored_bytes else None, group_size=group_size,
         )  # fmt: skip
         gap = plan.prediction.loss - plan.prediction.full_precision_loss if plan.prediction else None

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import least_squares
 
-from qatlaw.curves import Curve, measured_curves
+from qatlaw.curves import Curve, closed_form_constant, measured_curves
 from qatlaw.fraction import fraction_at
-from qatlaw.laws.base import Law
-from qatlaw.planner_law import load_law
 from qatlaw.results import read_results
 from qatlaw.runs import RunRecord, collect
 
@@ -35,30 +34,29 @@ def short(tokens: float) -> str:
     return f"{tokens / 1e6:.1f}M"
 
 
-def loss_at(curve: Curve, f: float) -> float:
-    """The curve's own fit a - b ln f - c ln(1 - f) at f."""
-    design = np.stack([np.ones_like(curve.fractions), -np.log(curve.fractions), -np.log1p(-curve.fractions)], axis=1)
-    a, b, c = np.linalg.lstsq(design, curve.losses, rcond=None)[0]
-    return float(a - b * np.log(f) - c * np.log1p(-f))
-
-
-def optima(curves: list[Curve], law: Law | None) -> None:
-    """Measured f* with its error bar beside the closed form's and the law's, and what their fractions cost."""
+def optima(curves: list[Curve]) -> None:
+    """Measured f* with its error bar beside the closed form's, and what that costs."""
     rows = []
     for curve in curves:
         S = curve.D_total / (curve.N * curve.B / 8)
         closed = float(fraction_at(S))
-        lowest = loss_at(curve, curve.optimum)
-        bar = f"{curve.optimum:.2f} ({curve.low:.2f} to {curve.high:.2f})"
-        measured = bar if curve.inside else f"{'≤' if curve.optimum == curve.fractions[0] else '≥'} {curve.optimum:.2f}"
+        measured = curve.optimum_text.partition(" ±")[0] + f" ({curve.low:.2f} to {curve.high:.2f})" * curve.inside
         row = [f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{S:.0f}", measured]
-        row += [f"{closed:.2f}", f"{loss_at(curve, closed) - lowest:+.3f}"]
-        if law is not None:
-            fraction = float(law.fraction_at(curve.N, curve.D_total, curve.B))
-            row += [f"{fraction:.2f}", f"{loss_at(curve, fraction) - lowest:+.3f}"]
+        row += [f"{closed:.2f}", f"{curve.regret(closed):+.3f}"]
         rows.append([*row, f"{curve.losses.min():.3f}"])
-    with_law = [] if law is None else ["law", "regret"]
-    print_table(["N", "D", "bits", "S", "measured f*", "closed form", "regret", *with_law, "lowest loss"], rows)
+    print_table(["N", "D", "bits", "S", "measured f*", "closed form", "regret", "lowest loss"], rows)
+
+
+def constants(curves: list[Curve]) -> None:
+    """A of f = exp(-A / ln S) at each width, beside what the paper's A costs."""
+    rows = []
+    for B in sorted({curve.B for curve in curves}):
+        own = [curve for curve in curves if curve.B == B]
+        found = closed_form_constant(own)
+        paper = [curve.regret(float(fraction_at(curve.S))) for curve in own]
+        measured = f"{found.A:.2f} ({found.low:.2f} to {found.high:.2f})", f"{found.regret:.4f}, {found.worst:.3f}"
+        rows.append([f"{B:g}", str(len(own)), *measured, f"{np.mean(paper):.4f}, {np.max(paper):.3f}"])
+    print_table(["bits", "curves", "A (95 %)", "regret (mean, worst)", "regret with A = 6.73"], rows)
 
 
 def by_point(frame: pd.DataFrame) -> list[tuple[tuple[float, float, float], pd.DataFrame]]:
@@ -107,10 +105,9 @@ def predictions(curves: list[Curve], file: Path) -> None:
         if not near:
             continue
         curve = measured[near[0]]
-        shown = [row["law"], f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", f"{curve.optimum:.2f}"]
+        shown = [row["law"], f"{curve.N:,.0f}", short(curve.D_total), f"{curve.B:g}", curve.optimum_text]
         if pd.notna(row["f*"]):
-            above = loss_at(curve, row["f*"]) - loss_at(curve, curve.optimum)
-            shown += [f"{row['f*']:.2f}", f"{above:+.3f}"]
+            shown += [f"{row['f*']:.2f}", f"{curve.regret(row['f*']):+.3f}"]
         else:
             shown += ["–", "–"]
         losses = [
@@ -128,6 +125,29 @@ def predictions(curves: list[Curve], file: Path) -> None:
     print_table(header, rows)
 
 
+def full_precision(frame: pd.DataFrame) -> None:
+    """Residual (per degree of freedom) of the paper's base form and of Kaplan et al.'s, arXiv 2001.08361 eq. 1.5."""
+    runs = frame[frame["scheme"] == "fp"]
+    N, D, loss = runs["n_params"] / 2e5, runs["tokens_total"] / 4e6, runs["loss"].to_numpy()
+
+    def additive(x: np.ndarray) -> np.ndarray:
+        return np.exp(x[0]) + np.exp(x[1]) * D ** -np.exp(x[2]) + np.exp(x[3]) * N ** -np.exp(x[4])
+
+    def kaplan(x: np.ndarray) -> np.ndarray:
+        return (np.exp(x[0]) * N ** -np.exp(x[1]) + np.exp(x[2]) / D) ** np.exp(x[3])
+
+    rng, rows = np.random.default_rng(0), []
+    for name, form, start in (
+        ("alpha + beta/D^gamma + zeta/N^eta", additive, [1, -1, 0, -1, 0]),
+        ("[(a/N)^b + c/D]^d", kaplan, [2, -1, 0, -1]),
+    ):
+        starts = np.array(start) + rng.standard_normal((40, len(start)))
+        fits = [least_squares(lambda x, form=form: form(x) - loss, x, max_nfev=5000) for x in starts]
+        freedom = len(loss) - len(start)
+        rows.append([name, str(len(start)), f"{np.sqrt(2 * min(fit.cost for fit in fits) / freedom):.4f}"])
+    print_table(["form", "coefficients", "residual"], rows)
+
+
 def frame_of(records: list[RunRecord]) -> tuple[pd.DataFrame, list[Curve]]:
     table = collect(records, "results.csv").table
     frame = table.frame.assign(
@@ -141,13 +161,15 @@ def main() -> None:
     frame, curves = frame_of(records)
     hidden = {record.final["n_params"]: int(record.recipe["model.hidden_size"]) for record in records}
     for scheme in ("sequential", "fused"):
-        file = FOLDER / f"fit-{scheme}.json"
         print(f"\n## {scheme}: optimal fraction")
-        law = load_law(str(file)).law if file.exists() else None
-        optima([curve for curve in curves if curve.scheme == scheme], law)
+        own = [curve for curve in curves if curve.scheme == scheme]
+        optima(own)
+        constants(own)
     if (file := FOLDER / "predictions.csv").exists():
         print("\n## Predicted before they were trained")
         predictions([curve for curve in curves if curve.scheme == "sequential"], file)
+    print("\n## Full precision")
+    full_precision(frame)
     print("\n## Full precision, PTQ, sequential, fused")
     ends_and_schemes(frame)
     print("\n## Loss at equal bytes")

@@ -3,6 +3,7 @@
     checkpoints/step-00000120/
         shard-00000-of-00002.safetensors    one per process: the slices it held
         shard-00001-of-00002.safetensors
+        slices.npz                          of several shards: which slice lies where in which
         manifest.json                       written last: step, shapes, Adam's step counts, checksums, plugin state
 
 A slice is named `kind/parameter/start` (kind: weight, exp_avg, exp_avg_sq) and holds fp32 elements
@@ -18,23 +19,35 @@ import json
 import os
 import re
 import shutil
+import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qatlaw.files import sync
-from qatscale.engine.checkpoints.manifest import FORMAT_JSON, MANIFEST, MANIFEST_JSON, READABLE, Manifest
+from qatscale.engine.checkpoints.manifest import (
+    FORMAT_JSON,
+    MANIFEST,
+    MANIFEST_JSON,
+    READABLE,
+    SLICES,
+    FileRecord,
+    Manifest,
+)
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of
 from qatscale.tensor_files import write_safetensors
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 STEP = re.compile(r"^step-(\d{8,})$")
 """The name of a checkpoint's folder."""
 
@@ -106,7 +119,8 @@ def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
 def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     if manifest.format > 2 and manifest.checksum != manifest.digest():
         raise _DamageError(f"its {MANIFEST} was altered: checksum differs.")
-    for name, expected in sorted(manifest.files.items())[share::shares]:
+    recorded = [*sorted(manifest.files.items()), *([(SLICES, manifest.slices)] if manifest.slices else [])]
+    for name, expected in recorded[share::shares]:
         path = folder / name
         if not path.is_file():
             raise _DamageError(f"{name} is missing.")
@@ -190,6 +204,9 @@ def write_shard(folder: Path, rank: int, ranks: int, slices: Mapping[str, Tensor
 def commit(checkpoints: Path, manifest: Manifest) -> Path:
     """Make the written shards a checkpoint: manifest, then one rename. A checkpoint of the same step is replaced."""
     writing, final = writing_folder(checkpoints, manifest.step), step_folder(checkpoints, manifest.step)
+    if len(manifest.files) > 1:
+        SliceTable.scan(writing, manifest.files).save(path := writing / SLICES)
+        manifest = replace(manifest, slices=FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path)))
     path = writing / MANIFEST
     path.write_text(json.dumps(asdict(replace(manifest, checksum=manifest.digest())), indent=1))
     sync(path)
@@ -230,3 +247,76 @@ def _may_go(folder: Path) -> bool:
 def slice_name(kind: str, parameter: str, start: int, columns: tuple[int, int] | None) -> str:
     """The name of a slice in a shard."""
     return f"{kind}/{parameter}/{start}" + ("" if columns is None else f"/{columns[0]}-{columns[1]}")
+
+
+# --- which slice lies where ---
+
+
+class SliceTable(NamedTuple):
+    """Where each slice is, so that a process of a large job reads one table and the bytes it needs, and no headers."""
+
+    files: np.ndarray
+    parameters: np.ndarray
+    parameter: np.ndarray
+    """int32 [rows], ascending; a row is a slice of all kinds."""
+    shard: np.ndarray
+    """int32 [rows], into `files`."""
+    start: np.ndarray
+    numel: np.ndarray
+    columns: np.ndarray
+    """int64 [rows, 2]; -1 where all columns are meant."""
+    offsets: np.ndarray
+    """int64 [rows, kinds]: bytes before the slice in its file; -1 where the file has none of the kind."""
+
+    @classmethod
+    def scan(cls, folder: Path, files: Iterable[str]) -> SliceTable:
+        """From the headers of the shards."""
+        names, rows = sorted(files), dict[tuple[str, int, int, int, int], list[int]]()
+        for number, name in enumerate(names):
+            try:
+                for key, numel, offset in _header(folder / name):
+                    kind, parameter, start, *rest = key.split("/")
+                    first, _, end = rest[0].partition("-") if rest else ("-1", "", "-1")
+                    row = rows.setdefault((parameter, number, int(start), int(first), int(end)), [numel, -1, -1, -1])
+                    row[1 + KINDS.index(kind)] = offset
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                raise _DamageError(f"{name} cannot be read ({error}).") from error
+        parameters = sorted({parameter for parameter, *_ in rows})
+        index = {parameter: number for number, parameter in enumerate(parameters)}
+        table = np.array([[index[key[0]], *key[1:], *row] for key, row in sorted(rows.items())], np.int64).reshape(
+            -1, 9
+        )
+        small = table[:, :2].astype(np.int32)
+        return cls(np.array(names), np.array(parameters), small[:, 0], small[:, 1], table[:, 2], table[:, 5],
+                   table[:, 3:5], table[:, 6:])  # fmt: skip
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest) -> SliceTable:
+        """UserError where it cannot be read, with the checkpoint to use instead."""
+        with _with_advice(folder):
+            if manifest.slices is None:
+                return cls.scan(folder, manifest.files)
+            try:
+                with np.load(folder / SLICES) as saved:
+                    table = cls(**{name: saved[name] for name in cls._fields})
+                if sorted(manifest.files) != table.files.tolist() or len({len(column) for column in table[2:]}) != 1:
+                    raise ValueError("it is of other files")
+                return table
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise _DamageError(f"{SLICES} cannot be read ({error}).") from error
+
+    def save(self, path: Path) -> None:
+        np.savez_compressed(path, **self._asdict())
+        sync(path)
+
+
+def _header(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, elements, bytes before it) of each tensor of a safetensors file of flat fp32 tensors."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            yield name, tensor["shape"][0], 8 + length + tensor["data_offsets"][0]

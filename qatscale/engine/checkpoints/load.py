@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from qatscale.engine.agreement import Agreement
 from qatscale.engine.checkpoints import files
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader
-from qatscale.engine.checkpoints.save import by_kind, slices_of
+from qatscale.engine.checkpoints.save import by_kind, parameter_records, slices_of
 from qatscale.engine.runtime import Runtime, together
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.errors import UserError
@@ -28,12 +29,16 @@ def load_checkpoint(
     reader = CheckpointReader(folder)
     together(lambda: files.verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
     saved = {name: record for name, record in reader.manifest.parameters.items() if not (keep and keep(name))}
-    # every stage of a pipeline has some of the model's parameters
-    held = {name: shape for shapes in together(lambda: masters.shapes, runtime) for name, shape in shapes.items()}
-    loaded = {name: list(shape) for name, shape in held.items() if not (keep and keep(name))}
-    _check_same_model(folder, loaded, {name: record.shape for name, record in saved.items()})
+    agreement = Agreement(runtime)  # the shapes of all processes come to the first alone
+    shapes = agreement.gather(lambda: {name: record.shape for name, record in parameter_records(masters).items()})
+
+    def check_same_model() -> None:
+        held = {name: shape for some in shapes for name, shape in some.items() if not (keep and keep(name))}
+        _check_same_model(folder, held, {name: record.shape for name, record in saved.items()})
+
+    agreement.gather(check_same_model if runtime.is_main else None)
     for partition, fragments in masters.by_partition().items():
-        wanted = [fragment for fragment in fragments if fragment.name in loaded]
+        wanted = [fragment for fragment in fragments if fragment.name in saved]
         if not wanted:
             continue
         (steps,) = {saved[fragment.name].adam_steps for fragment in wanted}  # one optimizer group, one count

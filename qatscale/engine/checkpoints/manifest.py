@@ -14,10 +14,10 @@ from typing_extensions import TypedDict
 from qatscale.engine.spikes import SpikeState
 from qatscale.files import Count
 
-FORMAT = 3
-READABLE = (1, 2, 3)
-"""Format 1 has no slices of columns, and 2 no checksum of the manifest itself."""
-MANIFEST = "manifest.json"
+FORMAT = 4
+READABLE = (1, 2, 3, 4)
+"""Format 1 has no slices of columns, 2 no checksum of the manifest itself, and 3 no table of slices."""
+MANIFEST, SLICES = "manifest.json", "slices.npz"
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -72,13 +72,18 @@ class Manifest:
     spikes: SpikeState = field(default_factory=SpikeState)
     tokenizer: str | None = None
     """Fingerprint of the tokenizer of these tokens; None where it is not known."""
+    slices: FileRecord | None = None
+    """Of the table of slices, SLICES; None where there is one file, whose header says it."""
     format: int = FORMAT
     checksum: str = ""
     """sha256 of all else in the manifest."""
 
     def digest(self) -> str:
         """What `checksum` has to be."""
-        return hashlib.sha256(json.dumps(asdict(replace(self, checksum="")), sort_keys=True).encode()).hexdigest()
+        content = asdict(replace(self, checksum=""))
+        if self.format < 4:
+            del content["slices"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Format(TypedDict):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qatscale.config.recipe import is_unaltered, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import (
+    KINDS,
     STEP,
+    SliceTable,
     list_checkpoints,
     newest_checkpoint,
     other_checkpoint,
@@ -25,10 +26,9 @@ from qatscale.engine.checkpoints.manifest import MANIFEST
 from qatscale.errors import UserError
 
 
-@dataclass(frozen=True)
-class _SavedSlice:
-    key: str
+class _SavedSlice(NamedTuple):
     file: str
+    offset: int
     start: int
     numel: int
     columns: tuple[int, int] | None
@@ -40,41 +40,57 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._files: dict[str, Any] = {}
-        self._slices: dict[tuple[str, str], list[_SavedSlice]] = {}
-        for name in sorted(self.manifest.files):
-            try:
-                self._files[name] = file = safe_open(folder / name, framework="pt")
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    kind, parameter, start, *columns = key.split("/")
-                    first, _, end = columns[0].partition("-") if columns else ("", "", "")
-                    numel = file.get_slice(key).get_shape()[0]
-                    saved = _SavedSlice(key, name, int(start), numel, (int(first), int(end)) if columns else None)
-                    self._slices.setdefault((kind, parameter), []).append(saved)
-            except (SafetensorError, OSError, ValueError, IndexError) as error:  # the latter two: an altered header
-                problem = f"{name} cannot be read ({error})."
-                raise UserError("checkpoint", str(folder), problem, other_checkpoint(folder)) from error
+        self._table = SliceTable.of(folder, self.manifest)
+        self._number = {str(name): number for number, name in enumerate(self._table.parameters)}
 
     def read(self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
         """Elements [start, start + numel) of the flattened parameter or of its flattened columns [first, end), fp32."""
         out = torch.empty(numel, dtype=torch.float32)
-        filled = 0
-        slices = self._slices.get((kind, parameter), [])
-        if not slices and kind != "weight" and self.manifest.parameters[parameter].adam_steps == 0:
-            return out.zero_()
-        for saved in slices:
+        filled, known = 0, False
+        for saved in self._saved(kind, parameter, start, numel, columns):
+            known = True
             if saved.columns == columns:
                 filled += self._copy(saved, start, out)
             else:
                 filled += self._pick(saved, start, columns, out, self.manifest.parameters[parameter].shape)
+        if not known and kind != "weight" and self.manifest.parameters[parameter].adam_steps == 0:
+            return out.zero_()
         if filled != numel:
-            missing = f"{kind} of {parameter}: {filled} of {numel} elements are there."
-            raise UserError("checkpoint", str(self.folder), missing, other_checkpoint(self.folder))
+            raise self._damaged(f"{kind} of {parameter}: {filled} of {numel} elements are there.")
         return out
+
+    def _saved(
+        self, kind: str, parameter: str, start: int, numel: int, columns: tuple[int, int] | None
+    ) -> Iterator[_SavedSlice]:
+        """The slices that may hold some of these elements."""
+        if parameter not in self._number:
+            return
+        table, number = self._table, self._number[parameter]
+        rows = slice(*np.searchsorted(table.parameter, [number, number + 1]))
+        begin, size, own = table.start[rows], table.numel[rows], table.columns[rows]
+        same = (own == (columns or (-1, -1))).all(axis=1)
+        wanted = ~same | ((begin < start + numel) & (begin + size > start))
+        wanted &= (offsets := table.offsets[rows, KINDS.index(kind)]) >= 0
+        for row in np.flatnonzero(wanted).tolist():
+            first, end = own[row].tolist()
+            file = str(table.files[table.shard[rows][row]])
+            yield _SavedSlice(
+                file, int(offsets[row]), int(begin[row]), int(size[row]), None if first < 0 else (first, end)
+            )
+
+    def _damaged(self, problem: str) -> UserError:
+        return UserError("checkpoint", str(self.folder), problem, other_checkpoint(self.folder))
 
     def _chunk(self, saved: _SavedSlice, low: int, high: int) -> Tensor:
         """Its elements [low, high), counted as its `start` is."""
-        return self._files[saved.file].get_slice(saved.key)[low - saved.start : high - saved.start]
+        path, offset = self.folder / saved.file, saved.offset + 4 * (low - saved.start)
+        try:
+            values = np.fromfile(path, "<f4", high - low, offset=offset)
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"{saved.file} cannot be read ({error}).") from error
+        if len(values) != high - low:
+            raise self._damaged(f"{saved.file} is cut off.")
+        return torch.from_numpy(values)
 
     def _copy(self, saved: _SavedSlice, start: int, out: Tensor) -> int:
         """Copy what a slice of the same columns holds of [start, start + len(out)); returns how much that was."""

@@ -8,21 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
+from qatscale.engine.agreement import Agreement
 from qatscale.engine.checkpoints import files
 from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
-from qatscale.engine.runtime import Runtime, together
+from qatscale.engine.runtime import Runtime
 from qatscale.engine.zero_masters import MOMENTS, ZeroMasters
 from qatscale.quant.plugin import merge_states
 
 
 def parameter_records(masters: ZeroMasters) -> dict[str, ParameterRecord]:
-    """The manifest's records of the parameters that this process holds a part of."""
+    """The manifest's records of the parameters whose first element this process holds: each is sent to rank 0 once."""
     return {
         f.name: ParameterRecord(list(masters.shapes[f.name]), masters.steps_taken(f.partition))
         for f in masters.fragments
+        if f.start == 0 and (f.columns is None or f.columns[0] == 0)
     }
 
 
@@ -48,12 +49,11 @@ def write_checkpoint(
     draft: Manifest,
     slices: Mapping[str, Tensor],
     runtime: Runtime,
-    group: dist.ProcessGroup | None = None,
+    agreement: Agreement,
 ) -> Path:
     """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
 
-    draft: the manifest as far as each process knows it, without files. group: all processes; one of its own (gloo)
-    where other threads communicate meanwhile; None = the default group.
+    draft: the manifest as far as each process knows it, without files. agreement: of this thread alone.
     A failure of any process (a full disk, say) is raised on all of them and leaves the former checkpoints as they were.
     FloatingPointError where a value is not finite: such a state would fail for ever.
     """
@@ -80,9 +80,9 @@ def write_checkpoint(
         files.commit(checkpoints, manifest)
 
     try:
-        together(make_folder if runtime.is_main else None, runtime, group)
-        shares = together(write_own_share, runtime, group)
-        together(commit_all if runtime.is_main else None, runtime, group)
+        agreement.gather(make_folder if runtime.is_main else None)
+        shares = agreement.gather(write_own_share)
+        agreement.gather(commit_all if runtime.is_main else None)
     except (OSError, FloatingPointError) as error:
         if runtime.is_main:
             shutil.rmtree(writing, ignore_errors=True)

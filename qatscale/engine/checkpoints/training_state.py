@@ -13,17 +13,15 @@ from torch import Tensor
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.recipe import recipe_hash
 from qatscale.config.schema import RunConfig
-from qatscale.engine.checkpoints.files import commit, slice_name, writing_folder
+from qatscale.engine.checkpoints.files import KINDS, commit, slice_name, writing_folder
 from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.initialize import optimizer_groups
-from qatscale.engine.zero_masters import MOMENTS
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import SHARD_BYTES, Shape, write_safetensors
 
-KINDS = ("weight", *MOMENTS)
 UNKNOWN_DATA = ""
 """The fingerprint of unknown tokens."""
 

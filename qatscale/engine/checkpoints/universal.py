@@ -32,8 +32,9 @@ from typing_extensions import TypedDict
 from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
+from qatscale.engine.checkpoints.files import KINDS
 from qatscale.engine.checkpoints.manifest import PluginState
-from qatscale.engine.checkpoints.training_state import KINDS, UNKNOWN_DATA, Skeleton, TrainingState, skeleton
+from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState, skeleton
 from qatscale.errors import UserError
 from qatscale.files import Count, read_checked, sealed, sha256_of, write_json
 from qatscale.new_folder import appearing

@@ -156,9 +156,9 @@ def test_a_network_bound_run_is_told_which_change_helps() -> None:
 
 
 def test_reducing_once_a_step_is_advised_where_it_fits() -> None:
-    """ZeRO-2 reduces after each of 4 micro-batches, ZeRO-1 after the last."""
+    """ZeRO-2 reduces after each of 4 micro-batches, ZeRO-1 after the last. A slow link is hidden by neither."""
     config, ds = load_run_config("2p2b", ["batch.micro_batch=2"]), load_ds_config("zero2_bf16")
-    advice = network_advice(config, ds, estimate_job(config, ds, 64, Given(H100, 0.4)))
+    advice = network_advice(config, ds, estimate_job(config, ds, 64, Given(H100, 0.4, network=10)))
     assert advice is not None
     assert re.search(r"engine\.ds_config=zero1_bf16 fits and sends 3\.\d x less", advice)
 
