@@ -54,12 +54,17 @@ def check_json_files(folder: Path, key: str, auto_class: str = "Auto") -> None:
 
 
 def check_safetensors(folder: Path, key: str) -> None:
-    """UserError, about `key`, for a file of tensors that cannot be opened."""
+    """UserError, about `key`, for a file of tensors that cannot be opened, and for more layers than tensors."""
     from safetensors import SafetensorError, safe_open
 
+    tensors, config = 0, folder / "config.json"
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="np"):
-                pass
+            with safe_open(path, framework="np") as file:
+                tensors += len(file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(key, str(path), f"cannot be read: {error}.") from None
+    layers = read_object(config, key).get("num_hidden_layers") if config.is_file() else None
+    if isinstance(layers, int) and layers > tensors:  # before anything loops over them
+        problem = f"num_hidden_layers is {layers}, and the folder holds {tensors} tensors."
+        raise UserError(key, str(config), problem)

@@ -223,8 +223,11 @@ def open_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
     variant that `Llama` cannot compute exactly (other biases, other scaled rotary positions, another activation), and
     for a damaged folder. A sliding window is the caller's to compare with its sequences: `attention_window`.
     """
-    config = read_config(Path(folder))
-    return config, from_hugging_face(_open_safetensors(Path(folder)), config)
+    config, state = read_config(folder), _open_safetensors(folder)
+    if config.layers > len(state):  # before anything loops over them
+        problem = f"num_hidden_layers is {config.layers}, and the folder holds {len(state)} tensors."
+        raise UserError("model folder", str(folder / "config.json"), problem)
+    return config, from_hugging_face(state, config)
 
 
 def read_config(folder: Path) -> ModelConfig:

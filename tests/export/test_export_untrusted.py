@@ -80,6 +80,10 @@ def drop_a_tensor(path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def set_key(path: Path, key: str, value: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
 DAMAGES = {
     "truncated weights": ("hf", "model.safetensors", truncate),
     "no tensor in weights": ("hf", "model.safetensors", lambda path: path.write_bytes(b"\xff" * 100)),
@@ -89,6 +93,7 @@ DAMAGES = {
     "an empty GGUF file": ("gguf", "two-Q2_K.gguf", lambda path: path.write_bytes(b"")),
     "truncated MLX weights": ("mlx", "model.safetensors", truncate),
     "nested configuration": ("hf", "config.json", lambda path: path.write_text(DEEP)),
+    "countless layers": ("hf", "config.json", lambda path: set_key(path, "num_hidden_layers", 2**40)),
     "a list as configuration": ("hf", "config.json", lambda path: path.write_text("[1]")),
     "wrong types in the configuration": ("hf", "config.json", lambda path: path.write_text('{"model_type": 7}')),
     "nested tokenizer": ("hf", "tokenizer.json", lambda path: path.write_text(DEEP)),

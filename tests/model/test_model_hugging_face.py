@@ -351,6 +351,12 @@ def test_damaged_folders_are_refused(build, tmp_path):
     with pytest.raises(UserError, match=r"config\.json.: cannot be read"):
         open_hugging_face(folder)
 
+    folder = exported("layers")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2**40}))
+    with pytest.raises(UserError, match=r"num_hidden_layers is 1099511627776, and the folder holds \d+ tensors"):
+        open_hugging_face(folder)
+
     folder = exported("truncated")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-10])
