@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from qatscale.cli.app import app
 from qatscale.config.recipe import load_run_config
@@ -109,6 +110,14 @@ def test_the_page_has_the_commands_and_their_options() -> None:
         assert documented.keys() == expected.keys(), name
         for option, default in expected.items():
             assert default in (None, documented[option][0]), f"{name} {option}"
+
+
+def test_help_shows_the_defaults_that_it_words() -> None:
+    for name, command in NAMED.items():
+        shown = CliRunner().invoke(app, [*name.split()[1:], "--help"], env={"COLUMNS": "400"}).output
+        for option in command.params:
+            for default in re.findall(r"\[default: .+\]", getattr(option, "help", None) or ""):
+                assert default in shown, f"{name} {option.name}"
 
 
 @pytest.mark.parametrize("name", SECTIONS)

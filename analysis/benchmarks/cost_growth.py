@@ -64,7 +64,8 @@ def measure(axis: str, width: int, micro: int, length: int, bits: int, rounds: i
         f"model.hidden_size={width}", f"model.intermediate_size={3 * width}", f"model.layers={layers}",
         f"model.heads={max(2, width // 64)}", f"model.vocab_size={32_000 if on_gpu else 1024}",
         f"data.sequence_length={length}", f"batch.micro_batch={micro}", f"batch.sequences={micro}",
-        f"qat.bits={bits}", f"engine.ds_config=zero1_{'bf16' if on_gpu else 'fp32'}",
+        "model.kv_heads=null", "qat.embedding_bits=auto", f"qat.bits={bits}",
+        f"engine.ds_config=zero1_{'bf16' if on_gpu else 'fp32'}",
     ])  # fmt: skip
     runtime = start_runtime()
     steppers = [engine_stepper(n, config, runtime, quantized=n == "qat", compiled=on_gpu) for n in ("fp", "qat")]

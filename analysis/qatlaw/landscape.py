@@ -39,6 +39,8 @@ class Curvature:
     @property
     def valley_angle(self) -> float:
         """Degrees between the line and the direction of the least curvature, in (−90, 90]."""
+        if not math.isfinite(self.along + self.across + self.mixed):
+            return math.nan
         _, directions = np.linalg.eigh([[self.along, self.mixed], [self.mixed, self.across]])
         x, y = directions[:, 0]  # eigenvalues ascend
         angle = math.degrees(math.atan2(y, x))
@@ -131,7 +133,7 @@ def _finding(label: str, found: Mapping[str, Any]) -> str:
     seen = f"{moves} At AFTER it curves {curves}; the flattest direction lies {angle:.0f}° off the line."
     if smoothness is None or smoothness > _SMOOTH:
         return seen
-    return f"{seen} It has a cusp there: the curvature across is {smoothness:.2g} times that at twice the spacing."
+    return f"{seen} It has a cusp there: at twice the spacing the curvature across falls to {smoothness:.2g} of that."
 
 
 def read_landscape(folder: Path) -> Landscape:

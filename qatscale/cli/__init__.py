@@ -22,12 +22,12 @@ _FORBIDDEN = r".*\[Errno (1|13|30)\] "
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line. A wrong input is reported in one message, and the process exits with 2.
+    """Run a command line. Wrong input gives one message and exit code 2.
 
-    So is a place that may not be read or written, and with exit code 1 another fault of the machine (a full disk) and a
-    diverged run; a run's log has the traceback.
-    In a job of many processes the first one reports it. The others wait a few seconds: the launcher ends them when the
-    first one leaves, and an error of one of them alone is still reported.
+    So does a place that may not be read or written. Another fault of the machine (a full disk) or a diverged run gives
+    one message and exit code 1; the run's log has the traceback. In a job of many processes the first one reports. The
+    others wait a few seconds: the launcher ends them when the first one exits, and an error of a single process is
+    still reported.
     """
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):

@@ -27,6 +27,7 @@ from qatscale.cli.train import branch, resume, train
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # rich's own markup swallows [default: …]
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

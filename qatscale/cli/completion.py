@@ -1,4 +1,4 @@
-"""What a shell's tab key offers: recipes, run folders, keys. `qatscale --install-completion` switches it on."""
+"""Shell completion of recipes, run folders and keys. `qatscale --install-completion` switches it on."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def override(incomplete: str) -> list[str]:
 
 
 def run(incomplete: str) -> list[str]:
-    """Folders of runs, of runs/ where nothing is typed yet; and folders on the way to them."""
+    """Run folders, those in runs/ where nothing is typed yet, and the folders that lead to them."""
     return _paths(incomplete or "runs/", lambda path: (path / "run.json").is_file())
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
-    """Paths that begin so and are wanted, and folders."""
+    """Folders, and wanted paths, that begin with the typed text."""
     folder, _, start = incomplete.rpartition("/")
     place = Path(f"{folder}/" if folder or incomplete.startswith("/") else ".")
     if not place.is_dir():

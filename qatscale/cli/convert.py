@@ -33,8 +33,8 @@ def convert(
     """Convert a training checkpoint, DeepSpeed's universal layout or a Hugging Face folder to another of the three.
 
     DeepSpeed reads the universal layout under ZeRO-1 and 2, with `"checkpoint": {"load_universal": true}`. Under ZeRO-3
-    it would give every parameter group the settings of the first without a warning. The folder lacks what DeepSpeed
-    needs for that, so it stops instead. Checkpoints of qatscale resume under any layout without conversion.
+    it would silently give every parameter group the settings of the first. The folder lacks what ZeRO-3 needs, so that
+    DeepSpeed stops instead. Checkpoints of qatscale resume under any layout without conversion.
     """
     from qatscale.config.amounts import format_amount, positive_amount
     from qatscale.tracking.convert import convert as convert_to

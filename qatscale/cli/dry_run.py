@@ -1,4 +1,4 @@
-"""`qatscale train … --dry-run`: the timeline of a run, and what it takes of devices, nodes and network."""
+"""`qatscale train … --dry-run`: a run's timeline, memory, network traffic and speed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def print_dry_run(
     *,
     resumes: bool = False,
 ) -> None:
-    """The timeline, then the layout. UserError where it cannot work, and, after both are shown, does not fit.
+    """Show the timeline and the layout. UserError where the layout cannot work and, after both are shown, where memory
+    does not suffice.
 
     resumes: the run's folder exists, and the run continues from its newest checkpoint.
     """

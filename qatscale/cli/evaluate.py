@@ -122,9 +122,12 @@ def generate(
         str | None,
         typer.Option(help="View of a checkpoint's weights: fp or quantized. [default: quantized once it has switched]"),
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared data with a checkpoint's tokenizer, instead of the run's own.")
+    ] = None,
 ) -> None:
     """Continue a prompt with text from a model, printed as it is generated."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # clients draw progress bars while they load, amid the text
+    os.environ.setdefault("TQDM_DISABLE", "1")  # clients would draw progress bars into the generated text
     from qatscale.inference.generate import open_text_generator
     from qatscale.inference.sampling import Sampling, prompt_ids
 
@@ -132,7 +135,7 @@ def generate(
     if view not in (None, "fp", "quantized"):
         raise UserError("--view", view, "must be fp or quantized.")
     text = sys.stdin.read() if prompt == "-" else prompt
-    generator = open_text_generator(model, view)
+    generator = open_text_generator(model, view, data)
     ids = prompt_ids(generator, text, settings)
     print(generator.about, file=sys.stderr)
     _write(text)
@@ -142,4 +145,4 @@ def generate(
 
 def _write(piece: str) -> None:
     sys.stdout.write(piece)
-    sys.stdout.flush()  # it is read while it is generated
+    sys.stdout.flush()  # the reader sees each piece as it comes

@@ -1,4 +1,4 @@
-"""`qatscale export`: write a model in a format of its clients, and print its sizes and their verification."""
+"""`qatscale export`: write a model for other programs, verify it in them, and print sizes and differences."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def export(
         str | None, typer.Option(help="Held-out tokens to verify on: 1M. [default: the recipe's, at most 64K]")
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="Of the weights, for the model card, as the Hub names it: apache-2.0.")
+        str | None, typer.Option(help="License of the weights for the model card, by its name on the Hub: apache-2.0.")
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Skip the comparison of the export, loaded in its clients, with the trained model.")
@@ -77,7 +77,7 @@ def export(
                 data=data, unfinished=unfinished, tokens=held_out, verify=verify, license=license, progress=progress,
             )  # fmt: skip
     except VerificationError as error:
-        print(f"error: the export is not what was trained, and was removed: {error}", file=sys.stderr)
+        print(f"error: the export differs from the trained model and was removed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except OSError as error:
         print(f"error: nothing was exported to {out}: {error}", file=sys.stderr)

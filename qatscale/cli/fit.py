@@ -1,4 +1,4 @@
-"""`qatscale fit` and `qatscale report`: from runs to a law, and to a page that shows both."""
+"""`qatscale fit` and `qatscale report`: fit a law to runs, and write a page about both."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _columns(given: list[str] | None) -> dict[str, str]:
 
 
 def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
-    """The MLflow run of the fit; None, with a warning, where MLflow fails. The law is in its file in any case."""
+    """The MLflow run of the fit; None, with a warning, where MLflow fails. The file has the law either way."""
     from qatlaw.mlflow_runs import log_fit
     from qatscale.tracking.mlflow_sync import shown
     from qatscale.tracking.store import quiet_mlflow
@@ -200,7 +200,7 @@ def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
     try:
         with quiet_mlflow():
             return log_fit(uri, experiment, summary.file, path, f"fit {summary.label}")
-    except Exception as error:  # whatever MLflow, its store or the network raise
+    except Exception as error:  # MLflow, its store and the network raise errors of every kind
         print(f"warning: {uri} did not take the fit: {shown(error)}", file=sys.stderr)
         return None
 

@@ -107,7 +107,7 @@ def _print(found: Landscape, out: Path) -> None:
         for end in ENDS:
             at = summary[end]
             numbers = (f"{at[key]:.3g}" for key in ("along", "across", "ratio"))
-            table.add_row(found.label(view), end, f"{at['loss']:.4f}", *numbers, f"{round(at['valley_angle'])}°")
+            table.add_row(found.label(view), end, f"{at['loss']:.4f}", *numbers, f"{at['valley_angle']:z.0f}°")
     console().print(table)
     print()
     for sentence in found.findings:

@@ -1,4 +1,4 @@
-"""`qatscale launch-scripts`: the scripts that start jobs on many hosts, for who has no clone."""
+"""`qatscale launch-scripts`: the scripts that start jobs on many hosts, for users without a clone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def launch_scripts(
 ) -> None:
     """Write the scripts that start a job on several hosts: pdsh, no ssh, OpenMPI, MPICH, Slurm.
 
-    Edit hosts and network interface at the top of each. README.md beside them says what reaches the other hosts.
+    Edit hosts and network interface at the top of each. README.md says which variables reach the other hosts.
     """
     source = next(place for place in _FOLDERS if place.is_dir())
     files = [file for file in sorted(source.iterdir()) if file.is_file() and file.name not in _FOR_CLONES]

@@ -12,15 +12,16 @@ from qatlaw.plan.shapes import Shape
 from qatscale.errors import UserError
 
 NEAR = 0.05
-"""A recipe of another size than the planned one is named only if it is no further off than this."""
+"""Relative difference of sizes up to which a recipe is named for a planned size."""
 
 
 class RecipesAndGpus:
-    """What the planner finds in its context."""
+    """What the planner asks of its context."""
 
     def recipe(self, name: str, group_size: int | None) -> Recipe:
         from qatscale.config.ds_config import precision_of, run_ds_config
-        from qatscale.config.recipe import load_run_config
+        from qatscale.config.recipe import load_run_config, recipe_names
+        from qatscale.config.short_runs import fit_lengths
         from qatscale.config.sizes import count_parameters, flops_per_token, stored_weights
         from qatscale.schedule.fraction import nearest_fraction
 
@@ -31,7 +32,8 @@ class RecipesAndGpus:
             two_phases = config.model_copy(update={"qat": config.qat.model_copy(update={"scheme": SEQUENTIAL.name})})
 
         def nearest(fraction: float, tokens: float) -> float:
-            return nearest_fraction(two_phases.model_copy(update={"tokens": round(tokens)}), fraction)
+            run = two_phases.model_copy(update={"tokens": round(tokens)})
+            return nearest_fraction(fit_lengths(run, config, ()) if name in recipe_names() else run, fraction)
 
         def stored_bytes(bits: float) -> float:
             return stored_weights(config.model, two_phases.qat.model_copy(update={"bits": bits}), precision).bytes
@@ -63,7 +65,7 @@ class RecipesAndGpus:
         peak = peak_flops(gpu)
         if peak is None:
             fix = f"Give its --peak-flops. Known: {', '.join(device_names())}."
-            raise UserError("--gpu", gpu, "its peak is not known here, and is not guessed.", fix)
+            raise UserError("--gpu", gpu, "its peak FLOP/s is unknown.", fix)
         return peak
 
     def runnable(self, answer: Answer, recipe: str | None) -> Answer:

@@ -31,13 +31,13 @@ def config(
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a recipe.")] = False,
     ds_config: Annotated[
         Path | None,
-        typer.Option(help="Write the recipe's ds_config into this file, corrected: what DeepSpeed gets of it."),
+        typer.Option(help="Write the recipe's ds_config into this file, corrected as DeepSpeed receives it."),
     ] = None,
 ) -> None:
     """Print every key of a recipe with its type, default and meaning; for a recipe its keys and values, as YAML.
 
-    `qatscale config quickstart > mine.yaml` writes a recipe to edit. With --ds-config it prints what is left out of a
-    ds_config that was written for another program.
+    `qatscale config quickstart > mine.yaml` writes a recipe to edit. With --ds-config it lists the keys that are
+    dropped from a ds_config written for another program.
     """
     from qatscale.config.recipe import load_run_config, recipe_names, resolved_yaml
     from qatscale.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""`qatscale runs`, `compare` and `track-sync`: what finished runs have to show."""
+"""`qatscale runs`, `compare` and `track-sync`: tables of runs, and their upload to MLflow."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from qatscale.cli.fit import Column, Experiment, Runs, Table, Uri
 from qatscale.cli.terminal import Json, console, say
 from qatscale.errors import UserError
 
-if TYPE_CHECKING:  # a command imports what it needs when it runs
+if TYPE_CHECKING:  # imported when the command runs
     from qatscale.study.plan import Information, StudyPlan
 
 study = typer.Typer(help="Studies: grids of runs that share their trunks.", no_args_is_help=True)

@@ -1,4 +1,4 @@
-"""`qatscale study run`, `work` and `status`: train a study, take part in it, look at it."""
+"""`qatscale study run`, `work` and `status`: train a study, join it as a worker, watch it."""
 
 from __future__ import annotations
 
@@ -83,6 +83,8 @@ def run(
         sys.exit(EXIT_REQUEUE)
     for name, reason in state.failures().items():
         print(f"failed: {name}: {reason}")
+    for reason, names in state.refusals().items():
+        print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:
         blocked = plural(counts["blocked"], "run")
         print(f"blocked: {blocked} that branch from them. `qatscale study run {folder.path} --retry all`")
@@ -147,7 +149,7 @@ def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
 
 
 def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
-    """Open the runs that failed for another attempt."""
+    """Let workers try failed runs again."""
     failed = list(state.failures())
     for name in names:
         if name != "all" and name not in failed:

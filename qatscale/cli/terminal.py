@@ -1,4 +1,4 @@
-"""What commands share: their tables, common options and checks of options."""
+"""Shared by the commands: tables, common options and checks of options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DS_CONFIG = ("--deepspeed", "--deepspeed_config", "--deepspeed-config")
 
 
 def as_overrides(words: list[str] | None) -> list[str]:
-    """Overrides with other programs' options for a ds_config, `--deepspeed FILE`, as engine.ds_config=FILE."""
+    """Overrides in which other programs' `--deepspeed FILE` has become engine.ds_config=FILE."""
     found, rest = [], list(words or ())
     while rest:
         option, equals, value = (word := rest.pop(0)).partition("=")
@@ -60,7 +60,7 @@ def say(text: str, style: str = "") -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
-    """A status line on a terminal while something takes long; the function that it gives changes the text."""
+    """A context with a status line on the terminal, for slow work. It yields a function that changes the text."""
     with Console(stderr=True).status(what) as status:
         yield status.update
 

@@ -16,6 +16,7 @@ from qatscale.config.problems import lookup, together, user_errors
 from qatscale.config.schema import RunConfig
 from qatscale.config.section import KeyPath, plain_types
 from qatscale.config.settings import sections, settings, suggest
+from qatscale.config.short_runs import fit_lengths
 from qatscale.config.yaml_text import Document, parse_yaml, read_document, to_yaml
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file, is_folder
@@ -40,6 +41,7 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     path = _recipe_path(recipe)
     document = _read(path)
     raw = document.value
+    shipped = RunConfig.model_validate(raw) if path.parent == RECIPES else None
     if any((path.parent / name).is_file() for name in _RECORDS):
         _drop_retired(raw)
         find_moved(raw, path.parent)
@@ -56,7 +58,7 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     except ValidationError as error:
         raise user_errors(error, RunConfig, raw, origin, suggest) from error
     _refuse_idle_fraction(config, given)
-    return config
+    return fit_lengths(config, shipped, given) if shipped else config
 
 
 def resolved_yaml(config: RunConfig) -> str:
@@ -180,6 +182,11 @@ def _apply(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             given.append(key)
     if problems:
         raise together(problems)
+    for key in given:  # a length on the command line replaces the recipe's, whichever of its two keys that has
+        name, _, unit = key.rpartition("_")
+        other = f"{name}_{'tokens' if unit == 'fraction' else 'fraction'}"
+        if other in settings() and other not in given and key in settings():
+            _set(raw, other, None)
     return given
 
 

@@ -360,12 +360,14 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     log_interval: Positive = 10
     """Optimizer steps between metrics lines."""
+    _notes: tuple[str, ...] = ()  # about lengths of a shipped recipe that gave way; not recorded
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.tokens < self.tokens_per_step:
             step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
-            raise ClashError("tokens", f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})")
+            problem = f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})"
+            raise ClashError("tokens", problem, "Give more tokens, or lower batch.sequences.")
         group = self.qat.group_size
         for key, size in self.model.input_widths.items():
             if group and size % group:

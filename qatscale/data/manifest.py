@@ -115,10 +115,10 @@ class Manifest(_Part):
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError if the data hold ids without an embedding in a model with `vocab_size` rows."""
-        needed = self.tokenizer.vocab_size
-        if needed > vocab_size:
+        if (needed := self.tokenizer.vocab_size) > vocab_size:
             problem = f"smaller than the vocabulary of the data, {needed}; the larger ids would have no embedding."
-            raise UserError("model.vocab_size", vocab_size, problem, f"Set model.vocab_size={needed} or more.")
+            fix = f"A new model takes model.vocab_size={needed}, a trained one its tokenizer's data, --tokenizer DIR."
+            raise UserError("model.vocab_size", vocab_size, problem, fix)
 
     def check_shards(self, folder: Path, split: Split, verify: Verify = "auto") -> None:
         """Raise UserError for a missing split and for a missing, truncated or altered shard.

@@ -1,6 +1,6 @@
-"""Programs that load exports, as the verification uses them: their weights and logits.
+"""The programs that load exports. The verification asks each for its weights and logits.
 
-Each is imported only when it is used. None is needed to export.
+A client is imported only when it is used. Exporting needs none of them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Transformers(Client):
     name = "transformers"
     packages: ClassVar[dict[str, str]] = {"transformers": "transformers"}
     dtype: ClassVar[Any] = "auto"
-    """In which the verification loads the weights."""
+    """The type in which the verification loads the weights."""
 
     def __init__(self, path: Path) -> None:
         self._model = self.load(path, self.dtype)
@@ -79,7 +79,7 @@ class Transformers(Client):
 
     @classmethod
     def load(cls, path: Path, dtype: Any) -> Any:
-        """The model of an export. No code from its folder is executed, and no pickle is read."""
+        """Load an export. No code from its folder is executed, and no pickle is read."""
         from transformers import AutoModelForCausalLM
 
         with _silence():

@@ -17,7 +17,7 @@ class Encoding(ABC):
     """A way to store a quantized matrix, or any parameter as plain numbers."""
 
     tolerance: float = 0.0
-    """How far a client's weights may be from `read`, relative to a row's largest: its order of operations."""
+    """Largest distance of a client's weights from `read`, relative to a row's largest; it rounds in another order."""
 
     @property
     @abstractmethod
@@ -25,14 +25,14 @@ class Encoding(ABC):
 
     @abstractmethod
     def refusal(self, parameter: SourceParameter) -> str | None:
-        """Why it cannot hold the parameter to the bit; None = it can."""
+        """Why it cannot hold the parameter exactly; None = it can."""
 
     @abstractmethod
     def size(self, parameter: SourceParameter) -> int:
         """Bytes in the file, scales and padding included."""
 
     def stored_scale(self, scale: Tensor) -> Tensor:
-        """The scale of a `QuantizedMatrix`, fp32, after being stored."""
+        """A `QuantizedMatrix`'s fp32 scale as the format rounds it."""
         return scale
 
     def read(self, matrix: QuantizedMatrix) -> Tensor:
@@ -80,7 +80,7 @@ class ExportLayout:
     source: ExportSource
     entries: list[StoredParameter]
     rounding: dict[str, float] = field(default_factory=dict)
-    """Parameter -> largest relative change of its scales by being stored; filled while they are read."""
+    """Parameter -> largest relative rounding of its stored scales; filled while they are read."""
 
     def matrix(self, entry: StoredParameter) -> QuantizedMatrix:
         """Codes, and scales as the encoding stores them. UserError for a scale that its type cannot hold."""
@@ -102,7 +102,7 @@ class ExportLayout:
 
     @property
     def rounded(self) -> float:
-        """Largest relative change of a scale by being stored, among those read so far."""
+        """Largest relative rounding of a stored scale, among those read so far."""
         return max(self.rounding.values(), default=0.0)
 
     def ideal_size(self, parameter: SourceParameter) -> float:

@@ -34,7 +34,7 @@ Verifier = Callable[[ExportLayout, Path], Verification]
 
 
 class VerificationError(RuntimeError):
-    """A client computes something other than the trained model. The folder is removed."""
+    """A client computes something other than the trained model. The export is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
@@ -62,10 +62,10 @@ def export(
     """Write the folder `out` and return its export.json.
 
     checkpoint: RUN, RUN@STEP or a checkpoint folder. tokenizer: its folder, or "none"; None: that of the run's data.
-    tokens: held-out ones to verify on. license: for the model card, an identifier of the Hub. Other settings as in
-    `open_source`, `Format.layout` and `Format.with_q1_0`. progress: called with what is being done.
-    All but the verification streams: the largest tensor bounds its memory. UserError for wrong input, before anything
-    is written; VerificationError and OSError leave no folder.
+    tokens: held-out ones to verify on. license: the Hub's identifier, for the model card. Other settings as in
+    `open_source`, `Format.layout` and `Format.with_q1_0`. progress: called with the current activity.
+    Everything but the verification streams, so that the largest tensor bounds its memory. UserError for wrong input,
+    before anything is written; VerificationError and OSError leave no folder.
     """
     chosen = get_format(format)
     if q1_0:
@@ -94,7 +94,7 @@ def export(
 
 
 def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
-    """The folder with the tokenizer's files; None = none is wanted. UserError where it is missing."""
+    """The folder with the tokenizer's files; None = exported without. UserError where it is missing."""
     if given == NO_TOKENIZER:
         return None
     if given is not None:
@@ -113,7 +113,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
     if folder is None or not folder.is_dir():
         raise UserError("tokenizer", None, f"{data} holds none.", fix)
     for file in folder.iterdir():
-        file.open("rb").close()  # what may not be read is reported before anything is written
+        file.open("rb").close()  # an unreadable file is reported before anything is written
     return folder
 
 

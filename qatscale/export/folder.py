@@ -51,7 +51,7 @@ def write_folder(
 
 
 _CHUNK = 1 << 22
-"""Integers spread into bits at a time; each bit takes a byte meanwhile."""
+"""Integers that are spread into bits at a time; each bit then takes a byte."""
 
 
 def packed_words(count: int, bits: int) -> int:

@@ -23,7 +23,7 @@ from qatscale.quant.model_folder import SCALES, SETTINGS
 from qatscale.untrusted import read_object
 
 LENGTH = 2048
-"""Of sequences, where the model's configuration does not say."""
+"""Length of sequences, where the model's configuration has none."""
 
 
 class PluginFolder:
@@ -66,7 +66,7 @@ class PluginFolder:
         return plain.eval()
 
     def config(self, data: Path | None) -> RunConfig:
-        """What an export needs of a recipe. Nothing says how the model was trained, so all else has no meaning."""
+        """A recipe with the keys that an export needs. Others are placeholders: nothing says how it was trained."""
         length = trained_length(self.folder) or LENGTH
         return RunConfig.model_validate({
             "name": re.sub(r"^[^A-Za-z0-9]+|[^\w.=+-]", "", self.folder.resolve().name) or "model",

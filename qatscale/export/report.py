@@ -1,4 +1,4 @@
-"""What an export holds and how large it is, as numbers for people and programs."""
+"""export.json and the model card: contents, sizes and losses of an export."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Provenance(NamedTuple):
-    """The run that a checkpoint comes from, as far as its folder says."""
+    """The run that a checkpoint comes from, as far as its folder records it."""
 
     run: dict[str, str | None]
-    """Its name, id, MLflow id and git commit."""
+    """The run's name, id, MLflow id and git commit."""
     losses: dict[str, float] | None
     """Final validation losses by view, in nats; None for a checkpoint before the run's end."""
     base_model: str | None
-    """Of the Hugging Face model that it began with: its name on the Hub where its folder says, else the folder's."""
+    """Name of the Hugging Face model that it began with: on the Hub if its folder says so, else the folder's."""
     datasets: list[str]
     """Names of the sources of its data, as far as the prepared folder is present."""
 

@@ -1,4 +1,4 @@
-"""The checkpoint that is exported: its recipe, and its parameters one at a time as the trained forward pass saw them.
+"""The exported checkpoint: its recipe, and one at a time its parameters as the trained forward pass saw them.
 
 Codes are those of our quantizer with the very scale of the forward pass: DeepSpeed's bf16 mode casts weights and scales
 to bf16, so both are rounded here before anything is computed from them. Checkpoints of any layout are read; at most one
@@ -103,7 +103,7 @@ class ExportSource:
 
     @property
     def is_imported(self) -> bool:
-        """Not trained by this run: its step does not say whether it is finished."""
+        """Whether the run imported the model, so that its step does not tell if training is finished."""
         return self.manifest.reason == "imported"
 
     @property
@@ -179,7 +179,7 @@ def open_source(
         reader=reader,
     )
     if source.is_unfinished and not unfinished:
-        at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not come down"
+        at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not decayed"
         before_the_switch = config.qat.scheme != "fp" and source.switched_at is None
         missing = ", and it has not switched to QAT" if before_the_switch else ""
         fix = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
@@ -198,7 +198,7 @@ def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | Non
     switched = plugin["switched_at"] is not None
     if ptq_bits is not None:
         if switched:
-            trained = "the checkpoint has scales that were trained; others would throw them away."
+            trained = "the checkpoint has trained scales, which PTQ would discard."
             raise UserError("--ptq", ptq_bits, trained, "Leave it out.")
         get_quantizer(ptq_bits)
         bits = quantized_layers(config.model, config.qat, ptq_bits)

@@ -1,4 +1,4 @@
-"""Whether a client that loads an export computes what training's model computes.
+"""Check that a client computes from an export what the trained model computes.
 
 It compares three models, all in fp32 arithmetic: training's in the view that is exported, ours with the weights as the
 file stores them (its scales may have been rounded), and the client's.
@@ -25,12 +25,12 @@ from qatscale.quant.views import computed_weights
 
 @dataclass
 class ClientReport:
-    """What one client computes from the export."""
+    """The comparison with one client."""
 
     client: str
     """Name, with versions."""
     exact: int = 0
-    """Tensors that are, to the bit, what the file stores."""
+    """Tensors that equal the stored ones to the bit."""
     tensors: int = 0
     """Tensors whose weights it shows."""
     weight_error: float = 0.0
@@ -50,7 +50,7 @@ class Verification:
     stored_loss: float
     """Loss of our model with the weights as they are stored."""
     rounding: float
-    """Largest relative change of a scale by being stored."""
+    """Largest relative rounding of a stored scale."""
     weight_change: float
     """Largest distance of a stored weight from training's, relative to the tensor's largest."""
     clients: list[ClientReport] = field(default_factory=list)

@@ -101,29 +101,35 @@ class MlxModel:
         write(pieces.rest())
 
 
-def open_text_generator(what: str, view: str | None = None) -> TextGenerator:
+def open_text_generator(what: str, view: str | None = None, data: Path | None = None) -> TextGenerator:
     """The model of an export, a run, RUN@STEP or a checkpoint folder, on the GPU if one exists.
 
-    view: that of a checkpoint's weights, `fp` or `quantized`; None = quantized after the switch. UserError where
-    nothing is found, the export is damaged, or its client is not installed or refuses it.
+    view: that of a checkpoint's weights, `fp` or `quantized`; None = quantized after the switch. data: prepared data
+    with a checkpoint's tokenizer; None = those of its run. UserError where nothing is found, the export is damaged, or
+    its client is not installed or refuses it.
     """
     openers: dict[type[Client], Callable[[Exported], TextGenerator]] = {Transformers: from_export, MlxLm: MlxModel}
-    return _open(what, view, openers)
+    return _open(what, view, data, openers)
 
 
 def open_transformers(what: str) -> TransformersModel:
     """As `open_text_generator`, for models that transformers can load."""
-    return _open(what, None, {Transformers: from_export})
+    return _open(what, None, None, {Transformers: from_export})
 
 
 def _open(
-    what: str, view: str | None, openers: Mapping[type[Client], Callable[[Exported], Model]]
+    what: str,
+    view: str | None,
+    data: Path | None,
+    openers: Mapping[type[Client], Callable[[Exported], Model]],
 ) -> Model | TransformersModel:
     with readable("model", what):
         export = find_export(Path(what))
         if export is None:
             check_files(Path(what))  # of an export that has lost its file of weights
-            return from_checkpoint(what, view)
+            return from_checkpoint(what, view, data)
+    if data is not None:
+        raise UserError("--data", str(data), f"{what} is an export, which holds its tokenizer.", "Leave it out.")
     if view is not None:
         raise UserError("--view", view, f"{what} is an export, which has one view of its weights.", "Leave it out.")
     client = export.format.clients[0]
@@ -152,11 +158,11 @@ def from_export(export: Exported) -> TransformersModel:
 
 
 @torch.no_grad()
-def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
+def from_checkpoint(what: str, view: str | None = None, data: Path | None = None) -> TransformersModel:
     """The weights of a checkpoint in the given view, in transformers' model."""
     import transformers
 
-    config, reader = open_checkpoint(what)
+    config, reader = open_checkpoint(what, [f"data.path={data}"] if data else [])
     model, plugin = load_checkpointed_model(reader, config, torch.device("cpu"))
     if view is None:
         view = "fp" if plugin.switched_at is None else "quantized"
@@ -164,8 +170,8 @@ def from_checkpoint(what: str, view: str | None = None) -> TransformersModel:
         state = computed_weights(model)
     fix = "Export it with --tokenizer FOLDER, and generate from the export."
     if config.data.path is not None and not config.data.path.is_dir():
-        problem = f"its run's data, which hold the tokenizer, are not in {config.data.path} any more."
-        raise UserError("model", what, problem, f"Put them back. {fix}")
+        problem = f"the data, which hold its tokenizer, are not in {config.data.path}."
+        raise UserError("--data" if data else "model", what, problem, f"Name their folder, --data FOLDER. {fix}")
     tokens = tokenizer_folder(config.data.path, reader.manifest.tokenizer)
     if tokens is None:
         raise UserError("model", what, "the data of its run have no tokenizer.", fix)

@@ -37,7 +37,7 @@ def build_timeline(config: RunConfig) -> Timeline:
     segments = tuple(segment for schedule in schedules for segment in schedule.segments(config))
     switch_step = next((schedule.start for schedule in schedules if schedule.quantized), None)
     cut = (note for schedule in schedules for note in schedule.notes)
-    warnings = (*about_fraction, *cut, *warnings_of(config, segments, switch_step))
+    warnings = (*config._notes, *about_fraction, *cut, *warnings_of(config, segments, switch_step))
     ratio = None if switch_step is None else resolved_lr_ratio(config, planned)
     timeline = Timeline(segments, config.tokens_per_step, switch_step, planned, ratio, warnings)
     kept_steps(timeline, config.checkpoint.keep_at)  # raises now for a point outside the run, not when training begins

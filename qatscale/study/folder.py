@@ -29,7 +29,8 @@ from qatlaw.run_files import Number
 from qatlaw.run_folders import run_record
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree, trained_by
 from qatlaw.text import plural
-from qatscale.config.recipe import config_differences, load_run_config, resolved_yaml
+from qatscale.config.places import find_moved
+from qatscale.config.recipe import config_differences, load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
@@ -105,7 +106,15 @@ class StudyFolder:
         return self.path / "jobs" / f"{name}.yaml"
 
     def config(self, name: str) -> RunConfig:
-        return load_run_config(self.recipe(name), [f"output={self.runs}"])
+        """Its recipe in the folder's present place, with data and ds_config that were moved together with the study."""
+        recipe = load_run_config(self.recipe(name)).model_dump(mode="json")
+        find_moved(recipe, self.runs / name)
+        places = {
+            "output": self.runs,
+            "data.path": recipe["data"]["path"] or "",
+            "engine.ds_config": recipe["engine"]["ds_config"],
+        }
+        return load_run_config(self.recipe(name), [f"{key}={place}" for key, place in places.items()])
 
     def checkpoint(self, name: str, step: int) -> Path:
         return step_folder(self.runs / name / "checkpoints", step)
@@ -257,9 +266,10 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> None:
     checkpoint = config.checkpoint.model_copy(update={"keep_at": kept})
+    recorded = config.model_copy(update={"checkpoint": checkpoint, "output": folder.runs})
     path = folder.recipe(config.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, resolved_yaml(config.model_copy(update={"checkpoint": checkpoint})).encode())
+    write_atomic(path, recorded_yaml(recorded).encode())
 
 
 def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:

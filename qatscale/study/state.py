@@ -11,6 +11,7 @@ from qatlaw.study import longest_paths, next_job
 from qatscale.engine.checkpoints.manifest import MANIFEST
 from qatscale.study.folder import StudyFolder, StudyJob
 from qatscale.supervise.claims import Attempt
+from qatscale.tracking.store import Cursor
 
 MAX_DEATHS = 5
 """Workers that may die in the same run before the run counts as failed."""
@@ -107,6 +108,15 @@ class StudyState:
     def failures(self) -> dict[str, str]:
         """Failed run → why."""
         return {name: one.reason for name, one in self.states.items() if one.state == "failed"}
+
+    def refusals(self) -> dict[str, list[str]]:
+        """Why MLflow refused runs → their names."""
+        refusals: dict[str, list[str]] = {}
+        for name in self.states:
+            cursor = Cursor.load(self.folder.run(name))
+            if cursor is not None and cursor.refused:
+                refusals.setdefault(cursor.error or "", []).append(name)
+        return refusals
 
     def step(self, name: str) -> int:
         """Optimizer steps that a run has done, by its metrics file; its first step before the first record."""

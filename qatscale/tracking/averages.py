@@ -1,7 +1,7 @@
 """Metrics records as points of a curve, each a mean over at least half a logging interval.
 
-A record ends where a phase ends or a checkpoint is saved, so some average over one or two steps. The noise of single
-batches would look like a jump. metrics.jsonl keeps the records; curves and MLflow show these points.
+A record ends where a phase ends or a checkpoint is saved, so some records average one or two steps. The noise of single
+batches would then look like a jump. metrics.jsonl keeps the records; curves and MLflow show these points.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Averages:
         self._recent: list[tuple[int, Record]] = []
         """(steps, record) of the newest records on this side of the switch, enough for the next mean."""
         self._waiting = 0
-        """How many of the newest are in no point yet."""
+        """How many of the newest records are in no point yet."""
 
     def add(self, record: Record) -> tuple[int, Record] | None:
         """(steps that no earlier point holds, the record with means over its steps), or None if it waits.

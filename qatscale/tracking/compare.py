@@ -1,4 +1,4 @@
-"""The numbers that identify a run, and runs side by side: `qatscale runs` and `qatscale compare`."""
+"""Rows and tables of runs: `qatscale runs` and `qatscale compare`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunRow:
     """Share of the steps that run quantized, after rounding to steps."""
     switch_step: int | None
     tokens: int
-    """Seen so far, including those of the run it was branched from."""
+    """Tokens seen so far, including those before the branch."""
     tokens_total: int
     step: int
     steps: int
@@ -48,7 +48,7 @@ class RunRow:
     losses: dict[str, float]
     """Validation loss by view, all at the same step: `fp`, `quantized`, `ptq2`, ..."""
     val_loss: float | None
-    """The one in the scheme's own view: full precision for fp, else quantized."""
+    """The loss in the scheme's own view: full precision for fp, else quantized."""
     tokens_per_second_fp: float | None
     tokens_per_second_qat: float | None
     parent: str | None
@@ -100,7 +100,7 @@ def run_folders(output: Path | str) -> list[RunFolder]:
     def age(folder: RunFolder) -> tuple[float, str]:
         try:
             return float(folder.run["created"]), folder.name
-        except InputError:  # damaged: whoever reads it says so
+        except InputError:  # damaged: reported by the reader
             return math.inf, folder.name
 
     return sorted(found, key=age)
@@ -135,7 +135,7 @@ def validation_losses(folder: RunFolder) -> dict[str, float]:
 
 
 def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
-    """Of the full-precision and of the QAT phase, from the final metrics or else from the records so far."""
+    """Speeds of the full-precision and of the QAT phase, from the final metrics or else from the records so far."""
     speeds = folder.final or median_speeds(folder.records("metrics"))
     return speeds.get("tokens_per_second_fp"), speeds.get("tokens_per_second_qat")
 

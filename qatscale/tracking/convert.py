@@ -1,4 +1,4 @@
-"""Training checkpoint, DeepSpeed's universal layout, Hugging Face: from any of them to the others.
+"""Conversion between training checkpoints, DeepSpeed's universal layout and Hugging Face folders.
 
 One parameter is in memory at a time, and the output appears complete or not at all.
 """
@@ -45,7 +45,7 @@ def convert(
     """Read `source` in any of the formats, write it in format `to` as the new folder `out`, and return what was read.
 
     recipe, overrides: those of the new run for a Hugging Face or universal folder; a checkpoint has its own.
-    trained_tokens: what the model of a Hugging Face folder has seen; None = count from 0.
+    trained_tokens: tokens that a Hugging Face model has seen; None = count from 0.
     UserError where the source has another format, is damaged, or differs from the recipe's model, and where `out` is
     not empty.
     """
@@ -116,7 +116,7 @@ def write_run(state: TrainingState, out: Path) -> None:
         folder = RunFolder.create(
             path,
             recipe=recorded_yaml(config),
-            ds_config={},  # no engine took part
+            ds_config={},  # there was no engine
             timeline=build_timeline(config),
             n_params=count_parameters(config.model).total,
             command=sys.argv,

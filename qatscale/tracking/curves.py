@@ -21,9 +21,9 @@ from qatscale.tracking.run_folder import RunFolder
 
 _TRUNK = "#4D4D4D"
 _SKIPPED = 0.08
-"""First share of the tokens, which the loss axis ignores: the fall from the random start would flatten the rest."""
+"""First share of the tokens, which the loss axis ignores, since the steep fall would flatten the rest."""
 _WINDOWS = 60
-"""Curves are smoothed over one in so many parts of all tokens, which removes noise and keeps steps visible."""
+"""Curves are smoothed over this fraction (1/n) of all tokens, which removes noise and keeps jumps visible."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +242,9 @@ def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], style
 
 
 def _range(own: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """The losses to show: all, but those that lie further above the runs' own views than these and the best differ.
+    """The losses that decide the range: all but those that lie further above the runs' own views than these differ.
 
-    A view that a run was not trained for may lie nats above it, where it would flatten all other differences.
+    A view that a run was not trained for may lie nats above, and would flatten all other differences.
     """
     finite, judged = [x for x in losses if np.isfinite(x)], [x for x in own if np.isfinite(x)]
     if not finite:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, devices, and the commit of this code."""
+"""The environment of a run: versions, machine, devices, and the commit of this code."""
 
 from __future__ import annotations
 

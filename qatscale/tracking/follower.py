@@ -1,7 +1,7 @@
-"""MLflow upload in a process of its own, which tails the run folder. Training only ever writes files.
+"""The MLflow upload: a process of its own tails the run folder, and training only writes files.
 
-So a failing or hanging server can neither stop nor slow a run. When a trainer is killed, its follower uploads the last
-records and marks the run KILLED. Whatever is still missing, `qatscale track-sync RUN` uploads with the same code.
+A failing or hanging server can thus neither stop nor slow a run. When a trainer is killed, its follower uploads the
+last records and marks the run KILLED. Whatever is still missing, `qatscale track-sync RUN` uploads with the same code.
 """
 
 from __future__ import annotations
@@ -62,13 +62,20 @@ class Follower:
         while self.child is not None and self.child.poll() is None and time.monotonic() < begun + IMPORT:
             cursor = self._cursor()
             if cursor and (cursor.answered or _is_overdue(cursor)):
-                if cursor.refused:
-                    return f"warning: MLflow does not take this run, which trains without it. {cursor.error}"
+                if refusal := self.refusal():
+                    return refusal
                 reason = cursor.error or f"{cursor.uri} has not answered for {ANSWER:.0f} s"
                 keeps = "The run's folder records everything, and uploads are tried again."
                 return None if cursor.answered and cursor.error is None else f"note: {reason}. {keeps}"
             time.sleep(0.05)
         return None
+
+    def refusal(self) -> str | None:
+        """A line for the user where MLflow has refused the run for good. It does not wait."""
+        cursor = None if self.child is None else self._cursor()
+        if cursor is None or not cursor.refused:
+            return None
+        return f"warning: MLflow does not take this run, which trains without it. {cursor.error}"
 
     def finish(self, seconds: float = 30.0) -> str | None:
         """Wait at most `seconds` for the upload to end, and only while MLflow takes it.
@@ -97,7 +104,7 @@ class Follower:
         )
 
     def _cursor(self) -> Cursor | None:
-        """As the child left it; None before it asked MLflow, while a predecessor may still write."""
+        """The child's cursor; None before it asked MLflow, while a predecessor may still write."""
         assert self.child is not None
         cursor = Cursor.load(self.folder)
         return cursor if cursor and cursor.follower and cursor.follower["pid"] == self.child.pid else None
@@ -177,7 +184,7 @@ class SystemMetrics:
 
 
 class Following:
-    """The follower's life: from the start of a run to the last confirmed upload, or until it gives up."""
+    """Follows a run from its start to the last confirmed upload, or until it gives up."""
 
     def __init__(self, folder: RunFolder, uri: str, patience: float) -> None:
         self.folder, self.uri, self.patience = folder, uri, patience
@@ -297,7 +304,7 @@ def main() -> int:
 
 
 class HandOver(BaseException):
-    """`track-sync` takes over. It ends whatever the follower waits for; uploads may end anywhere."""
+    """Signal handler: end at once, for `track-sync`. An upload may end anywhere."""
 
 
 def _limit_memory() -> None:

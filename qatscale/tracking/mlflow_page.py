@@ -1,4 +1,4 @@
-"""What people see of a run in MLflow's UI: description, resolved parameters, the corpus, and a view with charts.
+"""A run's page in MLflow's UI: description, resolved parameters, corpus, and a view with charts.
 
 The view is an experiment tag of the kind that the UI's Share button writes. It lists runs by their final loss: MLflow
 nests child runs only in a list by date, so that branches stand beside their trunk.
@@ -37,7 +37,7 @@ _CHARTS = (
 )  # fmt: skip
 """(section, kind, metric) in the order of the page."""
 _CLOSED = ("train", "val", "perf", "Model metrics", "System metrics")
-"""Sections below them, which open by a click: MLflow sorts the charts of all other metrics into them."""
+"""Collapsed sections below, into which MLflow sorts the charts of all other metrics."""
 
 
 def view_state() -> str:

@@ -58,7 +58,7 @@ _IDENTITY = attrgetter("key", "step", "value")
 class Uploader:
     """Uploads one run folder to one MLflow store.
 
-    Every method may raise whatever MLflow and the network raise. The cursor never precedes what the store confirmed.
+    Errors of MLflow and the network pass through. The cursor never precedes what the store has confirmed.
     """
 
     def __init__(self, folder: RunFolder, uri: str, progress: Callable[[], None] = lambda: None) -> None:
@@ -316,7 +316,7 @@ def track_sync(folder: RunFolder, uri: str | None = None) -> str:
 
 
 TAKE_OVER = 5.0
-"""Seconds in which a follower that was asked to end does so."""
+"""Seconds that a follower may take to end when asked."""
 HAND_OVER = signal.SIGUSR1
 """Asks a follower to end at once."""
 

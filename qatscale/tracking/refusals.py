@@ -1,4 +1,4 @@
-"""Which errors of MLflow will not pass by themselves, what cures them, and a limit on how long one upload may hang."""
+"""Permanent errors of MLflow and their cures, and a limit on how long one upload may hang."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qatscale.config.places import without_credentials
 from qatscale.tracking.store import database
 
 STALL = 60.0
-"""Seconds after which an upload ends in which MLflow confirmed nothing, such as one whose answer never ends."""
+"""Seconds without a confirmation after which an upload is given up, as when an answer never ends."""
 _PERMANENT = {
     "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "INVALID_PARAMETER_VALUE", "INVALID_STATE",
     "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
 }  # fmt: skip
-"""Error codes of MLflow for requests that it will never take."""
+"""MLflow's error codes for requests that it will never accept."""
 _CURES = (
     ("maintenance mode", "Set tracking.uri=sqlite:///mlflow.db; `mlflow migrate-filestore` moves former runs."),
     ("unsupported URI", "Set tracking.uri=sqlite:///FILE or http://HOST:PORT."),
@@ -31,11 +31,11 @@ _CURES = (
 
 
 class RefusedError(RuntimeError):
-    """A request that MLflow will never take as things stand. Its text ends with the cure."""
+    """MLflow will not accept the request until something is repaired. The text ends with the cure."""
 
 
 def as_refused(error: BaseException) -> RefusedError | None:
-    """An error of the first contact as a refusal; None for one that may pass, such as a server out of reach."""
+    """A permanent error as a refusal; None for one that may pass, such as an unreachable server."""
     if isinstance(error, RefusedError):
         return error
     text = shown(error)
@@ -93,4 +93,4 @@ _UNREACHABLE = re.compile(
     r"(Connection refused|Connection reset by peer|Name or service not known|No route to host|"
     r"Network is unreachable|Temporary failure in name resolution|Read timed out|timed out)"
 )
-"""What MLflow says in several lines of a server out of reach: its address and the reason."""
+"""Finds address and reason in MLflow's long message about an unreachable server."""

@@ -1,4 +1,4 @@
-"""The folder of one run. It holds everything about the run, whether or not an MLflow server ever answers.
+"""The folder of one run. It is complete without MLflow.
 
 ::
 
@@ -197,7 +197,7 @@ class RunFolder:
 
     @property
     def has_ended(self) -> bool:
-        """Whether no process writes here any more; False where that is unknown."""
+        """Whether the run's process has certainly ended; False where that is unknown."""
         return self.status not in ("created", "running", "running?")
 
     @property

@@ -1,4 +1,4 @@
-"""Which MLflow store a run belongs to, how far it is uploaded, and the command that shows it. Imports no mlflow."""
+"""A run's MLflow store, the state of its upload, and the command that shows it. Imports no mlflow."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def page_address(uri: str, experiment_id: str) -> str:
 
 
 def where_to_look(folders: Iterable[RunFolder]) -> list[str]:
-    """Lines that say how the runs are seen in MLflow; empty where none was uploaded."""
+    """Lines with the command and page that show the runs in MLflow; empty where none was uploaded."""
     seen = dict.fromkeys(
         (cursor.uri, cursor.experiment_id) for folder in folders if (cursor := Cursor.load(folder)) is not None
     )
@@ -157,7 +157,7 @@ class Cursor(BaseModel):
 
     @classmethod
     def of_store(cls, folder: RunFolder, uri: str) -> Cursor:
-        """The recorded one, or a fresh one for another store than last time, which does not know the run."""
+        """The recorded cursor; a fresh one for a store that does not have the run yet."""
         cursor = cls.load(folder)
         return cursor if cursor and cursor.uri == without_credentials(uri) else cls.fresh(folder, uri)
 

@@ -135,5 +135,5 @@ def _uploaded(log: RunLog, linger: bool) -> Iterator[None]:
         yield
         patience = []
     finally:
-        if linger and (message := follower.finish(*patience)):
+        if message := follower.finish(*patience) if linger else follower.refusal():
             log.notice(message)

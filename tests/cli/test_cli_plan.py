@@ -16,7 +16,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from qatlaw.cli import planner
-from qatscale.config.recipe import load_run_config, recipe_names
+from qatscale.config.recipe import RECIPES, load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference
@@ -113,8 +113,10 @@ def test_a_budget_is_spent_at_the_fraction_that_the_scheme_holds() -> None:
     assert chosen["loss"] > optimum["loss"]
 
 
-def test_a_recipe_that_clashes_with_the_plan_is_told() -> None:
-    code, out, error = run_command(shlex.split("plan --recipe 86m --tokens 95M --bits 1"))
+def test_a_recipe_that_clashes_with_the_plan_is_told(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text((RECIPES / "86m.yaml").read_text())
+    code, out, error = run_command(shlex.split(f"plan --recipe {own} --tokens 95M --bits 1"))
     assert (code, out) == (2, "")
     assert "schedule.warmup_tokens = 86000000" in error
 

@@ -54,8 +54,8 @@ BAD_OVERRIDES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("model.heads=3",): ("model.heads", "model.hidden_size = 64"),
     ("model.heads=64",): ("model.heads", "1 channels"),
     ("model.kv_heads=3",): ("model.kv_heads", "model.heads = 2"),
-    ("schedule.cooldown_tokens=1B",): (
-        "schedule.cooldown_tokens", "schedule.cooldown_fraction = 0.2", "schedule.cooldown_fraction=null",
+    ("schedule.cooldown_tokens=1B", "schedule.cooldown_fraction=0.1"): (
+        "schedule.cooldown_tokens", "schedule.cooldown_fraction = 0.1", "schedule.cooldown_fraction=null",
         "schedule.cooldown_tokens=null",
     ),
     ("qat.learning_rate=1e-3", "qat.lr_ratio=0.5"): (

@@ -63,7 +63,7 @@ def test_of_two_overrides_the_later_holds() -> None:
 
 
 def test_a_length_moves_from_fraction_to_tokens() -> None:
-    config = load_run_config("debug", ["schedule.cooldown_tokens=1K", "schedule.cooldown_fraction=null"])
+    config = load_run_config("debug", ["schedule.cooldown_tokens=1K"])
     assert (config.schedule.cooldown_tokens, config.schedule.cooldown_fraction) == (1000, None)
 
 

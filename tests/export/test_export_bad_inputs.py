@@ -29,7 +29,7 @@ def refused(qatscale, line: str, *parts: str) -> None:
 
 def test_an_unfinished_run_is_exported_when_asked_and_says_so(qatscale, runs: Path, tmp_path: Path) -> None:
     line = f"export {runs}/unfinished --out {tmp_path}/out"
-    refused(qatscale, line, "is at step 9 of 12", "learning rate has not come down", "--unfinished", "resume")
+    refused(qatscale, line, "is at step 9 of 12", "learning rate has not decayed", "--unfinished", "resume")
     refused(qatscale, f"export {runs}/full@4 --out {tmp_path}/out", "is at step 4 of 12")
     assert not any(tmp_path.iterdir())
     code, out, _ = qatscale(f"{line} --unfinished")
@@ -81,7 +81,7 @@ def test_other_bad_inputs(qatscale, runs: Path, tmp_path: Path) -> None:
     two = f"export {runs}/two --out {tmp_path}/out"
     refused(qatscale, f"export {runs}/two --out {there}", "not empty", "Choose another folder")
     refused(qatscale, f"{two} --format gufg", "--format = 'gufg'", "Did you mean 'gguf'?")
-    refused(qatscale, f"{two} --ptq 4", "--ptq = 4", "were trained", "Leave it out")
+    refused(qatscale, f"{two} --ptq 4", "--ptq = 4", "trained scales", "Leave it out")
     refused(qatscale, f"export {runs}/full --out {tmp_path}/out --ptq {NO_SUCH_BITS}", f"--ptq = {NO_SUCH_BITS}")
     refused(qatscale, f"{two} --tokens 1M --no-verify", "--tokens", "no effect")
     refused(qatscale, f"{two} --q1-0", "--q1-0", "is a type of gguf", "Leave it out")
@@ -160,7 +160,7 @@ def test_rows_in_the_wrong_order_do_not_pass(qatscale, runs: Path, tmp_path: Pat
     monkeypatch.setattr(gguf, "permutation", lambda *_: None)
     code, _, error = qatscale(f"export {runs}/two --out {tmp_path}/out --format gguf")
     assert code == EXIT_FAILED
-    assert "the export is not what was trained, and was removed" in error
+    assert "the export differs from the trained model and was removed" in error
     assert "q_proj.weight is" in error
     assert not any(tmp_path.iterdir())
 

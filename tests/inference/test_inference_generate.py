@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def test_a_text_longer_than_those_of_training_is_refused(run: Path) -> None:
         prompt_ids(generator, PROMPT, Sampling(tokens=fits + 1))
     with pytest.raises(UserError, match="--prompt"):
         prompt_ids(generator, "", Sampling())
+
+
+def test_the_tokenizer_of_data_in_another_place(run: Path, prepared: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(prepared, moved)
+    greedy = ("--tokens", "8", "--temperature", "0")
+    assert generated(str(run), *greedy, "--data", str(moved)) == generated(str(run), *greedy)
+    with pytest.raises(UserError, match="--data FOLDER") as caught:
+        open_text_generator(str(run), data=tmp_path / "nothing")
+    assert caught.value.key == "--data"
 
 
 @pytest.mark.parametrize(

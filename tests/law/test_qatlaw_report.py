@@ -39,7 +39,7 @@ FUSED_GAP = -0.003
 
 
 def quickstart() -> RunTable:
-    """The four results of the quickstart's record (analysis/benchmarks/quickstart.md)."""
+    """Four results of a former quickstart (seed 0 of analysis/benchmarks/qat_against_ptq.md)."""
     D, f = 2_000_896, 293 / 977
     rows = [
         ("fp", 16, D, 0, 2.9837),

@@ -45,6 +45,43 @@ def test_every_recipe_runs_on_any_budget(name, scheme, bits):
             assert timeline.qat_steps == max(steps - round((1 - optimum) * steps), held)
 
 
+@pytest.mark.parametrize("scheme", ["fp", "sequential", "fused", "scratch"])
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipes_own_lengths_give_way_to_other_tokens(name, scheme):
+    recipe = load_run_config(name)
+    per_step = recipe.tokens_per_step
+    amounts = {3 * per_step, 1_000_000, 50_000_000, recipe.tokens // 100, recipe.tokens // 10, 10 * recipe.tokens}
+    for tokens in sorted(amount for amount in amounts if amount >= 2 * per_step):
+        for bits, fraction in ((1, "auto"), (8, 0.3)):
+            overrides = [f"tokens={tokens}", f"qat.bits={bits}", f"qat.scheme={scheme}"]
+            overrides += [f"qat.fraction={fraction}"] if scheme in ("sequential", "fused") else []
+            config = load_run_config(name, overrides)
+            lengths = phases(build_timeline(config))
+            own = recipe.schedule.warmup_tokens
+            share = round(own / recipe.tokens * config.tokens)
+            assert config.schedule.warmup_tokens in (own, max(share, per_step))
+            assert lengths.get("warmup", lengths.get("qat_warmup")) == round(config.schedule.warmup_tokens / per_step)
+
+
+def test_a_shorter_warmup_is_noted_and_recorded():
+    config = load_run_config("86m", ["tokens=100M"])  # its 86M and a fifth of 100M do not fit
+    assert config.schedule.warmup_tokens == 1_000_000  # 86M of 8.6B
+    assert "does not fit; schedule.warmup_tokens=1000000" in build_timeline(config).warnings[0]
+    assert load_run_config("86m", ["tokens=108M"]).schedule.warmup_tokens == 86_000_000
+
+
+def test_a_length_that_was_asked_for_stays_an_error():
+    with pytest.raises(UserError, match=r"schedule\.warmup_tokens = 60000000: .* do not fit"):
+        build_timeline(load_run_config("86m", ["tokens=50M", "schedule.warmup_tokens=60M"]))
+
+
+def test_a_length_on_the_command_line_replaces_the_recipes_in_the_other_unit():
+    config = load_run_config("86m", ["schedule.warmup_fraction=0.9", "schedule.cooldown_tokens=0.8B"])
+    assert phases(build_timeline(config)) == {"warmup": 14_763, "qat_stable": 114, "qat_cooldown": 1526}
+    config = load_run_config("86m", ["schedule.warmup_fraction=0.9"])  # leaves a tenth for the recipe's fifth
+    assert phases(build_timeline(config)) == {"warmup": 14_763, "qat_cooldown": 1640}
+
+
 @pytest.mark.parametrize(
     ("name", "tokens", "optimum"),
     [("86m", "1.72B", 0.1612), ("194m", "3.9B", 0.1610), ("396m", "8B", 0.1614), ("759m", "15B", 0.1605),

@@ -17,7 +17,10 @@ from qatscale.cli import main
 from qatscale.config.recipe import load_run_config
 from qatscale.errors import UserError
 from qatscale.study import grid, read_study
+from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.plan import plan_study
+from qatscale.study.state import StudyState
+from qatscale.tracking.store import Cursor
 from tests.wrong_values import NO_SUCH_BITS
 
 SMALL = Path(__file__).parents[2] / "analysis" / "studies" / "small.yaml"
@@ -305,6 +308,32 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
     assert "--law = 'nothing.json'" in capsys.readouterr().err
     assert run("study", "plan", file, "--law", "synthetic", "--noise", "0") == 2
     assert "--noise = 0.0" in capsys.readouterr().err
+
+
+def test_a_study_that_moves_with_its_data_finds_them(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    for path in (before / "data", before / "studies"):
+        path.mkdir(parents=True)
+    (before / "ds.json").write_text("{}")
+    file = written(before, set=f"[data.path={before / 'data'}, engine.ds_config={before / 'ds.json'}]")
+    lay_out(file, StudyFolder(before / "studies" / "one"))
+    before.rename(after)
+    moved = StudyFolder(after / "studies" / "one")
+    config = moved.config(next(iter(moved.jobs)))
+    assert (config.data.path, config.engine.ds_config) == (after / "data", str(after / "ds.json"))
+    assert config.output == moved.runs
+
+
+def test_what_mlflow_refused_is_known_by_reason(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "one")
+    lay_out(written(tmp_path), folder)
+    refused, other, *_ = folder.jobs
+    for name, is_refused in ((refused, True), (other, False)):
+        folder.run(name).path.mkdir(parents=True)
+        Cursor(uri="file:mlruns", experiment="x", error="maintenance mode", refused=is_refused).save(folder.run(name))
+    state = StudyState(folder)
+    state.refresh()
+    assert state.refusals() == {"maintenance mode": [refused]}
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from qatscale.data.reader import open_validation
 from qatscale.engine.checkpoints.reader import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
+from qatscale.model.lazy_state import State
 from qatscale.quant.plugin import PlainMasters
 from qatscale.schedule.build import build_timeline
 from qatscale.study.landscape import adam_step
 from qatscale.study.plane import Grid, Plane, measure
-from qatscale.tensor_files import State
 from qatscale.train.evaluate import evaluate_checkpoint
 from qatscale.train.run import train
 from qatscale.train.validation import summed_loss

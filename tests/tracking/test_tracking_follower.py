@@ -251,6 +251,7 @@ def test_a_refusal_is_said_before_the_first_step_with_its_cure(
     assert line is not None
     cure = "mlflow experiments restore --experiment-id 1" if kind == "deleted" else "tracking.uri=sqlite:///mlflow.db"
     assert line.startswith("warning: MLflow does not take this run")
+    assert follower.refusal() == line
     assert cure in line
     finish(folder, {"fp": 2.5})
     began = time.monotonic()

@@ -54,6 +54,8 @@ def draw_landscape(landscape: Landscape) -> Figure:
         mark(along, [], [], _MARKERS[end], INK, end.upper())
     tidy(along, "along the line, y = 0", "along (x)", "loss (nats per token)")
     tidy(across, "across it, through both ends", "across (y)")
+    for axes in panels.values():
+        axes.locator_params(axis="x", nbins=5)
     legend_below(figure, list(panels.values()))
     return figure
 

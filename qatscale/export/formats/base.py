@@ -1,4 +1,4 @@
-"""What a format is: how parameters are stored, how the files are written, recognised and loaded."""
+"""The interface of a format: how it stores parameters, and writes, recognises and loads files."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Format(ABC):
 
     @abstractmethod
     def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> Sequence[Encoding]:
-        """Ways to store a parameter, best first. The last one holds any; `Encoding.refusal` says what others do not.
+        """Ways to store a parameter, best first. The last one holds any; `Encoding.refusal` says why another does not.
 
-        dtype: training's, of what is not quantized.
+        dtype: training's type, for unquantized parameters.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Format(ABC):
         """file: the name of the (first) file of weights."""
 
     def fitting(self, model: ModelConfig) -> Format:  # noqa: ARG002 - formats that all clients read for any model
-        """This format with the clients that read it for such a model."""
+        """This format with the clients that read such a model from it."""
         return self
 
     def with_q1_0(self) -> Format:
@@ -135,7 +135,7 @@ def transformers_usage(client: type[Client], has_tokenizer: bool, options: str =
 
 
 class Exported(NamedTuple):
-    """An export on disk."""
+    """An export on disk and its format."""
 
     format: Format
     path: Path

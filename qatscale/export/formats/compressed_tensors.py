@@ -1,11 +1,11 @@
 """`compressed-tensors`, format pack-quantized: integers in b bits and a scale per row or group, symmetric.
 
 A Linear of name N is stored as N.weight_packed (int32, see `packing`; each integer raised by 2^(b-1)), N.weight_scale
-([rows, groups], in the type of training) and N.weight_shape. Read by transformers with the package compressed-tensors,
-and by vLLM, which asks for just these names, for symmetric scales without zero points, and for the same scheme in what
-it fuses (q, k, v and gate, up: they have one width here).
+([rows, groups], in the type of training) and N.weight_shape. transformers reads it with the package
+compressed-tensors. vLLM reads it too: it asks for these names, for symmetric scales without zero points, and for one
+scheme in the layers that it fuses (q, k, v and gate, up).
 
-1 bit takes two (±1 needs two in two's complement), SEQ's 2 bits take three (±1, ±3).
+In two's complement ±1 takes 2 bits a weight, and SEQ's ±1 and ±3 take 3.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PackedEncoding(Encoding):
 
     def refusal(self, parameter: SourceParameter) -> str | None:
         if parameter.is_table:
-            return "clients unpack Linear layers, not an embedding, which is the head too where they are tied."
+            return "clients unpack Linear layers, not an embedding, which is also the head of a tied model."
         return None
 
     def size(self, parameter: SourceParameter) -> int:

@@ -1,9 +1,9 @@
-"""`gguf`: one file for llama.cpp, which transformers reads too, with its tokenizer.
+"""`gguf`: one file with model and tokenizer, for llama.cpp and transformers.
 
 Names and metadata are those of llama.cpp's architectures `llama`, `qwen2` and `qwen3`. The first rotates neighbouring
 pairs of channels where Hugging Face (and we) rotate channel i with i + d/2, so the rows of q and k, and their scales,
-are permuted within each head. Llama 3.1's rotary scaling is a tensor of divisors, which transformers does not read, as
-it does not read sizes of heads of Qwen. Norms and biases are fp32. What is not quantized is stored in training's type.
+are permuted within each head. Llama 3.1's rotary scaling is a tensor of divisors. transformers reads neither that nor
+explicit head sizes of Qwen. Norms and biases are fp32. Other unquantized tensors are stored in training's type.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BLOCK_TYPES: dict[str, tuple[BlockType, ...]] = {
     "6": (blocks.Q6_K, blocks.Q8_0),
     "8": (blocks.Q8_0,),
 }
-"""Bits -> types that hold the integers, best first. Those of 32 weights take rows that those of 256 do not."""
+"""Bits -> types that hold the integers, best first. Blocks of 32 divide rows that blocks of 256 do not."""
 _PLAIN_TYPES = {torch.float32: GGMLQuantizationType.F32, torch.bfloat16: GGMLQuantizationType.BF16}
 
 _LLAMA_CPP = """\
@@ -193,7 +193,7 @@ class Gguf(Format):
 
 
 def _file_name(layout: ExportLayout) -> str:
-    """RUN-TYPE.gguf, as the Hub and llama.cpp's programs tell files apart: by the type of most weights."""
+    """RUN-TYPE.gguf, with the type of most weights, by which the Hub and llama.cpp's programs tell files apart."""
     weights: Counter[str] = Counter()
     for entry in layout.entries:
         if entry.parameter.quantizer:
@@ -259,7 +259,7 @@ def _tensor(layout: ExportLayout, entry: StoredParameter, names: TensorNameMap) 
 def permutation(parameter: SourceParameter, config: ModelConfig) -> Tensor | None:
     """For the rows of q and k: the index in our order of each row in llama.cpp's; None for everything else.
 
-    Within a head of d channels, 0, d/2, 1, d/2 + 1, ...: what rotates together stands together.
+    Within a head of d channels: 0, d/2, 1, d/2 + 1, ..., so that channels that rotate together are neighbours.
     """
     if model_type(config) != "llama" or not parameter.name.endswith(("attention.q.weight", "attention.k.weight")):
         return None

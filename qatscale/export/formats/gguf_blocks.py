@@ -1,4 +1,4 @@
-"""GGUF's quantized blocks, made from integers and their scale: none of ggml's quantizers, which choose scales anew.
+"""GGUF's quantized blocks, made from integers and their scale. ggml's own quantizers would choose other scales.
 
 Layouts are those of llama.cpp's ggml-common.h. A block is 32, 128 or 256 neighbouring weights of a row with their fp16
 scale d (= the scale of `QuantizedMatrix`). Sub-block scales, in types that have them, are constants:

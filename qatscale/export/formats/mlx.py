@@ -1,6 +1,6 @@
 """`mlx`: a folder for mlx-lm. Codes in b bits, and for every 128, 64 or 32 of them a scale s and a bias b: w = s·q + b.
 
-The lowest level of a grid is `lowest · scale`, so b = lowest · scale and s = step · scale: s = 2α, b = -α for 1 bit,
+A grid's lowest level is `lowest · scale`, so b = lowest · scale and s = step · scale: s = 2α, b = -α for 1 bit,
 α/2 and -3α/4 for 2, α and -2^(B-1)·α from 3 on. Scales are written in fp32: s·q + b has more digits than bf16 or fp16
 holds (63·α in 6 bits), and MLX computes it in the scales' type.
 """
