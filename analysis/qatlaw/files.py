@@ -53,10 +53,14 @@ def rename_synced(partial: Path, final: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     rename_synced(partial, path)
 
 
