@@ -18,7 +18,8 @@ from qatscale.config.schema import ModelConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.export.formats import FORMATS
 from qatscale.model.hugging_face import export_hugging_face
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.initial_weights import initialise
+from qatscale.model.llama import Llama
 
 MODEL = {"vocab_size": 32_000, "hidden_size": 1024, "heads": 16, "intermediate_size": 2816}
 QATSCALE = [sys.executable, "-c", "from qatscale.cli import main; main()"]

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from qatscale.config.ds_config import merge_ds_config, precision_of, run_ds_config
 from qatscale.config.schema import Phase, RunConfig
 from qatscale.engine.compilation import Compilation
-from qatscale.engine.initialize import apply_settings, optimizer_groups
+from qatscale.engine.initialize import optimizer_groups
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import Runtime
-from qatscale.engine.step import train_step
-from qatscale.model.llama import Llama, initialise
+from qatscale.engine.step import apply_settings, train_step
+from qatscale.model.initial_weights import initialise
+from qatscale.model.llama import Llama
 from qatscale.quant.plugin import PlainMasters, QatPlugin
 from qatscale.schedule.timeline import StepSettings
 from qatscale.train.setup import assemble

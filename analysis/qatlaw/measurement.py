@@ -19,8 +19,8 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 """Prefixes of the keys without effect. The ds_config counts all the same, since it holds the precision."""
 KNOWN_TO_LAWS = (
-    "evaluation.", "batch.micro_batch", "n_params", "tokens", "seed", "data.seed", "data.cooldown_seed", "qat.scheme",
-    "qat.bits", "qat.fraction",
+    "evaluation.", "batch.micro_batch", "n_params", "tokens", "seed", "init", "data.seed", "data.cooldown_seed",
+    "qat.scheme", "qat.bits", "qat.fraction",
 )  # fmt: skip
 """Prefixes of the keys that the final numbers, the seed and the held-out text stand for."""
 TRIALS = (
@@ -30,9 +30,21 @@ TRIALS = (
 """Prefixes of the optimizer's keys: rates, betas, decay, eps, clipping, warm-ups, moments."""
 
 
+MIXTURES = ("data.mix", "data.cooldown_mix")
+"""Keys with a share for each source."""
+
+
 def settings_with_effect(recipe: Mapping[str, str]) -> dict[str, str]:
-    """The flat recipe of a run without the keys of `WITHOUT_EFFECT`; a ds_config is kept by its name."""
+    """The flat recipe of a run without the keys of `WITHOUT_EFFECT`; a ds_config is kept by its name.
+
+    A mixture is one setting: it has other sources, and so other keys, in another run.
+    """
     effective = {key: value for key, value in recipe.items() if not key.startswith(WITHOUT_EFFECT)}
+    for mix in MIXTURES:
+        shares = {key: effective.pop(key) for key in sorted(effective) if key.startswith(f"{mix}.")}
+        if shares:
+            listed = ", ".join(f"{key.removeprefix(f'{mix}.')}: {share}" for key, share in shares.items())
+            effective[mix] = f"{{{listed}}}"
     if "engine.ds_config" in recipe:
         effective["engine.ds_config"] = PurePath(recipe["engine.ds_config"]).stem
     return effective

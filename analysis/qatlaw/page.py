@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from qatlaw.errors import InputError
-from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
+from qatlaw.figures import Drawn, Evidence, Laws, draw_all
 from qatlaw.figures.landscape import drawn_landscape
 from qatlaw.files import write_atomic
 from qatlaw.findings import findings
@@ -56,6 +56,8 @@ PAPERS = {
     "wasted_tokens": "tokens wasted by a sub-optimal fraction",
     "fusion": "cooldown and QAT fusion",
     "cooldown_shapes": "the loss by cooldown shape",
+    "bias_and_variance": "bias against variance of cooldown shapes",
+    "cooldown_adamw": "AdamW's settings in the cooldown",
     "landscape": "the loss landscape of the cooldown",
 }
 """Subject of the papers' figures that ours correspond to, by name. arXiv 2509.22935, and 2508.01483 for cooldowns."""
@@ -79,7 +81,7 @@ class Report:
     @cached_property
     def drawn(self) -> tuple[Drawn, ...]:
         landscapes = (drawn_landscape(one, f"landscape_{place}") for place, one in enumerate(self.landscapes, 1))
-        return (*(draw(self.evidence) for draw in SUBJECTS), *landscapes)
+        return (*draw_all(self.evidence), *landscapes)
 
     @cached_property
     def svg(self) -> dict[str, bytes]:
@@ -110,7 +112,7 @@ def compose(
     if compare and summaries:
         compared = rivals(table, summaries[0].scheme)
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    evidence = Evidence(table, laws)
+    evidence = Evidence(table, laws, runs.records)
     return Report(evidence, created, summaries, compared, runs.left_out, runs.notices, no_law, landscapes)
 
 
@@ -143,13 +145,16 @@ def write_report(report: Report, folder: Path) -> Path:
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for one in report.drawn:
-        svg, png = (figures / f"{one.name}.{ending}" for ending in ("svg", "png"))
+        svg, png, numbers = (figures / f"{one.name}.{ending}" for ending in ("svg", "png", "csv"))
         if one.figure is not None:
             write_atomic(svg, report.svg[one.name])
             write_atomic(png, image(one.figure, "png"))
+            if one.table is not None:
+                write_atomic(numbers, one.table.drop(columns="rest", errors="ignore").to_csv(index=False).encode())
         else:  # an earlier report may have had more runs
             svg.unlink(missing_ok=True)
             png.unlink(missing_ok=True)
+            numbers.unlink(missing_ok=True)
     write_atomic(folder / RUNS, report.evidence.table.frame.to_csv(index=False).encode())
     page = folder / "report.html"
     write_atomic(page, html(report).encode())
@@ -223,7 +228,8 @@ def _paper(name: str) -> str:
     name = "landscape" if name.startswith("landscape_") else name
     if name not in PAPERS:
         return "Of the papers' figures none corresponds to it."
-    source = "2508.01483" if name in ("cooldown_shapes", "landscape") else "2509.22935"
+    of_cooldowns = ("cooldown_shapes", "bias_and_variance", "cooldown_adamw", "landscape")
+    source = "2508.01483" if name in of_cooldowns else "2509.22935"
     return f"It corresponds to the figure of {PAPERS[name]} in arXiv {source}."
 
 

@@ -22,8 +22,8 @@ import pandas as pd
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
-from qatlaw.measurement import split_settings
-from qatlaw.names import VAL_LOSS, VAL_LOSS_PTQ
+from qatlaw.measurement import settings_with_effect, split_settings
+from qatlaw.names import AVERAGED, VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
 
 LAW_POINT = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme")
@@ -33,9 +33,9 @@ LARGEST = 1e300
 """MLflow's SQL stores keep an infinite number as the largest float."""
 
 SAME_IN_ALL = (
-    "data.path", "data_fingerprint", "data.sequence_length", "model.vocab_size", "schedule.shape",
-    "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size", "qat.embedding_bits",
-    "qat.cooldown_fraction", "qat.optimizer_state",
+    "data.path", "data_fingerprint", "data.mix", "data.cooldown_mix", "data.sequence_length", "model.vocab_size",
+    "schedule.shape", "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size",
+    "qat.embedding_bits", "qat.cooldown_fraction", "qat.optimizer_state",
 )  # fmt: skip
 """Settings that no law here knows: runs that differ in them compare only if the difference does not matter."""
 
@@ -74,6 +74,8 @@ class Collected:
     left_out: tuple[LeftOut, ...] = ()
     notices: tuple[str, ...] = ()
     """Differences between the runs that no law knows."""
+    records: tuple[RunRecord, ...] = ()
+    """All that was read, trials and averages included; empty for a table of anyone's runs."""
 
     @classmethod
     def of(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
@@ -95,6 +97,7 @@ class Collected:
 def collect(records: Iterable[RunRecord], source: str) -> Collected:
     """The points of the runs that ended soundly, each by its best trial. InputError where none is left."""
     left_out, sound = [], []
+    records = tuple(records)
     for record in records:
         if record.kind == "fit":
             continue
@@ -114,7 +117,7 @@ def collect(records: Iterable[RunRecord], source: str) -> Collected:
     ptq = [row for point in points for row in _ptq_rows(point, by_id[point["run_id"]])]
     table = RunTable.from_frame(pd.DataFrame([*points, *ptq]), source)
     notices = _notices([by_id[point["run_id"]] for point in points], knows_data, unlike)
-    return Collected(table, (*left_out, *again, *best.left_out), notices)
+    return Collected(table, (*left_out, *again, *best.left_out), notices, records)
 
 
 def best_trials(table: RunTable) -> Collected:
@@ -149,6 +152,8 @@ def _unfit(record: RunRecord) -> str | None:
         return "imported, not trained"
     if record.kind == "damaged":
         return f"damaged: {record.status}"
+    if AVERAGED in record.final:
+        return "averaged from checkpoints, not trained"
     if record.status != "FINISHED":
         return f"unfinished: {record.status.lower()}"
     missing = [name for name in (*LAW_POINT, VAL_LOSS) if record.final.get(name) is None]
@@ -307,7 +312,7 @@ def _notices(records: Sequence[RunRecord], knows_data: bool, unlike: Sequence[st
         if key in ("data.path", "data_fingerprint"):
             found = {_data_setting(record, knows_data).get(key) for record in records}
         else:
-            found = {record.recipe.get(key) for record in records}
+            found = {settings_with_effect(record.recipe).get(key) for record in records}
         values = sorted(value for value in found if value is not None)
         if len(values) > 1:
             shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")

@@ -10,7 +10,7 @@ import typer
 from qatlaw.cli import planner
 from qatlaw.judge_cli import judge
 from qatscale import __version__
-from qatscale.cli.convert import convert
+from qatscale.cli.convert import average, convert
 from qatscale.cli.evaluate import evaluate, generate
 from qatscale.cli.export import export
 from qatscale.cli.fit import fit, report
@@ -50,7 +50,7 @@ def _options(
 _TAKES_OVERRIDES = (train, resume, branch, convert)
 _COMMANDS: tuple[Callable[..., None], ...] = (
     config, recipes, prepare, adopt, train, resume, branch, evaluate, generate, runs, compare, track_sync, export,
-    convert, fit, report, judge, landscape, quickstart, launch_scripts,
+    convert, average, fit, report, judge, landscape, quickstart, launch_scripts,
 )  # fmt: skip
 
 app.add_typer(planner, name="plan", context_settings={"obj": RecipesAndGpus()})

@@ -8,7 +8,32 @@ from typing import Annotated
 
 import typer
 
+from qatlaw.text import plural
 from qatscale.cli.terminal import Overrides, working
+
+
+def average(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints: RUN (its newest), RUN@STEP, a folder, or RUN@FIRST-LAST for a range of steps."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+) -> None:
+    """Average the weights of checkpoints, of several runs or of a window of one, into a run's folder.
+
+    Weights are averaged as they are. Learned scales are averaged in log space, once all checkpoints have switched to
+    QAT; `qatscale evaluate OUT --ptq BITS` has the loss with scales calibrated anew beside it.
+    """
+    from qatscale.study.average import average as average_checkpoints
+
+    with working(f"averaging {plural(len(sources), 'source')}"):
+        state = average_checkpoints(sources, out)
+    quantized = state.plugin["switched_at"] is not None
+    print(f"{out}: {state.source}")
+    print(f"weights by their mean{', scales by their geometric mean' if quantized else ''}; compare its losses with")
+    print(f"qatscale evaluate {out}{f' --ptq {state.config.qat.bits:g}' if quantized else ''}")
 
 
 def convert(

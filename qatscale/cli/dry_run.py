@@ -15,6 +15,8 @@ from qatscale.config.amounts import format_amount
 from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import stored_weights
+from qatscale.data.manifest import Manifest
+from qatscale.data.open import mixture_of
 from qatscale.engine.estimate.fits import (
     Given,
     JobEstimate,
@@ -65,23 +67,25 @@ def print_dry_run(
     timeline, branch = build_timeline(config), None
     if branch_from is not None or resumes:
         from qatscale.tracking.run_folder import RunFolder
-        from qatscale.train.resume import plan_resume, with_qat_rate
+        from qatscale.train.resume import as_begun, plan_resume
 
-        resumed = with_qat_rate(config, RunFolder(config.folder))
+        resumed = as_begun(config, RunFolder(config.folder))
         start = plan_resume(resumed, build_timeline(resumed), branch_from)
         branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
     ds_config = run_ds_config(config)
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
     job = estimate_job(config, ds_config, processes or job_size(smallest), given)
     advice = network_advice(config, ds_config, job)
+    sources = plan_sources(config, timeline)
     warnings = ds_config_warnings(config, on_gpu=job.gpu_memory is not None)
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
         shown = {"name": config.name, **timeline.to_dict()}
         shown["warnings"] = [*shown["warnings"], *warnings]
-        print(json.dumps({"timeline": shown, "branch": branch, "scale": scale}, indent=2))
+        print(json.dumps({"timeline": shown, "sources": sources, "branch": branch, "scale": scale}, indent=2))
     else:
         print_timeline(config, timeline, figure, warnings)
+        print_sources(config, sources)
         if branch and branch["step"] is None:
             say(f"{config.folder} is done: nothing is left to train")
         elif branch:
@@ -110,6 +114,40 @@ def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, w
         from qatscale.schedule.figure import draw
 
         say(f"figure: {draw(timeline, config, figure)}")
+
+
+def plan_sources(config: RunConfig, timeline: Timeline) -> list[dict[str, Any]]:
+    """What a run with `data.mix` reads of each source; `epochs` is None where its data are not here yet."""
+    mixture, length = mixture_of(config, timeline), config.data.sequence_length
+    if mixture is None:
+        return []
+    sequences = timeline.steps * config.batch.sequences
+    total, first = (mixture.count(n) * length for n in (sequences, min(sequences, mixture.change or sequences)))
+    rows = []
+    for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
+        folder = config.data.sources.get(name)
+        epochs = None
+        if folder is not None and folder.exists():
+            held = Manifest.load(folder).splits["train"].tokens
+            epochs = tokens / (max(1, (held - 1) // length) * length)
+        rows.append(
+            {"source": name, "mix": before, "cooldown_mix": tokens - before, "tokens": tokens, "epochs": epochs}
+        )
+    return rows
+
+
+def print_sources(config: RunConfig, sources: list[dict[str, Any]]) -> None:
+    if not sources:
+        return
+    columns = ("source", "data.mix", "data.cooldown_mix", "tokens", "epochs")
+    table = TextTable(columns, words=["source"], drop=("data.mix", "data.cooldown_mix"))
+    for row in sources:
+        amounts = (format_amount(row[key]) for key in ("mix", "cooldown_mix", "tokens"))
+        table.add_row(row["source"], *amounts, "?" if row["epochs"] is None else f"{row['epochs']:.2f}")
+    say("")
+    console().print(table)
+    if config.data.cooldown_mix and not any(row["cooldown_mix"] for row in sources):
+        say("warning: data.cooldown_mix has no effect: the run has no cooldown and no switch to QAT", style="yellow")
 
 
 def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None:
@@ -162,13 +200,12 @@ def _host(job: JobEstimate) -> str:
     host = job.host
     parts = {
         "libraries": host.libraries,
-        "the model at the start": host.start,
         "checkpoint copies": host.checkpoint,
         "offloaded": host.offloaded,
     }
     shown = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
     node = f" of a node of {host.processes}" if job.layout.processes > 1 else ""
-    return f"host memory{node}: {_gigabytes(host.total)} GB {host.when} ({shown})"
+    return f"host memory{node}: {_gigabytes(host.total)} GB ({shown})"
 
 
 def _chosen(job: JobEstimate, columns: int) -> list[StageMemory]:

@@ -84,6 +84,9 @@ def adopt(
     vocab_size: Annotated[
         int | None, typer.Option(help="Vocabulary size of their tokenizer. [default: from the largest token id]")
     ] = None,
+    eos: Annotated[
+        int | None, typer.Option(help="Id of the token that ends a document, for data.document_mask.")
+    ] = None,
 ) -> None:
     """Make token shards of other programs usable as they are: write a manifest beside them.
 
@@ -100,5 +103,6 @@ def adopt(
         **{split: list(dict.fromkeys(names)) for split, names in named.items()},
         validation_fraction=validation_fraction,
         vocab_size=vocab_size,
+        eos_id=eos,
     )
     print(f"{folder}: {manifest.summary()}")

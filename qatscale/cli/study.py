@@ -23,6 +23,7 @@ study = typer.Typer(help="Studies: grids of runs that share their trunks.", no_a
 study.command()(study_run.run)
 study.command()(study_run.work)
 study.command()(study_run.status)
+study.command()(study_run.average)
 
 
 @study.command()

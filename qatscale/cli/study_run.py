@@ -133,6 +133,23 @@ def status(
         display.show()
 
 
+def average(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
+) -> None:
+    """Average and evaluate the weights of runs that differ in the cooldown's data alone, and of uncooled runs' ends.
+
+    Each average is a row of results.csv and a run's folder in averages/. The report is written anew, with bias and
+    variance of the cooldown. An average that has its row is not made again.
+    """
+    from qatscale.study.average import average_study
+    from qatscale.study.folder import StudyFolder
+
+    found = StudyFolder(folder)
+    made = average_study(found)
+    print(f"{plural(made, 'new average')} in {found.results}")
+    _conclude(found)
+
+
 def _places(study: Path, out: Path | None) -> tuple[Path, StudyFolder]:
     """The study's file and folder."""
     from qatscale.study.file import read_study

@@ -25,6 +25,7 @@ from qatscale.config.ds_keys import (
     RECIPE_KEYS,
     REPEATED,
     UNSUPPORTED,
+    WHY_NOT,
     WITHOUT_EFFECT,
 )
 from qatscale.config.problems import join, lookup, together
@@ -169,7 +170,8 @@ class _Check:
                 continue
             if key in UNSUPPORTED:
                 use = f", or use {INSTEAD[key]}" if key in INSTEAD else ""
-                self._wrong(key, value, "not supported by qatscale.", f"Remove it, switch it off{use}.")
+                why = f": {WHY_NOT[key]}" if key in WHY_NOT else ""
+                self._wrong(key, value, f"not supported by qatscale{why}.", f"Remove it, switch it off{use}.")
             elif key in WITHOUT_EFFECT:
                 self.without_effect.append(key)
             elif key in _SECTIONS and isinstance(value, Mapping):

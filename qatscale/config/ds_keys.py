@@ -117,6 +117,12 @@ UNSUPPORTED = {
 }  # fmt: skip
 """They would change the result or do not work with the switch to QAT. Each may be present if it is off."""
 
+WHY_NOT = {
+    f"{_ZERO}.zero_hpz_partition_size": "DeepSpeed renews its copies of the weights within a node after optimizer "
+    "steps alone, so after a validation the switch to QAT computes with the weights from before it"
+}
+"""Key → why it is not supported, where a reader would expect it to be."""
+
 INSTEAD = {
     "fp16": '"bf16": {"enabled": true}',
     "scheduler": "schedule.shape, schedule.warmup_fraction and schedule.cooldown_fraction in the recipe",

@@ -44,6 +44,7 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     shipped = RunConfig.model_validate(raw) if path.parent == RECIPES else None
     if any((path.parent / name).is_file() for name in _RECORDS):
         _drop_retired(raw)
+        raw.setdefault("init", 1)  # runs began to record it with version 2
         find_moved(raw, path.parent)
     given = _apply(raw, overrides)
 

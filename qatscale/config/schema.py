@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config import cooldown_shapes
@@ -60,6 +61,40 @@ RopeScaling = Annotated[
     tuple[Annotated[float, NotBool, Field(gt=0)], ...],
     Field(min_length=4, max_length=4),
     Allowed("a list of four numbers above 0"),
+]
+
+
+SHARE_UNITS = 10_000
+"""Shares of a mixture are multiples of 1/SHARE_UNITS, so that they are exact."""
+
+
+def _named(mix: Any) -> Any:
+    for name in mix if isinstance(mix, dict) else ():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name)):
+            fix = "Write a blank after each colon: {web: 0.7, code: 0.3}." if ":" in str(name) else ""
+            raise ClashError("", f"{str(name)!r} is not the name of a folder inside data.path", fix)
+    return mix
+
+
+def _complete(mix: dict[str, float]) -> dict[str, float]:
+    """Shares have at most four decimals and sum to 1."""
+    units = {name: round(share * SHARE_UNITS) for name, share in mix.items()}
+    for name, share in mix.items():
+        if abs(share * SHARE_UNITS - units[name]) > 1e-6:
+            raise ClashError(name, "a share has at most four decimals", f"Write {units[name] / SHARE_UNITS:g}.")
+    if (total := sum(units.values())) != SHARE_UNITS:
+        inside = ", ".join(f"{name}: {unit / total:.4g}" for name, unit in units.items() if total)
+        fix = f"In proportion they are {{{inside}}}." if total else ""
+        raise ClashError("", f"the shares sum to {total / SHARE_UNITS:g}, and they must sum to 1", fix)
+    return {name: unit / SHARE_UNITS for name, unit in units.items()}
+
+
+Mix = Annotated[
+    dict[str, Fraction],
+    Field(min_length=1),
+    BeforeValidator(_named),
+    AfterValidator(_complete),
+    Allowed("shares that sum to 1, each by the name of a folder: {web: 0.7, code: 0.3}"),
 ]
 
 
@@ -134,15 +169,39 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     path: ExpandedPath | None = None
-    """The folder that `qatscale prepare` wrote; a relative path starts in the working folder."""
+    """The folder that `qatscale prepare` wrote; a relative path starts in the working folder. With `data.mix`: the
+    folder that holds those of the sources."""
+    mix: Mix | None = None
+    """Shares of the training sequences by source, a prepared folder inside data.path: `data.mix={web: 0.7, code: 0.3}`.
+    They sum to 1, with four decimals at most. null = data.path is the only source."""
+    cooldown_mix: Mix | None = None
+    """Shares from the first cooldown or the switch to QAT on, whichever is first, to the end; null = data.mix."""
     sequence_length: Positive
     """Tokens that the model sees at once; prepared data serve any length."""
+    document_mask: bool = False
+    """Whether attention and positions keep to one document of a sequence, as if each had a forward pass of its own."""
     seed: int = 0
-    """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch. A branch
-    with its parent's seed continues the parent's order."""
+    """Decides the order of the training data: a random permutation of its sequences, a new one in every epoch."""
     cooldown_seed: Annotated[int, NotBool, Field(ge=0)] = 0
-    """Order of the data in the last cooldown alone: 0 continues that of `seed`, another number shuffles what the epoch
-    has left. Branches of one checkpoint that differ in it alone show the noise of a cooldown."""
+    """Order of the last cooldown's data: 0 continues `seed`'s, another number shuffles what the epoch has left."""
+
+    @model_validator(mode="after")
+    def _mix_comes_first(self) -> Self:
+        if self.cooldown_mix and not self.mix:
+            raise ClashError("cooldown_mix", "needs data.mix, the mixture before it")
+        return self
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """The prepared folders by their names in the mixtures; without one data.path, as the only source ""."""
+        if self.path is None:
+            return {}
+        return {name: self.path / name for name in sorted({*(self.mix or {"": 1}), *(self.cooldown_mix or {})})}
+
+    @property
+    def folder(self) -> Path | None:
+        """A prepared folder, which holds the tokenizer: all sources have the same."""
+        return next(iter(self.sources.values()), None)
 
 
 class BatchConfig(Section):
@@ -346,6 +405,9 @@ class RunConfig(Section):
     """Folder in which the run's folder is made."""
     seed: int = 0
     """Decides the initial weights."""
+    init: Literal["auto", 1, 2] = "auto"
+    """Version of the generator that draws them from the seed; `auto` = 2 in a new run, and in a resumed run its own.
+    Runs before version 2 existed have 1."""
     tokens: PositiveTokens
     """Training tokens of the run, both phases together, rounded to optimizer steps."""
     model: ModelConfig

@@ -24,6 +24,7 @@ def adopt(
     validation: Sequence[str] = (),
     validation_fraction: float | None = None,
     vocab_size: int | None = None,
+    eos_id: int | None = None,
 ) -> Manifest:
     """Write `manifest.json` for the indexed-dataset files in `folder`; the files stay as they are.
 
@@ -31,6 +32,7 @@ def adopt(
     validation_fraction: without `validation`, the share of the training shards' documents that is held out, as
         `hold_out` chooses them; None = 1 %.
     vocab_size: that of their tokenizer; None = one more than the largest id found.
+    eos_id: the token that ends a document, for `data.document_mask`.
 
     Reads every token once, for the checksums and so that no id outside `vocab_size` reaches a model. Raises UserError
     for a shard that is missing, damaged or of another dtype, for such an id, and where a manifest exists already.
@@ -67,6 +69,8 @@ def adopt(
     if vocab_size is not None and largest >= vocab_size:
         raise UserError("vocab_size", vocab_size, f"the shards hold id {largest}.", "Give the size of their tokenizer.")
     size = largest + 1 if vocab_size is None else vocab_size
+    if eos_id is not None and not 0 <= eos_id < size:
+        raise UserError("--eos", eos_id, f"is not a token: the vocabulary has {size}.")
     splits: dict[Split, SplitCounts] = {}
     for split, members in names.items():
         shards = [found[name] for name in members]
@@ -77,7 +81,7 @@ def adopt(
     manifest = Manifest(
         qatscale=qatscale.__version__,
         dtype=dtype.name,
-        tokenizer=TokenizerCard(kind="unknown", fingerprint=None, vocab_size=size, eos_id=None, folder=None),
+        tokenizer=TokenizerCard(kind="unknown", fingerprint=None, vocab_size=size, eos_id=eos_id, folder=None),
         sources=[],
         identity={"adopted": {split: list(shards) for split, shards in names.items()}, "validation_fraction": fraction},
         empty_documents=0,

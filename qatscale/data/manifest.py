@@ -87,7 +87,9 @@ class Manifest(_Part):
         if not folder.is_dir():
             raise UserError("data.path", str(folder), "no such folder.", _PREPARE)
         if not path.is_file():
-            raise UserError("data.path", str(folder), f"holds no {NAME}: not prepared, or not to the end.", _PREPARE)
+            inside = sorted(manifest.parent.name for manifest in folder.glob(f"*/{NAME}"))
+            mix = f"To mix the prepared folders in it: data.mix={{{': …, '.join(inside)}: …}}" if inside else _PREPARE
+            raise UserError("data.path", str(folder), f"holds no {NAME}: not prepared, or not to the end.", mix)
         manifest = read_checked(path, TypeAdapter(cls), "data.path", _PREPARE).model_copy(update={"checksum": ""})
         if manifest.dtype not in {dtype.name for dtype in DTYPE_CODES.values() if dtype.kind != "f"}:
             raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
@@ -98,6 +100,9 @@ class Manifest(_Part):
                     problem = f"splits.{split}.{what} is {total:,}, and its shards hold {held:,}."
                     raise UserError("data.path", str(path), problem, _PREPARE)
         return manifest
+
+    def holds(self, split: Split) -> bool:
+        return split in self.splits and bool(self.splits[split].shards)
 
     def summary(self) -> str:
         parts = [f"{split} {plural(c.documents, 'document')}, {c.tokens:,} tokens" for split, c in self.splits.items()]
@@ -112,6 +117,13 @@ class Manifest(_Part):
             problem = f"tokenized with {ours[:12]}…; the model was trained with the tokenizer {expected[:12]}…."
             fix = "The same ids mean other text. Prepare the text with the model's tokenizer: --tokenizer FOLDER."
             raise UserError("data.path", None, problem, fix)
+
+    def document_end(self, masked: bool) -> int | None:
+        """The token that divides documents, where `masked`. UserError where the data do not name one."""
+        if masked and self.tokenizer.eos_id is None:
+            fix = "Adopt the shards with --eos ID, or set data.document_mask=false."
+            raise UserError("data.document_mask", True, "the data do not say which token ends a document.", fix)
+        return self.tokenizer.eos_id if masked else None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError if the data hold ids without an embedding in a model with `vocab_size` rows."""

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import itertools
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from qatscale.config.schema import RunConfig
 from qatscale.data.indexed import IndexedReader, Shard
 from qatscale.data.manifest import Manifest, Split, Verify
+from qatscale.data.mixture import Mixture
 from qatscale.errors import UserError
 
 MAPS = 256
@@ -40,8 +40,11 @@ class TokenStream:
     @classmethod
     def open(cls, folder: Path | str, split: Split, verify: Verify = "auto") -> TokenStream:
         """Raises UserError for a missing folder or split and for a missing, truncated or altered shard."""
-        folder = Path(folder)
-        manifest = Manifest.load(folder)
+        return cls.of(Manifest.load(Path(folder)), Path(folder), split, verify)
+
+    @classmethod
+    def of(cls, manifest: Manifest, folder: Path, split: Split, verify: Verify) -> TokenStream:
+        """As `open`, where the folder's manifest is known."""
         manifest.check_shards(folder, split, verify)
         open_shard = functools.partial(manifest.open_shard, folder)
         return cls(manifest, manifest.splits[split].shards, open_shard, f"{folder} ({split})")
@@ -187,15 +190,17 @@ class BatchReader:
             step, other = tail
             self._order = ReshuffledTail(order, self.sequences_per_epoch, step * sequences, seed + (other << 32))
 
+    @property
+    def manifest(self) -> Manifest:
+        return self.stream.manifest
+
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
-        if self.sequences % ranks:
-            problem = f"cannot be divided among {ranks} data-parallel processes."
-            raise UserError("batch.sequences", self.sequences, problem)
-        assert 0 <= rank < ranks
-        share = self.sequences // ranks
-        first = step * self.sequences + rank * share
-        return self.stream.gather(self._order(first, share), self.sequence_length)
+        return self.read(*_part(self.sequences, step, rank, ranks))
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """The sequences at the positions [first, first + count) of the order, counted through all epochs."""
+        return self.stream.gather(self._order(first, count), self.sequence_length)
 
     def epochs(self, steps: int) -> float:
         """Epochs that `steps` steps read; above 1, data repeat."""
@@ -203,12 +208,81 @@ class BatchReader:
 
     def repetition(self, steps: int) -> str | None:
         """A warning for a run of `steps` steps, or None if no sequence occurs twice."""
-        epochs = self.epochs(steps)
+        return self.repeats("the data repeat", self.epochs(steps))
+
+    def repeats(self, what: str, epochs: float) -> str | None:
         if epochs <= 1:
             return None
         unique = self.sequences_per_epoch * self.sequence_length
         beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
-        return f"the data repeat: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
+        return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
+
+
+def _part(sequences: int, step: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(first position, number) of a rank's sequences in the batch of `step`."""
+    if sequences % ranks:
+        raise UserError("batch.sequences", sequences, f"cannot be divided among {ranks} data-parallel processes.")
+    assert 0 <= rank < ranks
+    share = sequences // ranks
+    return step * sequences + rank * share, share
+
+
+class MixedReader:
+    """Training batches of several sources, a pure function of (seed, step, rank) as those of `BatchReader`.
+
+    The mixture decides each position's source. Every source has an order of its own, of which it reads the next
+    sequence; the order depends on the source's name and on no other source.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        streams: Mapping[str, TokenStream],
+        mixture: Mixture,
+        sequence_length: int,
+        sequences: int,
+        seed: int,
+        tail: tuple[int, int] | None = None,
+    ) -> None:
+        """manifest: of all sources. streams: by the mixture's names. tail: as for `BatchReader`. UserError where one
+        is shorter than a sequence."""
+        self.manifest = manifest
+        self.mixture, self.sequence_length, self.sequences = mixture, sequence_length, sequences
+        self._readers = []
+        for source, name in enumerate(mixture.names):
+            own_tail = tail and (int(mixture.count(tail[0] * sequences)[source]), tail[1])
+            own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
+            self._readers.append(BatchReader(streams[name], sequence_length, 1, own_seed, own_tail))
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
+        """As `BatchReader.batch`."""
+        first, count = _part(self.sequences, step, rank, ranks)
+        sources, done = self.mixture.sources(first, count), self.mixture.count(first)
+        out = np.empty((count, self.sequence_length + 1), np.int64)
+        for source, reader in enumerate(self._readers):
+            rows = np.flatnonzero(sources == source)
+            if len(rows):
+                out[rows] = reader.read(int(done[source]), len(rows))
+        return out
+
+    def tokens(self, first: int, end: int, left_out: Sequence[int] = ()) -> dict[str, int]:
+        """By source the tokens of the batches [first, end) without those left out."""
+        counts = self._count(first, end)
+        for batch in left_out:
+            if first <= batch < end:
+                counts -= self._count(batch, batch + 1)
+        return dict(zip(self.mixture.names, (counts * self.sequence_length).tolist(), strict=True))
+
+    def _count(self, first: int, end: int) -> np.ndarray:
+        return self.mixture.count(end * self.sequences) - self.mixture.count(first * self.sequences)
+
+    def repetition(self, steps: int) -> str | None:
+        """A warning that names each source of which a run of `steps` steps reads sequences again, or None."""
+        counts = self.mixture.count(steps * self.sequences)
+        epochs = [count / reader.sequences_per_epoch for count, reader in zip(counts, self._readers, strict=True)]
+        named = zip(self.mixture.names, epochs, self._readers, strict=True)
+        lines = [reader.repeats(f"{name} repeats", epoch) for name, epoch, reader in named]
+        return "; ".join(filter(None, lines)) or None
 
 
 class EvaluationBatch(NamedTuple):
@@ -258,34 +332,3 @@ class EvaluationReader:
         weight = max(0, min(self.micro_batch, self.sequences - first))
         indices = self._indices[first : first + weight] if weight else self._indices[:1]
         return EvaluationBatch(self.stream.gather(indices, self.sequence_length), weight)
-
-
-def open_batches(config: RunConfig, last_cooldown: int | None = None) -> BatchReader:
-    """The training batches of a run. `last_cooldown`: its first step, for `data.cooldown_seed`. UserError as from
-    `open_stream`, and where the split cannot fill one batch."""
-    stream, data = open_stream(config, "train"), config.data
-    tail = (last_cooldown, data.cooldown_seed) if data.cooldown_seed and last_cooldown is not None else None
-    return BatchReader(stream, data.sequence_length, config.batch.sequences, data.seed, tail)
-
-
-def open_validation(config: RunConfig) -> EvaluationReader:
-    """The held-out batches of a run. UserError as from `open_stream`."""
-    held_out = open_stream(config, "validation")
-    return EvaluationReader(held_out, config.data.sequence_length, config.evaluation.tokens, config.batch.micro_batch)
-
-
-def open_stream(config: RunConfig, split: Split) -> TokenStream:
-    """A split of the run's data, after checks of its checksums and vocabulary.
-
-    Rank 0 reads the bytes, and the first rank of every other host checks sizes. The others trust them, so that a large
-    job neither reads the corpus nor asks for every file once per process. UserError for data that are missing, damaged
-    or of another vocabulary.
-    """
-    if config.data.path is None:
-        fix = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
-        raise UserError("data.path", None, "is not set.", fix)
-    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))  # before they have met
-    verify: Verify = "auto" if rank == "0" else "size" if local_rank == "0" else "trust"
-    stream = TokenStream.open(config.data.path, split, verify)
-    stream.manifest.check_vocabulary(config.model.vocab_size)
-    return stream

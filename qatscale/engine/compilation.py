@@ -24,6 +24,7 @@ from torch import Tensor
 from qatscale.config.schema import EngineConfig
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
+from qatscale.model import documents
 from qatscale.model.head import fusible_chunk_loss
 from qatscale.model.llama import Llama, gated, rotate, run_block
 from qatscale.model.tensor_parallel import keep_out_of_graphs
@@ -65,6 +66,8 @@ class Compilation:
         if plan == "on":
             if model.parallel.size > 1:
                 keep_out_of_graphs()
+            if model.document_end is not None:
+                documents.keep_out_of_graphs()
             model.run_block = torch.compile(run_block, dynamic=False, backend=backend)
         else:
             model.use_parts(*(_for_training(part, backend) for part in (rotate, gated)))

@@ -1,19 +1,22 @@
-"""From a prepared model to a DeepSpeed engine: optimizer groups, AdamW, ZeRO."""
+"""From a prepared model without memory to a DeepSpeed engine: weights, optimizer groups, AdamW, ZeRO."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from qatscale.config.ds_config import precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.topology import Topology, gather_stages
 from qatscale.engine.zero_masters import ZeroMasters
+from qatscale.model.initial_weights import InitialWeights, constant
 from qatscale.model.llama import Llama, canonical_name
 from qatscale.model.tensor_parallel import shard_of
 from qatscale.quant.plugin import QatPlugin, scale_groups
-from qatscale.schedule.timeline import StepSettings
 
 
 def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]]:
@@ -27,13 +30,79 @@ def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]
     of_scales = {id(p) for group in scales.values() for p in group}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_scales]
     groups: list[dict[str, Any]] = [
-        {"name": "matrices", "params": [p for p in weights if p.ndim >= 2], "lr_ratio": 1.0, "decayed": True},
-        {"name": "norms", "params": [p for p in weights if p.ndim < 2], "lr_ratio": 1.0, "decayed": False},
+        {"name": "matrices", "params": [p for p in weights if _dimensions(p) >= 2], "lr_ratio": 1.0, "decayed": True},
+        {"name": "norms", "params": [p for p in weights if _dimensions(p) < 2], "lr_ratio": 1.0, "decayed": False},
     ]
     for bits, parameters in scales.items():
         ratio = plugin.scale_lr_ratio(bits)
         groups.append({"name": f"scales_{bits:g}bit", "params": parameters, "lr_ratio": ratio, "decayed": False})
     return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: Tensor) -> int:
+    """Also where ZeRO-3 has divided it, which leaves nothing of its shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@torch.no_grad()
+def place_parameters(
+    model: Llama,
+    weights: InitialWeights,
+    ds_config: dict[str, Any],
+    topology: Topology,
+    device: torch.device,
+    *,
+    draw: bool,
+) -> None:
+    """Give a prepared model on the meta device its memory, in the run's precision, and its initial weights. Collective.
+
+    Each number is drawn by one process of a data-parallel group. ZeRO-3's processes draw and keep their share, one
+    parameter after the other; otherwise each draws some parameters for all. draw: False leaves matrices zero, for a
+    checkpoint.
+    """
+    model.to(torch.bfloat16 if precision_of(ds_config) == "bf16" else torch.float32)
+    names = {p: canonical_name(name, model.config) for name, p in model.named_parameters()}
+    group: Any = topology.grid.get_data_parallel_group() if topology.grid else dist.group.WORLD
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def fill(parameter: nn.Parameter, start: int = 0, end: int | None = None) -> None:
+        if draw or constant(names[parameter]) is not None:
+            weights.fill(parameter, names[parameter], start, end)
+
+    zero = ds_config["zero_optimization"]
+    if zero["stage"] == 3:
+        from deepspeed.runtime.zero import Init
+
+        class Divided(Init):
+            """DeepSpeed's division of a model, without its broadcast of every parameter from the first process."""
+
+            def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
+                for parameter in param_list:
+                    _materialise(parameter, device)
+                    share = -(-parameter.numel() // ranks)
+                    start, end = (min(place * share, parameter.numel()) for place in (rank, rank + 1))
+                    parameter.view(-1)[start:end].zero_()  # the rest is nobody's here: on CPU it takes no memory
+                    fill(parameter, start, end)
+                    self._convert_to_deepspeed_param(parameter)
+                    parameter.partition()
+
+        mpu = topology.grid
+        Divided(model, mpu and group, dtype=next(iter(names)).dtype, config_dict_or_path=ds_config, mpu=mpu)
+        return
+    for turn, parameter in enumerate(names):
+        _materialise(parameter, device)
+        parameter.zero_()
+        if turn % ranks == rank:
+            fill(parameter)
+    for turn, parameter in enumerate(names):
+        dist.broadcast(parameter.data, dist.get_global_rank(group, turn % ranks), group)
+
+
+def _materialise(parameter: nn.Parameter, device: torch.device) -> None:
+    """Memory for a meta tensor, not initialised. The Parameter stays the same object and keeps its attributes."""
+    real = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+    real.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, real)
 
 
 def initialize_engine(
@@ -82,8 +151,6 @@ def initialize_engine(
         ds_config = {**ds_config, "pipeline": section}
     groups.mpu = mpu  # DeepSpeed keeps that of an earlier engine of the same process
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False)
-    if module is not model:
-        engine.set_batch_fn(module.take_labels)
     masters = ZeroMasters(engine, names, copies)
     assert all(masters.steps_taken(p) == 0 for p in masters.by_partition()), "the optimizer stepped before training"
     return engine, masters
@@ -98,11 +165,3 @@ def _equal_counts(groups_of_parameters: list[dict[str, Any]], topology: Topology
     matrices = groups_of_parameters[0]
     for _ in range(missing):
         groups_of_parameters.append({**matrices, "params": [matrices["params"].pop()]})
-
-
-def apply_settings(engine: Any, settings: StepSettings) -> None:
-    """Give AdamW the rate, betas and weight decay of the step about to be taken."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = settings.learning_rate * group["lr_ratio"]
-        group["betas"] = settings.betas
-        group["weight_decay"] = settings.weight_decay if group["decayed"] else 0.0

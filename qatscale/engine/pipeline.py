@@ -7,6 +7,7 @@ checkpoints do not know about stages; what is left of PipelineModule is its comm
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -24,7 +25,8 @@ class LlamaPipeline(PipelineModule):
         nn.Module.__init__(self)
         self.model = model
         self.loss_fn = None  # the last stage returns the loss itself
-        self._labels: Tensor | None = None
+        self.micro_batches: Iterator[tuple[Tensor, Tensor]] = iter(())
+        """(tokens, labels) of the micro-batches whose forward passes are next."""
         self._grid = topology.grid
         self._topo = topology.grid.topology()
         self.num_stages = topology.layout.pipeline
@@ -59,16 +61,13 @@ class LlamaPipeline(PipelineModule):
         tied = [(getattr(t["module"], name), t["group"]) for t in self.tied_comms.values() for name in t["weight_attr"]]
         return [(p, group) for p, group in tied if p.grad is not None or hasattr(p, "_hp_grad")]
 
-    def take_labels(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The engine's batch function: keeps the labels of the micro-batch that `forward` is about to get.
-
-        DeepSpeed passes no labels to a stage. In all its schedules, though, the last stage loads a micro-batch right
-        before its forward pass. (With a loss function of DeepSpeed's the head would have to run outside of `forward`,
-        and in bf16 its gradient would be lost: all gradients are cleared when that of forward's output arrives.)
-        """
-        _, self._labels = batch
-        return batch
-
     def forward(self, x: Tensor) -> Tensor:
-        """The stream [b, t, D] behind this stage's blocks; on the last stage the loss, an fp32 scalar."""
-        return self.model(x, self._labels if self.model.stage.is_last else None)
+        """The stream [b, t, D] behind this stage's blocks; on the last stage the loss, an fp32 scalar.
+
+        DeepSpeed passes a stage neither labels nor tokens. In all its schedules, though, the forward passes of a stage
+        come in the order of the micro-batches, which every process has read. (With a loss function of DeepSpeed's the
+        head would have to run outside of `forward`, and in bf16 its gradient would be lost: all gradients are cleared
+        when that of forward's output arrives.)
+        """
+        tokens, labels = next(self.micro_batches)
+        return self.model(x, labels if self.model.stage.is_last else None, tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qatlaw.files import write_atomic
 from qatscale.data.manifest import tokenizer_folder
-from qatscale.data.reader import open_validation
+from qatscale.data.open import open_validation
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError
 from qatscale.export.encoding import ExportLayout
@@ -104,7 +104,7 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
         return Path(given)
     if isinstance(source.reader, PluginFolder) and any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         return source.folder
-    data = source.config.data.path
+    data = source.config.data.folder
     fix = f"Give one, --tokenizer FOLDER, or the prepared data, --data FOLDER, or add --tokenizer {NO_TOKENIZER}."
     if data is None or not data.is_dir():
         gone = "the run's data, which hold the tokenizer, no longer exist."

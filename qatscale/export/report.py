@@ -67,8 +67,8 @@ def provenance(source: ExportSource) -> Provenance:
         losses = validation_losses(folder) if is_end else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError("checkpoint", str(folder.path), f"the records of its run are damaged: {error}.") from None
-    data = source.config.data.path
-    sources = Manifest.load(data).sources if data and (data / MANIFEST).is_file() else []
+    folders = [folder for folder in source.config.data.sources.values() if (folder / MANIFEST).is_file()]
+    sources = [text for folder in folders for text in Manifest.load(folder).sources]
     datasets = list(dict.fromkeys(Path(name).name if Path(name).exists() else name for name in sources))
     return Provenance(names | {"git_commit": run.get("git_commit")}, losses, _base_model(folder), datasets)
 

@@ -20,7 +20,7 @@ from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.schema import ModelConfig, QatConfig, RunConfig
 from qatscale.engine.checkpoints.manifest import Manifest
-from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
+from qatscale.engine.checkpoints.reader import CheckpointReader, only_data, open_checkpoint
 from qatscale.errors import UserError
 from qatscale.export.plugin_source import PluginFolder, is_plugin_folder
 from qatscale.export.quantized_matrix import QuantizedMatrix
@@ -167,7 +167,7 @@ def open_source(
     """
     if is_plugin_folder(Path(what)):
         return _open_plugin_folder(Path(what), ptq_bits, data)
-    config, reader = open_checkpoint(what, [f"data.path={data}"] if data else [])
+    config, reader = open_checkpoint(what, only_data(data))
     precision = precision_of(run_ds_config(config))
     source = ExportSource(
         folder=reader.folder,

@@ -169,10 +169,11 @@ def from_checkpoint(what: str, view: str | None = None, data: Path | None = None
     with open_view(model, view):
         state = computed_weights(model)
     fix = "Export it with --tokenizer FOLDER, and generate from the export."
-    if config.data.path is not None and not config.data.path.is_dir():
-        problem = f"the data, which hold its tokenizer, are not in {config.data.path}."
+    prepared = config.data.folder
+    if prepared is not None and not prepared.is_dir():
+        problem = f"the data, which hold its tokenizer, are not in {prepared}."
         raise UserError("--data" if data else "model", what, problem, f"Name their folder, --data FOLDER. {fix}")
-    tokens = tokenizer_folder(config.data.path, reader.manifest.tokenizer)
+    tokens = tokenizer_folder(prepared, reader.manifest.tokenizer)
     if tokens is None:
         raise UserError("model", what, "the data of its run have no tokenizer.", fix)
     with tempfile.TemporaryDirectory() as folder:

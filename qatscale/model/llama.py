@@ -18,9 +18,9 @@ share.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qatscale.config.schema import ModelConfig
+from qatscale.model.documents import Documents, attend, find_documents, has_kernel
 from qatscale.model.head import Head
 from qatscale.model.stages import Stage, single_stage
 from qatscale.model.tensor_parallel import (
@@ -37,12 +38,11 @@ from qatscale.model.tensor_parallel import (
     column_parallel_linear,
     look_up,
     row_parallel_linear,
-    shard_of,
     vocabulary_parallel_embedding,
 )
 
 Rotation = tuple[Tensor, Tensor]
-"""(cos, sin), each [t, 1, d] in fp32; `sin` carries the minus sign of the first half."""
+"""(cos, sin), each [t, 1, d] or [b, t, 1, d] in fp32; `sin` carries the minus sign of the first half."""
 
 
 def rotation_tables(
@@ -110,15 +110,18 @@ class Attention(nn.Module):
         self.o = row_parallel_linear(config.heads * channels, config.hidden_size, parallel)
         self.q_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config, parallel, channels) if config.qk_norm else nn.Identity()
+        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext
+        """A context around the part without weights and exchanges."""
         self.rotate = rotate
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, documents: Documents | None) -> Tensor:
         x = self.parallel.enter(x)
         heads = (*x.shape[:-1], -1, self.channels)
         q = self.rotate(self.q_norm(self.q(x).view(heads)), rotation).transpose(1, 2)  # [b, h, t, d]
         k = self.rotate(self.k_norm(self.k(x).view(heads)), rotation).transpose(1, 2)
         v = self.v(x).view(heads).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        with self.timed():
+            mixed = attend(q, k, v, self.grouped, documents)
         return self.parallel.leave(self.o(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -165,17 +168,17 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config, parallel)
         self.mlp = MLP(config, parallel)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation)
+    def forward(self, x: Tensor, rotation: Rotation, documents: Documents | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, documents)
         return x + self.mlp(self.mlp_norm(x))
 
 
-RunBlock = Callable[[nn.Module, Tensor, Rotation], Tensor]
+RunBlock = Callable[[nn.Module, Tensor, Rotation, Documents | None], Tensor]
 
 
-def run_block(block: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, rotation: Rotation, documents: Documents | None) -> Tensor:
     """Apply a `Block` to the stream x: [b, t, D]. One compiled form can replace this function for all blocks."""
-    return block(x, rotation)
+    return block(x, rotation, documents)
 
 
 class Llama(nn.Module):
@@ -198,6 +201,8 @@ class Llama(nn.Module):
         self.parallel = parallel
         self.run_block: RunBlock = run_block
         """May be replaced by a compiled form for training; without gradients the plain one runs."""
+        self.document_end: int | None = None
+        """The token that divides documents, where attention and positions do not cross their borders."""
         self.stage = stage = stage or single_stage(config)
         if stage.is_first:
             self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
@@ -220,25 +225,32 @@ class Llama(nn.Module):
         """Whether embedding and head are one table, even where they are on two stages."""
         return self.config.tied_embedding
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         """Logits [b, t, V] of tokens [b, t], or their loss where labels [b, t] are given.
 
         `labels[:, i]` is the token that follows `tokens[:, i]`: the caller shifts. The loss is the mean cross-entropy
         over all b·t positions in nats, an fp32 scalar. Every stage but the first takes the residual stream [b, t, D];
-        every stage but the last returns it.
+        every stage but the last returns it. With `document_end` these stages also take the `tokens`.
         """
+        tokens = x if tokens is None else tokens
         if self.stage.is_first:
             x = self.parallel.leave(look_up(self.embed, x, self.parallel, self.config.vocab_size))
         length = x.shape[1] * (self.parallel.size if self.parallel.sequence else 1)
         config = self.config
         rotation = rotation_tables(length, config.channels, config.rope_theta, x.device, config.rope_scaling)
+        documents = None
+        if self.document_end is not None:
+            documents = find_documents(tokens, self.document_end, has_kernel(x, config.channels))
+            rotation = rotation[0][documents.positions], rotation[1][documents.positions]
         trains = torch.is_grad_enabled()
         run = self.run_block if trains else run_block
         for i in self.stage.blocks:
             if trains and self.activation_checkpointing:  # blocks draw no random numbers, so no state is preserved
-                x = checkpoint(run, self.blocks[i], x, rotation, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    run, self.blocks[i], x, rotation, documents, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = run(self.blocks[i], x, rotation)
+                x = run(self.blocks[i], x, rotation, documents)
         if not self.stage.is_last:
             return x.contiguous()  # it is sent as it is laid out in memory
         assert not self._ties or self.head.weight is self.embed.weight, "head and embedding are no longer tied"
@@ -293,31 +305,3 @@ def canonical_name(name: str, config: ModelConfig) -> str:
 def is_norm(name: str) -> bool:
     """Whether a parameter of this name is the gain of a norm: initially 1, without weight decay, never quantized."""
     return name.endswith("norm.weight")
-
-
-def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter: full shape, fp32, on the CPU.
-
-    Norms are 1, biases 0. Matrices are normal with mean 0 and standard deviation `init_std`. `o` and `down`, which
-    write into the residual stream, have `init_std` / √(2·layers), so that the stream's variance does not grow with
-    depth (GPT-2's rule). Each draw has its own generator, seeded by sha256 of (seed, name). It depends on no other
-    parameter, order or layout, so any rank can draw any parameter by itself.
-    """
-    shape = parameter_shapes(config)[name]
-    if is_norm(name):  # an explicit device: with `torch.device("meta")` as default the values would be lost
-        return torch.ones(shape, device="cpu")
-    if name.endswith(".bias"):
-        return torch.zeros(shape, device="cpu")
-    residual = name.endswith((".o.weight", ".down.weight"))
-    std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-
-
-@torch.no_grad()
-def initialise(model: Llama, seed: int) -> None:
-    """Set every parameter to its `initial_value`, in its dtype. Call it before the plugin prepares the model."""
-    for name, parameter in model.named_parameters():
-        value, shard = initial_value(canonical_name(name, model.config), model.config, seed), shard_of(parameter)
-        parameter.copy_(value if shard is None else shard.take(value))

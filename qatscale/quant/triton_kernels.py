@@ -5,9 +5,9 @@ The kernels see a weight as [rows, channels], where a row shares a scale: an out
 A forward program works on one tile of rows and channels. A backward program works on all channels of its rows, tile
 after tile, and sums their dL/dα. No two programs add to the same memory, so results are reproducible.
 
-Values equal those of `reference` to the bit: the division is IEEE's, a product and a sum are not fused, and rounding is
-half to even by adding and subtracting 1.5·2^23, beyond which fp32 has integers only. (A level of 0 has no sign.)
-NaN stays NaN.
+Values equal those of `reference` to the bit: quotients are IEEE's, all other products and sums are not fused, and
+rounding is half to even by adding and subtracting 1.5·2^23, beyond which fp32 has integers only. (A level of 0 has no
+sign.) NaN stays NaN.
 
 Importing this module needs Triton, which torch's CUDA builds bring. With TRITON_INTERPRET=1 set before the import, the
 kernels run on CPU tensors.
@@ -36,23 +36,39 @@ class Tile:
     weights: int = 2048
     """A power of 2."""
     warps: int = 4
+    narrowest: int = 256
+    """Channels that a tile has at least, where a row has them."""
 
     def of(self, channels: int) -> tuple[int, int]:
-        """(rows, channels) of a tile, both powers of 2, for rows of so many channels."""
-        across = min(triton.next_power_of_2(max(1, channels)), self.weights)
+        """(rows, channels) of a tile, both powers of 2, for rows of so many channels: the widest that masks fewest."""
+        widest = min(triton.next_power_of_2(max(1, channels)), self.weights)
+        widths = [widest >> i for i in range(widest.bit_length()) if widest >> i >= min(self.narrowest, widest)]
+        across = min(widths, key=lambda width: triton.cdiv(channels, width) * width)
         return self.weights // across, across
 
 
 # 2048 bf16 weights on 4 warps are two 16-byte loads a thread, 4 KiB on their way to a program. Some ten programs fit a
 # multiprocessor of an H100, which covers the 18 KiB that its memory wants in flight (3.35 TB/s x 0.7 us / 132).
 FORWARD = Tile()
-BACKWARD = Tile()
+# A program works on all channels of its rows: with narrower tiles it would have more rows, and there would be too few.
+BACKWARD = Tile(narrowest=512)
 
 
 @triton.jit
 def _clip(v, low, high):
     """`tl.clamp`, but NaN stays NaN also in the interpreter."""
     return tl.where(v < low, low, tl.where(v > high, high, v))
+
+
+@triton.jit
+def _divide(w, scale, reciprocal):
+    """IEEE's w/scale from its rounded reciprocal, by Markstein's correction (Brisebarre, Muller & Raina 2004, sec. 3).
+
+    True where nothing overflows or underflows: for abs(w) > 1e-30, abs(w/scale) < 1e38 and scale < 1e37. For smaller w
+    the error is below 1e-30, which changes no code. An overflow gives NaN.
+    """
+    quotient = w * reciprocal
+    return tl.fma(tl.fma(-quotient, scale, w), reciprocal, quotient)
 
 
 @triton.jit
@@ -79,7 +95,7 @@ def _quantize(
     scale = tl.load(scale_pointer + row, mask=row < rows, other=1.0).to(tl.float32)
     floored = tl.where(scale < FLOOR, FLOOR, scale)[:, None]
     w = tl.load(w_pointer + place, mask=exists, other=0.0).to(tl.float32)
-    code = _encode(w, tl.div_rn(w, floored), NAME, STEPS, SHIFT, LOW, HIGH)
+    code = _encode(w, _divide(w, floored, tl.div_rn(1.0, floored)), NAME, STEPS, SHIFT, LOW, HIGH)
     value = (code + SHIFT) * (floored * INVERSE)
     tl.store(out_pointer + place, value.to(out_pointer.dtype.element_ty), mask=exists)
 
@@ -94,6 +110,7 @@ def _gradients(
     start = row.to(tl.int64)[:, None] * channels
     scale = tl.load(scale_pointer + row, mask=row < rows, other=1.0).to(tl.float32)
     floored = tl.where(scale < FLOOR, FLOOR, scale)[:, None]
+    reciprocal = tl.div_rn(1.0, floored)
     total = tl.full((TILE_ROWS, TILE_CHANNELS), 0.0, tl.float32)
     for first in range(0, channels, TILE_CHANNELS):
         column = first + tl.arange(0, TILE_CHANNELS)
@@ -101,7 +118,7 @@ def _gradients(
         place = start + column[None, :]
         w = tl.load(w_pointer + place, mask=exists, other=0.0).to(tl.float32)
         grad = tl.load(grad_pointer + place, mask=exists, other=0.0).to(tl.float32)
-        v = tl.div_rn(w, floored)
+        v = _divide(w, floored, reciprocal)
         inside = (v >= LOW) & (v <= HIGH)
         grad_w = tl.where(inside, grad, 0.0)
         tl.store(grad_w_pointer + place, grad_w.to(grad_w_pointer.dtype.element_ty), mask=exists)

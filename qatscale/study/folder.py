@@ -27,6 +27,7 @@ from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.results import read_results, write_results
 from qatlaw.run_files import Number
 from qatlaw.run_folders import run_record
+from qatlaw.runs import RunRecord
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree, trained_by
 from qatlaw.text import plural
 from qatscale.config.places import find_moved
@@ -273,9 +274,9 @@ def _write_recipe(folder: StudyFolder, config: RunConfig, kept: list[int]) -> No
 
 
 def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> None:
-    """UserError where a run that was begun would get another configuration."""
+    """UserError where a run that was begun would get another configuration. `init`: it keeps its initial weights."""
     differences = config_differences(folder.config(name), config)
-    if first := next((one for one in differences if not one.key.startswith(WITHOUT_EFFECT)), None):
+    if first := next((one for one in differences if not one.key.startswith((*WITHOUT_EFFECT, "init"))), None):
         problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."
         raise UserError("study", str(folder.path), problem, "Use another folder, or give the sizes other names.")
 
@@ -293,10 +294,15 @@ def _listed(names: list[str]) -> str:
 
 def record(folder: StudyFolder, *names: str) -> None:
     """Add the rows of finished runs, in the order of the tree. Rows that exist stay as they are."""
+    record_rows(folder, [run_record(folder.run(name).path) for name in names])
+
+
+def record_rows(folder: StudyFolder, added: Iterable[RunRecord]) -> None:
+    """Add rows. Rows that exist stay as they are."""
     with locked(folder.path / ".results"):
         rows = {row.name: row for row in (read_results(folder.results) if folder.results.exists() else [])}
-        for name in names:
-            rows.setdefault(name, run_record(folder.run(name).path))
+        for row in added:
+            rows.setdefault(row.name, row)
         order = {name: i for i, name in enumerate(folder.jobs)}
         write_results(folder.results, sorted(rows.values(), key=lambda row: order.get(row.name, len(order))))
 

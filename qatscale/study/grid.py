@@ -233,7 +233,7 @@ def _root(config: RunConfig) -> Hashable:
     optimizer = config.optimizer.model_dump(include={"eps", "gradient_clipping"})
     data = config.data.model_dump(mode="json", exclude={"cooldown_seed"})
     parts: list[Any] = [config.model.model_dump(mode="json"), data, optimizer]
-    parts += [config.batch.model_dump(), config.seed, config.engine.model_dump(mode="json")]
+    parts += [config.batch.model_dump(), config.seed, config.init, config.engine.model_dump(mode="json")]
     return json.dumps(parts, sort_keys=True)
 
 

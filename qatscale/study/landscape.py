@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 from qatlaw.files import write_atomic
 from qatlaw.landscape import GRID, PATH, SUMMARY
 from qatscale.config.schema import RunConfig
-from qatscale.data.reader import EvaluationReader, open_validation
+from qatscale.data.open import open_validation
+from qatscale.data.reader import EvaluationReader
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model

@@ -24,7 +24,7 @@ from qatscale.model.hugging_face import export_hugging_face
 from qatscale.model.lazy_state import LazyState
 from qatscale.new_folder import appearing, check_new
 from qatscale.schedule.build import build_timeline
-from qatscale.tracking.run_folder import RunFolder
+from qatscale.tracking.new_run import create_run_folder
 
 Format = Literal["checkpoint", "universal", "hf"]
 _SHOWN: dict[Format, str] = {
@@ -113,14 +113,14 @@ def write_run(state: TrainingState, out: Path) -> None:
         problem = "is the run's name too, which holds letters, digits and . _ = + -, and begins with a letter or digit."
         raise UserError("--out", str(out), problem) from None
     with appearing(out) as path:
-        folder = RunFolder.create(
+        folder = create_run_folder(
             path,
             recipe=recorded_yaml(config),
             ds_config={},  # there was no engine
             timeline=build_timeline(config),
             n_params=count_parameters(config.model).total,
             command=sys.argv,
-            imported=str(Path(state.source).resolve()),
+            imported=str(Path(state.source).resolve()) if Path(state.source).exists() else state.source,
         )
         written = write_state(state, folder.checkpoints, config)
         shown = out / folder.checkpoints.name / written.name
@@ -136,5 +136,5 @@ def write_hugging_face(state: TrainingState, out: Path) -> None:
         state.config.model,
         out,
         sequence_length=state.config.data.sequence_length,
-        tokenizer_folder=tokenizer_folder(state.config.data.path, state.tokenizer),
+        tokenizer_folder=tokenizer_folder(state.config.data.folder, state.tokenizer),
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from qatlaw.run_folders import flatten
@@ -91,7 +93,16 @@ def points(record: Record) -> Iterator[Any]:
             yield Metric(key, float(value), int(record["time"] * 1000), record["step"])
 
 
-_PERF = {"tokens_per_second", "tflops", "mfu", "memory_gib", "data_seconds"}
+_PERF = {
+    "tokens_per_second",
+    "tflops",
+    "mfu",
+    "memory_gib",
+    "data_seconds",
+    "slowest_rank",
+    "slowest_seconds",
+    "median_seconds",
+}
 _NOT_METRICS = {"event", "time", "step", "steps", "phase", "warmup"}
 
 
@@ -126,20 +137,21 @@ def description(folder: RunFolder, final: Mapping[str, Any] | None = None) -> st
     return f"{text}\n\n**Validation loss:** {'; '.join(ends)}." if ends else text
 
 
-def dataset_input(folder: RunFolder) -> Any | None:
-    """The run's corpus as MLflow's DatasetInput, named by its folder and known by its content.
+def dataset_inputs(folder: RunFolder) -> list[Any]:
+    """The run's corpora as MLflow's DatasetInputs, named by their folders and known by their content.
 
-    None where it cannot be read: a run is uploaded without it.
+    Without those that cannot be read: a run is uploaded without them.
     """
+    inputs = []
+    for path in folder.data:
+        with suppress(OSError, UserError):
+            inputs.append(_dataset_input(path, Manifest.load(path)))
+    return inputs
+
+
+def _dataset_input(path: Path, manifest: Manifest) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    path = folder.data
-    try:
-        manifest = Manifest.load(path) if path else None
-    except (OSError, UserError):
-        manifest = None
-    if manifest is None or path is None:
-        return None
     counts = {split: {"documents": part.documents, "tokens": part.tokens} for split, part in manifest.splits.items()}
     dataset = Dataset(
         name=path.name,

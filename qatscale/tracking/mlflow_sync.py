@@ -27,7 +27,7 @@ from qatscale.tracking.mlflow_page import (
     EXPERIMENT_TAGS,
     NOTE_TAG,
     VIEW_TAG,
-    dataset_input,
+    dataset_inputs,
     description,
     parameters,
     points,
@@ -182,8 +182,8 @@ class Uploader:
             tags["parent"] = run["parent"]["name"]
             tags["parent_step"] = str(run["parent"]["step"])
         self.log(parameters=parameters(self.folder) | {"n_params": str(run["n_params"])}, tags=tags)
-        if (corpus := dataset_input(self.folder)) is not None:
-            self.client.log_inputs(self.cursor.run_id, [corpus])
+        if corpora := dataset_inputs(self.folder):
+            self.client.log_inputs(self.cursor.run_id, corpora)
         self.cursor.described = True
         self._save()
 

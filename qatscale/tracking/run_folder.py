@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from qatscale.config.places import find_moved, without_credentials
+from qatscale.config.places import find_moved
 from qatscale.errors import UserError
-from qatscale.files import write_atomic, write_json
-from qatscale.schedule.timeline import Timeline
+from qatscale.files import write_json
 from qatscale.supervise import process
-from qatscale.tracking.environment import environment
 from qatscale.tracking.records import Appender, Record, Tail, live
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
@@ -44,7 +41,7 @@ def perplexity(loss: float) -> float:
 
 
 class RunFolder:
-    """A run's folder. `create` makes one, `open` finds one."""
+    """A run's folder. `new_run.create_run_folder` makes one, `open` finds one."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -60,53 +57,6 @@ class RunFolder:
         self._life_tail = Tail(self.metrics_file)
         self._last_sign: Record | None = None
         self._writer: dict[str, Any] | None = None
-
-    @classmethod
-    def create(
-        cls,
-        path: Path | str,
-        *,
-        recipe: str,
-        ds_config: Mapping[str, Any],
-        timeline: Timeline,
-        n_params: int,
-        command: Sequence[str],
-        parent: Mapping[str, Any] | None = None,
-        hosts: Mapping[str, Sequence[int]] | None = None,
-        imported: str | None = None,
-        resolved: Mapping[str, Any] | None = None,
-    ) -> Self:
-        """Write the files that describe a run. run.json comes last, so a folder with run.json has them all.
-
-        `recipe`: resolved YAML. `parent`: ``{"name", "folder", "step"}`` of the run that a branch starts from. `hosts`:
-        each host's ranks. `imported`: the origin of a model that the folder holds and did not train. `resolved`:
-        by key, the values that `auto` has in this run. Raises UserError where a run exists already.
-        """
-        self = cls(path)
-        if self.run_file.exists():
-            raise UserError(
-                "name", self.name, f"{self.path} already holds a run.", "Resume it, or give this run another name."
-            )
-        for folder in (self.path, self.logs, self.checkpoints, self.figures, self.exports):
-            folder.mkdir(parents=True, exist_ok=True)
-        around = environment(hosts)
-        write_atomic(self.path / "recipe.yaml", recipe.encode())
-        write_json(self.path / "ds_config.json", ds_config)
-        write_json(self.path / "environment.json", around)
-        write_json(self.path / "timeline.json", timeline.to_dict())
-        run = {
-            "name": self.name,
-            "id": uuid.uuid4().hex,
-            "created": time.time(),
-            "parent": {**parent, "folder": Path(parent["folder"]).resolve()} if parent else None,
-            "imported": imported,
-            "n_params": n_params,
-            "git_commit": around["git"]["commit"] if around["git"] else None,
-            "resolved": dict(resolved or {}),
-            "command": [without_credentials(argument) for argument in command],
-        }
-        write_json(self.run_file, run)
-        return self
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -161,12 +111,13 @@ class RunFolder:
         return self._read("recipe.yaml")
 
     @property
-    def data(self) -> Path | None:
-        """The folder of its prepared data, also where it was moved together with the run's; None where none was set."""
+    def data(self) -> list[Path]:
+        """The folders of its prepared data, also where they were moved together with the run's."""
         recipe = self.recipe
         find_moved(recipe, self.path)
-        path = recipe["data"]["path"]
-        return Path(path).absolute() if path else None
+        data = recipe["data"]
+        sources = sorted({*(data.get("mix") or ()), *(data.get("cooldown_mix") or ())}) or [""]
+        return [Path(data["path"], name).absolute() for name in sources] if data["path"] else []
 
     def records(self, *events: str) -> list[Record]:
         """The events of metrics.jsonl, all kinds or these, without the ones that a later resume superseded."""

@@ -9,17 +9,18 @@ from typing import Any
 from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import Precision, stored_weights
-from qatscale.data.reader import BatchReader, EvaluationReader
+from qatscale.data.reader import BatchReader, EvaluationReader, MixedReader
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.compilation import Compilation
 from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime
-from qatscale.engine.spikes import SpikeGuard
+from qatscale.engine.spikes import SpikeGuard, SpikeState
 from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.timeline import Timeline
+from qatscale.train.metrics import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RunSetup:
     """Merged with the recipe: what DeepSpeed gets."""
     precision: Precision
     """The type of forward and backward; the masters are in fp32."""
-    batches: BatchReader
+    batches: BatchReader | MixedReader
     validation: EvaluationReader | None
     """None where nothing, or less than a sequence, is held out."""
     notices: tuple[str, ...]
@@ -64,6 +65,17 @@ class RunSetup:
     def weights(self) -> StoredWeights:
         """As the recipe has them quantized, in the type of forward."""
         return stored_weights(self.config.model, self.config.qat, self.precision)
+
+    def tokens_by_source(self, step: int, spikes: SpikeState) -> dict[str, int]:
+        """`tokens/SOURCE`: the tokens that this run, after its branch point, has read in its first `step` steps.
+
+        Empty without a mixture.
+        """
+        if not isinstance(self.batches, MixedReader):
+            return {}
+        began = self.resume.parent["step"] if self.resume.parent else 0
+        tokens = self.batches.tokens(spikes.batch_of(began), spikes.batch_of(step), spikes.left_out)
+        return {f"tokens/{name}": count for name, count in tokens.items()}
 
 
 @dataclass(frozen=True)
@@ -78,3 +90,7 @@ class TrainingComponents:
     compilation: Compilation
     qat_metrics: QatMetrics
     guard: SpikeGuard
+    stopwatch: Stopwatch | None
+    """Of what this process computes by itself; None where that cannot be told."""
+    times_forward: bool
+    """Whether the stopwatch is put around forward passes; attention has it otherwise."""

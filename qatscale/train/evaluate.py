@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,8 +15,8 @@ import qatlaw
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
-from qatscale.data.reader import open_validation
-from qatscale.engine.checkpoints.reader import open_checkpoint
+from qatscale.data.open import open_validation
+from qatscale.engine.checkpoints.reader import only_data, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.quant.bit_widths import get_quantizer
@@ -42,13 +43,14 @@ def evaluate_checkpoint(
     """
     for bits in ptq_bits:
         get_quantizer(bits)  # refuses an unknown bit width before anything is loaded
-    overrides = [f"data.path={data}"] if data else []
+    overrides = only_data(data)
     overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config, checkpoint = open_checkpoint(what, overrides)
     reader = open_validation(config)
     reader.stream.manifest.check_tokenizer(checkpoint.manifest.tokenizer)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)
+    model.document_end = reader.stream.manifest.document_end(config.data.document_mask)
     views = ["fp", *(["quantized"] if plugin.switched_at is not None else []), *map(ptq_view, ptq_bits)]
     losses, counted = {}, 0
     for name in views:
@@ -83,12 +85,29 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog,
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder, setup.weights)
     # the data by content: losses on other held-out text do not compare
-    final["data_fingerprint"] = setup.batches.stream.manifest.fingerprint
+    final["data_fingerprint"] = setup.batches.manifest.fingerprint
     if held_out:
         final["validation_fingerprint"] = held_out.stream.manifest.fingerprint_of("validation")
         final["validation_tokens"] = held_out.tokens
-    log.finished(timeline.steps, final)
+    final |= setup.tokens_by_source(timeline.steps, components.guard.state)
+    if log.runtime.is_main:
+        if log.linger:
+            _draw(log)
+        log.folder.finish(timeline.steps, final)
     return final
+
+
+def _draw(log: RunLog) -> None:
+    """timeline.png and loss.png in the run's figures. A figure that fails must not cost the run its end."""
+    from qatscale.schedule.figure import draw
+    from qatscale.tracking.curves import draw_loss_curves
+
+    try:
+        draw(log.timeline, log.config, log.folder.figures / "timeline.png")
+        draw_loss_curves([log.folder], log.folder.figures / "loss.png")
+    except Exception as error:  # a broken font cache, a missing backend: whatever a drawing library raises
+        logging.getLogger("qatscale").exception("figures")
+        log.notice(f"note: the figures were not drawn ({error}); see {log.folder.logs}")
 
 
 def final_metrics(

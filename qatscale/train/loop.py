@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from qatscale.config.schema import RunConfig
-from qatscale.engine.initialize import apply_settings
 from qatscale.engine.spikes import Spike, SpikeGuard
-from qatscale.engine.step import train_step
+from qatscale.engine.step import apply_settings, train_step
 from qatscale.engine.topology import gather_stages
 from qatscale.quant.report import merge_reports
 from qatscale.schedule.timeline import Timeline, kept_steps
@@ -49,6 +48,8 @@ def run_steps(
     due = Due(config, timeline)
     moving = False
     meter = Meter(config, runtime, setup.precision)
+    stopwatch = components.stopwatch
+    timed = stopwatch if stopwatch and components.times_forward else nullcontext
 
     with checkpointer, collect_garbage_by_hand():
         for step in range(first, timeline.steps):
@@ -65,10 +66,12 @@ def run_steps(
             watchdog.progress(step, slow=compiles)
             if settings.quantized and due.metrics(step + 1):
                 qat_metrics.before_step()
+            if stopwatch:
+                stopwatch.on = due.metrics(step + 1)
             with meter.data():
                 index = guard.state.batch_of(step)
                 batch = torch.from_numpy(batches.batch(index, topology.data_rank, topology.data_ranks))
-            for loss in train_step(engine, batch, config.batch.micro_batch, topology):
+            for loss in train_step(engine, batch, config.batch.micro_batch, topology, timed):
                 meter.add_loss(loss)
                 watchdog.progress(step, slow=compiles)
             spike = guard.after_step()
@@ -81,7 +84,10 @@ def run_steps(
             stopped_by = stop.agreed()
             if due.metrics(done) or stopped_by:
                 counts = qat_metrics.counts() if settings.quantized else None
-                log.metrics(done, meter.read(done, settings, engine, counts))
+                record = meter.read(done, settings, engine, counts, stopwatch.read() if stopwatch else None)
+                log.metrics(done, record | setup.tokens_by_source(done, guard.state))
+                if meter.straggler is not None:
+                    log.straggler(done, meter.straggler, record)
             log.step_done(done, components.compilation.news())
             if settings.quantized and not moving and done >= (timeline.switch_step or 0) + SCALES_MOVE_WITHIN:
                 plugin.check_moving(masters)

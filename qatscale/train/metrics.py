@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,6 +19,10 @@ from qatscale.schedule.timeline import StepSettings
 
 WARMUP_STEPS = 10
 """Steps after a start or the switch that no speed counts: compilation, first allocations, cold caches."""
+SLOW = 1.2
+"""Times the median from which a process counts as slow."""
+SLOW_INTERVALS = 5
+"""Logging intervals in a row after which a slow process is reported."""
 
 
 def total_peak(device_name: str, devices: int, precision: Literal["fp32", "bf16"]) -> float | None:
@@ -38,6 +43,9 @@ class Meter:
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._peak = total_peak(runtime.device_name, runtime.ranks, precision)
         self._since_cold = 0
+        self._stragglers = Stragglers()
+        self.straggler: int | None = None
+        """The rank that the last record shows to keep the others waiting for long enough."""
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -93,7 +101,12 @@ class Meter:
             torch.cuda.synchronize(self._runtime.device)
 
     def read(
-        self, step: int, settings: StepSettings, engine: Any, qat_counts: torch.Tensor | None = None
+        self,
+        step: int,
+        settings: StepSettings,
+        engine: Any,
+        qat_counts: torch.Tensor | None = None,
+        own_seconds: float | None = None,
     ) -> dict[str, Any]:
         """The interval's record after `step` steps. Collective.
 
@@ -104,11 +117,20 @@ class Meter:
         qat_counts: `QatMetrics.counts`, in QAT. They add `scales_floored`, the share of scales at or under the floor,
         and `code_flips`, the share of quantized weights whose code changed in the interval's last step. A signal that
         ends an interval early leaves the second out.
+
+        own_seconds: what the `Stopwatch` of the last step shows, if it was on. It adds `slowest_rank`,
+        `slowest_seconds` and `median_seconds`, of a step.
         """
-        sums = self._loss.view(1) if qat_counts is None else torch.cat([self._loss.view(1), qat_counts])
+        parts = [self._loss.view(1), *([] if qat_counts is None else [qat_counts])]
+        if own_seconds is not None:  # each process's place in the sum that is made anyway
+            own = self._loss.new_zeros(self._runtime.ranks)
+            own[self._runtime.rank] = own_seconds + self._data_seconds / self._steps
+            parts.append(own)
+        sums = torch.cat(parts)
         if self._runtime.ranks > 1:
             dist.all_reduce(sums)
         total, *counts = sums.tolist()  # waits for the device
+        seconds_of_ranks = [counts.pop() for _ in parts[-1]][::-1] if own_seconds is not None else []
         loss = total / (self._micro_batches * self._runtime.ranks) if self._micro_batches else math.nan
         if self._micro_batches and not math.isfinite(loss):
             problem = f"the loss is {loss} in the {self._steps} steps up to step {step}"
@@ -136,5 +158,68 @@ class Meter:
             record["scales_floored"] = floored / scales
             if compared:
                 record["code_flips"] = flipped / compared
+        self.straggler = None
+        if seconds_of_ranks and not self._warmup:
+            shown, self.straggler = self._stragglers.add(seconds_of_ranks)
+            record |= shown
         self._start_interval()
         return record
+
+
+class Stopwatch:
+    """Takes the time of the passages that it is put around, on a GPU by the GPU's clock; only while it is `on`.
+
+    All processes take equally long for a step: the faster ones wait in the next exchange. What counts is the time of
+    passages in which none waits. Under ZeRO-1 and 2 these are the forward passes. Under ZeRO-3, tensor parallelism and
+    pipelines those exchange too, and the core of attention is timed, which has no weights.
+    """
+
+    def __init__(self, device: torch.device, passages: float) -> None:
+        """passages: those of a step on an average process. Stages of a pipeline may have more or fewer."""
+        self.on = False
+        self._on_gpu, self._per_step = device.type == "cuda", passages
+        self._seconds, self._count = 0.0, 0
+        self._passages: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        start = time.perf_counter()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.on and self._on_gpu else []
+        if events:
+            events[0].record()
+        yield
+        self._count += self.on
+        if events:
+            events[1].record()
+            self._passages.append((events[0], events[1]))
+        elif self.on:
+            self._seconds += time.perf_counter() - start
+
+    def read(self) -> float | None:
+        """Seconds that a step takes by the passages since the last call; None without one. Waits for the GPU."""
+        for first, last in self._passages:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1000
+        mean = self._seconds / self._count if self._count else None
+        self.on, self._seconds, self._count, self._passages = False, 0.0, 0, []
+        return None if mean is None else mean * self._per_step
+
+
+class Stragglers:
+    """Notices a process that is slow in several logging intervals in a row."""
+
+    def __init__(self) -> None:
+        self._slow, self._intervals = -1, 0
+
+    def add(self, seconds: Sequence[float]) -> tuple[dict[str, float], int | None]:
+        """seconds: of each rank, per step. Returns the numbers for the record, and a rank to report now."""
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        median = statistics.median_low(seconds)
+        if seconds[slowest] <= SLOW * median:
+            self._slow, self._intervals = -1, 0
+        elif slowest == self._slow:
+            self._intervals += 1
+        else:
+            self._slow, self._intervals = slowest, 1
+        record = {"slowest_rank": slowest, "slowest_seconds": seconds[slowest], "median_seconds": median}
+        return record, slowest if self._intervals == SLOW_INTERVALS else None

@@ -9,6 +9,7 @@ from qatscale.config.places import absolute_places
 from qatscale.config.recipe import config_differences, load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest as DataManifest
+from qatscale.data.open import mixture_of
 from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
@@ -26,16 +27,18 @@ MAY_CHANGE = (
 folder's, which may have been renamed."""
 
 
-def with_qat_rate(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """`qat.lr_ratio: auto` as a number: the one that the folder's run began with, or that of the rule for a new run.
-
-    A run keeps its rate when a later version follows another rule.
+def as_begun(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """`init` and `qat.lr_ratio` as numbers where they say `auto`: those that the folder's run began with, or a new
+    run's. A run keeps them when a later version has others.
     """
+    begun = folder.run_file.exists()
+    if config.init == "auto":  # versions that did not record it had 1
+        recorded = folder.recipe.get("init", 1) if begun else "auto"
+        config = config.model_copy(update={"init": 2 if recorded == "auto" else recorded})
     if config.qat.scheme == "fp" or config.qat.lr_ratio != "auto" or config.qat.learning_rate is not None:
         return config
     # Versions that did not record the ratio used 1. A full-precision run recorded null.
-    recorded = folder.timeline.get("qat_lr_ratio", 1.0) if folder.run_file.exists() else None
-    ratio = recorded or build_timeline(config).qat_lr_ratio
+    ratio = (folder.timeline.get("qat_lr_ratio", 1.0) if begun else None) or build_timeline(config).qat_lr_ratio
     return config.model_copy(update={"qat": config.qat.model_copy(update={"lr_ratio": ratio})})
 
 
@@ -80,10 +83,10 @@ def _check_output(output: Path) -> None:
 
 
 def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:
-    old = with_qat_rate(load_run_config(folder.path / "recipe.yaml"), folder)
+    old = as_begun(load_run_config(folder.path / "recipe.yaml"), folder)
     notices: list[str] = []
     wrong: list[str] = []
-    now = RunConfig.model_validate(absolute_places(with_qat_rate(config, folder).model_dump(mode="json")))
+    now = RunConfig.model_validate(absolute_places(as_begun(config, folder).model_dump(mode="json")))
     for difference in config_differences(old, now):
         line = f"{difference.key} was {difference.old!r} and is now {difference.new!r}"
         (notices if difference.key.startswith(MAY_CHANGE) else wrong).append(line)
@@ -114,7 +117,7 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     checkpoint = find_checkpoint(branch_from)
     manifest = read_manifest(checkpoint)
     run = _run_of(checkpoint)
-    parent = with_qat_rate(load_run_config(run / "recipe.yaml"), RunFolder(run))
+    parent = as_begun(load_run_config(run / "recipe.yaml"), RunFolder(run))
     for key in ("model", "data.sequence_length", "batch.sequences"):
         for difference in config_differences(parent, config):
             if difference.key == key or difference.key.startswith(f"{key}."):
@@ -153,10 +156,20 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
         notices.append(
             f"another data.{other[0]}: the tail may show sequences again that the trunk has seen in this epoch"
         )
+    elif places(parent, build_timeline(parent), manifest.step) != places(config, timeline, manifest.step):
+        notices.append("another mixture up to the branch: the tail may show sequences again that the trunk has seen")
     if _reads_a_former_order(RunFolder(run)):
         notices.append("the parent is a former version's, with another order of data: the tail may repeat sequences")
     origin = {"name": run.name, "folder": str(run), "step": manifest.step}
     return ResumePlan(checkpoint, manifest, False, origin, tuple(notices))
+
+
+def places(config: RunConfig, timeline: Timeline, step: int) -> dict[str, int]:
+    """By source how many sequences a run has read in its first steps: where its orders continue."""
+    sequences = step * config.batch.sequences
+    mixture = mixture_of(config, timeline)
+    counts = {"": sequences} if mixture is None else dict(zip(mixture.names, mixture.count(sequences), strict=True))
+    return {name: int(count) for name, count in counts.items() if count}
 
 
 def check_data(config: RunConfig, resume: ResumePlan, data: DataManifest) -> tuple[str, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from qatlaw.text import plural
+from qatscale.config.amounts import format_amount
 from qatscale.config.recipe import recipe_hash
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import Runtime, start_runtime, together
@@ -15,6 +18,7 @@ from qatscale.supervise.claims import Claim, hold_run
 from qatscale.supervise.signals import Stopped, StopRequest
 from qatscale.supervise.watchdog import Watchdog, collective_timeout
 from qatscale.tracking.follower import start_follower
+from qatscale.tracking.new_run import create_run_folder
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.checkpointing import AsyncCheckpointer
 from qatscale.train.components import ResumePlan, RunSetup
@@ -92,8 +96,11 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
     log = RunLog(setup, runtime, linger=linger)
     with Watchdog(runtime, log.folder.logs, setup.config.engine.stall_timeout, log.failed) as watchdog:
         components = build(setup, runtime)
-        log.open(watchdog.hosts, resolved_settings(setup))
+        log.hosts = watchdog.hosts
+        if runtime.is_main:
+            _open_folder(log)
         with _uploaded(log, linger), log.recording(watchdog):
+            _introduce(log, watchdog.clock_notices)
             try:
                 stop.check_now()
                 checkpointer = AsyncCheckpointer(
@@ -102,7 +109,7 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
                     components,
                     watchdog,
                     recipe_hash=recipe_hash(log.folder.path / "recipe.yaml") if runtime.is_main else "",
-                    data=setup.batches.stream.manifest,
+                    data=setup.batches.manifest,
                     saved=log.checkpoint,
                     notice=log.notice,
                 )
@@ -119,6 +126,48 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
                 return Outcome("stopped", log.step, None, stopped.number)
             finally:
                 components.engine.destroy()
+
+
+def _open_folder(log: RunLog) -> None:
+    """Create or continue the run's folder."""
+    setup, resume = log.setup, log.resume
+    if not resume.resumes:
+        create_run_folder(
+            log.folder.path,
+            recipe=setup.recipe,
+            ds_config=setup.ds_config,
+            timeline=setup.timeline,
+            n_params=log.n_params,
+            command=sys.argv,
+            parent=resume.parent,
+            hosts=log.hosts,
+            resolved=resolved_settings(setup),
+        )
+    log.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=log.hosts)
+
+
+def _introduce(log: RunLog, clock_notices: Sequence[str]) -> None:
+    """Say on the console what is about to be trained, from where."""
+    setup, config, timeline, resume = log.setup, log.config, log.timeline, log.resume
+    log.notice(
+        f"{config.name}: {format_amount(log.n_params)} parameters, {config.qat.scheme}"
+        + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
+        + f", {format_amount(timeline.tokens)} tokens in {plural(timeline.steps, 'step')} of "
+        f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
+        f"{setup.ds_config['gradient_accumulation_steps']} x {plural(log.runtime.ranks, 'process')}), "
+        f"{setup.precision} ZeRO-{setup.ds_config['zero_optimization']['stage']} on {log.runtime.device_name}"
+    )
+    if timeline.switch_step is not None:
+        log.notice(
+            f"switch to QAT before step {timeline.switch_step:,}: {timeline.qat_fraction:.2%} of the tokens, "
+            f"at {timeline.qat_lr_ratio:.4g} x the full-precision rate"
+        )
+    if resume.parent and not resume.resumes:
+        log.notice(f"branched from {resume.parent['folder']}@{resume.parent['step']}")
+    elif resume.checkpoint is not None:
+        log.notice(f"resume from step {resume.step}: {resume.checkpoint}")
+    for notice in [*clock_notices, *setup.notices]:
+        log.notice(f"note: {notice}")
 
 
 @contextmanager

@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qatlaw.text import plural
-from qatscale.config.amounts import format_amount
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.runtime import Runtime
@@ -24,6 +21,7 @@ from qatscale.supervise.watchdog import Watchdog
 from qatscale.tracking.run_folder import RunFolder, perplexity
 from qatscale.train.components import RunSetup
 from qatscale.train.console import RunConsole
+from qatscale.train.metrics import SLOW, SLOW_INTERVALS
 
 SCALES_FLOORED_WARNING = 0.01
 """Share of scales at their floor above which a run warns."""
@@ -38,34 +36,17 @@ class RunLog:
         self.n_params = count_parameters(self.config.model).total
         self.folder = RunFolder(self.config.folder)
         self.console = RunConsole(runtime.rank, self.timeline.steps, self.resume.step)
+        self.hosts: dict[str, list[int]] = {}
+        """Each host's ranks, once the processes have met."""
         self.step = self.resume.step
         """Steps done, as far as reported: where a failure or a stop is placed."""
         self._is_open = self._warned = False
-
-    def open(self, hosts: dict[str, list[int]], resolved: Mapping[str, Any]) -> None:
-        """Create or continue the folder. hosts: each host's ranks. resolved: by key, what `auto` is in this run."""
-        if not self.runtime.is_main:
-            return
-        if not self.resume.resumes:
-            RunFolder.create(
-                self.folder.path,
-                recipe=self.setup.recipe,
-                ds_config=self.setup.ds_config,
-                timeline=self.timeline,
-                n_params=self.n_params,
-                command=sys.argv,
-                parent=self.resume.parent,
-                hosts=hosts,
-                resolved=resolved,
-            )
-        self.folder.append("resume" if self.resume.resumes else "start", step=self.resume.step, hosts=hosts)
 
     @contextmanager
     def recording(self, watchdog: Watchdog) -> Iterator[None]:
         """A context around the steps. The watchdog resolves an error inside and has it recorded by `failed`."""
         try:
             with self.console, self._log_file():
-                self._introduce(watchdog.clock_notices)
                 self._is_open = True
                 try:
                     yield
@@ -92,28 +73,6 @@ class RunLog:
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
-
-    def _introduce(self, clock_notices: Sequence[str]) -> None:
-        config, runtime, timeline, ds_config = self.config, self.runtime, self.timeline, self.setup.ds_config
-        self.console.notice(
-            f"{config.name}: {format_amount(self.n_params)} parameters, {config.qat.scheme}"
-            + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
-            + f", {format_amount(timeline.tokens)} tokens in {plural(timeline.steps, 'step')} of "
-            f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
-            f"{ds_config['gradient_accumulation_steps']} x {plural(runtime.ranks, 'process')}), {self.setup.precision} "
-            f"ZeRO-{ds_config['zero_optimization']['stage']} on {runtime.device_name}"
-        )
-        if timeline.switch_step is not None:
-            self.console.notice(
-                f"switch to QAT before step {timeline.switch_step:,}: {timeline.qat_fraction:.2%} of the tokens, "
-                f"at {timeline.qat_lr_ratio:.4g} x the full-precision rate"
-            )
-        if self.resume.parent and not self.resume.resumes:
-            self.console.notice(f"branched from {self.resume.parent['folder']}@{self.resume.parent['step']}")
-        elif self.resume.checkpoint is not None:
-            self.console.notice(f"resume from step {self.resume.step}: {self.resume.checkpoint}")
-        for notice in [*clock_notices, *self.setup.notices]:
-            self.console.notice(f"note: {notice}")
 
     # --- one verb per event; on ranks other than 0 only `failed` does anything ---
 
@@ -146,6 +105,15 @@ class RunLog:
                     f"warning: {floored:.1%} of the quantizer scales lie at their floor, where a row's weights are all "
                     "clipped and do not train. Lower qat.scale_lr_ratio and branch from before the switch."
                 )
+
+    def straggler(self, step: int, rank: int, record: Mapping[str, Any]) -> None:
+        if self.runtime.is_main:
+            host = next((host for host, ranks in self.hosts.items() if rank in ranks), "an unknown host")
+            ratio = record["slowest_seconds"] / max(record["median_seconds"], 1e-9)
+            self.console.notice(
+                f"step {step}: warning: rank {rank} on {host} takes {ratio:.2g} times the median for what it computes "
+                f"by itself, the {SLOW_INTERVALS}th interval in a row above {SLOW:g} times; the others wait for it"
+            )
 
     def spike(self, step: int, spike: Spike, action: str) -> None:
         if self.runtime.is_main:
@@ -187,21 +155,3 @@ class RunLog:
             self.folder.append("stopped", step=step, signal=name)
             where = f"saved at step {step}; the same command continues from there"
             self.console.notice(f"{name}: {where if step else 'stopped before the first step'}")
-
-    def finished(self, step: int, final: dict[str, Any]) -> None:
-        if self.runtime.is_main:
-            if self.linger:
-                self._draw()
-            self.folder.finish(step, final)
-
-    def _draw(self) -> None:
-        """timeline.png and loss.png in the run's figures. A figure that fails must not cost the run its end."""
-        from qatscale.schedule.figure import draw
-        from qatscale.tracking.curves import draw_loss_curves
-
-        try:
-            draw(self.timeline, self.config, self.folder.figures / "timeline.png")
-            draw_loss_curves([self.folder], self.folder.figures / "loss.png")
-        except Exception as error:  # a broken font cache, a missing backend: whatever a drawing library raises
-            logging.getLogger("qatscale").exception("figures")
-            self.console.notice(f"note: the figures were not drawn ({error}); see {self.folder.logs}")

@@ -5,28 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
 from qatscale.config.recipe import flatten, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
-from qatscale.data.reader import EvaluationReader, open_batches, open_validation
+from qatscale.data.open import open_batches, open_validation
+from qatscale.data.reader import EvaluationReader
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
-from qatscale.engine.initialize import initialize_engine
-from qatscale.engine.layout import Layout, job_size, layout_notices, plan_layout
+from qatscale.engine.initialize import initialize_engine, place_parameters
+from qatscale.engine.layout import Layout, job_size
+from qatscale.engine.layout_plan import layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.engine.spikes import SpikeGuard
 from qatscale.engine.topology import join_topology
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.initial_weights import InitialWeights
+from qatscale.model.llama import Attention, Llama
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan, RunSetup, TrainingComponents
-from qatscale.train.resume import check_data, plan_resume, with_qat_rate
+from qatscale.train.metrics import Stopwatch
+from qatscale.train.resume import as_begun, check_data, plan_resume
 
 
 def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None:
@@ -34,7 +40,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
 
     UserError for whatever is wrong with the input. Every process finds it alone, before any waits for another.
     """
-    config = with_qat_rate(config, RunFolder(config.folder))
+    config = as_begun(config, RunFolder(config.folder))
     timeline = build_timeline(config)
     ds_config = run_ds_config(config)
     resume = plan_resume(config, timeline, branch_from)
@@ -43,15 +49,16 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     layout = plan_layout(config, ds_config, job_size())
     plan_compilation(config.engine, ds_config)
     ds_config = merge_ds_config(config, ds_config, layout.data)
-    batches = open_batches(config, timeline.last_cooldown)
-    validation, missing = _held_out(config, batches.stream.manifest)
+    batches = open_batches(config, timeline)
+    batches.manifest.document_end(config.data.document_mask)  # refuses before any process waits for another
+    validation, missing = _held_out(config, batches.manifest)
     repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
         *ds_config_warnings(config, uses_gpu()),
         *layout_notices(config, layout),
         *resume.notices,
-        *check_data(config, resume, batches.stream.manifest),
+        *check_data(config, resume, batches.manifest),
         *filter(None, [missing, repetition]),
     )
     return RunSetup(
@@ -72,25 +79,53 @@ def _held_out(config: RunConfig, manifest: Manifest) -> tuple[EvaluationReader |
 
 def build(setup: RunSetup, runtime: Runtime) -> TrainingComponents:
     """The components of a run, at the step where it starts. Collective."""
-    components = assemble(setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step)
+    end = setup.batches.manifest.document_end(setup.config.data.document_mask)
+    components = assemble(
+        setup.config, setup.layout, setup.ds_config, runtime, setup.timeline.switch_step, end,
+        draw=setup.resume.checkpoint is None,
+    )  # fmt: skip
     _load(setup.resume, components)
     return components
 
 
 def assemble(
-    config: RunConfig, layout: Layout, ds_config: dict[str, Any], runtime: Runtime, switch_step: int | None
+    config: RunConfig,
+    layout: Layout,
+    ds_config: dict[str, Any],
+    runtime: Runtime,
+    switch_step: int | None,
+    document_end: int | None = None,
+    *,
+    draw: bool = True,
 ) -> TrainingComponents:
-    """Freshly initialised model, plugin and engine. `ds_config`: merged. Collective."""
+    """Model, plugin and engine, with initial weights if `draw`, for a checkpoint's else. Collective.
+
+    ds_config: merged. document_end: of `Llama`.
+    """
     topology = join_topology(config, layout, runtime)
-    model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
-    initialise(model, config.seed)
-    plugin = QatPlugin(config.qat, switch_step)
-    plugin.prepare(model)
-    engine, masters = initialize_engine(model.to(runtime.device), plugin, config, ds_config, topology)
-    compilation = Compilation(model, plan_compilation(config.engine, ds_config))
+    with torch.device("meta"):
+        model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
+        plugin = QatPlugin(config.qat, switch_step)
+        plugin.prepare(model)
+    model.document_end = document_end
+    weights = InitialWeights(config.model, config.seed, config.init)
+    place_parameters(model, weights, ds_config, topology, runtime.device, draw=draw)
+    engine, masters = initialize_engine(model, plugin, config, ds_config, topology)
+    plan = plan_compilation(config.engine, ds_config)
+    compilation = Compilation(model, plan)
+    # where a forward pass exchanges, its time is that of the slowest process; compiled blocks cannot be looked into
+    exchanges = layout.model_parallel or ds_config["zero_optimization"]["stage"] == 3
+    passages = config.batch.micro_batches(layout.data) * (config.model.layers / layout.pipeline if exchanges else 1)
+    stopwatch = Stopwatch(runtime.device, passages) if runtime.ranks > 1 and not (exchanges and plan == "on") else None
+    if stopwatch and exchanges:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.timed = stopwatch
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
     guard = SpikeGuard(masters, config.optimizer.spike_factor)
-    return TrainingComponents(runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard)
+    return TrainingComponents(
+        runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard, stopwatch, not exchanges
+    )
 
 
 def roll_back(setup: RunSetup, components: TrainingComponents, step: int) -> RunSetup:

@@ -36,7 +36,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
 def test_arguments(scripts: tuple[ModuleType, ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
     _, main_job = scripts
     options = main_job.arguments(["--device", "cuda", "--out", "records"])
-    assert (options.device, options.out, options.seconds) == ("cuda", Path("records"), 540)
+    assert (options.device, options.out, options.seconds) == ("cuda", Path("records"), 450)
     assert options.parts == ("compare", "stop", "speed")
     with pytest.raises(SystemExit):
         main_job.arguments(["--out", "records"])
@@ -87,6 +87,35 @@ def test_no_check_stops_another_and_the_files_are_whole_after_each(
     assert "| good | yes |" in text
     assert "## Failed: broken" in text
     assert "2 of 5 checks passed" in text
+
+
+CUT_OFF = """
+import sys, time
+sys.path.insert(0, {gpu!r})
+import record
+record.GRACE = 0.5
+written = record.Record(__import__("pathlib").Path({out!r}), "name", "Title", {{}}, seconds=0.5)
+written.check("good", lambda: {{"loss": 1.5}})
+written.check("endless", lambda: time.sleep(60))
+written.check("late", lambda: None)
+written._end += 100
+written.check("killed", lambda: __import__("os").kill(__import__("os").getpid(), 9))
+"""
+
+
+def test_the_record_is_written_even_when_the_script_is_cut_off(tmp_path: Path) -> None:
+    """A check that does not end is ended; what ran when the script was killed is named."""
+    code = CUT_OFF.format(gpu=str(GPU), out=str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -9
+    found = json.loads((tmp_path / "name.json").read_text())
+    assert [(check["check"], check["passed"]) for check in found["checks"]] == [
+        ("good", True), ("endless", False), ("late", False), ("killed", False),
+    ]  # fmt: skip
+    assert "beyond the time" in found["checks"][1]["error"]
+    assert found["checks"][1]["seconds"] < 30
+    assert "not begun" in found["checks"][2]["error"]
+    assert found["checks"][3]["error"] == "the script ended while this check ran"
+    assert "Failed: killed" in (tmp_path / "name.md").read_text()
 
 
 def test_corpus_and_comparison(scripts: tuple[ModuleType, ModuleType]) -> None:

@@ -31,6 +31,10 @@ BAD_DS_CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
         ("zero_optimization.zero_quantized_gradients",),
     ),
+    "copies within a node": (
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
+        ("zero_optimization.zero_hpz_partition_size", "the switch to QAT computes with the weights from before it"),
+    ),
     "AutoTP": ({"tensor_parallel": {"autotp_size": 2}}, ("tensor_parallel", "engine.tensor_parallel")),
     "unknown": ({"zero_optimisation": {"stage": 2}}, ("zero_optimisation", "'zero_optimization'")),
     "unknown and off": ({"bf16": {"enable": False}}, ("bf16.enable", "'bf16.enabled'")),

@@ -21,8 +21,15 @@ def test_megatron_shards_work_as_they_are(tmp_path: Path) -> None:
     assert manifest.tokenizer.vocab_size == 10
     assert first_tokens(TokenStream.open(tmp_path, "train", verify="full"), 8).tolist() == TOKENS
     assert first_tokens(TokenStream.open(tmp_path, "validation"), 3).tolist() == TOKENS[:3]
+    assert manifest.document_end(masked=False) is None
+    with pytest.raises(UserError, match="do not say which token ends a document"):
+        manifest.document_end(masked=True)
     with pytest.raises(UserError, match=r"has a manifest.json already"):
         adopt(tmp_path, train=["my_text_document"])
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not a token: the vocabulary has 10"):
+        adopt(tmp_path, train=["my_text_document"], eos_id=10)
+    assert adopt(tmp_path, train=["my_text_document"], eos_id=9).document_end(masked=True) == 9
 
 
 def test_what_cannot_be_adopted(tmp_path: Path) -> None:

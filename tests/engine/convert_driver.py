@@ -18,17 +18,18 @@ import torch.distributed as dist
 from qatscale.config.ds_config import load_ds_config, merge_ds_config
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.data.reader import open_batches
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.universal import universal_checkpoint_info
-from qatscale.engine.initialize import apply_settings, initialize_engine
+from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
-from qatscale.engine.step import train_step
+from qatscale.engine.step import apply_settings, train_step
 from qatscale.engine.topology import join_topology
 from qatscale.engine.zero_masters import ZeroMasters
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.initial_weights import initialise
+from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.convert import convert
@@ -55,7 +56,8 @@ def build(config: RunConfig, ds_config: str, universal: bool) -> tuple[Any, Zero
 
 def go_on(engine: Any, config: RunConfig, first: int) -> list[float]:
     """The mean losses of the steps from `first` to the end."""
-    timeline, batches = build_timeline(config), open_batches(config)
+    timeline = build_timeline(config)
+    batches = open_batches(config, timeline)
     topology = join_topology(config, Layout(data=runtime.ranks), runtime)
     losses = []
     for step in range(first, timeline.steps):

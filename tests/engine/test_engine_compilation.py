@@ -11,7 +11,8 @@ from qatscale.config.schema import EngineConfig, ModelConfig, QatConfig
 from qatscale.engine.compilation import Compilation, plan_compilation
 from qatscale.errors import UserError
 from qatscale.model.head import chunk_loss, fusible_chunk_loss
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.initial_weights import initialise
+from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import fake_quant_modules

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from qatscale.config.recipe import load_run_config
-from qatscale.data.reader import open_batches
+from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
@@ -180,7 +180,7 @@ def test_qat_from_a_hugging_face_folder_is_the_same_on_every_layout(name: str, m
 @pytest.mark.parametrize("name", TIED)
 def test_its_first_loss_is_that_of_transformers(name: str, made: Made) -> None:
     config = load_run_config(made.runs / f"{name}-p1/recipe.yaml")
-    batch = torch.from_numpy(open_batches(config).batch(0))
+    batch = torch.from_numpy(open_batches(config, build_timeline(config)).batch(0))
     theirs = AutoModelForCausalLM.from_pretrained(made.folder / name)
     with torch.no_grad():
         logits = theirs(input_ids=batch[:, :-1]).logits

@@ -10,7 +10,8 @@ import pytest
 from qatscale.config.ds_config import load_ds_config
 from qatscale.config.recipe import load_run_config
 from qatscale.config.sizes import count_parameters
-from qatscale.engine.layout import Layout, Place, bubble, layout_notices, plan_layout, stages_of
+from qatscale.engine.layout import Layout, Place, stages_of
+from qatscale.engine.layout_plan import bubble, layout_notices, plan_layout
 from qatscale.errors import UserError
 from qatscale.model.stages import divide, stage_parameters
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from qatlaw.figures import Drawn
 from qatlaw.laws import Law
 from qatscale.cli import main
 from qatscale.config.recipe import load_run_config, resolved_yaml
 from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.mlflow_sync import track_sync
+from qatscale.tracking.new_run import create_run_folder
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import quiet_mlflow
 from qatscale.train.evaluate import final_metrics
@@ -28,7 +30,7 @@ def finished(output: Path, name: str, recipe: str, law: Law, *overrides: str, lo
     config = load_run_config(recipe, [f"name={name}", f"output={output}", "evaluation.ptq_bits=[2, 4]", *overrides])
     timeline = build_timeline(config)
     n_params = count_parameters(config.model).total
-    folder = RunFolder.create(
+    folder = create_run_folder(
         output / name, recipe=resolved_yaml(config), ds_config={}, timeline=timeline, n_params=n_params,
         command=["qatscale", "train", recipe],
     )  # fmt: skip
@@ -96,3 +98,26 @@ def empty_store(folder: Path) -> str:
 
         MlflowClient(uri).search_experiments()
     return uri
+
+
+def labels_apart(one: Drawn) -> None:
+    """Every text of a figure, drawn, has a place of its own, and all lie inside the figure."""
+    if one.figure is None:
+        return
+    one.figure.canvas.draw()
+    boxes = []
+    for axes in one.figure.axes:
+        texts = [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]  # type: ignore[attr-defined]
+        boxes += [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text() and t.get_visible()]
+    more = [*one.figure.texts, *(text for legend in one.figure.legends for text in legend.get_texts())]
+    boxes += [(t.get_text(), t.get_window_extent()) for t in more]
+    width, height = one.figure.canvas.get_width_height()
+    for i, (text, box) in enumerate(boxes):
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= -1, (one.name, text)
+        for other, theirs in boxes[i + 1 :]:
+            assert not overlap(box, theirs), (one.name, text, other)
+
+
+def overlap(a, b) -> bool:  # type: ignore[no-untyped-def]
+    """By more than a pixel."""
+    return min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1

@@ -18,6 +18,7 @@ from qatlaw.errors import InputError
 from qatlaw.fit_file import read_fit
 from qatlaw.fitting import fit
 from qatlaw.laws import QAT_PER_BITS
+from qatlaw.measurement import settings_with_effect
 from qatlaw.mlflow_runs import KIND_TAG, mlflow_records
 from qatlaw.results import read_results, write_results
 from qatlaw.run_folders import folder_records
@@ -205,7 +206,7 @@ def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str, tmp_path: Pat
         assert (list(rows.table.frame["name"]), [left.reason for left in rows.left_out]) == (used, reasons)
     if key in TRIALS:
         assert (used, reasons) == (["a"], [f"a trial with a higher loss: {key}=b; the best is a"])
-    elif key in ("seed", "data.seed"):
+    elif key in ("seed", "data.seed", "data.cooldown_seed"):
         assert (used, reasons, found.notices) == (["a", "b"], [], ()), "a repeat"
     elif key in BY_NUMBERS or (key.startswith((*NOT_SCIENCE, "engine.")) and key != "engine.ds_config"):
         assert (used, reasons) == (["b"], ["trained again: as b, which is later"])
@@ -315,3 +316,9 @@ def test_a_store_or_experiment_that_is_not_there_is_told_and_not_made(runs: tupl
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="Did you mean 'qatscale'"):
         mlflow_records(runs[1], "qatscal")
+
+
+def test_a_mixture_is_one_setting() -> None:
+    """One without it, or of other sources, has other keys; keys that a run lacks count as those of a newer version."""
+    mixed = settings_with_effect({"data.mix.web": "0.7", "data.mix.code": "0.3", "data.cooldown_mix": "null"})
+    assert mixed == {"data.mix": "{code: 0.3, web: 0.7}", "data.cooldown_mix": "null"}

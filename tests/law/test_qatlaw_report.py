@@ -29,7 +29,7 @@ from qatlaw.summary import coefficient_rows, comparison_rows, curve_rows, qualit
 from qatlaw.table import RunTable
 from qatlaw.tables import load_table
 from tests.law.browser import CannotError, Seen, open_page
-from tests.law.law_runs import command, finished
+from tests.law.law_runs import command, finished, labels_apart
 
 NAMES = (
     "optimal_fraction", "u_curves", "law_against_measurement", "residuals", "equal_memory", "against_full_precision",
@@ -219,27 +219,8 @@ def test_bit_widths_are_told_apart_without_colour() -> None:
 
 
 def test_no_label_lies_over_another(full: dict[str, Drawn], few: dict[str, Drawn]) -> None:
-    """Every text of a figure, drawn, has a place of its own, and all lie inside the figure."""
     for one in (*full.values(), *few.values()):
-        if one.figure is None:
-            continue
-        one.figure.canvas.draw()
-        boxes = []
-        for axes in one.figure.axes:
-            texts = [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-            boxes += [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text() and t.get_visible()]
-        for legend in one.figure.legends:
-            boxes += [(t.get_text(), t.get_window_extent()) for t in legend.get_texts()]
-        width, height = one.figure.canvas.get_width_height()
-        for i, (text, box) in enumerate(boxes):
-            assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= -1, (one.name, text)
-            for other, theirs in boxes[i + 1 :]:
-                assert not overlap(box, theirs), (one.name, text, other)
-
-
-def overlap(a, b) -> bool:  # type: ignore[no-untyped-def]
-    """By more than a pixel."""
-    return min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+        labels_apart(one)
 
 
 def test_rows_and_amounts() -> None:

@@ -19,7 +19,8 @@ from qatscale.config.schema import ModelConfig, QatConfig
 from qatscale.engine.compilation import Compilation
 from qatscale.model.chunks import chunk_rows
 from qatscale.model.head import linear_cross_entropy
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.initial_weights import initialise
+from qatscale.model.llama import Llama
 from qatscale.model.tensor_parallel import UNSPLIT, TensorParallel, shard_of
 from qatscale.quant.plugin import QatPlugin, view
 from qatscale.quant.scales import initial_scale

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qatscale.config.sizes import count_parameters
-from qatscale.model.llama import Llama, initialise, parameter_shapes, rotate, rotation_tables
+from qatscale.model.initial_weights import initialise
+from qatscale.model.llama import Llama, parameter_shapes, rotate, rotation_tables
 from tests.model.model_shrunken import CONFIGS
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qatlaw.landscape import GRID, Landscape, read_landscape
 from qatscale.config.recipe import load_run_config
-from qatscale.data.reader import open_validation
+from qatscale.data.open import open_validation
 from qatscale.engine.checkpoints.reader import open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.errors import UserError

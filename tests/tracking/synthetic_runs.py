@@ -10,6 +10,7 @@ import numpy as np
 
 from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.schedule.timeline import Segment, Timeline, cooldown_of
+from qatscale.tracking.new_run import create_run_folder
 from qatscale.tracking.run_folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]
@@ -55,7 +56,7 @@ def make_run_in(
             cuts.append(segment(f"{prefix}cooldown", end - cools, end, quantized))
     timeline = Timeline(tuple(cuts), TOKENS_PER_STEP, switch, 0.0)
     lineage = {"name": parent[0].name, "folder": parent[0].path, "step": parent[1]} if parent else None
-    return RunFolder.create(
+    return create_run_folder(
         output / name,
         recipe=recorded_yaml(config),
         ds_config={"zero_optimization": {"stage": 1}},

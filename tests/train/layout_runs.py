@@ -18,9 +18,16 @@ from tests.train.driving import DRIVER, losses, records, spec
 COMMON = ["optimizer.learning_rate=3e-4", "model.heads=4", "model.layers=4"]
 KINDS = {
     "tied2": ["qat.bits=2"],
-    "tied6": ["qat.bits=6", "model.vocab_size=514", "qat.optimizer_state=reset"],  # 514: padded on 4 processes
+    "tied6": ["qat.bits=6", "model.vocab_size=514", "qat.optimizer_state=reset", "data.document_mask=true"],
+    # 514: padded on 4 processes
     "untied1": ["qat.bits=1", "qat.scheme=sequential", "model.tied_embedding=false", "model.vocab_size=515"],
-    "untied4": ["qat.bits=4", "model.tied_embedding=false", "qat.embedding_bits=8", "qat.group_size=16"],
+    "untied4": [
+        "qat.bits=4",
+        "model.tied_embedding=false",
+        "qat.embedding_bits=8",
+        "qat.group_size=16",
+        "data.document_mask=true",
+    ],
 }
 
 

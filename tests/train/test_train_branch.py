@@ -11,7 +11,7 @@ from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
-from qatscale.train.resume import plan_resume
+from qatscale.train.resume import places, plan_resume
 from tests.train.driving import STEPS, SWITCH, assert_same_state, config, losses
 from tests.train.trained_runs import REFERENCE, Trained
 
@@ -57,6 +57,19 @@ def test_a_branch_after_the_switch_keeps_its_scales_and_changes_the_schedule(tra
     assert [tail[10], tail[11]] == [whole[10], whole[11]], "both cooldowns begin at the full rate"
     assert tail[12] != whole[12]
     assert RunFolder(trained.runs / "tail").records("switch") == []
+
+
+@pytest.mark.dist
+def test_a_branch_may_change_the_mixture_of_its_cooldown(trained: Trained) -> None:
+    """Only the mixture up to the branch decides where the sources continue; the trunk has none."""
+    mixed = plan(trained, f"trunk@{SWITCH}", "data.mix={web: 1}")
+    assert mixed is not None
+    assert any("another mixture up to the branch" in notice for notice in mixed.notices)
+    first, other = (config(trained.spec("new"), "data.mix={a: 1}", f"data.cooldown_mix={{{b}: 1}}") for b in "ab")
+    reads = [places(run, build_timeline(run), SWITCH) for run in (first, other)]
+    assert reads == [{"a": SWITCH * first.batch.sequences}] * 2
+    after = [places(run, build_timeline(run), SWITCH + 1) for run in (first, other)]
+    assert after[0] != after[1]
 
 
 @pytest.mark.dist

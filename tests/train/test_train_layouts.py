@@ -22,7 +22,7 @@ MORE_BF16 = ("t2sz3", "t2z2offload")
 SPLIT = [name for name, (processes, _) in LAYOUTS.items() if processes > 1 and not name.startswith("bf16")]
 IN_SUITE = {
     "untied4-t2z3", "untied1-t2sz3", "tied2-p2", "tied2-d2t2sz3",
-    "tied6-t2p2", "untied4-t2sp2", "tied2-p4",
+    "tied6-t2p2", "untied4-t2sp2", "tied6-p4",
 }  # fmt: skip
 GRID = [
     pytest.param(name, id=name, marks=[] if name in IN_SUITE else pytest.mark.slow)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qatscale.data.reader import open_stream
+from qatscale.data.open import open_stream
 from qatscale.engine.runtime import Runtime
 from qatscale.errors import UserError
 from qatscale.schedule.timeline import StepSettings

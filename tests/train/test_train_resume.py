@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from qatscale.config.recipe import load_run_config
+from qatscale.config.recipe import load_run_config, resolved_yaml
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import ResumePlan
 from qatscale.train.evaluate import evaluate_checkpoint
-from qatscale.train.resume import plan_resume, with_qat_rate
+from qatscale.train.resume import as_begun, plan_resume
 from qatscale.train.run import train
 from tests.train.driving import SWITCH, assert_same_state, config, losses
 from tests.train.trained_runs import REFERENCE, STOPPED_BF16, Trained
@@ -64,12 +64,28 @@ def test_a_run_keeps_the_rate_that_it_began_with(timeline: dict[str, Any] | None
     if timeline is not None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "run.json").write_text("{}")
+        (tmp_path / "run" / "recipe.yaml").write_text(resolved_yaml(automatic))
         whole = {"steps": 20, "tokens_per_step": 512, "switch_step": None, "segments": []}
         (tmp_path / "run" / "timeline.json").write_text(json.dumps(whole | timeline))
     folder = RunFolder(tmp_path / "run")
-    assert with_qat_rate(automatic, folder).qat.lr_ratio == pytest.approx(ratio, rel=2e-3)
+    assert as_begun(automatic, folder).qat.lr_ratio == pytest.approx(ratio, rel=2e-3)
     given = load_run_config("debug", [*overrides, "qat.lr_ratio=0.3"])
-    assert with_qat_rate(given, folder) == given
+    assert as_begun(given, folder).qat == given.qat
+
+
+@pytest.mark.parametrize(("recorded", "version"), [("absent", 1), ("auto", 2), ("1", 1), ("2", 2)])
+def test_a_run_keeps_the_initial_weights_that_it_began_with(recorded: str, version: int, tmp_path: Path) -> None:
+    """Runs of versions that did not record `init` had the first generator; so has what their recipe reproduces."""
+    config = load_run_config("debug", [f"output={tmp_path}", "name=run", "qat.scheme=fp"])
+    assert as_begun(config, RunFolder(tmp_path / "run")).init == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    line = "" if recorded == "absent" else f"init: {recorded}\n"
+    recipe.write_text(resolved_yaml(config).replace("init: auto\n", line))
+    assert as_begun(config, RunFolder(tmp_path / "run")).init == version
+    again = load_run_config(recipe, ["name=again"])
+    assert as_begun(again, RunFolder(tmp_path / "again")).init == version
 
 
 @pytest.mark.dist

@@ -31,7 +31,8 @@ KINDS = {
         "qat.bits=4",
         "qat.optimizer_state=reset",
         "data.cooldown_seed=1",
-        "schedule.phases.qat_cooldown={betas: [0.8, 0.99], weight_decay: 0.3}",
+        "schedule.phases.qat_cooldown.betas=[0.8,0.99]",
+        "schedule.phases.qat_cooldown.weight_decay=0.3",
     ],
     "fused2e16": ["qat.embedding_bits=16"],
 }

@@ -120,7 +120,7 @@ class Launched:
     def wait(self, process: subprocess.Popen[bytes]) -> int:
         """The launcher's exit code. Ends all of the job where it takes too long."""
         try:
-            return process.wait(max(30.0, min(240.0, self.job.record.seconds_left + 30)))
+            return process.wait(self.job.patience(240))
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -148,7 +148,10 @@ class Launched:
         """Train, and signal the training process once that share of the steps is done; the last step on record."""
         process = self.start()
         try:
+            until = time.monotonic() + self.job.patience(240)
             while process.poll() is None and max(self.losses(), default=0) < share * self.steps:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{self.name} did not reach the step of its signal:\n{self.tail()}")
                 time.sleep(0.01)
             require(process.poll() is None, f"{self.name} ended before the signal:\n{self.tail()}", {})
             os.kill(self.record("start", "resume")["process"]["pid"], number)
@@ -184,6 +187,10 @@ class Job:
         self.size = SIZES[device]
         self.threads = "1" if device == "cpu" else "4"
         self._runs: dict[str, Launched] = {}
+
+    def patience(self, most: float) -> float:
+        """Seconds to wait for a process: up to 30 beyond the record's time."""
+        return max(1.0, min(most, self.record.seconds_left + 30))
 
     def run(self, name: str, ds_config: str, bits: int, kind: str = "ordinary") -> Launched:
         return Launched(self, name, ds_config, bits, kind)
@@ -258,8 +265,9 @@ class Job:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "analysis")])}
         environment |= {"DS_ACCELERATOR": "cpu"} if self.device == "cpu" else {}
         done = subprocess.run(
-            [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
+            [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False,
+            timeout=self.patience(200),
+        )  # fmt: skip
         require(done.returncode == 0, f"it ended with {done.returncode}:\n{done.stdout}\n{done.stderr[-4000:]}", {})
         found = json.loads(done.stdout[done.stdout.index("{") :])
         losses = {view: value["loss"] for view, value in found["views"].items()}
@@ -375,7 +383,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=SIZES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="for the record alone")
-    parser.add_argument("--seconds", type=float, default=540, help="begin no check after so many")
+    parser.add_argument("--seconds", type=float, default=450, help="begin no check after so many")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
         "--work", type=Path, help="a new folder for data and runs, 30 GB on a GPU; else a temporary one"

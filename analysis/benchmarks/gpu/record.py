@@ -1,4 +1,4 @@
-"""The record of a series of checks: none stops the others, and the files are whole after each of them."""
+"""The record of a series of checks: none stops the others, and the files are complete whenever the script is killed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -15,11 +16,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+GRACE = 60
+"""Seconds that a check may run beyond the record's."""
 PACKAGES = ("torch", "deepspeed", "numpy", "triton", "safetensors", "pydantic")
 
 
 class Record:
-    """Writes NAME.json and NAME.md into a folder. Checks may run in several threads."""
+    """Writes NAME.json and NAME.md into a folder as each check begins and ends. Checks may run in several threads.
+
+    No check begins after so many seconds, and one in the main thread that runs GRACE longer is ended.
+    """
 
     def __init__(self, out: Path, name: str, title: str, about: Mapping[str, str], seconds: float) -> None:
         self.out, self.name, self.title = out, name, title
@@ -38,18 +44,30 @@ class Record:
         """Run one check: passed unless it raises, or the time is over. What it returns are its numbers."""
         began = time.monotonic()
         entry: dict[str, Any] = {"check": name, "passed": False, "seconds": 0.0, "numbers": {}}
+        cut_off = "the script ended while this check ran"
+        with self._lock:
+            place = len(self.checks)
+            self.checks.append({**entry, "error": cut_off, "traceback": cut_off})
+            self._write()
+        in_main_thread = threading.current_thread() is threading.main_thread()
         try:
             if self.seconds_left <= 0:
                 raise TimeoutError("not begun: the time was over")
+            if in_main_thread:  # the only one that signals interrupt
+                signal.signal(signal.SIGALRM, _too_long)
+                signal.setitimer(signal.ITIMER_REAL, self.seconds_left + GRACE)
             entry["numbers"] = dict(what() or {})
             entry["passed"] = True
         except Exception as error:  # whatever it is: the others go on
             entry["error"] = f"{type(error).__name__}: {error}"
             entry["numbers"] = getattr(error, "numbers", {})
             entry["traceback"] = traceback.format_exc()
+        finally:
+            if in_main_thread:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         entry["seconds"] = round(time.monotonic() - began, 1)
         with self._lock:
-            self.checks.append(entry)
+            self.checks[place] = entry
             print(f"{'passed' if entry['passed'] else 'FAILED'}  {name}  {entry['seconds']} s  "
                   f"{_numbers(entry['numbers'])} {entry.get('error', '')[:2000]}", flush=True)  # fmt: skip
             self._write()
@@ -62,7 +80,7 @@ class Record:
         seconds = round(time.monotonic() - self._began)
         content = {"title": self.title, **self.about, "seconds": seconds, "failed": len(self.failed),
                    "checks": self.checks}  # fmt: skip
-        (self.out / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        self._replace(f"{self.name}.json", json.dumps(content, indent=1) + "\n")
         lines = [f"# {self.title}", "", "| | |", "|---|---|"]
         lines += [f"| {key} | {value} |" for key, value in self.about.items()]
         lines += [f"| time | {seconds} s |", f"| result | {len(self.checks) - len(self.failed)} of {len(self.checks)} "
@@ -72,7 +90,17 @@ class Record:
             lines.append(f"| {check['check']} | {passed} | {check['seconds']} | {_numbers(check['numbers'])} |")
         for check in self.failed:
             lines += ["", f"## Failed: {check['check']}", "", "```", check["traceback"].rstrip(), "```"]
-        (self.out / f"{self.name}.md").write_text("\n".join(lines) + "\n")
+        self._replace(f"{self.name}.md", "\n".join(lines) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file of which nobody sees a half."""
+        part = self.out / f".{name}"
+        part.write_text(text)
+        part.replace(self.out / name)
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"ended: it ran {GRACE} s beyond the time")
 
 
 class FailedCheckError(AssertionError):

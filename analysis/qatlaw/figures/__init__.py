@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from qatlaw.figures import by_law, differences, optima
+from qatlaw.figures import by_law, cooldown, differences, optima
 from qatlaw.figures.evidence import Drawn, Evidence, Laws
 
 SUBJECTS: tuple[Callable[[Evidence], Drawn], ...] = (
@@ -17,5 +17,20 @@ SUBJECTS: tuple[Callable[[Evidence], Drawn], ...] = (
     differences.draw_shapes,
 )
 """In the order of the report."""
+LABORATORY: tuple[Callable[[Evidence], Drawn], ...] = (
+    cooldown.draw_orders,
+    cooldown.draw_bias_variance,
+    cooldown.draw_adamw,
+    cooldown.draw_lengths,
+    cooldown.draw_averages,
+)
+"""In place of `draw_shapes` where runs differ in the order of the cooldown's data."""
 
-__all__ = ["SUBJECTS", "Drawn", "Evidence", "Laws"]
+
+def draw_all(evidence: Evidence) -> tuple[Drawn, ...]:
+    """The figures of the report about these runs, those that lack something included."""
+    drawn = (*SUBJECTS[:-1], *LABORATORY) if len(evidence.branches) else SUBJECTS
+    return tuple(draw(evidence) for draw in drawn)
+
+
+__all__ = ["LABORATORY", "SUBJECTS", "Drawn", "Evidence", "Laws", "draw_all"]

@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from qatlaw.fraction import MEASURED_S, ROUNDING
 from qatlaw.laws.base import Floats, Law
+from qatlaw.runs import RunRecord
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
 if TYPE_CHECKING:
@@ -53,6 +55,16 @@ class Evidence:
 
     table: RunTable
     laws: Laws | None
+    records: tuple[RunRecord, ...] = ()
+    """The runs as tracking has them, with the trials and averages that the table leaves out."""
+
+    @cached_property
+    def branches(self) -> pd.DataFrame:
+        """`cooldown.branch_frame` of the records; empty where no run differs in the cooldown's data alone."""
+        from qatlaw.cooldown import SEED, branch_frame
+
+        orders = {record.recipe.get(SEED, "0") for record in self.records}
+        return branch_frame(self.records) if len(orders) > 1 else pd.DataFrame()
 
     @cached_property
     def scheme(self) -> str | None:
@@ -122,6 +134,8 @@ class Drawn:
     caption: str = ""
     """Says what is measured and what is predicted by a law, with units and ranges."""
     figure: Figure | None = None
+    table: pd.DataFrame | None = None
+    """Its numbers, for a file beside it."""
     lacking: str = ""
     """What it would need, where `figure` is None."""
     warnings: tuple[str, ...] = ()

@@ -112,7 +112,7 @@ def _tokenizer(folder: Path, config: RunConfig) -> str | None:
     Where the recipe names data, theirs, if both give the same ids to the same texts: they may end documents with other
     tokens. UserError where they do not.
     """
-    data = config.data.path
+    data = config.data.folder
     own, names_end = _load(folder)
     prepared = tokenizer_folder(data) if data and data.is_dir() else None
     if prepared is None:

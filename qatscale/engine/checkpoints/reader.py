@@ -127,6 +127,11 @@ class CheckpointReader:
         return {name: self.parameter(name) for name in self.manifest.parameters}
 
 
+def only_data(folder: Path | None) -> list[str]:
+    """Overrides for prepared data in `folder` instead of a run's own; none for None."""
+    return [f"data.path={folder}", "data.mix=null", "data.cooldown_mix=null"] if folder else []
+
+
 def open_checkpoint(what: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, CheckpointReader]:
     """A checkpoint, named as `find_checkpoint` takes it, and its run's configuration with `overrides`.
 

@@ -32,6 +32,7 @@ from typing_extensions import TypedDict
 from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
+from qatscale.data.open import joined
 from qatscale.engine.checkpoints.files import KINDS
 from qatscale.engine.checkpoints.manifest import PluginState
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState, skeleton
@@ -185,7 +186,8 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
         tokenizer = known.get("tokenizer")
     else:
         step, plugin = _place(config, bones, adam_steps, reader)
-        known_data = None if config.data.path is None else Manifest.load(config.data.path)
+        folders = config.data.sources
+        known_data = joined({name: Manifest.load(path) for name, path in folders.items()}) if folders else None
         data = known_data.fingerprint if known_data else UNKNOWN_DATA
         tokenizer = known_data.tokenizer.fingerprint if known_data else None
     return TrainingState(config, str(folder), step, data, plugin, bones.shapes, adam_steps, reader.read, tokenizer)

@@ -25,7 +25,8 @@ from qatscale.engine.estimate.memory import (
     zero_settings,
 )
 from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time, traffic_of
-from qatscale.engine.layout import Layout, bubble, layout_notices, plan_layout, stages_of
+from qatscale.engine.layout import Layout, stages_of
+from qatscale.engine.layout_plan import bubble, layout_notices, plan_layout
 from qatscale.errors import UserError
 
 Phase = Literal["fp", "qat"]
@@ -42,7 +43,7 @@ class StageMemory:
     moment: str
     kinds: dict[Kind, int]
     start: int
-    """While the share of the model is on the device as it was built, undivided and in fp32."""
+    """While the model is built, see `start_bytes`."""
 
     @property
     def step(self) -> int:
@@ -179,7 +180,9 @@ def _speed(config: RunConfig, processes: int, given: Given, precision: str) -> f
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError("--mfu", mfu, "a share of the device's peak, above 0 and at most 1, e.g. 0.4.")
     if gpu is not None and (given.peak is None or given.memory is None):
-        known = f"Give its --gpu-memory and --peak-flops. Known: {', '.join(device_names())}."
+        alike = [name for name in device_names() if gpu.lower() in name.lower()]
+        names = f"Which one: {', '.join(alike)}?" if alike else f"Known: {', '.join(device_names())}."
+        known = f"{names} Or give its --gpu-memory and --peak-flops."
         raise UserError("--gpu", gpu, "its peak and memory are not known here, and are not guessed.", known)
     if mfu is None:
         return None
@@ -207,7 +210,7 @@ def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], job:
         option = "--gpu" if job.given.gpu else "--gpu-memory"
         problems.append(UserError(option, job.given.gpu or job.given.gpu_memory, problem, _would(fitting)))
     if job.fits_host is False:
-        needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory ({job.host.when})"
+        needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory"
         fitting = [
             f"{what} ({_gigabytes(o.host.total)})"
             for what, o in _changes(config, ds_config, job)

@@ -216,12 +216,15 @@ def _gradients(groups: Mapping[str, Group], zero: ZeroSettings) -> _Gradients:
 
 
 def start_bytes(local: LocalSizes, zero: ZeroSettings) -> int:
-    """Bytes on the device before the first step: it gets the process's share of the model undivided and in fp32.
+    """Bytes of weights on the device before optimizer states are made, at the fullest moment.
 
-    In fp32 ZeRO-1 and 2 flatten a copy of each optimizer group; a cast to bf16 takes one parameter at a time.
+    ZeRO-1 and 2 flatten a copy of each optimizer group. ZeRO-3 divides one parameter after the other as it gets its
+    memory, and then copies the shares into one buffer.
     """
-    copied = local.weights - local.norms if zero.weight == FP32 and zero.stage < 3 else 0
-    return FP32 * (local.weights + local.scales + copied)
+    if zero.stage < 3:
+        return zero.weight * (2 * local.weights - local.norms + local.scales)
+    share = sum(partition(group, zero) for group in local.groups.values())
+    return zero.weight * (share + max(share, local.largest))
 
 
 def fullest_moment(
@@ -317,36 +320,28 @@ def _loss(head: Matrix, tokens: int, weight: int, device: Device) -> tuple[int, 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of a node. Token shards are memory-mapped: the system drops their pages when others need the memory."""
+    """Bytes of a node. Initial weights are drawn in pieces of 128 KiB on their way to the device. Token shards are
+    memory-mapped: the system drops their pages when others need the memory."""
 
     processes: int
     libraries: int
-    start: int
-    """While each process builds its share of the model in fp32 and draws one parameter at a time."""
     checkpoint: int
     """The copy from which `checkpoint.background` writes: 12 bytes a parameter, page-locked with a GPU."""
     offloaded: int
 
     @property
     def total(self) -> int:
-        return self.libraries + max(self.start, self.checkpoint + self.offloaded)
-
-    @property
-    def when(self) -> str:
-        """The time at which the total is reached."""
-        return "at the start" if self.start > self.checkpoint + self.offloaded else "in training"
+        return self.libraries + self.checkpoint + self.offloaded
 
 
 def host_memory(config: RunConfig, layout: Layout, stages: list[LocalSizes], zero: ZeroSettings) -> HostMemory:
     """The memory of a node whose processes all hold what the fullest stage's do."""
     processes = min(GPUS_A_NODE, layout.processes)
-    drawn = config.model.vocab_size * config.model.hidden_size
     copied = 3 * FP32 if config.checkpoint.background else 0
     parts = [sum(partition(group, zero) for group in local.groups.values()) for local in stages]
     return HostMemory(
         processes=processes,
         libraries=processes * LIBRARIES,
-        start=processes * FP32 * max(local.weights + local.scales + drawn for local in stages),
         checkpoint=processes * copied * max(parts),
         offloaded=processes * max(between_steps(local, zero)["host"] for local in stages),
     )

@@ -26,13 +26,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from qatscale.config.ds_config import merge_ds_config
 from qatscale.config.recipe import load_run_config
-from qatscale.engine.initialize import apply_settings, initialize_engine
-from qatscale.engine.layout import plan_layout
+from qatscale.engine.initialize import initialize_engine, place_parameters
+from qatscale.engine.layout_plan import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime
-from qatscale.engine.step import train_step
+from qatscale.engine.step import apply_settings, train_step
 from qatscale.engine.topology import join_topology
 from qatscale.engine.zero_masters import ZeroMasters
-from qatscale.model.llama import Llama, initialise
+from qatscale.model.initial_weights import InitialWeights
+from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 
@@ -50,11 +51,13 @@ def measure(overrides: list[str], ds_config: dict[str, Any], runtime: Runtime) -
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function("step build"):
-            model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
-            initialise(model, 0)
-            plugin = QatPlugin(config.qat, SWITCH)
-            plugin.prepare(model)
+            with torch.device("meta"):
+                model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
+                plugin = QatPlugin(config.qat, SWITCH)
+                plugin.prepare(model)
             merged = merge_ds_config(config, ds_config, layout.data)
+            weights = InitialWeights(config.model, config.seed)
+            place_parameters(model, weights, merged, topology, runtime.device, draw=True)
             engine, masters = initialize_engine(model, plugin, config, merged, topology)
         for step in range(STEPS):
             plugin.maybe_switch(step, masters)

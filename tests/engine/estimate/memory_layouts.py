@@ -13,7 +13,8 @@ from typing import Any
 from qatscale.config.recipe import load_run_config
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
 from qatscale.engine.estimate.memory import Kinds, fullest_moment, zero_settings
-from qatscale.engine.layout import Layout, plan_layout, stages_of
+from qatscale.engine.layout import Layout, stages_of
+from qatscale.engine.layout_plan import plan_layout
 from tests.processes import run
 
 DRIVER = Path(__file__).with_name("memory_driver.py")

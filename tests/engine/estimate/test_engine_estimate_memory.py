@@ -11,7 +11,8 @@ from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
 from qatscale.engine.estimate.memory import Kinds, between_steps, fullest_moment, partition, zero_settings
-from qatscale.engine.layout import Layout, plan_layout, stages_of
+from qatscale.engine.layout import Layout, stages_of
+from qatscale.engine.layout_plan import plan_layout
 
 ZERO1_BF16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
 

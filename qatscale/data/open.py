@@ -1,0 +1,119 @@
+"""The data that a recipe names: its batches and its held-out sequences."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import get_args
+
+from qatscale.config.schema import RunConfig
+from qatscale.data.manifest import Manifest, Split, SplitCounts, Verify
+from qatscale.data.mixture import Mixture
+from qatscale.data.reader import BatchReader, EvaluationReader, MixedReader, TokenStream
+from qatscale.errors import UserError
+from qatscale.schedule.timeline import Timeline
+
+
+def open_batches(config: RunConfig, timeline: Timeline) -> BatchReader | MixedReader:
+    """The training batches of a run. UserError as from `open_stream`, and where the data cannot fill one batch."""
+    data, sequences, mixture = config.data, config.batch.sequences, mixture_of(config, timeline)
+    last = timeline.last_cooldown
+    tail = (last, data.cooldown_seed) if data.cooldown_seed and last is not None else None
+    if mixture is None:
+        return BatchReader(open_stream(config, "train"), data.sequence_length, sequences, data.seed, tail)
+    streams = _open_sources(config, "train")
+    return MixedReader(_manifest_of(streams), streams, mixture, data.sequence_length, sequences, data.seed, tail)
+
+
+def open_validation(config: RunConfig) -> EvaluationReader:
+    """The held-out batches of a run. UserError as from `open_stream`."""
+    held_out = open_stream(config, "validation")
+    return EvaluationReader(held_out, config.data.sequence_length, config.evaluation.tokens, config.batch.micro_batch)
+
+
+def open_stream(config: RunConfig, split: Split) -> TokenStream:
+    """A split of the run's data, after checks of its checksums and vocabulary. Sources follow one another.
+
+    UserError for data that are missing, damaged or of another vocabulary.
+    """
+    streams = _open_sources(config, split)
+    if len(streams) == 1:
+        return next(iter(streams.values()))
+    assert config.data.path is not None
+    manifest = _manifest_of(streams)
+    open_shard = functools.partial(manifest.open_shard, config.data.path)
+    return TokenStream(manifest, manifest.splits[split].shards, open_shard, f"{config.data.path} ({split})")
+
+
+def _open_sources(config: RunConfig, split: Split) -> dict[str, TokenStream]:
+    """By name the sources of the run's data that have this split; all of them, if it is the training split.
+
+    Rank 0 reads the bytes, and the first rank of every other host checks sizes. The others trust them, so that a large
+    job neither reads the corpus nor asks for every file once per process.
+    """
+    if config.data.path is None:
+        fix = "Prepare some, `qatscale prepare SOURCE --out DIR`, and set data.path=DIR."
+        raise UserError("data.path", None, "is not set.", fix)
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))  # before they have met
+    verify: Verify = "auto" if rank == "0" else "size" if local_rank == "0" else "trust"
+    manifests = {name: Manifest.load(folder) for name, folder in config.data.sources.items()}
+    joined(manifests).check_vocabulary(config.model.vocab_size)
+    held = [name for name, manifest in manifests.items() if split == "train" or manifest.holds(split)]
+    return {
+        name: TokenStream.of(manifests[name], config.data.sources[name], split, verify) for name in held or manifests
+    }
+
+
+def _manifest_of(streams: Mapping[str, TokenStream]) -> Manifest:
+    return joined({name: stream.manifest for name, stream in streams.items()})
+
+
+def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture | None:
+    """The mixture of a run; None without `data.mix`.
+
+    `data.cooldown_mix` holds from the first cooldown or the switch to QAT, whichever is first, to the end.
+    """
+    data = config.data
+    if data.mix is None:
+        return None
+    change = timeline.boundaries[0] * config.batch.sequences if timeline.boundaries else None
+    return Mixture(data.mix, data.cooldown_mix if timeline.boundaries else None, change)
+
+
+def joined(manifests: Mapping[str, Manifest]) -> Manifest:
+    """The manifest of several prepared folders, by their names in one folder. A single one stays as it is.
+
+    UserError where the ids of one are another tokenizer's.
+    """
+    known = {name: manifest for name, manifest in manifests.items() if manifest.tokenizer.fingerprint} or manifests
+    first, chosen = next(iter(known.items()))
+    if len(manifests) == 1:
+        return chosen
+    for name, manifest in manifests.items():
+        if manifest.dtype != chosen.dtype:
+            problem = f"the sources store tokens in two types: {first} in {chosen.dtype}, {name} in {manifest.dtype}."
+            raise UserError("data.mix", None, problem, "Write one of them again with the other's.")
+    for name, manifest in known.items():
+        if manifest.tokenizer.fingerprint != chosen.tokenizer.fingerprint:
+            found = [f"{one} with {known[one].tokenizer.fingerprint:.12}…" for one in (first, name)]
+            fix = "The same ids mean other text. Prepare one of them again with the other's: --tokenizer FOLDER."
+            raise UserError("data.mix", None, f"the sources have two tokenizers: {', '.join(found)}.", fix)
+    splits: dict[Split, SplitCounts] = {}
+    for split in get_args(Split):
+        parts = {name: manifest.splits[split] for name, manifest in manifests.items() if split in manifest.splits}
+        splits[split] = SplitCounts(
+            documents=sum(part.documents for part in parts.values()),
+            tokens=sum(part.tokens for part in parts.values()),
+            text_bytes=sum(part.text_bytes or 0 for part in parts.values()) or None,
+            shards=[
+                shard.model_copy(update={"name": f"{name}/{shard.name}"})
+                for name, part in parts.items()
+                for shard in part.shards
+            ],
+        )
+    card = chosen.tokenizer
+    size = max(manifest.tokenizer.vocab_size for manifest in manifests.values())
+    folder = card.folder and f"{first}/{card.folder}"
+    card = card.model_copy(update={"vocab_size": size, "folder": folder})
+    return Manifest.model_validate({**dict(chosen), "tokenizer": card, "splits": splits})
