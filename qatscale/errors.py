@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from qatlaw.errors import InputError
 from qatlaw.errors import did_you_mean as did_you_mean
+from qatlaw.errors import first_invalid as first_invalid
 from qatlaw.errors import nearest as nearest
 
 EXIT_OK = 0
@@ -26,6 +26,10 @@ class UserError(InputError):
     """A wrong input of a run: a recipe's key, an option, a file or a folder."""
 
 
+SHOWN = 30
+"""Problems that a message lists."""
+
+
 class UserErrors(UserError):  # noqa: N818 - several of them
     """Several wrong inputs at once, so that one try corrects them all. `key`, `value`... are those of the first."""
 
@@ -33,7 +37,9 @@ class UserErrors(UserError):  # noqa: N818 - several of them
         first = problems[0]
         super().__init__(first.key, first.value, first.problem, first.fix)
         self.problems = tuple(problems)
-        self.args = ("\n".join([f"{len(problems)} problems:", *(f"  {problem}" for problem in problems)]),)
+        lines = [f"  {problem}" for problem in problems[:SHOWN]]
+        more = [f"  and {len(problems) - SHOWN} more"] if problems[SHOWN:] else []
+        self.args = ("\n".join([f"{len(problems)} problems:", *lines, *more]),)
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.problems,)
@@ -67,10 +73,3 @@ def fault(error: BaseException) -> str | None:
 def first_line(error: Exception) -> str:
     """Another library's message, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def first_invalid(error: Any) -> str:
-    """Where the first problem of pydantic's ValidationError lies, and what it is: 'plugin.bits: Input should be …'."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"])) or "its text"
-    return f"{place}: {first['msg']}"

@@ -8,19 +8,22 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from qatlaw.files import PARTIAL as PARTIAL
+from qatlaw.files import Count as Count
+from qatlaw.files import decode as decode
+from qatlaw.files import read_small, write_atomic
 from qatlaw.files import rename_synced as rename_synced
-from qatlaw.files import sync, write_atomic
-from qatscale.errors import UserError
+from qatscale.errors import UserError, first_invalid
 
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+Value = TypeVar("Value")
 
 
 class HeldError(RuntimeError):
@@ -43,9 +46,29 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, f"{text}\n".encode())
 
 
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote. OSError, or ValueError for what is not JSON."""
-    return decode(json.loads(path.read_text(encoding="utf-8")))
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` as `write_json` takes it, with a checksum of all of it, which `read_checked` compares."""
+    return {**content, "checksum": _digest(encode(content))}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_checked(path: Path, schema: TypeAdapter[Value], key: str, fix: str = "") -> Value:
+    """A JSON file of ours by its schema. UserError, about `key`, with the file, and the field where one is damaged."""
+    try:
+        raw = read_small(path)
+        value = schema.validate_json(raw, strict=True)
+    except ValidationError as error:
+        raise UserError(key, str(path), f"is damaged: {first_invalid(error)}.", fix) from None
+    except OSError as error:
+        raise UserError(key, str(path), f"cannot be read: {error.strerror}.", fix) from None
+    content = json.loads(raw)
+    if isinstance(content, dict) and content.get("checksum", "") not in ("", _digest(content)):
+        raise UserError(key, str(path), "was altered: its checksum differs.", fix)
+    return value
 
 
 def encode(value: Any) -> Any:
@@ -73,43 +96,6 @@ def encode(value: Any) -> Any:
     if isinstance(value, Iterable):
         return [encode(item) for item in value]
     raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
-
-
-def decode(value: Any) -> Any:
-    """The inverse of `encode` for numbers: the three strings become floats again."""
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {key: decode(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    return value
-
-
-def check_new(out: Path) -> None:
-    """UserError where `out` holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("--out", str(out), "exists already and is not empty.", "Choose another folder.")
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A hidden folder of the same name to fill. When the block ends without an error it becomes `out`, by one rename;
-    else nothing is left of it."""
-    hidden = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder = hidden / out.name
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
-    try:
-        yield folder
-        sync(folder)
-        folder.replace(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

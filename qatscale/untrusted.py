@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qatlaw.files import read_small
 from qatscale.errors import UserError
 
 
 def read_json(path: Path, key: str) -> Any:
     """UserError, about `key`, for a file that is missing, unreadable or not JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(key, str(path), f"cannot be read: {error}.") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(key, str(path), f"cannot be read: {reason}.") from None
 
 
 def read_object(path: Path, key: str) -> dict[str, Any]:
@@ -52,12 +54,17 @@ def check_json_files(folder: Path, key: str, auto_class: str = "Auto") -> None:
 
 
 def check_safetensors(folder: Path, key: str) -> None:
-    """UserError, about `key`, for a file of tensors that cannot be opened."""
+    """UserError, about `key`, for a file of tensors that cannot be opened, and for more layers than tensors."""
     from safetensors import SafetensorError, safe_open
 
+    tensors, config = 0, folder / "config.json"
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="np"):
-                pass
+            with safe_open(path, framework="np") as file:
+                tensors += len(file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(key, str(path), f"cannot be read: {error}.") from None
+    layers = read_object(config, key).get("num_hidden_layers") if config.is_file() else None
+    if isinstance(layers, int) and layers > tensors:  # before anything loops over them
+        problem = f"num_hidden_layers is {layers}, and the folder holds {tensors} tensors."
+        raise UserError(key, str(config), problem)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "qatlaw", "errors", "files", "tensor_files", "untrusted", "config", "schedule", "data", "model", "quant", "engine",
-    "supervise", "tracking", "train", "study", "export", "inference", "cli", "__main__",
+    "qatlaw", "errors", "files", "new_folder", "tensor_files", "untrusted", "config", "schedule", "data", "model",
+    "quant", "engine", "supervise", "tracking", "train", "study", "export", "inference", "cli", "__main__",
 ]  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT / folder).with_suffix("").parts).removesuffix(".__init__"): path

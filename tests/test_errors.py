@@ -23,6 +23,18 @@ def test_a_message_names_key_value_and_what_to_do(error: UserError, message: str
     assert isinstance(error, ValueError)
 
 
+def test_a_message_has_a_largest_size() -> None:
+    long = str(UserError("k" * 10_000, "v" * 10_000, f"{'p' * 10_000}.", "Fix it."))
+    assert len(long) < 2500
+    assert long.startswith("kkk")
+    assert long.endswith("ppp. Fix it.")
+    path = "/scratch/" + "a-folder/" * 25
+    assert path in str(UserError("data.path", path, "no such folder."))
+    many = str(UserErrors([UserError(f"key{i}", None, "unknown key.") for i in range(1000)]))
+    assert many.startswith("1000 problems:")
+    assert many.endswith("\n  and 970 more")
+
+
 def test_an_error_survives_a_process_pool() -> None:
     for error in (InputError("a", 1, "wrong.", "Say 2."), UserError("a", 1, "wrong.", "Say 2.")):
         copy = pickle.loads(pickle.dumps(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -14,12 +15,25 @@ class InputError(ValueError):
 
     def __init__(self, key: str, value: object, problem: str, fix: str = "") -> None:
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
-        shown = f"{key} = {value!r}" if value is not None else key
-        super().__init__(f"{shown}: {problem}" + (f" {fix}" if fix else ""))
+        shown = f"{cut(key)} = {cut(repr(value))}" if value is not None else cut(key)
+        super().__init__(f"{shown}: {cut(problem, 2000)}" + (f" {cut(fix, 1000)}" if fix else ""))
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
         return type(self), (self.key, self.value, self.problem, self.fix)
+
+
+def cut(text: str, length: int = 100) -> str:
+    """At most about `length` characters, without the middle of what is longer; a path may have a few more."""
+    length *= 3 if "/" in text else 1
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 2 :]}"
+
+
+def first_invalid(error: Any) -> str:
+    """Where the first problem of pydantic's ValidationError lies, and what it is: 'plugin.bits: Input should be …'."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "its text"
+    return f"{cut(place)}: {first['msg']}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
 
 PARTIAL = ".partial"
 """Ending of a file that is still being written."""
+Count = Annotated[int, Ge(0), Lt(1 << 53)]
+"""A number of things in a file; JSON holds larger ones inexactly."""
+LARGEST = 256 << 20
+"""Bytes of a file of JSON or YAML."""
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def read_small(path: Path) -> bytes:
+    """The content of a file of JSON or YAML. OSError, also for one of an absurd size."""
+    if path.stat().st_size > LARGEST:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST >> 20} MB", str(path))
+    return path.read_bytes()
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `qatscale.files.encode` for numbers: the three strings become floats again."""
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    return [decode(item) for item in value] if isinstance(value, list) else value
 
 
 def sync(path: Path) -> None:
@@ -28,10 +53,14 @@ def rename_synced(partial: Path, final: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     rename_synced(partial, path)
 
 

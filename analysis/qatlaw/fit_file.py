@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qatlaw.errors import InputError
-from qatlaw.files import write_atomic
+from qatlaw.errors import InputError, first_invalid
+from qatlaw.files import read_small, write_atomic
 from qatlaw.fraction import ROUNDING
 from qatlaw.laws import FORMS
 from qatlaw.laws.base import Floats, Law, LawForm
@@ -176,16 +176,15 @@ def read_fit(path: str | Path) -> FitFile:
     """InputError, with the field, where the file is not a fit.json of this format or holds no sound law."""
     again = "Make the file again with `qatscale fit`."
     try:
-        file = FitFile.model_validate_json(Path(path).read_bytes(), strict=True)
+        file = FitFile.model_validate_json(read_small(Path(path)), strict=True)
         if file.law.form.one_width and "bits" not in file.range:
             raise InputError("range.bits", None, f"is missing; {file.form} describes one bit width.")
         _ = file.bootstrap  # raises for an unsound resample
     except OSError as error:
         raise InputError("fit", str(path), f"cannot be read: {error.strerror}.", again) from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {field}" if field else str(path), None, f"{first['msg']}.", again) from None
+        field, _, reason = first_invalid(error).partition(": ")
+        raise InputError(f"{path}: {field}", None, f"{reason}.", again) from None
     except InputError as error:
         raise InputError(f"{path}: {error.key}", error.value, error.problem, again) from None
     return file

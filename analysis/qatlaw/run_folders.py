@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qatlaw.errors import InputError
+from qatlaw.run_files import read_run_file
 from qatlaw.runs import RunRecord
-
-_NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
-"""How done.json writes numbers that JSON lacks."""
 
 
 def folder_records(output: Path) -> list[RunRecord]:
@@ -25,23 +22,21 @@ def run_record(folder: Path) -> RunRecord:
     """A run's folder as MLflow would have the run. A file that cannot be read makes a record of kind `damaged`."""
     name = folder.resolve().name
     try:
-        run = _read_json(folder / "run.json")
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        run, recipe = (read_run_file(folder / file) for file in ("run.json", "recipe.yaml"))
         done = folder / "done.json"
-        final = _read_json(done)["metrics"] if done.is_file() else {}
         return RunRecord(
             run_id=run["id"],
             name=name,
             status="FINISHED" if done.is_file() else _last_event(folder),
-            final={key: float(value) if value in _NOT_FINITE else value for key, value in final.items()},
+            final=read_run_file(done)["metrics"] if done.is_file() else {},
             recipe=flatten({key: value for key, value in recipe.items() if key != "tracking"})
             | flatten(run.get("resolved", {})),
             created=run["created"],
             kind="imported" if run.get("imported") else "training",
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        problem = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        return RunRecord(str(folder.resolve()), name, " ".join(f"{problem}".split()), {}, {}, kind="damaged")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        problem = f"{Path(str(error.value)).name} {error.problem}" if isinstance(error, InputError) else str(error)
+        return RunRecord(str(folder.resolve()), name, " ".join(problem.split()), {}, {}, kind="damaged")
 
 
 def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -57,10 +52,6 @@ def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _last_event(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -16,14 +17,17 @@ from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
 _LATER = 5.0
+_FORBIDDEN = r".*\[Errno (1|13|30)\] "
+"""EPERM, EACCES, EROFS: the command names a place that its user may not read or write."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line. Wrong input gives one message and exit code 2.
 
-    A machine fault (disk, permission) or a diverged run gives one message and exit code 1; the run's log has the
-    traceback. In a job of many processes the first one reports. The others wait a few seconds: the launcher ends them
-    when the first one exits, and an error of a single process is still reported.
+    So does a place that may not be read or written. Another fault of the machine (a full disk) or a diverged run gives
+    one message and exit code 1; the run's log has the traceback. In a job of many processes the first one reports. The
+    others wait a few seconds: the launcher ends them when the first one exits, and an error of a single process is
+    still reported.
     """
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
@@ -45,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
             if fault(error) is None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-            sys.exit(EXIT_FAILED)
+            sys.exit(EXIT_BAD_INPUT if re.match(_FORBIDDEN, str(error)) else EXIT_FAILED)
 
 
 @contextmanager

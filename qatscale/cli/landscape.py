@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,11 +48,13 @@ def landscape(
     The plane holds the line from BEFORE to AFTER (x) and Adam's step at BEFORE (y, orthogonal to it); 1 on both axes is
     the distance between the two. You can stop the command and start it again: measured points stay.
     """
+    from pydantic import TypeAdapter
+
     from qatlaw.figures.landscape import draw_landscape
     from qatlaw.files import write_figure
     from qatlaw.landscape import SUMMARY, read_landscape
     from qatscale.config.amounts import positive_amount
-    from qatscale.files import read_json, write_json
+    from qatscale.files import read_checked, write_json
     from qatscale.study.landscape import measure_landscape, open_scene
     from qatscale.study.plane import Grid
 
@@ -64,7 +66,8 @@ def landscape(
         scene = open_scene(before, after, Grid(resolution, across), view, path, overrides)
         measure_landscape(scene, out, _forecast(len(scene.views), status))
     found = read_landscape(out)
-    write_json(out / SUMMARY, {**read_json(out / SUMMARY), "summary": found.summary, "findings": found.findings})
+    begun = read_checked(out / SUMMARY, TypeAdapter(dict[str, Any]), "--out")
+    write_json(out / SUMMARY, {**begun, "summary": found.summary, "findings": found.findings})
     figure = draw_landscape(found)
     for ending in ("png", "svg"):
         write_figure(figure, out / f"landscape.{ending}", dpi=200)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from qatlaw.files import read_small
 from qatscale.config.ds_keys import (
     ACCEPTED,
     FORMER_NAMES,
@@ -272,7 +273,7 @@ def _path(name_or_path: str | Path) -> Path:
 def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
     path = _path(name_or_path)
     try:
-        ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        ds = json.loads(read_small(path), object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}", None, f"not valid JSON: {error.msg}.") from error
     except RecursionError:
@@ -280,7 +281,8 @@ def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
     except UserError:
         raise
     except (OSError, ValueError) as error:  # not UTF-8; a number of more digits than Python reads
-        raise UserError("engine.ds_config", str(path), f"cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError("engine.ds_config", str(path), f"cannot be read: {reason}.") from error
     if not isinstance(ds, dict):
         problem = f"holds a {type(ds).__name__}, not an object of keys and values."
         raise UserError("engine.ds_config", str(path), problem)

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from qatlaw.errors import cut
+from qatlaw.files import read_small
 from qatscale.config.section import KeyPath
 from qatscale.errors import UserError
 
@@ -68,7 +70,7 @@ class _Loader(yaml.SafeLoader):
             raise _error(f"not a valid {node.tag.removeprefix(_CORE)}", node) from None
 
     def construct_undefined(self, node: yaml.Node) -> NoReturn:
-        raise _error(f"the tag {node.tag.replace(_CORE, '!!')} is not supported; write a plain value", node)
+        raise _error(f"the tag {cut(node.tag).replace(_CORE, '!!')} is not supported; write a plain value", node)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         digits = str(self.construct_scalar(node)).replace("_", "")
@@ -80,7 +82,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if isinstance(key_node, yaml.ScalarNode) and key in first_at:
-                raise _error(f"the key {key!r} is here and on line {first_at[key]}; keep one", key_node)
+                raise _error(f"the key {cut(repr(key))} is here and on line {first_at[key]}; keep one", key_node)
             first_at[str(key)] = line
         return super().construct_mapping(node, deep)
 
@@ -127,9 +129,10 @@ def parse_document(text: str, source: str) -> Document:
 def read_document(path: Path, key: str) -> Document:
     """The mapping in a file, {} where it is empty. `key` names the file in an error."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(key, str(path), f"cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(key, str(path), f"cannot be read: {reason}.") from error
     document = parse_document(text, str(path))
     if document.value is not None and not isinstance(document.value, dict):
         raise UserError(key, str(path), f"holds a {type(document.value).__name__}, not `key: value` lines.")

@@ -28,6 +28,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from qatscale.errors import UserError
+from qatscale.files import Count
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -47,12 +48,12 @@ class Shard(BaseModel):
 
     name: str
     """Path without ending, relative to the manifest's folder."""
-    documents: int
-    tokens: int
-    start: int = 0
+    documents: Count
+    tokens: Count
+    start: Count = 0
     """First token. A split may hold a stretch of a file, of which other splits hold the rest."""
-    bin_bytes: int
-    idx_bytes: int
+    bin_bytes: Count
+    idx_bytes: Count
     bin_sha256: str
     idx_sha256: str
 

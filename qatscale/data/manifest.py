@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from qatlaw.text import plural
 from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, Shard
-from qatscale.errors import UserError, first_invalid
-from qatscale.files import sha256_of, write_json
+from qatscale.errors import UserError
+from qatscale.files import Count, read_checked, sealed, sha256_of, write_json
 
 Split = Literal["train", "validation"]
 Verify = Literal["auto", "size", "full", "trust"]
@@ -30,9 +30,9 @@ class _Part(BaseModel):
 
 
 class SplitCounts(_Part):
-    documents: int
-    tokens: int
-    text_bytes: int | None
+    documents: Count
+    tokens: Count
+    text_bytes: Count | None
     """UTF-8 bytes of the documents; null for adopted shards."""
     shards: list[Shard]
 
@@ -41,9 +41,9 @@ class TokenizerCard(_Part):
     kind: str
     """sentencepiece, huggingface, or unknown for adopted shards."""
     fingerprint: str | None
-    vocab_size: int
+    vocab_size: Count
     """One more than the largest id that may occur."""
-    eos_id: int | None
+    eos_id: Count | None
     folder: str | None
     """Where its files are, relative to the manifest."""
 
@@ -58,8 +58,10 @@ class Manifest(_Part):
     """As they were given."""
     identity: dict[str, Any]
     """What decided the content: the sources' fingerprints and the options. Preparing it again does nothing."""
-    empty_documents: int
+    empty_documents: Count
     splits: dict[Split, SplitCounts]
+    checksum: str = ""
+    """sha256 of all else, in the file alone; older versions wrote none."""
 
     @property
     def fingerprint(self) -> str:
@@ -76,7 +78,7 @@ class Manifest(_Part):
         return hashlib.sha256(json.dumps([self.dtype, shards]).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        write_json(folder / NAME, self.model_dump())
+        write_json(folder / NAME, sealed(self.model_dump()))
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -88,11 +90,7 @@ class Manifest(_Part):
             inside = sorted(manifest.parent.name for manifest in folder.glob(f"*/{NAME}"))
             mix = f"To mix the prepared folders in it: data.mix={{{': …, '.join(inside)}: …}}" if inside else _PREPARE
             raise UserError("data.path", str(folder), f"holds no {NAME}: not prepared, or not to the end.", mix)
-        try:
-            manifest = cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            problem = f"not a manifest of format 1: {first_invalid(error)}."
-            raise UserError("data.path", str(path), problem) from None
+        manifest = read_checked(path, TypeAdapter(cls), "data.path", _PREPARE).model_copy(update={"checksum": ""})
         if manifest.dtype not in {dtype.name for dtype in DTYPE_CODES.values() if dtype.kind != "f"}:
             raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
         for split, counts in manifest.splits.items():

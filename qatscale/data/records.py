@@ -9,6 +9,7 @@ position of a bad byte, and accepts a .zst file that was cut off. pyarrow reads 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -26,8 +27,8 @@ Unit = Literal["file", "paragraph", "line"]
 COMPRESSIONS = (".gz", ".xz", ".zst")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 TEXT = (".txt", ".text")
-LARGEST_TEXT_FILE = 256 << 20
-"""Bytes of text that are accepted as one document."""
+LARGEST_DOCUMENT = 256 << 20
+"""Bytes that are accepted as one document, or as the line of JSON around it."""
 _CHUNK = 1 << 20
 _ROWS = 256
 
@@ -144,54 +145,65 @@ class FileReader:
 
     def _pieces(self) -> Iterator[bytes]:
         with self.path.open("rb") as raw, _decompressed(raw, self.path.suffix.lower()) as stream:
-            pieces: Iterable[bytes] = stream
+            pieces: Iterable[bytes] = _lines(stream)
             if self.origin.unit == "file":
-                pieces = self._one_document(stream)
+                pieces = filter(None, [stream.read(LARGEST_DOCUMENT + 1)])
             elif self.origin.unit == "paragraph":
                 pieces = _paragraphs(stream)
-            for piece in pieces:
+            for number, piece in enumerate(pieces, start=1):
+                if len(piece) > LARGEST_DOCUMENT:
+                    raise self._too_large(number)
                 self.raw_position = raw.tell()
                 yield piece
 
-    def _one_document(self, stream: BinaryIO) -> Iterator[bytes]:
-        text = stream.read(LARGEST_TEXT_FILE + 1)
-        if len(text) > LARGEST_TEXT_FILE:
-            problem = f"holds more than {LARGEST_TEXT_FILE >> 20} MB of text, too much for one document."
-            raise UserError("source", str(self.path), problem, "Set text_unit=paragraph or text_unit=line.")
-        if text:
-            yield text
+    def _too_large(self, number: int) -> UserError:
+        place = str(self.path) if self.origin.unit == "file" else f"{self.path}, {self.origin.unit} {number}"
+        fix = "Split it, or set text_unit=paragraph or text_unit=line." if self.origin.kind == "text" else "Split it."
+        return UserError("source", place, f"more than {LARGEST_DOCUMENT >> 20} MB, too much for one document.", fix)
 
     def _rows(self) -> Iterator[Any]:
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-        number = 0
+        number, field = 0, self.origin.field
         try:
-            with pq.ParquetFile(self.path, buffer_size=_CHUNK) as file:
-                names = file.schema_arrow.names
-                if self.origin.field not in names:
-                    raise missing_field(self.origin.field, names, str(self.path))
-                for rows in file.iter_batches(_ROWS, columns=[self.origin.field], use_threads=False):
-                    yield from rows.column(0).to_pylist()
-                    number += len(rows)
+            schema = pq.read_schema(self.path)
+            if field not in schema.names:
+                raise missing_field(field, schema.names, str(self.path))
+            # as a dictionary: a text that occurs in every row is in memory once
+            is_text = schema.field(field).type in (pa.string(), pa.binary())
+            with pq.ParquetFile(self.path, buffer_size=_CHUNK, read_dictionary=[field] * is_text) as file:
+                for rows in file.iter_batches(_ROWS, columns=[field], use_threads=False):
+                    for value in rows.column(0):
+                        number += 1
+                        if isinstance(text := value.as_py(), str | bytes) and len(text) > LARGEST_DOCUMENT:
+                            raise self._too_large(number)
+                        yield text
                     self.raw_position = int(self.path.stat().st_size * number / file.metadata.num_rows)
         except UnicodeDecodeError as error:
-            place = f"{self.path}, rows {number + 1} to {number + len(rows)}"
+            place = f"{self.path}, row {number}"
             problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8."
             raise UserError("source", place, problem, "Write the column again.") from None
         except pa.ArrowInvalid as error:
             raise UserError("source", str(self.path), f"not a readable Parquet file ({error}).") from None
 
 
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines; a piece of one that is too long for a document, after which reading has to end."""
+    return iter(functools.partial(stream.readline, LARGEST_DOCUMENT + 1), b"")
+
+
 def _paragraphs(stream: BinaryIO) -> Iterator[bytes]:
-    """Runs of lines between blank lines."""
+    """Runs of lines between blank lines; a piece of one that is too long for a document."""
     lines: list[bytes] = []
-    for line in stream:
+    size = 0
+    for line in _lines(stream):
         if line.strip():
             lines.append(line)
-        elif lines:
+            size += len(line)
+        if lines and (size > LARGEST_DOCUMENT or not line.strip()):
             yield b"".join(lines)
-            lines = []
+            lines, size = [], 0
     if lines:
         yield b"".join(lines)
 

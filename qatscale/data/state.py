@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from qatscale.data.encode import SPLITS
 from qatscale.data.indexed import Shard
 from qatscale.data.manifest import NAME as MANIFEST
 from qatscale.data.manifest import Manifest, SplitCounts
 from qatscale.errors import UserError
-from qatscale.files import PARTIAL, HeldError, locked, write_json
+from qatscale.files import PARTIAL, Count, HeldError, locked, read_checked, sealed, write_json
 
 NAME = "progress.json"
 TOKENIZER = "tokenizer"
@@ -28,14 +28,15 @@ class State(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     identity: dict[str, Any]
-    source: int = 0
+    source: Count = 0
     """Index of the source to continue with."""
     position: Any = None
     """Where that source continues."""
-    part: int = 0
+    part: Count = 0
     """Number of the next pair of shards."""
-    empty: int = 0
+    empty: Count = 0
     splits: dict[str, SplitCounts]
+    checksum: str = ""
 
     @classmethod
     def fresh(cls, identity: dict[str, Any]) -> State:
@@ -60,7 +61,7 @@ class State(BaseModel):
         )
 
     def save(self, folder: Path) -> None:
-        write_json(folder / NAME, self.model_dump())
+        write_json(folder / NAME, sealed(self.model_dump()))
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> Manifest | None:
@@ -95,10 +96,7 @@ def resume(folder: Path, identity: dict[str, Any]) -> State:
     path = folder / NAME
     if not path.is_file():
         return State.fresh(identity)
-    try:
-        state = State.model_validate_json(path.read_bytes())
-    except ValidationError:
-        raise UserError("out", str(path), "cannot be read.", _RESTART) from None
+    state = read_checked(path, TypeAdapter(State), "out", _RESTART)
     if state.part == 0 and state.identity != identity:  # nothing is lost
         discard(folder)
         return State.fresh(identity)

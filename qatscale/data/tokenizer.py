@@ -12,16 +12,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from qatscale.data.indexed_writer import token_dtype
 from qatscale.data.manifest import Manifest
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
-from qatscale.files import PARTIAL, rename_synced, write_atomic, write_json
-from qatscale.untrusted import check_json_files, read_object, readable
+from qatscale.files import PARTIAL, Count, read_checked, rename_synced, write_atomic, write_json
+from qatscale.untrusted import check_json_files, readable
 
 CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: its kind, its EOS and its fingerprint."""
@@ -79,11 +81,11 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+            self.vocab_size = self._processor.get_piece_size()
+            pieces = {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        except (RuntimeError, UnicodeDecodeError):  # the latter: a damaged piece
             raise UserError("tokenizer", name, *_not_sentencepiece(model)) from None
         self.files = {SENTENCEPIECE_FILE: model}
-        self.vocab_size = self._processor.get_piece_size()
-        pieces = {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
         special = [piece for piece, i in pieces.items() if self._processor.is_control(i)]
         own = self._processor.eos_id()
         self.eos_id = _end_of_text(eos, own if own >= 0 else None, pieces, special, name)
@@ -195,10 +197,22 @@ def _not_sentencepiece(content: bytes) -> tuple[str, str]:
     return "not a SentencePiece model.", "A .model of SentencePiece and a tokenizer.json are read."
 
 
+class Card(TypedDict):
+    """As `Tokenizer.card` gives it."""
+
+    kind: Literal["sentencepiece", "huggingface"]
+    eos_id: Count
+    fingerprint: str
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a saved tokenizer. UserError where it is damaged."""
+    return read_checked(folder / CARD, TypeAdapter(Card), "tokenizer")
+
+
 def _load_saved(folder: Path, eos: str | None) -> Tokenizer:
-    card = read_object(folder / CARD, "tokenizer")
-    if missing := {"kind", "eos_id", "fingerprint"} - card.keys():
-        raise UserError("tokenizer", str(folder / CARD), f"is damaged: it lacks {', '.join(sorted(missing))}.")
+    card = read_card(folder)
+    check_json_files(folder, "tokenizer", "AutoTokenizer")
     if card["kind"] == SentencePieceTokenizer.kind:
         model = (folder / SENTENCEPIECE_FILE).read_bytes()
         load: Callable[[str], Tokenizer] = functools.partial(SentencePieceTokenizer, model, str(folder))

@@ -20,7 +20,8 @@ from qatscale.export.plugin_source import PluginFolder
 from qatscale.export.report import FILE, card, contents, provenance
 from qatscale.export.source import ExportSource, open_source
 from qatscale.export.verify import Verification, materialised, verify_export
-from qatscale.files import appearing, check_new, write_json
+from qatscale.files import sealed, write_json
+from qatscale.new_folder import appearing, check_new
 from qatscale.train.validation import open_view
 from qatscale.untrusted import readable
 
@@ -88,7 +89,7 @@ def export(
         described = contents(layout, chosen, origin, folder, verification)
         page = card(described, chosen, source.config, tokenizer_files is not None, license)
         write_atomic(folder / "README.md", page.encode())
-        write_json(folder / FILE, described)
+        write_json(folder / FILE, sealed(described))
     return described
 
 

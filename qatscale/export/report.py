@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 import qatscale
 from qatlaw.bit_widths import bits_label
@@ -25,7 +27,7 @@ from qatscale.export.formats.base import Format
 from qatscale.export.plugin_source import PluginFolder
 from qatscale.export.source import ExportSource
 from qatscale.export.verify import Verification
-from qatscale.files import sha256_of
+from qatscale.files import read_checked, sha256_of
 from qatscale.model.hugging_face import model_type
 from qatscale.tracking.compare import validation_losses
 from qatscale.tracking.run_folder import RunFolder
@@ -176,6 +178,14 @@ def contents(
     }  # fmt: skip
 
 
+class _File(TypedDict):
+    sha256: str
+
+
+class _Described(TypedDict):
+    files: dict[str, _File]
+
+
 def check_files(folder: Path) -> None:
     """UserError for a file that is missing or differs from what was written, by the checksums in export.json.
 
@@ -183,18 +193,14 @@ def check_files(folder: Path) -> None:
     """
     if not (folder / FILE).is_file():
         return
-    described = untrusted.read_object(folder / FILE, "model")
-    try:
-        checksums = {folder / name: about["sha256"] for name, about in described["files"].items()}
-    except (TypeError, KeyError, AttributeError):
-        raise UserError("model", str(folder / FILE), "is damaged: it lists no checksums.", "Export again.") from None
-    for path, checksum in checksums.items():
+    described = read_checked(folder / FILE, TypeAdapter(_Described), "model", "Export again.")
+    for path, about in ((folder / name, about) for name, about in described["files"].items()):
         try:
-            is_intact = sha256_of(path) == checksum
+            is_intact = sha256_of(path) == about["sha256"]
         except OSError as error:
             raise UserError("model", str(path), f"cannot be read: {error.strerror}.", "Export again.") from None
         if not is_intact:
-            fix = f"Export again; if you changed it on purpose, remove its entry from {FILE}."
+            fix = f"Export again; if you changed it on purpose, remove {FILE}."
             raise UserError("model", str(path), "was altered: its checksum differs from the export's.", fix)
 
 

@@ -18,12 +18,12 @@ from torch import nn
 
 from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
-from qatscale.files import appearing, check_new
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
 from qatscale.model.lazy_state import LazyState, State, renamed, shapes_of
 from qatscale.model.llama import parameter_shapes
+from qatscale.new_folder import appearing, check_new
 from qatscale.tensor_files import SHARD_BYTES, Shape, Types, type_of, write_safetensors
-from qatscale.untrusted import check_json_files
+from qatscale.untrusted import check_json_files, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE_TYPES = ("F32", "BF16", "F16")
@@ -223,8 +223,11 @@ def open_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
     variant that `Llama` cannot compute exactly (other biases, other scaled rotary positions, another activation), and
     for a damaged folder. A sliding window is the caller's to compare with its sequences: `attention_window`.
     """
-    config = read_config(Path(folder))
-    return config, from_hugging_face(_open_safetensors(Path(folder)), config)
+    config, state = read_config(folder), _open_safetensors(folder)
+    if config.layers > len(state):  # before anything loops over them
+        problem = f"num_hidden_layers is {config.layers}, and the folder holds {len(state)} tensors."
+        raise UserError("model folder", str(folder / "config.json"), problem)
+    return config, from_hugging_face(state, config)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -241,12 +244,9 @@ def trained_length(folder: Path) -> int | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The content of a config.json, which must be of a model type that can be loaded."""
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError("model folder", str(path.parent), "holds no config.json.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(str(path), None, f"is not JSON: {error}.") from None
+    if not path.is_file():
+        raise UserError("model folder", str(path.parent), "holds no config.json.")
+    raw = read_json(path, "model folder")
     value = raw.get("model_type") if isinstance(raw, dict) else raw
     if not isinstance(raw, dict) or value not in TYPES:
         raise UserError("model_type", value, f"only {', '.join(TYPES)} can be loaded ({path}).")
@@ -332,19 +332,19 @@ def _open_safetensors(folder: Path) -> LazyState:
             fix = "Load it with transformers where you trust it, and save it again: model.save_pretrained(FOLDER)."
             raise UserError("model folder", str(folder), problem, fix)
         try:
-            files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            files = sorted(set(read_json(folder / INDEX, "model folder")["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
             raise UserError(str(folder / INDEX), None, "is not an index of safetensors files.") from None
     shapes: dict[str, Shape] = {}
     holders: dict[str, Any] = {}
     for file in files:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):
             raise UserError(str(folder / INDEX), None, f"names {file!r}, which is not a safetensors file beside it.")
         try:
             opened = safe_open(folder / file, framework="pt")
         except FileNotFoundError:
             raise UserError("model folder", str(folder), f"{file} is missing; {INDEX} names it.") from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(str(folder / file), None, f"is damaged: {error}.") from None
         for name in opened.keys():  # noqa: SIM118 - not a dict
             view = opened.get_slice(name)

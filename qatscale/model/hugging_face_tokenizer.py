@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
-from qatscale.data.tokenizer import CARD, HUGGING_FACE_FILE, SENTENCEPIECE_FILE
+from qatscale.data.tokenizer import CARD, HUGGING_FACE_FILE, SENTENCEPIECE_FILE, read_card
 from qatscale.errors import UserError, first_line
-from qatscale.untrusted import read_object
 
 _FURTHER_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
@@ -96,8 +95,9 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
     def piece(index: int) -> str | None:
         return processor.id_to_piece(index) if index >= 0 else None
 
-    card = path.with_name(CARD)
-    eos = read_object(card, "tokenizer")["eos_id"] if card.is_file() else processor.eos_id()
+    eos = read_card(path.parent)["eos_id"] if (path.parent / CARD).is_file() else processor.eos_id()
+    if eos >= processor.get_piece_size():
+        raise UserError("tokenizer", str(path.parent / CARD), f"is damaged: eos_id {eos} is no id of the tokenizer.")
 
     PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer(path.read_bytes()),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qatscale.config.schema import QatConfig
-from qatscale.files import appearing, check_new, write_json
+from qatscale.files import write_json
+from qatscale.new_folder import appearing, check_new
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.report import NothingQuantizedError
 from qatscale.quant.selection import fake_quant_modules

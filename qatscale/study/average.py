@@ -25,7 +25,7 @@ from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, read_checkpoint
 from qatscale.errors import UserError
-from qatscale.files import check_new
+from qatscale.new_folder import check_new
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.study.folder import StudyFolder, record_rows
 from qatscale.tracking.compare import final_losses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
+from qatlaw.errors import cut
 from qatscale.config.amounts import PositiveTokens
 from qatscale.config.problems import together, user_errors
 from qatscale.config.recipe import recipe_names
@@ -19,6 +22,8 @@ from qatscale.config.yaml_text import read_document
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file
 
+MOST_RUNS = 10_000
+"""Of a study, before it is laid out."""
 TWO_PHASES = ("sequential", "fused")
 
 
@@ -74,10 +79,9 @@ def _as_list(value: Any) -> Any:
 
 
 def _all_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    texts = [repr(value) for value in values]
-    for text in texts:
-        if texts.count(text) > 1:
-            raise ClashError("", f"holds {text} twice", "Use `seeds` for repeats.")
+    for text, count in Counter(map(repr, values)).items():
+        if count > 1:
+            raise ClashError("", f"holds {cut(text)} twice", "Use `seeds` for repeats.")
     return values
 
 
@@ -190,6 +194,12 @@ def _incomplete(study: Study) -> Iterator[UserError]:
         if not part.tokens and not part.tokens_per_parameter:
             fix = "Write tokens: [2.3B, 10B], or tokens_per_parameter: [20, 80]."
             yield UserError("tokens", None, "needs a value.", fix)
+        axes = (part.sizes, part.tokens or part.tokens_per_parameter, part.bits, part.fractions, part.schemes)
+        runs = math.prod(map(len, (*axes, part.seeds, *part.vary.values())))
+        if runs > MOST_RUNS:
+            yield UserError(
+                "study", None, f"a grid of up to {runs:,} runs; at most {MOST_RUNS:,} are laid out.", "Split it."
+            )
         if part.tokens and part.tokens_per_parameter:
             yield UserError("tokens", None, "says the same as tokens_per_parameter.", "Keep one of them.")
     by_name: dict[str, Size] = {}

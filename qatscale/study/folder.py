@@ -21,10 +21,11 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from qatlaw.measurement import WITHOUT_EFFECT
 from qatlaw.results import read_results, write_results
+from qatlaw.run_files import Number
 from qatlaw.run_folders import run_record
 from qatlaw.runs import RunRecord
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree, trained_by
@@ -35,7 +36,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
 from qatscale.errors import UserError
-from qatscale.files import locked, write_atomic, write_json
+from qatscale.files import Count, is_file, locked, read_checked, write_atomic, write_json
 from qatscale.study.file import read_study
 from qatscale.study.grid import Grid, StudyRun, grid
 from qatscale.supervise.claims import Claims
@@ -49,16 +50,16 @@ class StudyJob:
     name: str
     parent: str | None
     """The run whose checkpoint it starts from; None: from initial weights."""
-    start: int
+    start: Count
     """Optimizer steps done at that checkpoint."""
-    steps: int
-    keep: tuple[int, ...]
+    steps: Count
+    keep: tuple[Count, ...]
     """Steps before its end at which others branch off."""
-    tokens_per_step: int
-    flops_per_token: float
-    n_params: int
-    processes: int
-    stay: tuple[int, ...] = ()
+    tokens_per_step: Count
+    flops_per_token: Number
+    n_params: Count
+    processes: Count
+    stay: tuple[Count, ...] = ()
     """Steps whose checkpoints stay when the study is done."""
 
     @property
@@ -123,19 +124,19 @@ class StudyFolder:
     def jobs(self) -> dict[str, StudyJob]:
         """By name, each after the one it branches from; the same object until the study grows. UserError if tree.json
         is missing or damaged."""
-        try:
-            changed = self.tree_file.stat().st_mtime_ns
-            if changed != self._tree[0]:
-                jobs = TypeAdapter(list[StudyJob]).validate_json(self.tree_file.read_bytes())
-                self._tree = changed, {job.name: job for job in jobs}
-        except OSError:
+        if not is_file(self.tree_file):
             fix = "Lay it out with `qatscale study run STUDY.yaml`."
-            raise UserError("study", str(self.path), "holds no tree.json.", fix) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "top level"
-            problem = f"is damaged ({where}: {first['msg']})."
-            raise UserError("study", str(self.tree_file), problem, "Remove it, then start `study run` again.") from None
+            raise UserError("study", str(self.path), "holds no tree.json.", fix)
+        changed = self.tree_file.stat().st_mtime_ns
+        if changed != self._tree[0]:
+            fix = "Remove it, then start `study run` again."
+            jobs: dict[str, StudyJob] = {}
+            for job in read_checked(self.tree_file, TypeAdapter(list[StudyJob]), "study", fix):
+                if (job.parent is not None and job.parent not in jobs) or job.name in jobs:
+                    problem = f"is damaged: {job.name} is listed twice, or before the run that it starts from."
+                    raise UserError("study", str(self.tree_file), problem, fix)
+                jobs[job.name] = job
+            self._tree = changed, jobs
         return self._tree[1]
 
     def recorded(self) -> set[str]:

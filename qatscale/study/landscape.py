@@ -9,7 +9,9 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from qatlaw.files import write_atomic
 from qatlaw.landscape import GRID, PATH, SUMMARY
@@ -21,7 +23,7 @@ from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
-from qatscale.files import HeldError, locked, read_json, write_json
+from qatscale.files import HeldError, locked, read_checked, write_json
 from qatscale.model.lazy_state import LazyState, State
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import matrices
@@ -251,14 +253,15 @@ def _inputs(scene: Scene, held_out: EvaluationReader) -> dict[str, Any]:
     }
 
 
+class _Summary(TypedDict):
+    inputs: dict[str, Any]
+
+
 def _check_same(out: Path, inputs: Mapping[str, Any]) -> None:
     """UserError where the folder was begun with other inputs; a checkpoint may have moved."""
     if not (out / SUMMARY).is_file():
         return
-    try:
-        begun = dict(read_json(out / SUMMARY)["inputs"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError("--out", str(out / SUMMARY), "cannot be read.", "Give another folder.") from None
+    begun = read_checked(out / SUMMARY, TypeAdapter(_Summary), "--out", "Give another folder.")["inputs"]
     for key, value in inputs.items():
         if key not in ("before", "after") and begun.get(key) != value:
             was = f"{begun.get(key)} instead of {value}"

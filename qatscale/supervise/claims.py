@@ -25,7 +25,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json
@@ -38,6 +41,30 @@ EXPIRY = 120.0
 
 State = Literal["running", "gone", "released", "failed", "done"]
 """`gone`: the holder vanished. `released`: it stopped after saving. The holder itself writes the last three."""
+
+
+class Identity(TypedDict):
+    """As `process.identity` gives it."""
+
+    host: str
+    pid: Annotated[int, Field(gt=0, lt=1 << 31)]
+    boot_id: str | None
+    namespace: NotRequired[str | None]
+    start_ticks: int | None
+
+
+class _Content(TypedDict, total=False):
+    """Of a claim's file."""
+
+    worker: str
+    process: Identity
+    state: State
+    reason: str
+    started: float
+    ended: float
+
+
+_CONTENT = TypeAdapter(_Content)
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,7 @@ class Attempt:
     ended: float | None
     changed: float
     """When the file changed last, by the clock of its disk."""
-    process: dict[str, Any] | None
+    process: Identity | None
 
     @property
     def is_seen(self) -> bool:
@@ -92,7 +119,7 @@ class Claims:
 
     def has_claimed(self, worker: str) -> bool:
         """Whether a worker has ever claimed a run."""
-        return any(f'"worker": "{worker}"' in path.read_text(encoding="utf-8") for path in self.folder.glob("*.json"))
+        return any(f'"worker": "{worker}"'.encode() in path.read_bytes() for path in self.folder.glob("*.json"))
 
     def take(self, name: str, after: int, worker: str) -> Claim | None:
         """Claim the attempt that follows number `after`; None if another worker was faster."""
@@ -113,9 +140,9 @@ class Claims:
         path = self._path(name, number)
         try:
             changed = path.stat().st_mtime
-            content = dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError):  # being written, or damaged: expires like a silent one
-            changed, content = 0.0, {}
+            content = _CONTENT.validate_json(path.read_bytes(), strict=True)
+        except (OSError, ValueError):  # being written, or damaged: expires like a silent one
+            changed, content = 0.0, _Content()
         state = content.get("state", "running")
         if state == "running" and self._is_gone(path, changed, content.get("process")):
             state = "gone"
@@ -124,7 +151,7 @@ class Claims:
             content.get("started", changed), content.get("ended"), changed, content.get("process"),
         )  # fmt: skip
 
-    def _is_gone(self, path: Path, changed: float, process: dict[str, Any] | None) -> bool:
+    def _is_gone(self, path: Path, changed: float, process: Identity | None) -> bool:
         if process is not None and (alive := is_alive(process)) is not None:
             return not alive
         now = time.monotonic()

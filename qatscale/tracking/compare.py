@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from qatlaw.names import VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_PTQ
 from qatlaw.text_table import TextTable
 from qatscale.config.amounts import format_amount
-from qatscale.errors import UserError, first_line
+from qatscale.errors import InputError, first_line
 from qatscale.tracking.run_folder import RunFolder, Status, perplexity
 
 NONE = "–"
@@ -79,18 +80,25 @@ def median_speeds(records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
     An interval counts as often as it has steps, unless it holds warm-up steps. Evaluation and checkpoints are in none.
     None for fewer than LEAST_STEPS steps.
     """
-    speeds: dict[str, list[float]] = {"fp": [], "qat": []}
+    speeds: dict[str, list[tuple[float, int]]] = {"fp": [], "qat": []}
     before, kinds = 0, set()
     for record in records:
         kind = "qat" if record["phase"].startswith("qat_") else "fp"
         if not record.get("warmup", kind not in kinds):  # older runs lack the mark: each kind's first one
-            speeds[kind] += [record["tokens_per_second"]] * (record["step"] - before)
+            speeds[kind].append((record["tokens_per_second"], record["step"] - before))
         kinds.add(kind)
         before = record["step"]
-    return {
-        f"tokens_per_second_{kind}": median(values) if len(values) >= LEAST_STEPS else None
-        for kind, values in speeds.items()
-    }
+    return {f"tokens_per_second_{kind}": _median(values) for kind, values in speeds.items()}
+
+
+def _median(speeds: list[tuple[float, int]]) -> float | None:
+    """The median speed of a step, from (speed, steps)."""
+    speeds = sorted(speed for speed in speeds if speed[1] > 0)
+    ends = list(itertools.accumulate(steps for _, steps in speeds))
+    if not ends or ends[-1] < LEAST_STEPS:
+        return None
+    low, high = (speeds[bisect.bisect_right(ends, middle)][0] for middle in ((ends[-1] - 1) // 2, ends[-1] // 2))
+    return (low + high) / 2
 
 
 def run_folders(output: Path | str) -> list[RunFolder]:
@@ -100,7 +108,7 @@ def run_folders(output: Path | str) -> list[RunFolder]:
     def age(folder: RunFolder) -> tuple[float, str]:
         try:
             return float(folder.run["created"]), folder.name
-        except (UserError, TypeError, ValueError):  # damaged: reported by the reader
+        except InputError:  # damaged: reported by the reader
             return math.inf, folder.name
 
     return sorted(found, key=age)
@@ -112,8 +120,10 @@ def list_runs(folders: Iterable[RunFolder]) -> tuple[dict[RunFolder, RunRow], li
     for folder in folders:
         try:
             rows[folder] = run_row(folder)
-        except UserError as error:
+        except InputError as error:
             damaged.append(f"{error.value} {error.problem}")
+        except OSError as error:
+            damaged.append(f"{error.filename} cannot be read: {error.strerror}.")
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # valid JSON or YAML of another shape
             damaged.append(f"{folder.path}: its files are damaged ({first_line(error)}).")
     return rows, damaged
@@ -135,7 +145,8 @@ def validation_losses(folder: RunFolder) -> dict[str, float]:
 def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
     """Speeds of the full-precision and of the QAT phase, from the final metrics or else from the records so far."""
     speeds = folder.final or median_speeds(folder.records("metrics"))
-    return speeds.get("tokens_per_second_fp"), speeds.get("tokens_per_second_qat")
+    fp, qat = (speeds.get(f"tokens_per_second_{kind}") for kind in ("fp", "qat"))
+    return fp and float(fp), qat and float(qat)  # of a damaged file: ValueError
 
 
 def run_row(folder: RunFolder) -> RunRow:

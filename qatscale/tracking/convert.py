@@ -20,9 +20,9 @@ from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint, write_state
 from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal
 from qatscale.errors import UserError, did_you_mean
-from qatscale.files import appearing, check_new
 from qatscale.model.hugging_face import export_hugging_face
 from qatscale.model.lazy_state import LazyState
+from qatscale.new_folder import appearing, check_new
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.new_run import create_run_folder
 

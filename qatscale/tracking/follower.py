@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 from qatscale.files import HeldError, locked
 from qatscale.supervise import process
+from qatscale.supervise.claims import Identity
 from qatscale.tracking.mlflow_sync import HAND_OVER, Uploader, lock_file
 from qatscale.tracking.refusals import as_refused, shown, stall_limit
 from qatscale.tracking.run_folder import RunFolder
@@ -187,7 +189,7 @@ class Following:
     def __init__(self, folder: RunFolder, uri: str, patience: float) -> None:
         self.folder, self.uri, self.patience = folder, uri, patience
         self.writer = folder.writer
-        self._identity = process.identity()
+        self._identity = cast(Identity, process.identity())
         self._asked = time.time()
         self._give_up_at = math.inf
         self._uploader: Uploader | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qatlaw.files import LARGEST
 from qatscale.files import decode, encode
 
 Record = dict[str, Any]
@@ -71,6 +72,8 @@ class Tail:
                 data = file.read(limit)
                 while data and b"\n" not in data and (more := file.read(limit)):
                     data += more
+                    if len(data) > LARGEST:
+                        raise ValueError(f"{self.path}: the line at byte {self.offset} is longer than any record")
         except FileNotFoundError:
             return []
         records = []

@@ -24,7 +24,6 @@ from qatscale.errors import UserError
 from qatscale.files import write_json
 from qatscale.supervise import process
 from qatscale.tracking.records import Appender, Record, Tail, live
-from qatscale.tracking.run_files import read_run_file
 
 Status = Literal["imported", "created", "running", "running?", "stopped", "failed", "killed", "done"]
 """`imported`: never trained here, only branched from. `created`: no step begun. `running?`: the process is on another
@@ -74,10 +73,15 @@ class RunFolder:
 
     # what is known
 
+    def _read(self, name: str) -> dict[str, Any]:
+        from qatlaw.run_files import read_run_file  # a run that trains needs no schemas
+
+        return read_run_file(self.path / name)
+
     @property
     def run(self) -> dict[str, Any]:
         """run.json."""
-        return read_run_file(self.run_file)
+        return self._read("run.json")
 
     @property
     def parent(self) -> RunFolder | None:
@@ -99,12 +103,12 @@ class RunFolder:
     @property
     def timeline(self) -> dict[str, Any]:
         """timeline.json, see `Timeline.to_dict`; runs of earlier versions have fewer of its keys."""
-        return read_run_file(self.path / "timeline.json")
+        return self._read("timeline.json")
 
     @property
     def recipe(self) -> dict[str, Any]:
         """recipe.yaml as plain data, so that runs remain readable when RunConfig changes."""
-        return read_run_file(self.path / "recipe.yaml")
+        return self._read("recipe.yaml")
 
     @property
     def data(self) -> list[Path]:
@@ -127,7 +131,7 @@ class RunFolder:
     @property
     def final(self) -> dict[str, Any] | None:
         """The final metrics by their stable names, None while the run is not done."""
-        return read_run_file(self.done_file)["metrics"] if self.is_done else None
+        return self._read("done.json")["metrics"] if self.is_done else None
 
     @property
     def status(self) -> Status:

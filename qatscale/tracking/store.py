@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
 from qatscale.config.places import SQLITE, absolute_uri, moved_with, without_credentials
-from qatscale.files import read_json, write_json
+from qatscale.files import write_json
+from qatscale.supervise.claims import Identity
 from qatscale.tracking.run_folder import RunFolder, Status
 
 VIEW = "qatscale"
@@ -140,7 +140,7 @@ class Cursor(BaseModel):
     """Size and modification time (ns) of each uploaded file."""
     status: Status | None = None
     """The run's status as MLflow knows it."""
-    follower: dict[str, Any] | None = None
+    follower: Identity | None = None
     """The process that follows the run, from its first contact with the store on, see `process.identity`."""
     asked: float | None = None
     """When that process first asked the store, in seconds since 1970."""
@@ -165,7 +165,7 @@ class Cursor(BaseModel):
     def load(cls, folder: RunFolder) -> Cursor | None:
         """None where nothing was uploaded, or where the file is damaged: MLflow knows the run by its tag."""
         try:
-            return cls.model_validate(read_json(folder.tracking_file))
+            return cls.model_validate_json(folder.tracking_file.read_bytes())
         except (OSError, ValueError):
             return None
 

@@ -197,16 +197,18 @@ def alter(path: Path) -> None:
 
 
 def edit(folder: Path, **changes: object) -> None:
+    """Without its checksum, as former versions wrote manifests."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checksum": ""} | changes))
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
-        (lambda f: (f / "manifest.json").write_text("{"), "not a manifest of format 1"),
-        (lambda f: edit(f, format=2), "not a manifest of format 1: format"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is damaged: its text"),
+        (lambda f: edit(f, format=2), "is damaged: format"),
+        (lambda f: alter(f / "manifest.json"), "was altered|is damaged"),
         (lambda f: edit(f, dtype="float32"), "not a dtype of tokens"),
         (lambda f: edit(f, dtype="int32"), "uint16, and the manifest says"),
         (lambda f: edit(f, splits={}), "no train split"),

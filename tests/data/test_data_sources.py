@@ -195,7 +195,7 @@ def test_parquet_columns(tmp_path: Path) -> None:
         read(opened(tmp_path / "a.parquet", field="id"))
     broken = pa.array([b"fine", b"caf\xe9"]).cast(pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": broken}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"rows 1 to 2'.*0xe9 is not UTF-8"):
+    with pytest.raises(UserError, match=r"row 2'.*0xe9 is not UTF-8"):
         read(opened(tmp_path / "b.parquet"))
 
 
@@ -222,8 +222,36 @@ def test_what_is_not_found_or_of_no_known_kind(tmp_path: Path) -> None:
 
 
 def test_large_text_file_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatscale.data.records.LARGEST_TEXT_FILE", 1 << 20)
+    monkeypatch.setattr("qatscale.data.records.LARGEST_DOCUMENT", 1 << 20)
     (tmp_path / "a.txt").write_text("word\n" * 300_000)
     with pytest.raises(UserError, match="text_unit=paragraph"):
         read(opened(tmp_path / "a.txt"))
     assert len(read(opened(tmp_path / "a.txt", text_unit="line"))) == 300_000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.txt", "a.parquet"])
+def test_a_document_without_an_end_is_refused_by_its_place(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kilobytes that decompress to one line of any size."""
+    monkeypatch.setattr("qatscale.data.records.LARGEST_DOCUMENT", 1 << 20)
+    raw = b'{"text": "fine"}\n{"text": "' + b"x" * (3 << 20) + b'"}\n'
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": ["fine", "x" * (3 << 20)]}), tmp_path / name)
+    else:
+        pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+        (tmp_path / name).write_bytes(pack(raw.replace(b"\n", b"\n\n")))
+    place = "row 2" if name.endswith(".parquet") else "paragraph 2" if name == "a.txt" else "line 3"
+    with pytest.raises(UserError, match=rf"{name}, {place}': more than 1 MB, too much for one document"):
+        read(opened(tmp_path / name, text_unit="paragraph"))
+
+
+def test_a_text_that_every_row_holds_is_in_memory_once(tmp_path: Path) -> None:
+    """A dictionary of 3 MB stands for 3 GB."""
+    text = "x" * (3 << 20)
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), [text])
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    before = pa.total_allocated_bytes()
+    first = next(opened(tmp_path / "a.parquet").batches()).records[0]
+    assert first.text() == text
+    assert pa.total_allocated_bytes() - before < 100 << 20

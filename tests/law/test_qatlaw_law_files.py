@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -16,7 +18,7 @@ from qatlaw import synthetic
 from qatlaw.__main__ import main
 from qatlaw.curves import closed_form_constant, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.fit_file import FitFile, write_fit
+from qatlaw.fit_file import FitFile, read_fit, write_fit
 from qatlaw.fraction_laws import LADDER
 from qatlaw.planner_law import load_law
 from qatlaw.tables import load_table
@@ -46,6 +48,22 @@ def content(folder: Path) -> dict[str, Any]:
 def set_field(data: Any, field: str, value: Any) -> None:
     *parents, last = [int(name) if name.isdigit() else name for name in field.split(".")]
     reduce(getitem, parents, data)[last] = value
+
+
+def test_a_full_disk_spares_the_former_file(tmp_path: Path) -> None:
+    content(tmp_path)
+    path = tmp_path / "sound.json"
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_fit(path, read_fit(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["sound.json"]
 
 
 @pytest.mark.parametrize(

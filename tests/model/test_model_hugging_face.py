@@ -348,7 +348,13 @@ def test_damaged_folders_are_refused(build, tmp_path):
 
     folder = exported("config")
     (folder / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json.: cannot be read"):
+        open_hugging_face(folder)
+
+    folder = exported("layers")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2**40}))
+    with pytest.raises(UserError, match=r"num_hidden_layers is 1099511627776, and the folder holds \d+ tensors"):
         open_hugging_face(folder)
 
     folder = exported("truncated")

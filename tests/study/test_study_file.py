@@ -189,6 +189,15 @@ def test_a_file_that_is_no_study_is_refused(what: str, told: str, tmp_path: Path
         read_study(tmp_path / what)
 
 
+def test_a_grid_has_a_largest_size(tmp_path: Path) -> None:
+    """Counted before a run of it is made."""
+    many = list(range(2000))
+    with pytest.raises(UserError, match=r"a grid of up to 36,000,000 runs; at most 10,000"):
+        read_study(written(tmp_path, seeds=str(many), tokens=str([10_000 + i for i in range(3000)])))
+    with pytest.raises(UserError, match=r"seeds.*holds 7 twice"):
+        read_study(written(tmp_path, seeds=str([*range(50_000), 7])))
+
+
 def test_errors_of_a_recipes_own_keys_come_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path, set="[model.widht=3]")
     assert run("study", "plan", str(file)) == 2

@@ -57,6 +57,17 @@ def test_a_claim_that_is_held_is_nobody_elses(tmp_path: Path) -> None:
     assert seen.ended >= seen.started
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"[" * 100_000, b"\xff", b"3", b'{"state": 3}', b'{"process": {}}', b'{"process": {"pid": -1}}']
+)
+def test_a_damaged_claim_expires_like_a_silent_one(content: bytes, tmp_path: Path) -> None:
+    taken(tmp_path).path.write_bytes(content)
+    claims = Claims(tmp_path)
+    assert claims.attempts()["run"].state == "running"
+    assert not claims.has_claimed("me")
+    assert claims.attempts()["run"].worker == "?"
+
+
 def test_a_holder_that_was_killed_is_seen_at_once(tmp_path: Path) -> None:
     code = "from pathlib import Path; from qatscale.supervise.claims import Claims; import os, signal\n"
     code += f"assert Claims(Path({str(tmp_path)!r})).take('run', 0, 'gone'); os.kill(os.getpid(), signal.SIGKILL)"

@@ -125,6 +125,7 @@ def test_speeds_leave_warm_up_out_and_count_steps_not_lines() -> None:
     records = [{"step": s, "phase": "stable", "tokens_per_second": v, "warmup": w} for s, v, w in steps]
     assert median_speeds(records) == {"tokens_per_second_fp": 100.0, "tokens_per_second_qat": None}
     assert median_speeds(records[:-11])["tokens_per_second_fp"] is None, "49 steps"
+    assert median_speeds([*records, records[-1] | {"step": 2**60}])["tokens_per_second_fp"] == 400.0
 
 
 def test_a_loss_that_no_float_can_raise_e_to() -> None:

@@ -8,7 +8,6 @@ The step of a checkpoint is in its folder's name; a checkpoint is complete once 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,31 +69,26 @@ def read_trained(what: str) -> Trained:
 
     InputError where no checkpoint is found, a file cannot be read, or QAT began before the checkpoint.
     """
+    from qatlaw.run_files import read_run_file
+
     try:
         run, step = _find(what)
-        about, timeline = (json.loads((run / name).read_bytes()) for name in ("run.json", "timeline.json"))
-        segments = [segment for segment in timeline["segments"] if not segment["quantized"]]
-        cooldowns = [segment for segment in segments if segment["phase"] == "cooldown"]
-        trained = Trained(
-            run=str(run),
-            step=step,
-            params=int(about["n_params"]),
-            tokens_per_step=int(timeline["tokens_per_step"]),
-            warmup_steps=sum(s["end"] - s["start"] for s in segments if s["phase"] == "warmup"),
-            cooled=any(segment["end"] <= step for segment in cooldowns),
-            cooling=any(segment["start"] < step < segment["end"] for segment in cooldowns),
-        )
-        switch = timeline["switch_step"]
-        switched = switch is not None and switch < step
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(KEY, what, f"cannot be read: {error.strerror}.") from None
-    except (KeyError, TypeError) as error:
-        raise InputError(KEY, what, f"run.json or timeline.json lacks something: {error!r}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(KEY, what, f"run.json or timeline.json cannot be read: {error}.") from error
-    if switched:
+    about, timeline = (read_run_file(run / name) for name in ("run.json", "timeline.json"))
+    segments = [segment for segment in timeline["segments"] if not segment["quantized"]]
+    cooldowns = [segment for segment in segments if segment["phase"] == "cooldown"]
+    trained = Trained(
+        run=str(run),
+        step=step,
+        params=about["n_params"],
+        tokens_per_step=timeline["tokens_per_step"],
+        warmup_steps=sum(s["end"] - s["start"] for s in segments if s["phase"] == "warmup"),
+        cooled=any(segment["end"] <= step for segment in cooldowns),
+        cooling=any(segment["start"] < step < segment["end"] for segment in cooldowns),
+    )
+    switch = timeline["switch_step"]
+    if switch is not None and switch < step:
         fix = f"Give an earlier one: RUN@STEP up to {switch}."
         raise InputError(KEY, what, f"was trained in QAT since step {switch}.", fix)
     return trained

@@ -32,6 +32,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qatlaw.files import sync
 from qatscale.engine.checkpoints.manifest import (
     FORMAT_JSON,
     MANIFEST,
@@ -42,7 +43,7 @@ from qatscale.engine.checkpoints.manifest import (
     Manifest,
 )
 from qatscale.errors import UserError, first_invalid
-from qatscale.files import sha256_of, sync
+from qatscale.files import sha256_of
 from qatscale.tensor_files import write_safetensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -12,13 +12,13 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from qatscale.engine.spikes import SpikeState
+from qatscale.files import Count
 
 FORMAT = 4
 READABLE = (1, 2, 3, 4)
 """Format 1 has no slices of columns, 2 no checksum of the manifest itself, and 3 no table of slices."""
 MANIFEST, SLICES = "manifest.json", "slices.npz"
 
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 

@@ -18,25 +18,27 @@ needs under ZeRO-3, and DeepSpeed stops with an error. Our own checkpoints know 
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from qatscale.config.recipe import load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest
 from qatscale.data.open import joined
 from qatscale.engine.checkpoints.files import KINDS
+from qatscale.engine.checkpoints.manifest import PluginState
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState, skeleton
 from qatscale.errors import UserError
-from qatscale.files import appearing
+from qatscale.files import Count, read_checked, sealed, sha256_of, write_json
+from qatscale.new_folder import appearing
 from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import Shape
 
@@ -44,6 +46,7 @@ DEEPSPEED = "0.19.8"
 """The release whose layout this is."""
 LATEST, OPTIMIZER, MODEL = "latest_universal", "optimizer_state.pt", "mp_rank_00_model_states.pt"
 RECIPE, SIDE_FILE = "recipe.yaml", "qatscale.json"
+KEY = "universal checkpoint"
 FILES = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
 
 # --- which parameters tensor parallelism splits, and how ---
@@ -104,8 +107,8 @@ def write_universal(state: TrainingState, out: Path) -> None:
         _save(model_states, inner / MODEL)
         (inner / RECIPE).write_text(recorded_yaml(state.config))
         known = {"format": 1, "source": state.source, "step": state.step, "data": state.data, "plugin": state.plugin}
-        known["tokenizer"] = state.tokenizer
-        (inner / SIDE_FILE).write_text(json.dumps(known, indent=1))
+        files = {str(path.relative_to(inner)): sha256_of(path) for path in sorted(inner.rglob("*")) if path.is_file()}
+        write_json(inner / SIDE_FILE, sealed({**known, "tokenizer": state.tokenizer, "files": files}))
         (folder / LATEST).write_text(inner.name)
 
 
@@ -144,8 +147,6 @@ def _save(content: Any, path: Path) -> None:
             torch.save(content, file)
         except RuntimeError as error:  # what torch makes of an OSError when it closes its archive
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- reading ---
@@ -175,17 +176,14 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
         problem = "is needed: a universal checkpoint does not describe its run."
         fix = "Give that run's recipe.yaml, or a name and its key=value overrides."
         raise UserError("--recipe", None, problem, fix)
+    known = _side_file(folder) if own else None
     config = load_run_config(folder / RECIPE) if own else load_run_config(str(recipe), overrides)
     bones = skeleton(config)
     reader = _Reader(folder, config, bones)
     adam_steps = {name: reader.steps(name) for name in bones.shapes}
-    if own:
-        try:
-            known = json.loads((folder / SIDE_FILE).read_bytes())
-            step, data, plugin = known["step"], known["data"], known["plugin"]
-            tokenizer = known.get("tokenizer")
-        except (ValueError, KeyError, TypeError) as error:
-            raise reader.error(f"{SIDE_FILE} cannot be read ({error}).") from None
+    if known is not None:
+        step, data, plugin = known["step"], known["data"], dict(known["plugin"])
+        tokenizer = known.get("tokenizer")
     else:
         step, plugin = _place(config, bones, adam_steps, reader)
         folders = config.data.sources
@@ -193,6 +191,24 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
         data = known_data.fingerprint if known_data else UNKNOWN_DATA
         tokenizer = known_data.tokenizer.fingerprint if known_data else None
     return TrainingState(config, str(folder), step, data, plugin, bones.shapes, adam_steps, reader.read, tokenizer)
+
+
+class _SideFile(TypedDict):
+    step: Count
+    data: str
+    plugin: PluginState
+    tokenizer: NotRequired[str | None]
+    files: NotRequired[dict[str, str]]
+    """Checksums by path; version 0.2 wrote none."""
+
+
+def _side_file(folder: Path) -> _SideFile:
+    """UserError where it is damaged, or where a file differs from its checksum."""
+    known = read_checked(folder / SIDE_FILE, TypeAdapter(_SideFile), KEY)
+    for name, checksum in known.get("files", {}).items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
+            raise UserError(KEY, str(folder / name), "is missing, or was altered: its checksum differs.")
+    return known
 
 
 class _Reader:
@@ -250,7 +266,7 @@ class _Reader:
             raise self.error(f"{shown} is damaged, or holds more than numbers and is not read: {first}") from None
 
     def error(self, problem: str, fix: str = "") -> UserError:
-        return UserError("universal checkpoint", str(self.folder), problem, fix)
+        return UserError(KEY, str(self.folder), problem, fix)
 
 
 def _place(

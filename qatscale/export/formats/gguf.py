@@ -29,7 +29,6 @@ from qatscale.export.formats.base import Format, Usage, transformers_usage
 from qatscale.export.formats.gguf_blocks import BlockType, to_blocks
 from qatscale.export.formats.gguf_vocabulary import vocabulary
 from qatscale.export.source import ExportSource, SourceParameter
-from qatscale.files import sync
 from qatscale.model.hugging_face import model_type
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.model.llama import scaled_frequencies
@@ -304,7 +303,6 @@ def write_gguf(path: Path, architecture: str, metadata: Mapping[str, Any], tenso
             writer.write_padding(file, tensor.size)
     finally:
         writer.close()
-    sync(path)
 
 
 FORMAT = Gguf()
