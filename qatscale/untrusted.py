@@ -65,6 +65,6 @@ def check_safetensors(folder: Path, key: str) -> None:
         except (SafetensorError, OSError) as error:
             raise UserError(key, str(path), f"cannot be read: {error}.") from None
     layers = read_object(config, key).get("num_hidden_layers") if config.is_file() else None
-    if isinstance(layers, int) and layers > tensors:  # before anything loops over them
+    if tensors and isinstance(layers, int) and layers > tensors:  # before anything loops over them
         problem = f"num_hidden_layers is {layers}, and the folder holds {tensors} tensors."
         raise UserError(key, str(config), problem)

@@ -224,7 +224,7 @@ def open_hugging_face(folder: Path) -> tuple[ModelConfig, State]:
     for a damaged folder. A sliding window is the caller's to compare with its sequences: `attention_window`.
     """
     config, state = read_config(folder), _open_safetensors(folder)
-    if config.layers > len(state):  # before anything loops over them
+    if state and config.layers > len(state):  # before anything loops over them
         problem = f"num_hidden_layers is {config.layers}, and the folder holds {len(state)} tensors."
         raise UserError("model folder", str(folder / "config.json"), problem)
     return config, from_hugging_face(state, config)

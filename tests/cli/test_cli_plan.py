@@ -203,7 +203,8 @@ def pretend_run(folder: Path, timeline: Timeline, step: int, params: int) -> str
     """What a plan reads of a run's folder, as a run writes it."""
     checkpoint = folder / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
-    files = {"run.json": {"n_params": params}, "timeline.json": timeline.to_dict(), checkpoint / "manifest.json": {}}
+    run = {"name": folder.name, "id": folder.name, "created": 0.0, "parent": None, "n_params": params}
+    files = {"run.json": run, "timeline.json": timeline.to_dict(), checkpoint / "manifest.json": {}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return str(folder)
@@ -259,7 +260,7 @@ def test_a_checkpoint_in_the_cooldown_is_warned_of(tmp_path: Path) -> None:
         ("run@7", "no checkpoint at step 7. Take one of 100"),
         ("new", "has no checkpoint yet"),
         ("torn", "cannot be read"),
-        ("lacking", "lacks something"),
+        ("lacking", "name: Field required"),
         ("switched", "trained in QAT since step "),
     ],
 )
@@ -276,5 +277,5 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, told: str) 
     (tmp_path / "lacking" / "run.json").write_text("{}")
     code, out, error = run_command(["plan", "checkpoint", str(tmp_path / name)])
     assert (code, out) == (2, "")
-    assert re.match(r"error: RUN = ", error)
+    assert re.match(r"error: (RUN|run) = ", error)
     assert told in error

@@ -40,7 +40,7 @@ def test_the_dry_run_ends_with_2_where_it_does_not_fit() -> None:
 
 
 def test_the_dry_run_ends_with_2_where_the_host_is_too_small() -> None:
-    code, out, error = run_command(["train", "8b", "--dry-run", "--processes", "64", "--host-memory", "100"])
+    code, out, error = run_command(["train", "8b", "--dry-run", "--processes", "64", "--host-memory", "10"])
     assert code == 2
     assert "a node of 8 needs" in error
     assert "host memory of a node of 8" in out

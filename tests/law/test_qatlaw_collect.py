@@ -189,7 +189,7 @@ TRIALS = {
     "qat.warmup_fraction", "qat.warmup_tokens",
 }  # fmt: skip
 NOT_SCIENCE = ("name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch")
-BY_NUMBERS = {"tokens", "seed", "data.seed", "qat.scheme", "qat.bits", "qat.fraction"}
+BY_NUMBERS = {"tokens", "seed", "init", "data.seed", "qat.scheme", "qat.bits", "qat.fraction"}
 
 
 @pytest.mark.parametrize("key", list(leaves(RunConfig)))
