@@ -21,6 +21,7 @@ from measure import Variant, interleaved, use_threads
 from result import Result, Table, options_of, report
 from torch import Tensor
 
+from qatlaw.files import sync
 from qatscale.config.ds_config import merge_ds_config, run_ds_config
 from qatscale.config.recipe import load_run_config
 from qatscale.data.manifest import Manifest, TokenizerCard
@@ -30,7 +31,6 @@ from qatscale.engine.checkpoints.save import slices_of
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import train_step
-from qatscale.files import sync
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.checkpointing import AsyncCheckpointer, HostCopy
 from qatscale.train.setup import assemble
