@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qatscale.data.manifest import Manifest
@@ -116,10 +117,13 @@ def test_errors(tmp_path: Path, trained: Trained) -> None:
 @pytest.mark.dist
 def test_checkpoints_hold_numbers_and_json_and_nothing_that_could_run(trained: Trained) -> None:
     files = [path for path in trained.runs.glob("*/checkpoints/**/*") if path.is_file()]
-    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".npz"}
     for path in files:
         if path.suffix == ".safetensors":  # 8 bytes: the length of the JSON header that follows
             assert path.read_bytes()[8:9] == b"{"
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as table:
+                assert all(table[name].dtype != object for name in table)
 
 
 @pytest.mark.dist
