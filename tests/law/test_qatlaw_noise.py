@@ -29,9 +29,7 @@ def covered(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> float:
     return float(np.mean((low <= truth) & (truth <= high)))
 
 
-@pytest.mark.parametrize(
-    "trunk_noise", [0.5, *(pytest.param(noise, marks=pytest.mark.slow) for noise in (0.0, 2.0))]
-)
+@pytest.mark.parametrize("trunk_noise", [0.5, *(pytest.param(noise, marks=pytest.mark.slow) for noise in (0.0, 2.0))])
 def test_intervals_hold_the_truth(trunk_noise: float) -> None:
     """Nominal 95 %; the record with more draws, seeds and resamples is analysis/benchmarks/interval_coverage.md."""
     law = synthetic.law()
