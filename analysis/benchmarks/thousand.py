@@ -109,7 +109,7 @@ class Job:
         return spent | {"megabytes": self.seen["bytes"] / 1e6, "calls": sum(self.seen.values()) - self.seen["bytes"]}
 
     def agreements(self) -> list[Agreement]:
-        """Of each rank; as in processes of their own, all of them are the first."""
+        """An agreement for each rank. Each is the first of its process, as in a real job."""
         made = self.each(lambda rank: type("Agreement", (Agreement,), {})(self.runtime(rank)))
         for agreement in made:
             agreement._store = Counted(agreement._store, self.seen)

@@ -19,7 +19,7 @@ from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
 from qatlaw.laws.named import NAMED
 from qatlaw.text import plural
 
-if TYPE_CHECKING:  # every --help reads the names of the laws, and does not wait for a law
+if TYPE_CHECKING:  # every --help imports this module, and does not wait for a law
     from qatlaw.fit_file import Bootstrap
     from qatlaw.laws.base import Law
     from qatlaw.laws.nominal import EffectiveBits
