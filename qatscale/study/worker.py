@@ -92,7 +92,9 @@ class Worker:
     def _train_here(self, job: StudyJob, branch_from: str | None) -> bool:
         from qatscale.train.run import train
 
-        return train(self.folder.config(job.name), branch_from, linger=False).status == "done"
+        outcome = train(self.folder.config(job.name), branch_from, linger=False)
+        self._stopped |= outcome.signal != 0  # the run's own handlers took it
+        return outcome.status == "done"
 
     def _launch(self, job: StudyJob, branch_from: str | None) -> bool:
         """Train through DeepSpeed's launcher in a process group of its own; a signal is passed on to it."""

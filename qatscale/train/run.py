@@ -41,7 +41,7 @@ class Outcome:
     final: dict[str, Any] | None
     """Final metrics by their stable names; None where a signal stopped the run."""
     signal: int = 0
-    """The signal that stopped it."""
+    """The signal that stopped it, or came too late for that; 0 without one."""
 
 
 def train(
@@ -56,15 +56,22 @@ def train(
     still train it.
     """
     with StopRequest() as stop:
-        setup = decide(config, branch_from)
-        if setup is None:
+        outcome = _train_unless_done(config, branch_from, stop, linger, take_over)
+    return replace(outcome, signal=outcome.signal or stop.received)
+
+
+def _train_unless_done(
+    config: RunConfig, branch_from: str | None, stop: StopRequest, linger: bool, take_over: bool
+) -> Outcome:
+    setup = decide(config, branch_from)
+    if setup is None:
+        return _done(config)
+    runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
+    stop.join(runtime)
+    with _only_writer(setup, branch_from, runtime, take_over) as resume:
+        if resume is None:
             return _done(config)
-        runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
-        stop.join(runtime)
-        with _only_writer(setup, branch_from, runtime, take_over) as resume:
-            if resume is None:
-                return _done(config)
-            return _train(replace(setup, resume=resume), runtime, stop, linger)
+        return _train(replace(setup, resume=resume), runtime, stop, linger)
 
 
 def _done(config: RunConfig) -> Outcome:

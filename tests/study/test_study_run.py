@@ -21,8 +21,10 @@ from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.state import StudyState
+from qatscale.study.worker import Worker
 from qatscale.supervise.claims import Claims
 from qatscale.tracking.compare import run_folders
+from qatscale.train.run import train
 from tests.processes import unlaunched
 from tests.study import studies
 
@@ -116,6 +118,19 @@ def test_a_stopped_study_goes_on_and_trains_nothing_twice(tiny: Path, tmp_path: 
     assert code == 0, output
     studies.trained_once(folder)
     assert (folder / "results.csv").read_bytes() == (tiny / "results.csv").read_bytes()
+
+
+def test_a_signal_that_comes_too_late_for_its_run_is_told_to_the_worker(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last step and the end the run's own handlers take the signal, and it is done all the same."""
+    folder = StudyFolder(tiny)
+    job = next(iter(folder.jobs.values()))
+    monkeypatch.setattr("qatscale.train.run.decide", lambda *_: signal.raise_signal(signal.SIGUSR1))  # None: it is done
+    worker = Worker(folder)
+    assert worker._train_here(job, None)
+    assert worker._stopped
+    assert train(folder.config(job.name)).signal == signal.SIGUSR1
 
 
 def until(holds: Callable[[], bool], timeout: float = 120) -> None:
