@@ -57,8 +57,6 @@ class Starts:
     tried: int
     agreeing: int
     """How many of them reached the best optimum."""
-    costs: tuple[float, ...]
-    """Costs of all of them, rising."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,6 @@ class FitResult:
     certainty: Certainty
     """Linearised standard errors: the bootstrap's intervals are better."""
     warnings: tuple[str, ...]
-
-    @property
-    def theta(self) -> tuple[float, ...]:
-        return self.law.theta
-
-    @property
-    def mae(self) -> float:
-        return self.quality.mae
 
 
 def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delta: float | None = None) -> FitResult:
@@ -142,8 +132,13 @@ def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delt
     )
 
 
-def fit_per_bits(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:
-    """One fit per bit width, each on its own quantized runs and all full-precision runs. `options` as for `fit`."""
+def fit_widths(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:
+    """By bit width: the same fit for all, or one for each with a form of one width. `options` as for `fit`.
+
+    A fit of one width has its quantized runs and all full-precision runs.
+    """
+    if not form.one_width:
+        return dict.fromkeys(table.widths, fit(form, table, **options))
     if not table.widths:
         raise InputError(f"{table.source}: rows", len(table), "hold no run with QAT tokens.")
     return {bits: fit(form, table.of_width(bits), **options) for bits in table.widths}
@@ -202,8 +197,7 @@ def _search(problem: Problem, delta: float, seed: int, starts: int) -> tuple[Flo
             found.append((float(solved.cost), solved.x))
         best = min(cost for cost, _ in found)
         agreeing = sum(cost <= best * (1 + AGREEMENT) for cost, _ in found)
-    found.sort(key=lambda pair: pair[0])
-    return found[0][1], Starts(len(found), agreeing, tuple(cost for cost, _ in found))
+    return min(found, key=lambda pair: pair[0])[1], Starts(len(found), agreeing)
 
 
 def _noise(problem: Problem, variables: Floats, table: RunTable) -> Noise:
@@ -237,7 +231,7 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
         fix = 'Fit table.of_scheme("sequential") and table.of_scheme("fused") each.'
         raise InputError(f"{source}: scheme", mixed, "are two schemes; a fit takes one, as their U-curves differ.", fix)
     if form.one_width and len(widths) > 1:
-        raise InputError(f"{source}: bits", widths, f"{form.name} describes one bit width.", "Use fit_per_bits.")
+        raise InputError(f"{source}: bits", widths, f"{form.name} describes one bit width.", "Use fit_widths.")
     if any("2^B" in term.features for term in form.terms) and len(widths) < 2:
         problem = f"{form.name} has terms in the bit width and needs runs of at least two."
         raise InputError(f"{source}: bits", widths, problem, "Fit qat_per_bits, or add runs at another width.")

@@ -17,7 +17,7 @@ from qatlaw.bit_widths import BIT_WIDTHS, UNQUANTIZED_BITS
 from qatlaw.curves import Curve, OptimalFraction, measured_curves
 from qatlaw.errors import InputError
 from qatlaw.fit_file import FitFile
-from qatlaw.fitting import fit, fit_per_bits
+from qatlaw.fitting import fit_widths
 from qatlaw.fraction import amount, closed_form
 from qatlaw.laws import FORMS, Law
 from qatlaw.laws.base import Floats
@@ -249,16 +249,15 @@ def of_file(name: str, file: FitFile) -> Candidate:
 def refitted(table: JudgedTable) -> tuple[list[Candidate], list[str]]:
     """Every form fitted on a table's runs of quantized weights alone; and caveats about the fits."""
     runs = table.runs.where(_weights_alone(table.runs))
-    counts = runs.frame["scheme"].value_counts()
-    scheme = max(MIXED_SCHEMES, key=lambda name: counts.get(name, 0))
-    if counts.get(scheme, 0):
+    scheme = next(iter(runs.mixed_schemes), MIXED_SCHEMES[0])
+    if runs.mixed_schemes:
         runs = runs.of_scheme(scheme)
     candidates, notes = [], []
     for form in FORMS.values():
         if not form.quantized:
             continue
         try:
-            results = fit_per_bits(form, runs) if form.one_width else dict.fromkeys(runs.widths, fit(form, runs))
+            results = fit_widths(form, runs)
         except InputError as error:
             notes.append(f"{form.name} cannot be fitted on {table.name}: {error}")
             continue

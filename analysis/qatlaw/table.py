@@ -157,6 +157,13 @@ class RunTable:
         """Bit widths of its quantized runs, rising."""
         return sorted(set(self.column("bits")[self.quantized].tolist()))
 
+    @property
+    def mixed_schemes(self) -> dict[str, int]:
+        """Number of runs of its two-phase schemes, most first."""
+        counts = self.frame["scheme"].value_counts()
+        present = [name for name in MIXED_SCHEMES if name in counts]
+        return {name: int(counts[name]) for name in sorted(present, key=lambda name: -counts[name])}
+
     @cached_property
     def trunks(self) -> NDArray[np.int64]:
         """[runs]: equal for runs of one size and seed, which share a trunk; without a column `seed`, of one size. Seed

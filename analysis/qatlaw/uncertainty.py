@@ -34,7 +34,7 @@ def bootstrap(result: FitResult, *, resamples: int = 200, level: float = 0.95, s
         raise InputError("level", level, "must lie between 0 and 1, such as 0.95.")
     form, table, noise = result.law.form, result.table, result.noise
     problem = make_problem(form, table, noise.ratio)
-    start = problem.variables(np.array(result.theta))
+    start = problem.variables(np.array(result.law.theta))
     # [runs]: the leverage is how much of its own error each run takes out of its residual, by pulling the law.
     left, singular, _ = np.linalg.svd(problem.jacobian(start), full_matrices=False)
     leverage = np.minimum((left[:, singular > OPEN * singular[0]] ** 2).sum(axis=1), MOST_LEVERAGE)

@@ -14,22 +14,12 @@ import numpy as np
 
 from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.fitting import Quality, fit, fit_per_bits, quality
+from qatlaw.fitting import Quality, fit_widths, quality
 from qatlaw.laws.base import Floats, Law, LawForm
 from qatlaw.table import RunTable
 
 Axis = Literal["n_params", "tokens_total"]
 AXES: dict[Axis, str] = {"n_params": "the largest models", "tokens_total": "the longest runs"}
-
-
-@dataclass(frozen=True)
-class LeaveOut:
-    """A law fitted without the upper end of an axis, and its errors at that end."""
-
-    above: float
-    """Runs with more than that were left out of the fit."""
-    fitted_on: int
-    held_out: Quality
 
 
 @dataclass(frozen=True)
@@ -47,10 +37,7 @@ class Comparison:
 
 
 def laws_for(form: LawForm, table: RunTable, **options: Any) -> dict[float, Law]:
-    """The law of each bit width: the same for all with a unified form, else one fit each."""
-    if form.one_width:
-        return {bits: result.law for bits, result in fit_per_bits(form, table, **options).items()}
-    return dict.fromkeys(table.widths, fit(form, table, **options).law)
+    return {bits: result.law for bits, result in fit_widths(form, table, **options).items()}
 
 
 def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
@@ -66,8 +53,8 @@ def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
     return losses
 
 
-def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> LeaveOut:
-    """Fit without the largest value of the axis, and predict the quantized runs at it. `options` as for `fit`.
+def held_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> Quality:
+    """Fit without the largest value of the axis, and judge the quantized runs at it. `options` as for `fit`.
 
     On the axis of tokens, which sizes need not share, the longest fifth of the quantized runs is left out.
     InputError where too little is left to fit, or nothing to predict.
@@ -88,7 +75,7 @@ def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> Lea
     known = np.isfinite(found)
     if not known.any():
         raise InputError(where, above, f"no quantized run above it that {form.name} describes.")
-    return LeaveOut(above, len(rest), quality(found[known], ends.loss[known]))
+    return quality(found[known], ends.loss[known])
 
 
 def compare(forms: Sequence[LawForm], table: RunTable, **options: Any) -> list[Comparison]:
@@ -119,7 +106,7 @@ def _compared(form: LawForm, table: RunTable, curves: list[Curve], options: dict
         refused.append(str(error))
     for axis in AXES:
         try:
-            held[axis] = leave_out(form, table, axis, **options).held_out
+            held[axis] = held_out(form, table, axis, **options)
         except InputError as error:
             refused.append(f"without {AXES[axis]}: {error}")
     return Comparison(form, count, in_sample, held, fractions, tuple(refused))

@@ -188,22 +188,23 @@ TRIALS = {
     "qat.learning_rate", "qat.lr_ratio", "qat.optimizer_state", "qat.scale_lr_ratio", "qat.scale_gradient_factor",
     "qat.warmup_fraction", "qat.warmup_tokens",
 }  # fmt: skip
-NOT_SCIENCE = ("name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch")
+NOT_SCIENCE = (
+    "name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch", "data.path",
+)  # fmt: skip
 BY_NUMBERS = {"tokens", "seed", "init", "data.seed", "qat.scheme", "qat.bits", "qat.fraction"}
 
 
 @pytest.mark.parametrize("key", list(leaves(RunConfig)))
 def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str, tmp_path: Path) -> None:
     """Of a recipe's keys the optimizer's make trials, those of the job and of reports nothing, the rest points. The
-    rows of results.csv say the same as the runs, but for the data's path, which differs from machine to machine."""
+    rows of results.csv say the same as the runs."""
     runs = (record(name, loss, at) for name, loss, at in (("a", 3.0, 1.0), ("b", 3.1, 2.0)))
     one, other = (replace(run, recipe={**run.recipe, key: run.name}) for run in runs)
     found = collect([one, other], "")
     used, reasons = list(found.table.frame["name"]), [left.reason for left in found.left_out]
     write_results(tmp_path / "results.csv", [one, other])
     rows = collect(read_results(tmp_path / "results.csv"), "")
-    if key != "data.path":
-        assert (list(rows.table.frame["name"]), [left.reason for left in rows.left_out]) == (used, reasons)
+    assert (list(rows.table.frame["name"]), [left.reason for left in rows.left_out]) == (used, reasons)
     if key in TRIALS:
         assert (used, reasons) == (["a"], [f"a trial with a higher loss: {key}=b; the best is a"])
     elif key in ("seed", "data.seed", "data.cooldown_seed"):
@@ -250,21 +251,6 @@ def test_whole_sequences_of_the_same_text_are_the_same_text() -> None:
     """1M tokens are 488 sequences of 2,048 or 244 of 4,096; models of both lengths are of one study."""
     runs = [on_text(record(str(n), 3.0, 0.0, seed=str(n)), "text", n) for n in (999_424.0, 998_400.0)]
     collect(runs, "").table.check_text()
-
-
-def test_runs_of_older_versions_say_less_and_are_read() -> None:
-    """Without fingerprints the recipe tells: another path is another point, other tokens are other text."""
-    old = record("old", 3.0, 0.0, **{"data.path": "a", "evaluation.tokens": "1000000"})
-    elsewhere = record("elsewhere", 2.9, 1.0, **{"data.path": "b", "evaluation.tokens": "1000000"})
-    found = collect([old, elsewhere], "")
-    assert len(found.table) == 2
-    assert found.notices == ("the runs differ in data.path (a, b), which the law does not know",)
-    found.table.check_text()
-    short = record("short", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "150000"})
-    with pytest.raises(InputError, match="1 on 150,000 tokens of one split"):
-        collect([old, short], "").table.check_text()
-    new = on_text(record("new", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "1000000"}), "text", 400_000.0)
-    assert len(collect([old, new], "").table) == 1, "the split may be shorter than what was asked for"
 
 
 def test_trials_in_a_table_are_told_apart_as_those_of_runs_are(tmp_path: Path) -> None:

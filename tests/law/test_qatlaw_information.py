@@ -47,7 +47,7 @@ def test_the_predicted_errors_are_those_of_real_fits() -> None:
     for seed in range(60):
         noise = np.random.default_rng(seed).standard_normal(len(full))
         drawn = full.frame.assign(loss=exact * np.exp(0.002 * noise))
-        found.append(fit(CHINCHILLA, RunTable.from_frame(drawn), starts=1, delta=1.0).theta)
+        found.append(fit(CHINCHILLA, RunTable.from_frame(drawn), starts=1, delta=1.0).law.theta)
     scatter = np.std(np.log(found), axis=0)  # of an exponent in relative units, too
     for name, value, log_scatter in zip(CHINCHILLA.names, law.theta, scatter, strict=True):
         relative = predicted[name] / (value if name in ("gamma", "eta") else 1.0)

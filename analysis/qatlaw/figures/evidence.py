@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qatlaw.fraction import MEASURED_S, ROUNDING
 from qatlaw.laws.base import Floats, Law
 from qatlaw.runs import RunRecord
-from qatlaw.table import MIXED_SCHEMES, RunTable
+from qatlaw.table import RunTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,11 +69,7 @@ class Evidence:
     @cached_property
     def scheme(self) -> str | None:
         """The scheme of the U-curves: the law's, else the two-phase scheme with more runs; None without any."""
-        if self.laws is not None:
-            return self.laws.scheme
-        counts = self.table.frame["scheme"].value_counts()
-        found = [name for name in MIXED_SCHEMES if counts.get(name, 0)]
-        return max(found, key=lambda name: int(counts[name])) if found else None
+        return self.laws.scheme if self.laws else next(iter(self.table.mixed_schemes), None)
 
     @cached_property
     def curves(self) -> tuple[Curve, ...]:
