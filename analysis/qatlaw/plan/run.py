@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, tokens_per_parameter_byte
-from qatlaw.fraction_laws import PAPER, FractionLaw
+from qatlaw.fraction_laws import PAPER
 from qatlaw.laws.nominal import EffectiveBits
 from qatlaw.plan.shapes import usual_effective_bits
 from qatlaw.plan.waste import optimal_loss, split_loss, wasted_tokens
-from qatlaw.planner_law import PlannerLaw
+from qatlaw.planner_law import PlanLaw, PlannerLaw
 
 RULE = 0.1
 """The customary share of the tokens for QAT, for comparison."""
@@ -152,8 +151,7 @@ def plan_run(
     tokens: float,
     bits: float,
     *,
-    law: PlannerLaw | None = None,
-    fractions: FractionLaw = PAPER,
+    law: PlanLaw = PAPER,
     tokens_per_step: int | None = None,
     scheme: Scheme = SEQUENTIAL,
     stored_bytes: float | None = None,
@@ -161,23 +159,15 @@ def plan_run(
 ) -> RunPlan:
     """The plan for a model of `params` parameters (a tied embedding counted once), `tokens` tokens and `bits` bits.
 
-    law: gives the optimum and the losses; without one `fractions` decides. `scheme` may move the fraction.
+    law: gives the optimum, and losses if it has them. `scheme` may move the fraction.
     tokens_per_step: of an optimizer step, for the switch step. stored_bytes: of the weights, for their effective bits.
     group_size: to be set in the recipe.
 
-    InputError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.fraction_at`).
+    InputError where the law is not defined: an amount that is not positive, another bit width, S <= 1 in a closed form.
     """
     S = tokens_per_parameter_byte(params, tokens, bits)
-    if law is not None:
-        law.check_bits(bits)
-        optimum = float(law.law.optimal_fraction(params, tokens, bits))
-    else:
-        fractions.check_bits(bits)
-        try:
-            optimum = fractions.optimal_fraction(params, tokens, bits)
-        except ValueError as error:
-            units = "Are --params and --tokens in the right units (396M, 100B)?"
-            raise InputError("plan", None, f"{error}.", units) from None
+    law.check_bits(bits)
+    optimum = law.optimal_fraction(params, tokens, bits)
     params, tokens = round(params), round(tokens)
     planned = scheme.nearest(optimum, tokens)
     steps = None if tokens_per_step is None else max(1, round(tokens / tokens_per_step))
@@ -195,8 +185,8 @@ def plan_run(
         tokens_qat=tokens_qat,
         steps=steps,
         switch_step=None if steps is None else switch_step(planned, steps),
-        prediction=None if law is None else _predict(law, params, tokens, bits, optimum, planned),
-        warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law or fractions)),
+        prediction=_predict(law, params, tokens, bits, optimum, planned) if isinstance(law, PlannerLaw) else None,
+        warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law)),
         overrides=overrides_of(tokens, bits, scheme, written_fraction(planned, steps), group_size),
     )
 
@@ -213,7 +203,7 @@ def overrides_of(
     return (*settings, f"qat.group_size={group_size}") if group_size else settings
 
 
-def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | FractionLaw) -> tuple[str, ...]:
+def warnings_of(params: float, tokens: float, bits: float, law: PlanLaw) -> tuple[str, ...]:
     """The numbers of a plan outside the range of the data behind them."""
     found = law.warning(params, tokens, bits)
     return (found,) if found else ()
@@ -289,8 +279,7 @@ def compare_widths(
     tokens: float,
     widths: Sequence[float],
     *,
-    law: PlannerLaw | None = None,
-    fractions: FractionLaw = PAPER,
+    law: PlanLaw = PAPER,
     tolerance: float = TOLERANCE,
     tokens_per_step: int | None = None,
     scheme: Scheme = SEQUENTIAL,
@@ -301,7 +290,7 @@ def compare_widths(
     rows = []
     for bits in widths:
         plan = plan_run(
-            params, tokens, bits, law=law, fractions=fractions, tokens_per_step=tokens_per_step, scheme=scheme,
+            params, tokens, bits, law=law, tokens_per_step=tokens_per_step, scheme=scheme,
             stored_bytes=stored_bytes(bits) if stored_bytes else None, group_size=group_size,
         )  # fmt: skip
         gap = plan.prediction.loss - plan.prediction.full_precision_loss if plan.prediction else None
