@@ -73,11 +73,10 @@ def judge(
     by_table = [(table, [one for one in verdicts if one.table == table.label]) for table in chosen]
     if out is not None:
         from qatlaw.figures.judged import CAPTION, draw_judged
-        from qatlaw.page import image, render
+        from qatlaw.page import image, template
 
         figure = draw_judged(candidates, chosen)
-        page = render(
-            "judge.html.jinja",
+        page = template("judge.html.jinja").render(
             title="Laws judged on tables of runs",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             judged=[(table, verdict_rows(own, full=True)) for table, own in by_table],

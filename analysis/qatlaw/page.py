@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from qatlaw.errors import InputError
 from qatlaw.figures import Drawn, Evidence, Laws, draw_all
@@ -172,22 +171,20 @@ def image(figure: Figure, ending: str) -> bytes:
     return buffer.getvalue()
 
 
-def render(template: str, **content: Any) -> str:
-    """A page of the package's templates."""
+def template(name: str) -> Template:
+    """One of the package's templates."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["rows"] = rows_html
-    environment.filters["boxes"] = boxes_html
+    environment.filters["numeric_columns"] = _numeric_columns
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template(template).render(**content)
+    return environment.get_template(name)
 
 
 def html(report: Report) -> str:
     table = report.evidence.table
-    return render(
-        "report.html.jinja",
+    return template("report.html.jinja").render(
         report=report,
         coefficient_rows=coefficient_rows,
         quality_rows=quality_rows,
@@ -245,27 +242,9 @@ def _run_rows(table: RunTable) -> Rows:
     return rows
 
 
-def rows_html(rows: Rows) -> Markup:
-    """A table; columns of numbers are aligned to the right."""
+def _numeric_columns(rows: Rows) -> list[bool]:
     headers, *body = rows
-    numeric = [bool(body) and all(_is_number(row[i]) for row in body) for i in range(len(headers))]
-
-    def cells(tag: str, row: tuple[str, ...]) -> str:
-        classes = [' class="n"' if right else "" for right in numeric]
-        return "".join(f"<{tag}{own}>{escape(cell)}</{tag}>" for own, cell in zip(classes, row, strict=True))
-
-    lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in body)
-    return Markup(
-        f'<div class="scroll"><table><thead><tr>{cells("th", headers)}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
-
-
-def boxes_html(lines: Sequence[str]) -> Markup:
-    """One box; several lines are its list."""
-    if len(lines) < 2:
-        return Markup("").join(Markup('<div class="warning">{}</div>').format(line) for line in lines)
-    items = Markup("").join(Markup("<li>{}</li>").format(line) for line in lines)
-    return Markup('<div class="warning"><ul>{}</ul></div>').format(items)
+    return [bool(body) and all(_is_number(row[i]) for row in body) for i in range(len(headers))]
 
 
 def _is_number(cell: str) -> bool:
