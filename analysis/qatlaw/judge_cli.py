@@ -1,4 +1,4 @@
-"""`qatscale judge` and `python -m qatlaw judge`: laws against tables of runs, as text, a page and JSON."""
+"""`qatscale judge`: laws against tables of runs, as text, a page and JSON."""
 
 from __future__ import annotations
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qatlaw import fraction
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
-from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
+from qatlaw.fraction import MEASURED, ROUNDING, amount, tokens_per_parameter_byte
 from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
 from qatlaw.laws.named import NAMED
 from qatlaw.text import plural
@@ -149,10 +148,5 @@ def plan_law(name: str | None, effective: EffectiveBits, *, losses: bool = False
 def synthetic_law() -> PlannerLaw:
     from qatlaw import synthetic
 
-    ranges = {
-        "n_params": fraction.MEASURED_PARAMETERS,
-        "tokens": fraction.MEASURED_TOKENS,
-        "bits": fraction.MEASURED_BITS,
-        "s_total": fraction.MEASURED_S,
-    }
+    ranges = {"n_params": MEASURED["N"], "tokens": MEASURED["D"], "bits": MEASURED["B"], "s_total": MEASURED["S"]}
     return PlannerLaw(synthetic.law(), "synthetic, fitted on no runs", ranges, synthetic=True)

@@ -67,8 +67,6 @@ def test_the_seed_decides_the_intervals(result, drawn):
 def test_bootstrap_refuses_what_makes_no_interval(result):
     with pytest.raises(InputError, match=r"^resamples = 5"):
         bootstrap(result, resamples=5)
-    with pytest.raises(InputError, match=r"^level = 95"):
-        bootstrap(result, level=95)
 
 
 # ---- measured U-curves -------------------------------------------------------------------------------------------

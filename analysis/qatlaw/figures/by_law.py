@@ -17,7 +17,6 @@ from qatlaw.figures.style import (
     legend_below,
     log_axis,
     mark,
-    memory,
     new_figure,
     series_style,
     tidy,
@@ -111,6 +110,8 @@ def draw_residuals(evidence: Evidence) -> Drawn:
 
 def draw_memory(evidence: Evidence) -> Drawn:
     """Loss of the largest model that fits a budget at each width, its tokens split at the law's optimum."""
+    from matplotlib.ticker import EngFormatter
+
     name, title = "equal_memory", "Loss over bit width at equal memory"
     laws, by_width = evidence.laws, evidence.law_by_width
     if laws is None:
@@ -125,7 +126,7 @@ def draw_memory(evidence: Evidence) -> Drawn:
     ends = sizes.min() * middle, sizes.max() * middle
     budgets = [float(f"{size:.1e}") for size in np.geomspace(*ends, BUDGETS if np.ptp(sizes) else 1)]
     figure = new_figure(3.9)
-    axes = figure.add_subplot()
+    axes, memory = figure.add_subplot(), EngFormatter("B")  # 4e8 -> 400 MB
     places, beyond = np.arange(len(widths), dtype=np.float64), False
     for place, budget in enumerate(budgets):
         N = budget * 8 / widths

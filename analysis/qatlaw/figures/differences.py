@@ -114,12 +114,10 @@ def _draw_size(axes: Axes, evidence: Evidence, cells: list[tuple[float, float]],
 def draw_fusion(evidence: Evidence) -> Drawn:
     """Fused minus sequential loss, for pairs with the same size, width and tokens of both phases."""
     name, title = "fusion", "Fused against sequential"
-    cell = ["n_params", "bits", "tokens_fp", "tokens_qat"]
-    means = evidence.rows(*MIXED_SCHEMES).frame.groupby([*cell, "scheme"])["loss"].mean().unstack("scheme")
-    if not {*MIXED_SCHEMES} <= set(means.columns) or means.dropna().empty:
+    pairs = evidence.fusion_pairs
+    if pairs.empty:
         needs = "pairs of a sequential and a fused run of the same size, bit width and tokens of both phases."
         return Drawn(name, title, lacking=needs)
-    pairs = means.dropna().reset_index()
     gap = (pairs["fused"] - pairs["sequential"]).to_numpy(np.float64)
     saved = _saved(evidence, pairs, gap)
     widths, sizes = sorted(set(pairs["bits"].tolist())), sorted(set(pairs["n_params"].tolist()))

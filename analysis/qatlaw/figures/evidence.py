@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qatlaw.fraction import MEASURED_S, ROUNDING
 from qatlaw.laws.base import Floats, Law
 from qatlaw.runs import RunRecord
-from qatlaw.table import RunTable
+from qatlaw.table import MIXED_SCHEMES, RunTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,6 +97,13 @@ class Evidence:
         """(N, D) of the table's runs, by rising tokens per parameter."""
         pairs = zip(self.table.column("n_params").tolist(), self.table.tokens_total.tolist(), strict=True)
         return tuple(sorted(set(pairs), key=lambda pair: (pair[1] / pair[0], pair)))
+
+    @cached_property
+    def fusion_pairs(self) -> pd.DataFrame:
+        """Columns sequential and fused: the mean losses of runs with the same size, width and tokens of both phases."""
+        cell = ["n_params", "bits", "tokens_fp", "tokens_qat"]
+        means = self.rows(*MIXED_SCHEMES).frame.groupby([*cell, "scheme"])["loss"].mean().unstack("scheme")
+        return means.reindex(columns=list(MIXED_SCHEMES)).dropna().reset_index()
 
     @cached_property
     def widths(self) -> tuple[float, ...]:

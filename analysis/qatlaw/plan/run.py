@@ -142,7 +142,6 @@ class RunPlan:
 
     @property
     def tokens_per_stored_byte(self) -> float | None:
-        """Tokens per stored byte."""
         return self.stored_bytes and self.tokens / self.stored_bytes
 
 

@@ -114,12 +114,12 @@ def file_bytes(
     return one[index] + (layers - 1) * (two - one)[index]
 
 
-def nearest_shape(params: float, vocabulary: int = VOCABULARY) -> Shape | None:
+def nearest_shape(params: float) -> Shape | None:
     """The usual shape of about so many parameters; None where none is near."""
     widths, layers = _usual()
-    off = np.abs(np.log(_weights(widths, layers, vocabulary, 1).params / params))
+    off = np.abs(np.log(_weights(widths, layers, VOCABULARY, 1).params / params))
     best = int(np.argmin(off))
-    return Shape(int(widths[best]), int(layers[best]), vocabulary) if off[best] < NEAR else None
+    return Shape(int(widths[best]), int(layers[best]), VOCABULARY) if off[best] < NEAR else None
 
 
 def usual_effective_bits(vocabulary: int = VOCABULARY, group_size: int | None = None) -> EffectiveBits:
