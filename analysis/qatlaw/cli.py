@@ -71,11 +71,8 @@ def run(
     if width is None:
         bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, group_size=group_size, as_json=as_json)
         return
-    (N, D), basis = _size(known), plan_law(law, known.effective)
-    plan = plan_run(
-        N, D, width, law=basis, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
-        stored_bytes=known.stored_bytes(width) if known.stored_bytes else None, group_size=group_size,
-    )  # fmt: skip
+    (N, D), basis = known.size, plan_law(law, known.effective)
+    plan = plan_run(known, width, basis)
     table = {
         "bits per parameter": f"{width:g}",
         "  effective, as they are stored": None if plan.effective_bits is None else f"{plan.effective_bits:.3f}",
@@ -122,7 +119,7 @@ def bit_widths(
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
     known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
-    N, D = _size(known)
+    N, D = known.size
     if law in NAMED:
         if group_size and not NAMED[law].needs_group:
             raise InputError("--group-size", group_size, f"has no effect: {law} does not know it.", "Leave it out.")
@@ -132,10 +129,7 @@ def bit_widths(
     if tolerance and basis.law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
     nats = tolerance or TOLERANCE
-    plan = compare_widths(
-        N, D, basis.widths, law=basis, tolerance=nats, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
-        stored_bytes=known.stored_bytes, group_size=group_size,
-    )  # fmt: skip
+    plan = compare_widths(known, basis.widths, basis, nats)
     best = None if plan.smallest is None else plan.rows[plan.smallest]
     table = columns(plan.rows, f"bits {_EFFECTIVE} plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
     notes = _counted_on(known)
@@ -300,7 +294,7 @@ def waste(
 ) -> None:
     """What share of the tokens does a QAT fraction waste, against the optimal one?"""
     loss_law = load_law(law, effective=usual_effective_bits())
-    best = plan_run(params, tokens, bits, law=loss_law)
+    best = plan_run(Recipe(params, tokens), bits, loss_law)
     splits = [judge_split(loss_law, params, tokens, bits, each) for each in (fraction, best.optimum)]
     table = columns(splits, "fraction loss wasted", best=splits[1])
     notes = ["* the optimal QAT fraction.", f"Losses in nats per token; {WASTED}."]
@@ -345,7 +339,7 @@ def _known(
     if recipe is None:
         shape = nearest_shape(params) if params else None
         per_step = None if batch_tokens is None else round(batch_tokens)
-        known = Recipe(params, group=group_size, tokens=tokens, tokens_per_step=per_step)
+        known = Recipe(params, tokens, group=group_size, group_size=group_size, tokens_per_step=per_step)
         if params is None or shape is None:
             return known
         check_group_size(group_size)
@@ -358,21 +352,13 @@ def _known(
         if value is not None:
             raise InputError(flag, value, "contradicts --recipe, which has its own.", "Leave one of them out.")
     known = _stack(ctx, "--recipe", recipe).recipe(recipe, group_size)
-    return replace(known, tokens=tokens or known.tokens)
+    return replace(known, tokens=tokens or known.tokens, group_size=group_size)
 
 
 def _counted_on(known: Recipe) -> list[str]:
     if known.stored_bytes is None:
         return []
     return [f"Effective bits count scales, embedding and norms: of {known.model}."]
-
-
-def _size(known: Recipe) -> tuple[float, float]:
-    if known.params is None:
-        raise InputError("--params", None, "is missing.", "Add --params 396M.")
-    if known.tokens is None:
-        raise InputError("--tokens", None, "is missing.", "Add --tokens 100B.")
-    return known.params, known.tokens
 
 
 def _stack(ctx: typer.Context, flag: str, value: str) -> Any:

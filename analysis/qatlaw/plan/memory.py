@@ -20,7 +20,7 @@ import numpy as np
 
 from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
 from qatlaw.fraction_laws import PAPER
-from qatlaw.plan.run import RunPlan, plan_run, width_warnings
+from qatlaw.plan.run import Recipe, RunPlan, plan_run, width_warnings
 from qatlaw.plan.shapes import DEEP, SHALLOW, VOCABULARY, FileSize, Shape, shapes_within
 from qatlaw.plan.waste import optimal_loss
 from qatlaw.planner_law import PlanLaw
@@ -90,7 +90,8 @@ def plan_memory(
             losses = optimal_loss(law.law, [shape.params for shape in fitting], tokens, bits)
             shape = fitting[int(np.argmin(losses))]
         size = shape.stored_bytes(bits, group_size, file_size)
-        plan = plan_run(shape.params, tokens, bits, law=law, stored_bytes=size, group_size=group_size)
+        model = Recipe(shape.params, tokens, stored_bytes=lambda _, size=size: size, group_size=group_size)
+        plan = plan_run(model, bits, law)
         rows.append(MemoryRow(bits, shape, fitting[-1], size, plan, 6.0 * shape.params * plan.tokens))
     best = 0 if len(rows) == 1 else None
     if law.law is not None:

@@ -43,9 +43,7 @@ def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Ans
     if law.needs_group and run.group is None:
         fix = "Add the weights that share a scale; with a scale a row, the model's width."
         raise InputError("--group-size", None, f"is missing: {law.name} depends on it.", fix)
-    assert run.params is not None
-    assert run.tokens is not None
-    N, D = run.params, run.tokens
+    N, D = run.size
     asked = law.asked(run.non_embedding or N, D, law.widths, run.group or math.nan)
     losses, full = law.loss(asked).tolist(), float(law.loss(asked.in_full_precision)[0])
     rows = tuple(
