@@ -46,22 +46,6 @@ MOST_RUNS = 40
 RUNS = "runs.csv"
 
 
-PAPERS = {
-    "optimal_fraction": "the optimal QAT fraction over tokens per parameter byte",
-    "u_curves": "the loss over the QAT fraction",
-    "law_against_measurement": "the loss law's prediction over the measured loss",
-    "equal_memory": "the optimal bit width under a memory constraint",
-    "against_full_precision": "QAT at several bit widths against full precision",
-    "wasted_tokens": "tokens wasted by a sub-optimal fraction",
-    "fusion": "cooldown and QAT fusion",
-    "cooldown_shapes": "the loss by cooldown shape",
-    "bias_and_variance": "bias against variance of cooldown shapes",
-    "cooldown_adamw": "AdamW's settings in the cooldown",
-    "landscape": "the loss landscape of the cooldown",
-}
-"""Subject of the papers' figures that ours correspond to, by name. arXiv 2509.22935, and 2508.01483 for cooldowns."""
-
-
 @dataclass(frozen=True)
 class Report:
     """The content of a page."""
@@ -198,7 +182,6 @@ def html(report: Report) -> str:
         more_runs=len(table) - MOST_RUNS,
         findings=findings(report.evidence, report.summaries),
         missing=_missing(report),
-        paper=_paper,
         reasons=", ".join(f"{count} {reason}" for reason, count in counted(report.left_out).items()),
         left_out=[("run left out", "why"), *((one.name, one.reason) for one in report.left_out[:MOST_RUNS])],
     )
@@ -218,16 +201,6 @@ def _missing(report: Report) -> list[tuple[str, str]]:
     """(what, what it needs) of everything that these runs do not give."""
     law = [] if report.evidence.laws else [("Loss law", report.no_law or "none was given.")]
     return [*law, *((one.title, f"needs {one.lacking}") for one in report.drawn if one.figure is None)]
-
-
-def _paper(name: str) -> str:
-    """Which figure of a paper one of ours corresponds to."""
-    name = "landscape" if name.startswith("landscape_") else name
-    if name not in PAPERS:
-        return "Of the papers' figures none corresponds to it."
-    of_cooldowns = ("cooldown_shapes", "bias_and_variance", "cooldown_adamw", "landscape")
-    source = "2508.01483" if name in of_cooldowns else "2509.22935"
-    return f"It corresponds to the figure of {PAPERS[name]} in arXiv {source}."
 
 
 def _run_rows(table: RunTable) -> Rows:

@@ -127,13 +127,13 @@ class Evidence:
         return f"The law is {self.laws.source}.{made_up if self.laws.demonstration else ''}"
 
 
+QAT, COOLDOWNS = "arXiv 2509.22935", "arXiv 2508.01483"
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A figure of the report, or why it is missing."""
 
-    name: str
-    """Stem of its files."""
-    title: str
     caption: str = ""
     """Says what is measured and what is predicted by a law, with units and ranges."""
     figure: Figure | None = None
@@ -142,6 +142,10 @@ class Drawn:
     lacking: str = ""
     """What it would need, where `figure` is None."""
     warnings: tuple[str, ...] = ()
+    name: str = ""
+    """Stem of its files."""
+    title: str = ""
+    paper: str = ""
 
 
 def closed_form_warnings(table: RunTable) -> tuple[str, ...]:
