@@ -127,7 +127,9 @@ def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delt
         starts=found,
         identifiability=identifiability,
         noise=noise,
-        certainty=Certainty.of(law, information(law, problem.points, max(noise.own, 1e-12), problem.whitened)),
+        certainty=Certainty.from_information(
+            law, information(law, problem.points, max(noise.own, 1e-12), problem.whitened)
+        ),
         warnings=(*identifiability.sentences, *_curve_warning(used, residuals, noise), *_start_warning(found)),
     )
 

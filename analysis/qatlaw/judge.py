@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,14 +208,14 @@ def _asked(candidate: Candidate, curve: Curve) -> float | None:
 
 def published(law: NamedLaw) -> Candidate:
     def losses(runs: RunTable) -> tuple[Floats, Floats]:
-        asked = Asked.of(runs.frame)
+        asked = Asked.from_frame(runs.frame)
         fraction = runs.column("tokens_qat") / runs.tokens_total
         described = (runs.frame["scheme"].isin(["fp", "ptq"])).to_numpy() | (fraction >= FROM_SCRATCH)
         loss = np.where(described, law.loss(asked), np.nan)
         return loss, law.loss(asked.in_full_precision)
 
     def outside(runs: RunTable) -> str | None:
-        return law.outside(Asked.of(runs.frame))
+        return law.outside(Asked.from_frame(runs.frame))
 
     return Candidate(law.label, law.source, losses, outside, fitted_on=law.fitted_on)
 
@@ -308,16 +309,13 @@ def _with_margin(value: float, margin: float | None, form: str = "+.4f") -> str:
     return f"{value:{form}}" + (f" ±{margin:.4f}" if margin is not None else "")
 
 
-def _ranked(verdicts: list[Verdict], order: Iterable[str]) -> list[Verdict]:
+def _ranked(verdicts: list[Verdict], labels: Iterable[str]) -> list[Verdict]:
     ranked = []
-    for label in sorted(order, key=_order):
+    for label in sorted(labels, key=_order):
         group = [one for one in verdicts if one.precision == label]
         group.sort(key=lambda one: (one.gap is None, one.gap.mae if one.gap else one.loss.mae))
-        rank = 0
-        for one in group:
-            counts = one.gap is not None and not one.fitted_here
-            rank += counts
-            ranked.append(replace(one, rank=rank if counts else None))
+        ranks = count(1)
+        ranked += [replace(one, rank=next(ranks)) if one.gap and not one.fitted_here else one for one in group]
     return ranked
 
 

@@ -78,7 +78,7 @@ class Collected:
     """All that was read, trials and averages included; empty for a table of anyone's runs."""
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
+    def from_frame(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
         """The runs of a data frame, which may come from `frame` below."""
         attrs = frame.attrs
         found = best_trials(RunTable.from_frame(frame, attrs.get("source", "the data frame"), scheme=scheme))

@@ -232,7 +232,7 @@ def test_what_is_open_does_not_depend_on_where_the_fit_stopped(one_width, alpha)
     assert [set(names) for names in found.loose] == [{"alpha", "theta"}]
     assert found.vanished == {}
     law = QAT_PER_BITS.bind(moved)
-    errors = Certainty.of(law, information(law, one_width.points, result.noise.own)).parameters
+    errors = Certainty.from_information(law, information(law, one_width.points, result.noise.own)).parameters
     assert errors == pytest.approx(result.certainty.parameters, rel=0.02)
 
 

@@ -40,7 +40,7 @@ class Asked:
     ptq: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, frame: pd.DataFrame) -> Asked:
+    def from_frame(cls, frame: pd.DataFrame) -> Asked:
         """Read the columns of `qatlaw.tables`. Full-precision runs have 16 bits."""
         bits = frame["bits"].where(frame["scheme"] != "fp", UNQUANTIZED_BITS)
         return cls(
