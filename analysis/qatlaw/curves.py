@@ -172,7 +172,7 @@ def fraction_errors(
     widths = sorted({curve.B for curve in curves})
     by_width = optimum if isinstance(optimum, Mapping) else dict.fromkeys(widths, optimum)
     known = [curve for curve in curves if curve.B in by_width]
-    found = {}
+    errors = {}
     for name, wanted in (("all", widths), *((f"{bits:g}", [bits]) for bits in widths)):
         used = [curve for curve in known if curve.inside and curve.B in wanted]
         if not used:
@@ -181,7 +181,7 @@ def fraction_errors(
         gaps = law - [curve.optimum for curve in used]
         bars = np.array([curve.error for curve in used])
         held = [curve.low <= f <= curve.high for curve, f in zip(used, law, strict=True)]
-        found[name] = FractionErrors(
+        errors[name] = FractionErrors(
             curves=len(used),
             left_out=sum(curve.B in wanted and not curve.inside for curve in known),
             mae=float(np.mean(np.abs(gaps))),
@@ -189,7 +189,7 @@ def fraction_errors(
             measurement_error=float(np.mean(bars)),
             within=float(np.mean(held)) if np.isfinite(bars).all() else float("nan"),
         )
-    return found
+    return errors
 
 
 def _terms(f: Floats, runs: int) -> Floats:

@@ -17,8 +17,8 @@ from qatlaw.text import plural
 
 def findings(evidence: Evidence, summaries: Sequence[Summary] = ()) -> list[str]:
     """The answer, for a reader who reads nothing else. A sentence whose runs are missing is left out."""
-    found = [_best(evidence.table), _optimum(evidence), _cost(evidence), _fusion(evidence), _law(summaries)]
-    return [sentence for sentence in found if sentence]
+    sentences = [_best(evidence.table), _optimum(evidence), _cost(evidence), _fusion(evidence), _law(summaries)]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _best(table: RunTable) -> str:

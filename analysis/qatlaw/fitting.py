@@ -101,7 +101,7 @@ def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delt
     used.check_text()
     _refuse_too_little(form, used, left_out)
     problem = make_problem(form, used)
-    variables, found = _search(problem, delta or FIRST_DELTA, seed, starts)
+    variables, cold_starts = _search(problem, delta or FIRST_DELTA, seed, starts)
     # Delta, the trunks' noise and the residuals depend on each other, and settle in a few rounds.
     final_delta = delta or FIRST_DELTA
     for _ in range(ROUNDS):
@@ -124,13 +124,13 @@ def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delt
         residuals=residuals,
         quality=quality(predicted, used.loss),
         per_bits=quality_per_bits(predicted, used),
-        starts=found,
+        starts=cold_starts,
         identifiability=identifiability,
         noise=noise,
         certainty=Certainty.from_information(
             law, information(law, problem.points, max(noise.own, 1e-12), problem.whitened)
         ),
-        warnings=(*identifiability.sentences, *_curve_warning(used, residuals, noise), *_start_warning(found)),
+        warnings=(*identifiability.sentences, *_curve_warning(used, residuals, noise), *_start_warning(cold_starts)),
     )
 
 
@@ -191,15 +191,15 @@ def robust_spread(residuals: Floats) -> float:
 
 def _search(problem: Problem, delta: float, seed: int, starts: int) -> tuple[Floats, Starts]:
     """The best optimum of the cold starts."""
-    found: list[tuple[float, Floats]] = []
+    optima: list[tuple[float, Floats]] = []
     agreeing = 0
-    while len(found) < starts and agreeing < ENOUGH:
-        for number in range(len(found), min(len(found) + BATCH, starts)):
+    while len(optima) < starts and agreeing < ENOUGH:
+        for number in range(len(optima), min(len(optima) + BATCH, starts)):
             solved = problem.solve(problem.start(np.random.default_rng([seed, number])), delta)
-            found.append((float(solved.cost), solved.x))
-        best = min(cost for cost, _ in found)
-        agreeing = sum(cost <= best * (1 + AGREEMENT) for cost, _ in found)
-    return min(found, key=lambda pair: pair[0])[1], Starts(len(found), agreeing)
+            optima.append((float(solved.cost), solved.x))
+        best = min(cost for cost, _ in optima)
+        agreeing = sum(cost <= best * (1 + AGREEMENT) for cost, _ in optima)
+    return min(optima, key=lambda pair: pair[0])[1], Starts(len(optima), agreeing)
 
 
 def _noise(problem: Problem, variables: Floats, table: RunTable) -> Noise:
@@ -247,6 +247,6 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
         ("n_params", table.column("n_params"), 2 if form.has_fraction else 3, "a power law in the parameters"),
         ("tokens_total", table.tokens_total, 3, "a power law with an offset"),
     ):
-        found = sorted(set(values.tolist()))
-        if len(found) < needed:
-            raise InputError(f"{source}: {name}", found, f"{why} needs {needed} different values.", "Add runs.")
+        distinct = sorted(set(values.tolist()))
+        if len(distinct) < needed:
+            raise InputError(f"{source}: {name}", distinct, f"{why} needs {needed} different values.", "Add runs.")

@@ -97,7 +97,7 @@ class Verdict:
 
 def judge(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) -> list[Verdict]:
     """Every law on every table with quantized runs that it speaks of, in the order of tables, precisions and ranks."""
-    found: list[Verdict] = []
+    judged: list[Verdict] = []
     for table in tables:
         runs = table.runs
         labels, gaps = precisions(runs), measured_gaps(runs)
@@ -124,8 +124,8 @@ def judge(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) -> lis
                 )
                 verdicts.append(verdict)
         speaking = {one.law for one in verdicts if one.precision != FULL}
-        found += _ranked([one for one in verdicts if one.law in speaking], dict.fromkeys(labels))
-    return found
+        judged += _ranked([one for one in verdicts if one.law in speaking], dict.fromkeys(labels))
+    return judged
 
 
 def errors(predicted: Floats, measured: Floats, trunks: NDArray[np.int64]) -> Errors:

@@ -51,8 +51,8 @@ def judge(
     candidates = [published(one) for one in NAMED.values()] if law is None else [_candidate(name) for name in law]
     notes: list[str] = []
     if refit is not None:
-        found, notes = refitted(load_table(refit))
-        candidates += found
+        fits, notes = refitted(load_table(refit))
+        candidates += fits
     verdicts = judged(candidates, chosen)
     fractions = {table.label: fraction_rows(candidates, table) for table in chosen}
     notes += list(dict.fromkeys(f"{one.table}: {one.outside}" for one in verdicts if one.outside))

@@ -100,9 +100,9 @@ def compose(
 
 
 def _given_law(name: str, scheme: str, table: RunTable) -> Laws:
-    found = load_law(name, effective=table.effective_bits)
-    width = found.range["bits"][0] if found.law.form.one_width else None
-    return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
+    given = load_law(name, effective=table.effective_bits)
+    width = given.range["bits"][0] if given.law.form.one_width else None
+    return Laws({width: given.law}, given.source, given.range, scheme, demonstration=given.synthetic)
 
 
 def _laws_of(summaries: list[Summary]) -> Laws | None:

@@ -81,9 +81,9 @@ class Collected:
     def from_frame(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
         """The runs of a data frame, which may come from `frame` below."""
         attrs = frame.attrs
-        found = best_trials(RunTable.from_frame(frame, attrs.get("source", "the data frame"), scheme=scheme))
+        best = best_trials(RunTable.from_frame(frame, attrs.get("source", "the data frame"), scheme=scheme))
         before = [LeftOut(**one) for one in attrs.get("left_out", ())]
-        return cls(found.table, (*before, *found.left_out), tuple(attrs.get("notices", ())))
+        return cls(best.table, (*before, *best.left_out), tuple(attrs.get("notices", ())))
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -210,12 +210,12 @@ def _rows(records: Sequence[RunRecord]) -> tuple[list[dict[str, Any]], list[Left
 
 
 def _differing(settings: Sequence[Mapping[str, str]], missing_differs: bool) -> list[str]:
-    found = []
+    differing = []
     for key in sorted({key for one in settings for key in one}):
         values = {one.get(key) for one in settings}
         if len(values if missing_differs else values - {None}) > 1:
-            found.append(key)
-    return found
+            differing.append(key)
+    return differing
 
 
 def _listed(settings: Mapping[str, str], keys: Sequence[str]) -> str:

@@ -81,10 +81,10 @@ class Summary:
 
     @property
     def file(self) -> FitFile:
-        errors = {bits: asdict(found) for bits, found in self.fractions.items()}
+        errors = {bits: asdict(error) for bits, error in self.fractions.items()}
         more: dict[str, Any] = {"scheme": self.scheme, "fraction_errors": errors, "warnings": self.warnings}
-        if found := self.fractions.get("all"):
-            more["fraction_mae"] = found.mae
+        if error := self.fractions.get("all"):
+            more["fraction_mae"] = error.mae
         if published := self.closed_form.get("all"):
             more["closed_form_fraction_mae"] = published.mae
         return fit_file(self.result, self.bootstrap, **more)

@@ -71,11 +71,11 @@ def held_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> Qual
     sizes = sorted(set(rest.column("n_params").tolist()))
     if axis == "n_params" and len(sizes) < 3:
         raise InputError(where, sizes, "are too few sizes: two do not determine the loss of a third.")
-    found = predicted(laws_for(form, rest, **options), ends)
-    known = np.isfinite(found)
+    losses = predicted(laws_for(form, rest, **options), ends)
+    known = np.isfinite(losses)
     if not known.any():
         raise InputError(where, above, f"no quantized run above it that {form.name} describes.")
-    return quality(found[known], ends.loss[known])
+    return quality(losses[known], ends.loss[known])
 
 
 def compare(forms: Sequence[LawForm], table: RunTable, **options: Any) -> list[Comparison]:
@@ -97,9 +97,9 @@ def _compared(form: LawForm, table: RunTable, curves: list[Curve], options: dict
     count = len(form.parameters) * (len(table.widths) if form.one_width else 1)
     try:
         laws = laws_for(form, table, **options)
-        found = predicted(laws, table)
-        known = np.isfinite(found)
-        in_sample = quality(found[known], table.loss[known])
+        losses = predicted(laws, table)
+        known = np.isfinite(losses)
+        in_sample = quality(losses[known], table.loss[known])
         if form.has_fraction:
             fractions = fraction_errors({bits: law.optimal_fraction for bits, law in laws.items()}, curves).get("all")
     except InputError as error:

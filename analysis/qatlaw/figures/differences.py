@@ -198,11 +198,11 @@ def draw_shapes(evidence: Evidence) -> Drawn:
 
 def _saved(evidence: Evidence, pairs: pd.DataFrame, gap: Floats) -> Floats:
     """[pairs] share of tokens saved; NaN without a law, or where no number of tokens is worth the difference."""
-    found = np.full(len(pairs), np.nan)
+    saved = np.full(len(pairs), np.nan)
     D = (pairs["tokens_fp"] + pairs["tokens_qat"]).to_numpy(np.float64)
     N, B = pairs["n_params"].to_numpy(np.float64), pairs["bits"].to_numpy(np.float64)
     for bits, law in evidence.law_by_width.items():
         rows = bits == B
         needed = tokens_for_loss(law, N[rows], optimal_loss(law, N[rows], D[rows], bits) + gap[rows], bits, D[rows])
-        found[rows] = np.where(np.isfinite(needed), 1 - D[rows] / needed, np.nan)
-    return found
+        saved[rows] = np.where(np.isfinite(needed), 1 - D[rows] / needed, np.nan)
+    return saved

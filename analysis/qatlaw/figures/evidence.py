@@ -85,12 +85,12 @@ class Evidence:
     @cached_property
     def _cells(self) -> dict[tuple[str, float, float, float | None], Floats]:
         frame = self.table.frame.assign(D=self.table.tokens_total)
-        found: dict[tuple[str, float, float, float | None], Floats] = {}
+        losses: dict[tuple[str, float, float, float | None], Floats] = {}
         for (scheme, N, D), rows in frame.groupby(["scheme", "n_params", "D"]):
-            found[scheme, N, D, None] = rows["loss"].to_numpy(np.float64)
+            losses[scheme, N, D, None] = rows["loss"].to_numpy(np.float64)
             for B, own in rows.groupby("bits"):
-                found[scheme, N, D, B] = own["loss"].to_numpy(np.float64)
-        return found
+                losses[scheme, N, D, B] = own["loss"].to_numpy(np.float64)
+        return losses
 
     @cached_property
     def cells(self) -> tuple[tuple[float, float], ...]:
@@ -112,8 +112,8 @@ class Evidence:
 
     @cached_property
     def law_by_width(self) -> dict[float, Law]:
-        found = {bits: self.laws.of(bits) for bits in self.widths} if self.laws else {}
-        return {bits: law for bits, law in found.items() if law is not None}
+        laws = {bits: self.laws.of(bits) for bits in self.widths} if self.laws else {}
+        return {bits: law for bits, law in laws.items() if law is not None}
 
     def rows(self, *schemes: str) -> RunTable:
         return self.table.where(self.table.frame["scheme"].isin(schemes).to_numpy())

@@ -89,8 +89,8 @@ class BudgetPlan:
 
     @property
     def splits(self) -> list[BudgetSplit]:
-        found = (self.compute_optimal, self.token_optimal, self.closed_form, self.chosen)
-        return [split for split in found if split]
+        splits = (self.compute_optimal, self.token_optimal, self.closed_form, self.chosen)
+        return [split for split in splits if split]
 
 
 def compute_optimal(

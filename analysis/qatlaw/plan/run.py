@@ -205,8 +205,8 @@ def overrides_of(
 
 def warnings_of(params: float, tokens: float, bits: float, law: PlanLaw) -> tuple[str, ...]:
     """The numbers of a plan outside the range of the data behind them."""
-    found = law.warning(params, tokens, bits)
-    return (found,) if found else ()
+    warning = law.warning(params, tokens, bits)
+    return (warning,) if warning else ()
 
 
 def switch_step(fraction: float, steps: int) -> int:
@@ -231,18 +231,18 @@ def judge_split(law: PlannerLaw, params: float, tokens: float, bits: float, frac
 def _predict(law: PlannerLaw, params: int, tokens: int, bits: float, optimum: float, planned: float) -> Prediction:
     best = optimal_loss(law.law, params, tokens, bits)
     closed = closed_form(params, tokens, bits)
-    found = Prediction(
+    prediction = Prediction(
         loss=float(best if planned == optimum else split_loss(law.law, params, tokens, planned, bits)),
         full_precision_loss=float(law.law.loss(params, tokens, 0.0, bits)),
         rule=judge_split(law, params, tokens, bits, RULE),
         closed_form=None if closed is None else judge_split(law, params, tokens, bits, closed),
     )
     if (drawn := law.bootstrap) is None:
-        return found
+        return prediction
     low, high = map(float, drawn.loss(params, (1 - planned) * tokens, planned * tokens, bits))
     losses = (low, high) if math.isfinite(low) else None
     low, high = map(float, drawn.fraction(params, tokens, bits))
-    return replace(found, level=drawn.level, fraction_interval=(low, high), loss_interval=losses)
+    return replace(prediction, level=drawn.level, fraction_interval=(low, high), loss_interval=losses)
 
 
 # --- every width ---

@@ -137,11 +137,11 @@ def usual_effective_bits(vocabulary: int = VOCABULARY, group_size: int | None = 
         if off.min() > NEAR:  # of many sizes that are compared, some may lie outside
             problem = "no usual shape has about so many parameters, so that its effective bits are not known."
             raise InputError("--params", float(np.asarray(N).flat[0]), problem, "Give a --recipe.")
-        found = np.empty(logs.shape)
+        stored = np.empty(logs.shape)
         for width in np.unique(bits):
             at = near[bits == width]
-            found[bits == width] = _weights(widths[at], layers[at], vocabulary, width, group_size).effective_bits
-        return found
+            stored[bits == width] = _weights(widths[at], layers[at], vocabulary, width, group_size).effective_bits
+        return stored
 
     return effective
 
