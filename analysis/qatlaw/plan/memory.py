@@ -14,7 +14,7 @@ model is served.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,8 +90,7 @@ def plan_memory(
             losses = optimal_loss(law.law, [shape.params for shape in fitting], tokens, bits)
             shape = fitting[int(np.argmin(losses))]
         size = shape.stored_bytes(bits, group_size, file_size)
-        model = Recipe(shape.params, tokens, stored_bytes=lambda _, size=size: size, group_size=group_size)
-        plan = plan_run(model, bits, law)
+        plan = replace(plan_run(Recipe(shape.params, tokens, group_size=group_size), bits, law), stored_bytes=size)
         rows.append(MemoryRow(bits, shape, fitting[-1], size, plan, 6.0 * shape.params * plan.tokens))
     best = 0 if len(rows) == 1 else None
     if law.law is not None:
