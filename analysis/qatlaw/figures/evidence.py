@@ -35,10 +35,6 @@ class Laws:
     scheme: str
     demonstration: bool = False
 
-    def of(self, bits: float) -> Law | None:
-        """The law at a bit width, if any."""
-        return self.by_width.get(None) or self.by_width.get(bits)
-
     def inside(self, N: Floats | float, D: Floats | float, B: Floats | float) -> NDArray[np.bool_]:
         """Whether sizes, tokens and widths lie within those of the law's runs; arrays broadcast."""
         inside = np.ones(np.broadcast_shapes(np.shape(N), np.shape(D), np.shape(B)), dtype=bool)
@@ -112,8 +108,8 @@ class Evidence:
 
     @cached_property
     def law_by_width(self) -> dict[float, Law]:
-        laws = {bits: self.laws.of(bits) for bits in self.widths} if self.laws else {}
-        return {bits: law for bits, law in laws.items() if law is not None}
+        laws = self.laws.by_width if self.laws else {}
+        return {bits: law for bits in self.widths if (law := laws.get(None) or laws.get(bits))}
 
     def rows(self, *schemes: str) -> RunTable:
         return self.table.where(self.table.frame["scheme"].isin(schemes).to_numpy())
