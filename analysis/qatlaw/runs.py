@@ -33,7 +33,7 @@ LARGEST = 1e300
 """MLflow's SQL stores keep an infinite number as the largest float."""
 
 SAME_IN_ALL = (
-    "data_fingerprint", "data.mix", "data.cooldown_mix", "data.sequence_length", "model.vocab_size",
+    "data.path", "data_fingerprint", "data.mix", "data.cooldown_mix", "data.sequence_length", "model.vocab_size",
     "schedule.shape", "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size",
     "qat.embedding_bits", "qat.cooldown_fraction", "qat.optimizer_state",
 )  # fmt: skip
@@ -223,9 +223,10 @@ def _listed(settings: Mapping[str, str], keys: Sequence[str]) -> str:
 
 
 def _data_setting(record: RunRecord) -> dict[str, str]:
-    """The training data, by its content; runs that are still to be trained have none."""
-    fingerprint = record.final.get("data_fingerprint")
-    return {"data_fingerprint": fingerprint} if fingerprint else {}
+    """The training data: by its content, or by its path where the run is still to be trained."""
+    if fingerprint := record.final.get("data_fingerprint"):
+        return {"data_fingerprint": fingerprint}
+    return {"data.path": record.recipe["data.path"]} if "data.path" in record.recipe else {}
 
 
 def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any]]:

@@ -188,23 +188,22 @@ TRIALS = {
     "qat.learning_rate", "qat.lr_ratio", "qat.optimizer_state", "qat.scale_lr_ratio", "qat.scale_gradient_factor",
     "qat.warmup_fraction", "qat.warmup_tokens",
 }  # fmt: skip
-NOT_SCIENCE = (
-    "name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch", "data.path",
-)  # fmt: skip
+NOT_SCIENCE = ("name", "output", "tracking.", "checkpoint.", "evaluation.", "log_interval", "batch.micro_batch")
 BY_NUMBERS = {"tokens", "seed", "init", "data.seed", "qat.scheme", "qat.bits", "qat.fraction"}
 
 
 @pytest.mark.parametrize("key", list(leaves(RunConfig)))
 def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str, tmp_path: Path) -> None:
     """Of a recipe's keys the optimizer's make trials, those of the job and of reports nothing, the rest points. The
-    rows of results.csv say the same as the runs."""
+    rows of results.csv say the same as the runs, but for the data's path, which differs from machine to machine."""
     runs = (record(name, loss, at) for name, loss, at in (("a", 3.0, 1.0), ("b", 3.1, 2.0)))
     one, other = (replace(run, recipe={**run.recipe, key: run.name}) for run in runs)
     found = collect([one, other], "")
     used, reasons = list(found.table.frame["name"]), [left.reason for left in found.left_out]
     write_results(tmp_path / "results.csv", [one, other])
     rows = collect(read_results(tmp_path / "results.csv"), "")
-    assert (list(rows.table.frame["name"]), [left.reason for left in rows.left_out]) == (used, reasons)
+    if key != "data.path":
+        assert (list(rows.table.frame["name"]), [left.reason for left in rows.left_out]) == (used, reasons)
     if key in TRIALS:
         assert (used, reasons) == (["a"], [f"a trial with a higher loss: {key}=b; the best is a"])
     elif key in ("seed", "data.seed", "data.cooldown_seed"):
