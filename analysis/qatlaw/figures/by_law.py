@@ -25,6 +25,7 @@ from qatlaw.figures.style import (
 )
 from qatlaw.fitting import quality, robust_spread
 from qatlaw.laws.base import Floats
+from qatlaw.plan.run import RULE
 from qatlaw.plan.waste import WASTED, optimal_loss, wasted_tokens
 from qatlaw.table import MIXED_SCHEMES, RunTable
 from qatlaw.validation import predicted as quantized_losses
@@ -32,7 +33,6 @@ from qatlaw.validation import predicted as quantized_losses
 LACKING = "a loss law: runs enough to fit one (`qatscale fit` says what is missing), or a fit.json by --law."
 NOT_DESCRIBED = "runs that the law describes: of its scheme and bit widths."
 BUDGETS = 3
-RULE = 0.10
 POINTS = 120
 
 
