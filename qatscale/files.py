@@ -121,3 +121,13 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
                     raise HeldError(f"another process holds the lock on {path}") from None
                 time.sleep(0.1)
         yield
+
+
+@contextmanager
+def only_process(folder: Path, key: str) -> Iterator[None]:
+    """A context in which no other process writes `folder`. UserError, about `key`, where one does."""
+    try:
+        with locked(folder / ".lock", wait=0):
+            yield
+    except HeldError:
+        raise UserError(key, str(folder), "another process is writing there.", "Wait for it.") from None

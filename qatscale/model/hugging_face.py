@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from qatlaw.text import listed
 from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
@@ -109,12 +110,7 @@ def _check(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise UserError("weights", None, problem)
     if unknown := sorted(set(state_shapes) - set(shapes)):
         fix = "Quantizer scales have no place in this format: fold them into the weights, or leave them out."
-        raise UserError("weights", None, _few(unknown) + " would be lost: a Llama has no such parameter.", fix)
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise UserError("weights", None, f"{listed(unknown)} would be lost: a Llama has no such parameter.", fix)
 
 
 def model_type(config: ModelConfig) -> str:

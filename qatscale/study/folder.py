@@ -29,7 +29,7 @@ from qatlaw.run_files import Number
 from qatlaw.run_folders import run_record
 from qatlaw.runs import RunRecord
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree, trained_by
-from qatlaw.text import plural
+from qatlaw.text import listed, plural
 from qatscale.config.places import find_moved
 from qatscale.config.recipe import config_differences, load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
@@ -185,19 +185,19 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
     if cells.repeated:
         notes.append(
-            f"trained once, under their first names: {_listed([f'{name} is {same}' for name, same in cells.repeated])}"
+            f"trained once, under their first names: {listed([f'{name} is {same}' for name, same in cells.repeated])}"
         )
     if lost:
-        notes.append(f"trained before keep_at named them, so not on disk: {_listed(lost)}")
+        notes.append(f"trained before keep_at named them, so not on disk: {listed(lost)}")
     widths = {name: (configs[name], folder.config(name)) for name in sorted(begun & configs.keys())}
     unasked = [
         name for name, (now, then) in widths.items() if set(now.evaluation.ptq_bits) - set(then.evaluation.ptq_bits)
     ]
     if unasked:
-        notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {_listed(unasked)}")
+        notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {listed(unasked)}")
     dropped = [name for name in old if name in begun and name not in kept]
     if dropped:
-        notes.append(f"no longer in the study, their folders stay: {_listed(dropped)}")
+        notes.append(f"no longer in the study, their folders stay: {listed(dropped)}")
     return (*notes, *cells.warnings)
 
 
@@ -286,10 +286,6 @@ def _refuse_while_training(folder: StudyFolder) -> None:
     if running:
         problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
         raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def record(folder: StudyFolder, *names: str) -> None:

@@ -23,7 +23,7 @@ from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
-from qatscale.files import HeldError, locked, read_checked, write_json
+from qatscale.files import only_process, read_checked, write_json
 from qatscale.model.lazy_state import LazyState, State
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import matrices
@@ -193,11 +193,8 @@ def measure_landscape(scene: Scene, out: Path, progress: Progress) -> None:
     UserError where `out` holds a landscape of other inputs, or another process is at it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out / ".lock", wait=0):
-            _measure(scene, out, progress)
-    except HeldError:
-        raise UserError("--out", str(out), "another process is measuring there.", "Wait for it.") from None
+    with only_process(out, "--out"):
+        _measure(scene, out, progress)
 
 
 def _measure(scene: Scene, out: Path, progress: Progress) -> None:
