@@ -54,7 +54,8 @@ class RecipesAndGpus:
 
     def file_size(self, name: str, group_size: int | None) -> Callable[[Shape, float], float]:
         """Bytes of the tensors in a format of exports."""
-        from qatscale.export.sizes import check_format, tensor_bytes
+        from qatscale.export.formats import check_format
+        from qatscale.export.sizes import tensor_bytes
 
         check_format(name)
         return lambda shape, bits: tensor_bytes(name, shape, bits, group_size)

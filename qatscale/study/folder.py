@@ -34,7 +34,7 @@ from qatscale.config.places import find_moved
 from qatscale.config.recipe import config_differences, load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
-from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
+from qatscale.engine.checkpoints.files import list_checkpoints, step_folder, step_of
 from qatscale.errors import UserError
 from qatscale.files import Count, is_file, locked, read_checked, write_atomic, write_json
 from qatscale.study.file import read_study
@@ -76,29 +76,14 @@ class StudyFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.study_file = path / "study.yaml"
+        self.tree_file = path / "tree.json"
+        self.runs = path / "runs"
+        self.logs = path / "logs"
+        self.results = path / "results.csv"
         self.claims = Claims(path / "claims")
         self._tree: tuple[int, dict[str, StudyJob]] = (0, {})
         """(time of change of tree.json, its jobs)."""
-
-    @property
-    def study_file(self) -> Path:
-        return self.path / "study.yaml"
-
-    @property
-    def tree_file(self) -> Path:
-        return self.path / "tree.json"
-
-    @property
-    def runs(self) -> Path:
-        return self.path / "runs"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.csv"
 
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.runs / name)
@@ -250,7 +235,7 @@ def _offered_steps(folder: StudyFolder, job: StudyJob) -> tuple[int, ...]:
     run = folder.run(job.name)
     if not run.run_file.exists():
         return ()  # trained elsewhere
-    on_disk = {int(path.name.removeprefix("step-")) for path in list_checkpoints(run.checkpoints)}
+    on_disk = {step_of(path) for path in list_checkpoints(run.checkpoints)}
     if run.is_done:
         return tuple(sorted(on_disk))
     reached = max(on_disk, default=0)

@@ -18,7 +18,7 @@ from qatlaw.landscape import GRID, PATH, SUMMARY
 from qatscale.config.schema import RunConfig
 from qatscale.data.open import open_validation
 from qatscale.data.reader import EvaluationReader
-from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.engine.checkpoints.files import list_checkpoints, step_of
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
@@ -63,26 +63,19 @@ def open_scene(
     """
     before_config, first = open_checkpoint(before)
     config, last = open_checkpoint(after, overrides)
-    if view == "quantized" and not _switched(last):
+    switched = last.manifest.switched_at is not None
+    if view == "quantized" and not switched:
         raise UserError("--view", view, f"{last.folder} has not switched to QAT.", "Leave it out.")
-    views = (view,) if view else VIEWS if _switched(last) else VIEWS[:1]
+    views = (view,) if view else VIEWS if switched else VIEWS[:1]
     between = _between(path, first.manifest.step, last.manifest.step) if path else ()
     for option, one in (("BEFORE", first), *(("--path", one) for one in between)):
         _check_alike(option, one, last, "quantized" in views)
     return Scene(first, last, before_config, config, views, grid, between)
 
 
-def _switched(reader: CheckpointReader) -> bool:
-    return reader.manifest.plugin["switched_at"] is not None
-
-
 def _between(run: Path, first: int, last: int) -> tuple[CheckpointReader, ...]:
     """The checkpoints of a run after the step of before, up to that of after."""
-    between = [
-        folder
-        for folder in list_checkpoints(run / "checkpoints")
-        if first < int(folder.name.removeprefix("step-")) <= last
-    ]
+    between = [folder for folder in list_checkpoints(run / "checkpoints") if first < step_of(folder) <= last]
     if not between:
         problem = f"has no checkpoint after step {first} and up to {last}."
         raise UserError("--path", str(run), problem, "Train it with checkpoint.interval and checkpoint.keep.")
@@ -98,7 +91,7 @@ def _check_alike(option: str, one: CheckpointReader, other: CheckpointReader, qu
     ours, theirs = _shapes(one), _shapes(other)
     if differ := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         raise UserError(option, str(one.folder), f"is another model than {other.folder} ({differ[0]} differs).")
-    if quantized and _switched(one):
+    if quantized and one.manifest.switched_at is not None:
         for key in ("bits", "group_size"):
             if one.manifest.plugin[key] != other.manifest.plugin[key]:
                 problem = f"has scales of other {key} than {other.folder}."
@@ -129,11 +122,11 @@ class Probe:
         found = {}
         for _, layer in matrices(self._model) if "quantized" in self._views else ():
             name = names[id(layer.weight_scale)]
-            if _switched(reader):
-                scale = reader.parameter(name)
-            else:
+            if reader.manifest.switched_at is None:
                 weight = reader.parameter(names[id(layer.weight)])
                 scale = initial_scale(layer.quantizer, weight, layer.group_size, layer.weight_scale.dtype)
+            else:
+                scale = reader.parameter(name)
             found[name] = scale.to(self._device).clamp_min(SCALE_FLOOR)  # forward uses no smaller one
         return found
 

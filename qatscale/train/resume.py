@@ -126,7 +126,7 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     if manifest.step >= timeline.steps:
         problem = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
         raise UserError("branch", branch_from, problem, "Train on more tokens, or branch from an earlier checkpoint.")
-    switched_at, switch = manifest.plugin["switched_at"], timeline.switch_step
+    switched_at, switch = manifest.switched_at, timeline.switch_step
     switched = switched_at is not None
     if switched and switch != switched_at:
         here = "never switches" if switch is None else f"switches at step {switch}"

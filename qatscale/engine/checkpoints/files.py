@@ -55,6 +55,11 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
@@ -172,11 +177,10 @@ def other_checkpoint(folder: Path) -> str:
     if whole is None:
         return f"None of the {len(before)} earlier checkpoints beside it is whole."
     damaged = [p.name for p in [*before, folder] if p.name > whole.name]
-    run, step = folder.parent.parent, int(whole.name.removeprefix("step-"))
     found = f"newest whole one before it is {whole.name} (verified just now)"
     return (
-        f"The {found if verifies else f'one before it is {whole.name} (not verified)'}: give {run}@{step}, or remove "
-        f"{', '.join(damaged)} to go on from there."
+        f"The {found if verifies else f'one before it is {whole.name} (not verified)'}: give "
+        f"{folder.parent.parent}@{step_of(whole)}, or remove {', '.join(damaged)} to go on from there."
     )
 
 

@@ -78,6 +78,11 @@ class Manifest:
     checksum: str = ""
     """sha256 of all else in the manifest."""
 
+    @property
+    def switched_at(self) -> int | None:
+        """Optimizer steps before the switch to QAT; None = it has not happened."""
+        return self.plugin["switched_at"]
+
     def digest(self) -> str:
         """What `checksum` has to be."""
         content = asdict(replace(self, checksum=""))
