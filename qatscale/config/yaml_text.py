@@ -149,6 +149,11 @@ def to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
 
 
+def value_text(value: Any) -> str:
+    """A value as an override writes it."""
+    return value if isinstance(value, str) else to_yaml(value).removesuffix("\n...\n").strip()
+
+
 def _children(node: yaml.Node) -> list[tuple[str | int, yaml.Node, yaml.Node]]:
     """(key or position, the node that has its line, the value) of each part."""
     if isinstance(node, yaml.MappingNode):

@@ -16,7 +16,6 @@ from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import KINDS, commit, slice_name, writing_folder
 from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
-from qatscale.engine.initialize import optimizer_groups
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
@@ -33,7 +32,7 @@ class Skeleton:
     shapes: dict[str, Shape]
     """Of every parameter, in the model's order; tied ones once, scales included."""
     groups: list[dict[str, Any]]
-    """AdamW's parameter groups as `optimizer_groups` makes them; "params" holds names."""
+    """`QatPlugin.optimizer_groups`, in which "params" holds names."""
     plugin: dict[str, Any]
     """The plugin's state before the switch."""
 
@@ -49,10 +48,9 @@ def skeleton(config: RunConfig) -> Skeleton:
         plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
         plugin.prepare(model)
     names = {p: name for name, p in model.named_parameters()}
-    groups = optimizer_groups(model, plugin)
     return Skeleton(
         {name: tuple(p.shape) for p, name in names.items()},
-        [{**group, "params": [names[p] for p in group["params"]]} for group in groups],
+        [{**group, "params": [names[p] for p in group["params"]]} for group in plugin.optimizer_groups()],
         plugin.state(),
     )
 
