@@ -442,7 +442,6 @@ class RunConfig(Section):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
         return max(1, round(self.tokens / self.tokens_per_step))
 
     @property

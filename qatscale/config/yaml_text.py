@@ -140,7 +140,6 @@ def read_document(path: Path, key: str) -> Document:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of `parse_document`."""
     return parse_document(text, source).value
 
 

@@ -69,7 +69,6 @@ class StoredParameter:
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
         return self.encoding.size(self.parameter)
 
 

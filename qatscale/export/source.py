@@ -74,8 +74,6 @@ class SourceParameter:
 
 @dataclass
 class ExportSource:
-    """An opened checkpoint."""
-
     folder: Path
     config: RunConfig
     dtype: torch.dtype
@@ -93,7 +91,6 @@ class ExportSource:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the finished run."""
         return build_timeline(self.config).steps
 
     @property

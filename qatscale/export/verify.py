@@ -25,8 +25,6 @@ from qatscale.quant.views import computed_weights
 
 @dataclass
 class ClientReport:
-    """The comparison with one client."""
-
     client: str
     """Name, with versions."""
     exact: int = 0

@@ -12,7 +12,6 @@ from qatscale.schedule.timeline import Segment, cooldown_of
 
 
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
-    """All warnings about a configuration and its segments."""
     return [
         *_qat_without_effect(config),
         *_schedule_without_effect(config, segments),

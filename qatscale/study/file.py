@@ -129,8 +129,6 @@ class Axes(Section):
 
 
 class Study(Axes):
-    """A study file as it is written."""
-
     name: str = ""
     set: Values[Override] = ()
     """Overrides of every run."""

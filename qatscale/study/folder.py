@@ -72,8 +72,6 @@ class StudyJob:
 
 
 class StudyFolder:
-    """Paths and contents of a study's folder."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.study_file = path / "study.yaml"

@@ -29,8 +29,6 @@ from qatscale.study.file import PLAIN_AXES, Axes, Sets, Size, Study
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of the grid."""
-
     config: RunConfig
     timeline: Timeline
     route: Route
@@ -75,7 +73,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the run."""
         return "-".join([self.size.name, *filter(None, (choice.label for choice in self.choices))])
 
     @property

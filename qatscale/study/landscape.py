@@ -132,7 +132,6 @@ class Probe:
 
     @torch.no_grad()
     def losses(self, weights: State, scales: Mapping[str, Tensor]) -> list[float]:
-        """The loss in each view."""
         for state in (weights, scales):
             for name, value in state.items():
                 self._parameters[name].copy_(value)

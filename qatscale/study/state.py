@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from qatlaw.study import longest_paths, next_job
 from qatscale.engine.checkpoints.manifest import MANIFEST
@@ -103,10 +104,8 @@ class StudyState:
         return any(state.state in ("ready", "waiting", "running") for state in self.states.values())
 
     def counts(self) -> dict[State, int]:
-        counts: dict[State, int] = dict.fromkeys(("done", "running", "ready", "waiting", "failed", "blocked"), 0)
-        for state in self.states.values():
-            counts[state.state] += 1
-        return counts
+        held = Counter(state.state for state in self.states.values())
+        return {state: held[state] for state in get_args(State)}
 
     def failures(self) -> dict[str, str]:
         """Failed run → why."""

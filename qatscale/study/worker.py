@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, step_of
+from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, remove, step_of
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from qatscale.study.folder import StudyFolder, StudyJob, record
@@ -150,12 +150,8 @@ def clear_checkpoints(folder: StudyFolder, name: str) -> None:
             useless.append(path)
     for path in useless:
         if (path.parent.parent.name, step_of(path)) not in needed:
-            hidden = path.with_name(f".old-{path.name}")  # half-removed must not look complete
-            try:
-                path.rename(hidden)
-            except OSError:
-                continue  # another worker was faster
-            shutil.rmtree(hidden, ignore_errors=True)
+            with suppress(OSError):  # another worker was faster
+                remove(path)
 
 
 def _newest(checkpoints: Path) -> Path | None:

@@ -80,7 +80,6 @@ class RunFolder:
 
     @property
     def run(self) -> dict[str, Any]:
-        """run.json."""
         return self._read("run.json")
 
     @property

@@ -233,11 +233,18 @@ def rotate(checkpoints: Path, keep: int) -> list[Path]:
     passing = [p for p in list_checkpoints(checkpoints) if _may_go(p)]
     removed = passing[:-keep] if keep else passing
     for path in removed:
-        path.rename(path.with_name(f".old-{path.name}"))  # half-removed must not look complete
+        remove(path)
     for pattern in (".old-step-*", ".writing-step-*"):
         for leftover in checkpoints.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
     return removed
+
+
+def remove(checkpoint: Path) -> None:
+    """Hide a checkpoint by one rename, since a half-removed one must not look complete, then remove its files."""
+    hidden = checkpoint.with_name(f".old-{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _may_go(folder: Path) -> bool:

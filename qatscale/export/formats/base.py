@@ -135,8 +135,6 @@ def transformers_usage(client: type[Client], has_tokenizer: bool, options: str =
 
 
 class Exported(NamedTuple):
-    """An export on disk and its format."""
-
     format: Format
     path: Path
     """What its clients load: the folder, or its one file of weights."""
