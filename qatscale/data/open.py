@@ -26,9 +26,13 @@ def open_batches(config: RunConfig, timeline: Timeline) -> BatchReader | MixedRe
     return MixedReader(_manifest_of(streams), streams, mixture, data.sequence_length, sequences, data.seed, tail)
 
 
-def open_validation(config: RunConfig) -> EvaluationReader:
-    """The held-out batches of a run. UserError as from `open_stream`."""
+def open_validation(config: RunConfig, tokenizer: str | None = None) -> EvaluationReader:
+    """The held-out batches of a run. UserError as from `open_stream`, and for ids of another tokenizer.
+
+    tokenizer: the fingerprint of the model's, if known.
+    """
     held_out = open_stream(config, "validation")
+    held_out.manifest.check_tokenizer(tokenizer)
     return EvaluationReader(held_out, config.data.sequence_length, config.evaluation.tokens, config.batch.micro_batch)
 
 

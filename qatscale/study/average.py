@@ -184,7 +184,7 @@ def _evaluated(folder: StudyFolder, name: str, checkpoints: list[Path], run: Run
     widths = [float(key.rpartition("ptq")[2]) for key in run.final if "ptq" in key] if scheme == "fp" else [float(bits)]
     _, _, losses = evaluate_checkpoint(str(out), widths)
     kept: dict[str, Any] = {key: value for key, value in run.final.items() if not key.startswith("final/")}
-    own = final_losses(losses, "fp" if scheme == "fp" else "quantized")
+    own = final_losses(losses, scheme)
     assert {VAL_LOSS, VAL_LOSS_FP} <= own.keys()
     final = {**kept, **own, AVERAGED: len(checkpoints), FIRST_STEP: step_of(checkpoints[0])}
     return RunRecord(name, name, "FINISHED", final, run.recipe)

@@ -190,8 +190,7 @@ def measure_landscape(scene: Scene, out: Path, progress: Progress) -> None:
 
 
 def _measure(scene: Scene, out: Path, progress: Progress) -> None:
-    held_out = open_validation(scene.config)
-    held_out.stream.manifest.check_tokenizer(scene.after.manifest.tokenizer)
+    held_out = open_validation(scene.config, scene.after.manifest.tokenizer)
     inputs = _inputs(scene, held_out)
     _check_same(out, inputs)
     probe = Probe(scene, held_out)

@@ -110,6 +110,10 @@ class RunFolder:
         return self._read("recipe.yaml")
 
     @property
+    def scheme(self) -> str:
+        return self.recipe["qat"]["scheme"]
+
+    @property
     def data(self) -> list[Path]:
         """The folders of its prepared data, also where they were moved together with the run's."""
         recipe = self.recipe
