@@ -127,9 +127,9 @@ def model_type(config: ModelConfig) -> str:
 
 def hugging_face_config(config: ModelConfig, sequence_length: int, special: SpecialIds, dtype: torch.dtype) -> Any:
     """The configuration of transformers for this model, which was trained on sequences of `sequence_length` tokens."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import CONFIG_MAPPING
 
-    kind: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[model_type(config)]
+    kind: Any = CONFIG_MAPPING[model_type(config)]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         rope |= {"rope_type": "llama3", **dict(zip(_LLAMA3, config.rope_scaling, strict=True))}
@@ -250,11 +250,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _transformers_config(raw: dict[str, Any], key: str) -> Any:
     """key: the file that an error names."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import CONFIG_MAPPING
 
-    classes = dict(zip(TYPES, (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), strict=True))
     try:
-        return classes[raw["model_type"]].from_dict(raw)
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(key, None, f"is not a valid {raw['model_type']} configuration: {error}") from None
 

@@ -33,7 +33,6 @@ from qatlaw.text import listed, plural
 from qatscale.config.places import find_moved
 from qatscale.config.recipe import config_differences, load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
-from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.files import list_checkpoints, step_folder, step_of
 from qatscale.errors import UserError
 from qatscale.files import Count, is_file, locked, read_checked, write_atomic, write_json
@@ -223,7 +222,7 @@ def _job(run: StudyRun, job: Job, kept: Iterable[int]) -> StudyJob:
         keep=tuple(kept),
         tokens_per_step=job.route.tokens_per_step,
         flops_per_token=job.route.flops_per_token,
-        n_params=count_parameters(run.config.model).total,
+        n_params=run.params,
         processes=run.processes,
     )
 

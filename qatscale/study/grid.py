@@ -39,6 +39,10 @@ class StudyRun:
     keep_at: tuple[int, ...]
     """Steps whose checkpoints stay when the study is done."""
 
+    @property
+    def params(self) -> int:
+        return count_parameters(self.config.model).total
+
 
 @dataclass(frozen=True)
 class Grid:
