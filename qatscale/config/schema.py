@@ -157,7 +157,7 @@ class ModelConfig(Section):
 
     @property
     def channels(self) -> int:
-        """Of a head."""
+        """Channels of a head."""
         return self.head_dim or self.hidden_size // self.heads
 
     @property

@@ -46,7 +46,7 @@ class Scene:
     after: CheckpointReader
     before_config: RunConfig
     config: RunConfig
-    """Of after, with the data and the tokens to measure on."""
+    """The recipe of after, with the data and the tokens to measure on."""
     views: tuple[str, ...]
     grid: Grid
     path: tuple[CheckpointReader, ...] = ()
@@ -112,7 +112,7 @@ class Probe:
         self._shapes = {name: tuple(shape) for name, shape in _shapes(scene.after).items()}
 
     def state(self, read: Callable[[str], Tensor]) -> State:
-        """Of the weights, each read when it is asked for."""
+        """The weights, each read when it is asked for."""
         return LazyState(self._shapes, lambda name: read(name).to(self._device))
 
     @torch.no_grad()

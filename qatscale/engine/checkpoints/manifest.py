@@ -73,7 +73,7 @@ class Manifest:
     tokenizer: str | None = None
     """Fingerprint of the tokenizer of these tokens; None where it is not known."""
     slices: FileRecord | None = None
-    """Of the table of slices, SLICES; None where there is one file, whose header says it."""
+    """The table of slices, SLICES; None where there is one file, whose header says it."""
     format: int = FORMAT
     checksum: str = ""
     """sha256 of all else in the manifest."""

@@ -30,7 +30,7 @@ class Skeleton:
     """What a recipe's prepared model consists of, without its numbers."""
 
     shapes: dict[str, Shape]
-    """Of every parameter, in the model's order; tied ones once, scales included."""
+    """Every parameter's, in the model's order; tied ones once, scales included."""
     groups: list[dict[str, Any]]
     """`QatPlugin.optimizer_groups`, in which "params" holds names."""
     plugin: dict[str, Any]
