@@ -166,7 +166,8 @@ def find_universal(folder: Path) -> Path | None:
 def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> TrainingState:
     """The state in the folder that holds zero/.
 
-    We wrote it, or DeepSpeed's ds_to_universal did from a plain module's checkpoint. UserError where it is damaged, holds more than numbers, or is not a state of the recipe's run.
+    Ours, or what DeepSpeed's ds_to_universal wrote from a plain module's checkpoint. UserError where it is damaged,
+    holds more than numbers, or is not a state of the recipe's run.
     """
     own = (folder / SIDE_FILE).is_file()
     if own and (recipe is not None or overrides):
