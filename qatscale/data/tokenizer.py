@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from qatscale.data.indexed_writer import token_dtype
 from qatscale.data.manifest import Manifest
+from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.files import Count, read_checked, write_json
 from qatscale.new_folder import appearing
@@ -88,8 +89,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = _end_of_text(eos, own if own >= 0 else None, pieces, special, name)
         changed = b"" if self.eos_id == own else f"\n{self.eos_id}".encode()
         self.fingerprint = hashlib.sha256(model + changed).hexdigest()
+        self._fast = segment_encoder(model, self.dtype)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._fast is not None:
+            return [self._fast.encode(text) for text in texts]
         return [np.array(ids, self.dtype) for ids in self._processor.encode(texts, num_threads=1)]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers: training, saving, and what is refused."""
+"""Tokenizers: the word cache against the library itself, training, saving, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from qatscale.data.segments import _cuts, segment_encoder
 from qatscale.data.tokenizer import (
     HUGGING_FACE_FILE,
     SENTENCEPIECE_FILE,
@@ -19,11 +22,9 @@ from qatscale.data.tokenizer import (
     train_sentencepiece,
 )
 from qatscale.errors import UserError
-from tests.data.data_corpora import documents
+from tests.data.data_corpora import WORDS, documents
 
 CODE = "def f(x, y):\n    return x  +  y\n\n\n  class A:\n\tpass   \n   \n" * 3
-
-TEXTS = [*documents(120, seed=5), CODE * 20]
 
 
 def model(texts: list[str], **changes: object) -> bytes:
@@ -36,6 +37,73 @@ def model(texts: list[str], **changes: object) -> bytes:
     lines = [line for text in texts for line in text.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **(options | changes))
     return out.getvalue()
+
+
+TEXTS = [*documents(120, seed=5), CODE * 20]
+SAFE = {
+    "dummy prefix": model(TEXTS),
+    "no dummy prefix": model(TEXTS, add_dummy_prefix=False),
+    "no runs of spaces": model(TEXTS, allow_whitespace_only_pieces=False),
+    "pieces across scripts and digits": model(TEXTS, split_by_unicode_script=False, split_by_number=False),
+}
+UNSAFE = {
+    "unigram": model(TEXTS, model_type="unigram"),
+    "no byte fallback": model(TEXTS, byte_fallback=False),
+    "normalised": model(TEXTS, normalization_rule_name="nmt_nfkc"),
+    "spaces removed": model(TEXTS, remove_extra_whitespaces=True),
+    "user-defined": model(TEXTS, user_defined_symbols=["\n\n"]),
+    "pieces across words": model(TEXTS, split_by_whitespace=False),
+    "spaces at the end": model(TEXTS, treat_whitespace_as_suffix=True),
+}
+
+
+def library_ids(proto: bytes, text: str) -> list[int]:
+    return sentencepiece.SentencePieceProcessor(model_proto=proto).encode(text)
+
+
+@pytest.mark.parametrize("name", SAFE)
+@settings(max_examples=150)
+@given(
+    st.lists(
+        st.one_of(st.sampled_from([*WORDS, " ", "  ", "    ", "\n", "\n\n", "\t", "▁", " \n", "\r", "\x00", "\u3000"]),
+                  st.text(st.characters(codec="utf-8"), max_size=4)),
+        max_size=25,
+    ).map("".join)
+)  # fmt: skip
+@example(" ")
+@example("\n")
+@example("  a")
+@example("a \n b  \n")
+@example("x" * 100)
+@example("f(x,  y)[0]...--name='a b',\n    ((日本)Ω42)\n")
+@example("a\x00  b\x00 c")
+def test_word_cache_gives_the_librarys_ids(name: str, text: str) -> None:
+    encoder = CACHED.setdefault(name, segment_encoder(SAFE[name], SentencePieceTokenizer(SAFE[name]).dtype))
+    assert encoder is not None
+    assert encoder.encode(text).tolist() == library_ids(SAFE[name], text)
+
+
+CACHED: dict = {}
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_word_cache_on_whole_documents(name: str) -> None:
+    tokenizer = SentencePieceTokenizer(SAFE[name])
+    assert tokenizer._fast is not None
+    assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)] == [library_ids(SAFE[name], text) for text in TEXTS]
+
+
+def test_words_are_cut_where_no_piece_can_cross() -> None:
+    cuts = _cuts(["the", "he", "a", "().", "..", "ть"])
+    assert cuts.findall("the(a.)  .the\nтьth") == ["the", "(", "a", ".)", "  .", "the", "\n", "ть", "th"]
+    assert _cuts(["the", "e."]).findall("(the.he)") == ["(", "the.he", ")"], "a piece joins letters and points"
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_other_models_go_through_the_library(name: str) -> None:
+    tokenizer = SentencePieceTokenizer(UNSAFE[name])
+    assert tokenizer._fast is None
+    assert tokenizer.encode_batch([CODE])[0].tolist() == library_ids(UNSAFE[name], CODE)
 
 
 def test_training_is_deterministic_and_lossless(tokenizer: SentencePieceTokenizer) -> None:
@@ -69,7 +137,7 @@ def test_saved_and_loaded(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> 
 
 def test_altered_tokenizer_is_refused(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "t")
-    (tmp_path / "t" / SENTENCEPIECE_FILE).write_bytes(model(TEXTS))
+    (tmp_path / "t" / SENTENCEPIECE_FILE).write_bytes(SAFE["dummy prefix"])
     with pytest.raises(UserError, match="altered"):
         load_tokenizer(tmp_path / "t")
 
