@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +27,11 @@ from qatscale.config.ds_keys import (
     WHY_NOT,
     WITHOUT_EFFECT,
 )
+from qatscale.config.places import named_file
 from qatscale.config.problems import join, lookup, together
 from qatscale.config.schema import RunConfig
 from qatscale.config.section import describe
 from qatscale.errors import UserError, did_you_mean
-from qatscale.files import is_file
 
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
 """Beside the package in a clone, inside it in a wheel."""
@@ -259,19 +258,8 @@ def _shipped() -> dict[str, Path]:
     return {path.stem: path for folder in _FOLDERS for path in folder.glob("*.json")}
 
 
-def _path(name_or_path: str | Path) -> Path:
-    if str(name_or_path) in _shipped():
-        return _shipped()[str(name_or_path)]
-    path = Path(name_or_path).expanduser()
-    if is_file(path):
-        return path
-    names_a_file = path.suffix == ".json" or os.sep in str(name_or_path)
-    problem = "no such file." if names_a_file else "no ds_config or file of this name."
-    raise UserError("engine.ds_config", str(name_or_path), problem, did_you_mean(path.stem, ds_config_names()))
-
-
 def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
-    path = _path(name_or_path)
+    path = named_file("engine.ds_config", name_or_path, _shipped())
     try:
         ds = json.loads(read_small(path), object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
