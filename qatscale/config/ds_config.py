@@ -8,7 +8,6 @@ change the result is an error.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from qatlaw.files import read_small
 from qatscale.config.ds_keys import (
     ACCEPTED,
     FORMER_NAMES,
@@ -32,6 +30,7 @@ from qatscale.config.problems import join, lookup, together
 from qatscale.config.schema import RunConfig
 from qatscale.config.section import describe
 from qatscale.errors import UserError, did_you_mean
+from qatscale.untrusted import read_object
 
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
 """Beside the package in a clone, inside it in a wheel."""
@@ -260,27 +259,13 @@ def _shipped() -> dict[str, Path]:
 
 def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
     path = named_file("engine.ds_config", name_or_path, _shipped())
-    try:
-        ds = json.loads(read_small(path), object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}", None, f"not valid JSON: {error.msg}.") from error
-    except RecursionError:
-        raise UserError("engine.ds_config", str(path), "nested too deep.") from None
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # not UTF-8; a number of more digits than Python reads
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError("engine.ds_config", str(path), f"cannot be read: {reason}.") from error
-    if not isinstance(ds, dict):
-        problem = f"holds a {type(ds).__name__}, not an object of keys and values."
-        raise UserError("engine.ds_config", str(path), problem)
-    return _Check(ds, str(path), mend)
+    return _Check(read_object(path, "engine.ds_config", _without_duplicates), str(path), mend)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise UserError(key, None, "occurs twice in the ds_config; the later one would win.", "Keep one.")
+            raise ValueError(f"the key {key!r} occurs twice, and the later one would win")
         content[key] = value
     return content
