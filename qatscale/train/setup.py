@@ -151,7 +151,7 @@ def _load(resume: ResumePlan, components: TrainingComponents) -> None:
     if resume.checkpoint is None:
         return
     assert resume.manifest is not None
-    inert = resume.manifest.plugin["switched_at"] is None
+    inert = resume.manifest.switched_at is None
     load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
     components.plugin.load_state(resume.manifest.plugin)
     components.guard.state = resume.manifest.spikes
