@@ -203,15 +203,16 @@ class BatchReader:
 
     def repetition(self, steps: int) -> str | None:
         """A warning for a run of `steps` steps, or None if no sequence occurs twice."""
-        return self.repeats("the data repeat", steps * self.sequences)
+        return repetition("", steps * self.sequences / self.sequences_per_epoch, self.sequences_per_epoch * self.sequence_length)
 
-    def repeats(self, what: str, sequences: int) -> str | None:
-        """As `repetition`, for a run that reads so many sequences."""
-        if (epochs := sequences / self.sequences_per_epoch) <= 1:
-            return None
-        unique = self.sequences_per_epoch * self.sequence_length
-        beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
-        return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
+
+def repetition(source: str, epochs: float, unique: int) -> str | None:
+    """A warning for a source of `unique` tokens, or None if no sequence occurs twice."""
+    if epochs <= 1:
+        return None
+    beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
+    what = f"{source} repeats" if source else "the data repeat"
+    return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
 
 
 def _part(sequences: int, step: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -274,9 +275,12 @@ class MixedReader:
 
     def repetition(self, steps: int) -> str | None:
         """A warning that names each source of which a run of `steps` steps reads sequences again, or None."""
-        counts = self.mixture.count(steps * self.sequences).tolist()
+        counts = self.mixture.count(steps * self.sequences)
         named = zip(self.mixture.names, counts, self._readers, strict=True)
-        lines = [reader.repeats(f"{name} repeats", count) for name, count, reader in named]
+        lines = [
+            repetition(name, count / reader.sequences_per_epoch, reader.sequences_per_epoch * self.sequence_length)
+            for name, count, reader in named
+        ]
         return "; ".join(filter(None, lines)) or None
 
 

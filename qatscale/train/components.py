@@ -93,4 +93,4 @@ class TrainingComponents:
     stopwatch: Stopwatch | None
     """Times what this process computes by itself; None where that cannot be told."""
     times_forward: bool
-    """Whether the stopwatch is put around forward passes; attention has it otherwise."""
+    """Whether the stopwatch is put around forward passes; blocks or attention have it otherwise."""
