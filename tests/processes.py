@@ -103,6 +103,8 @@ def _become(command: list[str], environment: dict[str, str], cwd: Path, output: 
     with output:
         for standard in (1, 2):
             os.dup2(output.fileno(), standard)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

@@ -10,7 +10,7 @@ from qatscale.config.recipe import load_run_config
 from qatscale.model import llama
 from qatscale.train.run import train
 
-ATTEND, WAITS = llama.attend, 0.04 if os.environ["RANK"] == "1" else 0.0
+ATTEND, WAITS = llama.attend, 0.1 if os.environ["RANK"] == "1" else 0.0
 
 
 def attend(*given):
