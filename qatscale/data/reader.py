@@ -203,7 +203,9 @@ class BatchReader:
 
     def repetition(self, steps: int) -> str | None:
         """A warning for a run of `steps` steps, or None if no sequence occurs twice."""
-        return repetition("", steps * self.sequences / self.sequences_per_epoch, self.sequences_per_epoch * self.sequence_length)
+        return repetition(
+            "", steps * self.sequences / self.sequences_per_epoch, self.sequences_per_epoch * self.sequence_length
+        )
 
 
 def repetition(source: str, epochs: float, unique: int) -> str | None:
