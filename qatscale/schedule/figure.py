@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.files import write_figure
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
@@ -62,7 +63,7 @@ def _mark_phases(axes: Axes, timeline: Timeline, bits: float) -> None:
     per_step = timeline.tokens_per_step
     if timeline.switch_step is not None:
         switch = timeline.switch_step * per_step
-        label = f"QAT, {bits:g} bits: {timeline.qat_fraction:.1%} of the tokens"
+        label = f"QAT, {bits_label(bits)}: {timeline.qat_fraction:.1%} of the tokens"
         axes.axvspan(switch, timeline.tokens, color=ORANGE, alpha=0.18, linewidth=0, label=label)
         if switch:
             axes.axvline(switch, color=GREY, linewidth=1, linestyle="--", label=f"switch at {format_amount(switch)}")
