@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.errors import InputError
+from qatlaw.fraction import amount
 
 _PLAIN = {"": 1.0}
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -36,3 +37,14 @@ parse_amount = _reader("a number above 0, with K, M, B or T if it is long: 2.3B"
 parse_bytes = _reader("bytes above 0 with their unit: 500MB, 1.5GB, 512MiB", _BYTES)
 parse_share = _reader("above 0 and below 1: 0.25", _PLAIN, lambda share: share < 1)
 parse_bits = _reader(f"one of {BIT_WIDTHS_TEXT}", _PLAIN, BIT_WIDTHS.__contains__)
+
+
+def exact_amount(units: float) -> str:
+    """A whole number as `amount` writes it where that loses no digit: 100B, but 96141861677."""
+    short = amount(round(units), 6)
+    return short if round(parse_amount("tokens", short)) == round(units) else str(round(units))
+
+
+def bytes_label(size: float) -> str:
+    """500MB, 1.5GB."""
+    return f"{amount(size, 4)}B".replace("BB", "GB")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import check_figure, console, say
@@ -104,7 +105,7 @@ def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, w
     out.print()
     if timeline.switch_step is not None:
         tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
-        share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
+        share = f"{timeline.qat_fraction:.2%} of the tokens at {bits_label(config.qat.bits)}"
         say(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
         weights = stored_weights(config.model, config.qat, precision_of(run_ds_config(config)))
         say(f"parameters: {weights.text(config.qat.bits)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.figures.style import new_figure, tidy
 from qatlaw.files import write_figure
 from qatscale.config.amounts import format_amount
@@ -58,7 +59,7 @@ def _mark_phases(axes: Axes, timeline: Timeline, bits: float) -> None:
     per_step = timeline.tokens_per_step
     if timeline.switch_step is not None:
         switch = timeline.switch_step * per_step
-        label = f"QAT, {bits:g} bits: {timeline.qat_fraction:.1%} of the tokens"
+        label = f"QAT, {bits_label(bits)}: {timeline.qat_fraction:.1%} of the tokens"
         axes.axvspan(switch, timeline.tokens, color=ORANGE, alpha=0.18, linewidth=0, label=label)
         if switch:
             axes.axvline(switch, color=GREY, linewidth=1, linestyle="--", label=f"switch at {format_amount(switch)}")

@@ -205,7 +205,7 @@ def comparison_table(rows: Sequence[RunRow]) -> TextTable:
         ("run", "scheme", "bits", "tokens", "switch", *map(view_label, views), "tok/s FP", "tok/s QAT"),
         words=("run", "scheme"),
         drop=("tok/s FP", "tok/s QAT", "switch", "tokens", "scheme", "bits"),
-        caption="Validation loss (perplexity).",
+        caption=f"Validation loss (perplexity). Speeds are medians of at least {LEAST_STEPS} steps.",
     )
     for row in rows:
         losses = row.losses

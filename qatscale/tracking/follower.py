@@ -95,8 +95,10 @@ class Follower:
         if self.child.poll() == 0:
             return None
         cursor = self._cursor()
-        reason = (cursor and cursor.error) or f"it has not answered in time (see {lock_file(self.folder)})"
-        more = "" if self.child.poll() is not None else " The upload continues in the background."
+        log = lock_file(self.folder)
+        seen_there = f" (see {log})" if log.stat().st_size else ""
+        reason = (cursor and cursor.error) or f"it has not answered in time{seen_there}"
+        more = "" if self.child.poll() is not None else " The upload continues in the background; should it end early,"
         return (
             f"MLflow does not have all of this run: {reason.removesuffix('.')}.{more} "
             f"`qatscale track-sync {self.folder.path}` uploads the rest."

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.run_folders import flatten
 from qatscale.config.amounts import format_amount
 from qatscale.data.manifest import Manifest
@@ -127,7 +128,7 @@ def description(folder: RunFolder, final: Mapping[str, Any] | None = None) -> st
     else:
         share = (steps - switch) / steps
         lines.append(
-            f"{scheme} QAT at {recipe['qat']['bits']:g} bits from step {switch:,} on ({share:.1%} of the tokens)"
+            f"{scheme} QAT at {bits_label(recipe['qat']['bits'])} from step {switch:,} on ({share:.1%} of the tokens)"
         )
     if run["parent"]:
         lines.append(f"branched from {run['parent']['name']} at step {run['parent']['step']:,}")

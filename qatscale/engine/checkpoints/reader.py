@@ -201,6 +201,8 @@ def _what_is_there(path: Path) -> str:
         return "The folder does not exist."
     if (path / "run.json").is_file():
         return "The run has none yet."
+    if (path / "export.json").is_file():
+        return "It is an export: its losses are in its export.json, and `generate` and `evaluate --harness` read it."
     if (path / "config.json").is_file():
         convert = f"qatscale convert {path} --to checkpoint --out runs/NAME --recipe RECIPE"
         return f"It looks like a Hugging Face model; make it a run to branch from: {convert}"
