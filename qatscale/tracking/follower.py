@@ -7,7 +7,6 @@ last records and marks the run KILLED. Whatever is still missing, `qatscale trac
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import resource
@@ -145,10 +144,6 @@ def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENC
     return Follower(folder, child)
 
 
-_HAS_PSUTIL = importlib.util.find_spec("psutil") is not None
-"""mlflow-skinny does without it, and then a run has no system metrics."""
-
-
 class SystemMetrics:
     """CPU, memory, disk, network and GPUs of this machine, as MLflow's own system metrics of a run.
 
@@ -258,10 +253,8 @@ class Following:
             self._uploader = Uploader(self.folder, self.uri, progress)
         complete = self._uploader.sync()
         if not complete:
-            if self._system is None and _HAS_PSUTIL:
-                self._system = SystemMetrics(self._uploader)
-            if self._system is not None:
-                self._system.upload()
+            self._system = self._system or SystemMetrics(self._uploader)
+            self._system.upload()
         return complete
 
     def is_superseded(self) -> bool:

@@ -137,7 +137,6 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
 
 
 def _open_folder(log: RunLog) -> None:
-    """Create or continue the run's folder."""
     setup, resume = log.setup, log.resume
     if not resume.resumes:
         create_run_folder(
