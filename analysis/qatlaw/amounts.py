@@ -36,3 +36,11 @@ parse_amount = _reader("a number above 0, with K, M, B or T if it is long: 2.3B"
 parse_bytes = _reader("bytes above 0 with their unit: 500MB, 1.5GB, 512MiB", _BYTES)
 parse_share = _reader("above 0 and below 1: 0.25", _PLAIN, lambda share: share < 1)
 parse_bits = _reader(f"one of {BIT_WIDTHS_TEXT}", _PLAIN, BIT_WIDTHS.__contains__)
+
+
+def amount(value: float, digits: int = 3) -> str:
+    """Some digits and a suffix: 2300000000.0 -> 2.3B."""
+    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
+            return f"{value / unit:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"

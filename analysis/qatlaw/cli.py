@@ -13,9 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qatlaw.amounts import parse_bytes
+from qatlaw.amounts import amount, parse_bytes
 from qatlaw.errors import InputError
-from qatlaw.fraction import amount
 from qatlaw.fraction_laws import LADDER_FOUND, PAPER
 from qatlaw.laws.named import NAMED
 from qatlaw.laws.nominal import EffectiveBits

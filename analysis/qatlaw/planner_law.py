@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qatlaw import fraction
+from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
-from qatlaw.fraction import ROUNDING, amount, tokens_per_parameter_byte
+from qatlaw.fraction import ROUNDING, tokens_per_parameter_byte
 from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
 from qatlaw.laws.named import NAMED
 from qatlaw.text import plural

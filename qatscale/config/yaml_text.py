@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from yaml.composer import Composer
 
 from qatlaw.errors import cut
 from qatlaw.files import read_small
@@ -46,7 +47,9 @@ class Document:
     """Line of each key and list item, from 1."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(Composer, yaml.CSafeLoader):
+    """libyaml reads the events, some ten times as fast; PyYAML composes them, whose nesting can be limited."""
+
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's way to say: none of YAML 1.1's
     yaml_constructors = {  # noqa: RUF012
         tag: constructor
@@ -54,6 +57,10 @@ class _Loader(yaml.SafeLoader):
         if tag is None or tag.removeprefix(_CORE) in ("null", "bool", "int", "float", "str", "seq", "map")
     }
     depth = 0
+
+    def __init__(self, text: str) -> None:
+        yaml.CSafeLoader.__init__(self, text)
+        Composer.__init__(self)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.depth > MAX_DEPTH:
@@ -122,7 +129,7 @@ def parse_document(text: str, source: str) -> Document:
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         reason = " ".join(part for part in (error.context, error.problem) if part)
         raise UserError(where, None, f"{reason}.") from error
-    except yaml.YAMLError as error:  # an unprintable character
+    except (yaml.YAMLError, UnicodeError) as error:  # an unprintable character; one that UTF-8 does not have
         raise UserError(source, None, f"not valid YAML: {error}.") from error
 
 
