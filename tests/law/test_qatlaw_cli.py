@@ -203,6 +203,25 @@ def test_no_amounts(text: str) -> None:
         parse_amount("--x", text)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--params 396M --tokens 100B --bits 4 --batch-tokens 1e-300",
+        "--params 1e19 --tokens 100B --bits 4",
+        "memory 500MB --tokens 1B --vocab-size 1e18",
+        "compute --flops 1e30 --params 1 --bits 4 --law synthetic",
+        "compute --gpu-hours 1e30 --tokens-per-second 1e30 --params 1M",
+        "checkpoint --trained-tokens 1e308 --params 1e-300",
+        "waste --params 1e300 --tokens 1 --bits 4 --fraction 1e-300 --law synthetic",
+        "fusion --params 396M --tokens 100B --bits 4 --fused-loss 1e30 --sequential-loss 1e-9 --law synthetic",
+        "bit-widths --params 396M --tokens 100B --tolerance 1e30 --law synthetic",
+    ],
+)
+def test_an_absurd_number_is_refused_before_anything_overflows(words: str) -> None:
+    with pytest.raises(InputError):
+        planner(words.split(), standalone_mode=False)
+
+
 def test_costs_of_gpu_hours_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """500 h x 3600 s x 989e12 x 0.4 FLOP/s over 6 x 396e6 FLOPs a token; the same speed, measured, gives the same."""
     tokens = 500 * 3600 * 989e12 * 0.4 / (6 * 396e6)
