@@ -66,7 +66,7 @@ def _write_fit() -> None:
     ranges = {"n_params": (86e6, 2.2e9), "tokens": (2.3e9, 1.4e12), "bits": (1.0, 6.0), "s_total": (35.0, 1e5)}
     file = FitFile(
         format=1, form=law.form.name, coefficients=law.coefficients, intervals={"rho": (0.04, 0.05)},
-        bootstrap={"level": 0.9, "thetas": [list(law.theta)] * 2}, range=ranges,
+        bootstrap={"level": 0.9, "thetas": [list(law.theta)] * 2, "unknown": [], "loss_sizes": None}, range=ranges,
         data={"hash": "x", "runs": 2, "source": "two runs"}, quality={"r2": 0.99}, created="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
     write_fit("fit.json", file)

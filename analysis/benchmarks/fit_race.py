@@ -56,7 +56,7 @@ def runs(seed: int) -> pd.DataFrame:
 
 def by_qatlaw(data: pd.DataFrame) -> Coefficients:
     frame = data.rename(columns={"N": "n_params", "D": "tokens_fp"}).assign(bits=16, tokens_qat=0, scheme="fp")
-    return fit(CHINCHILLA, RunTable.from_frame(frame)).theta
+    return fit(CHINCHILLA, RunTable.from_frame(frame)).law.theta
 
 
 def by_curve_fit(start: list[float]) -> Callable[[pd.DataFrame], Coefficients]:

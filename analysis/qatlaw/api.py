@@ -59,7 +59,7 @@ def fit(
     InputError where the runs cannot determine the law.
     """
     chosen = form_named(form)
-    table = Collected.of(runs, scheme).table
+    table = Collected.from_frame(runs, scheme).table
     if bits is not None:
         table = table.of_width(bits)
     elif chosen.one_width and len(table.widths) > 1:
@@ -83,5 +83,5 @@ def report(
     law: the path of a fit.json or a law's name, to draw it instead of fitting one.
     compare: whether rival laws are fitted too, and judged on runs that none was fitted on.
     """
-    content = compose(Collected.of(runs, scheme), form, scheme, law, resamples=resamples, compare=compare)
+    content = compose(Collected.from_frame(runs, scheme), form, scheme, law, resamples=resamples, compare=compare)
     return write_report(content, Path(folder))

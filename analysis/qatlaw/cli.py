@@ -13,35 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
+from qatlaw import options
 from qatlaw.amounts import amount, parse_bytes
 from qatlaw.errors import InputError
-from qatlaw.fraction_laws import LADDER_FOUND, PAPER
+from qatlaw.fraction_laws import FRACTION_LAWS, LADDER_FOUND, PAPER
 from qatlaw.laws.named import NAMED
-from qatlaw.laws.nominal import EffectiveBits
-from qatlaw.options import (
-    BATCH_TOKENS,
-    BITS,
-    FLOPS,
-    FORMAT,
-    FRACTION,
-    FUSED_LOSS,
-    GPU,
-    GPU_HOURS,
-    GROUP_SIZE,
-    LAW,
-    MFU,
-    NATS,
-    PARAMS,
-    PEAK_FLOPS,
-    QAT_OVERHEAD,
-    RECIPE,
-    SEQUENTIAL_LOSS,
-    TOKENS,
-    TOKENS_PER_SECOND,
-    TRAINED_TOKENS,
-    VOCABULARY,
-    Json,
-)  # fmt: skip
+from qatlaw.options import Json
 from qatlaw.plan.answer import Answer, columns, facts
 from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
 from qatlaw.plan.checkpoint import plan_checkpoint
@@ -51,7 +28,7 @@ from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, 
 from qatlaw.plan.run_folder import read_trained
 from qatlaw.plan.shapes import check_group_size, nearest_shape, usual_effective_bits
 from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
-from qatlaw.planner_law import PlannerLaw, law_or_fractions, load_law, widths_of
+from qatlaw.planner_law import load_law, plan_law
 
 _EFFECTIVE = "plan.effective_bits plan.S plan.tokens_per_stored_byte"
 LOWEST = "* the lowest predicted loss."
@@ -71,13 +48,13 @@ planner = typer.Typer(
 @planner.callback(epilog="Example: qatscale plan --params 396M --tokens 100B --bits 4")
 def run(
     ctx: typer.Context,
-    params: Annotated[float | None, PARAMS] = None,
-    recipe: Annotated[str | None, RECIPE] = None,
-    tokens: Annotated[float | None, TOKENS] = None,
-    bits: Annotated[float | None, BITS] = None,
-    batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
-    group_size: Annotated[int | None, GROUP_SIZE] = None,
-    law: Annotated[str | None, LAW] = None,
+    params: Annotated[float | None, options.PARAMS] = None,
+    recipe: Annotated[str | None, options.RECIPE] = None,
+    tokens: Annotated[float | None, options.TOKENS] = None,
+    bits: Annotated[float | None, options.BITS] = None,
+    batch_tokens: Annotated[float | None, options.BATCH_TOKENS] = None,
+    group_size: Annotated[int | None, options.GROUP_SIZE] = None,
+    law: Annotated[str | None, options.LAW] = None,
     as_json: Json = False,
 ) -> None:
     """When should a run switch from full precision to QAT? The commands below answer other questions.
@@ -93,11 +70,8 @@ def run(
     if width is None:
         bit_widths(ctx, params, recipe, tokens, batch_tokens, law=law, group_size=group_size, as_json=as_json)
         return
-    (N, D), (loss_law, fractions) = _size(known), law_or_fractions(law, known.effective)
-    plan = plan_run(
-        N, D, width, law=loss_law, fractions=fractions, tokens_per_step=known.tokens_per_step, scheme=known.scheme,
-        stored_bytes=known.stored_bytes(width) if known.stored_bytes else None, group_size=group_size,
-    )  # fmt: skip
+    (N, D), basis = known.size, plan_law(law, known.effective)
+    plan = plan_run(known, width, basis)
     table = {
         "bits per parameter": f"{width:g}",
         "  effective, as they are stored": None if plan.effective_bits is None else f"{plan.effective_bits:.3f}",
@@ -105,7 +79,7 @@ def run(
         "  per stored byte": None if plan.tokens_per_stored_byte is None else f"{plan.tokens_per_stored_byte:,.4g}",
         "optimal QAT fraction (closed form)": None if plan.closed_form is None else f"{plan.closed_form:.1%}",
         "optimal QAT fraction (loss law)": None,
-        "optimal QAT fraction (ladder)": f"{plan.optimum:.1%}" if fractions is not PAPER else None,
+        "optimal QAT fraction (ladder)": f"{plan.optimum:.1%}" if law in FRACTION_LAWS else None,
         "planned QAT fraction": None if plan.fraction == plan.optimum else f"{plan.fraction:.1%}",
         "tokens in full precision": amount(plan.tokens_fp, 4),
         "tokens in QAT": amount(plan.tokens_qat, 4),
@@ -120,83 +94,72 @@ def run(
             "  QAT on 10 % of the tokens": _judged(p.rule),
         }
     notes, warnings = _counted_on(known), list(plan.warnings)
-    if loss_law:
+    if p:
         notes.append(f"Losses in nats per token; {WASTED}.")
-    elif fractions is PAPER:
+    elif basis is PAPER:
         notes.append(LADDER_FOUND)
-    if fractions is PAPER:
+    if law not in FRACTION_LAWS:
         warnings += warnings_of(N, D, width, PAPER)
-    answer = Answer(
-        "run", _run(N, D, width), facts(table), plan, loss_law or fractions, notes, warnings, plan.overrides, N
-    )
+    answer = Answer("run", _run(N, D, width), facts(table), plan, basis, notes, warnings, plan.overrides, N)
     _show(ctx, as_json, answer, recipe)
 
 
 @planner.command("bit-widths", epilog="Example: qatscale plan bit-widths --params 396M --tokens 100B")
 def bit_widths(
     ctx: typer.Context,
-    params: Annotated[float | None, PARAMS] = None,
-    recipe: Annotated[str | None, RECIPE] = None,
-    tokens: Annotated[float | None, TOKENS] = None,
-    batch_tokens: Annotated[float | None, BATCH_TOKENS] = None,
-    group_size: Annotated[int | None, GROUP_SIZE] = None,
-    tolerance: Annotated[float | None, NATS] = None,
-    law: Annotated[str | None, LAW] = None,
+    params: Annotated[float | None, options.PARAMS] = None,
+    recipe: Annotated[str | None, options.RECIPE] = None,
+    tokens: Annotated[float | None, options.TOKENS] = None,
+    batch_tokens: Annotated[float | None, options.BATCH_TOKENS] = None,
+    group_size: Annotated[int | None, options.GROUP_SIZE] = None,
+    tolerance: Annotated[float | None, options.NATS] = None,
+    law: Annotated[str | None, options.LAW] = None,
     as_json: Json = False,
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
     known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
-    N, D = _size(known)
+    N, D = known.size
     if law in NAMED:
         if group_size and not NAMED[law].needs_group:
             raise InputError("--group-size", group_size, f"has no effect: {law} does not know it.", "Leave it out.")
         _show(ctx, as_json, published_answer(NAMED[law], known, _run(N, D), tolerance or TOLERANCE))
         return
-    loss_law, fractions = law_or_fractions(law, known.effective)
-    if tolerance and loss_law is None:
+    basis = plan_law(law, known.effective)
+    if tolerance and basis.law is None:
         raise InputError("--tolerance", tolerance, "takes a loss law.", "Add --law fit.json, or leave it out.")
     nats = tolerance or TOLERANCE
-    plan = compare_widths(
-        N, D, widths_of(None, loss_law, fractions), law=loss_law, fractions=fractions, tolerance=nats,
-        tokens_per_step=known.tokens_per_step, scheme=known.scheme, stored_bytes=known.stored_bytes,
-        group_size=group_size,
-    )  # fmt: skip
+    plan = compare_widths(known, basis.widths, basis, nats)
     best = None if plan.smallest is None else plan.rows[plan.smallest]
     table = columns(plan.rows, f"bits {_EFFECTIVE} plan.fraction plan.tokens_qat plan.switch_step plan.loss gap", best)
     notes = _counted_on(known)
-    if loss_law:
+    if basis.law:
         within = f"within {nats:g} nats ({math.expm1(nats):.2%} of the perplexity) of full precision"
         start = f"* the smallest bit width {within}" if best else f"No bit width is {within}"
         notes += [f"{start}, whose predicted loss is {plan.full_precision_loss:.4f}."]
     title = f"{_run(N, D)}: QAT at each bit width"
     overrides = best.plan.overrides if best else None
-    _show(
-        ctx,
-        as_json,
-        Answer("bit-widths", title, table, plan, loss_law or fractions, notes, plan.warnings, overrides, N),
-        recipe,
-    )
+    _show(ctx, as_json, Answer("bit-widths", title, table, plan, basis, notes, plan.warnings, overrides, N), recipe)
 
 
 @planner.command(epilog="Example: qatscale plan memory 500MB --tokens 100B --bits 4")
 def memory(
     ctx: typer.Context,
     budget: Annotated[str, typer.Argument(metavar="BYTES", help="For the weights: 500MB, 1.5GB or 512MiB.")],
-    tokens: Annotated[float, TOKENS],
-    bits: Annotated[float | None, BITS] = None,
-    vocab_size: Annotated[float, VOCABULARY] = 32_000,
-    group_size: Annotated[int | None, GROUP_SIZE] = None,
-    format: Annotated[str | None, FORMAT] = None,
-    law: Annotated[str | None, LAW] = None,
+    tokens: Annotated[float, options.TOKENS],
+    bits: Annotated[float | None, options.BITS] = None,
+    vocab_size: Annotated[float, options.VOCABULARY] = 32_000,
+    group_size: Annotated[int | None, options.GROUP_SIZE] = None,
+    format: Annotated[str | None, options.FORMAT] = None,
+    law: Annotated[str | None, options.LAW] = None,
     as_json: Json = False,
 ) -> None:
     """Which model fits into a memory budget, and at which bit width is it best?"""
     check_group_size(group_size)
-    effective = usual_effective_bits(round(vocab_size), group_size)
-    loss_law, size = _law(law, effective=effective), parse_bytes("BYTES", budget)
+    basis = plan_law(law, usual_effective_bits(round(vocab_size), group_size), losses=True)
+    size = parse_bytes("BYTES", budget)
     file_size = _stack(ctx, "--format", format).file_size(format, group_size) if format else None
     plan = plan_memory(
-        size, tokens, widths_of(bits, loss_law), law=loss_law, vocabulary=round(vocab_size), group_size=group_size,
+        size, tokens, [bits] if bits else basis.widths, law=basis, vocabulary=round(vocab_size), group_size=group_size,
         file_size=file_size,
     )  # fmt: skip
     best = None if plan.best is None else plan.rows[plan.best]
@@ -209,23 +172,23 @@ def memory(
         notes.append(f"At {', '.join(small)} bits a larger model fits, but has too few tokens per byte to be better.")
     title = f"{size / 1e6:,.4g} MB of weights, {amount(tokens, 4)} tokens"
     overrides, N = ((*best.plan.overrides, *best.shape.overrides), best.plan.params) if best else (None, 0)
-    _show(ctx, as_json, Answer("memory", title, table, plan, loss_law, notes, plan.warnings, overrides, N))
+    _show(ctx, as_json, Answer("memory", title, table, plan, basis, notes, plan.warnings, overrides, N))
 
 
 @planner.command(epilog="Example: qatscale plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4")
 def compute(
     ctx: typer.Context,
-    flops: Annotated[float | None, FLOPS] = None,
-    gpu_hours: Annotated[float | None, GPU_HOURS] = None,
-    gpu: Annotated[str | None, GPU] = None,
-    peak_flops: Annotated[float | None, PEAK_FLOPS] = None,
-    mfu: Annotated[float | None, MFU] = None,
-    tokens_per_second: Annotated[float | None, TOKENS_PER_SECOND] = None,
-    qat_overhead: Annotated[float | None, QAT_OVERHEAD] = None,
-    params: Annotated[float | None, PARAMS] = None,
-    recipe: Annotated[str | None, RECIPE] = None,
-    bits: Annotated[float | None, BITS] = None,
-    law: Annotated[str | None, LAW] = None,
+    flops: Annotated[float | None, options.FLOPS] = None,
+    gpu_hours: Annotated[float | None, options.GPU_HOURS] = None,
+    gpu: Annotated[str | None, options.GPU] = None,
+    peak_flops: Annotated[float | None, options.PEAK_FLOPS] = None,
+    mfu: Annotated[float | None, options.MFU] = None,
+    tokens_per_second: Annotated[float | None, options.TOKENS_PER_SECOND] = None,
+    qat_overhead: Annotated[float | None, options.QAT_OVERHEAD] = None,
+    params: Annotated[float | None, options.PARAMS] = None,
+    recipe: Annotated[str | None, options.RECIPE] = None,
+    bits: Annotated[float | None, options.BITS] = None,
+    law: Annotated[str | None, options.LAW] = None,
     as_json: Json = False,
 ) -> None:
     """How many tokens does a compute budget buy, and how should they be split?
@@ -239,7 +202,7 @@ def compute(
         ways = "; or ".join(" ".join(flags) for flags in BUDGETS)
         raise InputError(" ".join(given) or "compute", None, "is not a budget.", f"Give {ways}.")
     known = _known(ctx, recipe, params)
-    loss_law = _law(law, known)
+    basis = plan_law(law, known.effective, losses=True)
     if tokens_per_second and known.params is None:
         raise InputError("--params", None, "is missing.", "Add the size that the tokens per second belong to.")
     peak = _stack(ctx, "--gpu", gpu).peak_flops(gpu) if gpu else peak_flops
@@ -253,8 +216,8 @@ def compute(
         source = "6 FLOPs per parameter, attention scores left out"
     ratio = qat_overhead or 1.0
     budget = Budget(flops or gpu_hours or 0.0, "FLOPs" if flops else "GPU-hours", cost, cost * ratio)
-    widths = widths_of(bits, loss_law)
-    plans = [plan_budget(known.params, width, budget, law=loss_law, scheme=known.scheme) for width in widths]
+    widths = [bits] if bits else basis.widths
+    plans = [plan_budget(known.params, width, budget, law=basis, scheme=known.scheme) for width in widths]
     one = plans[0] if len(plans) == 1 else None
     best = one or (min(plans, key=lambda plan: plan.chosen.loss or 0.0) if law else None)
     if one:
@@ -274,17 +237,17 @@ def compute(
     title = f"{budget.amount:g} {budget.unit}"
     title += f", {amount(one.params, 4)} parameters, {one.bits:g} bits" if one else ""
     overrides, N = (best.overrides, best.params) if best else (None, 0)
-    _show(ctx, as_json, Answer("compute", title, table, one or plans, loss_law, notes, warnings, overrides, N), recipe)
+    _show(ctx, as_json, Answer("compute", title, table, one or plans, basis, notes, warnings, overrides, N), recipe)
 
 
 @planner.command(epilog="Example: qatscale plan checkpoint --trained-tokens 60B --params 396M --bits 2")
 def checkpoint(
     ctx: typer.Context,
     run: Annotated[str | None, typer.Argument(metavar="RUN", help="Folder of a run, RUN@STEP or a checkpoint.")] = None,
-    trained_tokens: Annotated[float | None, TRAINED_TOKENS] = None,
-    params: Annotated[float | None, PARAMS] = None,
-    bits: Annotated[float | None, BITS] = None,
-    law: Annotated[str | None, LAW] = None,
+    trained_tokens: Annotated[float | None, options.TRAINED_TOKENS] = None,
+    params: Annotated[float | None, options.PARAMS] = None,
+    bits: Annotated[float | None, options.BITS] = None,
+    law: Annotated[str | None, options.LAW] = None,
     as_json: Json = False,
 ) -> None:
     """How many QAT tokens does a full-precision checkpoint deserve, and what do they buy?"""
@@ -293,12 +256,9 @@ def checkpoint(
             raise InputError(flag, None, "is missing.", "Add it, or name a RUN.")
         if run is not None and value is not None:
             raise InputError(flag, value, "is read from RUN.", "Leave it out.")
-    trained, (loss_law, fractions) = read_trained(run) if run else None, law_or_fractions(law, Recipe().effective)
+    trained, basis = read_trained(run) if run else None, plan_law(law, usual_effective_bits())
     N, D = (trained.params, trained.tokens) if trained else (params or 0.0, trained_tokens or 0.0)
-    plans = [
-        plan_checkpoint(N, width, D, law=loss_law, fractions=fractions)
-        for width in widths_of(bits, loss_law, fractions)
-    ]
+    plans = [plan_checkpoint(N, width, D, law=basis) for width in ([bits] if bits else basis.widths)]
     plans = [plan.whole_steps(trained.tokens_per_step) for plan in plans] if trained else plans
     one = plans[0] if len(plans) == 1 else None
     table = columns(plans, "bits tokens_qat fraction loss")
@@ -315,9 +275,7 @@ def checkpoint(
     elif one:
         overrides = (*one.overrides(), "qat.scheme=sequential")
     command = ("qatscale", "branch", trained.checkpoint if trained else "RUN", "name=NAME")
-    answer = Answer(
-        "checkpoint", title, table, one or plans, loss_law or fractions, notes, warnings, overrides, N, command
-    )
+    answer = Answer("checkpoint", title, table, one or plans, basis, notes, warnings, overrides, N, command)
     _show(ctx, as_json, answer)
 
 
@@ -326,16 +284,16 @@ def checkpoint(
 )
 def waste(
     ctx: typer.Context,
-    params: Annotated[float, PARAMS],
-    tokens: Annotated[float, TOKENS],
-    bits: Annotated[float, BITS],
-    fraction: Annotated[float, FRACTION],
-    law: Annotated[str, LAW],
+    params: Annotated[float, options.PARAMS],
+    tokens: Annotated[float, options.TOKENS],
+    bits: Annotated[float, options.BITS],
+    fraction: Annotated[float, options.FRACTION],
+    law: Annotated[str, options.LAW],
     as_json: Json = False,
 ) -> None:
     """What share of the tokens does a QAT fraction waste, against the optimal one?"""
     loss_law = load_law(law, effective=usual_effective_bits())
-    best = plan_run(params, tokens, bits, law=loss_law)
+    best = plan_run(Recipe(params, tokens), bits, loss_law)
     splits = [judge_split(loss_law, params, tokens, bits, each) for each in (fraction, best.optimum)]
     table = columns(splits, "fraction loss wasted", best=splits[1])
     notes = ["* the optimal QAT fraction.", f"Losses in nats per token; {WASTED}."]
@@ -349,12 +307,12 @@ def waste(
 )
 def fusion(
     ctx: typer.Context,
-    params: Annotated[float, PARAMS],
-    tokens: Annotated[float, TOKENS],
-    bits: Annotated[float, BITS],
-    fused_loss: Annotated[float, FUSED_LOSS],
-    sequential_loss: Annotated[float, SEQUENTIAL_LOSS],
-    law: Annotated[str, LAW],
+    params: Annotated[float, options.PARAMS],
+    tokens: Annotated[float, options.TOKENS],
+    bits: Annotated[float, options.BITS],
+    fused_loss: Annotated[float, options.FUSED_LOSS],
+    sequential_loss: Annotated[float, options.SEQUENTIAL_LOSS],
+    law: Annotated[str, options.LAW],
     as_json: Json = False,
 ) -> None:
     """What share of the tokens did fusing QAT with the cooldown save, by two measured losses?"""
@@ -380,7 +338,7 @@ def _known(
     if recipe is None:
         shape = nearest_shape(params) if params else None
         per_step = None if batch_tokens is None else round(batch_tokens)
-        known = Recipe(params, group=group_size, tokens=tokens, tokens_per_step=per_step)
+        known = Recipe(params, tokens, group=group_size, group_size=group_size, tokens_per_step=per_step)
         if params is None or shape is None:
             return known
         check_group_size(group_size)
@@ -393,7 +351,7 @@ def _known(
         if value is not None:
             raise InputError(flag, value, "contradicts --recipe, which has its own.", "Leave one of them out.")
     known = _stack(ctx, "--recipe", recipe).recipe(recipe, group_size)
-    return replace(known, tokens=tokens or known.tokens)
+    return replace(known, tokens=tokens or known.tokens, group_size=group_size)
 
 
 def _counted_on(known: Recipe) -> list[str]:
@@ -402,23 +360,10 @@ def _counted_on(known: Recipe) -> list[str]:
     return [f"Effective bits count scales, embedding and norms: of {known.model}."]
 
 
-def _size(known: Recipe) -> tuple[float, float]:
-    if known.params is None:
-        raise InputError("--params", None, "is missing.", "Add --params 396M.")
-    if known.tokens is None:
-        raise InputError("--tokens", None, "is missing.", "Add --tokens 100B.")
-    return known.params, known.tokens
-
-
 def _stack(ctx: typer.Context, flag: str, value: str) -> Any:
     if ctx.obj is None:
         raise InputError(flag, value, "needs `qatscale plan`.", "Or give --params, and --peak-flops.")
     return ctx.obj
-
-
-def _law(name: str | None, known: Recipe | None = None, effective: EffectiveBits | None = None) -> PlannerLaw | None:
-    """known: the model that the law is asked about. effective: what its effective bits are, instead."""
-    return None if name is None else load_law(name, effective=effective or (known or Recipe()).effective)
 
 
 def _show(ctx: typer.Context, as_json: bool, answer: Answer, recipe: str | None = None) -> None:

@@ -100,7 +100,7 @@ class FractionErrors:
     """Share of the curves whose error bar holds the law's fraction; 0.68 for a perfect law."""
 
 
-def measured_curves(table: RunTable, *, noise: float | None = None, seed: int = 0) -> list[Curve]:
+def measured_curves(table: RunTable, *, noise: float | None = None) -> list[Curve]:
     """The U-curves with three fractions or more.
 
     noise: standard deviation of a run's log loss within a curve. None: the scatter about the curves' own readings,
@@ -121,7 +121,7 @@ def measured_curves(table: RunTable, *, noise: float | None = None, seed: int = 
             squares += float(np.sum((rest / loss) ** 2))
             freedom += max(len(f) - TERMS, 0)
         noise = float(np.sqrt(squares / freedom)) if freedom else float("nan")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return [_curve(key, f, loss, noise, rng) for key, f, loss in groups]
 
 
@@ -138,7 +138,7 @@ class Constant:
     worst: float
 
 
-def closed_form_constant(curves: Sequence[Curve], seed: int = 0) -> Constant:
+def closed_form_constant(curves: Sequence[Curve]) -> Constant:
     """The A whose fractions cost the curves, of one bit width, least.
 
     Where the longest phases are best, no A is: then the largest one within 0.001 nats of the lowest cost.
@@ -150,7 +150,7 @@ def closed_form_constant(curves: Sequence[Curve], seed: int = 0) -> Constant:
         mean = sample.mean(axis=0)
         return int(np.flatnonzero(mean <= mean.min() + SAME_COST).max()) if mean.argmin() == 0 else int(mean.argmin())
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     chosen = best(costs)
     drawn = [best(costs[rng.integers(0, len(curves), len(curves))]) for _ in range(DRAWS)]
     low, high = np.quantile(values[drawn], [0.025, 0.975])
@@ -172,7 +172,7 @@ def fraction_errors(
     widths = sorted({curve.B for curve in curves})
     by_width = optimum if isinstance(optimum, Mapping) else dict.fromkeys(widths, optimum)
     known = [curve for curve in curves if curve.B in by_width]
-    found = {}
+    errors = {}
     for name, wanted in (("all", widths), *((f"{bits:g}", [bits]) for bits in widths)):
         used = [curve for curve in known if curve.inside and curve.B in wanted]
         if not used:
@@ -181,7 +181,7 @@ def fraction_errors(
         gaps = law - [curve.optimum for curve in used]
         bars = np.array([curve.error for curve in used])
         held = [curve.low <= f <= curve.high for curve, f in zip(used, law, strict=True)]
-        found[name] = FractionErrors(
+        errors[name] = FractionErrors(
             curves=len(used),
             left_out=sum(curve.B in wanted and not curve.inside for curve in known),
             mae=float(np.mean(np.abs(gaps))),
@@ -189,7 +189,7 @@ def fraction_errors(
             measurement_error=float(np.mean(bars)),
             within=float(np.mean(held)) if np.isfinite(bars).all() else float("nan"),
         )
-    return found
+    return errors
 
 
 def _terms(f: Floats, runs: int) -> Floats:

@@ -67,12 +67,12 @@ class StoredWeights:
     @property
     def quantized(self) -> dict[float, tuple[Number, Number]]:
         """Bits, ascending -> (weights, scales) of what is quantized to them."""
-        found: dict[float, tuple[Number, Number]] = {}
+        by_bits: dict[float, tuple[Number, Number]] = {}
         for part in self.parts[:2]:
             if np.any(part.scales):
-                weights, scales = found.get(part.bits, (0, 0))
-                found[part.bits] = weights + part.weights, scales + part.scales
-        return dict(sorted(found.items()))
+                weights, scales = by_bits.get(part.bits, (0, 0))
+                by_bits[part.bits] = weights + part.weights, scales + part.scales
+        return dict(sorted(by_bits.items()))
 
     @property
     def shares(self) -> dict[float, float]:

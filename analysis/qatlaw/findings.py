@@ -13,12 +13,13 @@ from qatlaw.fraction import closed_form
 from qatlaw.laws.base import Floats
 from qatlaw.summary import Summary
 from qatlaw.table import MIXED_SCHEMES, SCHEMES, RunTable
+from qatlaw.text import plural
 
 
 def findings(evidence: Evidence, summaries: Sequence[Summary] = ()) -> list[str]:
     """The answer, for a reader who reads nothing else. A sentence whose runs are missing is left out."""
-    found = [_best(evidence.table), _optimum(evidence), _cost(evidence), _fusion(evidence), _law(summaries)]
-    return [sentence for sentence in found if sentence]
+    sentences = [_best(evidence.table), _optimum(evidence), _cost(evidence), _fusion(evidence), _law(summaries)]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _best(table: RunTable) -> str:
@@ -75,14 +76,14 @@ def _gaps(evidence: Evidence, schemes: Sequence[str], bits: float) -> Floats:
 
 
 def _fusion(evidence: Evidence) -> str:
-    cell = ["n_params", "bits", "tokens_fp", "tokens_qat"]
-    means = evidence.rows(*MIXED_SCHEMES).frame.groupby([*cell, "scheme"])["loss"].mean().unstack("scheme")
-    if not {*MIXED_SCHEMES} <= set(means.columns) or means.dropna().empty:
+    pairs = evidence.fusion_pairs
+    if pairs.empty:
         return ""
-    gap = (means["fused"] - means["sequential"]).dropna()
-    verb = "lowers" if gap.median() < 0 else "raises"
-    pairs = f"{len(gap)} pair" + ("s" if len(gap) > 1 else "")
-    return f"Fusing the cooldown with QAT {verb} the loss by {abs(gap.median()):.3f} nats (median of {pairs})."
+    gap = (pairs["fused"] - pairs["sequential"]).median()
+    verb = "lowers" if gap < 0 else "raises"
+    return (
+        f"Fusing the cooldown with QAT {verb} the loss by {abs(gap):.3f} nats (median of {plural(len(pairs), 'pair')})."
+    )
 
 
 def _law(summaries: Sequence[Summary]) -> str:

@@ -88,9 +88,8 @@ class Resampled(BaseModel):
 
     level: Annotated[Positive, Field(lt=1)]
     thetas: Annotated[list[list[Finite]], Field(min_length=1)]
-    unknown: list[str] | None = None
-    loss_sizes: list[Positive] | None = []
-    """Older files, which ignore that trunks share noise, lack the key: their intervals of the loss are too narrow."""
+    unknown: list[str]
+    loss_sizes: list[Positive] | None
 
 
 class FitFile(BaseModel):
@@ -127,9 +126,8 @@ class FitFile(BaseModel):
                 form.bind(form.values(theta))
         except InputError as error:
             raise InputError(f"bootstrap.thetas: {error.key}", error.value, error.problem) from None
-        unknown = form.level_parameters if drawn.unknown is None else tuple(drawn.unknown)
         sizes = None if drawn.loss_sizes is None else tuple(drawn.loss_sizes)
-        return Bootstrap(form, np.array(drawn.thetas), drawn.level, unknown, sizes)
+        return Bootstrap(form, np.array(drawn.thetas), drawn.level, tuple(drawn.unknown), sizes)
 
 
 def fit_file(result: FitResult, bootstrap: Bootstrap | None = None, **quality: Any) -> FitFile:

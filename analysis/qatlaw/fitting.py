@@ -57,8 +57,6 @@ class Starts:
     tried: int
     agreeing: int
     """How many of them reached the best optimum."""
-    costs: tuple[float, ...]
-    """Costs of all of them, rising."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,6 @@ class FitResult:
     """Linearised standard errors: the bootstrap's intervals are better."""
     warnings: tuple[str, ...]
 
-    @property
-    def theta(self) -> tuple[float, ...]:
-        return self.law.theta
-
-    @property
-    def mae(self) -> float:
-        return self.quality.mae
-
 
 def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delta: float | None = None) -> FitResult:
     """The form's coefficients that meet the table's losses best.
@@ -111,7 +101,7 @@ def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delt
     used.check_text()
     _refuse_too_little(form, used, left_out)
     problem = make_problem(form, used)
-    variables, found = _search(problem, delta or FIRST_DELTA, seed, starts)
+    variables, cold_starts = _search(problem, delta or FIRST_DELTA, seed, starts)
     # Delta, the trunks' noise and the residuals depend on each other, and settle in a few rounds.
     final_delta = delta or FIRST_DELTA
     for _ in range(ROUNDS):
@@ -134,16 +124,23 @@ def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delt
         residuals=residuals,
         quality=quality(predicted, used.loss),
         per_bits=quality_per_bits(predicted, used),
-        starts=found,
+        starts=cold_starts,
         identifiability=identifiability,
         noise=noise,
-        certainty=Certainty.of(law, information(law, problem.points, max(noise.own, 1e-12), problem.whitened)),
-        warnings=(*identifiability.sentences, *_curve_warning(used, residuals, noise), *_start_warning(found)),
+        certainty=Certainty.from_information(
+            law, information(law, problem.points, max(noise.own, 1e-12), problem.whitened)
+        ),
+        warnings=(*identifiability.sentences, *_curve_warning(used, residuals, noise), *_start_warning(cold_starts)),
     )
 
 
-def fit_per_bits(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:
-    """One fit per bit width, each on its own quantized runs and all full-precision runs. `options` as for `fit`."""
+def fit_widths(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:
+    """By bit width: the same fit for all, or one for each with a form of one width. `options` as for `fit`.
+
+    A fit of one width has its quantized runs and all full-precision runs.
+    """
+    if not form.one_width:
+        return dict.fromkeys(table.widths, fit(form, table, **options))
     if not table.widths:
         raise InputError(f"{table.source}: rows", len(table), "hold no run with QAT tokens.")
     return {bits: fit(form, table.of_width(bits), **options) for bits in table.widths}
@@ -194,16 +191,15 @@ def robust_spread(residuals: Floats) -> float:
 
 def _search(problem: Problem, delta: float, seed: int, starts: int) -> tuple[Floats, Starts]:
     """The best optimum of the cold starts."""
-    found: list[tuple[float, Floats]] = []
+    optima: list[tuple[float, Floats]] = []
     agreeing = 0
-    while len(found) < starts and agreeing < ENOUGH:
-        for number in range(len(found), min(len(found) + BATCH, starts)):
+    while len(optima) < starts and agreeing < ENOUGH:
+        for number in range(len(optima), min(len(optima) + BATCH, starts)):
             solved = problem.solve(problem.start(np.random.default_rng([seed, number])), delta)
-            found.append((float(solved.cost), solved.x))
-        best = min(cost for cost, _ in found)
-        agreeing = sum(cost <= best * (1 + AGREEMENT) for cost, _ in found)
-    found.sort(key=lambda pair: pair[0])
-    return found[0][1], Starts(len(found), agreeing, tuple(cost for cost, _ in found))
+            optima.append((float(solved.cost), solved.x))
+        best = min(cost for cost, _ in optima)
+        agreeing = sum(cost <= best * (1 + AGREEMENT) for cost, _ in optima)
+    return min(optima, key=lambda pair: pair[0])[1], Starts(len(optima), agreeing)
 
 
 def _noise(problem: Problem, variables: Floats, table: RunTable) -> Noise:
@@ -237,7 +233,7 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
         fix = 'Fit table.of_scheme("sequential") and table.of_scheme("fused") each.'
         raise InputError(f"{source}: scheme", mixed, "are two schemes; a fit takes one, as their U-curves differ.", fix)
     if form.one_width and len(widths) > 1:
-        raise InputError(f"{source}: bits", widths, f"{form.name} describes one bit width.", "Use fit_per_bits.")
+        raise InputError(f"{source}: bits", widths, f"{form.name} describes one bit width.", "Use fit_widths.")
     if any("2^B" in term.features for term in form.terms) and len(widths) < 2:
         problem = f"{form.name} has terms in the bit width and needs runs of at least two."
         raise InputError(f"{source}: bits", widths, problem, "Fit qat_per_bits, or add runs at another width.")
@@ -251,6 +247,6 @@ def _refuse_too_little(form: LawForm, table: RunTable, left_out: dict[str, int])
         ("n_params", table.column("n_params"), 2 if form.has_fraction else 3, "a power law in the parameters"),
         ("tokens_total", table.tokens_total, 3, "a power law with an offset"),
     ):
-        found = sorted(set(values.tolist()))
-        if len(found) < needed:
-            raise InputError(f"{source}: {name}", found, f"{why} needs {needed} different values.", "Add runs.")
+        distinct = sorted(set(values.tolist()))
+        if len(distinct) < needed:
+            raise InputError(f"{source}: {name}", distinct, f"{why} needs {needed} different values.", "Add runs.")

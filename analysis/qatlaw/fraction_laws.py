@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
 from qatlaw.fraction import MEASURED, A, extrapolation_warning, fraction_at, tokens_per_parameter_byte
 
@@ -19,13 +20,22 @@ class FractionLaw:
     """(low, high) of N, D, B and S."""
     constants: Mapping[float, tuple[float, float, float]] = field(default_factory=dict)
     """(A, low, high) by bit width, with the ends of its 95 % interval; empty: the paper's A for all."""
+    law = None
     synthetic = False
 
     def optimal_fraction(self, N: float, D: float, B: float) -> float:
-        """InputError where the width was not measured; ValueError as `fraction_at`."""
+        """InputError where the width was not measured, and where S <= 1 (see `fraction_at`)."""
         self.check_bits(B)
         constant, *_ = self.constants.get(B, (A,))
-        return float(fraction_at(tokens_per_parameter_byte(N, D, B), constant))
+        try:
+            return float(fraction_at(tokens_per_parameter_byte(N, D, B), constant))
+        except ValueError as error:
+            units = "Are --params and --tokens in the right units (396M, 100B)?"
+            raise InputError("plan", None, f"{error}.", units) from None
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        return tuple(self.constants) or BIT_WIDTHS
 
     @property
     def about(self) -> str:

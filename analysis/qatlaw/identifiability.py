@@ -40,17 +40,17 @@ class Identifiability:
 
     @property
     def sentences(self) -> list[str]:
-        found = [
+        sentences = [
             f"The data do not pin down {_listed(names)}{' separately' if len(names) > 1 else ''}: they can change "
             "without changing a loss beyond the noise."
             for names in self.loose
         ]
         for name, exponents in self.vanished.items():
             rest = f" Without it {_listed(exponents)} mean nothing." if exponents else ""
-            found.append(f"The data do not need the term of {name}, which came out as zero.{rest}")
+            sentences.append(f"The data do not need the term of {name}, which came out as zero.{rest}")
         if bound := [name for name in self.at_bound if name not in self.vanished]:
-            found.append(f"On the bound of what is sound: {_listed(bound)}.")
-        return found
+            sentences.append(f"On the bound of what is sound: {_listed(bound)}.")
+        return sentences
 
 
 def identify(problem: Problem, variables: Floats, noise: float) -> Identifiability:

@@ -71,7 +71,7 @@ class Certainty:
     """[parameters]: each one's scaled unit, in which it alone would be known to 1."""
 
     @classmethod
-    def of(cls, law: Law, fisher: Floats) -> Certainty:
+    def from_information(cls, law: Law, fisher: Floats) -> Certainty:
         # In such units rounding does not decide what is determined.
         scale = 1 / np.sqrt(np.maximum(np.diag(fisher), 1e-300))
         values, vectors = np.linalg.eigh(fisher * np.outer(scale, scale))
@@ -130,7 +130,7 @@ def certainties(
         if width is not None:
             own = own[(own["tokens_qat"] == 0) | (own["bits"] == width)]
         own = own[law.form.describes(points_of(own))]
-        return Certainty.of(law, information(law, points_of(own), noise))
+        return Certainty.from_information(law, information(law, points_of(own), noise))
 
     both = planned.assign(point=_named(planned))
     if known is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from qatlaw.bit_widths import BIT_WIDTHS, UNQUANTIZED_BITS
 from qatlaw.curves import Curve, OptimalFraction, measured_curves
 from qatlaw.errors import InputError
 from qatlaw.fit_file import FitFile
-from qatlaw.fitting import fit, fit_per_bits
+from qatlaw.fitting import fit_widths
 from qatlaw.fraction import closed_form
 from qatlaw.laws import FORMS, Law
 from qatlaw.laws.base import Floats
@@ -97,7 +98,7 @@ class Verdict:
 
 def judge(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) -> list[Verdict]:
     """Every law on every table with quantized runs that it speaks of, in the order of tables, precisions and ranks."""
-    found: list[Verdict] = []
+    judged: list[Verdict] = []
     for table in tables:
         runs = table.runs
         labels, gaps = precisions(runs), measured_gaps(runs)
@@ -124,8 +125,8 @@ def judge(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) -> lis
                 )
                 verdicts.append(verdict)
         speaking = {one.law for one in verdicts if one.precision != FULL}
-        found += _ranked([one for one in verdicts if one.law in speaking], dict.fromkeys(labels))
-    return found
+        judged += _ranked([one for one in verdicts if one.law in speaking], dict.fromkeys(labels))
+    return judged
 
 
 def errors(predicted: Floats, measured: Floats, trunks: NDArray[np.int64]) -> Errors:
@@ -208,14 +209,14 @@ def _asked(candidate: Candidate, curve: Curve) -> float | None:
 
 def published(law: NamedLaw) -> Candidate:
     def losses(runs: RunTable) -> tuple[Floats, Floats]:
-        asked = Asked.of(runs.frame)
+        asked = Asked.from_frame(runs.frame)
         fraction = runs.column("tokens_qat") / runs.tokens_total
         described = (runs.frame["scheme"].isin(["fp", "ptq"])).to_numpy() | (fraction >= FROM_SCRATCH)
         loss = np.where(described, law.loss(asked), np.nan)
         return loss, law.loss(asked.in_full_precision)
 
     def outside(runs: RunTable) -> str | None:
-        return law.outside(Asked.of(runs.frame))
+        return law.outside(Asked.from_frame(runs.frame))
 
     return Candidate(law.label, law.source, losses, outside, fitted_on=law.fitted_on)
 
@@ -250,16 +251,15 @@ def of_file(name: str, file: FitFile) -> Candidate:
 def refitted(table: JudgedTable) -> tuple[list[Candidate], list[str]]:
     """Every form fitted on a table's runs of quantized weights alone; and caveats about the fits."""
     runs = table.runs.where(_weights_alone(table.runs))
-    counts = runs.frame["scheme"].value_counts()
-    scheme = max(MIXED_SCHEMES, key=lambda name: counts.get(name, 0))
-    if counts.get(scheme, 0):
+    scheme = next(iter(runs.mixed_schemes), MIXED_SCHEMES[0])
+    if runs.mixed_schemes:
         runs = runs.of_scheme(scheme)
     candidates, notes = [], []
     for form in FORMS.values():
         if not form.quantized:
             continue
         try:
-            results = fit_per_bits(form, runs) if form.one_width else dict.fromkeys(runs.widths, fit(form, runs))
+            results = fit_widths(form, runs)
         except InputError as error:
             notes.append(f"{form.name} cannot be fitted on {table.name}: {error}")
             continue
@@ -310,16 +310,13 @@ def _with_margin(value: float, margin: float | None, form: str = "+.4f") -> str:
     return f"{value:{form}}" + (f" ±{margin:.4f}" if margin is not None else "")
 
 
-def _ranked(verdicts: list[Verdict], order: Iterable[str]) -> list[Verdict]:
+def _ranked(verdicts: list[Verdict], labels: Iterable[str]) -> list[Verdict]:
     ranked = []
-    for label in sorted(order, key=_order):
+    for label in sorted(labels, key=_order):
         group = [one for one in verdicts if one.precision == label]
         group.sort(key=lambda one: (one.gap is None, one.gap.mae if one.gap else one.loss.mae))
-        rank = 0
-        for one in group:
-            counts = one.gap is not None and not one.fitted_here
-            rank += counts
-            ranked.append(replace(one, rank=rank if counts else None))
+        ranks = count(1)
+        ranked += [replace(one, rank=next(ranks)) if one.gap and not one.fitted_here else one for one in group]
     return ranked
 
 

@@ -1,4 +1,4 @@
-"""`qatscale judge` and `python -m qatlaw judge`: laws against tables of runs, as text, a page and JSON."""
+"""`qatscale judge`: laws against tables of runs, as text, a page and JSON."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def judge(
     candidates = [published(one) for one in NAMED.values()] if law is None else [_candidate(name) for name in law]
     notes: list[str] = []
     if refit is not None:
-        found, notes = refitted(load_table(refit))
-        candidates += found
+        fits, notes = refitted(load_table(refit))
+        candidates += fits
     verdicts = judged(candidates, chosen)
     fractions = {table.label: fraction_rows(candidates, table) for table in chosen}
     notes += list(dict.fromkeys(f"{one.table}: {one.outside}" for one in verdicts if one.outside))
@@ -73,11 +73,10 @@ def judge(
     by_table = [(table, [one for one in verdicts if one.table == table.label]) for table in chosen]
     if out is not None:
         from qatlaw.figures.judged import CAPTION, draw_judged
-        from qatlaw.page import image, render
+        from qatlaw.page import image, template
 
         figure = draw_judged(candidates, chosen)
-        page = render(
-            "judge.html.jinja",
+        page = template("judge.html.jinja").render(
             title="Laws judged on tables of runs",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             judged=[(table, verdict_rows(own, full=True)) for table, own in by_table],

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from qatlaw.errors import InputError
 from qatlaw.figures import Drawn, Evidence, Laws, draw_all
@@ -45,22 +44,6 @@ if TYPE_CHECKING:
 MOST_RUNS = 40
 """Rows of the table of runs; all of them are in a file beside the page."""
 RUNS = "runs.csv"
-
-
-PAPERS = {
-    "optimal_fraction": "the optimal QAT fraction over tokens per parameter byte",
-    "u_curves": "the loss over the QAT fraction",
-    "law_against_measurement": "the loss law's prediction over the measured loss",
-    "equal_memory": "the optimal bit width under a memory constraint",
-    "against_full_precision": "QAT at several bit widths against full precision",
-    "wasted_tokens": "tokens wasted by a sub-optimal fraction",
-    "fusion": "cooldown and QAT fusion",
-    "cooldown_shapes": "the loss by cooldown shape",
-    "bias_and_variance": "bias against variance of cooldown shapes",
-    "cooldown_adamw": "AdamW's settings in the cooldown",
-    "landscape": "the loss landscape of the cooldown",
-}
-"""Subject of the papers' figures that ours correspond to, by name. arXiv 2509.22935, and 2508.01483 for cooldowns."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +100,9 @@ def compose(
 
 
 def _given_law(name: str, scheme: str, table: RunTable) -> Laws:
-    found = load_law(name, effective=table.effective_bits)
-    width = found.range["bits"][0] if found.law.form.one_width else None
-    return Laws({width: found.law}, found.source, found.range, scheme, demonstration=found.synthetic)
+    given = load_law(name, effective=table.effective_bits)
+    width = given.range["bits"][0] if given.law.form.one_width else None
+    return Laws({width: given.law}, given.source, given.range, scheme, demonstration=given.synthetic)
 
 
 def _laws_of(summaries: list[Summary]) -> Laws | None:
@@ -172,22 +155,20 @@ def image(figure: Figure, ending: str) -> bytes:
     return buffer.getvalue()
 
 
-def render(template: str, **content: Any) -> str:
-    """A page of the package's templates."""
+def template(name: str) -> Template:
+    """One of the package's templates."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["rows"] = rows_html
-    environment.filters["boxes"] = boxes_html
+    environment.filters["numeric_columns"] = _numeric_columns
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template(template).render(**content)
+    return environment.get_template(name)
 
 
 def html(report: Report) -> str:
     table = report.evidence.table
-    return render(
-        "report.html.jinja",
+    return template("report.html.jinja").render(
         report=report,
         coefficient_rows=coefficient_rows,
         quality_rows=quality_rows,
@@ -201,7 +182,6 @@ def html(report: Report) -> str:
         more_runs=len(table) - MOST_RUNS,
         findings=findings(report.evidence, report.summaries),
         missing=_missing(report),
-        paper=_paper,
         reasons=", ".join(f"{count} {reason}" for reason, count in counted(report.left_out).items()),
         left_out=[("run left out", "why"), *((one.name, one.reason) for one in report.left_out[:MOST_RUNS])],
     )
@@ -223,16 +203,6 @@ def _missing(report: Report) -> list[tuple[str, str]]:
     return [*law, *((one.title, f"needs {one.lacking}") for one in report.drawn if one.figure is None)]
 
 
-def _paper(name: str) -> str:
-    """Which figure of a paper one of ours corresponds to."""
-    name = "landscape" if name.startswith("landscape_") else name
-    if name not in PAPERS:
-        return "Of the papers' figures none corresponds to it."
-    of_cooldowns = ("cooldown_shapes", "bias_and_variance", "cooldown_adamw", "landscape")
-    source = "2508.01483" if name in of_cooldowns else "2509.22935"
-    return f"It corresponds to the figure of {PAPERS[name]} in arXiv {source}."
-
-
 def _run_rows(table: RunTable) -> Rows:
     rows: Rows = [("run", "scheme", "N", "bits", "effective bits", "D", "f", "loss (nats)")]
     for row in table.frame.head(MOST_RUNS).to_dict("records"):
@@ -245,27 +215,9 @@ def _run_rows(table: RunTable) -> Rows:
     return rows
 
 
-def rows_html(rows: Rows) -> Markup:
-    """A table; columns of numbers are aligned to the right."""
+def _numeric_columns(rows: Rows) -> list[bool]:
     headers, *body = rows
-    numeric = [bool(body) and all(_is_number(row[i]) for row in body) for i in range(len(headers))]
-
-    def cells(tag: str, row: tuple[str, ...]) -> str:
-        classes = [' class="n"' if right else "" for right in numeric]
-        return "".join(f"<{tag}{own}>{escape(cell)}</{tag}>" for own, cell in zip(classes, row, strict=True))
-
-    lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in body)
-    return Markup(
-        f'<div class="scroll"><table><thead><tr>{cells("th", headers)}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
-
-
-def boxes_html(lines: Sequence[str]) -> Markup:
-    """One box; several lines are its list."""
-    if len(lines) < 2:
-        return Markup("").join(Markup('<div class="warning">{}</div>').format(line) for line in lines)
-    items = Markup("").join(Markup("<li>{}</li>").format(line) for line in lines)
-    return Markup('<div class="warning"><ul>{}</ul></div>').format(items)
+    return [bool(body) and all(_is_number(row[i]) for row in body) for i in range(len(headers))]
 
 
 def _is_number(cell: str) -> bool:

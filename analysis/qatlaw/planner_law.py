@@ -1,7 +1,7 @@
 """The loss law that a plan stands on, with the range of its runs.
 
 A command line names a law: `synthetic`, or the path of a `fit.json`. Without one, or with one of `FRACTION_LAWS`, plans
-stand on a closed form of the optimal fraction, which predicts no losses.
+stand on a closed form of the optimal fraction (`FractionLaw`), which predicts no losses.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qatlaw import fraction
 from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.errors import InputError
-from qatlaw.fraction import ROUNDING, tokens_per_parameter_byte
+from qatlaw.fraction import MEASURED, ROUNDING, tokens_per_parameter_byte
 from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
 from qatlaw.laws.named import NAMED
 from qatlaw.text import plural
@@ -45,6 +44,15 @@ class PlannerLaw:
     """N of the runs behind it; empty where unknown."""
     effective: EffectiveBits | None = None
     """Gives a model's effective bits where the law was fitted on them. `law` and the methods here take nominal ones."""
+
+    def optimal_fraction(self, N: float, D: float, B: float) -> float:
+        return float(self.law.optimal_fraction(N, D, B))
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Bit widths that it describes."""
+        low, high = self.range["bits"] if self.law.form.one_width else (0, float("inf"))
+        return tuple(width for width in BIT_WIDTHS if low <= width <= high)
 
     def warning(self, N: float, D: float, B: float | None = None) -> str | None:
         """Names each number that lies outside the range of the law's runs; None where all lie inside.
@@ -127,31 +135,19 @@ def load_law(name: str, effective: EffectiveBits | None = None) -> PlannerLaw:
     )
 
 
-def law_or_fractions(name: str | None, effective: EffectiveBits) -> tuple[PlannerLaw | None, FractionLaw]:
-    """What a plan without losses needs: a law that has them, or else one of the optimal fraction."""
-    fractions = FRACTION_LAWS.get(name or "")
-    if fractions is not None:
-        return None, fractions
-    return None if name is None else load_law(name, effective), PAPER
+PlanLaw = PlannerLaw | FractionLaw
+"""What a plan can stand on. `law` is None where it has no losses."""
 
 
-def widths_of(bits: float | None, law: PlannerLaw | None, fractions: FractionLaw = PAPER) -> tuple[float, ...]:
-    """The bit width that was asked for, or all that the law describes."""
-    if bits is not None:
-        return (bits,)
-    if fractions.constants:
-        return tuple(fractions.constants)
-    low, high = law.range["bits"] if law and law.law.form.one_width else (0, float("inf"))
-    return tuple(width for width in BIT_WIDTHS if low <= width <= high)
+def plan_law(name: str | None, effective: EffectiveBits, *, losses: bool = False) -> PlanLaw:
+    """`load_law`, or the closed form without a name. losses: whether a named law must have them."""
+    if name is None:
+        return PAPER
+    return load_law(name, effective) if losses or name not in FRACTION_LAWS else FRACTION_LAWS[name]
 
 
 def synthetic_law() -> PlannerLaw:
     from qatlaw import synthetic
 
-    ranges = {
-        "n_params": fraction.MEASURED_PARAMETERS,
-        "tokens": fraction.MEASURED_TOKENS,
-        "bits": fraction.MEASURED_BITS,
-        "s_total": fraction.MEASURED_S,
-    }
+    ranges = {"n_params": MEASURED["N"], "tokens": MEASURED["D"], "bits": MEASURED["B"], "s_total": MEASURED["S"]}
     return PlannerLaw(synthetic.law(), "synthetic, fitted on no runs", ranges, synthetic=True)

@@ -45,16 +45,16 @@ class Problem:
     @cached_property
     def centres(self) -> Mapping[str, Points]:
         """By coefficient: the mean of the log features over the runs that its term describes, as one quantized run."""
-        found = {}
+        centres = {}
         for term in self.form.terms:
             used = self.points.quantized if term.quantized_only else np.ones(self.points.shape, dtype=bool)
-            found[term.coefficient] = Points(
+            centres[term.coefficient] = Points(
                 log={name: np.array([values[used].mean()]) for name, values in self.points.log.items()},
                 quantized=np.array([True]),
                 from_scratch=np.array([False]),
                 bits=np.array([self.points.bits[used].mean()]),
             )
-        return found
+        return centres
 
     @cached_property
     def bounds(self) -> tuple[Floats, Floats]:

@@ -78,12 +78,12 @@ class Collected:
     """All that was read, trials and averages included; empty for a table of anyone's runs."""
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
+    def from_frame(cls, frame: pd.DataFrame, scheme: str | None = None) -> Collected:
         """The runs of a data frame, which may come from `frame` below."""
         attrs = frame.attrs
-        found = best_trials(RunTable.from_frame(frame, attrs.get("source", "the data frame"), scheme=scheme))
+        best = best_trials(RunTable.from_frame(frame, attrs.get("source", "the data frame"), scheme=scheme))
         before = [LeftOut(**one) for one in attrs.get("left_out", ())]
-        return cls(found.table, (*before, *found.left_out), tuple(attrs.get("notices", ())))
+        return cls(best.table, (*before, *best.left_out), tuple(attrs.get("notices", ())))
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -109,14 +109,13 @@ def collect(records: Iterable[RunRecord], source: str) -> Collected:
         reasons = "; ".join(f"{count} {reason}" for reason, count in counted(left_out).items()) or "it holds none"
         fix = "Train some, or name another source."
         raise InputError("runs", source, f"no finished run to fit on: {reasons}.", fix)
-    knows_data = all(record.final.get("data_fingerprint") for record in sound)
-    rows, again, unlike = _rows(sound, knows_data)
+    rows, again, unlike = _rows(sound)
     best = best_trials(RunTable.from_frame(pd.DataFrame(rows), source))
     by_id = {record.run_id: record for record in sound}
     points = best.table.frame.to_dict("records")
     ptq = [row for point in points for row in _ptq_rows(point, by_id[point["run_id"]])]
     table = RunTable.from_frame(pd.DataFrame([*points, *ptq]), source)
-    notices = _notices([by_id[point["run_id"]] for point in points], knows_data, unlike)
+    notices = _notices([by_id[point["run_id"]] for point in points], unlike)
     return Collected(table, (*left_out, *again, *best.left_out), notices, records)
 
 
@@ -137,7 +136,7 @@ def best_trials(table: RunTable) -> Collected:
 
 def planned_points(records: Sequence[RunRecord]) -> pd.DataFrame:
     """A row a point of runs that are still to be trained: trials of one point are one row, as they are one in a fit."""
-    frame = pd.DataFrame(_rows(records, knows_data=False)[0])
+    frame = pd.DataFrame(_rows(records)[0])
     return frame.drop_duplicates([name for name in POINT if name in frame.columns], ignore_index=True)
 
 
@@ -172,7 +171,7 @@ def _unfit(record: RunRecord) -> str | None:
     return None
 
 
-def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str, Any]], list[LeftOut], list[str]]:
+def _rows(records: Sequence[RunRecord]) -> tuple[list[dict[str, Any]], list[LeftOut], list[str]]:
     """(a row a run, runs that were trained again later with the same settings, unlike settings).
 
     Unlike settings are those in which runs differ that are one point to any law.
@@ -180,12 +179,11 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.created):
         groups.setdefault((*(record.final[name] for name in LAW_POINT), _seed(record)), []).append(record)
-    texts = _validation_texts(records)
     rows: dict[str, dict[str, Any]] = {}
     left_out, unlike = [], set()
     for law_point, group in groups.items():
         split = [split_settings(record.recipe, record.final["scheme"]) for record in group]
-        settings = [_data_setting(record, knows_data) | own for record, (own, _) in zip(group, split, strict=True)]
+        settings = [_data_setting(record) | own for record, (own, _) in zip(group, split, strict=True)]
         trials = [trial for _, trial in split]
         # A setting that some lack belongs to a newer version; an optimizer's may be of one phase alone.
         keys = _differing(settings, missing_differs=False)
@@ -193,7 +191,8 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
         trial_keys = _differing(trials, missing_differs=True)
         latest: dict[tuple[Any, ...], RunRecord] = {}
         for record, own, trial in zip(group, settings, trials, strict=True):
-            same = (*texts[record.run_id], _listed(own, keys), _listed(trial, trial_keys))
+            text = record.final.get("validation_fingerprint") or "", record.final.get("validation_tokens")
+            same = (*text, _listed(own, keys), _listed(trial, trial_keys))
             if same in latest:
                 left_out.append(LeftOut(latest[same].name, f"trained again: as {record.name}, which is later"))
                 del rows[latest[same].run_id]
@@ -211,40 +210,23 @@ def _rows(records: Sequence[RunRecord], knows_data: bool) -> tuple[list[dict[str
 
 
 def _differing(settings: Sequence[Mapping[str, str]], missing_differs: bool) -> list[str]:
-    found = []
+    differing = []
     for key in sorted({key for one in settings for key in one}):
         values = {one.get(key) for one in settings}
         if len(values if missing_differs else values - {None}) > 1:
-            found.append(key)
-    return found
+            differing.append(key)
+    return differing
 
 
 def _listed(settings: Mapping[str, str], keys: Sequence[str]) -> str:
     return ", ".join(f"{key}={settings[key]}" for key in keys if key in settings)
 
 
-def _data_setting(record: RunRecord, knows_data: bool) -> dict[str, str]:
-    """The training data: by its content where all runs record that, else by the path."""
-    if knows_data:
-        return {"data_fingerprint": record.final["data_fingerprint"]}
+def _data_setting(record: RunRecord) -> dict[str, str]:
+    """The training data: by its content, or by its path where the run is still to be trained."""
+    if fingerprint := record.final.get("data_fingerprint"):
+        return {"data_fingerprint": fingerprint}
     return {"data.path": record.recipe["data.path"]} if "data.path" in record.recipe else {}
-
-
-def _validation_texts(records: Sequence[RunRecord]) -> dict[str, tuple[str, float | None]]:
-    """By run the fingerprint of its held-out split and the tokens read of it.
-
-    Older versions kept neither. Their runs get the fingerprint of a newer run on the same path, '' without one. All
-    runs beside them count the tokens that the recipe asked for.
-    """
-    exact = all(record.final.get("validation_tokens") is not None for record in records)
-    of_path = {record.recipe.get("data.path"): record.final.get("validation_fingerprint") for record in records
-               if record.final.get("validation_fingerprint")}  # fmt: skip
-    texts = {}
-    for record in records:
-        fingerprint = record.final.get("validation_fingerprint") or of_path.get(record.recipe.get("data.path"), "")
-        asked = _number(record.recipe.get("evaluation.tokens"))
-        texts[record.run_id] = str(fingerprint), float(record.final["validation_tokens"]) if exact else asked
-    return texts
 
 
 def _ptq_rows(point: Mapping[str, Any], record: RunRecord) -> list[dict[str, Any]]:
@@ -306,14 +288,11 @@ def _seed(record: RunRecord) -> str:
     return (weights if weights == data else f"{weights}/{data}") + (f"+{cooldown}" if cooldown != "0" else "")
 
 
-def _notices(records: Sequence[RunRecord], knows_data: bool, unlike: Sequence[str]) -> tuple[str, ...]:
+def _notices(records: Sequence[RunRecord], unlike: Sequence[str]) -> tuple[str, ...]:
     notices = []
+    settings = [settings_with_effect(record.recipe) | _data_setting(record) for record in records]
     for key in dict.fromkeys((*SAME_IN_ALL, *unlike)):
-        if key in ("data.path", "data_fingerprint"):
-            found = {_data_setting(record, knows_data).get(key) for record in records}
-        else:
-            found = {settings_with_effect(record.recipe).get(key) for record in records}
-        values = sorted(value for value in found if value is not None)
+        values = sorted({own[key] for own in settings if key in own})
         if len(values) > 1:
             shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
             notices.append(f"the runs differ in {key} ({shown}), which the law does not know")

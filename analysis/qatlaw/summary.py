@@ -18,7 +18,7 @@ from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curve
 from qatlaw.errors import InputError
 from qatlaw.figures.style import amount
 from qatlaw.fit_file import Bootstrap, FitFile, fit_file, write_fit
-from qatlaw.fitting import FitResult, fit, fit_per_bits
+from qatlaw.fitting import FitResult, fit_widths
 from qatlaw.fraction import closed_form
 from qatlaw.information import error_text
 from qatlaw.laws import FORMS
@@ -47,7 +47,7 @@ class Summary:
     """The measured U-curves of the law's widths."""
 
     def __repr__(self) -> str:
-        runs, error = len(self.result.table), self.result.mae
+        runs, error = len(self.result.table), self.result.quality.mae
         title = f"{self.label}, {self.scheme}: {runs} runs, mean absolute error {error:.4f} nats"
         return f"{title}\n{self.coefficients.to_string(float_format='{:.4g}'.format, na_rep=NONE)}"
 
@@ -81,10 +81,10 @@ class Summary:
 
     @property
     def file(self) -> FitFile:
-        errors = {bits: asdict(found) for bits, found in self.fractions.items()}
+        errors = {bits: asdict(error) for bits, error in self.fractions.items()}
         more: dict[str, Any] = {"scheme": self.scheme, "fraction_errors": errors, "warnings": self.warnings}
-        if found := self.fractions.get("all"):
-            more["fraction_mae"] = found.mae
+        if error := self.fractions.get("all"):
+            more["fraction_mae"] = error.mae
         if published := self.closed_form.get("all"):
             more["closed_form_fraction_mae"] = published.mae
         return fit_file(self.result, self.bootstrap, **more)
@@ -105,23 +105,22 @@ def scheme_of(table: RunTable, asked: str | None, *, either: bool = False) -> st
 
     either: of both, the one with more runs.
     """
-    counts = {name: int((table.frame["scheme"] == name).sum()) for name in MIXED_SCHEMES}
-    present = [name for name, count in counts.items() if count]
+    counts = table.mixed_schemes
     if asked is not None:
         if asked not in MIXED_SCHEMES:
             raise InputError("--scheme", asked, f"is not one of {', '.join(MIXED_SCHEMES)}.")
-        if asked not in present:
-            fix = f"It has: {', '.join(present) or 'none'}."
+        if asked not in counts:
+            fix = f"It has: {', '.join(counts) or 'none'}."
             raise InputError("--scheme", asked, f"{table.source} has no such run.", fix)
         return asked
-    if len(present) > 1 and not either:
-        runs = ", ".join(f"{counts[name]} {name}" for name in present)
+    if len(counts) > 1 and not either:
+        runs = ", ".join(f"{count} {name}" for name, count in counts.items())
         problem = f"the runs are of both schemes ({runs}), whose U-curves differ."
         raise InputError("--scheme", None, problem, "Choose one of them.")
-    if not present:
+    if not counts:
         problem = "no run has two phases, so no split of the tokens was measured."
         raise InputError(f"{table.source}: scheme", None, problem)
-    return max(present, key=lambda name: counts[name])
+    return next(iter(counts))
 
 
 def form_named(name: str) -> LawForm:
@@ -139,11 +138,10 @@ def summarise(
     resamples: of the bootstrap; 0 = no intervals.
     """
     own = table.of_scheme(scheme)
-    results: list[tuple[float | None, FitResult]] = []
-    if form.one_width:
-        results += fit_per_bits(form, own, seed=seed, **options).items()
-    else:
-        results.append((None, fit(form, own, seed=seed, **options)))
+    by_width = fit_widths(form, own, seed=seed, **options)
+    results: list[tuple[float | None, FitResult]] = [*by_width.items()]
+    if not form.one_width:
+        results = [(None, results[0][1])]
     curves = measured_curves(own)
     summaries = []
     for bits, result in results:
@@ -182,7 +180,7 @@ def coefficient_rows(summary: Summary) -> Rows:
     rows: Rows = [("parameter", "value", "standard error", level, "meaning")]
     result, intervals = summary.result, summary.bootstrap.coefficients if summary.bootstrap else {}
     errors = result.certainty.determined
-    for parameter, value in zip(result.law.form.parameters, result.theta, strict=True):
+    for parameter, value in zip(result.law.form.parameters, result.law.theta, strict=True):
         interval = intervals.get(parameter.name)
         ends = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else NONE
         shown = NONE if parameter.name in result.identifiability.open else f"{value:.5g}"

@@ -157,6 +157,13 @@ class RunTable:
         """Bit widths of its quantized runs, rising."""
         return sorted(set(self.column("bits")[self.quantized].tolist()))
 
+    @property
+    def mixed_schemes(self) -> dict[str, int]:
+        """Number of runs of its two-phase schemes, most first."""
+        counts = self.frame["scheme"].value_counts()
+        present = [name for name in MIXED_SCHEMES if name in counts]
+        return {name: int(counts[name]) for name in sorted(present, key=lambda name: -counts[name])}
+
     @cached_property
     def trunks(self) -> NDArray[np.int64]:
         """[runs]: equal for runs of one size and seed, which share a trunk; without a column `seed`, of one size. Seed
@@ -204,9 +211,9 @@ class RunTable:
             raise InputError(
                 key, None, "the table has no such column.", "Add it, or fit on runs that have their recipes."
             )
-        found = pd.to_numeric(self.frame["effective_bits"], errors="coerce").astype(np.float64)
-        _refuse(self.source, "effective_bits", self.frame["effective_bits"], ~np.isfinite(found), "is not known.")
-        return RunTable(self.frame.assign(nominal_bits=self.frame["bits"], bits=found), self.source)
+        stored = pd.to_numeric(self.frame["effective_bits"], errors="coerce").astype(np.float64)
+        _refuse(self.source, "effective_bits", self.frame["effective_bits"], ~np.isfinite(stored), "is not known.")
+        return RunTable(self.frame.assign(nominal_bits=self.frame["bits"], bits=stored), self.source)
 
     def effective_bits(self, N: ArrayLike, B: ArrayLike) -> NDArray[np.float64]:
         """Effective bits at nominal B, linear between the widths of the quantized runs of the size nearest to N."""
@@ -215,11 +222,11 @@ class RunTable:
         known = np.unique(sizes)
         N, B = np.broadcast_arrays(np.asarray(N, np.float64), np.asarray(B, np.float64))
         nearest = known[np.abs(np.log(N[..., None] / known)).argmin(axis=-1)]
-        found = np.empty(N.shape)
+        effective = np.empty(N.shape)
         for size in np.unique(nearest):
             order = np.argsort(np.where(sizes == size, nominal, np.inf))[: (sizes == size).sum()]
-            found[nearest == size] = np.interp(B[nearest == size], nominal[order], stored[order])
-        return found
+            effective[nearest == size] = np.interp(B[nearest == size], nominal[order], stored[order])
+        return effective
 
     @property
     def bits_kind(self) -> Literal["nominal", "effective"]:
@@ -273,14 +280,14 @@ def _mapped(frame: pd.DataFrame, columns: Mapping[str, str], source: str) -> pd.
 def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
     """What a table needs, with the columns that the missing ones may be."""
     unused = [str(name) for name in frame.columns if name not in (*COLUMNS, *OPTIONAL)]
-    found = {name: close for name in missing if (close := nearest(name, unused))}
+    similar = {name: close for name in missing if (close := nearest(name, unused))}
     fixes = []
-    if found:
-        options = " ".join(f"--column {name}={own}" for name, own in found.items())
-        fixes.append(f"Try {options} (in Python: columns={found}).")
+    if similar:
+        options = " ".join(f"--column {name}={own}" for name, own in similar.items())
+        fixes.append(f"Try {options} (in Python: columns={similar}).")
     if "scheme" in missing:
         fixes.append("Add it (fp, sequential, fused), or name that of all runs with two phases: --scheme fused.")
-    if set(missing) - found.keys() - {"scheme"} or not fixes:
+    if set(missing) - similar.keys() - {"scheme"} or not fixes:
         fixes.append(
             "A table of runs has n_params, bits, loss, scheme, and either tokens_fp and tokens_qat (0 for "
             "full-precision runs) or tokens and qat_fraction."

@@ -26,15 +26,13 @@ MOST_LEVERAGE = 0.9
 """Bound on the leverage: a run that decides a parameter alone has hardly any residual."""
 
 
-def bootstrap(result: FitResult, *, resamples: int = 200, level: float = 0.95, seed: int = 0) -> Bootstrap:
+def bootstrap(result: FitResult, *, resamples: int = 200, seed: int = 0) -> Bootstrap:
     """Intervals for a fit; the same seed gives the same ones."""
     if resamples < 20:
         raise InputError("resamples", resamples, "must be 20 or more: the outermost ones give an interval's ends.")
-    if not 0 < level < 1:
-        raise InputError("level", level, "must lie between 0 and 1, such as 0.95.")
     form, table, noise = result.law.form, result.table, result.noise
     problem = make_problem(form, table, noise.ratio)
-    start = problem.variables(np.array(result.theta))
+    start = problem.variables(np.array(result.law.theta))
     # [runs]: the leverage is how much of its own error each run takes out of its residual, by pulling the law.
     left, singular, _ = np.linalg.svd(problem.jacobian(start), full_matrices=False)
     leverage = np.minimum((left[:, singular > OPEN * singular[0]] ** 2).sum(axis=1), MOST_LEVERAGE)
@@ -58,7 +56,8 @@ def bootstrap(result: FitResult, *, resamples: int = 200, level: float = 0.95, s
     if not noise.trunk_is_known:
         unknown |= set(form.level_parameters)
         loss_sizes = ()
-    return Bootstrap(form, np.stack(thetas), level, tuple(name for name in form.names if name in unknown), loss_sizes)
+    names = tuple(name for name in form.names if name in unknown)
+    return Bootstrap(form, np.stack(thetas), unknown=names, loss_sizes=loss_sizes)
 
 
 def interval_notes(result: FitResult) -> list[str]:

@@ -14,22 +14,12 @@ import numpy as np
 
 from qatlaw.curves import Curve, FractionErrors, fraction_errors, measured_curves
 from qatlaw.errors import InputError
-from qatlaw.fitting import Quality, fit, fit_per_bits, quality
+from qatlaw.fitting import Quality, fit_widths, quality
 from qatlaw.laws.base import Floats, Law, LawForm
 from qatlaw.table import RunTable
 
 Axis = Literal["n_params", "tokens_total"]
 AXES: dict[Axis, str] = {"n_params": "the largest models", "tokens_total": "the longest runs"}
-
-
-@dataclass(frozen=True)
-class LeaveOut:
-    """A law fitted without the upper end of an axis, and its errors at that end."""
-
-    above: float
-    """Runs with more than that were left out of the fit."""
-    fitted_on: int
-    held_out: Quality
 
 
 @dataclass(frozen=True)
@@ -47,10 +37,7 @@ class Comparison:
 
 
 def laws_for(form: LawForm, table: RunTable, **options: Any) -> dict[float, Law]:
-    """The law of each bit width: the same for all with a unified form, else one fit each."""
-    if form.one_width:
-        return {bits: result.law for bits, result in fit_per_bits(form, table, **options).items()}
-    return dict.fromkeys(table.widths, fit(form, table, **options).law)
+    return {bits: result.law for bits, result in fit_widths(form, table, **options).items()}
 
 
 def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
@@ -66,8 +53,8 @@ def predicted(laws: dict[float, Law], table: RunTable) -> Floats:
     return losses
 
 
-def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> LeaveOut:
-    """Fit without the largest value of the axis, and predict the quantized runs at it. `options` as for `fit`.
+def held_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> Quality:
+    """Fit without the largest value of the axis, and judge the quantized runs at it. `options` as for `fit`.
 
     On the axis of tokens, which sizes need not share, the longest fifth of the quantized runs is left out.
     InputError where too little is left to fit, or nothing to predict.
@@ -84,11 +71,11 @@ def leave_out(form: LawForm, table: RunTable, axis: Axis, **options: Any) -> Lea
     sizes = sorted(set(rest.column("n_params").tolist()))
     if axis == "n_params" and len(sizes) < 3:
         raise InputError(where, sizes, "are too few sizes: two do not determine the loss of a third.")
-    found = predicted(laws_for(form, rest, **options), ends)
-    known = np.isfinite(found)
+    losses = predicted(laws_for(form, rest, **options), ends)
+    known = np.isfinite(losses)
     if not known.any():
         raise InputError(where, above, f"no quantized run above it that {form.name} describes.")
-    return LeaveOut(above, len(rest), quality(found[known], ends.loss[known]))
+    return quality(losses[known], ends.loss[known])
 
 
 def compare(forms: Sequence[LawForm], table: RunTable, **options: Any) -> list[Comparison]:
@@ -110,16 +97,16 @@ def _compared(form: LawForm, table: RunTable, curves: list[Curve], options: dict
     count = len(form.parameters) * (len(table.widths) if form.one_width else 1)
     try:
         laws = laws_for(form, table, **options)
-        found = predicted(laws, table)
-        known = np.isfinite(found)
-        in_sample = quality(found[known], table.loss[known])
+        losses = predicted(laws, table)
+        known = np.isfinite(losses)
+        in_sample = quality(losses[known], table.loss[known])
         if form.has_fraction:
             fractions = fraction_errors({bits: law.optimal_fraction for bits, law in laws.items()}, curves).get("all")
     except InputError as error:
         refused.append(str(error))
     for axis in AXES:
         try:
-            held[axis] = leave_out(form, table, axis, **options).held_out
+            held[axis] = held_out(form, table, axis, **options)
         except InputError as error:
             refused.append(f"without {AXES[axis]}: {error}")
     return Comparison(form, count, in_sample, held, fractions, tuple(refused))

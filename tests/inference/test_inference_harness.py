@@ -130,16 +130,18 @@ def test_python_code_in_a_folder_of_tasks_is_refused(kind: str, tasks: Path, tmp
     assert not (tasks / "evil.ran").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["''.__class__.__mro__[1].__subclasses__()", "lipsum.__globals__['os'].getcwd()", "''['__cl' ~ 'ass__']()"]
-)
-def test_a_template_reaches_no_python(tasks: Path, text: str) -> None:
+def test_a_template_reaches_no_python(tasks: Path) -> None:
     open_tasks(["completions"], tasks)
     from lm_eval.utils import apply_template
 
-    assert apply_template("{{ text | upper }}", {"text": "a"}) == "A"
-    with pytest.raises(TemplateError):
-        apply_template(f"{{{{ {text} }}}}", {})
+    assert apply_template("{{ text | regex_replace('b', 'c') }}", {"text": "ab"}) == "ac"
+    for text in (
+        "''.__class__.__mro__[1].__subclasses__()",
+        "lipsum.__globals__['os'].getcwd()",
+        "''['__cl' ~ 'ass__']()",
+    ):
+        with pytest.raises(TemplateError):
+            apply_template(f"{{{{ {text} }}}}", {})
 
 
 def test_settings_of_the_other_kind_of_evaluation_are_refused(run: Path) -> None:

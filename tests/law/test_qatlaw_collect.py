@@ -252,21 +252,6 @@ def test_whole_sequences_of_the_same_text_are_the_same_text() -> None:
     collect(runs, "").table.check_text()
 
 
-def test_runs_of_older_versions_say_less_and_are_read() -> None:
-    """Without fingerprints the recipe tells: another path is another point, other tokens are other text."""
-    old = record("old", 3.0, 0.0, **{"data.path": "a", "evaluation.tokens": "1000000"})
-    elsewhere = record("elsewhere", 2.9, 1.0, **{"data.path": "b", "evaluation.tokens": "1000000"})
-    found = collect([old, elsewhere], "")
-    assert len(found.table) == 2
-    assert found.notices == ("the runs differ in data.path (a, b), which the law does not know",)
-    found.table.check_text()
-    short = record("short", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "150000"})
-    with pytest.raises(InputError, match="1 on 150,000 tokens of one split"):
-        collect([old, short], "").table.check_text()
-    new = on_text(record("new", 2.9, 1.0, **{"data.path": "a", "evaluation.tokens": "1000000"}), "text", 400_000.0)
-    assert len(collect([old, new], "").table) == 1, "the split may be shorter than what was asked for"
-
-
 def test_trials_in_a_table_are_told_apart_as_those_of_runs_are(tmp_path: Path) -> None:
     """A table with a row a run, as a study writes it: the best trial of each point is used."""
     sweep = [record(f"lr{rate}", loss, 0.0, **{RATE: rate}) for rate, loss in (("1", 3.2), ("2", 3.0))]

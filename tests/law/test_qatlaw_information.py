@@ -26,9 +26,9 @@ def test_information_of_a_linear_law_is_that_of_least_squares() -> None:
 
 def test_twice_the_runs_are_worth_a_root_of_two_and_half_the_noise_two() -> None:
     law, frame = synthetic.law(), synthetic.table(0).frame
-    once = Certainty.of(law, information(law, points_of(frame), 0.002))
-    twice = Certainty.of(law, information(law, points_of(pd.concat([frame, frame])), 0.002))
-    quiet = Certainty.of(law, information(law, points_of(frame), 0.001))
+    once = Certainty.from_information(law, information(law, points_of(frame), 0.002))
+    twice = Certainty.from_information(law, information(law, points_of(pd.concat([frame, frame])), 0.002))
+    quiet = Certainty.from_information(law, information(law, points_of(frame), 0.001))
     for name, error in once.parameters.items():
         assert twice.parameters[name] == pytest.approx(error / math.sqrt(2), rel=1e-5)
         assert quiet.parameters[name] == pytest.approx(error / 2, rel=1e-5)
@@ -42,12 +42,12 @@ def test_the_predicted_errors_are_those_of_real_fits() -> None:
     full = synthetic.table(0)
     full = full.where(~full.quantized)
     exact = law.loss(*(full.column(name) for name in ("n_params", "tokens_fp", "tokens_qat", "bits")))
-    predicted = Certainty.of(law, information(law, full.points, 0.002)).parameters
+    predicted = Certainty.from_information(law, information(law, full.points, 0.002)).parameters
     found = []
     for seed in range(60):
         noise = np.random.default_rng(seed).standard_normal(len(full))
         drawn = full.frame.assign(loss=exact * np.exp(0.002 * noise))
-        found.append(fit(CHINCHILLA, RunTable.from_frame(drawn), starts=1, delta=1.0).theta)
+        found.append(fit(CHINCHILLA, RunTable.from_frame(drawn), starts=1, delta=1.0).law.theta)
     scatter = np.std(np.log(found), axis=0)  # of an exponent in relative units, too
     for name, value, log_scatter in zip(CHINCHILLA.names, law.theta, scatter, strict=True):
         relative = predicted[name] / (value if name in ("gamma", "eta") else 1.0)
@@ -58,7 +58,7 @@ def test_what_the_runs_do_not_determine_is_infinite() -> None:
     """At one width nothing tells a factor from its power of two, and the split is known all the same."""
     law = synthetic.law()
     table = synthetic.table(0)
-    certainty = Certainty.of(law, information(law, table.of_width(4.0).points, 0.002))
+    certainty = Certainty.from_information(law, information(law, table.of_width(4.0).points, 0.002))
     errors = certainty.parameters
     assert {name for name, error in errors.items() if math.isinf(error)} == {
         "theta", "kappa", "phi", "chi", "lambda", "mu",

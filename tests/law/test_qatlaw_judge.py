@@ -235,13 +235,13 @@ def test_a_curve_that_bends_down_has_its_minimum_at_the_lower_end():
 
 def test_the_law_of_the_runs_is_right_and_first():
     law = NAMED["chen-w4a16"]
-    table = scratch_table(lambda frame: NAMED["kumar"].loss(Asked.of(frame)), widths=(4,))
+    table = scratch_table(lambda frame: NAMED["kumar"].loss(Asked.from_frame(frame)), widths=(4,))
     verdicts = {one.law: one for one in judge([CHEN, published(NAMED["kumar"])], [table]) if one.precision == "W4"}
     assert verdicts["kumar"].loss.mae == pytest.approx(0, abs=1e-12)
     assert verdicts["kumar"].rank == 1
     assert verdicts[law.name].rank == 2
     # By the formulas, without the code that judges.
-    runs = Asked.of(table.runs.frame[table.runs.frame["bits"] == 4])
+    runs = Asked.from_frame(table.runs.frame[table.runs.frame["bits"] == 4])
     off = gap(law, runs) - gap(NAMED["kumar"], runs)
     found = verdicts[law.name].gap
     assert (found.bias, found.mae) == pytest.approx((off.mean(), np.abs(off).mean()))
@@ -288,8 +288,10 @@ def test_a_refit_predicts_another_table():
 
 
 def test_where_nobodys_law_holds_is_named():
-    far = scratch_table(lambda frame: NAMED["kumar"].loss(Asked.of(frame)) + 0.5 * (frame["bits"] == 2), widths=(2,))
-    near = scratch_table(lambda frame: NAMED["kumar"].loss(Asked.of(frame)), "near", widths=(2,))
+    far = scratch_table(
+        lambda frame: NAMED["kumar"].loss(Asked.from_frame(frame)) + 0.5 * (frame["bits"] == 2), widths=(2,)
+    )
+    near = scratch_table(lambda frame: NAMED["kumar"].loss(Asked.from_frame(frame)), "near", widths=(2,))
     (place,) = unheld(judge([published(NAMED["kumar"])], [far, near]))
     assert place.startswith("made W2 (")
 

@@ -35,7 +35,7 @@ def content(folder: Path) -> dict[str, Any]:
         form=LAW.form.name,
         coefficients=LAW.coefficients,
         intervals={"rho": (0.04, 0.05)},
-        bootstrap={"level": 0.9, "thetas": THETAS.tolist()},
+        bootstrap={"level": 0.9, "thetas": THETAS.tolist(), "unknown": [], "loss_sizes": None},
         range={"n_params": (86e6, 2.2e9), "tokens": (2.3e9, 1.4e12), "bits": (1.0, 6.0), "s_total": (35.0, 1e5)},
         data={"hash": "x", "runs": 2, "sizes": [86e6, 2.2e9], "source": "two runs", "left_out": {}, "synthetic": False},
         quality={"r2": 0.99},
@@ -167,20 +167,6 @@ def test_at_the_ends_of_what_is_sound_every_question_has_an_answer(
             main([*words.split(), "--law", str(path), "--json"])
         error = capsys.readouterr().err
         assert (stop.value.code, error) == (0, "") or (stop.value.code == 2 and error.startswith("error: "))
-
-
-def test_files_of_former_versions_are_read(tmp_path: Path) -> None:
-    """They have neither sizes nor trunks, and so no interval of the loss."""
-    data = content(tmp_path)
-    del data["data"]["sizes"]
-    path = tmp_path / "fit.json"
-    path.write_text(json.dumps(data | {"bootstrap": {"level": 0.9, "thetas": THETAS.tolist()}}))
-    law = load_law(str(path))
-    assert law.sizes == ()
-    assert law.law == LAW
-    assert law.bootstrap is not None
-    assert np.isfinite(law.bootstrap.fraction(396e6, 1e11, 4)).all()
-    assert np.isnan(law.bootstrap.loss(396e6, 6e10, 4e10, 4)).all()
 
 
 # ---- the ladder's law ----

@@ -13,7 +13,7 @@ from scipy.optimize import brentq, minimize_scalar
 from qatlaw import InputError
 from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.laws import CHEN_2025, QAT_PER_BITS
-from qatlaw.plan.run import compare_widths, judge_split, plan_run, switch_step, written_fraction
+from qatlaw.plan.run import Recipe, compare_widths, judge_split, plan_run, switch_step, written_fraction
 from qatlaw.plan.waste import fusion_saving, optimal_loss, split_loss, tokens_for_loss, wasted_tokens
 from qatlaw.planner_law import PlannerLaw, load_law, synthetic_law
 
@@ -42,12 +42,12 @@ class TestOneRun:
     )
     def test_without_a_law_the_closed_form_is_planned(self, N: float, D: float, fractions: tuple[float, ...]) -> None:
         for B, f in zip((1, 2, 4, 6), fractions, strict=True):
-            plan = plan_run(N, D, B)
+            plan = plan_run(Recipe(N, D), B)
             assert plan.fraction == plan.closed_form == pytest.approx(f, abs=5.001e-4)
             assert plan.prediction is None
 
     def test_every_token_is_in_one_phase(self) -> None:
-        plan = plan_run(396e6, 100e9, 4)
+        plan = plan_run(Recipe(396e6, 100e9), 4)
         assert plan.tokens_fp + plan.tokens_qat == plan.tokens == 100_000_000_000
         assert plan.tokens_qat == pytest.approx(plan.fraction * 100e9, abs=0.5)
         assert abs(plan.S - 505.05) < 0.005
@@ -56,14 +56,14 @@ class TestOneRun:
         assert plan.overrides == ("tokens=100000000000", "qat.bits=4", "qat.scheme=sequential", "qat.fraction=0.33921")
 
     def test_the_switch_is_where_the_recipe_switches(self) -> None:
-        plan = plan_run(396e6, 100e9, 4, tokens_per_step=2**20)
+        plan = plan_run(Recipe(396e6, 100e9, tokens_per_step=2**20), 4)
         assert plan.steps == 95_367  # 100e9 / 2^20
         assert plan.switch_step == round((1 - plan.fraction) * 95_367)
         written = float(plan.overrides[-1].removeprefix("qat.fraction="))
         assert round((1 - written) * 95_367) == plan.switch_step
 
     def test_with_a_law_its_optimum_is_planned_and_told(self) -> None:
-        plan = plan_run(396e6, 100e9, 4, law=LAW)
+        plan = plan_run(Recipe(396e6, 100e9), 4, law=LAW)
         f, lowest = best(396e6, 100e9, 4)
         assert plan.fraction == pytest.approx(f, abs=1e-4)
         assert plan.prediction is not None
@@ -75,17 +75,17 @@ class TestOneRun:
         assert plan.prediction.full_precision_loss < plan.prediction.loss
 
     def test_outside_the_range_says_so(self) -> None:
-        (warning,) = plan_run(8e9, 100e9, 4).warnings
+        (warning,) = plan_run(Recipe(8e9, 100e9), 4).warnings
         assert "closed form" in warning
         assert "S = 25 " in warning
-        (warning,) = plan_run(8e9, 400e9, 4, law=LAW).warnings
+        (warning,) = plan_run(Recipe(8e9, 400e9), 4, law=LAW).warnings
         assert "loss law is extrapolated: N = 8B" in warning
         assert "S = " not in warning
 
     def test_fewer_tokens_than_bytes_need_a_law(self) -> None:
         with pytest.raises(InputError, match="S > 1"):
-            plan_run(1e9, 1e8, 8)
-        plan = plan_run(1e9, 1e8, 8, law=LAW)
+            plan_run(Recipe(1e9, 1e8), 8)
+        plan = plan_run(Recipe(1e9, 1e8), 8, law=LAW)
         assert plan.closed_form is None
         assert plan.prediction is not None
         assert plan.prediction.closed_form is None
@@ -152,7 +152,7 @@ class TestWasted:
 
 class TestWidths:
     def test_gaps_are_of_the_law_and_fall_with_bits(self) -> None:
-        found = compare_widths(759e6, 100e9, WIDTHS, law=LAW, tolerance=0.04)
+        found = compare_widths(Recipe(759e6, 100e9), WIDTHS, law=LAW, tolerance=0.04)
         gaps = [row.gap for row in found.rows]
         for row in found.rows:
             expected = best(759e6, 100e9, row.bits)[1] - float(LAW.law.loss(759e6, 100e9, 0, row.bits))
@@ -161,10 +161,10 @@ class TestWidths:
         assert found.smallest is not None
         within = [row.bits for row in found.rows if row.gap is not None and row.gap <= 0.04]
         assert found.rows[found.smallest].bits == min(within)
-        assert compare_widths(759e6, 100e9, WIDTHS, law=LAW, tolerance=1e-9).smallest is None
+        assert compare_widths(Recipe(759e6, 100e9), WIDTHS, law=LAW, tolerance=1e-9).smallest is None
 
     def test_without_a_law_there_are_only_fractions(self) -> None:
-        found = compare_widths(759e6, 150e9, (1, 2, 4, 6))
+        found = compare_widths(Recipe(759e6, 150e9), (1, 2, 4, 6))
         assert [round(row.plan.fraction, 3) for row in found.rows] == [0.401, 0.365, 0.325, 0.299]
         assert {row.gap for row in found.rows} == {None}
         assert found.smallest is None
@@ -182,9 +182,9 @@ class TestTheLaw:
         assert law.synthetic, "its runs were made up"
         assert law.law.form is QAT_PER_BITS
         assert "runs of synthetic runs" in law.source
-        assert plan_run(396e6, 100e9, 4, law=law).fraction == pytest.approx(best(396e6, 100e9, 4)[0], abs=0.05)
+        assert plan_run(Recipe(396e6, 100e9), 4, law=law).fraction == pytest.approx(best(396e6, 100e9, 4)[0], abs=0.05)
         with pytest.raises(InputError, match=r"--bits = 2: .* 4 bits alone"):
-            plan_run(396e6, 100e9, 2, law=law)
+            plan_run(Recipe(396e6, 100e9), 2, law=law)
 
     def test_a_law_without_a_split_plans_nothing(self, tmp_path) -> None:
         from qatlaw.fitting import fit
@@ -210,13 +210,13 @@ class TestTheLaw:
         names = LAW.law.form.names
         thetas[:, names.index("rho")] *= np.linspace(0.5, 1.5, 40)
         law = PlannerLaw(LAW.law, "test", LAW.range, bootstrap=Bootstrap(LAW.law.form, thetas, 0.9))
-        found = plan_run(396e6, 100e9, 4, law=law).prediction
+        found = plan_run(Recipe(396e6, 100e9), 4, law=law).prediction
         assert found is not None
         assert found.fraction_interval is not None
         assert found.level == 0.9
         ends = [float(LAW.law.form.optimal_fraction(thetas[i], 396e6, 100e9, 4)) for i in (0, 39)]
         low, high = found.fraction_interval
-        assert ends[0] < low < plan_run(396e6, 100e9, 4, law=law).fraction < high < ends[1]
+        assert ends[0] < low < plan_run(Recipe(396e6, 100e9), 4, law=law).fraction < high < ends[1]
 
     def test_importing_the_planner_brings_numpy_alone(self) -> None:
         import subprocess

@@ -17,7 +17,6 @@ from qatlaw.figures.style import (
     legend_below,
     log_axis,
     mark,
-    memory,
     new_figure,
     series_style,
     tidy,
@@ -26,6 +25,7 @@ from qatlaw.figures.style import (
 )
 from qatlaw.fitting import quality, robust_spread
 from qatlaw.laws.base import Floats
+from qatlaw.plan.run import RULE
 from qatlaw.plan.waste import WASTED, optimal_loss, wasted_tokens
 from qatlaw.table import MIXED_SCHEMES, RunTable
 from qatlaw.validation import predicted as quantized_losses
@@ -33,15 +33,13 @@ from qatlaw.validation import predicted as quantized_losses
 LACKING = "a loss law: runs enough to fit one (`qatscale fit` says what is missing), or a fit.json by --law."
 NOT_DESCRIBED = "runs that the law describes: of its scheme and bit widths."
 BUDGETS = 3
-RULE = 0.10
 POINTS = 120
 
 
 def draw_agreement(evidence: Evidence) -> Drawn:
-    name, title = "law_against_measurement", "Law against measurement"
     table, predicted = _described(evidence)
     if evidence.laws is None or not len(table):
-        return Drawn(name, title, lacking=NOT_DESCRIBED if evidence.laws else LACKING)
+        return Drawn(lacking=NOT_DESCRIBED if evidence.laws else LACKING)
     figure = new_figure(4.6, 6.0)
     axes = figure.add_subplot()
     ends = np.array([min(predicted.min(), table.loss.min()), max(predicted.max(), table.loss.max())])
@@ -61,15 +59,14 @@ def draw_agreement(evidence: Evidence) -> Drawn:
         f"absolute error {total.mae:.3g} nats in sample. A high R² says nothing about the optimal fraction, whose "
         f"U-curves are shallow: see the figure of the optimal fraction. {evidence.about_law}"
     )
-    return Drawn(name, title, caption, figure)
+    return Drawn(caption, figure)
 
 
 def draw_residuals(evidence: Evidence) -> Drawn:
     """Residuals over size, tokens, width and fraction: a trend in any of them is an error of the law."""
-    name, title = "residuals", "Residuals"
     table, predicted = _described(evidence)
     if evidence.laws is None or not len(table):
-        return Drawn(name, title, lacking=NOT_DESCRIBED if evidence.laws else LACKING)
+        return Drawn(lacking=NOT_DESCRIBED if evidence.laws else LACKING)
     residuals = 100 * np.log(predicted / table.loss)
     spread = robust_spread(residuals)
     figure = new_figure(5.2)
@@ -106,17 +103,18 @@ def draw_residuals(evidence: Evidence) -> Drawn:
     )
     if beyond:
         caption += f" {beyond} run{'s lie' if beyond > 1 else ' lies'} beyond the axis."
-    return Drawn(name, title, caption, figure)
+    return Drawn(caption, figure)
 
 
 def draw_memory(evidence: Evidence) -> Drawn:
     """Loss of the largest model that fits a budget at each width, its tokens split at the law's optimum."""
-    name, title = "equal_memory", "Loss over bit width at equal memory"
+    from matplotlib.ticker import EngFormatter
+
     laws, by_width = evidence.laws, evidence.law_by_width
     if laws is None:
-        return Drawn(name, title, lacking=LACKING)
+        return Drawn(lacking=LACKING)
     if len(by_width) < 2:
-        return Drawn(name, title, lacking="laws at two bit widths or more: with one, memory cannot be traded for bits.")
+        return Drawn(lacking="laws at two bit widths or more: with one, memory cannot be traded for bits.")
     widths = np.array(list(by_width))
     runs = evidence.rows(*MIXED_SCHEMES)
     D, sizes = float(np.median(runs.tokens_total)), runs.column("n_params")
@@ -125,7 +123,7 @@ def draw_memory(evidence: Evidence) -> Drawn:
     ends = sizes.min() * middle, sizes.max() * middle
     budgets = [float(f"{size:.1e}") for size in np.geomspace(*ends, BUDGETS if np.ptp(sizes) else 1)]
     figure = new_figure(3.9)
-    axes = figure.add_subplot()
+    axes, memory = figure.add_subplot(), EngFormatter("B")  # 4e8 -> 400 MB
     places, beyond = np.arange(len(widths), dtype=np.float64), False
     for place, budget in enumerate(budgets):
         N = budget * 8 / widths
@@ -155,15 +153,14 @@ def draw_memory(evidence: Evidence) -> Drawn:
         f"keep at least 4 bits: small models at 1 or 2 bits take more memory than this. {evidence.about_law}"
     )
     warnings = ("Hollow points lie outside the sizes, tokens or widths of the law's runs.",) if beyond else ()
-    return Drawn(name, title, caption, figure, warnings=warnings)
+    return Drawn(caption, figure, warnings=warnings)
 
 
 def draw_waste(evidence: Evidence) -> Drawn:
     """Tokens wasted by a fixed fraction over total tokens, for the smallest and the largest size of the law's runs."""
-    name, title = "wasted_tokens", "Tokens wasted by the 10 % rule"
     laws, by_width = evidence.laws, evidence.law_by_width
     if laws is None:
-        return Drawn(name, title, lacking=LACKING)
+        return Drawn(lacking=LACKING)
     sizes = sorted(set(laws.ranges["n_params"]))
     figure = new_figure(3.3)
     panels = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
@@ -184,7 +181,7 @@ def draw_waste(evidence: Evidence) -> Drawn:
         f"By the law, not measured: the tokens wasted by a QAT fraction of {RULE:.0%}, at the smallest and the largest "
         f"size of the law's runs ({WASTED}). {evidence.about_law}"
     )
-    return Drawn(name, title, caption, figure)
+    return Drawn(caption, figure)
 
 
 def _described(evidence: Evidence) -> tuple[RunTable, Floats]:

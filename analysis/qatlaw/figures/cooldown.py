@@ -38,11 +38,10 @@ def usual(frame: pd.DataFrame, *free: str) -> pd.DataFrame:
 
 def draw_orders(evidence: Evidence) -> Drawn:
     """Shapes ranked, a panel a scheme and bit width: loss above 1-sqrt's over pairs with the same data."""
-    name, title = "cooldown_shapes", "Cooldown shapes"
     rows = usual(evidence.branches, "shape")
     panels = [(label, own) for label, own in _panels(rows) if own["shape"].nunique() > 1]
     if not panels:
-        return Drawn(name, title, lacking="branches of one trunk that differ in schedule.shape.")
+        return Drawn(lacking="branches of one trunk that differ in schedule.shape.")
     figure = new_figure(0.9 + 0.27 * rows["shape"].nunique(), 7.4)
     parts: list[pd.DataFrame] = []
     shown: list[str] = []
@@ -65,12 +64,11 @@ def draw_orders(evidence: Evidence) -> Drawn:
         "orders of the cooldown's data. The order is that of the first panel. All branches share a trunk, so its own "
         "noise is not in the bars."
     )
-    return Drawn(name, title, caption, figure, table=pd.concat(parts))
+    return Drawn(caption, figure, table=pd.concat(parts))
 
 
 def draw_bias_variance(evidence: Evidence) -> Drawn:
     """One point a shape: the variance part over the bias part of its loss, with lines of equal sum."""
-    name, title = "bias_and_variance", "Bias against variance"
     frame = evidence.branches
     averages = frame[(frame["averaged"] > 1) & (frame["window"] == 0)]
     trained = usual(frame, "shape")
@@ -79,9 +77,7 @@ def draw_bias_variance(evidence: Evidence) -> Drawn:
     found = [(label, bias_and_variance(own)) for label, own in _panels(rows)]
     found = [(label, own) for label, own in found if len(own) > 1]
     if not found:
-        return Drawn(
-            name, title, lacking="averages of branches (`qatscale study average FOLDER`) of two shapes or more."
-        )
+        return Drawn(lacking="averages of branches (`qatscale study average FOLDER`) of two shapes or more.")
     figure = new_figure(3.4, 7.4)
     order = sorted({shape for _, own in found for shape in own["shape"]})
     panels = figure.subplots(1, len(found), squeeze=False)[0]
@@ -108,18 +104,17 @@ def draw_bias_variance(evidence: Evidence) -> Drawn:
         "sums, the mean loss above the best averaged model. With k branches the variance is (k - 1)/k of its value for "
         "many."
     )
-    return Drawn(name, title, caption, figure, table=pd.concat([own.assign(group=label) for label, own in found]))
+    return Drawn(caption, figure, table=pd.concat([own.assign(group=label) for label, own in found]))
 
 
 def draw_adamw(evidence: Evidence) -> Drawn:
     """AdamW in the cooldown beside the shapes: loss above the usual setting's, over pairs with the same data."""
-    name, title = "cooldown_adamw", "AdamW in the cooldown"
     rows = usual(evidence.branches, *ADAMW)
     panels = [
         (label, own) for label, own in _panels(rows) if len(own[ADAMW].drop_duplicates()) > 1 and own["usual"].any()
     ]
     if not panels:
-        return Drawn(name, title, lacking="branches that differ in schedule.phases.cooldown.betas or weight_decay.")
+        return Drawn(lacking="branches that differ in schedule.phases.cooldown.betas or weight_decay.")
     shapes = dict(_panels(usual(evidence.branches, "shape")))
     figure = new_figure(0.8 + 0.21 * max(len(own[ADAMW].drop_duplicates()) + 12 for _, own in panels), 7.4)
     parts, spans = [], []
@@ -151,7 +146,7 @@ def draw_adamw(evidence: Evidence) -> Drawn:
         "mean over pairs with the same trunk and data, with Student's 95 % intervals. Span of the means in nats, the "
         f"recipe's included: {'; '.join(spans)}."
     )
-    return Drawn(name, title, caption, figure, table=pd.concat(parts))
+    return Drawn(caption, figure, table=pd.concat(parts))
 
 
 def _other_shapes(evidence: Evidence, label: str, shape: str) -> Iterator[pd.DataFrame]:
@@ -189,7 +184,6 @@ def _span(found: pd.DataFrame) -> float:
 
 def draw_lengths(evidence: Evidence) -> Drawn:
     """Loss over the cooldown's share of the tokens, a line a scheme, bit width and length of QAT."""
-    name, title = "cooldown_length", "Length of the cooldown"
     rows = usual(evidence.branches, "cooldown", "fraction")
     within = (rows["scheme"] != "fp") & ((rows["fraction"] - rows["cooldown"]).abs() < 5e-3)
     rows = rows.assign(qat=np.where(rows["scheme"] == "fp", "", np.where(within, ", QAT as long", rows["fraction"].map(
@@ -199,7 +193,7 @@ def draw_lengths(evidence: Evidence) -> Drawn:
     base = rows["cooldown"].mode().iloc[0] if len(rows) else 0.0
     lines = [(label, own) for label, own in lines if (own["cooldown"] == base).any()]
     if not lines:
-        return Drawn(name, title, lacking="branches that differ in schedule.cooldown_fraction.")
+        return Drawn(lacking="branches that differ in schedule.cooldown_fraction.")
     figure = new_figure(3.6, 6.0)
     axes, parts = figure.add_subplot(), []
     for place, (label, own) in enumerate(lines):
@@ -219,12 +213,11 @@ def draw_lengths(evidence: Evidence) -> Drawn:
         "cooldown's data, with Student's 95 % intervals. `QAT as long`: the fused run is quantized from the cooldown's "
         "start; otherwise QAT has the share of the tokens that is named."
     )
-    return Drawn(name, title, caption, figure, table=pd.concat(parts))
+    return Drawn(caption, figure, table=pd.concat(parts))
 
 
 def draw_averages(evidence: Evidence) -> Drawn:
     """Averages over the end of a run that never cools down, above the run that does."""
-    name, title = "averaging", "Averaging in place of a cooldown"
     frame = evidence.branches
     windows = frame[(frame["averaged"] > 1) & (frame["window"] > 0)]
     cooled = usual(frame, "fraction").groupby([*POINT, "fraction"])["loss"].mean().rename("cooled").reset_index()
@@ -235,7 +228,7 @@ def draw_averages(evidence: Evidence) -> Drawn:
         for label, all_ in _panels(rows) for share, own in all_.groupby("fraction") if len(own) > 1
     ]  # fmt: skip
     if not lines:
-        return Drawn(name, title, lacking="averages (`qatscale study average FOLDER`) of a run without a cooldown.")
+        return Drawn(lacking="averages (`qatscale study average FOLDER`) of a run without a cooldown.")
     figure = new_figure(3.6, 6.0)
     axes = figure.add_subplot()
     for place, (label, own) in enumerate(lines):
@@ -254,4 +247,4 @@ def draw_averages(evidence: Evidence) -> Drawn:
         "the runs that cool down over the same tokens (the zero line). At 0 stands the run's last checkpoint itself. "
         "Filled: scales averaged in log space; hollow: scales calibrated anew on the averaged weights."
     )
-    return Drawn(name, title, caption, figure, table=pd.concat([own.assign(group=label) for label, own in lines]))
+    return Drawn(caption, figure, table=pd.concat([own.assign(group=label) for label, own in lines]))

@@ -36,7 +36,6 @@ MOST_SIZES, MOST_NAMED = 4, 6
 
 def draw_full_precision(evidence: Evidence) -> Drawn:
     """One panel a width: loss above that of the full-precision run of the same size and tokens."""
-    name, title = "against_full_precision", "QAT against full precision"
     cells = [cell for cell in evidence.cells if len(evidence.losses("fp", *cell))]
     widths = [
         bits
@@ -45,7 +44,7 @@ def draw_full_precision(evidence: Evidence) -> Drawn:
     ]
     if not widths:
         needs = "a full-precision run (scheme fp, with its cooldown) and a quantized one of the same size and tokens."
-        return Drawn(name, title, lacking=needs)
+        return Drawn(lacking=needs)
     all_sizes = sorted({N for N, _ in cells})
     sizes = thinned(all_sizes, MOST_SIZES)
     columns = min(len(widths), 4)
@@ -83,7 +82,7 @@ def draw_full_precision(evidence: Evidence) -> Drawn:
         caption += f" Lines: the law at its optimal fraction. {evidence.about_law}"
     if len(sizes) < len(all_sizes):
         caption += f" Shown are {len(sizes)} of {len(all_sizes)} sizes."
-    return Drawn(name, title, caption, figure)
+    return Drawn(caption, figure)
 
 
 def _draw_size(axes: Axes, evidence: Evidence, cells: list[tuple[float, float]], bits: float, place: int) -> None:
@@ -113,13 +112,10 @@ def _draw_size(axes: Axes, evidence: Evidence, cells: list[tuple[float, float]],
 
 def draw_fusion(evidence: Evidence) -> Drawn:
     """Fused minus sequential loss, for pairs with the same size, width and tokens of both phases."""
-    name, title = "fusion", "Fused against sequential"
-    cell = ["n_params", "bits", "tokens_fp", "tokens_qat"]
-    means = evidence.rows(*MIXED_SCHEMES).frame.groupby([*cell, "scheme"])["loss"].mean().unstack("scheme")
-    if not {*MIXED_SCHEMES} <= set(means.columns) or means.dropna().empty:
+    pairs = evidence.fusion_pairs
+    if pairs.empty:
         needs = "pairs of a sequential and a fused run of the same size, bit width and tokens of both phases."
-        return Drawn(name, title, lacking=needs)
-    pairs = means.dropna().reset_index()
+        return Drawn(lacking=needs)
     gap = (pairs["fused"] - pairs["sequential"]).to_numpy(np.float64)
     saved = _saved(evidence, pairs, gap)
     widths, sizes = sorted(set(pairs["bits"].tolist())), sorted(set(pairs["n_params"].tolist()))
@@ -158,7 +154,7 @@ def draw_fusion(evidence: Evidence) -> Drawn:
         panels[1].set_ylabel("tokens saved by fusion, %", fontsize=8.5, color=INK)
         caption += f" Right: the difference in tokens by the law ({SAVED}). {evidence.about_law}"
     legend_below(figure, list(panels), columns=6)
-    return Drawn(name, title, caption, figure)
+    return Drawn(caption, figure)
 
 
 SHAPE = re.compile(r"schedule\.shape=([^,]+)(?:, )?")
@@ -166,7 +162,6 @@ SHAPE = re.compile(r"schedule\.shape=([^,]+)(?:, )?")
 
 def draw_shapes(evidence: Evidence) -> Drawn:
     """Loss by cooldown shape, above the best shape of the runs that differ in nothing else."""
-    name, title = "cooldown_shapes", "Cooldown shapes"
     frame = evidence.table.frame
     settings = frame["settings"].astype(str) if "settings" in frame.columns else pd.Series("", index=frame.index)
     others = settings.str.replace(SHAPE, "", regex=True).str.removesuffix(", ")
@@ -176,7 +171,7 @@ def draw_shapes(evidence: Evidence) -> Drawn:
     groups = runs.groupby(alike, dropna=False, sort=False)["shape"].transform("nunique")
     runs = runs[groups > 1]
     if runs.empty:
-        return Drawn(name, title, lacking="runs that differ in schedule.shape alone.")
+        return Drawn(lacking="runs that differ in schedule.shape alone.")
     best = runs.groupby(alike, dropna=False, sort=False)["loss"].transform("min")
     runs = runs.assign(above=runs["loss"] - best)
     means = runs.groupby("shape")["above"].mean().sort_values()
@@ -198,16 +193,16 @@ def draw_shapes(evidence: Evidence) -> Drawn:
         f"its loss above the best one of its group; the lowest mean is that of {means.index[0]}. With one run a shape "
         "and group, differences as small as the noise between seeds decide nothing."
     )
-    return Drawn(name, title, caption, figure)
+    return Drawn(caption, figure)
 
 
 def _saved(evidence: Evidence, pairs: pd.DataFrame, gap: Floats) -> Floats:
     """[pairs] share of tokens saved; NaN without a law, or where no number of tokens is worth the difference."""
-    found = np.full(len(pairs), np.nan)
+    saved = np.full(len(pairs), np.nan)
     D = (pairs["tokens_fp"] + pairs["tokens_qat"]).to_numpy(np.float64)
     N, B = pairs["n_params"].to_numpy(np.float64), pairs["bits"].to_numpy(np.float64)
     for bits, law in evidence.law_by_width.items():
         rows = bits == B
         needed = tokens_for_loss(law, N[rows], optimal_loss(law, N[rows], D[rows], bits) + gap[rows], bits, D[rows])
-        found[rows] = np.where(np.isfinite(needed), 1 - D[rows] / needed, np.nan)
-    return found
+        saved[rows] = np.where(np.isfinite(needed), 1 - D[rows] / needed, np.nan)
+    return saved

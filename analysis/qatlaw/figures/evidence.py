@@ -35,10 +35,6 @@ class Laws:
     scheme: str
     demonstration: bool = False
 
-    def of(self, bits: float) -> Law | None:
-        """The law at a bit width, if any."""
-        return self.by_width.get(None) or self.by_width.get(bits)
-
     def inside(self, N: Floats | float, D: Floats | float, B: Floats | float) -> NDArray[np.bool_]:
         """Whether sizes, tokens and widths lie within those of the law's runs; arrays broadcast."""
         inside = np.ones(np.broadcast_shapes(np.shape(N), np.shape(D), np.shape(B)), dtype=bool)
@@ -69,11 +65,7 @@ class Evidence:
     @cached_property
     def scheme(self) -> str | None:
         """The scheme of the U-curves: the law's, else the two-phase scheme with more runs; None without any."""
-        if self.laws is not None:
-            return self.laws.scheme
-        counts = self.table.frame["scheme"].value_counts()
-        found = [name for name in MIXED_SCHEMES if counts.get(name, 0)]
-        return max(found, key=lambda name: int(counts[name])) if found else None
+        return self.laws.scheme if self.laws else next(iter(self.table.mixed_schemes), None)
 
     @cached_property
     def curves(self) -> tuple[Curve, ...]:
@@ -89,12 +81,12 @@ class Evidence:
     @cached_property
     def _cells(self) -> dict[tuple[str, float, float, float | None], Floats]:
         frame = self.table.frame.assign(D=self.table.tokens_total)
-        found: dict[tuple[str, float, float, float | None], Floats] = {}
+        losses: dict[tuple[str, float, float, float | None], Floats] = {}
         for (scheme, N, D), rows in frame.groupby(["scheme", "n_params", "D"]):
-            found[scheme, N, D, None] = rows["loss"].to_numpy(np.float64)
+            losses[scheme, N, D, None] = rows["loss"].to_numpy(np.float64)
             for B, own in rows.groupby("bits"):
-                found[scheme, N, D, B] = own["loss"].to_numpy(np.float64)
-        return found
+                losses[scheme, N, D, B] = own["loss"].to_numpy(np.float64)
+        return losses
 
     @cached_property
     def cells(self) -> tuple[tuple[float, float], ...]:
@@ -103,14 +95,21 @@ class Evidence:
         return tuple(sorted(set(pairs), key=lambda pair: (pair[1] / pair[0], pair)))
 
     @cached_property
+    def fusion_pairs(self) -> pd.DataFrame:
+        """Columns sequential and fused: the mean losses of runs with the same size, width and tokens of both phases."""
+        cell = ["n_params", "bits", "tokens_fp", "tokens_qat"]
+        means = self.rows(*MIXED_SCHEMES).frame.groupby([*cell, "scheme"])["loss"].mean().unstack("scheme")
+        return means.reindex(columns=list(MIXED_SCHEMES)).dropna().reset_index()
+
+    @cached_property
     def widths(self) -> tuple[float, ...]:
         """Bit widths of its runs, including post-training quantization."""
         return tuple(sorted(set(self.rows("sequential", "fused", "scratch", "ptq").column("bits").tolist())))
 
     @cached_property
     def law_by_width(self) -> dict[float, Law]:
-        found = {bits: self.laws.of(bits) for bits in self.widths} if self.laws else {}
-        return {bits: law for bits, law in found.items() if law is not None}
+        laws = self.laws.by_width if self.laws else {}
+        return {bits: law for bits in self.widths if (law := laws.get(None) or laws.get(bits))}
 
     def rows(self, *schemes: str) -> RunTable:
         return self.table.where(self.table.frame["scheme"].isin(schemes).to_numpy())
@@ -124,13 +123,13 @@ class Evidence:
         return f"The law is {self.laws.source}.{made_up if self.laws.demonstration else ''}"
 
 
+QAT, COOLDOWNS = "arXiv 2509.22935", "arXiv 2508.01483"
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A figure of the report, or why it is missing."""
 
-    name: str
-    """Stem of its files."""
-    title: str
     caption: str = ""
     """Says what is measured and what is predicted by a law, with units and ranges."""
     figure: Figure | None = None
@@ -139,6 +138,10 @@ class Drawn:
     lacking: str = ""
     """What it would need, where `figure` is None."""
     warnings: tuple[str, ...] = ()
+    name: str = ""
+    """Stem of its files."""
+    title: str = ""
+    paper: str = ""
 
 
 def closed_form_warnings(table: RunTable) -> tuple[str, ...]:

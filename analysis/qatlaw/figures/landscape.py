@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qatlaw.figures.evidence import Drawn
+from qatlaw.figures.evidence import COOLDOWNS, Drawn
 from qatlaw.figures.style import INK, legend_below, mark, new_figure, series_style, tidy
 from qatlaw.landscape import ENDS, Landscape
 from qatlaw.laws.base import Floats
@@ -27,8 +27,9 @@ _MARKERS, _DASHES = {"before": "o", "after": "D"}, {"before": (0, (4, 2)), "afte
 
 def drawn_landscape(landscape: Landscape, name: str) -> Drawn:
     """The figure as one of a report."""
-    caption = _CAPTION + " ".join(landscape.findings)
-    return Drawn(name, f"The loss around a cooldown: {landscape.title}", caption, draw_landscape(landscape))
+    caption, title = _CAPTION + " ".join(landscape.findings), f"The loss around a cooldown: {landscape.title}"
+    paper = f"the loss landscape of the cooldown in {COOLDOWNS}"
+    return Drawn(caption, draw_landscape(landscape), name=name, title=title, paper=paper)
 
 
 def draw_landscape(landscape: Landscape) -> Figure:

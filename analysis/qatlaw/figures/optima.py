@@ -96,17 +96,15 @@ def draw_fractions(evidence: Evidence) -> Drawn:
     axes.set_ylim(0, 1)
     tidy(axes, x="tokens per parameter byte  S = D / (N B / 8)", y="optimal QAT fraction  f* = D_qat / D")
     legend_below(figure, [axes], columns=4)
-    warnings = closed_form_warnings(runs)
-    return Drawn("optimal_fraction", "Optimal QAT fraction", " ".join(caption), figure, warnings=warnings)
+    return Drawn(" ".join(caption), figure, warnings=closed_form_warnings(runs))
 
 
 def draw_u_curves(evidence: Evidence) -> Drawn:
     """Loss over the fraction: a panel for each (N, D, B), rows by (N, D), columns by B; a choice where many exist."""
-    name, title = "u_curves", "Loss over the QAT fraction"
     scheme = evidence.scheme
     mixed = evidence.rows(scheme or "")
     if not len(mixed):
-        return Drawn(name, title, lacking="runs with two phases (scheme sequential or fused).")
+        return Drawn(lacking="runs with two phases (scheme sequential or fused).")
     widths = thinned(mixed.widths, MOST_COLUMNS)
     settings = mixed.frame.assign(D=mixed.tokens_total).drop_duplicates(["n_params", "D", "bits", "tokens_qat"])
     sizes = settings.groupby(["n_params", "D"]).size()
@@ -134,7 +132,7 @@ def draw_u_curves(evidence: Evidence) -> Drawn:
         caption += f" Line: the law, with its minimum as a cross. {evidence.about_law}"
     if len(shown) < len(cells):
         caption += f" Shown are {len(shown)} of {len(cells)} pairs of size and tokens, over their entire range."
-    return Drawn(name, title, caption, figure, warnings=closed_form_warnings(mixed))
+    return Drawn(caption, figure, warnings=closed_form_warnings(mixed))
 
 
 def _mixed_runs(evidence: Evidence, scheme: str, N: float, D: float, bits: float) -> tuple[Floats, Floats]:

@@ -61,14 +61,6 @@ def series_style(place: int) -> tuple[str, str, Any]:
     return colour, marker, _DASHES[place % len(_DASHES)]
 
 
-def memory(size: float) -> str:
-    """Bytes with a decimal unit: 4e8 -> 400 MB."""
-    for suffix, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= unit * 0.9995:
-            return f"{size / unit:.3g} {suffix}"
-    return f"{size:.3g} B"
-
-
 def new_figure(height: float, width: float = WIDTH) -> Figure:
     """A figure without pyplot: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -17,7 +17,7 @@ know one phase only. They see a mixed run by its total tokens, so they predict t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,22 +42,6 @@ CHINCHILLA = LawForm(
     quantized=False,
 )
 
-_QAT_SOURCE = "arXiv 2509.22935 (Compute-Optimal Quantization-Aware Training)"
-_THETA = coefficient("theta", "factor of the irreducible quantization error")
-_PURE = (
-    coefficient("phi", "factor of the pure QAT error"),
-    exponent("psi", 1e-4, 1.0, (0.01, 0.4), "how pure QAT error falls with parameters"),
-    exponent("omega", 1e-4, 2.0, (0.05, 0.8), "how pure QAT error falls with QAT tokens per byte"),
-)
-_INTERACTION = (
-    coefficient("lambda", "factor of the interaction of the phases"),
-    exponent("nu", 1e-4, 1.0, (0.01, 0.4), "how the interaction falls with parameters"),
-    exponent("xi", 1e-4, 2.0, (0.05, 0.8), "how the interaction falls with full-precision tokens per byte"),
-    exponent("rho", 1e-4, 0.95, (0.02, 0.5), "how the interaction falls with QAT tokens per byte"),
-)
-_PURE_POWERS = (("psi", "N"), ("omega", "S_qat"))
-_INTERACTION_POWERS = (("nu", "N"), ("xi", "S_fp"), ("rho", "S_qat"))
-
 
 def _in_bits(name: str, of: str) -> Parameter:
     return exponent(name, 0.02, 4.0, (0.3, 2.0), f"how {of} falls with bits")
@@ -65,40 +49,40 @@ def _in_bits(name: str, of: str) -> Parameter:
 
 QAT_UNIFIED = SplitForm(
     name="qat_unified",
-    source=_QAT_SOURCE,
+    source="arXiv 2509.22935 (Compute-Optimal Quantization-Aware Training)",
     formula=(
         "alpha + beta/D^gamma + zeta/N^eta + theta 2^(-kappa B) + phi 2^(-chi B)/(N^psi S_qat^omega)"
         " + lambda 2^(-mu B)/(N^nu S_fp^xi S_qat^rho)"
     ),
     parameters=(
         *_BASE,
-        _THETA,
+        coefficient("theta", "factor of the irreducible quantization error"),
         _in_bits("kappa", "the irreducible error"),
-        _PURE[0],
+        coefficient("phi", "factor of the pure QAT error"),
         _in_bits("chi", "pure QAT error"),
-        *_PURE[1:],
-        _INTERACTION[0],
+        exponent("psi", 1e-4, 1.0, (0.01, 0.4), "how pure QAT error falls with parameters"),
+        exponent("omega", 1e-4, 2.0, (0.05, 0.8), "how pure QAT error falls with QAT tokens per byte"),
+        coefficient("lambda", "factor of the interaction of the phases"),
         _in_bits("mu", "the interaction"),
-        *_INTERACTION[1:],
+        exponent("nu", 1e-4, 1.0, (0.01, 0.4), "how the interaction falls with parameters"),
+        exponent("xi", 1e-4, 2.0, (0.05, 0.8), "how the interaction falls with full-precision tokens per byte"),
+        exponent("rho", 1e-4, 0.95, (0.02, 0.5), "how the interaction falls with QAT tokens per byte"),
     ),
     terms=(
         *_BASE_TERMS,
         Term("theta", (("kappa", "2^B"),), quantized_only=True),
-        Term("phi", (("chi", "2^B"), *_PURE_POWERS), quantized_only=True),
-        Term("lambda", (("mu", "2^B"), *_INTERACTION_POWERS), quantized_only=True),
+        Term("phi", (("chi", "2^B"), ("psi", "N"), ("omega", "S_qat")), quantized_only=True),
+        Term("lambda", (("mu", "2^B"), ("nu", "N"), ("xi", "S_fp"), ("rho", "S_qat")), quantized_only=True),
     ),
 )
 
-QAT_PER_BITS = SplitForm(
+QAT_PER_BITS = replace(
+    QAT_UNIFIED,
     name="qat_per_bits",
-    source=_QAT_SOURCE,
     formula="alpha + beta/D^gamma + zeta/N^eta + theta + phi/(N^psi S_qat^omega) + lambda/(N^nu S_fp^xi S_qat^rho)",
-    parameters=(*_BASE, _THETA, *_PURE, *_INTERACTION),
-    terms=(
-        *_BASE_TERMS,
-        Term("theta", quantized_only=True),
-        Term("phi", _PURE_POWERS, quantized_only=True),
-        Term("lambda", _INTERACTION_POWERS, quantized_only=True),
+    parameters=tuple(one for one in QAT_UNIFIED.parameters if one.name not in ("kappa", "chi", "mu")),
+    terms=tuple(
+        replace(term, powers=tuple(power for power in term.powers if power[1] != "2^B")) for term in QAT_UNIFIED.terms
     ),
     one_width=True,
 )

@@ -41,7 +41,7 @@ class Asked:
     ptq: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, frame: pd.DataFrame) -> Asked:
+    def from_frame(cls, frame: pd.DataFrame) -> Asked:
         """Read the columns of `qatlaw.tables`. Full-precision runs have 16 bits."""
         bits = frame["bits"].where(frame["scheme"] != "fp", UNQUANTIZED_BITS)
         return cls(
@@ -93,14 +93,14 @@ class NamedLaw:
 
     def outside(self, asked: Asked) -> str | None:
         """Names what lies outside the range of its own runs."""
-        found = []
+        outside = []
         for key, symbol, values in (("n", "N", asked.N), ("tokens", "D", asked.D)):
             low, high = self.range.get(key, (0.0, np.inf))
             wrong = values[~((low * (1 - ROUNDING) <= values) & (values <= high * (1 + ROUNDING)))]
             if len(wrong):
                 ends = " to ".join(dict.fromkeys((amount(wrong.min()), amount(wrong.max()))))
-                found.append(f"{symbol} = {ends} (its runs: {amount(low)} to {amount(high)})")
-        return f"{self.name} is extrapolated: {', '.join(found)}" if found else None
+                outside.append(f"{symbol} = {ends} (its runs: {amount(low)} to {amount(high)})")
+        return f"{self.name} is extrapolated: {', '.join(outside)}" if outside else None
 
 
 def _base(E: float, A: float, alpha: float, B: float, beta: float) -> Callable[[Floats, Floats], Floats]:
@@ -151,8 +151,8 @@ def _kumar(asked: Asked) -> Floats:
     for bits, gamma in ((trained, 2.6745), (asked.a_bits, 2.2102), (np.full_like(asked.N, 16.0), 0.9578)):
         share = share * -np.expm1(-bits / gamma)
     after = 0.0598 * asked.D**0.5068 / asked.N**0.3439 * np.exp(-asked.bits / 0.5907)
-    found = _base(2.7648, 4.299e3, 0.4965, 1.806e4, 0.4965)(asked.N * share, asked.D) + np.where(asked.ptq, after, 0.0)
-    return np.where(_integers(asked), found, np.nan)
+    loss = _base(2.7648, 4.299e3, 0.4965, 1.806e4, 0.4965)(asked.N * share, asked.D) + np.where(asked.ptq, after, 0.0)
+    return np.where(_integers(asked), loss, np.nan)
 
 
 # --- QuEST ---

@@ -1,7 +1,7 @@
 """The planner: each question is a pure function to a dataclass; `qatlaw.cli` asks them from the command line.
 
-    run.plan_run                  N, D, B -> fraction, token counts, switch step, loss, waste of the 10 % rule
-    run.compare_widths            N, D -> QAT at each B against full precision
+    run.plan_run                  a run (N, D), B -> fraction, token counts, switch step, loss, waste of the 10 % rule
+    run.compare_widths            a run (N, D) -> QAT at each B against full precision
     run.judge_split               the cost of a QAT fraction in loss and tokens
     memory.plan_memory            a memory budget, D -> the best N and B
     budget.plan_budget            N, B, FLOPs or GPU-hours -> the compute-optimal fraction

@@ -11,7 +11,7 @@ from typing import Any
 from qatlaw.amounts import amount
 from qatlaw.fraction_laws import PAPER, FractionLaw
 from qatlaw.laws.named import NamedLaw
-from qatlaw.planner_law import SYNTHETIC_WARNING, PlannerLaw
+from qatlaw.planner_law import SYNTHETIC_WARNING, PlanLaw
 from qatlaw.text import terminal_width, wrapped
 from qatlaw.text_table import TextTable
 
@@ -30,8 +30,7 @@ class Answer:
     table: TextTable
     plan: Any
     """The dataclass, or the list of them, that the table shows."""
-    law: PlannerLaw | NamedLaw | FractionLaw | None
-    """None: the closed form."""
+    law: PlanLaw | NamedLaw
     notes: Sequence[str]
     warnings: Sequence[str]
     overrides: Sequence[str] | None = ()
@@ -62,7 +61,8 @@ class Answer:
         return "\n".join(lines)
 
     @property
-    def _named(self) -> PlannerLaw | NamedLaw | FractionLaw | None:
+    def _named(self) -> PlanLaw | NamedLaw | None:
+        """None: the closed form, which needs no name."""
         return None if self.law is PAPER else self.law
 
     def _notes(self) -> list[str]:
@@ -74,7 +74,7 @@ class Answer:
         return [*self.notes, *([NO_CHOICE] if self.overrides is None else []), law]
 
     def _warnings(self) -> list[str]:
-        made_up = [SYNTHETIC_WARNING] if self.law and self.law.synthetic else []
+        made_up = [SYNTHETIC_WARNING] if self.law.synthetic else []
         return list(dict.fromkeys([*made_up, *self.warnings]))
 
 

@@ -23,7 +23,7 @@ from qatlaw.fraction_laws import PAPER
 from qatlaw.laws.base import Floats, Law
 from qatlaw.plan.root import falling_root
 from qatlaw.plan.run import SEQUENTIAL, Scheme, overrides_of, warnings_of, written_fraction
-from qatlaw.planner_law import PlannerLaw
+from qatlaw.planner_law import PlanLaw
 
 FLOPS_PER_PARAMETER = 6.0
 """Forward and backward per token, 2 + 4, without the attention scores, which depend on the sequence length."""
@@ -89,8 +89,8 @@ class BudgetPlan:
 
     @property
     def splits(self) -> list[BudgetSplit]:
-        found = (self.compute_optimal, self.token_optimal, self.closed_form, self.chosen)
-        return [split for split in found if split]
+        splits = (self.compute_optimal, self.token_optimal, self.closed_form, self.chosen)
+        return [split for split in splits if split]
 
 
 def compute_optimal(
@@ -142,7 +142,7 @@ def spend(budget: Budget, fraction_of: Callable[[float], float]) -> tuple[float,
 
 
 def plan_budget(
-    params: float | None, bits: float, budget: Budget, *, law: PlannerLaw | None = None, scheme: Scheme = SEQUENTIAL
+    params: float | None, bits: float, budget: Budget, *, law: PlanLaw = PAPER, scheme: Scheme = SEQUENTIAL
 ) -> BudgetPlan:
     """The split of a budget for a model of `params` parameters at `bits` bits.
 
@@ -150,20 +150,20 @@ def plan_budget(
     Without a law the compute-optimal fraction is unknown, and the closed form's, which counts tokens, is planned.
     `scheme` may move the plan. InputError where neither is defined.
     """
-    if law is not None:
-        law.check_bits(bits)
+    law.check_bits(bits)
+    losses = law.law
     if params is None:
-        if law is None:
+        if losses is None:
             fix = "Add --params 396M, or --law fit.json to have the best size chosen."
             raise InputError("--params", None, "is missing.", fix)
-        params = round(best_size(law.law, bits, budget.amount, budget.fp_cost, budget.qat_cost))
+        params = round(best_size(losses, bits, budget.amount, budget.fp_cost, budget.qat_cost))
         budget = replace(budget, fp_cost=budget.fp_cost * params, qat_cost=budget.qat_cost * params)
 
     def closed(D: float) -> float:
         return closed_form(params, D, bits) or 0.0
 
     def split(name: str, f: float, D: float) -> BudgetSplit:
-        loss = None if law is None else float(law.law.loss(params, (1 - f) * D, f * D, bits))
+        loss = None if losses is None else float(losses.loss(params, (1 - f) * D, f * D, bits))
         return BudgetSplit(name, f, D, f * D, loss)
 
     f, D = spend(budget, closed)
@@ -173,10 +173,10 @@ def plan_budget(
     S = tokens_per_parameter_byte(params, D, bits)
     by_closed_form = split("closed form", f, D) if S > 1 else None
     by_compute, by_tokens = None, None
-    if law is not None:
-        best = compute_optimal(law.law, params, bits, budget.amount, budget.fp_cost, budget.qat_cost)
+    if losses is not None:
+        best = compute_optimal(losses, params, bits, budget.amount, budget.fp_cost, budget.qat_cost)
         by_compute = split("compute-optimal", float(best[0]), float(best[1]))
-        optimal = spend(budget, lambda D: float(law.law.optimal_fraction(params, D, bits)))
+        optimal = spend(budget, lambda D: law.optimal_fraction(params, D, bits))
         by_tokens = split("token-optimal", *optimal)
     optimum = by_compute or by_closed_form
     if optimum is None:
@@ -196,5 +196,5 @@ def plan_budget(
         closed_form=by_closed_form,
         chosen=chosen,
         overrides=overrides_of(chosen.tokens, bits, scheme, written_fraction(chosen.fraction)),
-        warnings=(*moved, *warnings_of(params, chosen.tokens, bits, law or PAPER)),
+        warnings=(*moved, *warnings_of(params, chosen.tokens, bits, law)),
     )

@@ -13,10 +13,10 @@ import numpy as np
 
 from qatlaw.errors import InputError
 from qatlaw.fraction import tokens_per_parameter_byte
-from qatlaw.fraction_laws import PAPER, FractionLaw
+from qatlaw.fraction_laws import PAPER
 from qatlaw.plan.root import falling_root
 from qatlaw.plan.run import warnings_of, written_fraction
-from qatlaw.planner_law import PlannerLaw
+from qatlaw.planner_law import PlanLaw
 
 MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the deserved tokens, for the table of what they buy."""
@@ -72,21 +72,17 @@ class CheckpointPlan:
         return (f"tokens={self.tokens}", f"qat.bits={self.bits:g}", f"qat.fraction={text}")
 
 
-def plan_checkpoint(
-    params: float, bits: float, tokens_fp: float, *, law: PlannerLaw | None = None, fractions: FractionLaw = PAPER
-) -> CheckpointPlan:
-    """QAT tokens for a checkpoint that saw `tokens_fp` full-precision tokens, by the law or else by `fractions`.
+def plan_checkpoint(params: float, bits: float, tokens_fp: float, *, law: PlanLaw = PAPER) -> CheckpointPlan:
+    """QAT tokens for a checkpoint that saw `tokens_fp` full-precision tokens.
 
     InputError where no number of tokens makes them the optimal share.
     """
-    (law or fractions).check_bits(bits)
+    law.check_bits(bits)
 
     def excess(D: float) -> float:
         """Full-precision tokens of an optimal run of D tokens, beyond those that exist."""
-        if law is not None:
-            f = float(law.law.optimal_fraction(params, D, bits))
-        else:
-            f = fractions.optimal_fraction(params, D, bits) if tokens_per_parameter_byte(params, D, bits) > 1 else 0.0
+        defined = law.law is not None or tokens_per_parameter_byte(params, D, bits) > 1
+        f = law.optimal_fraction(params, D, bits) if defined else 0.0
         return (1 - f) * D - tokens_fp
 
     ends = (tokens_fp * 2.0**n for n in range(1, DOUBLINGS + 1))
@@ -95,12 +91,12 @@ def plan_checkpoint(
         problem = "are the optimal full-precision share of no number of tokens."
         raise InputError("trained tokens", tokens_fp, problem)
     deserved = float(falling_root(lambda D: -excess(float(D)), tokens_fp, high)) - tokens_fp
-    if law is None and tokens_per_parameter_byte(params, tokens_fp + deserved, bits) <= 1:
+    if law.law is None and tokens_per_parameter_byte(params, tokens_fp + deserved, bits) <= 1:
         problem = f"is less than a token per byte of {params:g} parameters at {bits:g} bits, too few here."
         raise InputError("trained tokens", tokens_fp, problem, "Are --params and the tokens in the right units?")
 
     def loss(q: float) -> float | None:
-        return None if law is None else float(law.law.loss(params, tokens_fp, q, bits))
+        return None if law.law is None else float(law.law.loss(params, tokens_fp, q, bits))
 
     purchases = []
     for multiple in MULTIPLES:
@@ -116,5 +112,5 @@ def plan_checkpoint(
         purchases=tuple(purchases),
         loss=loss(deserved),
         full_precision_loss=loss(0.0),
-        warnings=warnings_of(params, tokens_fp + deserved, bits, law or fractions),
+        warnings=warnings_of(params, tokens_fp + deserved, bits, law),
     )

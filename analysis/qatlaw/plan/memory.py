@@ -14,15 +14,16 @@ model is served.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qatlaw.bit_widths import EMBEDDING_LEAST_BITS, UNQUANTIZED_BITS
-from qatlaw.plan.run import RunPlan, plan_run, width_warnings
+from qatlaw.fraction_laws import PAPER
+from qatlaw.plan.run import Recipe, RunPlan, plan_run, width_warnings
 from qatlaw.plan.shapes import DEEP, SHALLOW, VOCABULARY, FileSize, Shape, shapes_within
 from qatlaw.plan.waste import optimal_loss
-from qatlaw.planner_law import PlannerLaw
+from qatlaw.planner_law import PlanLaw
 
 SHAPES = (
     f"Llama-style shapes, {DEEP} to {SHALLOW} times as wide as deep, embedding and head tied. Memory counts weights"
@@ -68,7 +69,7 @@ def plan_memory(
     tokens: float,
     widths: Sequence[float],
     *,
-    law: PlannerLaw | None = None,
+    law: PlanLaw = PAPER,
     vocabulary: int = VOCABULARY,
     group_size: int | None = None,
     file_size: FileSize | None = None,
@@ -84,14 +85,14 @@ def plan_memory(
     for bits in widths:
         fitting = shapes_within(budget, bits, vocabulary, group_size, file_size)
         shape = fitting[-1]
-        if law is not None:
-            law.check_bits(bits)
+        law.check_bits(bits)
+        if law.law is not None:
             losses = optimal_loss(law.law, [shape.params for shape in fitting], tokens, bits)
             shape = fitting[int(np.argmin(losses))]
         size = shape.stored_bytes(bits, group_size, file_size)
-        plan = plan_run(shape.params, tokens, bits, law=law, stored_bytes=size, group_size=group_size)
+        plan = replace(plan_run(Recipe(shape.params, tokens, group_size=group_size), bits, law), stored_bytes=size)
         rows.append(MemoryRow(bits, shape, fitting[-1], size, plan, 6.0 * shape.params * plan.tokens))
     best = 0 if len(rows) == 1 else None
-    if law is not None:
+    if law.law is not None:
         best = min(range(len(rows)), key=lambda i: rows[i].plan.loss or 0.0)
     return MemoryPlan(budget, round(tokens), tuple(rows), best, width_warnings([row.plan for row in rows]))

@@ -35,42 +35,38 @@ class ScratchPlan:
     warnings: tuple[str, ...]
 
 
-def plan_scratch(law: NamedLaw, run: Recipe, *, tolerance: float) -> ScratchPlan:
-    """InputError where the law needs a group and none is known."""
+def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Answer:
+    """nats: the gap to full precision that is called small.
+
+    InputError where the law needs a group and none is known.
+    """
     if law.needs_group and run.group is None:
         fix = "Add the weights that share a scale; with a scale a row, the model's width."
         raise InputError("--group-size", None, f"is missing: {law.name} depends on it.", fix)
-    assert run.params is not None
-    assert run.tokens is not None
-    N, D = run.params, run.tokens
+    N, D = run.size
     asked = law.asked(run.non_embedding or N, D, law.widths, run.group or math.nan)
     losses, full = law.loss(asked).tolist(), float(law.loss(asked.in_full_precision)[0])
     rows = tuple(
         ScratchRow(bits, tokens_per_parameter_byte(N, D, bits), loss, loss - full if math.isfinite(full) else None)
         for bits, loss in zip(law.widths, losses, strict=True)
     )
-    within = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= tolerance]
+    small = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= nats]
     outside = law.outside(asked)
     unknown = None if run.non_embedding else "--params is taken for the law's N, which has neither embedding nor head"
-    return ScratchPlan(
+    plan = ScratchPlan(
         params=round(N),
         tokens=round(D),
         full_precision_loss=full if math.isfinite(full) else None,
         rows=rows,
-        tolerance=tolerance,
-        smallest=min(within, default=None),
+        tolerance=nats,
+        smallest=min(small, default=None),
         warnings=tuple(line for line in (outside, unknown) if line),
     )
-
-
-def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Answer:
-    """nats: the gap to full precision that is called small."""
-    plan = plan_scratch(law, run, tolerance=nats)
-    best = None if plan.smallest is None else plan.rows[plan.smallest]
+    best = None if plan.smallest is None else rows[plan.smallest]
     notes = [f"It answers: {law.answers}.", NOTE]
     if plan.full_precision_loss is not None:
-        within = f"within {nats:g} nats of full precision, whose predicted loss is {plan.full_precision_loss:.4f}."
+        within = f"within {nats:g} nats of full precision, whose predicted loss is {full:.4f}."
         notes.insert(0, f"* the smallest bit width {within}" if best else f"No bit width is {within}")
-    table = columns(plan.rows, "bits S loss gap", best)
+    table = columns(rows, "bits S loss gap", best)
     title += f": QAT from scratch by {law.label}"
     return Answer("bit-widths", title, table, plan, law, notes, plan.warnings, (), plan.params)

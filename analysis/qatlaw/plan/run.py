@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, tokens_per_parameter_byte
-from qatlaw.fraction_laws import PAPER, FractionLaw
+from qatlaw.fraction_laws import PAPER
 from qatlaw.laws.nominal import EffectiveBits
 from qatlaw.plan.shapes import usual_effective_bits
 from qatlaw.plan.waste import optimal_loss, split_loss, wasted_tokens
-from qatlaw.planner_law import PlannerLaw
+from qatlaw.planner_law import PlanLaw, PlannerLaw
 
 RULE = 0.1
 """The customary share of the tokens for QAT, for comparison."""
@@ -54,12 +54,14 @@ class Recipe:
     """The run to plan, by options and by a recipe of the training stack; None: unknown."""
 
     params: float | None = None
+    tokens: float | None = None
+    bits: float | None = None
     non_embedding: float | None = None
     """Parameters without embedding and head."""
     group: float | None = None
     """Weights that share a scale; with a scale a row, the model's width."""
-    tokens: float | None = None
-    bits: float | None = None
+    group_size: int | None = None
+    """To be set in the recipe."""
     tokens_per_step: int | None = None
     flops_per_token: float | None = None
     """Forward and backward; None: 6 for each parameter."""
@@ -68,6 +70,15 @@ class Recipe:
     """Bits -> bytes of all its weights with their scales; None: unknown."""
     model: str = ""
     """The model that these bytes are counted on, in words."""
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Parameters and tokens. InputError where one is unknown."""
+        if self.params is None:
+            raise InputError("--params", None, "is missing.", "Add --params 396M.")
+        if self.tokens is None:
+            raise InputError("--tokens", None, "is missing.", "Add --tokens 100B.")
+        return self.params, self.tokens
 
     @property
     def effective(self) -> EffectiveBits:
@@ -143,51 +154,30 @@ class RunPlan:
 
     @property
     def tokens_per_stored_byte(self) -> float | None:
-        """Tokens per stored byte."""
         return self.stored_bytes and self.tokens / self.stored_bytes
 
 
-def plan_run(
-    params: float,
-    tokens: float,
-    bits: float,
-    *,
-    law: PlannerLaw | None = None,
-    fractions: FractionLaw = PAPER,
-    tokens_per_step: int | None = None,
-    scheme: Scheme = SEQUENTIAL,
-    stored_bytes: float | None = None,
-    group_size: int | None = None,
-) -> RunPlan:
-    """The plan for a model of `params` parameters (a tied embedding counted once), `tokens` tokens and `bits` bits.
+def plan_run(run: Recipe, bits: float, law: PlanLaw = PAPER) -> RunPlan:
+    """The plan for a run at `bits` bits. Its scheme may move the fraction.
 
-    law: gives the optimum and the losses; without one `fractions` decides. `scheme` may move the fraction.
-    tokens_per_step: of an optimizer step, for the switch step. stored_bytes: of the weights, for their effective bits.
-    group_size: to be set in the recipe.
+    law: gives the optimum, and losses if it has them.
 
-    InputError where an amount is not positive, or without a law where S <= 1 (see `qatlaw.fraction.fraction_at`).
+    InputError where the law is not defined: an amount that is not positive, another bit width, S <= 1 in a closed form.
     """
+    (params, tokens), scheme = run.size, run.scheme
     S = tokens_per_parameter_byte(params, tokens, bits)
-    if law is not None:
-        law.check_bits(bits)
-        optimum = float(law.law.optimal_fraction(params, tokens, bits))
-    else:
-        fractions.check_bits(bits)
-        try:
-            optimum = fractions.optimal_fraction(params, tokens, bits)
-        except ValueError as error:
-            units = "Are --params and --tokens in the right units (396M, 100B)?"
-            raise InputError("plan", None, f"{error}.", units) from None
+    law.check_bits(bits)
+    optimum = law.optimal_fraction(params, tokens, bits)
     params, tokens = round(params), round(tokens)
     planned = scheme.nearest(optimum, tokens)
-    steps = None if tokens_per_step is None else max(1, round(tokens / tokens_per_step))
+    steps = None if run.tokens_per_step is None else max(1, round(tokens / run.tokens_per_step))
     tokens_qat = round(planned * tokens)
     return RunPlan(
         params=params,
         tokens=tokens,
         bits=bits,
         S=S,
-        stored_bytes=stored_bytes,
+        stored_bytes=run.stored_bytes(bits) if run.stored_bytes else None,
         fraction=planned,
         optimum=optimum,
         closed_form=closed_form(params, tokens, bits),
@@ -195,9 +185,9 @@ def plan_run(
         tokens_qat=tokens_qat,
         steps=steps,
         switch_step=None if steps is None else switch_step(planned, steps),
-        prediction=None if law is None else _predict(law, params, tokens, bits, optimum, planned),
-        warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law or fractions)),
-        overrides=overrides_of(tokens, bits, scheme, written_fraction(planned, steps), group_size),
+        prediction=_predict(law, params, tokens, bits, optimum, planned) if isinstance(law, PlannerLaw) else None,
+        warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law)),
+        overrides=overrides_of(tokens, bits, scheme, written_fraction(planned, steps), run.group_size),
     )
 
 
@@ -213,10 +203,10 @@ def overrides_of(
     return (*settings, f"qat.group_size={group_size}") if group_size else settings
 
 
-def warnings_of(params: float, tokens: float, bits: float, law: PlannerLaw | FractionLaw) -> tuple[str, ...]:
+def warnings_of(params: float, tokens: float, bits: float, law: PlanLaw) -> tuple[str, ...]:
     """The numbers of a plan outside the range of the data behind them."""
-    found = law.warning(params, tokens, bits)
-    return (found,) if found else ()
+    warning = law.warning(params, tokens, bits)
+    return (warning,) if warning else ()
 
 
 def switch_step(fraction: float, steps: int) -> int:
@@ -241,24 +231,18 @@ def judge_split(law: PlannerLaw, params: float, tokens: float, bits: float, frac
 def _predict(law: PlannerLaw, params: int, tokens: int, bits: float, optimum: float, planned: float) -> Prediction:
     best = optimal_loss(law.law, params, tokens, bits)
     closed = closed_form(params, tokens, bits)
-    level: float | None = None
-    fractions: Interval | None = None
-    losses: Interval | None = None
-    if law.bootstrap is not None:
-        level = law.bootstrap.level
-        low, high = law.bootstrap.fraction(params, tokens, bits)
-        fractions = float(low), float(high)
-        low, high = law.bootstrap.loss(params, (1 - planned) * tokens, planned * tokens, bits)
-        losses = (float(low), float(high)) if math.isfinite(low) else None
-    return Prediction(
+    prediction = Prediction(
         loss=float(best if planned == optimum else split_loss(law.law, params, tokens, planned, bits)),
         full_precision_loss=float(law.law.loss(params, tokens, 0.0, bits)),
         rule=judge_split(law, params, tokens, bits, RULE),
         closed_form=None if closed is None else judge_split(law, params, tokens, bits, closed),
-        level=level,
-        fraction_interval=fractions,
-        loss_interval=losses,
     )
+    if (drawn := law.bootstrap) is None:
+        return prediction
+    low, high = map(float, drawn.loss(params, (1 - planned) * tokens, planned * tokens, bits))
+    losses = (low, high) if math.isfinite(low) else None
+    low, high = map(float, drawn.fraction(params, tokens, bits))
+    return replace(prediction, level=drawn.level, fraction_interval=(low, high), loss_interval=losses)
 
 
 # --- every width ---
@@ -285,28 +269,16 @@ class Comparison:
 
 
 def compare_widths(
-    params: float,
-    tokens: float,
-    widths: Sequence[float],
-    *,
-    law: PlannerLaw | None = None,
-    fractions: FractionLaw = PAPER,
-    tolerance: float = TOLERANCE,
-    tokens_per_step: int | None = None,
-    scheme: Scheme = SEQUENTIAL,
-    stored_bytes: Callable[[float], float] | None = None,
-    group_size: int | None = None,
+    run: Recipe, widths: Sequence[float], law: PlanLaw = PAPER, tolerance: float = TOLERANCE
 ) -> Comparison:
     """QAT at each of `widths`, as `plan_run` plans it, against a full-precision run of the same tokens."""
     rows = []
     for bits in widths:
-        plan = plan_run(
-            params, tokens, bits, law=law, fractions=fractions, tokens_per_step=tokens_per_step, scheme=scheme,
-            stored_bytes=stored_bytes(bits) if stored_bytes else None, group_size=group_size,
-        )  # fmt: skip
+        plan = plan_run(run, bits, law)
         gap = plan.prediction.loss - plan.prediction.full_precision_loss if plan.prediction else None
         rows.append(WidthRow(bits, plan, gap))
     within = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= tolerance]
+    params, tokens = run.size
     first = rows[0].plan.prediction
     return Comparison(
         params=round(params),

@@ -106,9 +106,9 @@ def _find(what: str) -> tuple[Path, int]:
         why = "It holds no run.json." if path.is_dir() else "The folder does not exist."
         raise InputError(KEY, what, "is neither a run's folder nor a checkpoint.", why)
     names = [file.parent.name for file in sorted((path / "checkpoints").glob("step-*/manifest.json"))]
-    found = [int(match[1]) for match in map(_STEP.match, names) if match]
-    if not found:
+    steps = [int(match[1]) for match in map(_STEP.match, names) if match]
+    if not steps:
         raise InputError(KEY, what, "has no checkpoint yet.")
-    if at and (not at.isdigit() or int(at) not in found):
-        raise InputError(KEY, what, f"has no checkpoint at step {at}.", f"Take one of {', '.join(map(str, found))}.")
-    return path, int(at or found[-1])
+    if at and (not at.isdigit() or int(at) not in steps):
+        raise InputError(KEY, what, f"has no checkpoint at step {at}.", f"Take one of {', '.join(map(str, steps))}.")
+    return path, int(at or steps[-1])

@@ -114,12 +114,12 @@ def file_bytes(
     return one[index] + (layers - 1) * (two - one)[index]
 
 
-def nearest_shape(params: float, vocabulary: int = VOCABULARY) -> Shape | None:
+def nearest_shape(params: float) -> Shape | None:
     """The usual shape of about so many parameters; None where none is near."""
     widths, layers = _usual()
-    off = np.abs(np.log(_weights(widths, layers, vocabulary, 1).params / params))
+    off = np.abs(np.log(_weights(widths, layers, VOCABULARY, 1).params / params))
     best = int(np.argmin(off))
-    return Shape(int(widths[best]), int(layers[best]), vocabulary) if off[best] < NEAR else None
+    return Shape(int(widths[best]), int(layers[best]), VOCABULARY) if off[best] < NEAR else None
 
 
 def usual_effective_bits(vocabulary: int = VOCABULARY, group_size: int | None = None) -> EffectiveBits:
@@ -137,11 +137,11 @@ def usual_effective_bits(vocabulary: int = VOCABULARY, group_size: int | None = 
         if off.min() > NEAR:  # of many sizes that are compared, some may lie outside
             problem = "no usual shape has about so many parameters, so that its effective bits are not known."
             raise InputError("--params", float(np.asarray(N).flat[0]), problem, "Give a --recipe.")
-        found = np.empty(logs.shape)
+        stored = np.empty(logs.shape)
         for width in np.unique(bits):
             at = near[bits == width]
-            found[bits == width] = _weights(widths[at], layers[at], vocabulary, width, group_size).effective_bits
-        return found
+            stored[bits == width] = _weights(widths[at], layers[at], vocabulary, width, group_size).effective_bits
+        return stored
 
     return effective
 

@@ -106,9 +106,9 @@ def _completed(frame: pd.DataFrame) -> pd.DataFrame:
     for name, default in (("a_bits", UNQUANTIZED_BITS), ("method", "")):
         filled[name] = filled[name].fillna(default) if name in filled else default
     if set(SHAPE) <= set(filled.columns):
-        found = pd.DataFrame([_counted(row) for row in filled.to_dict("records")], index=filled.index)
-        for name in found:
-            filled[name] = filled[name].fillna(found[name]) if name in filled else found[name]
+        counted = pd.DataFrame([_counted(row) for row in filled.to_dict("records")], index=filled.index)
+        for name in counted:
+            filled[name] = filled[name].fillna(counted[name]) if name in filled else counted[name]
     for name in MORE:
         filled[name] = filled[name].astype(np.float64) if name in filled else np.nan
     return filled
