@@ -58,7 +58,7 @@ REFUSED = {
     f"{RUN} --bits four": ("--bits = 'four'", "1, 1.58, 2"),
     f"{RUN} --bits 40": ("--bits = '40'", "1, 1.58, 2"),
     f"{RUN} --bits {'9' * 400}": ("--bits = '99999", "1, 1.58, 2"),
-    f"--params {'9' * 400} --tokens 100B": ("--params = '99999", "above 0"),
+    f"--params {'9' * 400} --tokens 100B": ("--params = '99999", "1e18"),
     f"{RUN} --bits nan": ("--bits = 'nan'",),
     f"waste {RUN} --bits 4 --fraction 25 --law synthetic": ("--fraction = '25'", "below 1"),
     f"{RUN} --bits 4 --batch-tokens 1T": ("--batch-tokens", "more than all"),
