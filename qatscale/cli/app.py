@@ -128,7 +128,7 @@ class _Commands(TyperGroup):
         return list(COMMANDS)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        lines = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
+        lines: dict[str, Any] = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
         listing = TyperGroup(name=self.name, commands=lines, params=self.params, help=self.help)
         listing.rich_markup_mode = self.rich_markup_mode
         listing.format_help(ctx, formatter)
