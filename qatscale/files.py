@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -11,10 +10,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from qatlaw.files import PARTIAL as PARTIAL
 from qatlaw.files import Count as Count
@@ -75,26 +75,19 @@ def encode(value: Any) -> Any:
     """`value` in the types of strict JSON: NumPy and torch scalars become numbers, paths strings, dataclasses objects.
 
     JSON has no floats that are not finite. They become the strings "NaN", "Infinity" and "-Infinity", as in the JSON
-    mapping of Protocol Buffers. TypeError for what has no form in JSON.
+    mapping of Protocol Buffers. ValueError for what has no form in JSON.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return json.loads(to_json(value, inf_nan_mode="strings", fallback=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """What pydantic does not know, as something that it knows."""
     if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, str) or value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, PurePath):
-        return str(value)
+        return dict(value)
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy or torch scalar
-        value = value.item()
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, bool | int | str):
-        return value
+        return value.item()
     if isinstance(value, Iterable):
-        return [encode(item) for item in value]
+        return list(value)
     raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
 
 
@@ -121,3 +114,13 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
                     raise HeldError(f"another process holds the lock on {path}") from None
                 time.sleep(0.1)
         yield
+
+
+@contextmanager
+def only_process(folder: Path, key: str) -> Iterator[None]:
+    """A context in which no other process writes `folder`. UserError, about `key`, where one does."""
+    try:
+        with locked(folder / ".lock", wait=0):
+            yield
+    except HeldError:
+        raise UserError(key, str(folder), "another process is writing there.", "Wait for it.") from None

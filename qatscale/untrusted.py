@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,24 @@ from typing import Any
 from qatlaw.files import read_small
 from qatscale.errors import UserError
 
+_Pairs = list[tuple[str, Any]]
 
-def read_json(path: Path, key: str) -> Any:
-    """UserError, about `key`, for a file that is missing, unreadable or not JSON."""
+
+def read_json(path: Path, key: str, from_pairs: Callable[[_Pairs], dict[str, Any]] | None = None) -> Any:
+    """UserError, about `key`, for a file that is missing, unreadable or not JSON.
+
+    from_pairs: makes an object's content of its pairs, and raises ValueError for what it refuses.
+    """
     try:
-        return json.loads(read_small(path))
+        return json.loads(read_small(path), object_pairs_hook=from_pairs)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(key, str(path), f"cannot be read: {reason}.") from None
 
 
-def read_object(path: Path, key: str) -> dict[str, Any]:
+def read_object(path: Path, key: str, from_pairs: Callable[[_Pairs], dict[str, Any]] | None = None) -> dict[str, Any]:
     """As `read_json`, for a file that has to hold a JSON object."""
-    content = read_json(path, key)
+    content = read_json(path, key, from_pairs)
     if not isinstance(content, dict):
         raise UserError(key, str(path), f"holds a {type(content).__name__} where a JSON object is expected.")
     return content

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores; before torch is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -29,5 +31,25 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The guides first: the longest file would keep one of two workers busy alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_guides.py")
+    """The longest first, lest one of two workers is busy alone at the end: the guides, then files whose tests start
+    processes."""
+    several = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda item: (item.path.name != "test_guides.py", item.path not in several))
+
+
+class Together(LoadScopeScheduling):
+    """A file stays on one worker; so do files whose tests share what takes half a minute to make."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid.partition("::")[0])
+
+
+@cache
+def _group(file: str) -> str:
+    path = ROOT / file
+    return path.parent.name if path.parent.name == "export" or "trained: Trained" in path.read_text() else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> Together:
+    return Together(config)

@@ -75,3 +75,16 @@ def test_command_parses(line: str) -> None:
     overrides = [word for word in words[2:] if re.match(r"^[a-z_][a-z_.0-9]*=", word)]
     recipe = next((word for word in words[2:] if word in recipe_names()), "86m")  # a branch: of the README's trunk
     build_timeline(load_run_config(recipe, overrides))
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[a-z]*/**/*.md")), ids=str)
+def test_a_page_says_things_once_and_its_links_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert len(headings) == len(set(headings))
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        assert "://" in link or (page.parent / link).exists(), link
+    if page.parent.name != "benchmarks" and page.name != "CHANGELOG.md":  # records keep the names of their day
+        rooms = "analysis|ds_configs|launch|qatscale|tests"
+        for path in re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]*\.\w+", page.read_text()):
+            assert (ROOT / path).exists(), path

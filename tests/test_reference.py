@@ -112,6 +112,14 @@ def test_the_page_has_the_commands_and_their_options() -> None:
             assert default in (None, documented[option][0]), f"{name} {option}"
 
 
+def test_the_page_says_what_help_says() -> None:
+    pages = dict(re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", COMMANDS.read_text(), re.DOTALL | re.MULTILINE))
+    for name, command in NAMED.items():
+        for parameter in command.params:
+            words = plain(re.sub(r"\[default: .*?\]", "", getattr(parameter, "help", None) or ""))
+            assert parameter.name == "help" or words in plain(pages[name]), f"{name} {parameter.name}"
+
+
 def test_help_shows_the_defaults_that_it_words() -> None:
     for name, command in NAMED.items():
         shown = CliRunner().invoke(app, [*name.split()[1:], "--help"], env={"COLUMNS": "400"}).output

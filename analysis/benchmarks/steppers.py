@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qatscale.config.ds_config import merge_ds_config, precision_of, run_ds_config
 from qatscale.config.schema import Phase, RunConfig
 from qatscale.engine.compilation import Compilation
-from qatscale.engine.initialize import optimizer_groups
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.step import apply_settings, train_step
@@ -87,7 +86,7 @@ def bare_stepper(name: str, config: RunConfig, runtime: Runtime, *, quantized: b
     plugin.prepare(model)
     model.to(runtime.device)
     precision = precision_of(run_ds_config(config))
-    loop = BareLoop(model, optimizer_groups(model, plugin), config, batch_of(config, runtime.device), precision)
+    loop = BareLoop(model, plugin.optimizer_groups(), config, batch_of(config, runtime.device), precision)
     if quantized:
         plugin.maybe_switch(0, loop.masters)
     Compilation(model, "on" if compiled else "off")

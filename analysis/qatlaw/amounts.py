@@ -49,3 +49,14 @@ def amount(value: float, digits: int = 3) -> str:
         if abs(value) >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
             return f"{value / unit:.{digits}g}{suffix}"
     return f"{value:.{digits}g}"
+
+
+def exact_amount(units: float) -> str:
+    """A whole number as `amount` writes it where that loses no digit: 100B, but 96141861677."""
+    short = amount(round(units), 6)
+    return short if round(parse_amount("tokens", short)) == round(units) else str(round(units))
+
+
+def bytes_label(size: float) -> str:
+    """500MB, 1.5GB."""
+    return f"{amount(size, 4)}B".replace("BB", "GB")

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from qatlaw import options
-from qatlaw.amounts import amount, parse_bytes
+from qatlaw.amounts import amount, bytes_label, parse_bytes
+from qatlaw.bit_widths import bits_label
 from qatlaw.errors import InputError
 from qatlaw.fraction_laws import FRACTION_LAWS, LADDER_FOUND, PAPER
 from qatlaw.laws.named import NAMED
@@ -168,9 +169,9 @@ def memory(
     table = columns(plan.rows, wanted, best if law else None)
     rule = f"{SHAPES} as {format} stores them." if format else RULE
     notes = [f"The best that fit. {rule}", LOWEST] if law else [f"The largest that fit. {rule}"]
-    if small := [f"{row.bits:g}" for row in plan.rows if row.shape != row.largest]:
-        notes.append(f"At {', '.join(small)} bits a larger model fits, but has too few tokens per byte to be better.")
-    title = f"{size / 1e6:,.4g} MB of weights, {amount(tokens, 4)} tokens"
+    if small := [bits_label(row.bits) for row in plan.rows if row.shape != row.largest]:
+        notes.append(f"At {', '.join(small)} a larger model fits, but has too few tokens per byte to be better.")
+    title = f"{bytes_label(size)} of weights, {amount(tokens, 4)} tokens"
     overrides, N = ((*best.plan.overrides, *best.shape.overrides), best.plan.params) if best else (None, 0)
     _show(ctx, as_json, Answer("memory", title, table, plan, basis, notes, plan.warnings, overrides, N))
 
@@ -224,7 +225,8 @@ def compute(
         table = columns(one.splits, "name fraction tokens tokens_qat loss")
     else:
         table = columns(plans, "bits params chosen.fraction chosen.tokens chosen.tokens_qat chosen.loss", best)
-    notes = [f"A full-precision token costs {source}; a QAT token {ratio:.4g} times as much."]
+    times = "" if ratio == 1 else f"{ratio:.4g} times "
+    notes = [f"A full-precision token costs {source}; a QAT token {times}as much."]
     notes += [LOWEST] if law and not one else []
     warnings = [warning for plan in plans for warning in plan.warnings]
     if one and one.closed_form:
@@ -235,7 +237,7 @@ def compute(
             "run by its tokens_per_second_qat, and give that as --qat-overhead"
         )
     title = f"{budget.amount:g} {budget.unit}"
-    title += f", {amount(one.params, 4)} parameters, {one.bits:g} bits" if one else ""
+    title += f", {amount(one.params, 4)} parameters, {bits_label(one.bits)}" if one else ""
     overrides, N = (best.overrides, best.params) if best else (None, 0)
     _show(ctx, as_json, Answer("compute", title, table, one or plans, basis, notes, warnings, overrides, N), recipe)
 
@@ -267,7 +269,7 @@ def checkpoint(
         table = columns(one.purchases, "multiple tokens_qat fraction loss slope")
         notes.insert(0, f"It deserves {amount(one.tokens_qat, 4)} QAT tokens, {one.fraction:.1%} of the run.")
     warnings = list(trained.warnings) if trained else []
-    warnings += [f"{plan.bits:g} bits: {warning}" for plan in plans for warning in plan.warnings]
+    warnings += [f"{bits_label(plan.bits)}: {warning}" for plan in plans for warning in plan.warnings]
     title = f"{_run(N, D)} in full precision"
     overrides: tuple[str, ...] | None = None
     if one and trained:
@@ -357,7 +359,7 @@ def _known(
 def _counted_on(known: Recipe) -> list[str]:
     if known.stored_bytes is None:
         return []
-    return [f"Effective bits count scales, embedding and norms: of {known.model}."]
+    return [f"Effective bits are those stored. They count scales, embedding and norms: of {known.model}."]
 
 
 def _stack(ctx: typer.Context, flag: str, value: str) -> Any:
@@ -383,5 +385,5 @@ def _interval(interval: Interval | None, form: str, level: float | None) -> str:
 
 
 def _run(params: float, tokens: float, bits: float | None = None) -> str:
-    width = "" if bits is None else f", {bits:g} bits"
+    width = "" if bits is None else f", {bits_label(bits)}"
     return f"{amount(params, 4)} parameters, {amount(tokens, 4)} tokens{width}"

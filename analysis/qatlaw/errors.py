@@ -38,7 +38,7 @@ def first_invalid(error: Any) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The known name most like `name`, or None where nothing is near."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(names), n=1)
     return found[0] if found else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qatlaw.bit_widths import BIT_WIDTHS
+from qatlaw.bit_widths import BIT_WIDTHS, bits_label
 from qatlaw.errors import InputError
 from qatlaw.fraction import MEASURED, A, extrapolation_warning, fraction_at, tokens_per_parameter_byte
 
@@ -41,7 +41,7 @@ class FractionLaw:
     def about(self) -> str:
         """What stands behind it, in words."""
         constants = (
-            f"{A:g} (95 %: {low:g} to {high:g}) at {bits:g} bit{'s' * (bits != 1)}"
+            f"{A:g} (95 %: {low:g} to {high:g}) at {bits_label(bits)}"
             for bits, (A, low, high) in self.constants.items()
         )
         return f"f = exp(-A / ln S), S = tokens per parameter byte, with A = {', '.join(constants)}; {self.source}"

@@ -26,7 +26,7 @@ LEGEND = (
 def judge(
     tables: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TABLE]…", help="Tables by name, or .csv files of runs. [default: all by name]"),
+        typer.Argument(metavar="TABLE", help="Tables by name, or .csv files of runs. [default: all by name]"),
     ] = None,
     law: Annotated[
         list[str] | None,

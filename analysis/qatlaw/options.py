@@ -48,7 +48,7 @@ FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.", 
 SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.", parse_nats)
 LAW = typer.Option(
     metavar="LAW",
-    help=f"Loss law: path of a fit.json, or synthetic. (synthetic: made up, to try the planner.) "
+    help=f"Loss law: path of a fit.json, or synthetic, which is made up, to try the planner. "
     f"For fractions alone also {', '.join(FRACTION_LAWS)}. "
     f"For losses at each bit width also a published law, of QAT from scratch: {', '.join(NAMED)}.",
 )

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from qatlaw.errors import InputError
-from qatlaw.figures import Drawn, Evidence, Laws, draw_all
+from qatlaw.figures.evidence import Drawn, Evidence, Laws
 from qatlaw.figures.landscape import drawn_landscape
+from qatlaw.figures.subjects import draw_all
 from qatlaw.files import write_atomic
 from qatlaw.findings import findings
 from qatlaw.landscape import Landscape

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qatlaw.amounts import amount
-from qatlaw.bit_widths import BIT_WIDTHS
+from qatlaw.bit_widths import BIT_WIDTHS, bits_label
 from qatlaw.errors import InputError
 from qatlaw.fraction import MEASURED, ROUNDING, tokens_per_parameter_byte
 from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
@@ -78,8 +78,8 @@ class PlannerLaw:
         """InputError where a law of one bit width is asked about another."""
         low, high = self.range.get("bits", (0.0, float("inf")))
         if self.law.form.one_width and not low <= bits <= high:
-            problem = f"{self.source} is a law of {low:g} bits alone."
-            raise InputError("--bits", bits, problem, f"Ask for {low:g} bits, or give another law.")
+            problem = f"{self.source} is a law of {bits_label(low)} alone."
+            raise InputError("--bits", bits, problem, f"Ask for {bits_label(low)}, or give another law.")
 
 
 def load_law(name: str, effective: EffectiveBits | None = None) -> PlannerLaw:

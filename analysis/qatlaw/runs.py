@@ -191,7 +191,8 @@ def _rows(records: Sequence[RunRecord]) -> tuple[list[dict[str, Any]], list[Left
         trial_keys = _differing(trials, missing_differs=True)
         latest: dict[tuple[Any, ...], RunRecord] = {}
         for record, own, trial in zip(group, settings, trials, strict=True):
-            text = record.final.get("validation_fingerprint") or "", record.final.get("validation_tokens")
+            tokens = record.final.get("validation_tokens")
+            text = record.final.get("validation_fingerprint") or "", None if tokens is None else float(tokens)
             same = (*text, _listed(own, keys), _listed(trial, trial_keys))
             if same in latest:
                 left_out.append(LeftOut(latest[same].name, f"trained again: as {record.name}, which is later"))

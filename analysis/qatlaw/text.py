@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Sequence
 
 
 def terminal_width() -> int:
@@ -15,6 +16,11 @@ def plural(count: int, noun: str) -> str:
     """'1 process', '2 processes'."""
     ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
     return f"{count:,} {noun}{ending}"
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """'a, b, c and 2 more'."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def wrapped(sentence: str, width: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import check_figure, console, say
@@ -16,7 +17,9 @@ from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_c
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import stored_weights
 from qatscale.data.manifest import Manifest
+from qatscale.data.mixture import Mixture
 from qatscale.data.open import mixture_of
+from qatscale.data.reader import repetition
 from qatscale.engine.estimate.fits import (
     Given,
     JobEstimate,
@@ -76,8 +79,8 @@ def print_dry_run(
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
     job = estimate_job(config, ds_config, processes or job_size(smallest), given)
     advice = network_advice(config, ds_config, job)
-    sources = plan_sources(config, timeline)
-    warnings = ds_config_warnings(config, on_gpu=job.gpu_memory is not None)
+    sources, repetitions = plan_sources(config, timeline)
+    warnings = [*ds_config_warnings(config, on_gpu=job.gpu_memory is not None), *repetitions]
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
         shown = {"name": config.name, **timeline.to_dict()}
@@ -102,7 +105,7 @@ def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, w
     out.print()
     if timeline.switch_step is not None:
         tokens = format_amount(timeline.switch_step * timeline.tokens_per_step)
-        share = f"{timeline.qat_fraction:.2%} of the tokens at {config.qat.bits:g} bits"
+        share = f"{timeline.qat_fraction:.2%} of the tokens at {bits_label(config.qat.bits)}"
         say(f"switch to QAT before step {timeline.switch_step:,} ({tokens} tokens): {share}")
         weights = stored_weights(config.model, config.qat, precision_of(run_ds_config(config)))
         say(f"parameters: {weights.text(config.qat.bits)}")
@@ -116,28 +119,31 @@ def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, w
         say(f"figure: {draw(timeline, config, figure)}")
 
 
-def plan_sources(config: RunConfig, timeline: Timeline) -> list[dict[str, Any]]:
-    """What a run with `data.mix` reads of each source; `epochs` is None where its data are not here yet."""
-    mixture, length = mixture_of(config, timeline), config.data.sequence_length
-    if mixture is None:
-        return []
+def plan_sources(config: RunConfig, timeline: Timeline) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a run reads of each source, and a warning for each that it reads again. Without `data.mix` the source is "".
+
+    `epochs` is None where the data are not here yet.
+    """
+    mixture, length = mixture_of(config, timeline) or Mixture({"": 1}), config.data.sequence_length
     sequences = timeline.steps * config.batch.sequences
     total, first = (mixture.count(n) * length for n in (sequences, min(sequences, mixture.change or sequences)))
-    rows = []
+    rows, warnings = [], []
     for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
         folder = config.data.sources.get(name)
         epochs = None
         if folder is not None and folder.exists():
             held = Manifest.load(folder).splits["train"].tokens
-            epochs = tokens / (max(1, (held - 1) // length) * length)
+            unique = max(1, (held - 1) // length) * length
+            epochs = tokens / unique
+            warnings.append(repetition(name, epochs, unique))
         rows.append(
             {"source": name, "mix": before, "cooldown_mix": tokens - before, "tokens": tokens, "epochs": epochs}
         )
-    return rows
+    return rows, [*filter(None, warnings)]
 
 
 def print_sources(config: RunConfig, sources: list[dict[str, Any]]) -> None:
-    if not sources:
+    if config.data.mix is None:
         return
     columns = ("source", "data.mix", "data.cooldown_mix", "tokens", "epochs")
     table = TextTable(columns, words=["source"], drop=("data.mix", "data.cooldown_mix"))

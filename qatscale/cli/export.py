@@ -53,7 +53,10 @@ def export(
         str | None, typer.Option(help="License of the weights for the model card, by its name on the Hub: apache-2.0.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Skip the comparison of the export, loaded in its clients, with the trained model.")
+        bool,
+        typer.Option(
+            " /--no-verify", help="Skip the comparison of the export, loaded in its clients, with the trained model."
+        ),
     ] = True,
 ) -> None:
     """Write a model for the programs that run it, with the weights of the trained forward pass.
@@ -96,7 +99,7 @@ def _print(described: dict[str, Any], out: Path) -> None:
     print(f"{out}: {described['exported_as']} of {described['run']['name']} ({described['view']}), {phases}")
     table = TextTable(("stored as", "tensors", "weights", "bytes", "ideal"), words=["stored as"], drop=("ideal",))
     for row in described["storage"]:
-        bits = f"{row['bits']:g} bits" if row["bits"] else "not quantized"
+        bits = bits_label(row["bits"]) if row["bits"] else "not quantized"
         stored_as = f"{bits} as {row['stored_as']}" + (" (fallback)" if row["fallback"] else "")
         cells = (row["tensors"], row["weights"], row["bytes"], row["ideal_bytes"])
         table.add_row(stored_as, *(f"{cell:,.0f}" for cell in cells))

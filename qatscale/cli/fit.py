@@ -52,7 +52,10 @@ Form = Annotated[
 Scheme = Annotated[str | None, typer.Option(help="sequential or fused, if the runs have both.")]
 Resamples = Annotated[int, typer.Option(help="Resamples of the bootstrap behind the intervals; 0: no intervals.")]
 Compare = Annotated[
-    bool, typer.Option(help="Leave out the rival laws, which are judged by runs that no law was fitted on.")
+    bool,
+    typer.Option(
+        " /--no-compare", help="Leave out the rival laws, which are judged by runs that no law was fitted on."
+    ),
 ]
 
 

@@ -36,7 +36,7 @@ def landscape(
     ] = None,
     view: Annotated[
         Literal["fp", "quantized"] | None,
-        typer.Option(help="One view alone. [default: both, once AFTER has switched to QAT]"),
+        typer.Option(help="One view alone: fp or quantized. [default: both, once AFTER has switched to QAT]"),
     ] = None,
     resolution: Annotated[int, typer.Option(min=1, help="Grid steps from BEFORE to AFTER, and from y = 0 up.")] = 10,
     across: Annotated[float, typer.Option(help="Largest y, in distances between BEFORE and AFTER.")] = 0.5,

@@ -56,19 +56,16 @@ class RecipesAndGpus:
 
     def file_size(self, name: str, group_size: int | None) -> Callable[[Shape, float], float]:
         """Bytes of the tensors in a format of exports."""
-        from qatscale.export.sizes import check_format, tensor_bytes
+        from qatscale.export.formats import check_format
+        from qatscale.export.sizes import tensor_bytes
 
         check_format(name)
         return lambda shape, bits: tensor_bytes(name, shape, bits, group_size)
 
     def peak_flops(self, gpu: str) -> float:
-        from qatscale.config.sizes import device_names, peak_flops
+        from qatscale.config.sizes import known_peak
 
-        peak = peak_flops(gpu)
-        if peak is None:
-            fix = f"Give its --peak-flops. Known: {', '.join(device_names())}."
-            raise UserError("--gpu", gpu, "its peak FLOP/s is unknown.", fix)
-        return peak
+        return known_peak(gpu, "Or give its --peak-flops.")
 
     def runnable(self, answer: Answer, recipe: str | None) -> Answer:
         """With the recipe of the planned size, or for a planned shape the nearest one; `RECIPE` where none fits."""

@@ -39,7 +39,7 @@ def prepare(
         float, typer.Option(help="Share of the documents that is held out, chosen by their hash.")
     ] = 0.01,
     max_tokens: Annotated[
-        str | None, typer.Option(help="Stop after this many training tokens, the first ones of the sources: 10B.")
+        str | None, typer.Option(help="Stop soon after this many training tokens, the first ones of the sources: 10B.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes. [default: one per core]")] = None,
     restart: Annotated[

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from qatlaw.bit_widths import bits_label
 from qatscale.cli.terminal import console, say
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _show(out_console: Console, out: Path, branches: list[RunConfig]) -> None:
     below_ptq = losses["fp"][f"ptq{bits:g}"] - losses[best]["quantized"]
     above_fp = losses[best]["quantized"] - losses["fp"]["fp"]
     say(
-        f"At {bits:g} bits, {best} QAT ends {below_ptq:.3f} nats below post-training quantization of the "
+        f"At {bits_label(bits)}, {best} QAT ends {below_ptq:.3f} nats below post-training quantization of the "
         f"full-precision run, and {above_fp:.3f} above full precision."
     )
     say(f"figure: {figure}")

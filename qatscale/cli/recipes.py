@@ -22,7 +22,7 @@ def config(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="[KEY|RECIPE]",
+            metavar="KEY|RECIPE",
             help="A section or key (qat, qat.bits), or a recipe: name or file.",
             autocompletion=completion.recipe_or_key,
         ),

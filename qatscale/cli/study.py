@@ -137,13 +137,12 @@ def _print_bits(plan: StudyPlan) -> None:
     """The effective bits of each size beside the nominal ones."""
     from qatlaw.bit_widths import bits_label
     from qatscale.config.amounts import format_amount
-    from qatscale.config.sizes import count_parameters
     from qatscale.study.plan import effective_bits
 
     found: dict[int, dict[float, float]] = {}
     for run in plan.grid.runs:
         if run.config.qat.scheme != "fp":
-            sizes = found.setdefault(count_parameters(run.config.model).total, {})
+            sizes = found.setdefault(run.params, {})
             sizes.setdefault(run.config.qat.bits, effective_bits(run))
     widths = sorted({bits for row in found.values() for bits in row})
     if not widths:
@@ -158,7 +157,7 @@ def _print_bits(plan: StudyPlan) -> None:
 
 def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
     """FLOPs a second of a worker; None where --gpu and --mfu are not given."""
-    from qatscale.config.sizes import device_names, peak_flops
+    from qatscale.config.sizes import known_peak
 
     if gpu is None and mfu is None:
         return None
@@ -166,10 +165,7 @@ def _flops_per_second(gpu: str | None, mfu: float | None) -> float | None:
         raise UserError("--gpu" if gpu is None else "--mfu", None, "missing.", "Give both, or neither.")
     if not 0 < mfu <= 1:
         raise UserError("--mfu", mfu, "must be a share of the device's peak, above 0 and at most 1: 0.4.")
-    peak = peak_flops(gpu)
-    if peak is None:
-        raise UserError("--gpu", gpu, "unknown device.", f"Known: {', '.join(device_names())}.")
-    return peak * mfu
+    return known_peak(gpu) * mfu
 
 
 def _print_information(information: Information) -> None:

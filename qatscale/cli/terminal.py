@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]…",
+        metavar="KEY=VALUE",
         help="Overrides of the recipe: tokens=2.3B qat.bits=2.",
         callback=as_overrides,
         autocompletion=completion.override,

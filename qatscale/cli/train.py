@@ -12,7 +12,7 @@ import typer
 
 from qatlaw.amounts import parse_amount
 from qatscale.cli import completion
-from qatscale.cli.terminal import Json, Overrides, as_overrides, console, refuse
+from qatscale.cli.terminal import Json, Overrides, as_overrides, console, refuse, say
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def branch(
     overrides: Annotated[
         list[str],
         typer.Argument(
-            metavar="name=NAME KEY=VALUE…",
+            metavar="name=NAME KEY=VALUE",
             help="What differs from the parent's recipe.",
             callback=as_overrides,
             autocompletion=completion.override,
@@ -161,10 +161,13 @@ def _train(config: RunConfig, branch_from: str | None, take_over: bool = False) 
     from qatscale.tracking.store import where_to_look
     from qatscale.train.run import train
 
+    was_done = (config.folder / "done.json").exists()
     outcome = train(config, branch_from, take_over=take_over)
     if outcome.status == "stopped":
         sys.exit(exit_code(outcome.signal))
     if int(os.environ.get("RANK", 0)) == 0:
+        if was_done:
+            say(f"{config.folder} is done: nothing was left to train")
         console().print(comparison_table([run_row(RunFolder(config.folder))]))
         print(f"run folder: {config.folder}")
         for line in where_to_look([RunFolder(config.folder)]):

@@ -8,16 +8,13 @@ change the result is an error.
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from qatlaw.files import read_small
 from qatscale.config.ds_keys import (
     ACCEPTED,
     FORMER_NAMES,
@@ -28,11 +25,12 @@ from qatscale.config.ds_keys import (
     WHY_NOT,
     WITHOUT_EFFECT,
 )
+from qatscale.config.places import named_file
 from qatscale.config.problems import join, lookup, together
 from qatscale.config.schema import RunConfig
 from qatscale.config.section import describe
 from qatscale.errors import UserError, did_you_mean
-from qatscale.files import is_file
+from qatscale.untrusted import read_object
 
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
 """Beside the package in a clone, inside it in a wheel."""
@@ -259,40 +257,15 @@ def _shipped() -> dict[str, Path]:
     return {path.stem: path for folder in _FOLDERS for path in folder.glob("*.json")}
 
 
-def _path(name_or_path: str | Path) -> Path:
-    if str(name_or_path) in _shipped():
-        return _shipped()[str(name_or_path)]
-    path = Path(name_or_path).expanduser()
-    if is_file(path):
-        return path
-    names_a_file = path.suffix == ".json" or os.sep in str(name_or_path)
-    problem = "no such file." if names_a_file else "no ds_config or file of this name."
-    raise UserError("engine.ds_config", str(name_or_path), problem, did_you_mean(path.stem, ds_config_names()))
-
-
 def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
-    path = _path(name_or_path)
-    try:
-        ds = json.loads(read_small(path), object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}", None, f"not valid JSON: {error.msg}.") from error
-    except RecursionError:
-        raise UserError("engine.ds_config", str(path), "nested too deep.") from None
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # not UTF-8; a number of more digits than Python reads
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError("engine.ds_config", str(path), f"cannot be read: {reason}.") from error
-    if not isinstance(ds, dict):
-        problem = f"holds a {type(ds).__name__}, not an object of keys and values."
-        raise UserError("engine.ds_config", str(path), problem)
-    return _Check(ds, str(path), mend)
+    path = named_file("engine.ds_config", name_or_path, _shipped())
+    return _Check(read_object(path, "engine.ds_config", _without_duplicates), str(path), mend)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise UserError(key, None, "occurs twice in the ds_config; the later one would win.", "Keep one.")
+            raise ValueError(f"the key {key!r} occurs twice, and the later one would win")
         content[key] = value
     return content

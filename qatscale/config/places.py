@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qatscale.files import is_file
+from qatscale.errors import UserError, did_you_mean
+from qatscale.files import is_file, is_folder
 
 SQLITE = "sqlite:///"
 _USER = re.compile(r"(?<=://)(?:[^\s/:@]+|[^\s/:@]*:(?!\d+(?:/|$))\S*)@")
 """`user@`, `token@` or `user:password@` of an address. A password may hold any character but a blank."""
 _SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:user|pass|pwd|token|secret|key|auth|sig)[^=&\s]*=)[^&\s#'\"]*", re.I)
 """A value of an address's query that is a credential by its name."""
+
+
+def named_file(key: str, given: str | Path, shipped: Mapping[str, Path]) -> Path:
+    """The file that `given` is the path of or, in `shipped`, the name of. UserError about `key` where there is none."""
+    if given in shipped:
+        return shipped[str(given)]
+    path = Path(given).expanduser()
+    if is_file(path):
+        return path
+    if is_folder(path):
+        raise UserError(key, str(given), "is a folder.", "Name the file in it.")
+    if path.suffix in (".yaml", ".yml", ".json") or os.sep in str(given):
+        near = [str(file) for file in path.parent.glob("*") if file.suffix == path.suffix]
+        raise UserError(key, str(given), "no such file.", did_you_mean(str(path), [*near, *shipped]))
+    problem = f"no {key.rpartition('.')[2]} or file of this name."
+    raise UserError(key, str(given), problem, did_you_mean(str(given), shipped))
 
 
 def without_credentials(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qatscale.config.places import absolute_places, find_moved
+from qatscale.config.places import absolute_places, find_moved, named_file
 from qatscale.config.problems import lookup, together, user_errors
 from qatscale.config.schema import RunConfig
 from qatscale.config.section import KeyPath, plain_types
 from qatscale.config.settings import sections, settings, suggest
 from qatscale.config.short_runs import fit_lengths
 from qatscale.config.yaml_text import Document, parse_yaml, read_document, to_yaml
-from qatscale.errors import UserError, did_you_mean
-from qatscale.files import is_file, is_folder
+from qatscale.errors import UserError
 
 RETIRED = ("data.shuffle_block", "engine.quantized_weight_cache")
 """Keys of former versions. They are dropped from recipes that runs recorded and refused in all others."""
@@ -38,7 +36,7 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
 
     Raises UserError for whatever is wrong with either, and lists all of it (UserErrors) where it can.
     """
-    path = _recipe_path(recipe)
+    path = named_file("recipe", recipe, {name: RECIPES / f"{name}.yaml" for name in recipe_names()})
     document = _read(path)
     raw = document.value
     shipped = RunConfig.model_validate(raw) if path.parent == RECIPES else None
@@ -130,20 +128,6 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{key}.{name}" if key else name)
     else:
         yield key, value
-
-
-def _recipe_path(recipe: str | Path) -> Path:
-    if isinstance(recipe, str) and recipe in recipe_names():
-        return RECIPES / f"{recipe}.yaml"
-    path = Path(recipe).expanduser()
-    if is_file(path):
-        return path
-    if is_folder(path):
-        raise UserError("recipe", str(recipe), "is a folder.", "Name the YAML file in it.")
-    if path.suffix in (".yaml", ".yml") or os.sep in str(recipe):
-        near = [str(other) for other in path.parent.glob("*.y*ml")]
-        raise UserError("recipe", str(recipe), "no such file.", did_you_mean(str(path), [*near, *recipe_names()]))
-    raise UserError("recipe", str(recipe), "no recipe or file of this name.", did_you_mean(str(recipe), recipe_names()))
 
 
 def _read(path: Path) -> Document:

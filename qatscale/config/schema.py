@@ -157,7 +157,7 @@ class ModelConfig(Section):
 
     @property
     def channels(self) -> int:
-        """Of a head."""
+        """Channels of a head."""
         return self.head_dim or self.hidden_size // self.heads
 
     @property
@@ -442,7 +442,6 @@ class RunConfig(Section):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
         return max(1, round(self.tokens / self.tokens_per_step))
 
     @property

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import StoredWeights, attention_shape, llama_weights
 from qatscale.config.schema import ModelConfig, QatConfig
+from qatscale.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 
@@ -127,6 +128,14 @@ def peak_flops(device_name: str) -> float | None:
     """
     device = _device(device_name)
     return device.teraflops * 1e12 if device else None
+
+
+def known_peak(gpu: str, fix: str = "") -> float:
+    """As `peak_flops`. UserError, about --gpu, for a device that is not in the table."""
+    if (peak := peak_flops(gpu)) is None:
+        known = f"Known: {', '.join(device_names())}. {fix}"
+        raise UserError("--gpu", gpu, "its peak FLOP/s is unknown.", known.strip())
+    return peak
 
 
 def device_memory(device_name: str) -> int | None:

@@ -167,13 +167,17 @@ def _located(source: str) -> Iterator[None]:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of `parse_document`."""
     return parse_document(text, source).value
 
 
 def to_yaml(value: Any) -> str:
     """Plain YAML in the order of the keys; `parse_yaml` gives the equal value back. Lists stay on one line."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+
+
+def value_text(value: Any) -> str:
+    """A value as an override writes it."""
+    return value if isinstance(value, str) else to_yaml(value).removesuffix("\n...\n").strip()
 
 
 def children(node: yaml.Node) -> list[tuple[str | int, yaml.Node, yaml.Node]]:

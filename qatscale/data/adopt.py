@@ -19,7 +19,7 @@ DEFAULT_FRACTION = 0.01
 
 
 def adopt(
-    folder: Path | str,
+    folder: Path,
     *,
     train: Sequence[str],
     validation: Sequence[str] = (),
@@ -38,7 +38,6 @@ def adopt(
     Reads every token once, for the checksums and so that no id outside `vocab_size` reaches a model. Raises UserError
     for a shard that is missing, damaged or of another dtype, for such an id, and where a manifest exists already.
     """
-    folder = Path(folder)
     if (folder / NAME).exists():
         raise UserError("folder", str(folder), f"has a {NAME} already.", "Remove it to adopt the shards anew.")
     if not train:
@@ -72,11 +71,7 @@ def adopt(
     size = largest + 1 if vocab_size is None else vocab_size
     if eos_id is not None and not 0 <= eos_id < size:
         raise UserError("--eos", eos_id, f"is not a token: the vocabulary has {size}.")
-    splits: dict[Split, SplitCounts] = {}
-    for split, members in names.items():
-        shards = [found[name] for name in members]
-        documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
-        splits[split] = SplitCounts(documents=documents, tokens=tokens, text_bytes=None, shards=shards)
+    splits = {split: SplitCounts.of([found[name] for name in members]) for split, members in names.items()}
     if fraction and splits["train"].documents > 1:
         splits = hold_out(folder, splits["train"].shards, fraction)
     manifest = Manifest(

@@ -16,14 +16,15 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from qatscale.data.manifest import Split
 from qatscale.data.sources import Batch
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer
 
-SPLITS = ("train", "validation")
+SPLITS = get_args(Split)
 _FEW = 6
 """Batches, of 1 MB each, that are tokenized faster than other processes start."""
 

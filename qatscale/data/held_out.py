@@ -37,15 +37,7 @@ def hold_out(folder: Path, shards: Sequence[Shard], fraction: float) -> dict[Spl
         is_held = part >= 0 and first < starts[part] + lengths[part]
         split = splits["validation" if is_held else "train"]
         split.append(_stretch(folder, shards[index], first - int(ends[index]), end - int(ends[index])))
-    return {
-        name: SplitCounts(
-            documents=sum(s.documents for s in found),
-            tokens=sum(s.tokens for s in found),
-            text_bytes=None,
-            shards=found,
-        )
-        for name, found in splits.items()
-    }
+    return {name: SplitCounts.of(found) for name, found in splits.items()}
 
 
 def _stretch(folder: Path, shard: Shard, first: int, end: int) -> Shard:

@@ -17,7 +17,6 @@ Megatron-LM, GPT-NeoX and NeMo read and write it. In shards written here a seque
 from __future__ import annotations
 
 import functools
-import itertools
 import mmap
 import os
 import struct
@@ -68,7 +67,7 @@ class IndexedReader:
 
     def __init__(self, prefix: Path, fix: str = PREPARE_AGAIN) -> None:
         """`fix`: what errors advise, PREPARE_AGAIN or WRITE_AGAIN."""
-        self._fix = fix
+        self.fix = fix
         self.bin_path, self.idx_path = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
         try:
             with self.idx_path.open("rb") as index, self.bin_path.open("rb") as data:
@@ -77,33 +76,29 @@ class IndexedReader:
                 self._check_bin_size(index)
                 self._map = mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ)  # the one descriptor that stays
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise UserError("shard", str(error.filename), "the file is missing.", self._fix) from None
+            raise UserError("shard", str(error.filename), "the file is missing.", self.fix) from None
         self.tokens = np.frombuffer(self._map, self.dtype)  # a slice of a np.memmap costs several times as much
 
     @functools.cached_property
-    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
-        ends = np.cumsum([HEADER.size, 4 * self._sequences, 8 * self._sequences, 8 * self._documents])
-        parts = (index[start:end] for start, end in itertools.pairwise(ends))
-        return tuple(part.view(dtype) for part, dtype in zip(parts, ("<i4", "<i8", "<i8"), strict=True))  # type: ignore[return-value]
-
-    @property
     def lengths(self) -> np.ndarray:
-        return self._index[0]
+        return self._part("<i4", HEADER.size, self._sequences)
 
-    @property
+    @functools.cached_property
     def pointers(self) -> np.ndarray:
-        return self._index[1]
+        return self._part("<i8", HEADER.size + 4 * self._sequences, self._sequences)
 
-    @property
+    @functools.cached_property
     def documents(self) -> np.ndarray:
-        return self._index[2]
+        return self._part("<i8", HEADER.size + 12 * self._sequences, self._documents)
+
+    def _part(self, dtype: str, offset: int, count: int) -> np.ndarray:
+        return np.memmap(self.idx_path, dtype, "r", offset, count)
 
     def _read_header(self, raw: bytes) -> tuple[np.dtype[Any], int, int]:
         if not raw.startswith(MAGIC):
             raise UserError("shard", str(self.idx_path), f"starts with {raw[:9]!r}, not with {MAGIC!r}.")
         if len(raw) < HEADER.size:
-            raise UserError("shard", str(self.idx_path), "is cut off within its header.", self._fix)
+            raise UserError("shard", str(self.idx_path), "is cut off within its header.", self.fix)
         _, version, code, sequences, documents = HEADER.unpack(raw)
         if version != VERSION:
             raise UserError(
@@ -116,7 +111,7 @@ class IndexedReader:
         expected = HEADER.size + 12 * sequences + 8 * documents
         if self.idx_bytes != expected:
             problem = f"has {self.idx_bytes:,} bytes, and its header says {expected:,}."
-            raise UserError("shard", str(self.idx_path), problem, self._fix)
+            raise UserError("shard", str(self.idx_path), problem, self.fix)
         if sequences == 0:
             raise UserError("shard", str(self.idx_path), "holds no documents.")
         return dtype, sequences, documents
@@ -141,7 +136,7 @@ class IndexedReader:
             problem += " It is one token a document: probably the index leaves out end-of-document tokens, as an old"
             problem += " preprocess_data.py of Megatron-LM did (its issue 431)."
             raise UserError("shard", str(self.bin_path), problem, "Tokenize again with a later version of the tool.")
-        raise UserError("shard", str(self.bin_path), problem, self._fix)
+        raise UserError("shard", str(self.bin_path), problem, self.fix)
 
     def prefetch(self, start: int, count: int) -> None:
         """Ask the system to read tokens [start, start + count) from the disk, without waiting for them."""

@@ -36,6 +36,11 @@ class SplitCounts(_Part):
     """UTF-8 bytes of the documents; null for adopted shards."""
     shards: list[Shard]
 
+    @classmethod
+    def of(cls, shards: list[Shard], text_bytes: int | None = None) -> SplitCounts:
+        documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+        return cls(documents=documents, tokens=tokens, text_bytes=text_bytes, shards=shards)
+
 
 class TokenizerCard(_Part):
     kind: str
@@ -139,7 +144,7 @@ class Manifest(_Part):
         """
         counts = self.splits.get(split)
         if counts is None or not counts.shards:
-            again = "adopt" if "adopted" in self.identity else "prepare"
+            again = "adopt" if self._is_adopted else "prepare"
             fix = f"Run `qatscale {again}` again with a larger --validation-fraction."
             raise UserError("data.path", None, f"the data have no {split} split.", fix)
         if verify == "trust":
@@ -150,6 +155,10 @@ class Manifest(_Part):
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
             for _ in pool.map(lambda shard: self._check_shard(folder, shard, full), files.values()):
                 pass
+
+    @property
+    def _is_adopted(self) -> bool:
+        return "adopted" in self.identity
 
     @functools.cached_property
     def _file_tokens(self) -> dict[str, int]:
@@ -162,32 +171,30 @@ class Manifest(_Part):
 
     def open_shard(self, folder: Path, shard: Shard) -> IndexedReader:
         """The file that holds a shard. UserError where its size or type is not what the manifest says."""
-        fix = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
-        reader = IndexedReader(folder / shard.name, fix)
+        reader = IndexedReader(folder / shard.name, WRITE_AGAIN if self._is_adopted else PREPARE_AGAIN)
         sizes = (
             (reader.bin_path, reader.bin_bytes, shard.bin_bytes),
             (reader.idx_path, reader.idx_bytes, shard.idx_bytes),
         )
         for path, size, expected in sizes:
             if size != expected:
-                raise UserError("shard", str(path), f"has {size} bytes, and the manifest says {expected}.", fix)
+                raise UserError("shard", str(path), f"has {size} bytes, and the manifest says {expected}.", reader.fix)
         held = self._file_tokens[shard.name]
         if reader.dtype.name != self.dtype or len(reader.tokens) not in (shard.tokens, held):
             found = f"holds {len(reader.tokens)} tokens of {reader.dtype.name}"
             problem = f"{found}, and the manifest says {held} of {self.dtype}."
-            raise UserError("shard", str(reader.idx_path), problem, fix)
+            raise UserError("shard", str(reader.idx_path), problem, reader.fix)
         return reader
 
     def _check_shard(self, folder: Path, shard: Shard, full: bool) -> None:
         reader = self.open_shard(folder, shard)
         if not full:
             return
-        fix = WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN
         for path, checksum in ((reader.bin_path, shard.bin_sha256), (reader.idx_path, shard.idx_sha256)):
             if sha256_of(path) != checksum:
-                raise UserError("shard", str(path), "was altered: its checksum is not the manifest's.", fix)
+                raise UserError("shard", str(path), "was altered: its checksum is not the manifest's.", reader.fix)
         reader.check_contiguous()
         low, high = int(reader.tokens.min()), int(reader.tokens.max())
         if low < 0 or high >= self.tokenizer.vocab_size:
             problem = f"holds token id {low if low < 0 else high}; the vocabulary has {self.tokenizer.vocab_size}."
-            raise UserError("shard", str(reader.bin_path), problem, fix)
+            raise UserError("shard", str(reader.bin_path), problem, reader.fix)

@@ -26,9 +26,13 @@ def open_batches(config: RunConfig, timeline: Timeline) -> BatchReader | MixedRe
     return MixedReader(_manifest_of(streams), streams, mixture, data.sequence_length, sequences, data.seed, tail)
 
 
-def open_validation(config: RunConfig) -> EvaluationReader:
-    """The held-out batches of a run. UserError as from `open_stream`."""
+def open_validation(config: RunConfig, tokenizer: str | None = None) -> EvaluationReader:
+    """The held-out batches of a run. UserError as from `open_stream`, and for ids of another tokenizer.
+
+    tokenizer: the fingerprint of the model's, if known.
+    """
     held_out = open_stream(config, "validation")
+    held_out.manifest.check_tokenizer(tokenizer)
     return EvaluationReader(held_out, config.data.sequence_length, config.evaluation.tokens, config.batch.micro_batch)
 
 
@@ -60,9 +64,8 @@ def _open_sources(config: RunConfig, split: Split) -> dict[str, TokenStream]:
     manifests = {name: Manifest.load(folder) for name, folder in config.data.sources.items()}
     joined(manifests).check_vocabulary(config.model.vocab_size)
     held = [name for name, manifest in manifests.items() if split == "train" or manifest.holds(split)]
-    return {
-        name: TokenStream.of(manifests[name], config.data.sources[name], split, verify) for name in held or manifests
-    }
+    sources = config.data.sources
+    return {name: TokenStream.open(sources[name], split, verify, manifests[name]) for name in held or manifests}
 
 
 def _manifest_of(streams: Mapping[str, TokenStream]) -> Manifest:
@@ -102,16 +105,12 @@ def joined(manifests: Mapping[str, Manifest]) -> Manifest:
     splits: dict[Split, SplitCounts] = {}
     for split in get_args(Split):
         parts = {name: manifest.splits[split] for name, manifest in manifests.items() if split in manifest.splits}
-        splits[split] = SplitCounts(
-            documents=sum(part.documents for part in parts.values()),
-            tokens=sum(part.tokens for part in parts.values()),
-            text_bytes=sum(part.text_bytes or 0 for part in parts.values()) or None,
-            shards=[
-                shard.model_copy(update={"name": f"{name}/{shard.name}"})
-                for name, part in parts.items()
-                for shard in part.shards
-            ],
-        )
+        shards = [
+            shard.model_copy(update={"name": f"{name}/{shard.name}"})
+            for name, part in parts.items()
+            for shard in part.shards
+        ]
+        splits[split] = SplitCounts.of(shards, sum(part.text_bytes or 0 for part in parts.values()) or None)
     card = chosen.tokenizer
     size = max(manifest.tokenizer.vocab_size for manifest in manifests.values())
     folder = card.folder and f"{first}/{card.folder}"

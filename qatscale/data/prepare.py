@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import qatscale
-from qatlaw.text import plural
+from qatlaw.text import listed, plural
 from qatscale.data import state as states
 from qatscale.data.encode import Encoded, encode_all, is_validation
 from qatscale.data.held_out import hold_out
@@ -28,6 +28,7 @@ from qatscale.data.sources import Batch, Source, SourceOptions, open_sources
 from qatscale.data.state import TOKENIZER, State
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from qatscale.errors import UserError
+from qatscale.files import only_process
 
 VOCABULARY = 32_000
 SAMPLE_BYTES = 50_000_000
@@ -76,22 +77,13 @@ def prepare(
     """Tokenize `sources` into `out`: `.bin`/`.idx` shards, `tokenizer/`, and at the end `manifest.json`.
 
     After a kill the same call continues from the last finished shards. On a finished folder it returns at once.
+    Sources, which are read one after another, and most options are those of the command `qatscale prepare`.
 
-    sources: files, folders, globs (JSON lines, Parquet, plain text), names of Hugging Face datasets (`name`,
-        `name:config`), or `self`, the embedded corpus (`self:30M` = at most 30 MB); read one after another.
-    field: the field that holds a document's text (JSON lines, Parquet, datasets).
-    split: that of a Hugging Face dataset.
-    text_unit: what a document is in a plain text file: the file, a paragraph (up to a blank line), or a line.
-    tokenizer: a SentencePiece .model, a tokenizer's or a prepared folder, or a Hugging Face name; None = train one.
-    eos: the token that ends a document, or its id, where `tokenizer` names none or another.
-    vocab_size: that of the SentencePiece BPE to train; None = 32000.
-    sample_bytes: text to train it on, without held-out documents, taken evenly from the sources and their files.
-    validation_fraction: share of the documents that is held out, chosen by a hash of their text, and at least one of
-        several; 0 = none.
+    text_unit: a paragraph ends at a blank line.
+    sample_bytes: text to train a tokenizer on, without held-out documents, taken evenly from the sources and files.
+    validation_fraction: 0 = nothing is held out; else at least one of several documents is.
     shard_tokens: training tokens after which a pair of shards ends.
     max_tokens: stop soon after this many training tokens; None = read everything.
-    workers: tokenizing processes; None = one per core.
-    restart: discard what an earlier call left in `out`, finished or not.
     console: where to show progress; None = nowhere.
 
     Raises UserError for wrong sources or options, and where `out` holds something else.
@@ -132,9 +124,8 @@ def prepare(
     states.refuse_strangers(folder)  # before the lock's file exists
     view = _Watch(console)
     if repeated:
-        named = ", ".join(repeated[:3]) + (f" and {len(repeated) - 3} more" if repeated[3:] else "")
-        view.say(f"note: named more than once, read once: {named}")
-    with states.folder_lock(folder), view.bar:
+        view.say(f"note: named more than once, read once: {listed(repeated)}")
+    with only_process(folder, "out"), view.bar:
         if restart:
             states.discard(folder)
         manifest = states.finished(folder, identity)

@@ -38,13 +38,12 @@ class TokenStream:
         self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
 
     @classmethod
-    def open(cls, folder: Path | str, split: Split, verify: Verify = "auto") -> TokenStream:
-        """Raises UserError for a missing folder or split and for a missing, truncated or altered shard."""
-        return cls.of(Manifest.load(Path(folder)), Path(folder), split, verify)
+    def open(cls, folder: Path, split: Split, verify: Verify = "auto", manifest: Manifest | None = None) -> TokenStream:
+        """Raises UserError for a missing folder or split and for a missing, truncated or altered shard.
 
-    @classmethod
-    def of(cls, manifest: Manifest, folder: Path, split: Split, verify: Verify) -> TokenStream:
-        """As `open`, where the folder's manifest is known."""
+        manifest: the folder's, where it is known.
+        """
+        manifest = manifest or Manifest.load(folder)
         manifest.check_shards(folder, split, verify)
         open_shard = functools.partial(manifest.open_shard, folder)
         return cls(manifest, manifest.splits[split].shards, open_shard, f"{folder} ({split})")
@@ -202,20 +201,20 @@ class BatchReader:
         """The sequences at the positions [first, first + count) of the order, counted through all epochs."""
         return self.stream.gather(self._order(first, count), self.sequence_length)
 
-    def epochs(self, steps: int) -> float:
-        """Epochs that `steps` steps read; above 1, data repeat."""
-        return steps * self.sequences / self.sequences_per_epoch
-
     def repetition(self, steps: int) -> str | None:
         """A warning for a run of `steps` steps, or None if no sequence occurs twice."""
-        return self.repeats("the data repeat", self.epochs(steps))
+        return repetition(
+            "", steps * self.sequences / self.sequences_per_epoch, self.sequences_per_epoch * self.sequence_length
+        )
 
-    def repeats(self, what: str, epochs: float) -> str | None:
-        if epochs <= 1:
-            return None
-        unique = self.sequences_per_epoch * self.sequence_length
-        beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
-        return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
+
+def repetition(source: str, epochs: float, unique: int) -> str | None:
+    """A warning for a source of `unique` tokens, or None if no sequence occurs twice."""
+    if epochs <= 1:
+        return None
+    beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
+    what = f"{source} repeats" if source else "the data repeat"
+    return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
 
 
 def _part(sequences: int, step: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -279,9 +278,11 @@ class MixedReader:
     def repetition(self, steps: int) -> str | None:
         """A warning that names each source of which a run of `steps` steps reads sequences again, or None."""
         counts = self.mixture.count(steps * self.sequences)
-        epochs = [count / reader.sequences_per_epoch for count, reader in zip(counts, self._readers, strict=True)]
-        named = zip(self.mixture.names, epochs, self._readers, strict=True)
-        lines = [reader.repeats(f"{name} repeats", epoch) for name, epoch, reader in named]
+        named = zip(self.mixture.names, counts, self._readers, strict=True)
+        lines = [
+            repetition(name, count / reader.sequences_per_epoch, reader.sequences_per_epoch * self.sequence_length)
+            for name, count, reader in named
+        ]
         return "; ".join(filter(None, lines)) or None
 
 

@@ -72,15 +72,18 @@ def modules() -> tuple[tuple[str, Path], ...]:
 
 
 def _distributions() -> list[importlib.metadata.Distribution]:
-    """The installed packages that qatscale requires, by name, without those of its extras."""
     try:
-        requirements = importlib.metadata.requires("qatscale") or []
+        names = required_packages()
     except importlib.metadata.PackageNotFoundError:
         problem = "consists of the packages that qatscale requires, and qatscale is not installed."
         raise UserError("source", "self", problem, "Run: pip install --no-deps -e CHECKOUT") from None
-    required = [r for r in requirements if "extra ==" not in r]
-    names = sorted({re.split(r"[^A-Za-z0-9._-]", r, maxsplit=1)[0].lower() for r in required})
     return [importlib.metadata.distribution(name) for name in names]
+
+
+def required_packages() -> list[str]:
+    """The packages that qatscale requires, by name, without those of its extras. PackageNotFoundError without it."""
+    required = [line for line in importlib.metadata.requires("qatscale") or [] if "extra ==" not in line]
+    return sorted({re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0].lower() for line in required})
 
 
 def module_documents(source: bytes, seen: set[bytes]) -> list[str]:

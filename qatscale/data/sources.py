@@ -191,8 +191,6 @@ class HubSource(Source):
 
 
 class SelfSource(Source):
-    """The embedded corpus (see `selfcorpus`)."""
-
     def __init__(self, spec: str) -> None:
         self.spec = spec
         amount = spec.partition(":")[2]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from qatscale.data.indexed import Shard
 from qatscale.data.manifest import NAME as MANIFEST
 from qatscale.data.manifest import Manifest, SplitCounts
 from qatscale.errors import UserError
-from qatscale.files import PARTIAL, Count, HeldError, locked, read_checked, sealed, write_json
+from qatscale.files import PARTIAL, Count, read_checked, sealed, write_json
 
 NAME = "progress.json"
 TOKENIZER = "tokenizer"
@@ -40,8 +38,7 @@ class State(BaseModel):
 
     @classmethod
     def fresh(cls, identity: dict[str, Any]) -> State:
-        none = SplitCounts(documents=0, tokens=0, text_bytes=0, shards=[])
-        return cls(identity=identity, splits=dict.fromkeys(SPLITS, none))
+        return cls(identity=identity, splits=dict.fromkeys(SPLITS, SplitCounts.of([], 0)))
 
     @property
     def documents(self) -> int:
@@ -53,12 +50,7 @@ class State(BaseModel):
 
     def add(self, split: str, shard: Shard, text_bytes: int) -> None:
         old = self.splits[split]
-        self.splits[split] = SplitCounts(
-            documents=old.documents + shard.documents,
-            tokens=old.tokens + shard.tokens,
-            text_bytes=(old.text_bytes or 0) + text_bytes,
-            shards=[*old.shards, shard],
-        )
+        self.splits[split] = SplitCounts.of([*old.shards, shard], (old.text_bytes or 0) + text_bytes)
 
     def save(self, folder: Path) -> None:
         write_json(folder / NAME, sealed(self.model_dump()))
@@ -125,13 +117,3 @@ def _check_identity(folder: Path, what: str, held: dict[str, Any], asked: dict[s
     if keys:
         differences = [f"{key} is {held.get(key)!s:.160}, not {asked.get(key)!s:.160}" for key in keys]
         raise UserError("out", str(folder), f"holds {what} made otherwise: {'; '.join(differences)}.", _RESTART)
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. UserError when another process holds it."""
-    try:
-        with locked(folder / ".lock", wait=0):
-            yield
-    except HeldError:
-        raise UserError("out", str(folder), "another `qatscale prepare` is writing here.", "Wait for it.") from None

@@ -22,7 +22,8 @@ from qatscale.data.indexed_writer import token_dtype
 from qatscale.data.manifest import Manifest
 from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
-from qatscale.files import PARTIAL, Count, read_checked, rename_synced, write_atomic, write_json
+from qatscale.files import Count, read_checked, write_json
+from qatscale.new_folder import appearing
 from qatscale.untrusted import check_json_files, readable
 
 CARD = "qatscale_tokenizer.json"
@@ -62,14 +63,11 @@ class Tokenizer(abc.ABC):
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer as `folder`, which appears complete or not at all."""
-        partial = folder.with_name(folder.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, content in self.files.items():
-            write_atomic(partial / name, content)
-        write_json(partial / CARD, self.card)
         shutil.rmtree(folder, ignore_errors=True)
-        rename_synced(partial, folder)
+        with appearing(folder) as partial:
+            for name, content in self.files.items():
+                (partial / name).write_bytes(content)
+            write_json(partial / CARD, self.card)
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qatscale.config.ds_config import precision_of
 from qatscale.config.schema import RunConfig
@@ -16,32 +16,7 @@ from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.initial_weights import InitialWeights, constant
 from qatscale.model.llama import Llama, canonical_name
 from qatscale.model.tensor_parallel import shard_of
-from qatscale.quant.plugin import QatPlugin, scale_groups
-
-
-def optimizer_groups(model: nn.Module, plugin: QatPlugin) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices (decayed), norms (not decayed), and one per bit width of scales (not decayed).
-
-    `lr_ratio` is the group's rate over the schedule's. A scale of b bits is about 1/Qp of the row's largest weight, and
-    Adam moves every parameter by about the rate: at the weights' rate a scale of 8 bits would be gone in one step. So
-    it is `plugin.scale_lr_ratio`, the quantizer's unless the recipe sets one.
-    """
-    scales = scale_groups(model)
-    of_scales = {id(p) for group in scales.values() for p in group}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_scales]
-    groups: list[dict[str, Any]] = [
-        {"name": "matrices", "params": [p for p in weights if _dimensions(p) >= 2], "lr_ratio": 1.0, "decayed": True},
-        {"name": "norms", "params": [p for p in weights if _dimensions(p) < 2], "lr_ratio": 1.0, "decayed": False},
-    ]
-    for bits, parameters in scales.items():
-        ratio = plugin.scale_lr_ratio(bits)
-        groups.append({"name": f"scales_{bits:g}bit", "params": parameters, "lr_ratio": ratio, "decayed": False})
-    return [group for group in groups if group["params"]]
-
-
-def _dimensions(parameter: Tensor) -> int:
-    """Also where ZeRO-3 has divided it, which leaves nothing of its shape."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+from qatscale.quant.plugin import QatPlugin
 
 
 @torch.no_grad()
@@ -119,7 +94,7 @@ def initialize_engine(
     import deepspeed
     from deepspeed.utils import groups
 
-    groups_of_parameters = optimizer_groups(model, plugin)
+    groups_of_parameters = plugin.optimizer_groups()
     if topology is not None:
         _equal_counts(groups_of_parameters, topology)
     adam = torch.optim.AdamW(

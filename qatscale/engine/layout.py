@@ -51,5 +51,4 @@ def job_size(unlaunched: int = 1) -> int:
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
-    """The pipeline stages of a run."""
     return divide(config.model, config.engine.pipeline_stages)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.files import write_json
-from qatscale.quant.plugin import Masters, PlainMasters, QatPlugin
+from qatscale.quant.plugin import Masters, PlainMasters, QatPlugin, zero_optimizer
 from qatscale.untrusted import read_object
 
 FILE = "qat_plugin.json"
@@ -27,9 +27,7 @@ def masters_of(optimizer: Any, model: nn.Module) -> Masters:
     optimizer: PyTorch's, or ZeRO's (1 to 3) as `deepspeed.initialize` returns it, perhaps wrapped by accelerate. model:
     the module that the plugin prepared.
     """
-    zero = optimizer
-    while zero is not None and not type(zero).__module__.startswith("deepspeed."):
-        zero = zero.__dict__.get("optimizer")
+    zero = zero_optimizer(optimizer)
     if zero is None:
         return PlainMasters(optimizer)
     from deepspeed.accelerator import get_accelerator

@@ -69,7 +69,6 @@ class StoredParameter:
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
         return self.encoding.size(self.parameter)
 
 
@@ -99,11 +98,6 @@ class ExportLayout:
             assert isinstance(entry.encoding, PlainEncoding)
             return self.source.plain(entry.parameter).to(entry.encoding.dtype)
         return entry.encoding.read(self.matrix(entry))
-
-    @property
-    def rounded(self) -> float:
-        """Largest relative rounding of a stored scale, among those read so far."""
-        return max(self.rounding.values(), default=0.0)
 
     def ideal_size(self, parameter: SourceParameter) -> float:
         """Bytes: N·B/8 and the scales in training's type; an unquantized parameter in training's type."""

@@ -16,8 +16,6 @@ from qatscale.model.lazy_state import LazyState
 
 
 class FileTensor(NamedTuple):
-    """One tensor in the file."""
-
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,7 +28,6 @@ def hf_name(layout: ExportLayout, entry: StoredParameter) -> str:
 
 
 def value_tensor(layout: ExportLayout, entry: StoredParameter, dtype: torch.dtype) -> FileTensor:
-    """The parameter's values under its usual name."""
     return FileTensor(hf_name(layout, entry), entry.parameter.shape, dtype, lambda: layout.stored(entry))
 
 

@@ -138,7 +138,7 @@ def contents(
     """export.json. folder: the written files."""
     source = layout.source
     per_step = source.config.tokens_per_step
-    step, switched_at = source.manifest.step, source.switched_at
+    step, switched_at = source.manifest.step, source.manifest.switched_at
     qat_steps = 0 if switched_at is None else step - switched_at
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     tensors = _tensors(layout)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from qatlaw.bit_widths import EMBEDDING_LEAST_BITS
 from qatlaw.plan.shapes import Shape
-from qatscale.errors import UserError, did_you_mean
-from qatscale.export.formats import FORMATS
 
 _Q4_0 = (32, 18)
 _GGUF = {
@@ -19,11 +17,6 @@ _GGUF = {
 _SIGNED = {1: 2, 1.58: 2, 2: 3}
 """Bits of compressed-tensors' integers where they are not the weights'."""
 _MLX_GROUPS = (128, 64, 32)
-
-
-def check_format(name: str) -> None:
-    if name not in FORMATS:
-        raise UserError("--format", name, "is not a format of exports.", did_you_mean(name, FORMATS))
 
 
 def tensor_bytes(format: str, shape: Shape, bits: float, group_size: int | None) -> int:

@@ -74,8 +74,6 @@ class SourceParameter:
 
 @dataclass
 class ExportSource:
-    """An opened checkpoint."""
-
     folder: Path
     config: RunConfig
     dtype: torch.dtype
@@ -88,17 +86,11 @@ class ExportSource:
     _last: tuple[str, QuantizedMatrix] | None = field(default=None, repr=False)
 
     @property
-    def switched_at(self) -> int | None:
-        """Optimizer steps before the switch to QAT; None = it had not happened at this checkpoint."""
-        return self.manifest.plugin["switched_at"]
-
-    @property
     def is_quantized(self) -> bool:
         return any(parameter.quantizer for parameter in self.parameters)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the finished run."""
         return build_timeline(self.config).steps
 
     @property
@@ -115,14 +107,14 @@ class ExportSource:
         """The name of what is exported among the views of `qatscale evaluate`."""
         if self.ptq_bits is not None:
             return f"ptq{self.ptq_bits:g}"
-        return "fp" if self.switched_at is None else "quantized"
+        return "fp" if self.manifest.switched_at is None else "quantized"
 
     @property
     def bits(self) -> float:
         """Bits per quantized weight of what is exported."""
         if self.ptq_bits is not None:
             return self.ptq_bits
-        return UNQUANTIZED_BITS if self.switched_at is None else self.config.qat.bits
+        return UNQUANTIZED_BITS if self.manifest.switched_at is None else self.config.qat.bits
 
     def plain(self, parameter: SourceParameter) -> Tensor:
         """The parameter itself in `dtype`. UserError where it holds NaN or infinity."""
@@ -180,7 +172,7 @@ def open_source(
     )
     if source.is_unfinished and not unfinished:
         at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not decayed"
-        before_the_switch = config.qat.scheme != "fp" and source.switched_at is None
+        before_the_switch = config.qat.scheme != "fp" and source.manifest.switched_at is None
         missing = ", and it has not switched to QAT" if before_the_switch else ""
         fix = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
         raise UserError("checkpoint", what, f"{at}{missing}.", fix)

@@ -25,8 +25,6 @@ from qatscale.quant.views import computed_weights
 
 @dataclass
 class ClientReport:
-    """The comparison with one client."""
-
     client: str
     """Name, with versions."""
     exact: int = 0
@@ -97,7 +95,7 @@ def verify_export(
         tokens=_predicted(held_out),
         trained_loss=_mean_loss(trained, held_out),
         stored_loss=_mean_loss(stored, held_out),
-        rounding=layout.rounded,
+        rounding=max(layout.rounding.values(), default=0.0),
         weight_change=0.0,
     )
     _compare_stored(report, layout, trained, stored)

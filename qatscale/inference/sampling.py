@@ -60,8 +60,6 @@ class Detokenizer:
 
 
 class TextGenerator(Protocol):
-    """A loaded model with its tokenizer."""
-
     about: str
     """What it is, in one line."""
     length: int | None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from qatlaw.text import listed
 from qatscale.config.schema import ClashError, ModelConfig
 from qatscale.errors import UserError
 from qatscale.model.hugging_face_tokenizer import SpecialIds, export_tokenizer
@@ -30,6 +31,13 @@ READABLE_TYPES = ("F32", "BF16", "F16")
 TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 """Our `rope_scaling` in Hugging Face's names."""
+
+_FIELDS = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "intermediate_size": "intermediate_size", "tied_embedding": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps", "init_std": "initializer_range",
+}  # fmt: skip
+"""Keys of ours that Hugging Face's configuration has under other names, with the same values."""
 
 _OUTER = {
     "embed.weight": "model.embed_tokens.weight",
@@ -109,12 +117,7 @@ def _check(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise UserError("weights", None, problem)
     if unknown := sorted(set(state_shapes) - set(shapes)):
         fix = "Quantizer scales have no place in this format: fold them into the weights, or leave them out."
-        raise UserError("weights", None, _few(unknown) + " would be lost: a Llama has no such parameter.", fix)
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise UserError("weights", None, f"{listed(unknown)} would be lost: a Llama has no such parameter.", fix)
 
 
 def model_type(config: ModelConfig) -> str:
@@ -124,28 +127,21 @@ def model_type(config: ModelConfig) -> str:
 
 def hugging_face_config(config: ModelConfig, sequence_length: int, special: SpecialIds, dtype: torch.dtype) -> Any:
     """The configuration of transformers for this model, which was trained on sequences of `sequence_length` tokens."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import CONFIG_MAPPING
 
-    kind: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[model_type(config)]
+    kind: Any = CONFIG_MAPPING[model_type(config)]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         rope |= {"rope_type": "llama3", **dict(zip(_LLAMA3, config.rope_scaling, strict=True))}
         rope["original_max_position_embeddings"] = round(rope["original_max_position_embeddings"])
     return kind(
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
         architectures=[f"{kind.__name__.removesuffix('Config')}ForCausalLM"],
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads or config.heads,
         head_dim=config.channels,
         hidden_act="silu",
         max_position_embeddings=sequence_length,
-        initializer_range=config.init_std,
-        rms_norm_eps=config.norm_eps,
         rope_parameters=rope,
-        tie_word_embeddings=config.tied_embedding,
         bos_token_id=special.bos,
         eos_token_id=special.eos,
         dtype=str(dtype).removeprefix("torch."),
@@ -159,21 +155,19 @@ def export_hugging_face(
     *,
     sequence_length: int,
     tokenizer_folder: Path | None = None,
-    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` loads, and AutoTokenizer where a tokenizer is given.
 
-    dtype: of the written weights; None keeps theirs. Weights above 4 GB are split into shards. At most one tensor is
-    held in memory beside the state, of a lazy state one in total. The folder appears complete or not at all. One
-    process calls this, with full (not partitioned) weights. Raises UserError when `folder` is not empty or the weights
-    do not fit the configuration.
+    Weights above 4 GB are split into shards. At most one tensor is held in memory beside the state, of a lazy state one
+    in total. The folder appears complete or not at all. One process calls this, with full (not partitioned) weights.
+    Raises UserError when `folder` is not empty or the weights do not fit the configuration.
     """
     check_new(folder)
     state = to_hugging_face(model.state_dict() if isinstance(model, nn.Module) else model, config)
-    written_as = dtype or state["model.embed_tokens.weight"].dtype
+    dtype = state["model.embed_tokens.weight"].dtype
     with appearing(folder) as partial:
-        write_config(partial, config, sequence_length, tokenizer_folder, written_as)
-        save_safetensors(state, partial, written_as)
+        write_config(partial, config, sequence_length, tokenizer_folder, dtype)
+        save_safetensors(state, partial, dtype)
 
 
 def write_config(
@@ -256,11 +250,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _transformers_config(raw: dict[str, Any], key: str) -> Any:
     """key: the file that an error names."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import CONFIG_MAPPING
 
-    classes = dict(zip(TYPES, (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), strict=True))
     try:
-        return classes[raw["model_type"]].from_dict(raw)
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(key, None, f"is not a valid {raw['model_type']} configuration: {error}") from None
 
@@ -298,20 +291,13 @@ def _model_config(raw: dict[str, Any], key: str) -> ModelConfig:
         scaling = tuple(rope[name] for name in _LLAMA3)
     try:
         return ModelConfig(
-            vocab_size=theirs.vocab_size,
-            hidden_size=theirs.hidden_size,
-            layers=theirs.num_hidden_layers,
-            heads=heads,
+            **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},
             kv_heads=None if theirs.num_key_value_heads == heads else theirs.num_key_value_heads,
             head_dim=None if head_dim * heads == theirs.hidden_size else head_dim,
             attention_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
-            intermediate_size=theirs.intermediate_size,
-            tied_embedding=theirs.tie_word_embeddings,
             rope_theta=rope["rope_theta"],
             rope_scaling=scaling,
-            norm_eps=theirs.rms_norm_eps,
-            init_std=theirs.initializer_range,
         )
     except ValidationError as error:
         first = error.errors()[0]

@@ -34,8 +34,6 @@ _OUTPUTS = 1 << 14
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The initial values of a model's parameters."""
-
     config: ModelConfig
     seed: int
     version: Version = "auto"

@@ -26,7 +26,6 @@ class Stage:
 
 
 def single_stage(model: ModelConfig) -> Stage:
-    """The stage that holds a full model."""
     return Stage(0, 1, range(model.layers))
 
 

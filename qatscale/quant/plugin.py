@@ -63,11 +63,8 @@ class PlainMasters:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        inner: Any = optimizer
-        while inner is not None:  # accelerate wraps the optimizer
-            if type(inner).__module__.startswith("deepspeed."):
-                raise TypeError(f"{type(inner).__name__} {_ZERO}")
-            inner = inner.__dict__.get("optimizer")
+        if (zero := zero_optimizer(optimizer)) is not None:
+            raise TypeError(f"{type(zero).__name__} {_ZERO}")
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 _check_plain(parameter)
@@ -105,6 +102,13 @@ _ZERO = (
     "keeps fp32 masters in flat partitions, which PlainMasters cannot reach. Use ZeroMasters, as "
     "qatscale.engine.trainer_callback.masters_of(optimizer, model) makes it, or QatCallback with transformers' Trainer."
 )
+
+
+def zero_optimizer(optimizer: Any) -> Any:
+    """DeepSpeed's ZeRO inside an optimizer that accelerate may have wrapped; None where there is none."""
+    while optimizer is not None and not type(optimizer).__module__.startswith("deepspeed."):
+        optimizer = optimizer.__dict__.get("optimizer")
+    return optimizer
 
 
 def _check_plain(parameter: nn.Parameter) -> None:
@@ -183,21 +187,30 @@ class QatPlugin:
         )
         scales[id(layer.weight)] = layer.weight_scale
 
-    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer of the Adam family, after `prepare`: matrices, what is not decayed, scales by bits.
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The prepared model's matrices (decayed), norms and biases, and one group per bit width of scales.
 
-        Scales take `scale_lr_ratio` of the rate, without decay.
+        `lr_ratio` is the group's rate over the schedule's. A scale of b bits is about 1/Qp of the row's largest weight,
+        and Adam moves every parameter by about the rate: at the weights' rate a scale of 8 bits would be gone in one
+        step. So it is `scale_lr_ratio`.
         """
         scales = scale_groups(self._prepared())
         of_scales = {id(p) for group in scales.values() for p in group}
         weights = [p for p in self._prepared().parameters() if p.requires_grad and id(p) not in of_scales]
         groups = [
-            {"params": [p for p in weights if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
-            {"params": [p for p in weights if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
-            *({"params": group, "lr": lr * self.scale_lr_ratio(bits), "weight_decay": 0.0}
+            {"name": "matrices", "params": [p for p in weights if _dimensions(p) >= 2], "lr_ratio": 1.0},
+            {"name": "norms", "params": [p for p in weights if _dimensions(p) < 2], "lr_ratio": 1.0},
+            *({"name": f"scales_{bits:g}bit", "params": group, "lr_ratio": self.scale_lr_ratio(bits)}
               for bits, group in scales.items()),
         ]  # fmt: skip
-        return [group for group in groups if group["params"]]
+        return [{**group, "decayed": group["name"] == "matrices"} for group in groups if group["params"]]
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """`optimizer_groups` for an optimizer of the Adam family, with the rate and decay of each."""
+        return [
+            {"params": group["params"], "lr": lr * group["lr_ratio"], "weight_decay": weight_decay * group["decayed"]}
+            for group in self.optimizer_groups()
+        ]
 
     def scale_lr_ratio(self, bits: float) -> float:
         """The learning rate of the scales of a bit width over that of the weights."""
@@ -369,6 +382,11 @@ def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) 
         squared_error=float(error.square().sum(dtype=torch.float64)),
         squared_norm=float(working.float().square().sum(dtype=torch.float64)),
     )
+
+
+def _dimensions(parameter: Tensor) -> int:
+    """Also where ZeRO-3 has divided it, which leaves nothing of its shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _digest(scale: Tensor) -> str:

@@ -111,7 +111,6 @@ class SwitchReport:
         return _overall_error(self.modules)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {
             "step": self.step, "layers": self.layers, "weights": self.weights, "params": self.params,
             "quantized": {f"{bits:g}": weights for bits, (weights, _) in self.quantized.items()},

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from qatscale.config.cooldown_shapes import SHAPES
-from qatscale.config.schema import RunConfig, ScheduleConfig, Section
+from qatscale.config.schema import RunConfig, ScheduleConfig, Scheme, Section
 from qatscale.schedule.timeline import Segment, cooldown_of
 
 
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
-    """All warnings about a configuration and its segments."""
     return [
         *_qat_without_effect(config),
         *_schedule_without_effect(config, segments),
@@ -32,31 +31,27 @@ def _no_effect(keys: Sequence[str], why: str) -> list[str]:
     return [f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect: {why}"] if keys else []
 
 
+_SECOND_PHASE = ("warmup_fraction", "warmup_tokens", "cooldown_fraction", "optimizer_state")
+_UNUSED: dict[Scheme, tuple[tuple[str, ...], str]] = {
+    "fp": (
+        ("bits", "fraction", "learning_rate", "lr_ratio", "scale_lr_ratio", "scale_gradient_factor", *_SECOND_PHASE),
+        "qat.scheme=fp trains without quantization; for QAT set qat.scheme",
+    ),
+    "scratch": (
+        ("fraction", *_SECOND_PHASE),
+        "qat.scheme=scratch quantizes from step 0, with the lengths of `schedule`",
+    ),
+    "fused": (("cooldown_fraction",), "qat.scheme=fused has one cooldown, that of `schedule`"),
+    "sequential": ((), ""),
+}
+"""Keys of `qat` without effect under a scheme, and why."""
+
+
 def _qat_without_effect(config: RunConfig) -> list[str]:
-    qat = config.qat
-    common = ["warmup_fraction", "warmup_tokens", "cooldown_fraction", "optimizer_state"]
-    match qat.scheme:
-        case "fp":
-            names = [
-                "bits",
-                "fraction",
-                "learning_rate",
-                "lr_ratio",
-                "scale_lr_ratio",
-                "scale_gradient_factor",
-                *common,
-            ]
-            keys = [key for key in _changed(qat, "qat", names) if not (key == "qat.fraction" and qat.fraction == 0)]
-            return _no_effect(keys, "qat.scheme=fp trains without quantization; for QAT set qat.scheme")
-        case "scratch":
-            names = ["fraction", *common]
-            keys = [key for key in _changed(qat, "qat", names) if not (key == "qat.fraction" and qat.fraction == 1)]
-            return _no_effect(keys, "qat.scheme=scratch quantizes from step 0, with the lengths of `schedule`")
-        case "fused":
-            keys = _changed(qat, "qat", ["cooldown_fraction"])
-            return _no_effect(keys, "qat.scheme=fused has one cooldown, that of `schedule`")
-        case "sequential":
-            return []
+    names, why = _UNUSED[config.qat.scheme]
+    means_the_same = config.qat.fraction == {"fp": 0, "scratch": 1}.get(config.qat.scheme)
+    keys = _changed(config.qat, "qat", [name for name in names if not (name == "fraction" and means_the_same)])
+    return _no_effect(keys, why)
 
 
 def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
+from qatlaw.bit_widths import bits_label
+from qatlaw.figures.style import new_figure, tidy
 from qatlaw.files import write_figure
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
@@ -24,24 +24,21 @@ def draw(timeline: Timeline, config: RunConfig, path: Path) -> Path:
 
     The suffix of `path` chooses the format (.png, .svg, .pdf). Uses no pyplot, so no display and no global state.
     """
-    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+    figure = new_figure(3.6, width=8)
     axes = figure.add_subplot()
     tokens, rates = rate_curve(timeline)
     axes.plot(tokens, rates, color=BLUE, linewidth=1.8, solid_joinstyle="round")
     axes.set_xlim(0, timeline.tokens)
     axes.set_ylim(0, max(rates) * 1.06)
     _mark_phases(axes, timeline, config.qat.bits)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("learning rate")
     title = f"{config.name}: {config.qat.scheme}, {format_amount(timeline.tokens)} tokens"
-    axes.set_title(title, fontsize=10, loc="center")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_amount(value)))
+    tidy(axes, title, "tokens", "learning rate")
+    axes.xaxis.set_major_formatter(lambda value, _: format_amount(value))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_figure(figure, path)
+    write_figure(figure, path, dpi=150)
     return path
 
 
@@ -62,7 +59,7 @@ def _mark_phases(axes: Axes, timeline: Timeline, bits: float) -> None:
     per_step = timeline.tokens_per_step
     if timeline.switch_step is not None:
         switch = timeline.switch_step * per_step
-        label = f"QAT, {bits:g} bits: {timeline.qat_fraction:.1%} of the tokens"
+        label = f"QAT, {bits_label(bits)}: {timeline.qat_fraction:.1%} of the tokens"
         axes.axvspan(switch, timeline.tokens, color=ORANGE, alpha=0.18, linewidth=0, label=label)
         if switch:
             axes.axvline(switch, color=GREY, linewidth=1, linestyle="--", label=f"switch at {format_amount(switch)}")

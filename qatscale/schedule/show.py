@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qatlaw.bit_widths import bits_label
 from qatscale.config.amounts import format_amount
 from qatscale.config.schema import RunConfig
 from qatscale.schedule.timeline import Timeline
@@ -27,7 +28,7 @@ def describe(timeline: Timeline, config: RunConfig) -> list[tuple[str, ...]]:
                 first if first == last else f"{first} → {last}",
                 f"{segment.betas[0]:g}, {segment.betas[1]:g}",
                 f"{segment.weight_decay:g}",
-                f"{config.qat.bits:g} bits" if segment.quantized else "full",
+                bits_label(config.qat.bits) if segment.quantized else "full",
             )
         )
     return rows

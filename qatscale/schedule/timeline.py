@@ -29,8 +29,6 @@ from qatscale.errors import UserError
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings of one optimizer step."""
-
     phase: Phase
     quantized: bool
     learning_rate: float

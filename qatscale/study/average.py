@@ -21,7 +21,7 @@ from qatlaw.results import read_results
 from qatlaw.runs import RunRecord
 from qatlaw.study import trained_by
 from qatscale.config.recipe import config_differences
-from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.engine.checkpoints.files import list_checkpoints, step_of
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, read_checkpoint
 from qatscale.errors import UserError
@@ -56,9 +56,7 @@ def checkpoints_of(source: str) -> list[Path]:
     if window is None or Path(source).exists():
         return [find_checkpoint(source)]
     first, last = int(window["first"]), int(window["last"])
-    steps = {
-        int(path.name.removeprefix("step-")): path for path in list_checkpoints(Path(window["run"]) / "checkpoints")
-    }
+    steps = {step_of(path): path for path in list_checkpoints(Path(window["run"]) / "checkpoints")}
     found = [path for step, path in steps.items() if first <= step <= last]
     if not found:
         held = f"it has steps {', '.join(map(str, steps))}" if steps else "the run has no checkpoint"
@@ -168,17 +166,13 @@ def _windows(folder: StudyFolder, records: dict[str, RunRecord]) -> list[tuple[s
         stable = timeline["segments"][-1]["start"]
         holders = {trained_by(begins, name, step) for step in range(stable + 1, job.steps + 1)}
         paths = {
-            _step(path): path for holder in holders for path in list_checkpoints(folder.run(holder).checkpoints)
-            if _step(path) > stable and trained_by(begins, name, _step(path)) == holder
+            step_of(path): path for holder in holders for path in list_checkpoints(folder.run(holder).checkpoints)
+            if step_of(path) > stable and trained_by(begins, name, step_of(path)) == holder
         }  # fmt: skip
         last = [path for _, path in sorted(paths.items())]
         lengths = {length for length in WINDOWS if length < len(last)} | {len(last)}
         found += [(name, last[-length:]) for length in sorted(lengths - {0, 1})]
     return found
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _evaluated(folder: StudyFolder, name: str, checkpoints: list[Path], run: RunRecord) -> RunRecord:
@@ -190,7 +184,7 @@ def _evaluated(folder: StudyFolder, name: str, checkpoints: list[Path], run: Run
     widths = [float(key.rpartition("ptq")[2]) for key in run.final if "ptq" in key] if scheme == "fp" else [float(bits)]
     _, _, losses = evaluate_checkpoint(str(out), widths)
     kept: dict[str, Any] = {key: value for key, value in run.final.items() if not key.startswith("final/")}
-    own = final_losses(losses, "fp" if scheme == "fp" else "quantized")
+    own = final_losses(losses, scheme)
     assert {VAL_LOSS, VAL_LOSS_FP} <= own.keys()
-    final = {**kept, **own, AVERAGED: len(checkpoints), FIRST_STEP: _step(checkpoints[0])}
+    final = {**kept, **own, AVERAGED: len(checkpoints), FIRST_STEP: step_of(checkpoints[0])}
     return RunRecord(name, name, "FINISHED", final, run.recipe)

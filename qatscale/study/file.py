@@ -23,7 +23,7 @@ from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file
 
 MOST_RUNS = 10_000
-"""Of a study, before it is laid out."""
+"""The most runs of a study that is laid out."""
 TWO_PHASES = ("sequential", "fused")
 
 
@@ -129,8 +129,6 @@ class Axes(Section):
 
 
 class Study(Axes):
-    """A study file as it is written."""
-
     name: str = ""
     set: Values[Override] = ()
     """Overrides of every run."""

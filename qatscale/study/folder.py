@@ -29,12 +29,11 @@ from qatlaw.run_files import Number
 from qatlaw.run_folders import run_record
 from qatlaw.runs import RunRecord
 from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree, trained_by
-from qatlaw.text import plural
+from qatlaw.text import listed, plural
 from qatscale.config.places import find_moved
 from qatscale.config.recipe import config_differences, load_run_config, recorded_yaml
 from qatscale.config.schema import RunConfig
-from qatscale.config.sizes import count_parameters
-from qatscale.engine.checkpoints.files import list_checkpoints, step_folder
+from qatscale.engine.checkpoints.files import list_checkpoints, step_folder, step_of
 from qatscale.errors import UserError
 from qatscale.files import Count, is_file, locked, read_checked, write_atomic, write_json
 from qatscale.study.file import read_study
@@ -72,33 +71,16 @@ class StudyJob:
 
 
 class StudyFolder:
-    """Paths and contents of a study's folder."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.study_file = path / "study.yaml"
+        self.tree_file = path / "tree.json"
+        self.runs = path / "runs"
+        self.logs = path / "logs"
+        self.results = path / "results.csv"
         self.claims = Claims(path / "claims")
         self._tree: tuple[int, dict[str, StudyJob]] = (0, {})
         """(time of change of tree.json, its jobs)."""
-
-    @property
-    def study_file(self) -> Path:
-        return self.path / "study.yaml"
-
-    @property
-    def tree_file(self) -> Path:
-        return self.path / "tree.json"
-
-    @property
-    def runs(self) -> Path:
-        return self.path / "runs"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.csv"
 
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.runs / name)
@@ -185,19 +167,19 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
     if cells.repeated:
         notes.append(
-            f"trained once, under their first names: {_listed([f'{name} is {same}' for name, same in cells.repeated])}"
+            f"trained once, under their first names: {listed([f'{name} is {same}' for name, same in cells.repeated])}"
         )
     if lost:
-        notes.append(f"trained before keep_at named them, so not on disk: {_listed(lost)}")
+        notes.append(f"trained before keep_at named them, so not on disk: {listed(lost)}")
     widths = {name: (configs[name], folder.config(name)) for name in sorted(begun & configs.keys())}
     unasked = [
         name for name, (now, then) in widths.items() if set(now.evaluation.ptq_bits) - set(then.evaluation.ptq_bits)
     ]
     if unasked:
-        notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {_listed(unasked)}")
+        notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {listed(unasked)}")
     dropped = [name for name in old if name in begun and name not in kept]
     if dropped:
-        notes.append(f"no longer in the study, their folders stay: {_listed(dropped)}")
+        notes.append(f"no longer in the study, their folders stay: {listed(dropped)}")
     return (*notes, *cells.warnings)
 
 
@@ -240,7 +222,7 @@ def _job(run: StudyRun, job: Job, kept: Iterable[int]) -> StudyJob:
         keep=tuple(kept),
         tokens_per_step=job.route.tokens_per_step,
         flops_per_token=job.route.flops_per_token,
-        n_params=count_parameters(run.config.model).total,
+        n_params=run.params,
         processes=run.processes,
     )
 
@@ -250,7 +232,7 @@ def _offered_steps(folder: StudyFolder, job: StudyJob) -> tuple[int, ...]:
     run = folder.run(job.name)
     if not run.run_file.exists():
         return ()  # trained elsewhere
-    on_disk = {int(path.name.removeprefix("step-")) for path in list_checkpoints(run.checkpoints)}
+    on_disk = {step_of(path) for path in list_checkpoints(run.checkpoints)}
     if run.is_done:
         return tuple(sorted(on_disk))
     reached = max(on_disk, default=0)
@@ -286,10 +268,6 @@ def _refuse_while_training(folder: StudyFolder) -> None:
     if running:
         problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
         raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def record(folder: StudyFolder, *names: str) -> None:

@@ -20,7 +20,7 @@ from qatscale.config.amounts import format_amount, parse_amount
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters, flops_per_token
-from qatscale.config.yaml_text import to_yaml
+from qatscale.config.yaml_text import value_text
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.timeline import Segment, Timeline
@@ -29,8 +29,6 @@ from qatscale.study.file import PLAIN_AXES, Axes, Sets, Size, Study
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of the grid."""
-
     config: RunConfig
     timeline: Timeline
     route: Route
@@ -40,6 +38,10 @@ class StudyRun:
     processes: int
     keep_at: tuple[int, ...]
     """Steps whose checkpoints stay when the study is done."""
+
+    @property
+    def params(self) -> int:
+        return count_parameters(self.config.model).total
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the run."""
         return "-".join([self.size.name, *filter(None, (choice.label for choice in self.choices))])
 
     @property
     def overrides(self) -> tuple[str, ...]:
         settings = [("name", self.name), *(setting for choice in self.choices for setting in choice.settings)]
-        return tuple(f"{key}={_text(value)}" for key, value in settings)
+        return tuple(f"{key}={value_text(value)}" for key, value in settings)
 
 
 def grid(study: Study) -> Grid:
@@ -150,7 +151,7 @@ def _models(study: Study, axes: Axes) -> Iterator[tuple[Any, ...]]:
 def _choices(axes: Axes, name: str, sets: Sets) -> list[Choice]:
     default = Axes.model_fields[name].default
     choices = [
-        Choice("" if value in default else f"{sets.label}{_text(value)}", tuple((key, value) for key in sets.keys))
+        Choice("" if value in default else f"{sets.label}{value_text(value)}", tuple((key, value) for key in sets.keys))
         for value in getattr(axes, name)
     ]
     return choices or [Choice("", ())]  # the recipe's own value
@@ -187,7 +188,7 @@ _UNUSED = {
 def _variations(axes: Axes, scheme: str) -> Iterator[tuple[Choice, ...]]:
     """All combinations of `vary`, without the keys that the scheme does not use."""
     varied = [
-        [Choice(re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{key}={_text(value)}"), ((key, value),)) for value in values]
+        [Choice(re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{key}={value_text(value)}"), ((key, value),)) for value in values]
         for key, values in axes.vary.items()
         if not key.startswith(_UNUSED.get(scheme, ()))
     ]
@@ -197,11 +198,6 @@ def _variations(axes: Axes, scheme: str) -> Iterator[tuple[Choice, ...]]:
 def _exact_amount(tokens: int) -> str:
     short = format_amount(tokens)
     return short if parse_amount(short) == tokens else str(tokens)
-
-
-def _text(value: Any) -> str:
-    """A value as an override writes it."""
-    return value if isinstance(value, str) else to_yaml(value).removesuffix("\n...\n").strip()
 
 
 # --- what the tree knows of a run ---

@@ -18,12 +18,12 @@ from qatlaw.landscape import GRID, PATH, SUMMARY
 from qatscale.config.schema import RunConfig
 from qatscale.data.open import open_validation
 from qatscale.data.reader import EvaluationReader
-from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.engine.checkpoints.files import list_checkpoints, step_of
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
 from qatscale.errors import UserError
-from qatscale.files import HeldError, locked, read_checked, write_json
+from qatscale.files import only_process, read_checked, write_json
 from qatscale.model.lazy_state import LazyState, State
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import matrices
@@ -46,7 +46,7 @@ class Scene:
     after: CheckpointReader
     before_config: RunConfig
     config: RunConfig
-    """Of after, with the data and the tokens to measure on."""
+    """The recipe of after, with the data and the tokens to measure on."""
     views: tuple[str, ...]
     grid: Grid
     path: tuple[CheckpointReader, ...] = ()
@@ -63,26 +63,19 @@ def open_scene(
     """
     before_config, first = open_checkpoint(before)
     config, last = open_checkpoint(after, overrides)
-    if view == "quantized" and not _switched(last):
+    switched = last.manifest.switched_at is not None
+    if view == "quantized" and not switched:
         raise UserError("--view", view, f"{last.folder} has not switched to QAT.", "Leave it out.")
-    views = (view,) if view else VIEWS if _switched(last) else VIEWS[:1]
+    views = (view,) if view else VIEWS if switched else VIEWS[:1]
     between = _between(path, first.manifest.step, last.manifest.step) if path else ()
     for option, one in (("BEFORE", first), *(("--path", one) for one in between)):
         _check_alike(option, one, last, "quantized" in views)
     return Scene(first, last, before_config, config, views, grid, between)
 
 
-def _switched(reader: CheckpointReader) -> bool:
-    return reader.manifest.plugin["switched_at"] is not None
-
-
 def _between(run: Path, first: int, last: int) -> tuple[CheckpointReader, ...]:
     """The checkpoints of a run after the step of before, up to that of after."""
-    between = [
-        folder
-        for folder in list_checkpoints(run / "checkpoints")
-        if first < int(folder.name.removeprefix("step-")) <= last
-    ]
+    between = [folder for folder in list_checkpoints(run / "checkpoints") if first < step_of(folder) <= last]
     if not between:
         problem = f"has no checkpoint after step {first} and up to {last}."
         raise UserError("--path", str(run), problem, "Train it with checkpoint.interval and checkpoint.keep.")
@@ -98,7 +91,7 @@ def _check_alike(option: str, one: CheckpointReader, other: CheckpointReader, qu
     ours, theirs = _shapes(one), _shapes(other)
     if differ := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         raise UserError(option, str(one.folder), f"is another model than {other.folder} ({differ[0]} differs).")
-    if quantized and _switched(one):
+    if quantized and one.manifest.switched_at is not None:
         for key in ("bits", "group_size"):
             if one.manifest.plugin[key] != other.manifest.plugin[key]:
                 problem = f"has scales of other {key} than {other.folder}."
@@ -119,7 +112,7 @@ class Probe:
         self._shapes = {name: tuple(shape) for name, shape in _shapes(scene.after).items()}
 
     def state(self, read: Callable[[str], Tensor]) -> State:
-        """Of the weights, each read when it is asked for."""
+        """The weights, each read when it is asked for."""
         return LazyState(self._shapes, lambda name: read(name).to(self._device))
 
     @torch.no_grad()
@@ -129,17 +122,16 @@ class Probe:
         found = {}
         for _, layer in matrices(self._model) if "quantized" in self._views else ():
             name = names[id(layer.weight_scale)]
-            if _switched(reader):
-                scale = reader.parameter(name)
-            else:
+            if reader.manifest.switched_at is None:
                 weight = reader.parameter(names[id(layer.weight)])
                 scale = initial_scale(layer.quantizer, weight, layer.group_size, layer.weight_scale.dtype)
+            else:
+                scale = reader.parameter(name)
             found[name] = scale.to(self._device).clamp_min(SCALE_FLOOR)  # forward uses no smaller one
         return found
 
     @torch.no_grad()
     def losses(self, weights: State, scales: Mapping[str, Tensor]) -> list[float]:
-        """The loss in each view."""
         for state in (weights, scales):
             for name, value in state.items():
                 self._parameters[name].copy_(value)
@@ -193,16 +185,12 @@ def measure_landscape(scene: Scene, out: Path, progress: Progress) -> None:
     UserError where `out` holds a landscape of other inputs, or another process is at it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out / ".lock", wait=0):
-            _measure(scene, out, progress)
-    except HeldError:
-        raise UserError("--out", str(out), "another process is measuring there.", "Wait for it.") from None
+    with only_process(out, "--out"):
+        _measure(scene, out, progress)
 
 
 def _measure(scene: Scene, out: Path, progress: Progress) -> None:
-    held_out = open_validation(scene.config)
-    held_out.stream.manifest.check_tokenizer(scene.after.manifest.tokenizer)
+    held_out = open_validation(scene.config, scene.after.manifest.tokenizer)
     inputs = _inputs(scene, held_out)
     _check_same(out, inputs)
     probe = Probe(scene, held_out)

@@ -15,7 +15,7 @@ from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord, planned_points
 from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate, trained_by
 from qatscale.config.ds_config import precision_of, run_ds_config
-from qatscale.config.sizes import count_parameters, stored_weights
+from qatscale.config.sizes import stored_weights
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.grid import Grid, StudyRun, grid
 
@@ -56,7 +56,7 @@ def plan_study(
     study_grid = grid(read_study(file))
     tree = cheapest_tree([run.route for run in study_grid.runs])
     stay = kept_for_good(study_grid, tree)
-    cost = forecast(tree.jobs, {run.route.name: _parameters(run) for run in study_grid.runs}, workers, stay)
+    cost = forecast(tree.jobs, {run.route.name: run.params for run in study_grid.runs}, workers, stay)
     information = None if law is None else _information(study_grid, law, noise, known)
     return StudyPlan(study_grid, tree, cost, information)
 
@@ -78,7 +78,7 @@ def _information(study_grid: Grid, law: PlannerLaw, noise: float, known: pd.Data
         planned = planned.assign(bits=planned["effective_bits"].astype(float))
     points = {
         (
-            float(_parameters(run)),
+            float(run.params),
             float(run.timeline.tokens),
             float(run.config.qat.bits),
             effective_bits(run) if law.effective else float(run.config.qat.bits),
@@ -97,15 +97,11 @@ def effective_bits(run: StudyRun) -> float:
     )
 
 
-def _parameters(run: StudyRun) -> int:
-    return count_parameters(run.config.model).total
-
-
 def _record(run: StudyRun) -> RunRecord:
     """The record that tracking will keep of a run, without its loss."""
     tokens_qat = run.timeline.qat_steps * run.timeline.tokens_per_step
     final = {
-        "n_params": float(_parameters(run)),
+        "n_params": float(run.params),
         "bits": float(run.config.qat.bits),
         "tokens_fp": float(run.timeline.tokens - tokens_qat),
         "tokens_qat": float(tokens_qat),

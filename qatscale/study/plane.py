@@ -34,7 +34,7 @@ class Plane:
     """The distance from before to after: 1 on both axes."""
     step_norm: float
     cosine: float
-    """Of the angle between step and along."""
+    """The cosine of the angle between step and along."""
 
     @classmethod
     def through(cls, before: State, after: State, step: State) -> Plane:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from qatlaw.study import longest_paths, next_job
 from qatscale.engine.checkpoints.manifest import MANIFEST
 from qatscale.study.folder import StudyFolder, StudyJob
 from qatscale.supervise.claims import Attempt
+from qatscale.tracking.records import Tail
 from qatscale.tracking.store import Cursor
 
 MAX_DEATHS = 5
@@ -41,6 +43,8 @@ class StudyState:
         self._jobs: dict[str, StudyJob] = {}
         self._longest: dict[str, float] = {}
         """FLOPs of the longest path below each run."""
+        self._tails: dict[str, Tail] = {}
+        self._steps: dict[str, int] = {}
 
     def refresh(self) -> Mapping[str, JobState]:
         jobs = self.folder.jobs
@@ -100,10 +104,8 @@ class StudyState:
         return any(state.state in ("ready", "waiting", "running") for state in self.states.values())
 
     def counts(self) -> dict[State, int]:
-        counts: dict[State, int] = dict.fromkeys(("done", "running", "ready", "waiting", "failed", "blocked"), 0)
-        for state in self.states.values():
-            counts[state.state] += 1
-        return counts
+        held = Counter(state.state for state in self.states.values())
+        return {state: held[state] for state in get_args(State)}
 
     def failures(self) -> dict[str, str]:
         """Failed run → why."""
@@ -123,19 +125,11 @@ class StudyState:
         job = self.folder.jobs[name]
         if self.states[name].state == "done":
             return job.steps
-        file = self.folder.run(name).metrics_file
-        try:
-            with file.open("rb") as records:
-                records.seek(max(0, file.stat().st_size - 4096))
-                lines = records.read().decode("utf-8", "replace").splitlines()
-        except OSError:
-            return job.start
-        for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
-                continue  # torn, or cut at its beginning
-        return job.start
+        tail = self._tails.setdefault(name, Tail(self.folder.run(name).metrics_file))
+        with suppress(OSError, ValueError):  # who reads the run reports a damaged line
+            for record in tail:
+                self._steps[name] = record.get("step", job.start)
+        return self._steps.get(name, job.start)
 
 
 @dataclass(frozen=True)

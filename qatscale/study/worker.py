@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint
+from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, remove, step_of
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
 from qatscale.study.folder import StudyFolder, StudyJob, record
@@ -143,23 +143,15 @@ def clear_checkpoints(folder: StudyFolder, name: str) -> None:
     needed = {(job.parent, job.start) for job in jobs.values() if not folder.run(job.name).is_done}
     needed |= {(job.name, step) for job in jobs.values() for step in job.stay}
     job = jobs[name]
-    useless = [path for path in list_checkpoints(folder.run(name).checkpoints) if _step(path) != job.steps]
+    useless = [path for path in list_checkpoints(folder.run(name).checkpoints) if step_of(path) != job.steps]
     if job.parent is not None:
         path = folder.checkpoint(job.parent, job.start)
         if job.parent in jobs and job.start != jobs[job.parent].steps and path != _newest(path.parent):
             useless.append(path)
     for path in useless:
-        if (path.parent.parent.name, _step(path)) not in needed:
-            hidden = path.with_name(f".old-{path.name}")  # half-removed must not look complete
-            try:
-                path.rename(hidden)
-            except OSError:
-                continue  # another worker was faster
-            shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+        if (path.parent.parent.name, step_of(path)) not in needed:
+            with suppress(OSError):  # another worker was faster
+                remove(path)
 
 
 def _newest(checkpoints: Path) -> Path | None:

@@ -54,7 +54,7 @@ class Identity(TypedDict):
 
 
 class _Content(TypedDict, total=False):
-    """Of a claim's file."""
+    """The content of a claim's file."""
 
     worker: str
     process: Identity

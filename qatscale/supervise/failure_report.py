@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Kind = Literal["error", "fault", "gone", "silent", "stalled", "consequence", "witness"]
-"""`error`: an exception of the process itself. `fault`: one that its sentence explains, such as a full disk.
+"""Causes before consequences. `error`: an exception of the process itself. `fault`: of its machine, as a full disk.
 `gone`: its process ended without a word. `silent`: no heartbeat. `stalled`: alive, and the others wait for it.
 `consequence`: an exception because another process failed.
 `witness`: alive and waiting for the others when the job ended; no failure."""
-_ORDER: tuple[Kind, ...] = ("error", "fault", "gone", "silent", "stalled", "consequence", "witness")
-
 _HAPPENED: dict[Kind, str] = {
     "error": "failed", "fault": "failed", "gone": "died", "silent": "fell silent", "stalled": "hung",
     "consequence": "failed", "witness": "waited",
@@ -61,7 +59,7 @@ def is_consequence(error: BaseException) -> bool:
 
 def first_failure(failures: Sequence[Failure]) -> Failure:
     """The failure to report: causes before consequences, then the earliest."""
-    return min(failures, key=lambda failure: (_ORDER.index(failure.kind), failure.time, failure.rank))
+    return min(failures, key=lambda failure: (get_args(Kind).index(failure.kind), failure.time, failure.rank))
 
 
 def stragglers(heartbeats: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -78,28 +78,12 @@ def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if environ.get(name) != value}
 
 
-def expand_hosts(text: str) -> list[str]:
-    """Slurm's short form of a list of hosts: `node[01-03,7],login` → node01 node02 node03 node7 login."""
-    hosts: list[str] = []
-    for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
-        names = [""]
-        for literal, listed in re.findall(r"([^\[]+)|\[([^\]]*)\]", word):
-            parts = [literal] if literal else _expand_numbers(listed, text)
-            names = [name + part for name in names for part in parts]
-        hosts += names
-    return hosts
-
-
-def _expand_numbers(listed: str, text: str) -> list[str]:
-    """`01-03,7` → 01 02 03 7; leading zeros stay."""
-    numbers: list[str] = []
-    for part in listed.split(","):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if span is None:
-            raise UserError("SLURM_STEP_NODELIST", text, "is not a list of hosts in Slurm's form.", "Set MASTER_ADDR.")
-        first, last = span[1], span[2] or span[1]
-        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    return numbers
+def first_of_hosts(text: str) -> str:
+    """The first of Slurm's short list of hosts: `node[01-03,7],login` → node01."""
+    first = re.match(r"(?:[^,\[]|\[\d+[^\]]*\])+(?=,|$)", text)
+    if first is None:
+        raise UserError("SLURM_STEP_NODELIST", text, "is not a list of hosts in Slurm's form.", "Set MASTER_ADDR.")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:
@@ -152,7 +136,7 @@ def _first_host(environ: Mapping[str, str], variables: Variables, size: str) -> 
         return "127.0.0.1"
     listed = _first(environ, ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))
     if listed is not None:
-        return expand_hosts(environ[listed])[0]
+        return first_of_hosts(environ[listed])
     forward = {"OpenMPI": "mpirun -x MASTER_ADDR=…", "MPICH": "mpirun -genv MASTER_ADDR …"}.get(variables.launcher, "")
     raise UserError(
         "MASTER_ADDR", None, f"is not set, and {variables.launcher} does not say which host rank 0 is on.",

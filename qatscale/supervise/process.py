@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _ZOMBIE_OR_DEAD = {"Z", "X", "x"}
 _ON_A_HOST = "deepspeed.launcher.launch"
 _LAUNCHERS = {"deepspeed", "torchrun", "torch.distributed.run", _ON_A_HOST}
@@ -42,28 +44,22 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
     if process["host"] != socket.gethostname() or process.get("namespace") not in (None, _namespace()):
         return None
     if process["boot_id"] is None:
-        return _answers(process["pid"])
+        return psutil.pid_exists(process["pid"])
     if process["boot_id"] != _boot_id():
         return False
     stat = _stat(process["pid"])
     return stat is not None and stat[0] not in _ZOMBIE_OR_DEAD and stat[1] == process["start_ticks"]
 
 
-def parent_of(pid: int) -> int | None:
-    """The parent of a process, or the process that adopted it; None where `pid` does not exist."""
-    stat = _stat(pid)
-    return stat[2] if stat else None
-
-
-def _stat(pid: int) -> tuple[str, int, int] | None:
-    """(state letter, start tick, parent) of a process; None where it does not exist."""
+def _stat(pid: int) -> tuple[str, int] | None:
+    """(state letter, start tick) of a process; None where it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # field 2 is the command in parentheses and may itself hold spaces and parentheses
     fields = text[text.rindex(")") + 2 :].split()
-    return fields[0], int(fields[19]), int(fields[1])
+    return fields[0], int(fields[19])
 
 
 def _boot_id() -> str | None:
@@ -81,16 +77,6 @@ def _namespace() -> str | None:
         return None
 
 
-def _answers(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 # --- whether the launcher still runs ---
 
 
@@ -105,13 +91,21 @@ class LauncherProcesses:
         self._chain: list[tuple[int, int]] = []
         """(process, its parent), upwards as far as launchers made them."""
         process = os.getpid() if first is None else first
-        while (parent := parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
+        while (parent := _parent_of(process)) and parent > 1 and (_is_launcher(parent) or _is_on_host(process)):
             self._chain.append((process, parent))
             process = parent
 
     def gone(self) -> bool:
         """Whether one of them has ended: its child has another parent now."""
-        return any(parent_of(process) != parent for process, parent in self._chain)
+        return any(_parent_of(process) != parent for process, parent in self._chain)
+
+
+def _parent_of(process: int) -> int | None:
+    """Its parent, or the process that adopted it; None where it does not exist."""
+    try:
+        return psutil.Process(process).ppid()
+    except psutil.Error:
+        return None
 
 
 def _is_launcher(process: int) -> bool:
@@ -130,8 +124,8 @@ def _is_on_host(process: int) -> bool:
 def _command(process: int) -> list[str]:
     """The first words: python [options] SCRIPT or -m MODULE. The training's own arguments follow them."""
     try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
-    except OSError:
+        return psutil.Process(process).cmdline()[:5]
+    except psutil.Error:
         return []
 
 

@@ -56,20 +56,25 @@ class RunRow:
     """``name@step`` of the run it was branched from, or the origin of an imported one."""
 
 
-def final_losses(losses: Mapping[str, float], own_view: str) -> dict[str, float]:
-    """Loss by view (`fp`, `quantized`, `ptq4` …) → loss by stable name. own_view: the view that a run is judged by.
+def own_view(scheme: str) -> str:
+    """The view that a run is judged by: `fp` for scheme fp, else `quantized`."""
+    return "fp" if scheme == "fp" else "quantized"
+
+
+def final_losses(losses: Mapping[str, float], scheme: str) -> dict[str, float]:
+    """Loss by view (`fp`, `quantized`, `ptq4` …) → loss by stable name.
 
     Empty for a run whose data hold nothing out.
     """
     if not losses:
         return {}
     by_bits = {f"{VAL_LOSS_PTQ}{v.removeprefix('ptq')}": loss for v, loss in losses.items() if v.startswith("ptq")}
-    return {VAL_LOSS: losses[own_view], VAL_LOSS_FP: losses["fp"], **by_bits}
+    return {VAL_LOSS: losses[own_view(scheme)], VAL_LOSS_FP: losses["fp"], **by_bits}
 
 
-def losses_by_view(final: Mapping[str, Any], own_view: str) -> dict[str, float]:
+def losses_by_view(final: Mapping[str, Any], scheme: str) -> dict[str, float]:
     """The inverse of `final_losses`, from all final metrics of a run."""
-    views = {VAL_LOSS: own_view, VAL_LOSS_FP: "fp"}
+    views = {VAL_LOSS: own_view(scheme), VAL_LOSS_FP: "fp"}
     views |= {name: f"ptq{name.removeprefix(VAL_LOSS_PTQ)}" for name in final if name.startswith(VAL_LOSS_PTQ)}
     return {view: final[name] for name, view in views.items() if final.get(name) is not None}
 
@@ -129,16 +134,11 @@ def list_runs(folders: Iterable[RunFolder]) -> tuple[dict[RunFolder, RunRow], li
     return rows, damaged
 
 
-def own_view(folder: RunFolder) -> str:
-    """The view that a run is judged by: `fp` for scheme fp, else `quantized`."""
-    return "fp" if folder.recipe["qat"]["scheme"] == "fp" else "quantized"
-
-
 def validation_losses(folder: RunFolder) -> dict[str, float]:
     """Loss by view, of the final evaluation or else of the last validation."""
     records = folder.records("validation")
     losses = {record["view"]: record["loss"] for record in records if record["step"] == records[-1]["step"]}
-    losses |= losses_by_view(folder.final or {}, own_view(folder))
+    losses |= losses_by_view(folder.final or {}, folder.scheme)
     return {view: float(loss) for view, loss in losses.items()}
 
 
@@ -151,7 +151,7 @@ def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
 
 def run_row(folder: RunFolder) -> RunRow:
     recipe, timeline, run = folder.recipe, folder.timeline, folder.run
-    scheme, switch = recipe["qat"]["scheme"], timeline["switch_step"]
+    scheme, switch = folder.scheme, timeline["switch_step"]
     steps, per_step = int(timeline["steps"]), int(timeline["tokens_per_step"])
     step = max((int(record["step"]) for record in folder.records() if "step" in record), default=0)
     losses = validation_losses(folder)
@@ -169,7 +169,7 @@ def run_row(folder: RunFolder) -> RunRow:
         steps=steps,
         status=folder.status,
         losses=losses,
-        val_loss=losses.get(own_view(folder)),
+        val_loss=losses.get(own_view(scheme)),
         tokens_per_second_fp=speeds[0],
         tokens_per_second_qat=speeds[1],
         parent=f"{parent['name']}@{parent['step']}" if parent else imported and Path(imported).name,
@@ -205,7 +205,7 @@ def comparison_table(rows: Sequence[RunRow]) -> TextTable:
         ("run", "scheme", "bits", "tokens", "switch", *map(view_label, views), "tok/s FP", "tok/s QAT"),
         words=("run", "scheme"),
         drop=("tok/s FP", "tok/s QAT", "switch", "tokens", "scheme", "bits"),
-        caption="Validation loss (perplexity).",
+        caption=f"Validation loss (perplexity). Speeds are medians of at least {LEAST_STEPS} steps.",
     )
     for row in rows:
         losses = row.losses

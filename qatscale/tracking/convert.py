@@ -50,8 +50,7 @@ def convert(
     not empty.
     """
     if to not in get_args(Format):
-        problem = f"must be one of {', '.join(get_args(Format))}."
-        raise UserError("--to", to, problem, did_you_mean(to, get_args(Format)))
+        raise UserError("--to", to, "is not a layout.", did_you_mean(to, get_args(Format)))
     found = format_of(source)
     if found == to:
         raise UserError("--to", to, f"{source} is {_SHOWN[found]} already.")

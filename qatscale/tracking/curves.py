@@ -176,7 +176,7 @@ def _styles(shown: Sequence[Curve]) -> list[tuple[str, Any]]:
 
 def _results(folder: RunFolder) -> list[tuple[str, float]]:
     """(view, loss) of every view that was measured, the run's own one first."""
-    losses, own = validation_losses(folder), own_view(folder)
+    losses, own = validation_losses(folder), own_view(folder.scheme)
     return sorted(losses.items(), key=lambda item: (item[0] != own, item[1]))
 
 
@@ -218,12 +218,12 @@ def _scale(axes: Axes, shown: Sequence[Curve]) -> None:
 
 def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], styles: dict[Path, str]) -> None:
     """One row per (run, view), with a dot and its value; a loss beyond the range is an arrow at its end."""
-    own = [loss for curve, view, loss in results if view == own_view(curve.folder)]
+    own = [loss for curve, view, loss in results if view == own_view(curve.folder.scheme)]
     low, high = _range(own, [loss for _, _, loss in results])
     for row, (curve, view, loss) in enumerate(results):
         colour = styles[curve.folder.path]
         marker, face = ("s", "white") if view.startswith("ptq") else ("o", colour)
-        if view != own_view(curve.folder):
+        if view != own_view(curve.folder.scheme):
             face = "white"
         beyond = loss > high
         axes.plot(min(loss, high), row, **_mark(">" if beyond else marker, face, colour))
@@ -231,7 +231,7 @@ def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], style
         axes.annotate(f"{loss:.3f}", (min(loss, high), row), **place, fontsize=8, color=INK)
     axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results])
     axes.set_ylim(max(len(results), 1) - 0.5, -0.5)
-    for loss in (loss for curve, view, loss in results if view == "fp" == own_view(curve.folder)):
+    for loss in (loss for curve, view, loss in results if view == curve.folder.scheme == "fp"):
         axes.axvline(loss, color=_TRUNK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)  # what quantization costs
     if high > low:
         axes.set_xlim(low - 0.12 * (high - low), high + 0.38 * (high - low))  # room for the value

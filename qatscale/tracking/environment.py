@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from qatscale.data.selfcorpus import required_packages
 
 
 def environment(hosts: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
@@ -41,10 +42,7 @@ def _package_versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    requirements = importlib.metadata.requires("qatscale") or [] if version("qatscale") else []
-    # a requirement starts with the name; those behind `extra ==` are optional
-    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
-    return {name: version(name) for name in ["qatscale", *sorted(names)]}
+    return {name: version(name) for name in ["qatscale", *(required_packages() if version("qatscale") else [])]}
 
 
 def cpu_model() -> str:

@@ -7,7 +7,6 @@ last records and marks the run KILLED. Whatever is still missing, `qatscale trac
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import resource
@@ -96,8 +95,10 @@ class Follower:
         if self.child.poll() == 0:
             return None
         cursor = self._cursor()
-        reason = (cursor and cursor.error) or f"it has not answered in time (see {lock_file(self.folder)})"
-        more = "" if self.child.poll() is not None else " The upload continues in the background."
+        log = lock_file(self.folder)
+        seen_there = f" (see {log})" if log.stat().st_size else ""
+        reason = (cursor and cursor.error) or f"it has not answered in time{seen_there}"
+        more = "" if self.child.poll() is not None else " The upload continues in the background; should it end early,"
         return (
             f"MLflow does not have all of this run: {reason.removesuffix('.')}.{more} "
             f"`qatscale track-sync {self.folder.path}` uploads the rest."
@@ -141,10 +142,6 @@ def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENC
             env=os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": resolved},
         )
     return Follower(folder, child)
-
-
-_HAS_PSUTIL = importlib.util.find_spec("psutil") is not None
-"""mlflow-skinny does without it, and then a run has no system metrics."""
 
 
 class SystemMetrics:
@@ -256,10 +253,8 @@ class Following:
             self._uploader = Uploader(self.folder, self.uri, progress)
         complete = self._uploader.sync()
         if not complete:
-            if self._system is None and _HAS_PSUTIL:
-                self._system = SystemMetrics(self._uploader)
-            if self._system is not None:
-                self._system.upload()
+            self._system = self._system or SystemMetrics(self._uploader)
+            self._system.upload()
         return complete
 
     def is_superseded(self) -> bool:

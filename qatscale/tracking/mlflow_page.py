@@ -12,12 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.run_folders import flatten
 from qatscale.config.amounts import format_amount
 from qatscale.data.manifest import Manifest
 from qatscale.errors import UserError
 from qatscale.files import encode
-from qatscale.tracking.compare import losses_by_view, own_view, view_label
+from qatscale.tracking.compare import losses_by_view, view_label
 from qatscale.tracking.records import Record
 from qatscale.tracking.run_folder import RunFolder, perplexity
 from qatscale.tracking.store import VIEW
@@ -127,12 +128,12 @@ def description(folder: RunFolder, final: Mapping[str, Any] | None = None) -> st
     else:
         share = (steps - switch) / steps
         lines.append(
-            f"{scheme} QAT at {recipe['qat']['bits']:g} bits from step {switch:,} on ({share:.1%} of the tokens)"
+            f"{scheme} QAT at {bits_label(recipe['qat']['bits'])} from step {switch:,} on ({share:.1%} of the tokens)"
         )
     if run["parent"]:
         lines.append(f"branched from {run['parent']['name']} at step {run['parent']['step']:,}")
     text = f"**Plan:** {'; '.join(lines)}."
-    losses = losses_by_view(final, own_view(folder)) if final else {}
+    losses = losses_by_view(final, scheme) if final else {}
     ends = [f"{view_label(view)} {loss:.4f} nats (perplexity {perplexity(loss):.4g})" for view, loss in losses.items()]
     return f"{text}\n\n**Validation loss:** {'; '.join(ends)}." if ends else text
 

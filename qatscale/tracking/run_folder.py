@@ -80,7 +80,6 @@ class RunFolder:
 
     @property
     def run(self) -> dict[str, Any]:
-        """run.json."""
         return self._read("run.json")
 
     @property
@@ -109,6 +108,10 @@ class RunFolder:
     def recipe(self) -> dict[str, Any]:
         """recipe.yaml as plain data, so that runs remain readable when RunConfig changes."""
         return self._read("recipe.yaml")
+
+    @property
+    def scheme(self) -> str:
+        return self.recipe["qat"]["scheme"]
 
     @property
     def data(self) -> list[Path]:

@@ -91,6 +91,6 @@ class TrainingComponents:
     qat_metrics: QatMetrics
     guard: SpikeGuard
     stopwatch: Stopwatch | None
-    """Of what this process computes by itself; None where that cannot be told."""
+    """Times what this process computes by itself; None where that cannot be told."""
     times_forward: bool
-    """Whether the stopwatch is put around forward passes; attention has it otherwise."""
+    """Whether the stopwatch is put around forward passes; blocks or attention have it otherwise."""

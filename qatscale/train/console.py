@@ -153,7 +153,6 @@ class RunConsole:
         self._stream.flush()
 
     def validation(self, record: Mapping[str, Any]) -> None:
-        """A `validation` record."""
         self.notice(
             f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.5g} "
             f"({record['view']} view)"

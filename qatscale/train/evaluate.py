@@ -22,7 +22,7 @@ from qatscale.engine.runtime import uses_gpu
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.schedule.timeline import Timeline
 from qatscale.supervise.signals import StopRequest
-from qatscale.tracking.compare import final_losses, median_speeds
+from qatscale.tracking.compare import final_losses, median_speeds, own_view
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.components import RunSetup, TrainingComponents
 from qatscale.train.run_log import RunLog
@@ -46,8 +46,7 @@ def evaluate_checkpoint(
     overrides = only_data(data)
     overrides += [f"evaluation.tokens={tokens}"] if tokens is not None else []
     config, checkpoint = open_checkpoint(what, overrides)
-    reader = open_validation(config)
-    reader.stream.manifest.check_tokenizer(checkpoint.manifest.tokenizer)
+    reader = open_validation(config, checkpoint.manifest.tokenizer)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     model, plugin = load_checkpointed_model(checkpoint, config, device)
     model.document_end = reader.stream.manifest.document_end(config.data.document_mask)
@@ -79,9 +78,8 @@ def evaluate_final(setup: RunSetup, components: TrainingComponents, log: RunLog,
     held_out, losses = setup.validation, dict[str, float]()
     if held_out:
         losses = validation_losses(components.engine, views, held_out, components.topology, stop.check)
-        own = "fp" if config.qat.scheme == "fp" else "quantized"
-        if not math.isfinite(losses[own]):
-            raise FloatingPointError(f"the final loss is {losses[own]}. Lower optimizer.learning_rate.")
+        if not math.isfinite(loss := losses[own_view(config.qat.scheme)]):
+            raise FloatingPointError(f"the final loss is {loss}. Lower optimizer.learning_rate.")
     log.validation(timeline.steps, losses)
     final = final_metrics(config, timeline, losses, log.folder, setup.weights)
     # the data by content: losses on other held-out text do not compare
@@ -124,7 +122,7 @@ def final_metrics(
     tokens_qat = timeline.qat_steps * timeline.tokens_per_step
     metrics = folder.records("metrics")
     return {
-        **final_losses(losses, "fp" if scheme == "fp" else "quantized"),
+        **final_losses(losses, scheme),
         "final/scales_floored": metrics[-1].get("scales_floored") if metrics else None,
         "n_params": n_params,
         "bits": bits,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -173,8 +173,8 @@ class Stopwatch:
     """Takes the time of the passages that it is put around, on a GPU by the GPU's clock; only while it is `on`.
 
     All processes take equally long for a step: the faster ones wait in the next exchange. What counts is the time of
-    passages in which none waits. Under ZeRO-1 and 2 these are the forward passes. Under ZeRO-3, tensor parallelism and
-    pipelines those exchange too, and the core of attention is timed, which has no weights.
+    passages in which none waits. Under ZeRO-1 and 2 these are the forward passes, in pipelines the blocks of a stage.
+    Under ZeRO-3 and tensor parallelism blocks exchange too, and the core of attention is timed, which has no weights.
     """
 
     def __init__(self, device: torch.device, passages: float) -> None:
@@ -186,6 +186,15 @@ class Stopwatch:
 
     def __call__(self) -> AbstractContextManager[None]:
         return self._passage() if self.on else _NOTHING
+
+    def around(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """`function`, each of whose calls is a passage."""
+
+        def timed(*given: Any) -> torch.Tensor:
+            with self():
+                return function(*given)
+
+        return timed
 
     @contextmanager
     def _passage(self) -> Iterator[None]:

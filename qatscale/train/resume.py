@@ -126,19 +126,18 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     if manifest.step >= timeline.steps:
         problem = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
         raise UserError("branch", branch_from, problem, "Train on more tokens, or branch from an earlier checkpoint.")
-    switched_at, switch = manifest.plugin["switched_at"], timeline.switch_step
-    switched = switched_at is not None
-    if switched and switch != switched_at:
+    switched_at, switch = manifest.switched_at, timeline.switch_step
+    if switched_at is not None and switch != switched_at:
         here = "never switches" if switch is None else f"switches at step {switch}"
         problem = f"its run had switched to QAT at step {switched_at}, and this run {here}."
         fraction = "" if switch is None else f", or set qat.fraction={1 - switched_at / timeline.steps:.8g}"
         raise UserError("branch", branch_from, problem, f"Branch from a checkpoint before the switch{fraction}.")
-    if not switched and switch is not None and switch < manifest.step:
+    if switched_at is None and switch is not None and switch < manifest.step:
         problem = f"step {manifest.step} lies after this run's switch at step {switch}."
         share = 1 - manifest.step / timeline.steps
         fix = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
         raise UserError("branch", branch_from, problem, fix)
-    if switched:
+    if switched_at is not None:
         for difference in config_differences(parent, config):
             if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
                 problem = f"the checkpoint's scales are for {difference.old!r}; after the switch a branch keeps them."

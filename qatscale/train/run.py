@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from qatlaw.bit_widths import bits_label
 from qatlaw.text import plural
 from qatscale.config.amounts import format_amount
 from qatscale.config.recipe import recipe_hash
@@ -136,7 +137,6 @@ def _train(setup: RunSetup, runtime: Runtime, stop: StopRequest, linger: bool) -
 
 
 def _open_folder(log: RunLog) -> None:
-    """Create or continue the run's folder."""
     setup, resume = log.setup, log.resume
     if not resume.resumes:
         create_run_folder(
@@ -158,9 +158,9 @@ def _introduce(log: RunLog, clock_notices: Sequence[str]) -> None:
     setup, config, timeline, resume = log.setup, log.config, log.timeline, log.resume
     log.notice(
         f"{config.name}: {format_amount(log.n_params)} parameters, {config.qat.scheme}"
-        + (f" at {config.qat.bits:g} bits" if timeline.switch_step is not None else "")
+        + (f" at {bits_label(config.qat.bits)}" if timeline.switch_step is not None else "")
         + f", {format_amount(timeline.tokens)} tokens in {plural(timeline.steps, 'step')} of "
-        f"{format_amount(timeline.tokens_per_step)} (micro-batch {config.batch.micro_batch} x accumulation "
+        f"{timeline.tokens_per_step:,} (micro-batch {config.batch.micro_batch} x accumulation "
         f"{setup.ds_config['gradient_accumulation_steps']} x {plural(log.runtime.ranks, 'process')}), "
         f"{setup.precision} ZeRO-{setup.ds_config['zero_optimization']['stage']} on {log.runtime.device_name}"
     )

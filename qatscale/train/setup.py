@@ -113,18 +113,23 @@ def assemble(
     engine, masters = initialize_engine(model, plugin, config, ds_config, topology)
     plan = plan_compilation(config.engine, ds_config)
     compilation = Compilation(model, plan)
-    # where a forward pass exchanges, its time is that of the slowest process; compiled blocks cannot be looked into
-    exchanges = layout.model_parallel or ds_config["zero_optimization"]["stage"] == 3
-    passages = config.batch.micro_batches(layout.data) * (config.model.layers / layout.pipeline if exchanges else 1)
-    stopwatch = Stopwatch(runtime.device, passages) if runtime.ranks > 1 and not (exchanges and plan == "on") else None
-    if stopwatch and exchanges:
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.timed = stopwatch
+    # what exchanges takes as long as on the slowest process; the inside of compiled blocks cannot be timed
+    blocks_exchange = layout.tensor > 1 or ds_config["zero_optimization"]["stage"] == 3
+    times_forward = not blocks_exchange and layout.pipeline == 1
+    passages = config.batch.micro_batches(layout.data) * (1 if times_forward else config.model.layers / layout.pipeline)
+    stopwatch = None
+    if runtime.ranks > 1 and not (blocks_exchange and plan == "on"):
+        stopwatch = Stopwatch(runtime.device, passages)
+        if blocks_exchange:
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.timed = stopwatch
+        elif not times_forward:
+            model.run_block = stopwatch.around(model.run_block)
     qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
     guard = SpikeGuard(masters, config.optimizer.spike_factor)
     return TrainingComponents(
-        runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard, stopwatch, not exchanges
+        runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard, stopwatch, times_forward
     )
 
 
@@ -151,7 +156,7 @@ def _load(resume: ResumePlan, components: TrainingComponents) -> None:
     if resume.checkpoint is None:
         return
     assert resume.manifest is not None
-    inert = resume.manifest.plugin["switched_at"] is None
+    inert = resume.manifest.switched_at is None
     load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
     components.plugin.load_state(resume.manifest.plugin)
     components.guard.state = resume.manifest.spikes

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import unlaunched
+from tests.processes import Python
 
 BENCHMARKS = Path(__file__).parents[2] / "analysis" / "benchmarks"
 BENCHMARK, SCRIPT = BENCHMARKS / "checkpoint_speed.py", BENCHMARKS / "gpu" / "checkpoint.py"
 
 
 def finished(*command: str | Path) -> str:
-    environment = {**unlaunched(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = Python(command)
+    output = process.communicate(timeout=500)[0]
+    assert process.returncode == 0, output
+    return output
 
 
 @pytest.mark.dist

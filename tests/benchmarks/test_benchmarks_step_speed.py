@@ -13,7 +13,7 @@ from steppers import Stepper, bare_stepper, batch_of, engine_stepper
 
 from qatscale.config.recipe import load_run_config
 from qatscale.engine.runtime import start_runtime
-from tests.processes import unlaunched
+from tests.processes import Python, unlaunched
 
 BENCHMARKS = Path(__file__).parents[2] / "analysis" / "benchmarks"
 SMALL = ["batch.sequences=4", "batch.micro_batch=2", "qat.scheme=fused"]
@@ -22,15 +22,8 @@ SMALL = ["batch.sequences=4", "batch.micro_batch=2", "qat.scheme=fused"]
 def test_the_command_writes_both_tables(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     arguments = ["--recipe", "debug", "--quick", "--peers", "--threads", "1", "--out", out]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "step_speed.py", *arguments],
-        env=unlaunched(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    process = Python([BENCHMARKS / "step_speed.py", *arguments])
+    assert process.wait(500) == 0, process.communicate()[0]
     found = json.loads(out.read_text())
     assert found["settings"]["threads"] == 1
     full, quantized = found["tables"]
@@ -75,10 +68,8 @@ def test_the_script_for_a_gpu_runs_on_toy_sizes(tmp_path: Path) -> None:
     command += f"'--out', {str(tmp_path)!r}, '--recipes', '86m']; import step; "
     command += "import steppers, qatscale.train.setup as setup; plain = setup.Compilation; "
     command += "setup.Compilation = steppers.Compilation = lambda m, on: plain(m, on, 'eager'); sys.exit(step.main())"
-    done = subprocess.run(
-        [sys.executable, "-c", command], env=unlaunched(), capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = Python(["-c", command])
+    assert process.wait(500) == 0, process.communicate()[0]
     found = json.loads((tmp_path / "step.json").read_text())
     assert found["failed"] == 0
     assert "6 x matmul parameters" in found["FLOPs"]

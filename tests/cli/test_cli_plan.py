@@ -150,7 +150,7 @@ def test_a_gpu_is_its_peak() -> None:
 def test_no_recipe_of_another_size_is_named() -> None:
     code, out, _ = run_command(shlex.split("plan --params 500M --tokens 100B --bits 4"))
     assert code == 0
-    assert "qatscale train RECIPE tokens=100000000000 qat.bits=4" in out
+    assert "qatscale train RECIPE tokens=100B qat.bits=4" in out
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from qatscale.config.recipe import load_run_config
+from qatscale.data.open import open_batches
+from qatscale.schedule.build import build_timeline
 from tests.cli.bad_inputs import run_command
 
 NETWORK_BOUND = "train 8b --dry-run --processes 64 --mfu 0.4 batch.micro_batch=1 --gpu"
@@ -70,6 +73,18 @@ def test_fp32_on_a_gpu_comes_with_the_bf16_file() -> None:
     _, out, _ = run_command(["train", "debug", "--dry-run", "--gpu", "H200", "engine.ds_config=zero3_fp32"])
     assert "engine.ds_config=zero3_bf16" in out
     assert "_bf16" not in run_command(["train", "debug", "--dry-run"])[1]
+
+
+@pytest.mark.parametrize("mix", [[], ["data.mix={data: 1}"]])
+def test_data_that_repeat_are_reported_as_at_a_start(prepared: Path, mix: list[str]) -> None:
+    overrides = [f"data.path={prepared.parent if mix else prepared}", *mix, "tokens=2M"]
+    config = load_run_config("debug", overrides)
+    timeline = build_timeline(config)
+    warning = open_batches(config, timeline).repetition(timeline.steps)
+    assert warning is not None
+    assert "beyond about 4 epochs" in warning
+    _, out, _ = run_command(["train", "debug", *overrides, "--dry-run"])
+    assert f"warning: {warning}" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("recipe", ["759m", "2p2b", "8b"])

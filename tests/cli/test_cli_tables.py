@@ -68,7 +68,7 @@ def test_no_width_cuts_a_number(typed: str, place: Path, monkeypatch: pytest.Mon
         rules = [line for line in shown[width].split("\n") if set(line) == {"-", " "}]
         assert all(len(rule) <= width for rule in rules)
         assert "…" not in shown[width].replace("KEY=VALUE…", "")
-        assert not re.search(r"\b1 (processes|steps|runs|workers|micro-batches|layers)\b", shown[width])
+        assert not re.search(r"\b1 (processes|steps|runs|workers|micro-batches|layers|bits)\b", shown[width])
 
 
 def test_a_comparison_keeps_its_losses_in_a_narrow_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ def test_a_full_disk_is_one_sentence_and_dry_runs_say_where_a_run_would_go_on(pr
     assert code == 0, error
     assert "begins at step 0" in out
     assert run_command(words)[0] == 0
+    assert f"{run} is done: nothing was left to train" in run_command(words)[1]
     assert f"{run} is done: nothing is left to train" in run_command(["resume", str(run), "--dry-run"])[1]
     out = run_command(["evaluate", str(run), "--tokens", "256"])[1]
     assert {"full", "quantized", "validation", "perplexity"} <= set(out.split())

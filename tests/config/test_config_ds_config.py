@@ -80,14 +80,14 @@ def test_a_bad_ds_config_is_named(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "key"),
+    ("text", "fact"),
     [
-        ("{", "{path}, line 1"),
-        ('{"bf16":\n {"enabled": true,}}', "{path}, line 2"),
+        ("{", "line 1"),
+        ('{"bf16":\n {"enabled": true,}}', "line 2"),
         ("[]", "engine.ds_config"),
         ("[" * 100_000, "engine.ds_config"),
         ('{"steps_per_print": ' + "9" * 5000 + "}", "engine.ds_config"),
-        ('{"bf16": {}, "bf16": {}}', "bf16"),
+        ('{"bf16": {}, "bf16": {}}', "'bf16' occurs twice"),
         ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": Infinity}}', "zero_optimization.reduce_bucket_size"),
         ('{"zero_optimization": {"stage": NaN}}', "zero_optimization.stage"),
         ("{}", "zero_optimization.stage"),
@@ -95,12 +95,12 @@ def test_a_bad_ds_config_is_named(name: str, tmp_path: Path) -> None:
         ('{"zero_optimization": true}', "zero_optimization"),
     ],
 )
-def test_a_bad_file_is_named(text: str, key: str, tmp_path: Path) -> None:
+def test_a_bad_file_is_named(text: str, fact: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_ds_config(path)
-    assert caught.value.key == key.format(path=path)
+    assert fact in str(caught.value)
 
 
 def test_every_problem_is_reported_at_once() -> None:

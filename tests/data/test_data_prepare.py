@@ -18,10 +18,10 @@ from qatscale.data.indexed import IndexedReader
 from qatscale.data.manifest import Manifest
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import TokenStream
-from qatscale.data.state import State, folder_lock
+from qatscale.data.state import State
 from qatscale.data.tokenizer import load_tokenizer
 from qatscale.errors import UserError
-from qatscale.files import sha256_of
+from qatscale.files import only_process, sha256_of
 from tests.data.data_corpora import documents, documents_of, first_tokens, folder_bytes, write_jsonl, write_parquet
 
 TEXTS = documents(150)
@@ -268,7 +268,7 @@ def test_errors_of_workers_reach_the_user(
 
 def test_folder_in_use_or_of_others_is_refused(corpus: list[str], options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with folder_lock(tmp_path / "out"), pytest.raises(UserError, match="another `qatscale prepare`"):
+    with only_process(tmp_path / "out", "out"), pytest.raises(UserError, match="another process is writing"):
         prepare(corpus, tmp_path / "out", **options)
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     for restart in (False, True):

@@ -132,7 +132,6 @@ def test_epochs_run_on_through_a_batch() -> None:
     starts = np.concatenate([reader.batch(step)[:, 0] for step in range(7)]) // 10
     for epoch in range(3):
         assert sorted(starts[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
-    assert reader.epochs(7) == 3.0
 
 
 def test_repetition_is_told() -> None:
@@ -302,11 +301,12 @@ def test_any_number_of_shards_is_read_through_few_descriptors(tmp_path: Path) ->
     folder = many_shards(tmp_path / "data", 320)
     code = f"""
 import resource
+from pathlib import Path
 import numpy as np
 import qatscale.data.reader as reader
 reader._opened = reader.functools.lru_cache(maxsize=32)(reader._opened.__wrapped__)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-stream = reader.TokenStream.open({str(folder)!r}, "train", "size")
+stream = reader.TokenStream.open(Path({str(folder)!r}), "train", "size")
 rows = stream.gather(np.random.default_rng(0).permutation(stream.sequences(16)), 16)
 assert sorted(rows[:, 0].tolist()) == list(range(0, 16 * len(rows), 16))
 """

@@ -41,6 +41,9 @@ def test_what_is_told_where_none_is(run: Path) -> None:
     empty = run.parent / "empty"
     (empty / "new").mkdir(parents=True)
     (empty / "new" / "run.json").touch()
+    (empty / "export").mkdir()
+    for name in ("config.json", "export.json"):
+        (empty / "export" / name).touch()
     for what, said in [
         (run / "nothing", "does not exist"),
         (f"{run}@8", "no checkpoint at step 8; there are: 7, 40"),
@@ -48,6 +51,7 @@ def test_what_is_told_where_none_is(run: Path) -> None:
         (run / "checkpoints", "holds no run.json"),
         (run.parent, f"holds runs; give one: {run}"),
         (empty / "new", "has none yet"),
+        (empty / "export", "is an export"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
             find_checkpoint(what)

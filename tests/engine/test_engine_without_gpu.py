@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.engine.initialize import optimizer_groups
 from qatscale.model.chunks import chunk_rows
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
@@ -71,7 +70,7 @@ def test_a_step_in_the_sizes_of_a_gpu_never_waits_for_the_device(recipe: str) ->
     rows = chunk_rows(tokens.numel(), config.model.vocab_size, "cuda")
     assert seen.rows == max(rows, config.model.hidden_size), "transposed, the table is [hidden size, vocabulary]"
     assert rows < tokens.numel(), "the example"
-    torch.optim.AdamW(optimizer_groups(model, plugin), lr=1e-3, foreach=True).step()
+    torch.optim.AdamW(plugin.optimizer_groups(), lr=1e-3, foreach=True).step()
 
 
 def test_on_cuda_weights_pass_the_kernels_and_attention_its_fused_form() -> None:

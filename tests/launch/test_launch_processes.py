@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 LAUNCHERS = {
     "script": ["deepspeed", "--num_gpus", "2", TRAIN],
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", "qatscale", "train"],
     "torchrun": ["torchrun", "--nproc_per_node", "2", "-m", "qatscale", "train"],
 }
 
@@ -59,6 +58,7 @@ def steps_done(folder: Path) -> int:
 @pytest.mark.dist
 def test_started_by_torchrun_stopped_and_ended_by_deepspeed(tmp_path: Path, prepared: Path) -> None:
     arguments = ["debug", "name=run", f"output={tmp_path}", f"data.path={prepared}", "tracking.uri=none"]
+    arguments.append("tokens=30720")  # 120 steps: the signal comes in time on a busy machine, too
     folder = RunFolder(tmp_path / "run")
 
     process = start("torchrun", *arguments)
@@ -79,15 +79,14 @@ def test_started_by_torchrun_stopped_and_ended_by_deepspeed(tmp_path: Path, prep
     assert process.returncode == 0, output
     assert folder.status == "done"
     assert [record["step"] for record in folder.records("resume")] == [stopped]
-    assert [record["step"] for record in folder.records("metrics")] == list(range(1, 41))
+    assert [record["step"] for record in folder.records("metrics")] == list(range(1, 121))
     assert sorted(path.name for path in folder.logs.iterdir()) == ["rank-0.log", "rank-1.log"]
     assert output.count(f"from step {stopped}: ") == 1, "one process speaks"
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_wrong_key_is_told_once(launcher: str, tmp_path: Path) -> None:
-    process = start(launcher, "debug", "tokns=1", f"output={tmp_path}")
+def test_a_wrong_key_is_told_once(tmp_path: Path) -> None:
+    process = start("torchrun", "debug", "tokns=1", f"output={tmp_path}")
     output = end(process)
     assert process.returncode not in (0, None)
     assert output.count("error: tokns: unknown key. Did you mean 'tokens'?") == 1, output

@@ -22,7 +22,7 @@ from tests.launch.hosts import CannotError, Host, two_hosts
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 RUN = [
-    "debug", "tracking.uri=none", "optimizer.learning_rate=3e-4", "checkpoint.interval=1280", "engine.stall_timeout=20",
+    "debug", "tracking.uri=none", "optimizer.learning_rate=3e-4", "checkpoint.interval=1280", "engine.stall_timeout=10",
     "tokens=20480",
 ]  # fmt: skip
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VENV": sys.prefix}
@@ -96,7 +96,7 @@ def test_pdsh_a_rank_killed_on_the_other_host_ends_the_job_and_the_same_command_
     two = RunFolder(folder / "two")
     command = ["pdsh.sh", *RUN, "name=two", f"output={folder}", f"data.path={prepared}"]
     job = launch(a, folder, *command)
-    wait_for_step(two, 7, job)
+    wait_for_step(two, 11, job)  # the checkpoint of step 10 waits for that of step 5
     (rank_1,) = b.processes("train.py", without="deepspeed")
     os.kill(rank_1, signal.SIGKILL)
     (output,) = end(job)

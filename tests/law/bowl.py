@@ -12,7 +12,8 @@ from qatlaw.names import AVERAGED, FIRST_STEP, VAL_LOSS, VAL_LOSS_FP, VAL_LOSS_P
 from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord
 from qatscale.config.schema import RunConfig
-from qatscale.study import grid, read_study
+from qatscale.study.file import read_study
+from qatscale.study.grid import grid
 
 STUDY = Path(__file__).parents[2] / "analysis" / "studies" / "cooldown-1to1000" / "cooldown.yaml"
 LOWEST, CURVATURE = 3.0, np.array([0.5, 2.0, 8.0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qatlaw.figures import Drawn
+from qatlaw.figures.evidence import Drawn
 from qatlaw.laws import Law
 from qatscale.cli import main
 from qatscale.config.recipe import load_run_config, resolved_yaml

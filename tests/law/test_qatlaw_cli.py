@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from qatlaw import InputError
 from qatlaw.__main__ import main
-from qatlaw.amounts import parse_amount, parse_bytes
+from qatlaw.amounts import bytes_label, exact_amount, parse_amount, parse_bytes
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.cli import planner
 
@@ -195,6 +195,16 @@ def test_amounts(text: str, value: float) -> None:
 @pytest.mark.parametrize(("text", "value"), [("500MB", 5e8), ("1.5gb", 1.5e9), ("512MiB", 2**29), ("1 TB", 1e12)])
 def test_bytes(text: str, value: float) -> None:
     assert parse_bytes("--x", text) == value
+
+
+@pytest.mark.parametrize("text", ["100B", "2.3B", "96141861677", "1M", "500"])
+def test_amounts_are_written_without_loss(text: str) -> None:
+    assert exact_amount(parse_amount("--x", text)) == text
+
+
+@pytest.mark.parametrize("text", ["500B", "2.33MB", "500GB", "20GB", "3.8TB"])
+def test_bytes_are_written_as_they_are_read(text: str) -> None:
+    assert bytes_label(parse_bytes("--x", text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.2.3", "12Q", "0", "nan", "inf", "1e400", "5MB"])

@@ -11,7 +11,8 @@ import pytest
 from scipy.stats import t as student
 
 from qatlaw.cooldown import POINT, bias_and_variance, branch_frame, branches_of, differences, interval
-from qatlaw.figures import LABORATORY, Drawn, Evidence, draw_all
+from qatlaw.figures.evidence import Drawn, Evidence
+from qatlaw.figures.subjects import LABORATORY, draw_all
 from qatlaw.names import AVERAGED
 from qatlaw.page import compose, html, write_report
 from qatlaw.results import read_results, write_results

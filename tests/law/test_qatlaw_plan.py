@@ -53,7 +53,7 @@ class TestOneRun:
         assert abs(plan.S - 505.05) < 0.005
         assert plan.warnings == ()
         assert plan.switch_step is None
-        assert plan.overrides == ("tokens=100000000000", "qat.bits=4", "qat.scheme=sequential", "qat.fraction=0.33921")
+        assert plan.overrides == ("tokens=100B", "qat.bits=4", "qat.scheme=sequential", "qat.fraction=0.33921")
 
     def test_the_switch_is_where_the_recipe_switches(self) -> None:
         plan = plan_run(Recipe(396e6, 100e9, tokens_per_step=2**20), 4)

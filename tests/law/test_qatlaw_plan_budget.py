@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatlaw import InputError, optimal_fraction
+from qatlaw.fraction_laws import PAPER
 from qatlaw.plan.budget import Budget, best_size, compute_optimal, plan_budget, spend
 from qatlaw.plan.checkpoint import plan_checkpoint
 from qatlaw.planner_law import synthetic_law
@@ -105,7 +106,7 @@ class TestCheckpoint:
     @given(st.floats(7.5, 10.5), st.floats(0.8, 4), st.sampled_from([1, 2, 4, 6]), st.booleans())
     def test_what_it_deserves_makes_it_the_optimal_share(self, n: float, ratio: float, B: float, fitted: bool) -> None:
         N, D_fp = 10**n, round(10 ** (n + ratio))
-        plan = plan_checkpoint(N, B, D_fp, law=LAW if fitted else None)
+        plan = plan_checkpoint(N, B, D_fp, law=LAW if fitted else PAPER)
         assert plan.tokens == plan.tokens_fp + plan.tokens_qat
         expected = (LAW.law.optimal_fraction if fitted else optimal_fraction)(N, plan.tokens, B)
         assert plan.fraction == pytest.approx(float(expected), abs=1e-6)

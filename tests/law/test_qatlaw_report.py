@@ -14,8 +14,9 @@ from matplotlib.colors import to_rgb
 
 from qatlaw import synthetic
 from qatlaw.bit_widths import BIT_WIDTHS
-from qatlaw.figures import SUBJECTS, Drawn, Evidence, Laws
+from qatlaw.figures.evidence import Drawn, Evidence, Laws
 from qatlaw.figures.style import amount, thinned, width_dash, width_style
+from qatlaw.figures.subjects import SUBJECTS
 from qatlaw.findings import findings
 from qatlaw.fit_file import fit_file, read_fit, write_fit
 from qatlaw.fitting import fit

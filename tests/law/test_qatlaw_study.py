@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qatlaw.study import Piece, Route, Tree, cheapest_tree, shared_steps
 from qatscale.schedule.difference import first_difference
-from qatscale.study import Grid, grid, read_study
+from qatscale.study.file import read_study
+from qatscale.study.grid import Grid, grid
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "analysis" / "studies" / "small.yaml"

@@ -172,16 +172,6 @@ def test_the_config_of_older_releases_is_read(tmp_path, build):
     assert open_hugging_face(tmp_path / "out")[0] == config
 
 
-def test_export_in_bf16_rounds_once(build, tmp_path):
-    config = CONFIGS["mha-untied"]
-    model = build(config)
-    export_hugging_face(model, config, tmp_path / "out", sequence_length=16, dtype=torch.bfloat16)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.dtype == torch.bfloat16
-    for ours, name in hugging_face_names(config).items():
-        assert torch.equal(theirs.get_parameter(name), model.get_parameter(ours).bfloat16())
-
-
 def test_shards_hold_each_tensor_once_and_windows_of_one_buffer_are_copied(tmp_path, build):
     """ZeRO keeps all parameters in one flat buffer."""
     state = to_hugging_face(build(CONFIGS["gqa-tied"]).state_dict(), CONFIGS["gqa-tied"])

@@ -48,7 +48,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 540) -> tuple[int, str]:
     """(exit code, output)."""
     try:
         output, _ = process.communicate(timeout=timeout)

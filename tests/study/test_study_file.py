@@ -16,8 +16,9 @@ from qatlaw.laws import QAT_PER_BITS
 from qatscale.cli import main
 from qatscale.config.recipe import load_run_config
 from qatscale.errors import UserError
-from qatscale.study import grid, read_study
+from qatscale.study.file import read_study
 from qatscale.study.folder import StudyFolder, lay_out
+from qatscale.study.grid import grid
 from qatscale.study.plan import plan_study
 from qatscale.study.state import StudyState
 from qatscale.tracking.store import Cursor

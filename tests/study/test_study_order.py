@@ -20,7 +20,8 @@ from qatlaw.study import (
     simulate,
     trained_by,
 )
-from qatscale.study import grid, read_study
+from qatscale.study.file import read_study
+from qatscale.study.grid import grid
 from qatscale.study.plan import CHECKPOINT_BYTES, forecast
 
 SMALL = Path(__file__).parents[2] / "analysis" / "studies" / "small.yaml"

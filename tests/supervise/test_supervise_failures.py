@@ -177,11 +177,11 @@ def test_a_rank_that_hangs_and_one_that_dies_end_the_job_and_the_same_command_go
     assert told_at - last["time"] < 8 + 2 + 3 + 10 + 30, "stall, notice, last words, gather; and a busy machine"
     assert read_manifest(find_checkpoint(run.path)).step == 10
 
-    codes, (first, second) = ended("kill:1:17")
+    codes, (first, second) = ended("kill:1:22")
     assert codes[0] == EXIT_FAILED
-    assert f"rank 1 on host {host} died at step 17: its process ended without a word" in first, first
+    assert f"rank 1 on host {host} died at step 22: its process ended without a word" in first, first
     assert [record["step"] for record in run.records("resume")] == [10]
-    assert read_manifest(find_checkpoint(run.path)).step == 15
+    assert read_manifest(find_checkpoint(run.path)).step in (15, 20), "that of step 20 waits for that of step 15"
     assert run.status == "failed"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qatscale.errors import UserError
-from qatscale.supervise.launchers import expand_hosts, launcher_environment
+from qatscale.supervise.launchers import first_of_hosts, launcher_environment
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -91,16 +91,14 @@ def test_a_broken_environment_is_refused_by_the_variables_name(case: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "hosts"),
+    ("text", "host"),
     [
-        ("node7", ["node7"]),
-        ("a,b", ["a", "b"]),
-        ("node[01-03,7]", ["node01", "node02", "node03", "node7"]),
-        ("node[9-11]", ["node9", "node10", "node11"]),
-        ("node[098-101]", ["node098", "node099", "node100", "node101"]),
-        ("rack[1-2]node[3,5]-ib", ["rack1node3-ib", "rack1node5-ib", "rack2node3-ib", "rack2node5-ib"]),
-        ("login,gpu[1-2],fat[07]", ["login", "gpu1", "gpu2", "fat07"]),
+        ("node7", "node7"),
+        ("a,b", "a"),
+        ("node[01-03,7]", "node01"),
+        ("node[098-101],login", "node098"),
+        ("rack[1-2]node[3,5]-ib", "rack1node3-ib"),
     ],
 )
-def test_slurms_lists_of_hosts(text: str, hosts: list[str]) -> None:
-    assert expand_hosts(text) == hosts
+def test_slurms_lists_of_hosts(text: str, host: str) -> None:
+    assert first_of_hosts(text) == host

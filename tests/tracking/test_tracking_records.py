@@ -60,7 +60,7 @@ def test_scalars_of_other_libraries_paths_and_dataclasses_are_plain_values() -> 
 
 
 def test_what_has_no_form_in_json_is_an_error() -> None:
-    with pytest.raises(TypeError, match="has no form in JSON"):
+    with pytest.raises(ValueError, match="has no form in JSON"):
         encode({"a": object()})
 
 

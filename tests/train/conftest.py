@@ -7,10 +7,10 @@ from tests.train.trained_runs import Trained
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """The first test that asks for `trained` waits for both launches: a minute or two, and more on a busy machine."""
+    """The first test that asks for `trained` waits for both launches: a minute, and more on a busy machine."""
     for item in items:
         if "trained" in item.fixturenames:
-            item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def drive(runs: list[dict[str, Any]], folder: Path, ranks: int = 1) -> Finished:
     """Train these runs, in this order, in one set of processes."""
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
-    return run([DRIVER, listed], ranks, cwd=folder)
+    return run([DRIVER, listed], ranks, cwd=folder, timeout=800)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         tmp_path_factory.mktemp("alone"),
         1,
         between={"overrides": [BETWEEN]},
-        beside={"overrides": [BESIDE], "slow": {"rank": 0, "seconds": 0.7}},
+        beside={"overrides": [BESIDE], "slow": {"rank": 0, "seconds": 1.2}},
         broken={"slow": {"rank": 0, "seconds": 1.0}, "error_at": EVERY + 1},
         full={"full_at": EVERY + 1},
     )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE
 from qatscale.tracking.run_folder import RunFolder
-from tests.processes import unlaunched
+from tests.processes import Python, unlaunched
 from tests.train.driving import STEPS, SWITCH, losses, spec
 from tests.train.fixed_tokens import write_fixed_tokens
 
@@ -30,27 +30,9 @@ def command(folder: Path, data: Path, *overrides: str) -> list[str]:
     return ["train", "debug", *spec(folder.name, folder.parent, data, *overrides)["overrides"]]
 
 
-def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start Python with these arguments, without a launcher's variables."""
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=unlaunched() | (environment or {}),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=_default_signals,
-    )
-
-
-def _default_signals() -> None:
-    """A shell ignores SIGINT for what it starts in the background, and nohup SIGHUP; children inherit that."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output = process.communicate(timeout=200)[0]
-    return process.returncode, output
+def finish(process: Python) -> tuple[int, str]:
+    output = process.communicate(timeout=500)[0]
+    return process.wait(), output
 
 
 SIGNALLED = """
@@ -77,41 +59,64 @@ def test_a_signal_before_the_first_step_or_in_the_final_evaluation(
     name: str, code: int, data: Path, tmp_path: Path
 ) -> None:
     train = command(tmp_path / "run", data)
-    ended, output = finish(start("-c", SIGNALLED, BEFORE[name == "SIGHUP"], name, *train))
+    ended, output = finish(Python(["-c", SIGNALLED, BEFORE[name == "SIGHUP"], name, *train]))
     assert ended == code, output
     assert f"{name}: stopped before the first step" in output
-    ended, output = finish(start("-c", SIGNALLED, AFTER, name, *train))
+    ended, output = finish(Python(["-c", SIGNALLED, AFTER, name, *train]))
     assert ended == code, output
     folder = RunFolder(tmp_path / "run")
     assert (folder.status, folder.records("stopped")[-1]["step"]) == ("stopped", STEPS)
     if name == "SIGTERM":
-        ended, output = finish(start("-m", "qatscale", *train))
+        ended, output = finish(Python(["-m", "qatscale", *train]))
         assert ended == 0, output
         assert folder.is_done
 
 
 def test_a_signal_while_the_command_starts(data: Path, tmp_path: Path) -> None:
     at = "qatscale.config.recipe::load_run_config"
-    ended, output = finish(start("-c", SIGNALLED, at, "SIGTERM", *command(tmp_path / "run", data)))
+    ended, output = finish(Python(["-c", SIGNALLED, at, "SIGTERM", *command(tmp_path / "run", data)]))
     assert ended == EXIT_REQUEUE, output
     assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_waits_for_a_process_that_never_comes_ends_at_once(data: Path, tmp_path: Path) -> None:
-    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    process = start(
-        "-m", "qatscale", *command(tmp_path / "run", data), environment=job | {"MASTER_PORT": str(free_port())}
-    )
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=15)
+    port = free_port()
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = Python(["-m", "qatscale", *command(tmp_path / "run", data)], unlaunched() | job)
+    while process.poll() is None and not listens(process.pid, port):
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=60)[0]
     assert process.returncode == EXIT_REQUEUE, output
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether a process takes connections: where the others of its job would meet it."""
+    return any(one.laddr.port == port and one.status == "LISTEN" for one in psutil.Process(pid).net_connections())
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from qatscale.data.reader import BatchReader
+own = BatchReader.batch
+def held(self, step, *rest):
+    while step == 2 and not Path(sys.argv[1]).exists():
+        time.sleep(0.01)
+    return own(self, step, *rest)
+BatchReader.batch = held
+from qatscale.cli import main
+main(sys.argv[2:])
+"""
+"""`qatscale` that goes on after two steps when a file is there."""
+
+
 def test_of_two_equal_commands_at_once_one_trains(data: Path, tmp_path: Path) -> None:
-    train = command(tmp_path / "run", data)
-    outputs = dict(map(finish, [start("-m", "qatscale", *train) for _ in range(2)]))
+    both = [Python(["-c", HELD, tmp_path / "go", *command(tmp_path / "run", data)]) for _ in range(2)]
+    while all(one.poll() is None for one in both):
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    outputs = dict(map(finish, both))
     assert sorted(outputs) == [0, EXIT_BAD_INPUT], outputs
     assert "is being trained by process" in outputs[EXIT_BAD_INPUT]
     assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
@@ -121,7 +126,7 @@ def test_a_verdict_stays_with_the_run(data: Path, tmp_path: Path) -> None:
     """Adam's epsilon is so large that nothing moves: a check that failed at the end fails again."""
     train = command(tmp_path / "run", data, "optimizer.eps=1e300")
     for _ in range(2):
-        ended, output = finish(start("-m", "qatscale", *train))
+        ended, output = finish(Python(["-m", "qatscale", *train]))
         assert ended == EXIT_FAILED, output
         assert "have not moved since the switch" in output
     assert not RunFolder(tmp_path / "run").is_done
@@ -138,7 +143,7 @@ main(sys.argv[1:])
 
 
 def test_scales_that_do_not_move_are_found_soon_after_the_switch(data: Path, tmp_path: Path) -> None:
-    ended, output = finish(start("-c", EARLY, *command(tmp_path / "run", data, "optimizer.eps=1e300")))
+    ended, output = finish(Python(["-c", EARLY, *command(tmp_path / "run", data, "optimizer.eps=1e300")]))
     assert ended == EXIT_FAILED, output
     assert "have not moved since the switch" in output
     assert max(losses(tmp_path / "run")) == SWITCH + 2 < STEPS
@@ -164,9 +169,9 @@ main(sys.argv[2:])
 def test_a_state_that_is_not_finite_is_never_a_checkpoint(background: str, data: Path, tmp_path: Path) -> None:
     more = ["checkpoint.interval=512", f"checkpoint.background={background}"]
     train = command(tmp_path / "run", data, *more)
-    ended, output = finish(start("-c", POISONED, "9", *train))
+    ended, output = finish(Python(["-c", POISONED, "9", *train]))
     assert ended == EXIT_FAILED, output
     assert "the checkpoint of step 9 was not written: weight/" in output
     assert find_checkpoint(tmp_path / "run").name == "step-00000008"
-    ended, output = finish(start("-m", "qatscale", *train))
+    ended, output = finish(Python(["-m", "qatscale", *train]))
     assert ended == 0, output

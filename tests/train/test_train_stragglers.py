@@ -25,16 +25,18 @@ def test_a_process_is_reported_once_it_was_slow_for_long_enough() -> None:
 
 
 @pytest.mark.dist
-def test_a_slow_process_is_named_under_zero_1_and_3(tmp_path: Path, prepared: Path) -> None:
-    """Under ZeRO-1 by its forward passes, under ZeRO-3, whose forward passes wait for one another, by attention."""
+def test_a_slow_process_is_named(tmp_path: Path, prepared: Path) -> None:
+    """Under ZeRO-1 by its forward passes. In a pipeline these wait for one another, and its blocks are timed; under
+    ZeRO-3 blocks wait too, and attention is timed."""
+    layouts = {"z1": ["zero1_fp32"], "z3": ["zero3_fp32"], "p2": ["zero1_fp32", "engine.pipeline_stages=2"]}
     own = ["tokens=10240", "qat.scheme=fp", "qat.fraction=auto", "evaluation.tokens=512"]  # 20 steps, 10 of warm-up
-    runs = [spec(f"z{stage}", tmp_path, prepared, *own, f"engine.ds_config=zero{stage}_fp32") for stage in (1, 3)]
+    runs = [spec(n, tmp_path, prepared, *own, f"engine.ds_config={ds}", *more) for n, (ds, *more) in layouts.items()]
     listed = tmp_path / "runs.json"
     listed.write_text(json.dumps(runs))
     finished = run([Path(__file__).with_name("straggler_driver.py"), listed], 2, cwd=tmp_path)
     assert finished.codes == [0, 0], finished.output
-    assert finished.output.count(f"warning: rank 1 on {socket.gethostname()} takes") == 2
-    for name in ("z1", "z3"):
+    assert finished.output.count(f"warning: rank 1 on {socket.gethostname()} takes") == 3
+    for name in layouts:
         measured = [record for record in records(tmp_path / name) if not record["warmup"]]
         assert len(measured) == 10
         assert [record["slowest_rank"] for record in measured] == [1] * 10

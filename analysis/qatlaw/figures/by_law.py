@@ -30,7 +30,7 @@ from qatlaw.plan.waste import WASTED, optimal_loss, wasted_tokens
 from qatlaw.table import MIXED_SCHEMES, RunTable
 from qatlaw.validation import predicted as quantized_losses
 
-LACKING = "a loss law: runs enough to fit one (`qatscale fit` says what is missing), or a fit.json by --law."
+LACKING = "a loss law: enough runs to fit one (`qatscale fit` says what is missing), or a fit.json by --law."
 NOT_DESCRIBED = "runs that the law describes: of its scheme and bit widths."
 BUDGETS = 3
 POINTS = 120

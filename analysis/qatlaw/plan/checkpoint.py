@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qatlaw.amounts import exact_amount
+from qatlaw.bit_widths import bits_label
 from qatlaw.errors import InputError
 from qatlaw.fraction import tokens_per_parameter_byte
 from qatlaw.fraction_laws import PAPER
@@ -69,7 +71,7 @@ class CheckpointPlan:
         """Without the scheme, which depends on where in its schedule the checkpoint lies."""
         steps = None if tokens_per_step is None else round(self.tokens / tokens_per_step)
         text = written_fraction(self.fraction, steps)
-        return (f"tokens={self.tokens}", f"qat.bits={self.bits:g}", f"qat.fraction={text}")
+        return (f"tokens={exact_amount(self.tokens)}", f"qat.bits={self.bits:g}", f"qat.fraction={text}")
 
 
 def plan_checkpoint(params: float, bits: float, tokens_fp: float, *, law: PlanLaw = PAPER) -> CheckpointPlan:
@@ -92,7 +94,7 @@ def plan_checkpoint(params: float, bits: float, tokens_fp: float, *, law: PlanLa
         raise InputError("trained tokens", tokens_fp, problem)
     deserved = float(falling_root(lambda D: -excess(float(D)), tokens_fp, high)) - tokens_fp
     if law.law is None and tokens_per_parameter_byte(params, tokens_fp + deserved, bits) <= 1:
-        problem = f"is less than a token per byte of {params:g} parameters at {bits:g} bits, too few here."
+        problem = f"is less than a token per byte of {params:g} parameters at {bits_label(bits)}, too few here."
         raise InputError("trained tokens", tokens_fp, problem, "Are --params and the tokens in the right units?")
 
     def loss(q: float) -> float | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qatlaw.amounts import exact_amount
+from qatlaw.bit_widths import bits_label
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, tokens_per_parameter_byte
 from qatlaw.fraction_laws import PAPER
@@ -195,7 +197,7 @@ def overrides_of(
     tokens: float, bits: float, scheme: Scheme, fraction: str, group_size: int | None = None
 ) -> tuple[str, ...]:
     settings = (
-        f"tokens={round(tokens)}",
+        f"tokens={exact_amount(tokens)}",
         f"qat.bits={bits:g}",
         f"qat.scheme={scheme.name}",
         f"qat.fraction={fraction}",
@@ -292,4 +294,4 @@ def compare_widths(
 
 
 def width_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:
-    return tuple(f"{plan.bits:g} bits: {warning}" for plan in plans for warning in plan.warnings)
+    return tuple(f"{bits_label(plan.bits)}: {warning}" for plan in plans for warning in plan.warnings)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qatlaw.amounts import bytes_label
+from qatlaw.bit_widths import bits_label
 from qatlaw.effective_bits import StoredWeights, llama_weights
 from qatlaw.errors import InputError
 from qatlaw.laws.nominal import EffectiveBits
@@ -98,9 +100,9 @@ def shapes_within(
         sizes = file_bytes(widths, layers, vocabulary, bits, file_size)
     fits = sizes <= budget
     if not fits.any() or fits.all():
-        ends = f"{sizes.min() / 1e6:.3g}MB to {sizes.max() / 1e9:.3g}GB"
-        problem = f"Llama-style models with a vocabulary of {vocabulary} take {ends} at {bits:g} bits."
-        raise InputError("BYTES", f"{budget / 1e6:g}MB", problem)
+        ends = f"{bytes_label(sizes.min())} to {bytes_label(sizes.max())}"
+        problem = f"Llama-style models with a vocabulary of {vocabulary} take {ends} at {bits_label(bits)}."
+        raise InputError("BYTES", bytes_label(budget), problem)
     order = np.flatnonzero(fits)[np.argsort(params[fits], kind="stable")]
     return [Shape(int(widths[i]), int(layers[i]), vocabulary) for i in order]
 

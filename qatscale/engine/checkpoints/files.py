@@ -55,6 +55,11 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
@@ -172,11 +177,10 @@ def other_checkpoint(folder: Path) -> str:
     if whole is None:
         return f"None of the {len(before)} earlier checkpoints beside it is whole."
     damaged = [p.name for p in [*before, folder] if p.name > whole.name]
-    run, step = folder.parent.parent, int(whole.name.removeprefix("step-"))
     found = f"newest whole one before it is {whole.name} (verified just now)"
     return (
-        f"The {found if verifies else f'one before it is {whole.name} (not verified)'}: give {run}@{step}, or remove "
-        f"{', '.join(damaged)} to go on from there."
+        f"The {found if verifies else f'one before it is {whole.name} (not verified)'}: give "
+        f"{folder.parent.parent}@{step_of(whole)}, or remove {', '.join(damaged)} to go on from there."
     )
 
 
@@ -229,11 +233,18 @@ def rotate(checkpoints: Path, keep: int) -> list[Path]:
     passing = [p for p in list_checkpoints(checkpoints) if _may_go(p)]
     removed = passing[:-keep] if keep else passing
     for path in removed:
-        path.rename(path.with_name(f".old-{path.name}"))  # half-removed must not look complete
+        remove(path)
     for pattern in (".old-step-*", ".writing-step-*"):
         for leftover in checkpoints.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
     return removed
+
+
+def remove(checkpoint: Path) -> None:
+    """Hide a checkpoint by one rename, since a half-removed one must not look complete, then remove its files."""
+    hidden = checkpoint.with_name(f".old-{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _may_go(folder: Path) -> bool:

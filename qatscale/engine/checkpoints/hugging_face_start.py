@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import ModelConfig, RunConfig
+from qatscale.config.yaml_text import value_text
 from qatscale.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer, tokenizer_folder
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, skeleton
 from qatscale.errors import UserError
@@ -91,18 +92,12 @@ def _with_shape(model: ModelConfig, folder: Path, recipe: str, overrides: Sequen
         if key.startswith("model."):
             fix = "Leave it out: the shape of the model is the folder's."
             raise UserError(key, value, f"{folder}/config.json decides it.", fix)
-    shape = [f"model.{key}={_yaml(value)}" for key, value in model.model_dump().items()]
+    shape = [f"model.{key}={value_text(value)}" for key, value in model.model_dump().items()]
     config = load_run_config(recipe, [*shape, "qat.scheme=fp", *overrides])
     if config.qat.scheme != "fp":
         problem = "the weights of the folder are in full precision."
         raise UserError("qat.scheme", config.qat.scheme, problem, "Leave it out here, and set it in the branches.")
     return config
-
-
-def _yaml(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_yaml, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _tokenizer(folder: Path, config: RunConfig) -> str | None:

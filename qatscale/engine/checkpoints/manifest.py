@@ -73,10 +73,15 @@ class Manifest:
     tokenizer: str | None = None
     """Fingerprint of the tokenizer of these tokens; None where it is not known."""
     slices: FileRecord | None = None
-    """Of the table of slices, SLICES; None where there is one file, whose header says it."""
+    """The table of slices, SLICES; None where there is one file, whose header says it."""
     format: int = FORMAT
     checksum: str = ""
     """sha256 of all else in the manifest."""
+
+    @property
+    def switched_at(self) -> int | None:
+        """Optimizer steps before the switch to QAT; None = it has not happened."""
+        return self.plugin["switched_at"]
 
     def digest(self) -> str:
         """What `checksum` has to be."""

@@ -22,6 +22,7 @@ from qatscale.engine.checkpoints.files import (
     newest_checkpoint,
     other_checkpoint,
     read_manifest,
+    step_of,
     verify_files,
     with_advice,
 )
@@ -187,7 +188,7 @@ def find_checkpoint(what: str | Path) -> Path:
         raise UserError("checkpoint", str(what), none, _what_is_there(path))
     if newest:
         return newest
-    steps = {int(p.name.removeprefix("step-")): p for p in found}
+    steps = {step_of(path): path for path in found}
     if not at.isdigit() or int(at) not in steps:
         problem = f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
         raise UserError("checkpoint", str(what), problem)
@@ -200,6 +201,8 @@ def _what_is_there(path: Path) -> str:
         return "The folder does not exist."
     if (path / "run.json").is_file():
         return "The run has none yet."
+    if (path / "export.json").is_file():
+        return "It is an export: its losses are in its export.json, and `generate` and `evaluate --harness` read it."
     if (path / "config.json").is_file():
         convert = f"qatscale convert {path} --to checkpoint --out runs/NAME --recipe RECIPE"
         return f"It looks like a Hugging Face model; make it a run to branch from: {convert}"

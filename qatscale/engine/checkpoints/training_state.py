@@ -16,7 +16,6 @@ from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.files import KINDS, commit, slice_name, writing_folder
 from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
-from qatscale.engine.initialize import optimizer_groups
 from qatscale.model.llama import Llama
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
@@ -31,9 +30,9 @@ class Skeleton:
     """What a recipe's prepared model consists of, without its numbers."""
 
     shapes: dict[str, Shape]
-    """Of every parameter, in the model's order; tied ones once, scales included."""
+    """Every parameter's, in the model's order; tied ones once, scales included."""
     groups: list[dict[str, Any]]
-    """AdamW's parameter groups as `optimizer_groups` makes them; "params" holds names."""
+    """`QatPlugin.optimizer_groups`, in which "params" holds names."""
     plugin: dict[str, Any]
     """The plugin's state before the switch."""
 
@@ -49,10 +48,9 @@ def skeleton(config: RunConfig) -> Skeleton:
         plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
         plugin.prepare(model)
     names = {p: name for name, p in model.named_parameters()}
-    groups = optimizer_groups(model, plugin)
     return Skeleton(
         {name: tuple(p.shape) for p, name in names.items()},
-        [{**group, "params": [names[p] for p in group["params"]]} for group in groups],
+        [{**group, "params": [names[p] for p in group["params"]]} for group in plugin.optimizer_groups()],
         plugin.state(),
     )
 
@@ -114,6 +112,8 @@ def load_checkpointed_model(
 
 def write_state(state: TrainingState, checkpoints: Path, config: RunConfig) -> Path:
     """Write a checkpoint of `state` that belongs to the run of `config`; returns its folder."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     writing = writing_folder(checkpoints, state.step)
     writing.mkdir(parents=True)
     slices = {
@@ -121,12 +121,12 @@ def write_state(state: TrainingState, checkpoints: Path, config: RunConfig) -> P
         for name in state.shapes
         for kind in (KINDS if state.adam_steps[name] else KINDS[:1])
     }
-    numels = {key: torch.Size(state.shapes[name]).numel() for key, (_, name) in slices.items()}
-    shards = _shards(numels)
+    flat = {key: torch.empty(state.shapes[name], device="meta").flatten() for key, (_, name) in slices.items()}
+    shards = split_torch_state_dict_into_shards(flat, max_shard_size=SHARD_BYTES).filename_to_tensors.values()
     files: dict[str, Any] = {}
     for index, keys in enumerate(shards):
         path = writing / f"shard-{index:05d}-of-{len(shards):05d}.safetensors"
-        shapes = {key: (numels[key],) for key in keys}
+        shapes = {key: tuple(flat[key].shape) for key in keys}
         sha256 = write_safetensors(path, shapes, torch.float32, lambda key: state.read(*slices[key]).flatten())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
     manifest = Manifest(
@@ -143,16 +143,3 @@ def write_state(state: TrainingState, checkpoints: Path, config: RunConfig) -> P
         files=files,
     )
     return commit(checkpoints, manifest)
-
-
-def _shards(numels: Mapping[str, int]) -> list[list[str]]:
-    """Slices in order, as many to a file as SHARD_BYTES hold, and at least one."""
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for key, numel in numels.items():
-        if shards[-1] and 4 * numel > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(key)
-        room -= 4 * numel
-    return shards

@@ -164,9 +164,10 @@ def find_universal(folder: Path) -> Path | None:
 
 
 def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> TrainingState:
-    """Of the folder that holds zero/, ours or written by DeepSpeed's ds_to_universal from a plain module's checkpoint.
+    """The state in the folder that holds zero/.
 
-    UserError where it is damaged, holds more than numbers, or is not a state of the recipe's run.
+    Ours, or what DeepSpeed's ds_to_universal wrote from a plain module's checkpoint. UserError where it is damaged,
+    holds more than numbers, or is not a state of the recipe's run.
     """
     own = (folder / SIDE_FILE).is_file()
     if own and (recipe is not None or overrides):

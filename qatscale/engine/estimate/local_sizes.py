@@ -1,7 +1,7 @@
 """The parameters that one process holds under a layout: matrices, norms and quantizer scales, by arithmetic alone.
 
-`qatscale.model.llama`, `qatscale.quant.selection` and `qatscale.engine.initialize.optimizer_groups` create these
-tensors; a test compares the two.
+`qatscale.model.llama`, `qatscale.quant.selection` and `QatPlugin.optimizer_groups` create these tensors; a test
+compares the two.
 """
 
 from __future__ import annotations

@@ -197,7 +197,8 @@ def _gradients(groups: Mapping[str, Group], zero: ZeroSettings) -> _Gradients:
         return _Gradients(kept, 0, copied + cast, kept, kept)
     full = min(max(zero.bucket, largest), elements)
     if zero.stage == 3:
-        return _Gradients(0, 0, full * zero.reduced, 0, 0 if zero.offloads else min(part, zero.sub_group) * FP32)
+        sub_group = min(part, zero.sub_group + largest // zero.data)  # it ends with the parameter that fills it
+        return _Gradients(0, 0, full * zero.reduced, 0, 0 if zero.offloads else sub_group * FP32)
     widens = zero.weight != zero.accumulated
     element = zero.accumulated if zero.stage == 1 else zero.weight
     bucket = zero.bucket * element * (2 if zero.overlaps else 1) if zero.contiguous else 0

@@ -87,7 +87,7 @@ class NetworkTime:
     seconds: float
     """All collectives, one after another."""
     overlapped: float | None
-    """Of these, the seconds that pass while the GPU computes; None where the arithmetic's time is unknown."""
+    """The seconds of these that pass while the GPU computes; None where the arithmetic's time is unknown."""
 
 
 def network_time(

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from qatscale.config.schema import ModelConfig
-from qatscale.errors import UserError, did_you_mean
+from qatscale.errors import UserError
 from qatscale.export.clients import Client, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, StoredParameter
-from qatscale.export.formats import FORMATS
+from qatscale.export.formats import FORMATS, check_format
 from qatscale.export.source import ExportSource, SourceParameter
 from qatscale.untrusted import read_object
 
@@ -135,8 +135,6 @@ def transformers_usage(client: type[Client], has_tokenizer: bool, options: str =
 
 
 class Exported(NamedTuple):
-    """An export on disk and its format."""
-
     format: Format
     path: Path
     """What its clients load: the folder, or its one file of weights."""
@@ -148,8 +146,7 @@ class Exported(NamedTuple):
 
 def get_format(name: str) -> Format:
     """UserError for a name that no format has."""
-    if name not in FORMATS:
-        raise UserError("--format", name, "is not a format of exports.", did_you_mean(name, FORMATS))
+    check_format(name)
     try:
         return import_module(f"qatscale.export.formats.{name.replace('-', '_')}").FORMAT
     except ModuleNotFoundError as error:

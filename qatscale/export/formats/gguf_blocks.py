@@ -25,9 +25,6 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-Blocks = np.ndarray
-"""Integers as uint8 codes q or int8, [blocks, weights]."""
-
 
 @dataclass(frozen=True)
 class BlockType:
@@ -35,8 +32,8 @@ class BlockType:
     low: int
     high: int
     """The integers it holds."""
-    encode: Callable[[Blocks, np.ndarray], np.ndarray]
-    """(integers int16 [blocks, weights], d as bytes [blocks, 2]) -> uint8 [blocks, bytes]."""
+    parts: Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
+    """(integers - low as uint8 [blocks, weights], d as bytes [blocks, 2]) -> the bytes of blocks, [blocks, …] each."""
 
     @property
     def ggml_type(self) -> GGMLQuantizationType:
@@ -65,55 +62,29 @@ def _pairs(q: np.ndarray) -> np.ndarray:
     return (four[:, :, 0] | (four[:, :, 1] << 2) | (four[:, :, 2] << 4) | (four[:, :, 3] << 6)).reshape(len(q), -1)
 
 
+def _bits(q: np.ndarray) -> np.ndarray:
+    """1 bit each, the first in the lowest."""
+    return np.packbits(q, axis=-1, bitorder="little")
+
+
+def _third_bits(q: np.ndarray) -> np.ndarray:
+    """Bit i of byte j: the third bit of number 32·i + j."""
+    return _bits((q >> 2).reshape(len(q), 8, 32).transpose(0, 2, 1)).reshape(len(q), 32)
+
+
 def _constant(like: np.ndarray, values: list[int]) -> np.ndarray:
     return np.tile(np.array(values, np.uint8), (len(like), 1))
 
 
-def _q1_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.hstack([d, np.packbits(n > 0, axis=-1, bitorder="little")])
-
-
-def _tq2_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.hstack([_pairs((n + 1).astype(np.uint8)), d])
-
-
-def _q2_k(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.hstack([_constant(n, [2 | 3 << 4] * 16), _pairs(((n + 3) // 2).astype(np.uint8)), d, d])
-
-
-def _q3_k(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    q = (n + 4).astype(np.uint8)
-    # bit i of byte j: the third bit of number 32·i + j; the sixteen 6-bit scales are all 33 = 0b10_0001
-    high = np.packbits((q >> 2).reshape(len(q), 8, 32).transpose(0, 2, 1), axis=-1, bitorder="little")
-    return np.hstack([high.reshape(len(q), 32), _pairs(q), _constant(n, [0x11] * 8 + [0xAA] * 4), d])
-
-
-def _q4_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.hstack([d, _nibbles((n + 8).astype(np.uint8), 16)])
-
-
-def _q5_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    q = (n + 16).astype(np.uint8)
-    return np.hstack([d, np.packbits(q >> 4, axis=-1, bitorder="little"), _nibbles(q, 16)])
-
-
-def _q6_k(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    q = (n + 32).astype(np.uint8)
-    return np.hstack([_nibbles(q, 64), _pairs(q >> 4), _constant(n, [1] * 16), d])
-
-
-def _q8_0(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.hstack([d, n.astype(np.int8).view(np.uint8)])
-
-
-Q1_0 = BlockType("Q1_0", -1, 1, _q1_0)
-TQ2_0 = BlockType("TQ2_0", -1, 1, _tq2_0)
-Q2_K = BlockType("Q2_K", -3, 3, _q2_k)
-Q3_K = BlockType("Q3_K", -4, 3, _q3_k)
-Q4_0 = BlockType("Q4_0", -8, 7, _q4_0)
-Q5_0 = BlockType("Q5_0", -16, 15, _q5_0)
-Q6_K = BlockType("Q6_K", -32, 31, _q6_k)
-Q8_0 = BlockType("Q8_0", -128, 127, _q8_0)
+Q1_0 = BlockType("Q1_0", -1, 1, lambda q, d: [d, _bits(q >> 1)])
+TQ2_0 = BlockType("TQ2_0", -1, 1, lambda q, d: [_pairs(q), d])
+Q2_K = BlockType("Q2_K", -3, 3, lambda q, d: [_constant(q, [2 | 3 << 4] * 16), _pairs(q >> 1), d, d])
+Q3_K = BlockType("Q3_K", -4, 3, lambda q, d: [_third_bits(q), _pairs(q), _constant(q, [0x11] * 8 + [0xAA] * 4), d])
+"""Its sixteen 6-bit scales are all 33 = 0b10_0001."""
+Q4_0 = BlockType("Q4_0", -8, 7, lambda q, d: [d, _nibbles(q, 16)])
+Q5_0 = BlockType("Q5_0", -16, 15, lambda q, d: [d, _bits(q >> 4), _nibbles(q, 16)])
+Q6_K = BlockType("Q6_K", -32, 31, lambda q, d: [_nibbles(q, 64), _pairs(q >> 4), _constant(q, [1] * 16), d])
+Q8_0 = BlockType("Q8_0", -128, 127, lambda q, d: [d, q ^ 0x80])
 
 
 def to_blocks(block_type: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:
@@ -122,6 +93,7 @@ def to_blocks(block_type: BlockType, integers: np.ndarray, d: np.ndarray) -> np.
     assert block_type.low <= integers.min() and integers.max() <= block_type.high  # noqa: PT018 - one range
     count = channels // block_type.weights
     per_block = np.repeat(d.astype("<f2"), count // d.shape[1], axis=1).reshape(-1, 1).view(np.uint8)
-    blocks = block_type.encode(integers.reshape(-1, block_type.weights).astype(np.int16), per_block)
+    raised = (integers.reshape(-1, block_type.weights).astype(np.int16) - block_type.low).astype(np.uint8)
+    blocks = np.hstack(block_type.parts(raised, per_block))
     assert blocks.shape == (rows * count, block_type.bytes)
     return blocks.reshape(rows, -1)

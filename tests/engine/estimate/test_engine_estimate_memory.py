@@ -50,7 +50,6 @@ def peak(
     ],
 )
 def test_local_sizes_are_the_optimizer_groups_of_the_model(overrides: list[str]) -> None:
-    from qatscale.engine.initialize import optimizer_groups
     from qatscale.model.llama import Llama
     from qatscale.model.tensor_parallel import TensorParallel
     from qatscale.quant.plugin import QatPlugin
@@ -61,9 +60,7 @@ def test_local_sizes_are_the_optimizer_groups_of_the_model(overrides: list[str])
         model = Llama(config.model, False, TensorParallel(0, layout.tensor), stage)
         plugin = QatPlugin(config.qat, 1)
         plugin.prepare(model)
-        groups = {
-            group["name"]: sorted(p.numel() for p in group["params"]) for group in optimizer_groups(model, plugin)
-        }
+        groups = {group["name"]: sorted(p.numel() for p in group["params"]) for group in plugin.optimizer_groups()}
         found = sizes_of(config, layout, stage.index).groups
         assert {name: sorted(group.elements()) for name, group in found.items()} == groups
 
