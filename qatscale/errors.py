@@ -6,7 +6,7 @@ import errno
 import re
 from collections.abc import Sequence
 
-from qatlaw.errors import InputError
+from qatlaw.errors import InputError, cut
 from qatlaw.errors import did_you_mean as did_you_mean
 from qatlaw.errors import first_invalid as first_invalid
 from qatlaw.errors import nearest as nearest
@@ -50,6 +50,7 @@ _PERMISSION = "Choose a place that you may write to and read from."
 _FAULTS = {
     errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: "Raise the limit (ulimit -f), or choose another disk.",
     errno.EACCES: _PERMISSION, errno.EPERM: _PERMISSION, errno.EROFS: _PERMISSION,
+    errno.ENAMETOOLONG: "Choose a shorter name.", errno.ELOOP: "Name the place itself, not a link.",
     errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "",
 }  # fmt: skip
 """What to do about an error of the operating system."""
@@ -66,7 +67,7 @@ def fault(error: BaseException) -> str | None:
     numbered = re.search(r"\[Errno (\d+)\] ", text)  # also of a process that another one reports
     if not isinstance(error, OSError) or numbered is None or int(numbered[1]) not in _FAULTS:
         return None
-    plain = f"{error.filename}: {error.strerror}" if error.filename else text.replace(numbered[0], "")
+    plain = f"{cut(str(error.filename))}: {error.strerror}" if error.filename else text.replace(numbered[0], "")
     return f"{plain}. {_FAULTS[int(numbered[1])]}".rstrip()
 
 

@@ -1,6 +1,6 @@
 """qatlaw: scaling laws of quantization-aware training, and how many of a run's tokens it should have. No torch.
 
-`import qatlaw` loads the closed form of the optimal fraction alone; the other names load what they need on first use.
+`import qatlaw` loads no library; each name loads what it needs on first use.
 analysis/guides/fit-in-python.md shows them.
 
 Symbols, as in the literature: N parameters, D tokens, B bits per quantized weight, f = D_qat / D_total the QAT
@@ -14,15 +14,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qatlaw.errors import InputError
-from qatlaw.fraction import extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
 
 if TYPE_CHECKING:
     from qatlaw.api import fit, read_runs, read_table, report
     from qatlaw.fit_file import read_fit
+    from qatlaw.fraction import extrapolation_warning, optimal_fraction, tokens_per_parameter_byte
     from qatlaw.laws import Law
 
 _ON_USE = {
     "fit": "api", "read_runs": "api", "read_table": "api", "report": "api", "read_fit": "fit_file", "Law": "laws",
+    "extrapolation_warning": "fraction", "optimal_fraction": "fraction", "tokens_per_parameter_byte": "fraction",
 }  # fmt: skip
 
 __all__ = [

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
 from qatlaw.errors import InputError
-from qatlaw.fraction import amount
 
 _PLAIN = {"": 1.0}
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -33,10 +32,23 @@ def _reader(allowed: str, units: Mapping[str, float], holds: Callable[[float], b
     return read
 
 
-parse_amount = _reader("a number above 0, with K, M, B or T if it is long: 2.3B", _UNITS)
+_LONG = "with K, M, B or T if it is long: 2.3B"
+parse_amount = _reader(f"a number from 1e-9 to 1e30, {_LONG}", _UNITS, lambda value: 1e-9 <= value <= 1e30)
+parse_count = _reader(f"a number from 1 to 1e18, {_LONG}", _UNITS, lambda count: 1 <= count <= 1e18)
+"""Of parameters or tokens: products of a few of them stay finite, and torch counts to 9.2e18."""
+parse_vocabulary = _reader("a number of tokens from 1 to 1B", _UNITS, lambda size: 1 <= size <= 1e9)
+parse_nats = _reader("nats per token, above 0 and at most 100", _PLAIN, lambda nats: nats <= 100)
 parse_bytes = _reader("bytes above 0 with their unit: 500MB, 1.5GB, 512MiB", _BYTES)
 parse_share = _reader("above 0 and below 1: 0.25", _PLAIN, lambda share: share < 1)
 parse_bits = _reader(f"one of {BIT_WIDTHS_TEXT}", _PLAIN, BIT_WIDTHS.__contains__)
+
+
+def amount(value: float, digits: int = 3) -> str:
+    """Some digits and a suffix: 2300000000.0 -> 2.3B."""
+    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
+            return f"{value / unit:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
 
 
 def exact_amount(units: float) -> str:

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from qatlaw import options
-from qatlaw.amounts import bytes_label, parse_bytes
+from qatlaw.amounts import amount, bytes_label, parse_bytes
 from qatlaw.bit_widths import bits_label
 from qatlaw.errors import InputError
-from qatlaw.fraction import amount
 from qatlaw.fraction_laws import FRACTION_LAWS, LADDER_FOUND, PAPER
 from qatlaw.laws.named import NAMED
 from qatlaw.options import Json

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qatlaw.amounts import amount
 from qatlaw.bit_widths import bits_label
 from qatlaw.figures.evidence import Evidence
-from qatlaw.fraction import amount, closed_form
+from qatlaw.fraction import closed_form
 from qatlaw.laws.base import Floats
 from qatlaw.summary import Summary
 from qatlaw.table import MIXED_SCHEMES, SCHEMES, RunTable

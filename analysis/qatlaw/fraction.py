@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from qatlaw.amounts import amount
+
 A = 6.7297
 """The closed form's one fitted constant [note]."""
 MEAN_ABSOLUTE_ERROR = 0.091
@@ -92,11 +94,3 @@ def extrapolation_warning(
     if not outside:
         return None
     return f"the optimal QAT fraction is an extrapolation of its closed form: {', '.join(outside)}"
-
-
-def amount(value: float, digits: int = 3) -> str:
-    """Some digits and a suffix: 2300000000.0 -> 2.3B."""
-    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= unit * (1 - 0.5 * 10.0**-digits):  # 999,999 is 1M
-            return f"{value / unit:.{digits}g}{suffix}"
-    return f"{value:.{digits}g}"

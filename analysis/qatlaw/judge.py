@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS, UNQUANTIZED_BITS
 from qatlaw.curves import Curve, OptimalFraction, measured_curves
 from qatlaw.errors import InputError
 from qatlaw.fit_file import FitFile
 from qatlaw.fitting import fit_widths
-from qatlaw.fraction import amount, closed_form
+from qatlaw.fraction import closed_form
 from qatlaw.laws import FORMS, Law
 from qatlaw.laws.base import Floats
 from qatlaw.laws.named import FROM_SCRATCH, Asked, NamedLaw

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_share
+from qatlaw.amounts import Reader, parse_amount, parse_bits, parse_count, parse_nats, parse_share, parse_vocabulary
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatlaw.fraction_laws import FRACTION_LAWS
 from qatlaw.laws.named import NAMED
@@ -20,9 +20,9 @@ def _option(metavar: str, text: str, read: Reader = parse_amount) -> Any:
     return typer.Option(metavar=metavar, help=text, parser=str, callback=convert)
 
 
-PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.")
+PARAMS = _option("396M", "Parameters of the model; a tied embedding counts once.", parse_count)
 RECIPE = typer.Option(metavar="396m", help="Instead of --params: a recipe with its tokens, bits, batch and schedule.")
-TOKENS = _option("100B", "Training tokens of both phases.")
+TOKENS = _option("100B", "Training tokens of both phases.", parse_count)
 BITS = _option("4", f"Bits per quantized weight: {BIT_WIDTHS_TEXT}.", parse_bits)
 GROUP_SIZE = typer.Option(
     metavar="32",
@@ -32,9 +32,9 @@ GROUP_SIZE = typer.Option(
 FORMAT = typer.Option(
     metavar="gguf", help="Count the file of this format of `qatscale export`: hf, compressed-tensors, gguf or mlx."
 )
-BATCH_TOKENS = _option("1M", "Tokens of an optimizer step; the answer then names the step of the switch.")
-NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)")
-VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.")
+BATCH_TOKENS = _option("1M", "Tokens of an optimizer step; the answer then names the step of the switch.", parse_count)
+NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)", parse_nats)
+VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.", parse_vocabulary)
 FLOPS = _option("1e21", "The budget: floating-point operations.")
 GPU_HOURS = _option("500", "The budget: GPU-hours, all GPUs together.")
 GPU = typer.Option(metavar="H200", help="A GPU by name, for its peak.")
@@ -42,10 +42,10 @@ PEAK_FLOPS = _option("989T", "Instead of --gpu: its peak in FLOP/s.")
 MFU = _option("0.4", "Share of the peak that full-precision training reaches.", parse_share)
 TOKENS_PER_SECOND = _option("150K", "Instead of a peak and --mfu: measured speed of one GPU in full precision.")
 QAT_OVERHEAD = _option("1.2", "Time of a QAT step over that of a full-precision step.")
-TRAINED_TOKENS = _option("60B", "Instead of RUN: full-precision tokens so far. Needs --params.")
+TRAINED_TOKENS = _option("60B", "Instead of RUN: full-precision tokens so far. Needs --params.", parse_count)
 FRACTION = _option("0.1", "QAT tokens over all tokens.", parse_share)
-FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.")
-SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.")
+FUSED_LOSS = _option("2.31", "Final loss of the fused run, in nats per token.", parse_nats)
+SEQUENTIAL_LOSS = _option("2.32", "Final loss of the sequential run of as many tokens.", parse_nats)
 LAW = typer.Option(
     metavar="LAW",
     help=f"Loss law: path of a fit.json, or synthetic, which is made up, to try the planner. "

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS, bits_label
 from qatlaw.errors import InputError
-from qatlaw.fraction import MEASURED, ROUNDING, amount, tokens_per_parameter_byte
+from qatlaw.fraction import MEASURED, ROUNDING, tokens_per_parameter_byte
 from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
 from qatlaw.laws.named import NAMED
 from qatlaw.text import plural

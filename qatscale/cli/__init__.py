@@ -17,8 +17,8 @@ from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
 _LATER = 5.0
-_FORBIDDEN = r".*\[Errno (1|13|30)\] "
-"""EPERM, EACCES, EROFS: the command names a place that its user may not read or write."""
+_FORBIDDEN = r".*\[Errno (1|13|30|36|40)\] "
+"""EPERM, EACCES, EROFS, ENAMETOOLONG, ELOOP: the command names a place that its user may not read or write."""
 
 
 def main(arguments: list[str] | None = None) -> None:

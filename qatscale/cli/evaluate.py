@@ -36,7 +36,7 @@ def evaluate(
     ] = None,
     tasks_folder: Annotated[
         Path | None,
-        typer.Option(help="With --harness: a folder of task definitions, whose Python functions are executed."),
+        typer.Option(help="With --harness: a folder of task definitions, YAML and templates without Python functions."),
     ] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="With --harness: worked examples. [default: the task's]")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
+from qatlaw.cli import planner
 from qatlaw.plan.answer import Answer
 from qatlaw.plan.run import SEQUENTIAL, Recipe, Scheme
 from qatlaw.plan.shapes import Shape
@@ -88,3 +90,8 @@ class RecipesAndGpus:
                 raise
             return answer
         return replace(answer, command=tuple(name if word == "RECIPE" else word for word in answer.command))
+
+
+plan = copy(planner)
+plan.info = copy(planner.info)
+plan.info.context_settings = {"obj": RecipesAndGpus()}

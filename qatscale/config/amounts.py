@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from qatlaw.fraction import amount
+from qatlaw.amounts import amount
 from qatscale.config.section import Allowed
 from qatscale.errors import UserError
 

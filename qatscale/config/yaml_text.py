@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from yaml.composer import Composer
 
 from qatlaw.errors import cut
 from qatlaw.files import read_small
@@ -46,7 +48,9 @@ class Document:
     """Line of each key and list item, from 1."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(Composer, yaml.CSafeLoader):
+    """libyaml reads the events, some ten times as fast; PyYAML composes them, whose nesting can be limited."""
+
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's way to say: none of YAML 1.1's
     yaml_constructors = {  # noqa: RUF012
         tag: constructor
@@ -54,6 +58,10 @@ class _Loader(yaml.SafeLoader):
         if tag is None or tag.removeprefix(_CORE) in ("null", "bool", "int", "float", "str", "seq", "map")
     }
     depth = 0
+
+    def __init__(self, text: str) -> None:
+        yaml.CSafeLoader.__init__(self, text)
+        Composer.__init__(self)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.depth > MAX_DEPTH:
@@ -109,34 +117,53 @@ for _class in (list, tuple):
 
 def parse_document(text: str, source: str) -> Document:
     """Parse a text, which errors call `source`. Raises UserError with the line."""
-    try:
+    with _located(source):
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return Document(None, {})
-        if _count(node, {}) > MAX_VALUES:
-            raise _error(f"more than {MAX_VALUES:,} values, each alias counted with all that it stands for", node)
-        return Document(loader.construct_document(node), dict(_lines(node, ())))
+        node = _composed(loader)
+        return Document(None, {}) if node is None else Document(loader.construct_document(node), dict(_lines(node, ())))
+
+
+def compose(path: Path, key: str) -> yaml.Node:
+    """The nodes of a file with their tags, for a reader who wants to see it before another library reads it."""
+    with _located(str(path)):
+        return _composed(_Loader(_read(path, key))) or yaml.ScalarNode("", "")
+
+
+def read_document(path: Path, key: str) -> Document:
+    """The mapping in a file, {} where it is empty. `key` names the file in an error."""
+    document = parse_document(_read(path, key), str(path))
+    if document.value is not None and not isinstance(document.value, dict):
+        raise UserError(key, str(path), f"holds a {type(document.value).__name__}, not `key: value` lines.")
+    return document if document.value is not None else Document({}, {})
+
+
+def _read(path: Path, key: str) -> str:
+    try:
+        return read_small(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(key, str(path), f"cannot be read: {reason}.") from error
+
+
+def _composed(loader: _Loader) -> yaml.Node | None:
+    node = loader.get_single_node()
+    if node is not None and _count(node, {}) > MAX_VALUES:
+        raise _error(f"more than {MAX_VALUES:,} values, each alias counted with all that it stands for", node)
+    return node
+
+
+@contextmanager
+def _located(source: str) -> Iterator[None]:
+    """UserError with the line for what PyYAML does not accept."""
+    try:
+        yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         reason = " ".join(part for part in (error.context, error.problem) if part)
         raise UserError(where, None, f"{reason}.") from error
-    except yaml.YAMLError as error:  # an unprintable character
+    except (yaml.YAMLError, UnicodeError) as error:  # an unprintable character; one that UTF-8 does not have
         raise UserError(source, None, f"not valid YAML: {error}.") from error
-
-
-def read_document(path: Path, key: str) -> Document:
-    """The mapping in a file, {} where it is empty. `key` names the file in an error."""
-    try:
-        text = read_small(path).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(key, str(path), f"cannot be read: {reason}.") from error
-    document = parse_document(text, str(path))
-    if document.value is not None and not isinstance(document.value, dict):
-        raise UserError(key, str(path), f"holds a {type(document.value).__name__}, not `key: value` lines.")
-    return document if document.value is not None else Document({}, {})
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -153,7 +180,7 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else to_yaml(value).removesuffix("\n...\n").strip()
 
 
-def _children(node: yaml.Node) -> list[tuple[str | int, yaml.Node, yaml.Node]]:
+def children(node: yaml.Node) -> list[tuple[str | int, yaml.Node, yaml.Node]]:
     """(key or position, the node that has its line, the value) of each part."""
     if isinstance(node, yaml.MappingNode):
         return [(key.value, key, value) for key, value in node.value]
@@ -164,12 +191,12 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     """The values of a node with its aliases expanded; each node is visited once. One that holds itself has no end."""
     if id(node) not in known:
         known[id(node)] = MAX_VALUES + 1
-        known[id(node)] = 1 + sum(_count(child, known) for _, _, child in _children(node))
+        known[id(node)] = 1 + sum(_count(child, known) for _, _, child in children(node))
     return known[id(node)]
 
 
 def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    for name, written, child in _children(node):
+    for name, written, child in children(node):
         yield (*path, name), written.start_mark.line + 1
         yield from _lines(child, (*path, name))
 

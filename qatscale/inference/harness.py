@@ -10,6 +10,7 @@ from typing import Any
 
 from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.inference.generate import TransformersModel
+from qatscale.inference.task_files import check_tasks, render_in_sandbox
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Score:
 def open_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
     """The harness's TaskManager, including tasks defined in YAML files in `folder`.
 
-    UserError where the harness or `folder` is missing, and for an unknown task, with the nearest name.
+    UserError where the harness or `folder` is missing, for Python code in the folder, and for an unknown task, with the
+    nearest name.
     """
     try:
         import lm_eval.models.huggingface  # noqa: F401 - it needs accelerate, which lm_eval does not bring
@@ -40,6 +42,9 @@ def open_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
         raise UserError("--tasks-folder", str(folder), "is not a folder of task definitions (YAML).")
     if not tasks:
         raise UserError("--harness", None, "names no task.", "Give names with commas between them: arc_easy,hellaswag.")
+    if folder is not None:
+        check_tasks(folder)
+    render_in_sandbox()
     manager = TaskManager(include_path=str(folder) if folder else None)
     for task in tasks:
         if task not in manager.all_tasks:
@@ -63,6 +68,7 @@ def run_harness(
     shots: worked examples before a question; None = the task's default. limit: questions of each task. No token
     precedes a text, as in training. UserError where a task's dataset cannot be loaded.
     """
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -79,6 +85,9 @@ def run_harness(
         results = simple_evaluate(
             judged, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, log_samples=False
         )
+    except TemplateError as error:
+        problem = f"a template of a task cannot be rendered: {first_line(error)}."
+        raise UserError("--harness", ",".join(tasks), problem) from None
     except OSError as error:  # datasets' errors for a hub or a file out of reach
         problem = f"a dataset cannot be loaded: {first_line(error)}"
         fix = "Tasks in --tasks-folder may name local files."

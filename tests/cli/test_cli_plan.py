@@ -16,6 +16,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from qatlaw.cli import planner
+from qatscale.config.amounts import parse_amount
 from qatscale.config.recipe import RECIPES, load_run_config, recipe_names
 from qatscale.config.sizes import count_parameters, flops_per_token
 from qatscale.schedule.build import build_timeline
@@ -56,7 +57,7 @@ def test_the_overrides_run_the_plan(typed: str) -> None:
     steps = round(config.tokens / config.tokens_per_step)
     assert f"switch to QAT before step {round((1 - fraction) * steps):,} " in out
     told = next(o for o in overrides if o.startswith("tokens=")).removeprefix("tokens=")
-    assert config.tokens == int(told)
+    assert config.tokens == parse_amount(told)
     if "memory" in typed:
         row = found["plan"]["rows"][found["plan"]["best"]]
         assert count_parameters(config.model).total == row["plan"]["params"] == row["shape"]["params"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from typer.testing import CliRunner
 
 from qatscale.cli.app import app
@@ -101,6 +102,46 @@ def test_what_cannot_be_judged_is_told(run: Path, tasks: Path) -> None:
     manager = open_tasks(["lost"], tasks)
     with pytest.raises(UserError, match="dataset"):
         run_harness(open_transformers(str(run)), ["lost"], manager)
+
+
+CODE = {
+    "a function": "process_docs: !function evil.run",
+    "a function of an importable module": "doc_to_text: !function os.getcwd",
+    "a function in a list": "metric_list: [{metric: !function evil.run}]",
+    "a function of a group": "aggregate_metric_list: [{metric: own, aggregation: !function evil.run}]",
+    "a class": "class: !function evil.run",
+    "an included function": "include: [{outside}]",
+    "a metric's folder": "metric_list: [&m {{metric: {evil}}}]",
+    "a metric's folder, merged": "metric_list: [{{<<: {{metric: {evil}}}}}]",
+    "a metric of another library": "metric_list: [{metric: acc, hf_evaluate: yes}]",
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_python_code_in_a_folder_of_tasks_is_refused(kind: str, tasks: Path, tmp_path: Path) -> None:
+    (tasks / "evil.py").write_text("import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\nrun = len\n")
+    (outside := tmp_path / "outside.yml").write_text("process_docs: !function tasks/evil.run\n")
+    line = CODE[kind]
+    if "{{" in line or "{outside}" in line:
+        line = line.format(outside=outside, evil=tasks / "evil.py")
+    (tasks / "hostile.yaml").write_text(f"task: hostile\ndataset_path: json\n{line}\n")
+    with pytest.raises(UserError, match="never executes"):
+        open_tasks(["hostile"], tasks)
+    assert not (tasks / "evil.ran").exists()
+
+
+def test_a_template_reaches_no_python(tasks: Path) -> None:
+    open_tasks(["completions"], tasks)
+    from lm_eval.utils import apply_template
+
+    assert apply_template("{{ text | regex_replace('b', 'c') }}", {"text": "ab"}) == "ac"
+    for text in (
+        "''.__class__.__mro__[1].__subclasses__()",
+        "lipsum.__globals__['os'].getcwd()",
+        "''['__cl' ~ 'ass__']()",
+    ):
+        with pytest.raises(TemplateError):
+            apply_template(f"{{{{ {text} }}}}", {})
 
 
 def test_settings_of_the_other_kind_of_evaluation_are_refused(run: Path) -> None:

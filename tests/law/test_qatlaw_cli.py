@@ -58,7 +58,7 @@ REFUSED = {
     f"{RUN} --bits four": ("--bits = 'four'", "1, 1.58, 2"),
     f"{RUN} --bits 40": ("--bits = '40'", "1, 1.58, 2"),
     f"{RUN} --bits {'9' * 400}": ("--bits = '99999", "1, 1.58, 2"),
-    f"--params {'9' * 400} --tokens 100B": ("--params = '99999", "above 0"),
+    f"--params {'9' * 400} --tokens 100B": ("--params = '99999", "1e18"),
     f"{RUN} --bits nan": ("--bits = 'nan'",),
     f"waste {RUN} --bits 4 --fraction 25 --law synthetic": ("--fraction = '25'", "below 1"),
     f"{RUN} --bits 4 --batch-tokens 1T": ("--batch-tokens", "more than all"),
@@ -211,6 +211,25 @@ def test_bytes_are_written_as_they_are_read(text: str) -> None:
 def test_no_amounts(text: str) -> None:
     with pytest.raises(InputError, match="--x"):
         parse_amount("--x", text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--params 396M --tokens 100B --bits 4 --batch-tokens 1e-300",
+        "--params 1e19 --tokens 100B --bits 4",
+        "memory 500MB --tokens 1B --vocab-size 1e18",
+        "compute --flops 1e30 --params 1 --bits 4 --law synthetic",
+        "compute --gpu-hours 1e30 --tokens-per-second 1e30 --params 1M",
+        "checkpoint --trained-tokens 1e308 --params 1e-300",
+        "waste --params 1e300 --tokens 1 --bits 4 --fraction 1e-300 --law synthetic",
+        "fusion --params 396M --tokens 100B --bits 4 --fused-loss 1e30 --sequential-loss 1e-9 --law synthetic",
+        "bit-widths --params 396M --tokens 100B --tolerance 1e30 --law synthetic",
+    ],
+)
+def test_an_absurd_number_is_refused_before_anything_overflows(words: str) -> None:
+    with pytest.raises(InputError):
+        planner(words.split(), standalone_mode=False)
 
 
 def test_costs_of_gpu_hours_by_hand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qatlaw.amounts import amount
 from qatlaw.bit_widths import bits_label
 from qatlaw.figures.evidence import Drawn, Evidence, closed_form_warnings
 from qatlaw.figures.style import (
@@ -23,7 +24,7 @@ from qatlaw.figures.style import (
     width_dash,
     width_style,
 )
-from qatlaw.fraction import MEAN_ABSOLUTE_ERROR, MEASURED_S, amount, fraction_at, tokens_per_parameter_byte
+from qatlaw.fraction import MEAN_ABSOLUTE_ERROR, MEASURED_S, fraction_at, tokens_per_parameter_byte
 from qatlaw.laws.base import Floats
 from qatlaw.table import MIXED_SCHEMES
 

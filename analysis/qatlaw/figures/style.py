@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS
-from qatlaw.fraction import amount
 from qatlaw.laws.base import Floats
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qatlaw.amounts import amount
 from qatlaw.bit_widths import UNQUANTIZED_BITS
-from qatlaw.fraction import ROUNDING, amount
+from qatlaw.fraction import ROUNDING
 from qatlaw.laws.base import Floats
 
 if TYPE_CHECKING:  # every --help reads the names of the laws

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
 
-from qatlaw.fraction import amount
+from qatlaw.amounts import amount
 from qatlaw.fraction_laws import PAPER, FractionLaw
 from qatlaw.laws.named import NamedLaw
 from qatlaw.planner_law import SYNTHETIC_WARNING, PlanLaw

@@ -167,6 +167,9 @@ def plan_budget(
         return BudgetSplit(name, f, D, f * D, loss)
 
     f, D = spend(budget, closed)
+    if D > 1e18:
+        fix = "Take a larger model or a smaller budget."
+        raise InputError("budget", f"{budget.amount:g} {budget.unit}", f"buys {D:.3g} tokens, more than 1e18.", fix)
     S = tokens_per_parameter_byte(params, D, bits)
     by_closed_form = split("closed form", f, D) if S > 1 else None
     by_compute, by_tokens = None, None

@@ -83,4 +83,7 @@ def fusion_saving(law: Law, N: float, D: float, B: float, fused_loss: float, seq
         gain = sequential_loss - fused_loss
         problem = f"is {gain:.4g} nats below the sequential loss; by the law, no number of tokens gains that much here."
         raise InputError("--fused-loss", fused_loss, problem)
+    if tokens == 0:
+        problem = f"is {fused_loss - sequential_loss:.4g} nats above the sequential loss; no run loses that."
+        raise InputError("--fused-loss", fused_loss, problem)
     return FusionSaving(tokens, 1 - D / tokens)
