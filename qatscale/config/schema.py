@@ -44,6 +44,12 @@ EmbeddingBits = Annotated[
 ]  # fmt: skip
 
 
+def _each_once(values: list[float]) -> list[float]:
+    if len(set(values)) < len(values):
+        raise ValueError("a value occurs twice")
+    return values
+
+
 def _expand_user(path: Path) -> Path:
     """No shell expands the ~ in `data.path=~/corpus`."""
     try:
@@ -378,7 +384,9 @@ class EvaluationConfig(Section):
     """Tokens between validations during training; null = at the end only."""
     tokens: PositiveTokens = 1_000_000
     """Held-out tokens of a validation, spread evenly over the held-out split; all of it where it has fewer."""
-    ptq_bits: list[Bits] = Field([])
+    ptq_bits: Annotated[
+        list[Bits], AfterValidator(_each_once), Allowed(f"a list without repeats, each one of {BIT_WIDTHS_TEXT}")
+    ] = []
     """Bit widths at which the final weights are also evaluated after post-training quantization."""
 
 

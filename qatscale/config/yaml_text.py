@@ -117,7 +117,7 @@ for _class in (list, tuple):
 
 def parse_document(text: str, source: str) -> Document:
     """Parse a text, which errors call `source`. Raises UserError with the line."""
-    with _located(source):
+    with _located(text, source):
         loader = _Loader(text)
         node = _composed(loader)
         return Document(None, {}) if node is None else Document(loader.construct_document(node), dict(_lines(node, ())))
@@ -125,8 +125,9 @@ def parse_document(text: str, source: str) -> Document:
 
 def compose(path: Path, key: str) -> yaml.Node:
     """The nodes of a file with their tags, for a reader who wants to see it before another library reads it."""
-    with _located(str(path)):
-        return _composed(_Loader(_read(path, key))) or yaml.ScalarNode("", "")
+    text = _read(path, key)
+    with _located(text, str(path)):
+        return _composed(_Loader(text)) or yaml.ScalarNode("", "")
 
 
 def read_document(path: Path, key: str) -> Document:
@@ -153,17 +154,25 @@ def _composed(loader: _Loader) -> yaml.Node | None:
 
 
 @contextmanager
-def _located(source: str) -> Iterator[None]:
+def _located(text: str, source: str) -> Iterator[None]:
     """UserError with the line for what PyYAML does not accept."""
     try:
         yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
+        where = f"{source}, {_place(mark, text.splitlines())}" if mark else source
         reason = " ".join(part for part in (error.context, error.problem) if part)
         raise UserError(where, None, f"{reason}.") from error
     except (yaml.YAMLError, UnicodeError) as error:  # an unprintable character; one that UTF-8 does not have
         raise UserError(source, None, f"not valid YAML: {error}.") from error
+
+
+def _place(mark: yaml.Mark, lines: list[str]) -> str:
+    """libyaml puts the end of a text in a line of its own."""
+    line, column = mark.line, mark.column
+    if line >= len(lines) > 0:
+        line, column = len(lines) - 1, len(lines[-1])
+    return f"line {line + 1}, column {column + 1}"
 
 
 def parse_yaml(text: str, source: str) -> Any:

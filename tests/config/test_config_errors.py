@@ -25,6 +25,7 @@ BAD_OVERRIDES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("--qat.bits=2",): ("--qat.bits", "'qat.bits'"),
     (f"qat.bits={NO_SUCH_BITS}",): ("qat.bits", f" {NO_SUCH_BITS}:", BIT_WIDTHS_TEXT),
     (f"qat.bits={10**400}",): ("qat.bits", BIT_WIDTHS_TEXT),
+    ("evaluation.ptq_bits=[4,2,4.0]",): ("evaluation.ptq_bits", "without repeats"),
     ("qat.scheme=fusd",): ("qat.scheme", "'fusd'", "fp, sequential, fused or scratch", "'fused'"),
     ("qat.fraction=1.3",): ("qat.fraction", "1.3", "from 0 to 1 or auto"),
     ("qat.fraction=auot",): ("qat.fraction", "'auot'", "'auto'"),

@@ -45,7 +45,7 @@ PHASES = ("warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_coold
         ("qat.lr_ratio", "a number above 0 or auto", "auto"),
         ("qat.embedding_bits", f"auto, {', '.join(map(str, EMBEDDING_BITS[:-1]))} or 16", "auto"),
         ("evaluation.tokens", "a whole number of tokens above 0 (2.3B, 100M, 50_000)", "1_000_000"),
-        ("evaluation.ptq_bits", f"a list, each one of {BIT_WIDTHS_TEXT}", "[]"),
+        ("evaluation.ptq_bits", f"a list without repeats, each one of {BIT_WIDTHS_TEXT}", "[]"),
     ],
 )
 def test_a_row(key: str, allowed: str, default: str) -> None:
