@@ -32,7 +32,7 @@ SYSTEM = {
     "bf16": {"enabled": True},
     "zero_optimization": {
         "stage": 3, "reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000,
-        "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 30_000_000, "sub_group_size": 5_000_000,
+        "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 30_000_000, "sub_group_size": 1_000_000,
     },
 }  # fmt: skip
 """Buckets smaller than a matrix. The optimizer copies the gradients of one sub-group at a time, by default all."""
