@@ -386,7 +386,7 @@ class EvaluationConfig(Section):
     """Held-out tokens of a validation, spread evenly over the held-out split; all of it where it has fewer."""
     ptq_bits: Annotated[
         list[Bits], AfterValidator(_each_once), Allowed(f"a list without repeats, each one of {BIT_WIDTHS_TEXT}")
-    ] = []
+    ] = Field([])
     """Bit widths at which the final weights are also evaluated after post-training quantization."""
 
 
