@@ -85,6 +85,6 @@ def test_a_page_says_things_once_and_its_links_resolve(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", text):
         assert "://" in link or (page.parent / link).exists(), link
     if page.parent.name != "benchmarks" and page.name != "CHANGELOG.md":  # records keep the names of their day
-        rooms = "analysis|ds_configs|launch|qatscale|tests"
-        for path in re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]*\.\w+", page.read_text()):
+        folders = "analysis|ds_configs|launch|qatscale|tests"
+        for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\.\w+", page.read_text()):
             assert (ROOT / path).exists(), path

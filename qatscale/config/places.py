@@ -18,6 +18,14 @@ _SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:user|pass|pwd|token|secret|key|auth|
 """A value of an address's query that is a credential by its name."""
 
 
+def expand_user(path: Path) -> Path:
+    """No shell expands the ~ in `data.path=~/corpus`."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user, so a name that happens to begin with ~
+        return path
+
+
 def named_file(key: str, given: str | Path, shipped: Mapping[str, Path]) -> Path:
     """The file that `given` is the path of or, in `shipped`, the name of. UserError about `key` where there is none."""
     if given in shipped:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, m
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
 from qatscale.config import cooldown_shapes
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
-from qatscale.config.places import without_credentials
+from qatscale.config.places import expand_user, without_credentials
 from qatscale.config.section import Allowed, ClashError, NotBool, Positive, Section
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
@@ -50,15 +50,7 @@ def _each_once(values: list[float]) -> list[float]:
     return values
 
 
-def _expand_user(path: Path) -> Path:
-    """No shell expands the ~ in `data.path=~/corpus`."""
-    try:
-        return path.expanduser()
-    except RuntimeError:  # no such user, so a name that happens to begin with ~
-        return path
-
-
-ExpandedPath = Annotated[Path, AfterValidator(_expand_user), Allowed("a path")]
+ExpandedPath = Annotated[Path, AfterValidator(expand_user), Allowed("a path")]
 Fraction = Annotated[float, NotBool, Field(ge=0, le=1)]
 Beta = Annotated[float, NotBool, Field(ge=0, lt=1)]
 
