@@ -154,6 +154,18 @@ def test_a_table_on_disk_gives_the_same_figures(records: list[RunRecord], runs: 
     assert "variance = mean loss of the branches" in page
 
 
+def test_settings_of_a_shape_are_in_its_name_where_they_differ(records: list[RunRecord]) -> None:
+    """Also those of a shape that is yet to come; the branches stay those of one trunk."""
+    usual = records[0].recipe
+    of_most = RunRecord("a", "a", "FINISHED", records[0].final, {**usual, "schedule.power": "2.0"})
+    for key, value in (("power", "3.0"), ("knots", "[1, 0]"), ("min_lr_ratio", "0.1")):
+        other = RunRecord("b", "b", "FINISHED", of_most.final, {**of_most.recipe, f"schedule.{key}": value})
+        frame = branch_frame([of_most, other, of_most])
+        assert list(frame["shape"]) == ["1-sqrt", f"1-sqrt {value}", "1-sqrt"]
+        assert len(frame[POINT].drop_duplicates()) == 1
+    assert branch_frame([]).empty
+
+
 def test_runs_without_such_branches_have_the_usual_figures(records: list[RunRecord]) -> None:
     few = [record for record in records if record.recipe["data.cooldown_seed"] == "0" and AVERAGED not in record.final]
     found = collect(few, "few")

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.integrate import quad
 
-from qatscale.config.cooldown_shapes import NAMES, SHAPES
-from qatscale.config.schema import ScheduleConfig
+from qatscale.config.schedule_section import NAMES, SHAPES, ScheduleConfig
 from qatscale.schedule.timeline import Cooldown, cooldown_of
 
 progress = st.floats(0, 1)
