@@ -193,7 +193,8 @@ def _incomplete(study: Study) -> Iterator[UserError]:
             fix = "Write tokens: [2.3B, 10B], or tokens_per_parameter: [20, 80]."
             yield UserError("tokens", None, "needs a value.", fix)
         axes = (part.sizes, part.tokens or part.tokens_per_parameter, part.bits, part.fractions, part.schemes)
-        runs = math.prod(map(len, (*axes, part.seeds, *part.vary.values())))
+        plain = (getattr(part, name) or (None,) for name in PLAIN_AXES)
+        runs = math.prod(map(len, (*axes, *plain, *part.vary.values())))
         if runs > MOST_RUNS:
             yield UserError(
                 "study", None, f"a grid of up to {runs:,} runs; at most {MOST_RUNS:,} are laid out.", "Split it."
