@@ -6,7 +6,7 @@ the loss of the model with their averaged weights, the parts of their loss above
     variance = mean(L_i) - L_avg          bias = L_avg - min over the compared settings of L_avg
 
 On a quadratic loss with curvature H the variance part is half the trace of H times the (population) covariance of the
-branches' weights. A k-th of the branches' own variance remains in L_avg, so k branches tell (k - 1)/k of it. arXiv
+branches' weights. A k-th of the branches' own variance remains in L_avg, so k branches show (k - 1)/k of it. arXiv
 2508.01483 compares shapes by bias and variance; its formula is not available to us, so ours stands beside the numbers.
 """
 

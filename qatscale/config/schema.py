@@ -128,7 +128,9 @@ class ModelConfig(Section):
             key = "head_dim" if self.head_dim else "heads"
             raise ClashError(key, f"gives heads of {self.channels} channels, and RoPE rotates pairs of channels")
         if self.qk_norm and self.attention_bias:
-            raise ClashError("qk_norm", "with model.attention_bias is no model that others load", "Keep one of them.")
+            raise ClashError(
+                "qk_norm", "with model.attention_bias makes a model that others do not load", "Keep one of them."
+            )
         if self.rope_scaling and self.rope_scaling[1] >= self.rope_scaling[2]:
             raise ClashError("rope_scaling", "has a low_freq_factor that is not below its high_freq_factor")
         if self.heads % (self.kv_heads or self.heads):
