@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from qatlaw.cooldown import POINT, bias_and_variance, branch_frame, branches_of, differences, interval
 from qatlaw.figures.evidence import Drawn, Evidence
-from qatlaw.figures.subjects import LABORATORY, draw_all
+from qatlaw.figures.subjects import LABORATORY, SUBJECTS, draw_all
 from qatlaw.names import AVERAGED
 from qatlaw.page import compose, html, write_report
 from qatlaw.results import read_results, write_results
@@ -38,7 +38,7 @@ def runs(records: list[RunRecord]) -> Collected:
 
 @pytest.fixture(scope="module")
 def drawn(runs: Collected) -> dict[str, Drawn]:
-    found = (draw(Evidence(runs.table, None, runs.records)) for draw in LABORATORY)
+    found = (draw(Evidence(runs.table, None, runs.records)) for draw in (SUBJECTS[-1], *LABORATORY))
     return {one.name: one for one in found}
 
 
@@ -169,8 +169,11 @@ def test_settings_of_a_shape_are_in_its_name_where_they_differ(records: list[Run
 def test_runs_without_such_branches_have_the_usual_figures(records: list[RunRecord]) -> None:
     few = [record for record in records if record.recipe["data.cooldown_seed"] == "0" and AVERAGED not in record.final]
     found = collect(few, "few")
-    names = [one.name for one in draw_all(Evidence(found.table, None, found.records))]
-    assert names[-1] == "cooldown_shapes"
+    last = draw_all(Evidence(found.table, None, found.records))[-1]
+    assert last.name == "cooldown_shapes"
+    shapes = table({"cooldown_shapes": last}, "cooldown_shapes", "full precision").set_index("shape")
+    assert shapes.loc["linear", "above"] == pytest.approx((losses(ends("linear", 1)) - losses(ends("1-sqrt", 1)))[0])
+    assert set(shapes["pairs"]) == {1}
     assert all(len(group) == 1 for group in branches_of(few))
 
 
