@@ -154,7 +154,7 @@ _BUDGETS: dict[str, Any] = {"tokens": (), "tokens_per_parameter": ()}
 PLAIN_AXES = {
     name: mark for name, field in Axes.model_fields.items() for mark in field.metadata if isinstance(mark, Sets)
 }
-"""The axes that only set keys of the recipe. Another one takes a line in `Axes`, and one above in the format."""
+"""The axes that only set keys of the recipe. CONTRIBUTING.md lists what a new one takes."""
 _OF_AN_AXIS = {
     "name": "name", "tokens": "tokens", "qat.scheme": "schemes", "qat.bits": "bits", "qat.fraction": "fractions",
     "evaluation.ptq_bits": "bits", "checkpoint.keep_at": "keep_at", "output": "folder",

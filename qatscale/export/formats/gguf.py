@@ -135,7 +135,7 @@ class Gguf(Format):
             return [PlainEncoding(torch.float32) if parameter.is_vector else plain]
         types = block_types(parameter.quantizer)
         if self.q1_0 and parameter.quantizer.bits == 1:
-            types = (blocks.Q1_0, *types)
+            types = [blocks.Q1_0, *types]
         return [*map(BlockEncoding, types), plain]
 
     def layout(self, source: ExportSource, fallback: bool) -> ExportLayout:
