@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from qatscale.config.cooldown_shapes import SHAPES
-from qatscale.config.schema import RunConfig, ScheduleConfig, Scheme, Section
+from qatscale.config.schedule_section import SHAPES, ScheduleConfig
+from qatscale.config.schema import RunConfig, Scheme
+from qatscale.config.section import Section
 from qatscale.schedule.timeline import Segment, cooldown_of
 
 
