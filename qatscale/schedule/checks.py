@@ -11,7 +11,6 @@ from qatscale.config.schema import RunConfig, Scheme
 from qatscale.config.section import Section
 from qatscale.schedule.timeline import Segment, cooldown_of
 
-
 NOTICEABLE = 0.8
 """Share of an update that is left under Adam's bias correction, below which a change of beta2 is reported."""
 

@@ -103,7 +103,9 @@ def test_adamw_stands_beside_the_shapes_over_the_same_orders(drawn: dict[str, Dr
         assert found.loc[name, "above"] == pytest.approx(pairs.mean(), abs=1e-12), name
         expected[name] = more
     assert set(found.index[found["kind"] == "AdamW"]) == set(expected)
-    assert found.loc["linear", "above"] == pytest.approx((losses(ends("linear")) - losses(ends("1-sqrt"))).mean(), abs=1e-12)
+    assert found.loc["linear", "above"] == pytest.approx(
+        (losses(ends("linear")) - losses(ends("1-sqrt"))).mean(), abs=1e-12
+    )
     assert set(drawn["cooldown_adamw"].table["group"]) == {"full precision", "fused, 2 bits", "fused, 4 bits"}  # type: ignore[index]
 
 
