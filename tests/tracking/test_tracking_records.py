@@ -114,8 +114,8 @@ def test_a_small_limit_reads_the_same_records(tmp_path: Path) -> None:
     ("line", "said"),
     [
         (b"rubbish", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"\xff\xfe{}", "is not JSON"),
-        (b"3", "is no record"), (b"[]", "is no record"), (b'{"event": 3}', "is no record"),
-        (b'{"event": "metrics", "step": "4"}', "is no record"),
+        (b"3", "is not a record"), (b"[]", "is not a record"), (b'{"event": 3}', "is not a record"),
+        (b'{"event": "metrics", "step": "4"}', "is not a record"),
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_an_error_that_names_its_place(line: bytes, said: str, tmp_path: Path) -> None:
@@ -132,6 +132,13 @@ def test_a_resume_takes_back_later_steps_and_a_switch_at_its_own_step() -> None:
     gone = [event("metrics", 20), event("validation", 20)]
     after = [event("resume", 10), event("switch", 10), event("metrics", 20)]
     assert live([*before, *gone, *after]) == [*before[:3], *after]
+
+
+def test_a_final_evaluation_that_was_made_again_counts_once() -> None:
+    final = [{"event": "validation", "step": 40, "view": view} for view in ("fp", "quantized")]
+    before = [{"event": "start", "step": 0}, {"event": "validation", "step": 20, "view": "fp"}]
+    resume = {"event": "resume", "step": 40}
+    assert live([*before, *final, resume, *final]) == [*before, resume, *final]
 
 
 def test_a_later_resume_further_back_takes_back_the_former_one() -> None:
