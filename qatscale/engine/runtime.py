@@ -187,6 +187,6 @@ def _import_deepspeed_quietly() -> None:
     # DeepSpeed would try to compile each of its operators and, where a GPU has no CUDA toolkit, print a warning a
     # process for seven of them. We use none. On CPU it would compile a shared-memory all-reduce (45 s, needs a
     # compiler) that only its inference uses, and that leaves 66 MiB a rank in /dev/shm at every launch.
-    deepspeed.ops.__compatible_ops__ = {}
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     # It prints the memory at every start, asked or not, and resets the peak that we report.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
