@@ -233,7 +233,9 @@ def test_a_checkpoint_that_is_offered_was_itself_verified(tmp_path: Path) -> Non
         write(tmp_path, step)
     for step, damage in ((4, alter), (6, half_delete), (8, truncate)):
         damage(step_folder(tmp_path, step))
-    offer = f"before it is step-00000002 .*: give {tmp_path.parent}@2, or remove step-00000004, step-00000008 to continue"
+    offer = (
+        f"before it is step-00000002 .*: give {tmp_path.parent}@2, or remove step-00000004, step-00000008 to continue"
+    )
     with pytest.raises(UserError, match=offer):
         opened(step_folder(tmp_path, 8))
     alter(step_folder(tmp_path, 2))
