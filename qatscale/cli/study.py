@@ -49,8 +49,8 @@ def plan(
 ) -> None:
     """Print the cheapest tree of runs that covers a study: where each run branches, its tokens, FLOPs, time and disk.
 
-    With --law it also prints how certain the law's coefficients and the optimal fraction can become with these runs
-    and those that exist (--experiment, --table or --runs).
+    With --law it also prints how certain the law's coefficients and the optimal fraction can become. These runs and
+    those that exist (--experiment, --table or --runs) count.
     """
     import numpy as np
 
