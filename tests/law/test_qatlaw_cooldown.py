@@ -88,13 +88,14 @@ def test_pairs_with_the_same_data_share_its_noise(drawn: dict[str, Drawn]) -> No
 
 def test_adamw_stands_beside_the_shapes_over_the_same_orders(drawn: dict[str, Drawn]) -> None:
     found = table(drawn, "cooldown_adamw", "full precision").set_index("setting")
-    base = losses(ends("1-sqrt", 3))
     expected = {f"β₂ {beta}": 0.05 * abs(beta - 0.95) for beta in (0.9, 0.98, 0.99, 0.995, 0.999)}
     expected |= {"β₁ 0.8": 0.002, "β₁ 0.95": 0.001, "decay 0": 0.001, "decay 0.05": 0.0005, "decay 0.2": 0.001}
+    expected["β₂ 0.99, decay 0"] = expected["β₂ 0.99"] + expected["decay 0"]
     for setting, more in expected.items():
-        pairs = losses(ends("1-sqrt", 3, more)) - base
+        orders = 5 if setting in ("β₂ 0.99", "decay 0", "β₂ 0.99, decay 0") else 3
+        pairs = losses(ends("1-sqrt", orders, more)) - losses(ends("1-sqrt", orders))
         assert found.loc[setting, "above"] == pytest.approx(pairs.mean(), abs=1e-12), setting
-        assert found.loc[setting, "pairs"] == 3
+        assert found.loc[setting, "pairs"] == orders
     lowered = losses(ends("lowered_linear", 3))  # whose own setting is varied with beta2, one at a time and together
     for setting, more in (("0.76: as before", 0.0006), (": β₂ 0.999", 0.00245), ("0.76: β₂ 0.999", 0.00305)):
         name = f"lowered_linear{setting if setting[0] == ':' else f' {setting}'}"
@@ -102,8 +103,10 @@ def test_adamw_stands_beside_the_shapes_over_the_same_orders(drawn: dict[str, Dr
         assert found.loc[name, "above"] == pytest.approx(pairs.mean(), abs=1e-12), name
         expected[name] = more
     assert set(found.index[found["kind"] == "AdamW"]) == set(expected)
-    assert found.loc["linear", "above"] == pytest.approx((losses(ends("linear", 3)) - base).mean(), abs=1e-12)
-    assert set(drawn["cooldown_adamw"].table["group"]) == {"full precision", "fused, 4 bits"}  # type: ignore[index]
+    assert found.loc["linear", "above"] == pytest.approx(
+        (losses(ends("linear")) - losses(ends("1-sqrt"))).mean(), abs=1e-12
+    )
+    assert set(drawn["cooldown_adamw"].table["group"]) == {"full precision", "fused, 2 bits", "fused, 4 bits"}  # type: ignore[index]
 
 
 def test_the_answer_names_what_ends_lowest(runs: Collected, drawn: dict[str, Drawn]) -> None:
