@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, fault
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
@@ -35,11 +36,15 @@ def main(arguments: list[str] | None = None) -> None:
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
     if command and command[0] in (*TRAINING, "study", "quickstart"):
         sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():
-        from qatscale.cli.app import app
-
         try:
+            from qatscale.cli.app import app
+
             app(arguments, prog_name="qatscale")
+        except KeyboardInterrupt:
+            sys.exit(EXIT_INTERRUPTED)
         except InputError as error:
             rank = int(os.environ.get("RANK", 0))
             time.sleep(_LATER if rank else 0)
@@ -50,6 +55,16 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT if re.match(_FORBIDDEN, str(error)) else EXIT_FAILED)
+        finally:
+            if arguments is None:  # the program ends here: Ctrl-C then ends the libraries' clean-up without a traceback
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
+    """KeyboardInterrupt, but for an import of torch, whose C++ side would abort with it."""
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        os._exit(EXIT_INTERRUPTED)
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from qatscale import __version__
 
@@ -91,6 +91,10 @@ COMMANDS = {  # name: its module, and the line about it in `qatscale --help`
     "study": ("qatscale.cli.study", "Studies: grids of runs that share their trunks."),
 }
 _TAKES_OVERRIDES = ("train", "resume", "branch", "convert")
+
+if _shown_type := getattr(TyperOption, "display_type_rich", None):  # of recent versions; help then says `--json <bool>`
+    _typed: Any = TyperOption
+    _typed.display_type_rich = lambda option, ctx: None if option.is_flag else _shown_type(option, ctx=ctx)
 
 
 class _Imported(Mapping[str, Any]):
