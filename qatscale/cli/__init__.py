@@ -34,8 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without Unicode must not end a run
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
-    if command and command[0] in (*TRAINING, "study", "quickstart"):
-        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+    sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():

@@ -65,6 +65,16 @@ def test_ctrl_c_while_the_program_starts_is_no_traceback() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
+def test_a_reader_that_leaves_ends_no_command() -> None:
+    """`qatscale config --json-schema | head -1`"""
+    command = [sys.executable, "-m", "qatscale", "config", "--json-schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None and process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_a_console_without_unicode_ends_no_command() -> None:
     script = (
         "from qatscale.__main__ import start\ntry: start(sys.argv[1:])\nexcept SystemExit: pass\nprint('3 \\u2013 4')"
