@@ -197,6 +197,8 @@ def find_checkpoint(what: str | Path) -> Path:
 
 def _what_is_there(path: Path) -> str:
     """Where no checkpoint is."""
+    if path.is_file():
+        return f"It is a file; give its folder: {path.parent}"
     if not path.is_dir():
         on_hub = len(path.parts) == 2 and not path.parent.exists()
         fetch = f" Download a model of the Hub first: hf download {path} --local-dir {path.name}"
