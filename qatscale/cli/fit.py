@@ -139,8 +139,9 @@ def report(
             collected, form, scheme, law, resamples=resamples, compare=not no_compare, landscapes=landscapes
         )
         page = write_report(content, out)
-    for one in content.drawn:
-        print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")
+    print(f"drawn: {', '.join(one.title for one in content.drawn if one.figure is not None) or 'nothing'}")
+    for needed, titles in content.lacking.items():
+        print(f"not drawn: {', '.join(titles)}; needs {needed}")
     if content.no_law:
         print(f"no loss law: {content.no_law}")
     print(f"{page}  (figures as SVG and PNG in {page.parent / 'figures'})")

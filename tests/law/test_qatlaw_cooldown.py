@@ -13,6 +13,7 @@ from scipy.stats import t as student
 from qatlaw.cooldown import POINT, bias_and_variance, branch_frame, branches_of, differences, interval
 from qatlaw.figures.evidence import Drawn, Evidence
 from qatlaw.figures.subjects import LABORATORY, draw_all
+from qatlaw.findings import findings
 from qatlaw.names import AVERAGED
 from qatlaw.page import compose, html, write_report
 from qatlaw.results import read_results, write_results
@@ -103,6 +104,16 @@ def test_adamw_stands_beside_the_shapes_over_the_same_orders(drawn: dict[str, Dr
     assert set(found.index[found["kind"] == "AdamW"]) == set(expected)
     assert found.loc["linear", "above"] == pytest.approx((losses(ends("linear", 3)) - base).mean(), abs=1e-12)
     assert set(drawn["cooldown_adamw"].table["group"]) == {"full precision", "fused, 4 bits"}  # type: ignore[index]
+
+
+def test_the_answer_names_what_ends_lowest(runs: Collected, drawn: dict[str, Drawn]) -> None:
+    """In each panel the lowest of the differences, which other tests hold against closed forms."""
+    _, shapes, adamw, *_ = findings(Evidence(runs.table, None, runs.records), drawn=list(drawn.values()))
+    for group in ("full precision", "fused, 4 bits"):
+        for sentence, name, column in ((shapes, "cooldown_shapes", "shape"), (adamw, "cooldown_adamw", "setting")):
+            found = table(drawn, name, group).set_index(column)
+            above = found.loc[found["kind"] == "AdamW" if "kind" in found else slice(None), "above"]
+            assert f"{group}: {above.idxmin()} ({above.min():+.4f} ± " in sentence
 
 
 def test_lengths_stand_by_scheme_bits_and_length_of_qat(drawn: dict[str, Drawn]) -> None:
