@@ -71,7 +71,8 @@ def test_a_reader_that_leaves_ends_no_command() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()
-        assert process.stderr is not None and process.stderr.read() == ""
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
     assert process.returncode == 0
 
 
