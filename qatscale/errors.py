@@ -18,7 +18,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 """The input is wrong; nothing was started."""
 EXIT_REQUEUE = 75
-"""Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
+"""Stopped by a signal after saving; the same command continues (sysexits.h: EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C, after saving (128 + SIGINT, as shells have it)."""
 

@@ -31,11 +31,13 @@ LABORATORY = {
 
 
 def _best_of(drawn: Drawn, subject: str, column: str) -> str:
-    """What ends lowest in each panel of a figure that compares branches, with its interval."""
-    if drawn.table is None or "group" not in drawn.table:
+    """What ends lowest in each panel of a figure that compares branches, with its interval; "" without repeats."""
+    if drawn.table is None:
         return ""
-    rows = drawn.table.reset_index(drop=True)
+    rows = drawn.table.dropna(subset="half_width").reset_index(drop=True)
     rows = rows[rows["kind"] == "AdamW"] if "kind" in rows else rows
+    if rows.empty:
+        return ""
     best = rows.loc[rows.groupby("group", sort=False)["above"].idxmin()]
     parts = [
         f"{row['group']}: {row[column]}"

@@ -178,7 +178,7 @@ def _print_information(information: Information) -> None:
     for scheme, (before, after) in information.certainties.items():
         columns = {"standard error": after} if before is None else {"before": before, "after": after}
         title = (
-            f"What the {scheme} runs tell at best, at {information.noise:.2%} noise, if this law holds: {law.source}"
+            f"The most that the {scheme} runs show at {information.noise:.2%} noise, if this law holds: {law.source}"
         )
         table = TextTable(("parameter", *columns), words=["parameter"], title=title)
         for parameter in law.law.form.parameters:

@@ -178,9 +178,9 @@ def _end_of_text(
     if asked.isdecimal():
         if int(asked) in vocabulary.values():
             return int(asked)
-        raise UserError("eos", asked, f"is no id of {name}, which has {len(vocabulary):,} tokens.")
+        raise UserError("eos", asked, f"is not an id of {name}, which has {len(vocabulary):,} tokens.")
     if asked not in vocabulary:
-        raise UserError("eos", asked, f"is no token of {name}.", did_you_mean(asked, special) if special else "")
+        raise UserError("eos", asked, f"is not a token of {name}.", did_you_mean(asked, special) if special else "")
     return vocabulary[asked]
 
 

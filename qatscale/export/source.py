@@ -95,7 +95,7 @@ class ExportSource:
 
     @property
     def is_imported(self) -> bool:
-        """Whether the run imported the model, so that its step does not tell if training is finished."""
+        """Whether the run imported the model, so that its step does not show whether training is finished."""
         return self.manifest.reason == "imported"
 
     @property

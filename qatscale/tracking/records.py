@@ -84,7 +84,7 @@ class Tail:
                 raise ValueError(f"{self.path}: the line at byte {self.offset} is not JSON ({error})") from error
             known = isinstance(record, dict) and isinstance(record.get("event"), str)
             if not known or not isinstance(record.get("step", 0), int):
-                raise ValueError(f"{self.path}: the line at byte {self.offset} is no record of an event")
+                raise ValueError(f"{self.path}: the line at byte {self.offset} is not a record of an event")
             records.append(record)
             self.offset += len(line)
         return records

@@ -184,12 +184,12 @@ def test_beta2_raised_too_early_is_told_with_what_it_costs():
     # sqrt(1 - 0.999^500) = 0.627: the update's share that is left; 0.95^500 is nothing.
     assert "from 0.95 to 0.999" in warning
     assert "after 500 AdamW steps" in warning
-    assert "5/(1-beta2) = 5000" in warning
     assert "by 0.63" in warning
 
 
-@pytest.mark.parametrize(("steps", "warned"), [(9_900, True), (10_100, False)])
+@pytest.mark.parametrize(("steps", "warned"), [(2_040, True), (2_044, False)])
 def test_beta2_may_be_raised_once_enough_steps_are_counted(steps, warned):
+    """sqrt(1 - 0.999^t) = 0.8 at t = ln 0.36 / ln 0.999 = 1021.1."""
     phases = {"cooldown": {"betas": [0.9, 0.999]}}
     timeline = build_timeline(make_config(steps, schedule={"cooldown_fraction": 0.5, "phases": phases}))
     assert bool(timeline.warnings) == warned
@@ -200,12 +200,12 @@ def test_lowering_beta2_or_raising_beta1_is_no_trap():
     assert build_timeline(make_config(1000, schedule={"phases": phases})).warnings == ()
 
 
-@pytest.mark.parametrize(("state", "counted"), [("keep", 12_000), ("reset", 2_000)])
+@pytest.mark.parametrize(("state", "counted"), [("keep", 3_500), ("reset", 500)])
 def test_a_reset_at_the_switch_starts_the_count_again(state, counted):
     qat = {"scheme": "fused", "fraction": 0.4, "optimizer_state": state}
     phases = {"qat_cooldown": {"betas": [0.9, 0.999]}}
-    timeline = build_timeline(make_config(20_000, schedule={"cooldown_fraction": 0.3, "phases": phases}, qat=qat))
-    assert timeline.boundaries == (12_000, 14_000)
+    timeline = build_timeline(make_config(5_000, schedule={"cooldown_fraction": 0.3, "phases": phases}, qat=qat))
+    assert timeline.boundaries == (3_000, 3_500)
     assert bool(timeline.warnings) == (state == "reset")
     if state == "reset":
         assert f"after {counted} AdamW steps" in timeline.warnings[0]

@@ -114,8 +114,8 @@ def test_a_small_limit_reads_the_same_records(tmp_path: Path) -> None:
     ("line", "said"),
     [
         (b"rubbish", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"\xff\xfe{}", "is not JSON"),
-        (b"3", "is no record"), (b"[]", "is no record"), (b'{"event": 3}', "is no record"),
-        (b'{"event": "metrics", "step": "4"}', "is no record"),
+        (b"3", "is not a record"), (b"[]", "is not a record"), (b'{"event": 3}', "is not a record"),
+        (b'{"event": "metrics", "step": "4"}', "is not a record"),
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_an_error_that_names_its_place(line: bytes, said: str, tmp_path: Path) -> None:

@@ -36,16 +36,19 @@ def usual(frame: pd.DataFrame, *free: str) -> pd.DataFrame:
     return rows
 
 
-def draw_orders(evidence: Evidence) -> Drawn:
+def draw_shapes(evidence: Evidence) -> Drawn:
     """Shapes ranked, a panel a scheme and bit width: loss above 1-sqrt's over pairs with the same data."""
-    rows = usual(evidence.branches, "shape")
-    panels = [(label, own) for label, own in _panels(rows) if own["shape"].nunique() > 1]
-    if not panels:
-        return Drawn(lacking="branches of one trunk that differ in schedule.shape.")
+    rows = evidence.branches
+    if len(rows):
+        rows = usual(rows, "shape")
+        rows = rows[rows.groupby([*POINT, "order"])["shape"].transform("nunique") > 1]
+    if not len(rows):
+        return Drawn(lacking="runs that differ in schedule.shape alone.")
+    base = "1-sqrt" if "1-sqrt" in set(rows["shape"]) else rows["shape"].mode()[0]
+    panels = [(label, own) for label, own in _panels(rows) if base in set(own["shape"])]
     figure = new_figure(0.9 + 0.27 * rows["shape"].nunique(), 7.4)
     parts: list[pd.DataFrame] = []
     shown: list[str] = []
-    base = "1-sqrt" if all("1-sqrt" in set(own["shape"]) for _, own in panels) else panels[0][1]["shape"].min()
     for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         found = differences(own, "shape", base).assign(group=label, base=base)
         losses = own.groupby("shape")["loss"]
@@ -59,10 +62,9 @@ def draw_orders(evidence: Evidence) -> Drawn:
     figure.axes[0].set_ylim(len(shown) - 0.5, -0.5)
     figure.supxlabel(f"loss above {base} (10⁻³ nats)", fontsize=8.5, color=INK)
     caption = (
-        f"Measured: {len(rows)} branches. A shape stands by its loss above {base}'s, the mean over pairs with the same "
-        f"trunk and the same data in the cooldown; bars are Student's 95 % intervals over {rows['order'].nunique()} "
-        "orders of the cooldown's data. The order is that of the first panel. All branches share a trunk, so its own "
-        "noise is not in the bars."
+        f"Measured: {len(rows)} runs. A shape stands by its loss above {base}'s, the mean over pairs that differ in "
+        "nothing else; bars are Student's 95 % intervals over these pairs, and a single pair has none. The order is "
+        "that of the first panel. Branches share a trunk, whose own noise is not in the bars."
     )
     return Drawn(caption, figure, table=pd.concat(parts))
 

@@ -60,7 +60,7 @@ class CheckpointReader:
         if not known and kind != "weight" and self.manifest.parameters[parameter].adam_steps == 0:
             return out.zero_()
         if filled != numel:
-            raise self._damaged(f"{kind} of {parameter}: {filled} of {numel} elements are there.")
+            raise self._damaged(f"{kind} of {parameter}: only {filled} of {numel} elements are saved.")
         return out
 
     def _saved(

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from qatscale.export.clients import Transformers
 from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
-from qatscale.export.folder import FileTensor, hf_name, pack, packed_words, value_tensor, write_folder
+from qatscale.export.folder import FileTensor, hf_name, pack, value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config, transformers_usage
-from qatscale.export.quantized_matrix import QuantizedMatrix, signed_bits
+from qatscale.export.integers import packed_words, signed_bits
+from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.export.source import SourceParameter
 
 _VLLM = (
