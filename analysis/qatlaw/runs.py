@@ -25,6 +25,7 @@ from qatlaw.errors import InputError
 from qatlaw.measurement import split_settings
 from qatlaw.names import AVERAGED, VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
+from qatlaw.text import listed
 
 LAW_POINT = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme")
 TEXTS = ("scheme", "data_fingerprint", "validation_fingerprint")
@@ -296,8 +297,7 @@ def _notices(records: Sequence[RunRecord], unlike: Sequence[str]) -> tuple[str, 
     for key in dict.fromkeys((*SAME_IN_ALL, *unlike)):
         values = sorted({own[key] for own in settings if key in own})
         if len(values) > 1:
-            shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
-            notices.append(f"the runs differ in {key} ({shown}), which the law does not know")
+            notices.append(f"the runs differ in {key} ({listed(values)}), which the law does not know")
     return tuple(notices)
 
 

@@ -21,6 +21,7 @@ from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.errors import InputError, did_you_mean, nearest
 from qatlaw.laws.base import Floats, Points
 from qatlaw.names import VAL_LOSS
+from qatlaw.text import listed
 
 COLUMNS = ("n_params", "bits", "tokens_fp", "tokens_qat", "loss", "scheme")
 """Columns that a table must have. Others (run_id, name...) are kept; `synthetic` marks runs that nobody trained."""
@@ -256,10 +257,9 @@ class RunTable:
         texts = []
         groups = self.names.groupby([splits, counts], dropna=False)
         for (split, count), group in sorted(groups, key=lambda pair: -len(pair[1])):
-            shown = ", ".join(map(str, group[:3])) + (", …" if len(group) > 3 else "")
             tokens = "an unknown number of" if np.isnan(count) else f"{count:,.0f}"
             where = f"split {split[:8]}" if split else "one split"
-            texts.append(f"{len(group)} on {tokens} tokens of {where} ({shown})")
+            texts.append(f"{len(group)} on {tokens} tokens of {where} ({listed([*map(str, group)])})")
         problem = f"the runs were validated on different text, so their losses do not compare: {'; '.join(texts)}."
         fix = "Name a folder, an experiment or a table with the runs of one text alone."
         raise InputError(f"{self.source}: held-out text", None, problem, fix)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qatlaw.text import plural
+from qatlaw.text import listed, plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
 
@@ -250,5 +250,4 @@ def _say_left_out(collected: Collected) -> None:
 
     for reason, count in counted(collected.left_out).items():
         names = [one.name for one in collected.left_out if one.reason.startswith(reason)]
-        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        print(f"left out: {count} {reason} ({shown})")
+        print(f"left out: {count} {reason} ({listed(names)})")

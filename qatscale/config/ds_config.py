@@ -1,7 +1,7 @@
 """The system half of a run: a DeepSpeed JSON file, checked, and merged with the recipe into what DeepSpeed gets.
 
-Files written for other stacks work as they are. "auto" is filled in, a number that equals the recipe's is accepted, a
-feature that is switched off is left out, and a key without effect is a warning. What contradicts the recipe or would
+Files written for other stacks work as they are. "auto" is filled in, and a number that equals the recipe's is accepted.
+A feature that is switched off is left out, and a key without effect is a warning. What contradicts the recipe or would
 change the result is an error.
 """
 

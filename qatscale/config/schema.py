@@ -211,8 +211,8 @@ class OptimizerConfig(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Gradients with a larger global norm are scaled down to it; 0 = no clipping."""
     on_spike: Literal["stop", "skip", "rollback"] = "stop"
-    """What an update does whose gradient is not finite, or a spike: end the run, be left out, or take the run back to
-    its newest checkpoint, from where it passes over that step's batch."""
+    """What happens to an update whose gradient is not finite, or a spike. `stop` ends the run, and `skip` leaves the
+    update out. `rollback` takes the run back to its newest checkpoint, and it then passes over that step's batch."""
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A gradient norm above so many times its running mean is a spike; null = only what is not finite."""
     spike_limit: Annotated[int, Field(ge=1)] = 10
@@ -237,17 +237,17 @@ class QatConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the QAT phase; null = lr_ratio x optimizer.learning_rate."""
     lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak rate of the QAT phase over that of full precision, instead of qat.learning_rate; `auto` = 1 for `fused`
-    and `scratch`, and for `sequential` a measured rule: the shorter the phase, the lower its rate."""
+    """Peak rate of the QAT phase over that of full precision, instead of qat.learning_rate. `auto` = 1 for `fused` and
+    `scratch`; for `sequential` it is a measured rule: the shorter the phase, the lower its rate."""
     scale_lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Learning rate of the scales over that of the weights; `auto` = 1/Qp (a scale is a Qp-th of the largest
-    weight), and 0.1 at 1 bit, where rows die at 1."""
+    """Learning rate of the scales over that of the weights. `auto` = 1/Qp, as a scale is a Qp-th of the largest weight;
+    at 1 bit it is 0.1, since rows die at 1."""
     scale_gradient_factor: bool = True
     """Whether the gradient of the scales is multiplied by LSQ's g = 1/sqrt(numel(W) x Qp), as in ParetoQ. AdamW's
     update does not depend on it; the global gradient norm, and so clipping, does."""
     warmup_fraction: Fraction | None = None
-    """Length of the second warm-up, after the switch, as a share of the QAT phase; 2 % for `sequential` and none for
-    `fused` where neither this nor qat.warmup_tokens is given."""
+    """Length of the second warm-up, after the switch, as a share of the QAT phase. Where neither this nor
+    qat.warmup_tokens is given: 2 % for `sequential`, none for `fused`."""
     warmup_tokens: Tokens | None = None
     """Length of the second warm-up in tokens, instead of qat.warmup_fraction."""
     cooldown_fraction: Fraction | None = None
@@ -278,7 +278,7 @@ class EngineConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks, once for all of them and once more at the switch; under ZeRO-3 of what has no
     weights. `auto` = on GPUs. On CPUs `on` pays in runs of hours: it takes a minute and a C++ compiler."""
-    stall_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    stall_timeout: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = 600.0
     """Seconds without a micro-batch after which the job ends and names the rank that hangs; start, saving and
     evaluation may take half an hour more. null = wait for ever, for debuggers."""
     tensor_parallel: Positive = 1

@@ -11,7 +11,7 @@ bits      integers        scale
 3 ... 8   -2^(b-1) ...    α
 ========  ==============  ===============
 
-the product in fp32 is, to the bit, the weight that the forward pass computes in fp32: the factors of 2 are exact, and
+the product in fp32 is, to the bit, the weight that the forward pass computes in fp32. The factors of 2 are exact, and
 the forward pass, too, computes ternary levels as code · (α · (1/1.5)).
 """
 

@@ -2,8 +2,8 @@
 
 A Linear of name N is stored as N.weight_packed (int32, see `packing`; each integer raised by 2^(b-1)), N.weight_scale
 ([rows, groups], in the type of training) and N.weight_shape. transformers reads it with the package
-compressed-tensors. vLLM reads it too: it asks for these names, for symmetric scales without zero points, and for one
-scheme in the layers that it fuses (q, k, v and gate, up).
+compressed-tensors. vLLM reads it too. It asks for these names and for symmetric scales without zero points. The layers
+that it fuses (q, k, v and gate, up) must share a scheme.
 
 In two's complement ±1 takes 2 bits a weight, and SEQ's ±1 and ±3 take 3.
 """

@@ -1,9 +1,9 @@
 """`gguf`: one file with model and tokenizer, for llama.cpp and transformers.
 
 Names and metadata are those of llama.cpp's architectures `llama`, `qwen2` and `qwen3`. The first rotates neighbouring
-pairs of channels where Hugging Face (and we) rotate channel i with i + d/2, so the rows of q and k, and their scales,
-are permuted within each head. Llama 3.1's rotary scaling is a tensor of divisors. transformers reads neither that nor
-explicit head sizes of Qwen. Norms and biases are fp32. Other unquantized tensors are stored in training's type.
+pairs of channels, where Hugging Face and this project rotate channel i with i + d/2. So the rows of q and k, and their
+scales, are permuted within each head. Llama 3.1's rotary scaling is a tensor of divisors. transformers reads neither
+that nor explicit head sizes of Qwen. Norms and biases are fp32. Other unquantized tensors have training's type.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`mlx`: a folder for mlx-lm. Codes in b bits, and for every 128, 64 or 32 of them a scale s and a bias b: w = s·q + b.
 
 A grid's lowest level is `lowest · scale`, so b = lowest · scale and s = step · scale: s = 2α, b = -α for 1 bit,
-α/2 and -3α/4 for 2, α and -2^(B-1)·α from 3 on. Scales are written in fp32: s·q + b has more digits than bf16 or fp16
-holds (63·α in 6 bits), and MLX computes it in the scales' type.
+α/2 and -3α/4 for 2, α and -2^(B-1)·α from 3 on. Scales are written in fp32, because MLX computes s·q + b in
+their type, and it has more digits than bf16 or fp16 holds (63·α in 6 bits).
 """
 
 from __future__ import annotations
