@@ -22,7 +22,7 @@ import pandas as pd
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
-from qatlaw.measurement import settings_with_effect, split_settings
+from qatlaw.measurement import split_settings
 from qatlaw.names import AVERAGED, VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
 from qatlaw.text import listed
@@ -292,7 +292,8 @@ def _seed(record: RunRecord) -> str:
 
 def _notices(records: Sequence[RunRecord], unlike: Sequence[str]) -> tuple[str, ...]:
     notices = []
-    settings = [settings_with_effect(record.recipe) | _data_setting(record) for record in records]
+    split = [split_settings(record.recipe, record.final["scheme"]) for record in records]
+    settings = [own | trial | _data_setting(record) for record, (own, trial) in zip(records, split, strict=True)]
     for key in dict.fromkeys((*SAME_IN_ALL, *unlike)):
         values = sorted({own[key] for own in settings if key in own})
         if len(values) > 1:

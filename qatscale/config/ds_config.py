@@ -154,6 +154,7 @@ class _Check:
             raise together([*others, UserError(last.key, last.value, last.problem, join(last.fix, mend))])
 
     def contradiction(self, key: str, value: Any, ours: str) -> UserError:
+        value = int(value) if isinstance(value, float) and value.is_integer() else value  # as it was written
         fix = f'Remove it or write "auto", or change the recipe. (In {self.source}.)'
         return UserError(key, value, f"the recipe says {ours}.", fix)
 
@@ -166,7 +167,9 @@ class _Check:
             name = key.removeprefix(prefix)
             if value is None or (key not in _RULES and key not in _SECTIONS and _is_off(value, key)):
                 continue
-            if key in UNSUPPORTED:
+            if key == "scheduler" and isinstance(value, Mapping) and _is_off(value.get("params") or 2, key):
+                self.without_effect.append(key)  # left to the recipe, as in the files for transformers' Trainer
+            elif key in UNSUPPORTED:
                 use = f", or use {INSTEAD[key]}" if key in INSTEAD else ""
                 why = f": {WHY_NOT[key]}" if key in WHY_NOT else ""
                 self._wrong(key, value, f"not supported by qatscale{why}.", f"Remove it, switch it off{use}.")

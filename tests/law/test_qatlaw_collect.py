@@ -220,8 +220,10 @@ def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str, tmp_path: Pat
 def test_settings_of_quantization_do_not_part_full_precision_runs() -> None:
     full = {"scheme": "fp", "bits": 16.0, "tokens_qat": 0.0}
     runs = [record(name, 3.0, at, **{"qat.group_size": name}) for name, at in (("32", 1.0), ("64", 2.0))]
-    found = collect([replace(run, final={**run.final, **full}) for run in runs], "")
-    assert list(found.table.frame["name"]) == ["64"]
+    full_runs = [replace(run, final={**run.final, **full}) for run in runs]
+    assert list(collect(full_runs, "").table.frame["name"]) == ["64"]
+    quantized = replace(record("q", 3.2, 3.0), recipe={**runs[0].recipe, "qat.group_size": "32"})
+    assert collect([*full_runs, quantized], "").notices == ()
 
 
 def on_text(run: RunRecord, fingerprint: str, tokens: float) -> RunRecord:
