@@ -55,7 +55,9 @@ def export(
     verify: Annotated[
         bool,
         typer.Option(
-            " /--no-verify", help="Skip the comparison of the export, loaded in its clients, with the trained model."
+            " /--no-verify",
+            show_default=False,
+            help="Skip the comparison of the export, loaded in its clients, with the trained model.",
         ),
     ] = True,
 ) -> None:

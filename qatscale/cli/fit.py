@@ -54,7 +54,9 @@ Resamples = Annotated[int, typer.Option(help="Resamples of the bootstrap behind 
 Compare = Annotated[
     bool,
     typer.Option(
-        " /--no-compare", help="Leave out the rival laws, which are judged by runs that no law was fitted on."
+        " /--no-compare",
+        show_default=False,
+        help="Leave out the rival laws, which are judged by runs that no law was fitted on.",
     ),
 ]
 
