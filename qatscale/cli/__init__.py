@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
+from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
@@ -22,7 +23,9 @@ _FORBIDDEN = r".*\[Errno (1|13|30|36|40)\] "
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line. Wrong input gives one message and exit code 2.
+    """Run a command line, of training on this process of a job: torchrun's, DeepSpeed's, srun's or mpirun's.
+
+    Wrong input gives one message and exit code 2.
 
     So does a place that may not be read or written. Another fault of the machine (a full disk) or a diverged run gives
     one message and exit code 1; the run's log has the traceback. In a job of many processes the first one reports. The
@@ -39,11 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
         from qatscale.cli.app import app
 
         try:
+            if command and command[0] in TRAINING:
+                os.environ.update(launcher_environment(os.environ))
+                # torch's C++ side prints a stack of its own for every connection that breaks, below what we report
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             app(arguments, prog_name="qatscale")
         except InputError as error:
-            rank = int(os.environ.get("RANK", 0))
-            time.sleep(_LATER if rank else 0)
-            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            time.sleep(_LATER if rank != "0" else 0)
+            print(f"error: {error}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
         except (OSError, FloatingPointError) as error:
             if fault(error) is None:

@@ -146,7 +146,7 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
     table.add_row("all", *(_gigabytes(stage.step) for stage in stages))
     table.add_row("moment, phase", *(f"{stage.moment}, {stage.phase}" for stage in stages))
     if any(stage.start > stage.step for stage in stages):
-        table.add_row("at the start: fp32, not yet divided", *(_gigabytes(stage.start) for stage in stages))
+        table.add_row("at the start", *(_gigabytes(stage.start) for stage in stages))
     out.print(table)
     out.print()
     if job.traffic:

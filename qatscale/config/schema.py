@@ -278,7 +278,7 @@ class EngineConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks, once for all of them and once more at the switch; under ZeRO-3 of what has no
     weights. `auto` = on GPUs. On CPUs `on` pays in runs of hours: it takes a minute and a C++ compiler."""
-    stall_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    stall_timeout: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = 600.0
     """Seconds without a micro-batch after which the job ends and names the rank that hangs; start, saving and
     evaluation may take half an hour more. null = wait for ever, for debuggers."""
     tensor_parallel: Positive = 1

@@ -101,6 +101,8 @@ def plan_sources(config: RunConfig, timeline: Timeline) -> tuple[list[dict[str, 
             unique = max(1, (held - 1) // length) * length
             epochs = tokens / unique
             warnings.append(repetition(name, epochs, unique))
+        elif folder is not None:
+            warnings.append(f"{folder} does not exist yet")
         rows.append(
             {"source": name, "mix": before, "cooldown_mix": tokens - before, "tokens": tokens, "epochs": epochs}
         )

@@ -27,6 +27,7 @@ from qatscale.engine.topology import join_topology
 from qatscale.model.initial_weights import InitialWeights
 from qatscale.model.llama import Attention, Llama
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
+from qatscale.quant.fake_quantize import try_kernels
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
@@ -55,7 +56,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     notices = (
         *timeline.warnings,
         *ds_config_warnings(config, uses_gpu()),
-        *layout_notices(config, layout),
+        *layout_notices(config, layout, torch.cuda.device_count() if uses_gpu() else 0),
         *resume.notices,
         *check_data(config, resume, batches.manifest),
         *filter(None, [missing]),
@@ -102,6 +103,8 @@ def assemble(
 
     ds_config: merged. document_end: of `Llama`.
     """
+    if runtime.device.type == "cuda":
+        try_kernels(runtime.device)
     topology = join_topology(config, layout, runtime)
     with torch.device("meta"):
         model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
