@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 from collections.abc import Sequence
 
 from qatlaw.errors import InputError, cut
@@ -20,6 +21,11 @@ EXIT_REQUEUE = 75
 """Stopped by a signal after saving; the same command continues (sysexits.h: EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C, after saving (128 + SIGINT, as shells have it)."""
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a command that this signal stopped."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
 
 
 class UserError(InputError):

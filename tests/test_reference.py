@@ -100,13 +100,12 @@ SECTIONS = {
 
 
 def options(command: Any) -> dict[str, str | None]:
-    """Name → default; a flag that is on by default goes by the name that switches it off."""
+    """Name → default."""
     found = {}
     for option in command.params:
         if option.param_type_name == "option" and option.name != "help":
-            names = option.secondary_opts if option.default is True else option.opts
             shown = None if option.default is None or isinstance(option.default, bool) else str(option.default)
-            found[names[-1]] = "required" if option.required else shown
+            found[option.opts[-1]] = "required" if option.required else shown
     return found
 
 
@@ -118,6 +117,14 @@ def parse(line: str) -> None:
         with command.make_context(command.name, words, parent=parent) as context:
             if overrides := context.params.get("overrides"):
                 load_run_config("86m", overrides)
+
+
+@pytest.mark.parametrize("command", ["--help", "export --help", "fit --help", "plan memory --help"])
+def test_help_shows_no_value_behind_a_switch(command: str) -> None:
+    shown = CliRunner().invoke(app, command.split()).output
+    assert "--help" in shown
+    assert "<bool>" not in shown
+    assert "[default: True]" not in shown
 
 
 def test_the_page_has_the_commands_and_their_options() -> None:

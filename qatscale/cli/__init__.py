@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, fault
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, fault
 from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
@@ -36,17 +37,20 @@ def main(arguments: list[str] | None = None) -> None:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without Unicode must not end a run
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
-    if command and command[0] in (*TRAINING, "study", "quickstart"):
-        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+    sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():
-        from qatscale.cli.app import app
-
         try:
+            from qatscale.cli.app import app
+
             if command and command[0] in TRAINING:
                 os.environ.update(launcher_environment(os.environ))
                 # torch's C++ side prints a stack of its own for every connection that breaks, below what we report
                 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             app(arguments, prog_name="qatscale")
+        except KeyboardInterrupt:
+            sys.exit(EXIT_INTERRUPTED)
         except InputError as error:
             rank = os.environ.get("RANK", "0")
             time.sleep(_LATER if rank != "0" else 0)
@@ -57,6 +61,16 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT if re.match(_FORBIDDEN, str(error)) else EXIT_FAILED)
+        finally:
+            if arguments is None:  # the program ends here: Ctrl-C then ends the libraries' clean-up without a traceback
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
+    """KeyboardInterrupt, but for an import of torch, whose C++ side would abort with it."""
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        os._exit(EXIT_INTERRUPTED)
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from qatscale import __version__
 
@@ -31,6 +31,10 @@ _GROUPS = {
 }
 """The lines about those that hold commands of their own."""
 _TAKES_OVERRIDES = ("train", "resume", "branch", "convert")
+
+if _shown_type := getattr(TyperOption, "display_type_rich", None):  # of recent versions; help then says `--json <bool>`
+    _typed: Any = TyperOption
+    _typed.display_type_rich = lambda option, ctx: None if option.is_flag else _shown_type(option, ctx=ctx)
 
 
 class _Imported(Mapping[str, Any]):

@@ -51,11 +51,9 @@ Form = Annotated[
 ]
 Scheme = Annotated[str | None, typer.Option(help="sequential or fused, if the runs have both.")]
 Resamples = Annotated[int, typer.Option(help="Resamples of the bootstrap behind the intervals; 0: no intervals.")]
-Compare = Annotated[
+NoCompare = Annotated[
     bool,
-    typer.Option(
-        " /--no-compare", help="Leave out the rival laws, which are judged by runs that no law was fitted on."
-    ),
+    typer.Option("--no-compare", help="Leave out the rival laws, which are judged by runs that no law was fitted on."),
 ]
 
 
@@ -75,7 +73,7 @@ def fit(
         "fit.json"
     ),
     resamples: Resamples = 200,
-    compare: Compare = True,
+    no_compare: NoCompare = False,
     seed: Annotated[int, typer.Option(help="Seed of the cold starts and of the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +90,7 @@ def fit(
     with working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
     compared = []
-    if compare:
+    if not no_compare:
         with working("fitting the rival laws without the largest models and the longest runs"):
             compared = rivals(collected.table, kind, seed=seed)
     paths = write_files(summaries, out)
@@ -127,7 +125,7 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
-    compare: Compare = True,
+    no_compare: NoCompare = False,
 ) -> None:
     """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
     from qatlaw.landscape import read_landscape
@@ -137,7 +135,9 @@ def report(
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
     with working("fitting" if law is None else "drawing"):
-        content = compose(collected, form, scheme, law, resamples=resamples, compare=compare, landscapes=landscapes)
+        content = compose(
+            collected, form, scheme, law, resamples=resamples, compare=not no_compare, landscapes=landscapes
+        )
         page = write_report(content, out)
     print(f"drawn: {', '.join(one.title for one in content.drawn if one.figure is not None) or 'nothing'}")
     for needed, titles in content.lacking.items():

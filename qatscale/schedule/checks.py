@@ -38,24 +38,23 @@ def _no_effect(keys: Sequence[str], why: str) -> list[str]:
 _SECOND_PHASE = ("warmup_fraction", "warmup_tokens", "cooldown_fraction", "optimizer_state")
 _UNUSED: dict[Scheme, tuple[tuple[str, ...], str]] = {
     "fp": (
-        ("bits", "fraction", "learning_rate", "lr_ratio", "scale_lr_ratio", "scale_gradient_factor", *_SECOND_PHASE),
+        ("bits", "learning_rate", "lr_ratio", "scale_lr_ratio", "scale_gradient_factor", *_SECOND_PHASE),
         "qat.scheme=fp trains without quantization; for QAT set qat.scheme",
     ),
     "scratch": (
-        ("fraction", *_SECOND_PHASE),
+        _SECOND_PHASE,
         "qat.scheme=scratch quantizes from step 0, with the lengths of `schedule`",
     ),
     "fused": (("cooldown_fraction",), "qat.scheme=fused has one cooldown, that of `schedule`"),
     "sequential": ((), ""),
 }
-"""Keys of `qat` without effect under a scheme, and why."""
+"""Keys of `qat` without effect under a scheme, and why. A recipe's fraction is for its other schemes; one from the
+command line is refused."""
 
 
 def _qat_without_effect(config: RunConfig) -> list[str]:
     names, why = _UNUSED[config.qat.scheme]
-    means_the_same = config.qat.fraction == {"fp": 0, "scratch": 1}.get(config.qat.scheme)
-    keys = _changed(config.qat, "qat", [name for name in names if not (name == "fraction" and means_the_same)])
-    return _no_effect(keys, why)
+    return _no_effect(_changed(config.qat, "qat", names), why)
 
 
 def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> list[str]:

@@ -125,10 +125,8 @@ def test_a_fraction_given_needs_no_such_warning():
     ("sections", "keys", "why"),
     [
         ({"qat": {"bits": 2, "learning_rate": 1e-4}}, "qat.bits, qat.learning_rate have", "without quantization"),
-        ({"qat": {"fraction": 0.3}}, "qat.fraction has", "without quantization"),
         ({"qat": {"lr_ratio": 0.5}}, "qat.lr_ratio has", "without quantization"),
         ({"qat": {"scheme": "scratch", "optimizer_state": "reset"}}, "qat.optimizer_state has", "from step 0"),
-        ({"qat": {"scheme": "scratch", "fraction": 0.5}}, "qat.fraction has", "from step 0"),
         ({"qat": {"scheme": "scratch", "warmup_fraction": 0.1}}, "qat.warmup_fraction has", "from step 0"),
         ({"qat": TWO_PHASES[1] | {"cooldown_fraction": 0.1}}, "qat.cooldown_fraction has", "one cooldown"),
         ({"schedule": {"exponent": 2.0, "shape": "linear"}}, "schedule.exponent has", "belongs to shape 1-sqrt"),
@@ -157,8 +155,8 @@ def test_a_setting_without_effect_is_named(sections, keys, why):
     [
         {"schedule": {"exponent": 2.0, "shape": "sqrt"}},
         {"schedule": {"shape": "lowered_linear", "lowered_to": 0.5, "min_lr_ratio": 0.1}},
-        {"qat": {"fraction": 0}},
-        {"qat": {"scheme": "scratch", "fraction": 1, "learning_rate": 1e-4, "bits": 2}},
+        {"qat": {"fraction": 0.3}},
+        {"qat": {"scheme": "scratch", "fraction": 0.5, "learning_rate": 1e-4, "bits": 2}},
         {"qat": TWO_PHASES[0] | {"learning_rate": 1e-4, "cooldown_fraction": 0.5, "optimizer_state": "reset"}},
         {"qat": TWO_PHASES[1] | {"learning_rate": 1e-3, "warmup_fraction": 0.1}},
         {"schedule": {"phases": {"stable": {"betas": [0.9, 0.9]}}}},
