@@ -90,7 +90,10 @@ def start_runtime(timeout: float | None = None) -> Runtime:
 
     device = torch.device("cpu")
     if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0, and so must DeepSpeed
-        device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus > 1:
+            raise UserError("LOCAL_RANK", local_rank, f"this host shows {gpus} GPUs.", "Start one process for each.")
+        device = torch.device("cuda", local_rank if gpus > 1 else 0)
         os.environ["LOCAL_RANK"] = str(device.index)
     if not torch.distributed.is_initialized():
         _allow_many_descriptors()

@@ -142,6 +142,7 @@ def main() -> None:
     from qatscale.engine.layout_plan import plan_layout
     from qatscale.engine.runtime import start_runtime
     from qatscale.engine.step import apply_settings, evaluation_loss, train_step
+    from qatscale.errors import UserError
     from qatscale.schedule.build import build_timeline
     from qatscale.train.checkpointing import HostCopy
     from qatscale.train.metrics import Meter
@@ -149,6 +150,11 @@ def main() -> None:
     from qatscale.train.validation import open_view
 
     dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    os.environ["LOCAL_RANK"] = "8"
+    with contextlib.suppress(UserError):
+        start_runtime()
+        raise AssertionError("a ninth process on eight GPUs")
+    os.environ["LOCAL_RANK"] = "0"
     runtime = start_runtime()
     assert (runtime.device, runtime.device_name) == (torch.device("cuda", 0), GPU)
     import deepspeed
