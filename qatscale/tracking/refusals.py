@@ -61,7 +61,7 @@ def check_database(uri: str) -> None:
     if file.is_file():
         with file.open("rb") as opened:
             if opened.read(6) not in (b"", b"SQLite"):
-                raise RefusedError(f"{file} is not an SQLite database. Set tracking.uri=sqlite:///FILE to another file.")
+                raise RefusedError(f"{file} is no SQLite database. Set tracking.uri=sqlite:///FILE to another file.")
 
 
 @contextmanager

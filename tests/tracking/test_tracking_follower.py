@@ -239,7 +239,7 @@ def peak_memory(pid: int) -> int:
 CURES = {
     "deleted": ("mlflow experiments restore --experiment-id 1", "was deleted"),
     "file": ("tracking.uri=sqlite:///mlflow.db", "maintenance mode"),
-    "no database": ("tracking.uri=sqlite:///FILE", "is not an SQLite database"),
+    "no database": ("tracking.uri=sqlite:///FILE", "is no SQLite database"),
 }
 
 
