@@ -52,18 +52,31 @@ def branches_of(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
 def branch_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """A row a finished run and average: POINT, DESIGN, `order` of the cooldown's data, `loss`, and of averages the
     number of checkpoints (`averaged`, 0 for a run), the `window` they span as a share of the tokens, and the loss with
-    scales calibrated anew (`recalibrated`).
+    scales calibrated anew (`recalibrated`). `usual`: with the AdamW of most trained runs of its scheme.
 
     A shape's name is followed by its settings where they are not those of most runs of that shape.
     """
     rows = [record for record in records if all(record.final.get(key) is not None for key in _NEEDED)]
+    if not rows:
+        return pd.DataFrame()
     frame = pd.DataFrame([_row(record) for record in rows])
-    settings = pd.DataFrame([_shape_settings(record.recipe) for record in rows], columns=None if rows else ["shape"])
-    for shape, own in settings.groupby("shape"):
-        varied = own.loc[:, own.nunique(dropna=False) > 1].fillna("")
-        texts = varied.astype(str).agg(" ".join, axis=1) if varied.size else pd.Series("", own.index)
-        frame.loc[own.index, "shape"] = [shape if text == texts.mode()[0] else f"{shape} {text}" for text in texts]
-    return frame
+    for shape, own in pd.DataFrame([_shape_settings(record.recipe) for record in rows]).groupby("shape"):
+        texts = _texts(own.loc[:, own.nunique(dropna=False) > 1].fillna(""))
+        most = _most(texts)
+        frame.loc[own.index, "shape"] = [shape if text == most else f"{shape} {text}" for text in texts]
+    adamw = _texts(frame[ADAMW])
+    trained = adamw[frame["averaged"] == 0].groupby(frame["scheme"]).agg(_most)
+    return frame.assign(usual=adamw == frame["scheme"].map(trained))
+
+
+def _texts(columns: pd.DataFrame) -> pd.Series:
+    """The values of each row."""
+    return pd.Series([" ".join(map(str, row)) for row in columns.itertuples(index=False)], columns.index)
+
+
+def _most(values: pd.Series) -> Any:
+    """The most frequent value; of equals the first."""
+    return values.value_counts(sort=False).idxmax()
 
 
 def _shape_settings(recipe: Mapping[str, str]) -> dict[str, str]:
@@ -91,7 +104,6 @@ def _row(record: RunRecord) -> dict[str, Any]:
         "name": record.name, "scheme": scheme, "bits": bits, "n_params": float(final["n_params"]), "tokens": tokens,
         "rest": json.dumps(rest, sort_keys=True),
         "beta1": float(betas[0]), "beta2": float(betas[1]), "weight_decay": float(in_cooldown("weight_decay") or 0),
-        "usual": all(in_cooldown(key) == _value(recipe, f"optimizer.{key}") for key in ("betas", "weight_decay")),
         "cooldown": _share(recipe, tokens), "fraction": round(float(final.get("qat_fraction") or 0), 4),
         "order": int(recipe.get(SEED, "0")), "loss": float(final[VAL_LOSS]), "averaged": int(final.get(AVERAGED, 0)),
         "window": own_window, "recalibrated": float(final.get(f"{VAL_LOSS_PTQ}{bits:g}", math.nan)),

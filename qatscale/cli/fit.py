@@ -73,7 +73,7 @@ def fit(
         "fit.json"
     ),
     resamples: Resamples = 200,
-    alone: NoCompare = False,
+    no_compare: NoCompare = False,
     seed: Annotated[int, typer.Option(help="Seed of the cold starts and of the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +90,7 @@ def fit(
     with working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
     compared = []
-    if not alone:
+    if not no_compare:
         with working("fitting the rival laws without the largest models and the longest runs"):
             compared = rivals(collected.table, kind, seed=seed)
     paths = write_files(summaries, out)
@@ -125,7 +125,7 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
-    alone: NoCompare = False,
+    no_compare: NoCompare = False,
 ) -> None:
     """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
     from qatlaw.landscape import read_landscape
@@ -135,7 +135,9 @@ def report(
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
     with working("fitting" if law is None else "drawing"):
-        content = compose(collected, form, scheme, law, resamples=resamples, compare=not alone, landscapes=landscapes)
+        content = compose(
+            collected, form, scheme, law, resamples=resamples, compare=not no_compare, landscapes=landscapes
+        )
         page = write_report(content, out)
     print(f"drawn: {', '.join(one.title for one in content.drawn if one.figure is not None) or 'nothing'}")
     for needed, titles in content.lacking.items():

@@ -167,8 +167,8 @@ class _Check:
             name = key.removeprefix(prefix)
             if value is None or (key not in _RULES and key not in _SECTIONS and _is_off(value, key)):
                 continue
-            if key == "scheduler" and isinstance(value, Mapping) and _is_off(value.get("params") or 2, key):
-                self.without_effect.append(key)  # left to the recipe, as in the files for transformers' Trainer
+            if key == "scheduler" and _left_open(value):
+                self.without_effect.append(key)
             elif key in UNSUPPORTED:
                 use = f", or use {INSTEAD[key]}" if key in INSTEAD else ""
                 why = f": {WHY_NOT[key]}" if key in WHY_NOT else ""
@@ -230,6 +230,12 @@ def _is_off(value: Any, key: str) -> bool:
     if isinstance(value, Mapping):
         return all(_is_off(inner, key) for inner in value.values())
     return value in (None, False, "none", "auto", []) or (value is not True and value in (-1, 1))
+
+
+def _left_open(scheduler: Any) -> bool:
+    """Whether a scheduler leaves its settings to the recipe, as in the files for transformers' Trainer."""
+    settings = scheduler.get("params") if isinstance(scheduler, Mapping) else None
+    return isinstance(settings, Mapping) and len(settings) > 0 and _is_off(settings, "scheduler")
 
 
 @functools.cache

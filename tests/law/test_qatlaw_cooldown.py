@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_adamw_stands_beside_the_shapes_over_the_same_orders(drawn: dict[str, Dr
         assert found.loc[setting, "above"] == pytest.approx(pairs.mean(), abs=1e-12), setting
         assert found.loc[setting, "pairs"] == orders
     lowered = losses(ends("lowered_linear", 3))  # whose own setting is varied with beta2, one at a time and together
-    for setting, more in (("0.76: as before", 0.0006), (": β₂ 0.999", 0.00245), ("0.76: β₂ 0.999", 0.00305)):
+    for setting, more in (("0.76: as usual", 0.0006), (": β₂ 0.999", 0.00245), ("0.76: β₂ 0.999", 0.00305)):
         name = f"lowered_linear{setting if setting[0] == ':' else f' {setting}'}"
         pairs = losses(ends("lowered_linear", 3, more)) - lowered
         assert found.loc[name, "above"] == pytest.approx(pairs.mean(), abs=1e-12), name
@@ -178,6 +179,21 @@ def test_settings_of_a_shape_are_in_its_name_where_they_differ(records: list[Run
         assert list(frame["shape"]) == ["1-sqrt", f"1-sqrt {value}", "1-sqrt"]
         assert len(frame[POINT].drop_duplicates()) == 1
     assert branch_frame([]).empty
+
+
+def test_the_usual_adamw_is_that_of_most_runs(records: list[RunRecord]) -> None:
+    """Also where the recipe's cooldown has an AdamW of its own, as shipped recipes do."""
+
+    def own(record: RunRecord) -> RunRecord:
+        recipe, rest = record.recipe, {"optimizer.betas": "[0.5, 0.5]"}
+        for phase in ("cooldown", "qat_cooldown"):
+            key = f"schedule.phases.{phase}.betas"
+            rest[key] = recipe[key] if recipe.get(key, "null") != "null" else recipe["optimizer.betas"]
+        return replace(record, recipe=recipe | rest)
+
+    frame, other = branch_frame(records), branch_frame([own(record) for record in records])
+    assert list(other["usual"]) == list(frame["usual"]) == list((frame["beta2"] == 0.95) & (frame["beta1"] == 0.9)
+                                                                 & (frame["weight_decay"] == 0.1))  # fmt: skip
 
 
 def test_runs_without_such_branches_have_the_usual_figures(records: list[RunRecord]) -> None:

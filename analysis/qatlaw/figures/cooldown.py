@@ -124,7 +124,7 @@ def draw_adamw(evidence: Evidence) -> Drawn:
     for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         base = own[own["usual"]].iloc[0]
         texts = own.apply(lambda row, base=base: _text(row, base), axis=1)
-        adamw = differences(own.assign(setting=texts), "setting", "as before").query("setting != 'as before'")
+        adamw = differences(own.assign(setting=texts), "setting", "as usual").query("setting != 'as usual'")
         adamw = adamw.sort_values("setting", ascending=False)
         elsewhere = [_at_another_shape(rows) for rows in _other_shapes(evidence, label, base["shape"])]
         beside = shapes[label][shapes[label]["order"].isin(set(own.loc[~own["usual"], "order"]))]
@@ -144,7 +144,7 @@ def draw_adamw(evidence: Evidence) -> Drawn:
     figure.axes[0].set_ylim(len(shown) - 0.5, -0.5)
     legend_below(figure, list(figure.axes))
     caption = (
-        "Measured: loss above that of the recipe's cooldown (of `as before` at the shape, where a line names one), the "
+        "Measured: loss above that of the usual cooldown (of `as usual` at the shape, where a line names one), the "
         "mean over pairs with the same trunk and data, with Student's 95 % intervals. Span of the means in nats, the "
         f"recipe's included: {'; '.join(spans)}."
     )
@@ -163,7 +163,7 @@ def _at_another_shape(rows: pd.DataFrame) -> pd.DataFrame:
     """Differences to that shape's usual run: its own setting and AdamW's, alone and together."""
     base = rows[rows["usual"]].sort_values("shape").iloc[0]
     texts = rows.apply(lambda row: f"{row['shape']}: {_text(row, base)}", axis=1)
-    usual_text = f"{base['shape']}: as before"
+    usual_text = f"{base['shape']}: as usual"
     return differences(rows.assign(setting=texts), "setting", usual_text).query("setting != @usual_text")
 
 
@@ -177,7 +177,7 @@ def _bars(axes: Any, found: pd.DataFrame, places: Any, series: int, label: str =
 
 def _text(row: pd.Series, base: pd.Series) -> str:
     """What a run's AdamW has that the base's has not."""
-    return ", ".join(f"{_LETTERS[key]} {row[key]:g}" for key in ADAMW if row[key] != base[key]) or "as before"
+    return ", ".join(f"{_LETTERS[key]} {row[key]:g}" for key in ADAMW if row[key] != base[key]) or "as usual"
 
 
 def _span(found: pd.DataFrame) -> float:

@@ -51,6 +51,11 @@ class Budget:
             if not (np.isfinite(value) and value > 0):
                 raise InputError(f"budget.{name}", value, "is not a positive finite number.")
 
+    @property
+    def overhead(self) -> float:
+        """Cost of a QAT token over that of a full-precision one."""
+        return self.qat_cost / self.fp_cost
+
 
 @dataclass(frozen=True)
 class BudgetSplit:

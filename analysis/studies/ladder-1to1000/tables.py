@@ -8,27 +8,20 @@ A measured curve is read as `qatlaw.curves` reads it; `regret` is its loss at an
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from qatlaw.curves import Curve, measured_curves
+from qatlaw.curves import Curve, closed_form_constant, measured_curves
 from qatlaw.fraction import fraction_at
-from qatlaw.laws.base import Floats
 from qatlaw.results import read_results
 from qatlaw.runs import RunRecord, collect
 
 FOLDER = Path(__file__).parent
 EMBEDDING_BITS = 4
 VOCABULARY = 1024
-DRAWS = 400
-"""Draws of the curves for the error bar of a constant."""
-SAME_COST = 0.001
-"""Nats that nobody can tell apart."""
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -52,39 +45,6 @@ def optima(curves: list[Curve]) -> None:
         row += [f"{closed:.2f}", f"{curve.regret(closed):+.3f}"]
         rows.append([*row, f"{curve.losses.min():.3f}"])
     print_table(["N", "D", "bits", "S", "measured f*", "closed form", "regret", "lowest loss"], rows)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A of the closed form f = exp(-A / ln S), fitted to curves."""
-
-    A: float
-    low: float
-    high: float
-    """95 % of resampled sets of curves."""
-    regret: float
-    """Mean loss of its fractions above the curves' minima, nats."""
-    worst: float
-
-
-def closed_form_constant(curves: Sequence[Curve]) -> Constant:
-    """The A whose fractions cost the curves, of one bit width, least.
-
-    Where the longest phases are best, no A is: then the largest one within 0.001 nats of the lowest cost.
-    """
-    values = np.geomspace(0.05, 50, 400)
-    costs = np.array([[curve.regret(float(fraction_at(curve.S, A))) for A in values] for curve in curves])
-
-    def best(sample: Floats) -> int:
-        mean = sample.mean(axis=0)
-        return int(np.flatnonzero(mean <= mean.min() + SAME_COST).max()) if mean.argmin() == 0 else int(mean.argmin())
-
-    rng = np.random.default_rng(0)
-    chosen = best(costs)
-    drawn = [best(costs[rng.integers(0, len(curves), len(curves))]) for _ in range(DRAWS)]
-    low, high = np.quantile(values[drawn], [0.025, 0.975])
-    own = costs[:, chosen]
-    return Constant(float(values[chosen]), float(low), float(high), float(own.mean()), float(own.max()))
 
 
 def constants(curves: list[Curve]) -> None:
