@@ -8,7 +8,7 @@ from qatscale.cli import main
 from qatscale.engine.layout import job_size
 from qatscale.engine.runtime import start_runtime
 from qatscale.errors import UserError
-from qatscale.supervise.launchers import first_of_hosts, launcher_environment
+from qatscale.supervise.launchers import TORCH, first_of_hosts, launcher_environment
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -100,6 +100,8 @@ def test_a_broken_environment_is_refused_by_the_variables_name(case: str) -> Non
 
 def test_the_command_asks_the_launcher_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`srun qatscale train …` would train on one GPU, and its other tasks would exit for the first one's claim."""
+    for name in TORCH:  # set by whatever trained in this process before
+        monkeypatch.delenv(name, raising=False)
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
