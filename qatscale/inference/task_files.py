@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qatscale.config.places import expand_user
 from qatscale.config.yaml_text import children, compose
 from qatscale.errors import UserError
 
@@ -25,7 +26,7 @@ def check_tasks(folder: Path) -> None:
     own, seen = Path(tasks.__file__).parent.resolve(), set()
 
     def check(path: Path) -> None:
-        path = path.expanduser().resolve()
+        path = expand_user(path).resolve()
         if path in seen or path.is_relative_to(own):
             return
         seen.add(path)

@@ -6,12 +6,65 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, Required
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from qatlaw.files import LARGEST
-from qatscale.files import decode, encode
+from qatscale.errors import UserError, first_invalid
+from qatscale.files import Count, decode, encode
 
 Record = dict[str, Any]
+
+
+class _Event(TypedDict, total=False):
+    """What readers rely on. Any record may have more."""
+
+    event: Required[str]
+    time: float
+    step: Count
+    tokens: Count
+    steps: Count
+
+
+class _Step(_Event):
+    time: Required[float]
+    step: Required[Count]
+
+
+class _Metrics(_Step):
+    phase: str
+    loss: float
+    tokens_per_second: NotRequired[float]
+    data_seconds: NotRequired[float]
+
+
+class _Validation(_Step):
+    view: str
+    loss: float
+
+
+class _Switch(_Step):
+    report: dict[str, Any]
+
+
+class _Spike(_Step):
+    norm: float
+
+
+class _Final(_Step):
+    metrics: dict[str, float | int | str | None]
+
+
+_SCHEMAS: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(schema)
+    for name, schema in {
+        "": _Event, "metrics": _Metrics, "validation": _Validation, "switch": _Switch, "spike": _Spike,
+        "final": _Final, "resume": _Step, "checkpoint": _Step,
+    }.items()
+}  # fmt: skip
+"""By event; "": any other."""
 
 
 class Appender:
@@ -64,7 +117,7 @@ class Tail:
     def read(self, limit: int = 1 << 22) -> list[Record]:
         """The complete records of about the next `limit` bytes; empty at the end of the file.
 
-        Raises ValueError, naming file and offset, for a line that is not JSON.
+        UserError, naming file, offset and field, for a line that is not a record.
         """
         try:
             with self.path.open("rb") as file:
@@ -73,21 +126,26 @@ class Tail:
                 while data and b"\n" not in data and (more := file.read(limit)):
                     data += more
                     if len(data) > LARGEST:
-                        raise ValueError(f"{self.path}: the line at byte {self.offset} is longer than any record")
+                        raise self._damage("is longer than any record")
         except FileNotFoundError:
             return []
         records = []
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             try:
                 record = decode(json.loads(line))
+                event = record.get("event") if isinstance(record, dict) else None
+                _SCHEMAS.get(str(event), _SCHEMAS[""]).validate_python(record, strict=True)
+            except ValidationError as error:
+                raise self._damage(f"is damaged: {first_invalid(error)}") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}: the line at byte {self.offset} is not JSON ({error})") from error
-            known = isinstance(record, dict) and isinstance(record.get("event"), str)
-            if not known or not isinstance(record.get("step", 0), int):
-                raise ValueError(f"{self.path}: the line at byte {self.offset} is no record of an event")
+                raise self._damage(f"is not JSON ({error})") from None
             records.append(record)
             self.offset += len(line)
         return records
+
+    def _damage(self, problem: str) -> UserError:
+        fix = "Restore the file, or remove the line."
+        return UserError("run", str(self.path), f"the line at byte {self.offset} {problem}.", fix)
 
     def __iter__(self) -> Iterator[Record]:
         while records := self.read():
