@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 from collections.abc import Sequence
 
 from qatlaw.errors import InputError, cut
@@ -17,9 +18,14 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 """The input is wrong; nothing was started."""
 EXIT_REQUEUE = 75
-"""Stopped by a signal after saving; the same command goes on from there (sysexits.h: EX_TEMPFAIL)."""
+"""Stopped by a signal after saving; the same command continues (sysexits.h: EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C, after saving (128 + SIGINT, as shells have it)."""
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a command that this signal stopped."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
 
 
 class UserError(InputError):

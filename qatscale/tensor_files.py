@@ -22,7 +22,7 @@ Types = torch.dtype | Mapping[str, torch.dtype]
 """One type for all tensors, or each tensor's own."""
 _TYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
-    torch.uint32: "U32",
+    torch.uint32: "U32", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
 
 

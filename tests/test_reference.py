@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 from qatscale.cli.app import app
 from qatscale.config.recipe import load_run_config
 from qatscale.config.settings import settings
-from qatscale.study.file import Axes, Size, Study, read_study
+from qatscale.study.file import PLAIN_AXES, Axes, Size, Study, read_study
+from qatscale.study.grid import grid
 
 GUIDES = Path(__file__).parents[1] / "analysis" / "guides"
 RECIPES, COMMANDS = GUIDES / "recipe-reference.md", GUIDES / "command-reference.md"
@@ -53,14 +55,29 @@ def test_a_key_has_an_example_that_loads(key: str, example: str) -> None:
     assert load_run_config("debug", shlex.split(example)) != load_run_config("debug")
 
 
-def test_the_study_on_the_page_has_every_key_and_loads(tmp_path: Path) -> None:
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """The study on the page."""
     file = tmp_path / "study.yaml"
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", RECIPES.read_text(), re.DOTALL | re.MULTILINE)
-    file.write_text(text)
-    study = read_study(file)
+    file.write_text(*re.findall(r"^```yaml\n(.*?)^```", RECIPES.read_text(), re.DOTALL | re.MULTILINE))
+    return read_study(file)
+
+
+def test_the_study_on_the_page_has_every_key(study: Study) -> None:
     used = study.model_fields_set.union(*(grid.model_fields_set for grid in study.grids or ()))
     assert used == set(Study.model_fields) >= set(Axes.model_fields)
     assert set().union(*(size.model_fields_set for size in study.sizes)) == set(Size.model_fields)
+
+
+@pytest.mark.parametrize("axis", PLAIN_AXES)
+def test_a_plain_axis_sets_its_keys(axis: str, study: Study) -> None:
+    """With its values on the page, a run each."""
+    values = getattr(study, axis)
+    size = Size(name="debug", recipe="debug")
+    runs = grid(Study(sizes=(size,), tokens=(100_000,), bits=(2,), fractions=(0,), **{axis: values})).runs
+    assert len({run.route.name for run in runs}) == len(values) > 1
+    for key in PLAIN_AXES[axis].keys:
+        assert [attrgetter(key)(run.config) for run in runs] == list(values)
 
 
 # --- commands ---
@@ -83,13 +100,12 @@ SECTIONS = {
 
 
 def options(command: Any) -> dict[str, str | None]:
-    """Name → default; a flag that is on by default goes by the name that switches it off."""
+    """Name → default."""
     found = {}
     for option in command.params:
         if option.param_type_name == "option" and option.name != "help":
-            names = option.secondary_opts if option.default is True else option.opts
             shown = None if option.default is None or isinstance(option.default, bool) else str(option.default)
-            found[names[-1]] = "required" if option.required else shown
+            found[option.opts[-1]] = "required" if option.required else shown
     return found
 
 
@@ -101,6 +117,14 @@ def parse(line: str) -> None:
         with command.make_context(command.name, words, parent=parent) as context:
             if overrides := context.params.get("overrides"):
                 load_run_config("86m", overrides)
+
+
+@pytest.mark.parametrize("command", ["--help", "export --help", "fit --help", "plan memory --help"])
+def test_help_shows_no_value_behind_a_switch(command: str) -> None:
+    shown = CliRunner().invoke(app, command.split()).output
+    assert "--help" in shown
+    assert "<bool>" not in shown
+    assert "[default: True]" not in shown
 
 
 def test_the_page_has_the_commands_and_their_options() -> None:

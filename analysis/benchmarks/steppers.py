@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qatscale.config.ds_config import merge_ds_config, precision_of, run_ds_config
-from qatscale.config.schema import Phase, RunConfig
+from qatscale.config.schedule_section import Phase
+from qatscale.config.schema import RunConfig
 from qatscale.engine.compilation import Compilation
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import Runtime

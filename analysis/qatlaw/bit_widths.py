@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 BIT_WIDTHS: tuple[int | float, ...] = (1, 1.58, 2, 3, 4, 5, 6, 8)
-"""Bits per weight; 1.58 is ternary. A width of 3 bits or more needs its entry here and a colour in `figures.style`."""
+"""Bits per weight; 1.58 is ternary. CONTRIBUTING.md lists what a new one takes."""
 BIT_WIDTHS_TEXT = ", ".join(f"{bits:g}" for bits in BIT_WIDTHS)
 EMBEDDING_LEAST_BITS = 4
 """Embedding and head are quantized to no fewer bits."""

@@ -6,7 +6,7 @@ the loss of the model with their averaged weights, the parts of their loss above
     variance = mean(L_i) - L_avg          bias = L_avg - min over the compared settings of L_avg
 
 On a quadratic loss with curvature H the variance part is half the trace of H times the (population) covariance of the
-branches' weights. A k-th of the branches' own variance remains in L_avg, so k branches tell (k - 1)/k of it. arXiv
+branches' weights. A k-th of the branches' own variance remains in L_avg, so k branches show (k - 1)/k of it. arXiv
 2508.01483 compares shapes by bias and variance; its formula is not available to us, so ours stands beside the numbers.
 """
 
@@ -27,11 +27,9 @@ from qatlaw.names import AVERAGED, FIRST_STEP, VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.runs import RunRecord
 
 SEED = "data.cooldown_seed"
-_OF_THE_COOLDOWN = ("schedule.shape", "schedule.exponent", "schedule.lowered_to", "schedule.knots",
-                    "schedule.min_lr_ratio", "schedule.phases", "schedule.cooldown_", SEED)  # fmt: skip
+_NOT_OF_A_SHAPE = ("shape", "warmup_", "cooldown_", "phases")
+"""Prefixes of the keys of `schedule` that no shape has for its own."""
 _IN_THE_FINAL = ("evaluation.", "tokens", "qat.scheme", "qat.bits", "qat.fraction")
-SETTING_OF = {"lowered_linear": "schedule.lowered_to", "1-sqrt": "schedule.exponent"}
-USUAL = {"lowered_linear": 0.7, "1-sqrt": 0.5}
 POINT = ["scheme", "bits", "n_params", "tokens", "rest"]
 """Columns of one trunk and quantizer."""
 ADAMW = ["beta2", "beta1", "weight_decay"]
@@ -54,10 +52,38 @@ def branches_of(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
 def branch_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """A row a finished run and average: POINT, DESIGN, `order` of the cooldown's data, `loss`, and of averages the
     number of checkpoints (`averaged`, 0 for a run), the `window` they span as a share of the tokens, and the loss with
-    scales calibrated anew (`recalibrated`)."""
-    return pd.DataFrame(
-        [_row(record) for record in records if all(record.final.get(key) is not None for key in _NEEDED)]
-    )
+    scales calibrated anew (`recalibrated`). `usual`: with the AdamW of most trained runs of its scheme.
+
+    A shape's name is followed by its settings where they are not those of most runs of that shape.
+    """
+    rows = [record for record in records if all(record.final.get(key) is not None for key in _NEEDED)]
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.DataFrame([_row(record) for record in rows])
+    for shape, own in pd.DataFrame([_shape_settings(record.recipe) for record in rows]).groupby("shape"):
+        texts = _texts(own.loc[:, own.nunique(dropna=False) > 1].fillna(""))
+        most = _most(texts)
+        frame.loc[own.index, "shape"] = [shape if text == most else f"{shape} {text}" for text in texts]
+    adamw = _texts(frame[ADAMW])
+    trained = adamw[frame["averaged"] == 0].groupby(frame["scheme"]).agg(_most)
+    return frame.assign(usual=adamw == frame["scheme"].map(trained))
+
+
+def _texts(columns: pd.DataFrame) -> pd.Series:
+    """The values of each row."""
+    return pd.Series([" ".join(map(str, row)) for row in columns.itertuples(index=False)], columns.index)
+
+
+def _most(values: pd.Series) -> Any:
+    """The most frequent value; of equals the first."""
+    return values.value_counts(sort=False).idxmax()
+
+
+def _shape_settings(recipe: Mapping[str, str]) -> dict[str, str]:
+    """The shape, and the settings that shapes may have."""
+    keys = {key.removeprefix("schedule."): text for key, text in recipe.items() if key.startswith("schedule.")}
+    own = {key: text for key, text in keys.items() if not key.startswith(_NOT_OF_A_SHAPE)}
+    return {"shape": keys.get("shape", ""), **own}
 
 
 def _row(record: RunRecord) -> dict[str, Any]:
@@ -70,16 +96,14 @@ def _row(record: RunRecord) -> dict[str, Any]:
         return _value(recipe, f"optimizer.{key}") if own is None else own
 
     betas = in_cooldown("betas") or (math.nan, math.nan)
-    shape, other = recipe.get("schedule.shape", ""), (*_OF_THE_COOLDOWN, *_IN_THE_FINAL)
-    rest = {key: text for key, text in recipe.items() if not key.startswith((*other, *["qat."] * (scheme == "fp")))}
-    number = _value(recipe, SETTING_OF.get(shape, ""))
+    other = (SEED, *_IN_THE_FINAL, *["qat."] * (scheme == "fp"))
+    rest = {key: text for key, text in recipe.items() if not key.startswith(other)}
+    rest = {key: text for key, text in rest.items() if key.startswith("schedule.warmup_") or "schedule." not in key}
     own_window = 1 - final[FIRST_STEP] * _step_tokens(recipe) / tokens if FIRST_STEP in final else 0.0
     return {
         "name": record.name, "scheme": scheme, "bits": bits, "n_params": float(final["n_params"]), "tokens": tokens,
         "rest": json.dumps(rest, sort_keys=True),
-        "shape": shape if number in (None, USUAL.get(shape)) else f"{shape} {number:g}",
         "beta1": float(betas[0]), "beta2": float(betas[1]), "weight_decay": float(in_cooldown("weight_decay") or 0),
-        "usual": all(in_cooldown(key) == _value(recipe, f"optimizer.{key}") for key in ("betas", "weight_decay")),
         "cooldown": _share(recipe, tokens), "fraction": round(float(final.get("qat_fraction") or 0), 4),
         "order": int(recipe.get(SEED, "0")), "loss": float(final[VAL_LOSS]), "averaged": int(final.get(AVERAGED, 0)),
         "window": own_window, "recalibrated": float(final.get(f"{VAL_LOSS_PTQ}{bits:g}", math.nan)),

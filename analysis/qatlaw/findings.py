@@ -1,4 +1,4 @@
-"""What a report says first: up to five sentences, each with a number that was measured on its runs."""
+"""What a report says first: a few sentences, each with a number that was measured on its runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from qatlaw.amounts import amount
 from qatlaw.bit_widths import bits_label
-from qatlaw.figures.evidence import Evidence
+from qatlaw.figures.evidence import Drawn, Evidence
 from qatlaw.fraction import closed_form
 from qatlaw.laws.base import Floats
 from qatlaw.summary import Summary
@@ -16,10 +16,35 @@ from qatlaw.table import MIXED_SCHEMES, SCHEMES, RunTable
 from qatlaw.text import plural
 
 
-def findings(evidence: Evidence, summaries: Sequence[Summary] = ()) -> list[str]:
+def findings(evidence: Evidence, summaries: Sequence[Summary] = (), drawn: Sequence[Drawn] = ()) -> list[str]:
     """The answer, for a reader who reads nothing else. A sentence whose runs are missing is left out."""
-    sentences = [_best(evidence.table), _optimum(evidence), _cost(evidence), _fusion(evidence), _law(summaries)]
-    return [sentence for sentence in sentences if sentence]
+    laboratory = [_best_of(one, *LABORATORY[one.name]) for one in drawn if one.name in LABORATORY]
+    general = [_optimum(evidence), _cost(evidence), _fusion(evidence), _law(summaries)]
+    return [sentence for sentence in (_best(evidence.table), *laboratory, *general) if sentence]
+
+
+LABORATORY = {
+    "cooldown_shapes": ("cooldown shape", "shape"),
+    "cooldown_adamw": ("change of AdamW in the cooldown", "setting"),
+}
+"""By figure: what it compares, and the column of its table that names it."""
+
+
+def _best_of(drawn: Drawn, subject: str, column: str) -> str:
+    """What ends lowest in each panel of a figure that compares branches, with its interval; "" without repeats."""
+    if drawn.table is None:
+        return ""
+    rows = drawn.table.dropna(subset="half_width").reset_index(drop=True)
+    rows = rows[rows["kind"] == "AdamW"] if "kind" in rows else rows
+    if rows.empty:
+        return ""
+    best = rows.loc[rows.groupby("group", sort=False)["above"].idxmin()]
+    parts = [
+        f"{row['group']}: {row[column]}"
+        + (f" ({row['above']:+.4f} ± {row['half_width']:.4f})" if row["above"] else ", the usual one")
+        for _, row in best.iterrows()
+    ]
+    return f"The best {subject}, with its loss above the usual one's in nats and its 95 % interval: {'; '.join(parts)}."
 
 
 def _best(table: RunTable) -> str:

@@ -29,9 +29,7 @@ GROUP_SIZE = typer.Option(
     min=2,
     help="Input channels that share a scale, for effective bits and for laws that know it; a row does if left out.",
 )
-FORMAT = typer.Option(
-    metavar="gguf", help="Count the file of this format of `qatscale export`: hf, compressed-tensors, gguf or mlx."
-)
+FORMAT = typer.Option(metavar="gguf", help="Count the file of this format of `qatscale export`.")
 BATCH_TOKENS = _option("1M", "Tokens of an optimizer step; the answer then names the step of the switch.", parse_count)
 NATS = _option("0.01", f"Nats per token that a bit width may lose, with a law. (Default: {TOLERANCE}.)", parse_nats)
 VOCABULARY = _option("32000", "Size of the tokenizer's vocabulary.", parse_vocabulary)

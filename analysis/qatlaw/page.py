@@ -67,6 +67,15 @@ class Report:
         landscapes = (drawn_landscape(one, f"landscape_{place}") for place, one in enumerate(self.landscapes, 1))
         return (*draw_all(self.evidence), *landscapes)
 
+    @property
+    def lacking(self) -> dict[str, list[str]]:
+        """By what they need, the titles of the figures that could not be drawn."""
+        titles: dict[str, list[str]] = {}
+        for one in self.drawn:
+            if one.figure is None:
+                titles.setdefault(one.lacking, []).append(one.title)
+        return titles
+
     @cached_property
     def svg(self) -> dict[str, bytes]:
         """By name, the figures that could be drawn."""
@@ -181,7 +190,7 @@ def html(report: Report) -> str:
         runs=_run_rows(table),
         all_runs=RUNS,
         more_runs=len(table) - MOST_RUNS,
-        findings=findings(report.evidence, report.summaries),
+        findings=findings(report.evidence, report.summaries, report.drawn),
         missing=_missing(report),
         reasons=", ".join(f"{count} {reason}" for reason, count in counted(report.left_out).items()),
         left_out=[("run left out", "why"), *((one.name, one.reason) for one in report.left_out[:MOST_RUNS])],
@@ -201,7 +210,7 @@ def _warnings(report: Report) -> list[str]:
 def _missing(report: Report) -> list[tuple[str, str]]:
     """(what, what it needs) of everything that these runs do not give."""
     law = [] if report.evidence.laws else [("Loss law", report.no_law or "none was given.")]
-    return [*law, *((one.title, f"needs {one.lacking}") for one in report.drawn if one.figure is None)]
+    return [*law, *((", ".join(titles), f"needs {needed}") for needed, titles in report.lacking.items())]
 
 
 def _run_rows(table: RunTable) -> Rows:

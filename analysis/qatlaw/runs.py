@@ -22,9 +22,10 @@ import pandas as pd
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
-from qatlaw.measurement import settings_with_effect, split_settings
+from qatlaw.measurement import TRIALS, split_settings
 from qatlaw.names import AVERAGED, VAL_LOSS, VAL_LOSS_PTQ
 from qatlaw.table import POINT, RunTable
+from qatlaw.text import listed
 
 LAW_POINT = ("n_params", "bits", "tokens_fp", "tokens_qat", "scheme")
 TEXTS = ("scheme", "data_fingerprint", "validation_fingerprint")
@@ -34,10 +35,10 @@ LARGEST = 1e300
 
 SAME_IN_ALL = (
     "data.path", "data_fingerprint", "data.mix", "data.cooldown_mix", "data.sequence_length", "model.vocab_size",
-    "schedule.shape", "schedule.cooldown_fraction", "schedule.cooldown_tokens", "qat.group_size",
-    "qat.embedding_bits", "qat.cooldown_fraction", "qat.optimizer_state",
+    "qat.group_size", "qat.embedding_bits", "qat.cooldown_fraction", "qat.optimizer_state",
 )  # fmt: skip
-"""Settings that no law here knows: runs that differ in them compare only if the difference does not matter."""
+"""Settings that no law here knows, beside those of the cooldown. Runs that differ in them compare only if the
+difference does not matter."""
 
 
 @dataclass(frozen=True)
@@ -294,12 +295,14 @@ def _seed(record: RunRecord) -> str:
 
 def _notices(records: Sequence[RunRecord], unlike: Sequence[str]) -> tuple[str, ...]:
     notices = []
-    settings = [settings_with_effect(record.recipe) | _data_setting(record) for record in records]
-    for key in dict.fromkeys((*SAME_IN_ALL, *unlike)):
+    split = [split_settings(record.recipe, record.final["scheme"]) for record in records]
+    settings = [own | trial | _data_setting(record) for record, (own, trial) in zip(records, split, strict=True)]
+    cooldown = sorted({key for own in settings for key in own if key.startswith("schedule.")})
+    cooldown = [key for key in cooldown if not key.startswith(TRIALS)]
+    for key in dict.fromkeys((*SAME_IN_ALL, *cooldown, *unlike)):
         values = sorted({own[key] for own in settings if key in own})
         if len(values) > 1:
-            shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
-            notices.append(f"the runs differ in {key} ({shown}), which the law does not know")
+            notices.append(f"the runs differ in {key} ({listed(values)}), which the law does not know")
     return tuple(notices)
 
 

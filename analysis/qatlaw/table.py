@@ -21,6 +21,7 @@ from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatlaw.errors import InputError, did_you_mean, nearest
 from qatlaw.laws.base import Floats, Points
 from qatlaw.names import VAL_LOSS
+from qatlaw.text import listed
 
 COLUMNS = ("n_params", "bits", "tokens_fp", "tokens_qat", "loss", "scheme")
 """Columns that a table must have. Others (run_id, name...) are kept; `synthetic` marks runs that nobody trained."""
@@ -46,6 +47,7 @@ SCHEMES = {
 MIXED_SCHEMES = ("sequential", "fused")
 """Schemes with two phases of training, whose split has an optimum."""
 
+PLAIN = "Write a plain number, or leave the row out."
 SOUND = {
     "n_params": (1e4, 1e14, "parameters", "Write the count itself: 86M is 86000000."),
     "tokens_total": (1e4, 1e16, "tokens of both phases", "Write the count itself: 2.3B is 2300000000."),
@@ -90,7 +92,7 @@ class RunTable:
             raise InputError(f"{source}: rows", 0, "are too few: a table of runs has at least one.")
         for name in COLUMNS[:-1]:
             numbers = pd.to_numeric(checked[name], errors="coerce").astype(np.float64)
-            _refuse(source, name, checked[name], ~np.isfinite(numbers), "is not a finite number.", "Leave it out.")
+            _refuse(source, name, checked[name], ~np.isfinite(numbers), "is not a finite number.", PLAIN)
             checked[name] = numbers
         _check_schemes(checked, source)
         total = checked["tokens_fp"] + checked["tokens_qat"]
@@ -123,6 +125,8 @@ class RunTable:
             frame = readers[file.suffix](file)
         except Exception as error:
             raise InputError("table", str(path), f"cannot be read: {error}.") from error
+        if len(frame.columns) == 1 and any(mark in str(frame.columns[0]) for mark in ";\t"):
+            raise InputError("table", str(path), "separates its columns by other marks than commas.", "Write commas.")
         return cls.from_frame(frame, file.name, columns, scheme)
 
     def __len__(self) -> int:
@@ -253,10 +257,9 @@ class RunTable:
         texts = []
         groups = self.names.groupby([splits, counts], dropna=False)
         for (split, count), group in sorted(groups, key=lambda pair: -len(pair[1])):
-            shown = ", ".join(map(str, group[:3])) + (", …" if len(group) > 3 else "")
             tokens = "an unknown number of" if np.isnan(count) else f"{count:,.0f}"
             where = f"split {split[:8]}" if split else "one split"
-            texts.append(f"{len(group)} on {tokens} tokens of {where} ({shown})")
+            texts.append(f"{len(group)} on {tokens} tokens of {where} ({listed([*map(str, group)])})")
         problem = f"the runs were validated on different text, so their losses do not compare: {'; '.join(texts)}."
         fix = "Name a folder, an experiment or a table with the runs of one text alone."
         raise InputError(f"{self.source}: held-out text", None, problem, fix)
@@ -280,13 +283,16 @@ def _mapped(frame: pd.DataFrame, columns: Mapping[str, str], source: str) -> pd.
 def _advice(missing: Sequence[str], frame: pd.DataFrame) -> str:
     """What a table needs, with the columns that the missing ones may be."""
     unused = [str(name) for name in frame.columns if name not in (*COLUMNS, *OPTIONAL)]
-    similar = {name: close for name in missing if (close := nearest(name, unused))}
+    sought, phases = list(missing), ("tokens_fp", "tokens_qat")
+    if {*phases} <= {*missing} and len({nearest(name, unused) for name in phases} - {None}) < 2:  # all tokens, a share
+        sought = [name for name in (*missing, "tokens", "qat_fraction") if name not in (*phases, *frame.columns)]
+    similar = {name: close for name in sought if (close := nearest(name, unused))}
     fixes = []
     if similar:
         options = " ".join(f"--column {name}={own}" for name, own in similar.items())
         fixes.append(f"Try {options} (in Python: columns={similar}).")
     if "scheme" in missing:
-        fixes.append("Add it (fp, sequential, fused), or name that of all runs with two phases: --scheme fused.")
+        fixes.append("Add scheme (fp, sequential, fused), or name that of all runs with two phases: --scheme fused.")
     if set(missing) - similar.keys() - {"scheme"} or not fixes:
         fixes.append(
             "A table of runs has n_params, bits, loss, scheme, and either tokens_fp and tokens_qat (0 for "
@@ -320,7 +326,8 @@ def _renamed(frame: pd.DataFrame) -> pd.DataFrame:
     names = {}
     for column in map(str, frame.columns):
         bare = column.removeprefix("metrics.").removeprefix("params.")
-        names[column] = "loss" if bare == VAL_LOSS else bare
+        known = bare.lower() in (*COLUMNS, *OPTIONAL)
+        names[column] = "loss" if bare == VAL_LOSS else bare.lower() if known else bare
     for name in COLUMNS:
         same = [column for column, new in names.items() if new == name]
         if len(same) > 1:

@@ -28,7 +28,7 @@ class TextTable:
     """Headers of the columns that are aligned to the left and may fold."""
     title: str = ""
     drop: Sequence[str] = ()
-    """Headers of the columns that a narrow terminal leaves out, the first one first."""
+    """Headers of the columns that leave without values and on a narrow terminal, there the first one first."""
     caption: str = ""
     styles: Mapping[str, str] = field(default_factory=dict)
     """Text of a cell -> its style, where the output shows colours."""
@@ -44,8 +44,9 @@ class TextTable:
         if self.title:
             yield from folded(self.title, width)
             yield ""
-        shown = list(range(len(self.headers)))
-        drop = [self.headers.index(header) for header in self.drop if header in self.headers]
+        columns = zip(self.headers, *self.rows, strict=True)
+        shown = [i for i, (header, *cells) in enumerate(columns) if header not in self.drop or {*cells} - {"", "–"}]
+        drop = [i for header in self.drop for i in shown if self.headers[i] == header]
         while (wide := self._widths(shown, width)) is None and drop:
             shown.remove(drop.pop(0))
         yield from self._records(width) if wide is None else self._columns(shown, wide)

@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, PLACES, errno_of, fault
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, PLACES, errno_of, fault
+from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
@@ -19,7 +21,9 @@ _LATER = 5.0
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line. Wrong input gives one message and exit code 2.
+    """Run a command line, of training on this process of a job: torchrun's, DeepSpeed's, srun's or mpirun's.
+
+    Wrong input gives one message and exit code 2.
 
     So does a place that cannot be read or written. Another fault of the machine (a full disk) or a diverged run gives
     one message and exit code 1; the run's log has the traceback. In a job of many processes the first one reports. The
@@ -30,23 +34,40 @@ def main(arguments: list[str] | None = None) -> None:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without Unicode must not end a run
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
-    if command and command[0] in (*TRAINING, "study", "quickstart"):
-        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+    sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():
-        from qatscale.cli.app import app
-
         try:
+            from qatscale.cli.app import app
+
+            if command and command[0] in TRAINING:
+                os.environ.update(launcher_environment(os.environ))
+                # torch's C++ side prints a stack of its own for every connection that breaks, below what we report
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             app(arguments, prog_name="qatscale")
+        except KeyboardInterrupt:
+            sys.exit(EXIT_INTERRUPTED)
         except InputError as error:
-            rank = int(os.environ.get("RANK", 0))
-            time.sleep(_LATER if rank else 0)
-            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            time.sleep(_LATER if rank != "0" else 0)
+            print(f"error: {error}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
         except (OSError, FloatingPointError) as error:
             if fault(error) is None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT if errno_of(error) in PLACES else EXIT_FAILED)
+        finally:
+            if arguments is None:  # the program ends here: Ctrl-C then ends the libraries' clean-up without a traceback
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
+    """KeyboardInterrupt, but for an import of torch, whose C++ side would abort with it."""
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        os._exit(EXIT_INTERRUPTED)
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -2,103 +2,46 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from qatscale import __version__
 
-COMMANDS = {  # name: its module, and the line about it in `qatscale --help`
-    "config": (
-        "qatscale.cli.recipes",
-        "Print every key of a recipe with its type, default and meaning; for a recipe its keys and values, as YAML.",
-    ),
-    "recipes": ("qatscale.cli.recipes", "List the recipes that come with qatscale."),
-    "prepare": (
-        "qatscale.cli.prepare",
-        "Turn text into token shards (Megatron .bin/.idx) with tokenizer, held-out split and manifest.",
-    ),
-    "adopt": (
-        "qatscale.cli.prepare",
-        "Make token shards of other programs usable as they are: write a manifest beside them.",
-    ),
-    "train": ("qatscale.cli.train", "Train a run, or continue it where it stopped."),
-    "resume": (
-        "qatscale.cli.train",
-        "Continue a stopped run from its newest checkpoint. Overrides may not change the result.",
-    ),
-    "branch": (
-        "qatscale.cli.train",
-        "Start a new run from another run's checkpoint: QAT at some bit width, another cooldown, other betas.",
-    ),
-    "evaluate": (
-        "qatscale.cli.evaluate",
-        "Print validation loss and perplexity in the full-precision, quantized and post-training-quantized view.",
-    ),
-    "generate": (
-        "qatscale.cli.evaluate",
-        "Continue a prompt with text from a model, printed as it is generated.",
-    ),
-    "runs": ("qatscale.cli.runs", "Print a table of runs."),
-    "compare": (
-        "qatscale.cli.runs",
-        "Print runs side by side: losses in each view, switch, speeds; with --figure their loss curves.",
-    ),
-    "track-sync": ("qatscale.cli.runs", "Upload to MLflow what an unreachable server missed."),
-    "export": (
-        "qatscale.cli.export",
-        "Write a model for the programs that run it, with the weights of the trained forward pass.",
-    ),
-    "convert": (
-        "qatscale.cli.convert",
-        "Convert a training checkpoint, DeepSpeed's universal layout or a Hugging Face folder to another of the three.",
-    ),
-    "average": (
-        "qatscale.cli.convert",
-        "Average the weights of checkpoints, of several runs or of a window of one, into a run's folder.",
-    ),
-    "fit": (
-        "qatscale.cli.fit",
-        "Fit the loss law to finished runs; print coefficients with intervals, quality and rival laws; write fit.json.",
-    ),
-    "report": (
-        "qatscale.cli.fit",
-        "Write one self-contained HTML page about runs: the law, its figures, and which runs were left out.",
-    ),
-    "judge": (
-        "qatlaw.judge_cli",
-        "Which law predicts which runs? Published laws, and yours, against tables of runs.",
-    ),
-    "landscape": (
-        "qatscale.cli.landscape",
-        "Measure and draw the loss around a cooldown: a valley or a bowl, in full precision and quantized.",
-    ),
-    "quickstart": (
-        "qatscale.cli.quickstart",
-        "Train a trunk and three branches on text that is already on this machine, in minutes on two cores.",
-    ),
-    "launch-scripts": (
-        "qatscale.cli.launch_scripts",
-        "Write the scripts that start a job on several hosts: pdsh, no ssh, OpenMPI, MPICH, Slurm.",
-    ),
-    "plan": (
-        "qatscale.cli.plan",
-        "When should a run switch from full precision to QAT? The commands below answer other questions.",
-    ),
-    "study": ("qatscale.cli.study", "Studies: grids of runs that share their trunks."),
+COMMANDS = {  # name → its module
+    "config": "qatscale.cli.recipes", "recipes": "qatscale.cli.recipes",
+    "prepare": "qatscale.cli.prepare", "adopt": "qatscale.cli.prepare",
+    "train": "qatscale.cli.train", "resume": "qatscale.cli.train", "branch": "qatscale.cli.train",
+    "evaluate": "qatscale.cli.evaluate", "generate": "qatscale.cli.evaluate",
+    "runs": "qatscale.cli.runs", "compare": "qatscale.cli.runs", "track-sync": "qatscale.cli.runs",
+    "export": "qatscale.cli.export", "convert": "qatscale.cli.convert", "average": "qatscale.cli.convert",
+    "fit": "qatscale.cli.fit", "report": "qatscale.cli.fit", "judge": "qatlaw.judge_cli",
+    "landscape": "qatscale.cli.landscape", "quickstart": "qatscale.cli.quickstart",
+    "launch-scripts": "qatscale.cli.launch_scripts", "plan": "qatscale.cli.plan", "study": "qatscale.cli.study",
+}  # fmt: skip
+_GROUPS = {
+    "plan": "When should a run switch from full precision to QAT? The commands below answer other questions.",
+    "study": "Studies: grids of runs that share their trunks.",
 }
+"""The lines about those that hold commands of their own."""
 _TAKES_OVERRIDES = ("train", "resume", "branch", "convert")
+
+if _shown_type := getattr(TyperOption, "display_type_rich", None):  # of recent versions; help then says `--json <bool>`
+    _typed: Any = TyperOption
+    _typed.display_type_rich = lambda option, ctx: None if option.is_flag else _shown_type(option, ctx=ctx)
 
 
 class _Imported(Mapping[str, Any]):
     """COMMANDS by name; the module of a command is imported when the command is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module, _ = COMMANDS[name]
-        command = getattr(import_module(module), name.replace("-", "_"))
+        command = getattr(import_module(COMMANDS[name]), name.replace("-", "_"))
         holder = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
         holder.callback()(_options)
         if isinstance(command, typer.Typer):
@@ -128,10 +71,22 @@ class _Commands(TyperGroup):
         return list(COMMANDS)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        lines: dict[str, Any] = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
+        lines: dict[str, Any] = {name: TyperCommand(name, help=_line(name)) for name in COMMANDS}
         listing = TyperGroup(name=self.name, commands=lines, params=self.params, help=self.help)
         listing.rich_markup_mode = self.rich_markup_mode
         listing.format_help(ctx, formatter)
+
+
+def _line(name: str) -> str:
+    """What `qatscale --help` says of a command: the first paragraph of its docstring, read without importing it."""
+    if name in _GROUPS:
+        return _GROUPS[name]
+    place = find_spec(COMMANDS[name])
+    assert place is not None
+    tree = ast.parse(Path(place.origin or "").read_text(encoding="utf-8"))
+    function = name.replace("-", "_")
+    texts = (ast.get_docstring(n) for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    return " ".join((next(texts) or "").partition("\n\n")[0].split())
 
 
 app = typer.Typer(

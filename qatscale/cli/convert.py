@@ -24,7 +24,7 @@ def average(
     """Average the weights of checkpoints, of several runs or of a window of one, into a run's folder.
 
     Weights are averaged as they are. Learned scales are averaged in log space, once all checkpoints have switched to
-    QAT; `qatscale evaluate OUT --ptq BITS` has the loss with scales calibrated anew beside it.
+    QAT. `qatscale evaluate OUT --ptq BITS` also gives the loss with scales calibrated anew.
     """
     from qatscale.study.average import average as average_checkpoints
 

@@ -16,10 +16,7 @@ from qatscale.config.amounts import format_amount
 from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import stored_weights
-from qatscale.data.manifest import Manifest
-from qatscale.data.mixture import Mixture
-from qatscale.data.open import mixture_of
-from qatscale.data.reader import repetition
+from qatscale.data.open import plan_sources
 from qatscale.engine.estimate.fits import (
     Given,
     JobEstimate,
@@ -119,29 +116,6 @@ def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, w
         say(f"figure: {draw(timeline, config, figure)}")
 
 
-def plan_sources(config: RunConfig, timeline: Timeline) -> tuple[list[dict[str, Any]], list[str]]:
-    """What a run reads of each source, and a warning for each that it reads again. Without `data.mix` the source is "".
-
-    `epochs` is None where the data are not here yet.
-    """
-    mixture, length = mixture_of(config, timeline) or Mixture({"": 1}), config.data.sequence_length
-    sequences = timeline.steps * config.batch.sequences
-    total, first = (mixture.count(n) * length for n in (sequences, min(sequences, mixture.change or sequences)))
-    rows, warnings = [], []
-    for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
-        folder = config.data.sources.get(name)
-        epochs = None
-        if folder is not None and folder.exists():
-            held = Manifest.load(folder).splits["train"].tokens
-            unique = max(1, (held - 1) // length) * length
-            epochs = tokens / unique
-            warnings.append(repetition(name, epochs, unique))
-        rows.append(
-            {"source": name, "mix": before, "cooldown_mix": tokens - before, "tokens": tokens, "epochs": epochs}
-        )
-    return rows, [*filter(None, warnings)]
-
-
 def print_sources(config: RunConfig, sources: list[dict[str, Any]]) -> None:
     if config.data.mix is None:
         return
@@ -172,7 +146,7 @@ def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None
     table.add_row("all", *(_gigabytes(stage.step) for stage in stages))
     table.add_row("moment, phase", *(f"{stage.moment}, {stage.phase}" for stage in stages))
     if any(stage.start > stage.step for stage in stages):
-        table.add_row("at the start: fp32, not yet divided", *(_gigabytes(stage.start) for stage in stages))
+        table.add_row("at the start", *(_gigabytes(stage.start) for stage in stages))
     out.print(table)
     out.print()
     if job.traffic:

@@ -49,8 +49,8 @@ def evaluate(
 ) -> None:
     """Print validation loss and perplexity in the full-precision, quantized and post-training-quantized view.
 
-    With --harness it prints the scores of EleutherAI's lm-evaluation-harness instead, of a checkpoint (quantized once
-    it has switched) or of an exported folder that transformers loads.
+    With --harness it prints the scores of EleutherAI's lm-evaluation-harness instead. It then takes a checkpoint,
+    quantized once it has switched, or an exported folder that transformers loads.
     """
     if harness is not None:
         given = {"--ptq": ptq or None, "--data": data, "--tokens": tokens}

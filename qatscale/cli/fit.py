@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qatlaw.errors import InputError
-from qatlaw.text import plural
+from qatlaw.text import listed, plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
 
@@ -52,11 +52,9 @@ Form = Annotated[
 ]
 Scheme = Annotated[str | None, typer.Option(help="sequential or fused, if the runs have both.")]
 Resamples = Annotated[int, typer.Option(help="Resamples of the bootstrap behind the intervals; 0: no intervals.")]
-Compare = Annotated[
+NoCompare = Annotated[
     bool,
-    typer.Option(
-        " /--no-compare", help="Leave out the rival laws, which are judged by runs that no law was fitted on."
-    ),
+    typer.Option("--no-compare", help="Leave out the rival laws, which are judged by runs that no law was fitted on."),
 ]
 
 
@@ -76,7 +74,7 @@ def fit(
         "fit.json"
     ),
     resamples: Resamples = 200,
-    compare: Compare = True,
+    no_compare: NoCompare = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the cold starts and of the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +91,7 @@ def fit(
     with working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
     compared = []
-    if compare:
+    if not no_compare:
         with working("fitting the rival laws without the largest models and the longest runs"):
             compared = rivals(collected.table, kind, seed=seed)
     paths = write_files(summaries, out)
@@ -128,7 +126,7 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, and the figures as SVG and PNG.")] = Path("report"),
     resamples: Resamples = 200,
-    compare: Compare = True,
+    no_compare: NoCompare = False,
 ) -> None:
     """Write one self-contained HTML page about runs: the law, its figures, and which runs were left out."""
     from qatlaw.landscape import read_landscape
@@ -138,10 +136,13 @@ def report(
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
     with working("fitting" if law is None else "drawing"):
-        content = compose(collected, form, scheme, law, resamples=resamples, compare=compare, landscapes=landscapes)
+        content = compose(
+            collected, form, scheme, law, resamples=resamples, compare=not no_compare, landscapes=landscapes
+        )
         page = write_report(content, out)
-    for one in content.drawn:
-        print(f"{one.title}: {'drawn' if one.figure is not None else f'not drawn, it needs {one.lacking}'}")
+    print(f"drawn: {', '.join(one.title for one in content.drawn if one.figure is not None) or 'nothing'}")
+    for needed, titles in content.lacking.items():
+        print(f"not drawn: {', '.join(titles)}; needs {needed}")
     if content.no_law:
         print(f"no loss law: {content.no_law}")
     print(f"{page}  (figures as SVG and PNG in {page.parent / 'figures'})")
@@ -259,5 +260,4 @@ def _say_left_out(collected: Collected) -> None:
 
     for reason, count in counted(collected.left_out).items():
         names = [one.name for one in collected.left_out if one.reason.startswith(reason)]
-        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        print(f"left out: {count} {reason} ({shown})")
+        print(f"left out: {count} {reason} ({listed(names)})")

@@ -47,7 +47,7 @@ def landscape(
 ) -> None:
     """Measure and draw the loss around a cooldown: a valley or a bowl, in full precision and quantized.
 
-    The plane holds the line from BEFORE to AFTER (x) and Adam's step at BEFORE (y, orthogonal to it); 1 on both axes is
+    The plane holds the line from BEFORE to AFTER (x) and Adam's step at BEFORE (y, orthogonal to it). On both axes 1 is
     the distance between the two. You can stop the command and start it again: measured points stay.
     """
     from pydantic import TypeAdapter

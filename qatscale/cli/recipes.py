@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,8 +54,6 @@ def config(
     if overrides or what in recipe_names() or is_file(Path(what)):
         print(resolved_yaml(load_run_config(what, overrides or ())), end="")
         return
-    headers = ("key", "allowed", "default", "meaning")
-    table = TextTable(headers, words=headers)
     try:
         rows = explain(what)
     except UserError:
@@ -62,9 +61,11 @@ def config(
             problem = "no key, recipe or file of this name."
             raise UserError("recipe", what, problem, f"Did you mean {recipe!r}?") from None
         raise
+    width, indent = console().width, " " * 4
     for row in rows:
-        table.add_row(row.key, row.allowed, row.default, row.meaning)
-    console().print(table)
+        default = "required" if row.default == "required" else f"default: {row.default}"
+        print(fill(f"{row.key}: {row.allowed} [{default}]", width, subsequent_indent=indent, break_on_hyphens=False))
+        print(fill(row.meaning, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def _write_corrected(recipe: RunConfig, file: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatlaw.text import plural
+from qatlaw.text import listed, plural
 from qatlaw.text_table import TextTable
 from qatscale.cli import study_run
 from qatscale.cli.fit import Column, Experiment, Runs, Table, Uri
@@ -49,8 +49,8 @@ def plan(
 ) -> None:
     """Print the cheapest tree of runs that covers a study: where each run branches, its tokens, FLOPs, time and disk.
 
-    With --law it also prints how certain the law's coefficients and the optimal fraction can become with these runs
-    and those that exist (--experiment, --table or --runs).
+    With --law it also prints how certain the law's coefficients and the optimal fraction can become. These runs and
+    those that exist (--experiment, --table or --runs) count.
     """
     import numpy as np
 
@@ -126,8 +126,8 @@ def _print_tree(plan: StudyPlan, speed: float | None) -> None:
             f"{repeated[0][0]} is {repeated[0][1]}"
         )
     if left_out := plan.grid.left_out:
-        first = ", ".join(name for name, _ in left_out[:4]) + (", …" if len(left_out) > 4 else "")
-        why = f"whose schedule does not fit ({first}). The first: {left_out[0][1]}"
+        names = listed([name for name, _ in left_out])
+        why = f"whose schedule does not fit ({names}). The first: {left_out[0][1]}"
         say(f"left out: {plural(len(left_out), 'run')} {why}")
     for warning in plan.grid.warnings:
         say(f"warning: {warning}", style="yellow")
@@ -178,7 +178,7 @@ def _print_information(information: Information) -> None:
     for scheme, (before, after) in information.certainties.items():
         columns = {"standard error": after} if before is None else {"before": before, "after": after}
         title = (
-            f"What the {scheme} runs tell at best, at {information.noise:.2%} noise, if this law holds: {law.source}"
+            f"The most that the {scheme} runs show at {information.noise:.2%} noise, if this law holds: {law.source}"
         )
         table = TextTable(("parameter", *columns), words=["parameter"], title=title)
         for parameter in law.law.form.parameters:

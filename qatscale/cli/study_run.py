@@ -16,7 +16,7 @@ from qatlaw.errors import InputError
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import Json, console
-from qatscale.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from qatscale.errors import EXIT_FAILED, UserError, exit_code
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -83,7 +83,7 @@ def run(
     if stopped:
         done = f"{counts['done']} of {plural(len(state.states), 'run')} done"
         print(f"stopped by {signal.Signals(stopped[0]).name}: {done}; the same command continues from there")
-        sys.exit(EXIT_REQUEUE)
+        sys.exit(exit_code(stopped[0]))
     for name, reason in state.failures().items():
         print(f"failed: {name}: {reason}")
     for reason, names in state.refusals().items():

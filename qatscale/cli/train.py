@@ -13,7 +13,7 @@ import typer
 from qatlaw.amounts import parse_amount
 from qatscale.cli import completion
 from qatscale.cli.terminal import Json, Overrides, as_overrides, console, refuse, say
-from qatscale.errors import UserError
+from qatscale.errors import UserError, exit_code
 
 if TYPE_CHECKING:
     from qatscale.config.schema import RunConfig
@@ -155,7 +155,6 @@ def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def _train(config: RunConfig, branch_from: str | None, take_over: bool = False) -> None:
-    from qatscale.supervise.signals import exit_code
     from qatscale.tracking.compare import comparison_table, run_row
     from qatscale.tracking.run_folder import RunFolder
     from qatscale.tracking.store import where_to_look

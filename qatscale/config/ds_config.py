@@ -1,7 +1,7 @@
 """The system half of a run: a DeepSpeed JSON file, checked, and merged with the recipe into what DeepSpeed gets.
 
-Files written for other stacks work as they are. "auto" is filled in, a number that equals the recipe's is accepted, a
-feature that is switched off is left out, and a key without effect is a warning. What contradicts the recipe or would
+Files written for other stacks work as they are. "auto" is filled in, and a number that equals the recipe's is accepted.
+A feature that is switched off is left out, and a key without effect is a warning. What contradicts the recipe or would
 change the result is an error.
 """
 
@@ -156,6 +156,7 @@ class _Check:
             raise together([*others, UserError(last.key, last.value, last.problem, join(last.fix, mend))])
 
     def contradiction(self, key: str, value: Any, ours: str) -> UserError:
+        value = int(value) if isinstance(value, float) and value.is_integer() else value  # as it was written
         fix = f'Remove it or write "auto", or change the recipe. (In {self.source}.)'
         return UserError(key, value, f"the recipe says {ours}.", fix)
 
@@ -168,7 +169,9 @@ class _Check:
             name = key.removeprefix(prefix)
             if value is None or (key not in _RULES and key not in _SECTIONS and _is_off(value, key)):
                 continue
-            if key in UNSUPPORTED:
+            if key == "scheduler" and _left_open(value):
+                self.without_effect.append(key)
+            elif key in UNSUPPORTED:
                 use = f", or use {INSTEAD[key]}" if key in INSTEAD else ""
                 why = f": {WHY_NOT[key]}" if key in WHY_NOT else ""
                 self._wrong(key, value, f"not supported by qatscale{why}.", f"Remove it, switch it off{use}.")
@@ -229,6 +232,12 @@ def _is_off(value: Any, key: str) -> bool:
     if isinstance(value, Mapping):
         return all(_is_off(inner, key) for inner in value.values())
     return value in (None, False, "none", "auto", []) or (value is not True and value in (-1, 1))
+
+
+def _left_open(scheduler: Any) -> bool:
+    """Whether a scheduler leaves its settings to the recipe, as in the files for transformers' Trainer."""
+    settings = scheduler.get("params") if isinstance(scheduler, Mapping) else None
+    return isinstance(settings, Mapping) and len(settings) > 0 and _is_off(settings, "scheduler")
 
 
 @functools.cache

@@ -9,18 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
-from qatscale.config import cooldown_shapes
 from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
 from qatscale.config.places import expand_user, without_credentials
-from qatscale.config.section import Allowed, ClashError, NotBool, Positive, Section
+from qatscale.config.schedule_section import ScheduleConfig
+from qatscale.config.section import Allowed, Beta, ClashError, Fraction, NotBool, Positive, Section, one_length
 
 Scheme = Literal["fp", "sequential", "fused", "scratch"]
-Phase = Literal["warmup", "stable", "cooldown", "qat_warmup", "qat_stable", "qat_cooldown"]
-ShapeName = Annotated[
-    Literal[*cooldown_shapes.NAMES],  # type: ignore[valid-type]  # as many as the table has
-    AfterValidator(cooldown_shapes.canonical),
-    Field(description=cooldown_shapes.DESCRIPTION),
-]
 
 
 def _bit_width(value: int | float) -> int | float:
@@ -51,8 +45,6 @@ def _each_once(values: list[float]) -> list[float]:
 
 
 ExpandedPath = Annotated[Path, AfterValidator(expand_user), Allowed("a path")]
-Fraction = Annotated[float, NotBool, Field(ge=0, le=1)]
-Beta = Annotated[float, NotBool, Field(ge=0, lt=1)]
 
 
 RopeScaling = Annotated[
@@ -96,16 +88,6 @@ Mix = Annotated[
 ]
 
 
-def _one_length(section: Section, name: str, fraction: str, tokens: str) -> None:
-    """A length is a fraction or a number of tokens, never both. `name` is the section's own key."""
-    if getattr(section, fraction) is not None and getattr(section, tokens) is not None:
-        raise ClashError(
-            tokens,
-            f"gives the same length as {name}.{fraction} = {getattr(section, fraction):g}",
-            f"Keep one: {name}.{fraction}=null or {name}.{tokens}=null.",
-        )
-
-
 class ModelConfig(Section):
     """A Llama-style decoder: RMSNorm, RoPE, SwiGLU; with the differences of Llama 3, Mistral, Qwen2 and Qwen3."""
 
@@ -146,7 +128,9 @@ class ModelConfig(Section):
             key = "head_dim" if self.head_dim else "heads"
             raise ClashError(key, f"gives heads of {self.channels} channels, and RoPE rotates pairs of channels")
         if self.qk_norm and self.attention_bias:
-            raise ClashError("qk_norm", "with model.attention_bias is no model that others load", "Keep one of them.")
+            raise ClashError(
+                "qk_norm", "with model.attention_bias makes a model that others do not load", "Keep one of them."
+            )
         if self.rope_scaling and self.rope_scaling[1] >= self.rope_scaling[2]:
             raise ClashError("rope_scaling", "has a low_freq_factor that is not below its high_freq_factor")
         if self.heads % (self.kv_heads or self.heads):
@@ -227,65 +211,12 @@ class OptimizerConfig(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Gradients with a larger global norm are scaled down to it; 0 = no clipping."""
     on_spike: Literal["stop", "skip", "rollback"] = "stop"
-    """What an update does whose gradient is not finite, or a spike: end the run, be left out, or take the run back to
-    its newest checkpoint, from where it passes over that step's batch."""
+    """What happens to an update whose gradient is not finite, or a spike. `stop` ends the run, and `skip` leaves the
+    update out. `rollback` takes the run back to its newest checkpoint, and it then passes over that step's batch."""
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A gradient norm above so many times its running mean is a spike; null = only what is not finite."""
     spike_limit: Annotated[int, Field(ge=1)] = 10
     """Spikes that a run passes over; the next one ends it."""
-
-
-class PhaseOverride(Section):
-    """AdamW settings that hold in one phase only."""
-
-    betas: tuple[Beta, Beta] | None = None
-    """AdamW's betas in this phase; null = optimizer.betas."""
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """AdamW's weight decay in this phase; null = optimizer.weight_decay."""
-
-
-class ScheduleConfig(Section):
-    """Warm-up, stable phase, cooldown. Each length is in tokens or a fraction of the schedule it belongs to.
-
-    `fp`, `fused` and `scratch` have one schedule, over all tokens. `sequential` has two: the full-precision phase
-    and the QAT phase, each with its own warm-up and cooldown.
-    """
-
-    warmup_fraction: Fraction | None = None
-    """Length of the linear warm-up as a share of the schedule; 1 % where neither this nor warmup_tokens is given."""
-    warmup_tokens: Tokens | None = None
-    """Length of the warm-up in tokens, instead of warmup_fraction."""
-    cooldown_fraction: Fraction | None = None
-    """Length of the cooldown, in which the rate falls, as a share of the schedule; 0 = none, for a trunk of branches.
-    Where neither this nor cooldown_tokens is given: 20 %, or what the warm-up leaves."""
-    cooldown_tokens: Tokens | None = None
-    """Length of the cooldown in tokens, instead of cooldown_fraction."""
-    shape: ShapeName = "1-sqrt"
-    """Curve of the rate in the cooldown; `sqrt` and `minus_sqrt` are other names of 1-sqrt."""
-    exponent: Annotated[float, Field(gt=0)] = 0.5
-    """For shape 1-sqrt: the rate falls as 1 - x^exponent."""
-    lowered_to: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """For shape lowered_linear: the share of the rate that it drops to at the start."""
-    knots: list[Fraction] | None = None
-    """For shape piecewise: shares of the rate at equally spaced points, from the cooldown's start to its end."""
-    min_lr_ratio: Fraction = 0.0
-    """Rate at the end of the cooldown, as a share of the peak."""
-    phases: dict[Phase, PhaseOverride] = Field({})
-    """AdamW's betas and weight decay in single phases: `schedule.phases.cooldown.betas=[0.9,0.99]`."""
-
-    @model_validator(mode="after")
-    def _fits_shape(self) -> Self:
-        for what in ("warmup", "cooldown"):
-            _one_length(self, "schedule", f"{what}_fraction", f"{what}_tokens")
-        if self.shape == "exponential" and self.min_lr_ratio == 0:
-            raise ClashError("min_lr_ratio", "shape 'exponential' never reaches 0", "Set it above 0, e.g. to 0.01.")
-        if self.shape == "piecewise" and self.knots is None:
-            raise ClashError("knots", "shape 'piecewise' needs knots", "Set them, e.g. schedule.knots=[1,0.5,0].")
-        if self.shape != "piecewise" and self.knots is not None:
-            raise ClashError("knots", f"shape {self.shape!r} has no knots", "Set schedule.shape=piecewise.")
-        if self.knots is not None and len(self.knots) < 2:
-            raise ClashError("knots", "a piecewise cooldown has a start and an end", "Give at least two: [1,0].")
-        return self
 
 
 class QatConfig(Section):
@@ -306,17 +237,17 @@ class QatConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the QAT phase; null = lr_ratio x optimizer.learning_rate."""
     lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak rate of the QAT phase over that of full precision, instead of qat.learning_rate; `auto` = 1 for `fused`
-    and `scratch`, and for `sequential` a measured rule: the shorter the phase, the lower its rate."""
+    """Peak rate of the QAT phase over that of full precision, instead of qat.learning_rate. `auto` = 1 for `fused` and
+    `scratch`; for `sequential` it is a measured rule: the shorter the phase, the lower its rate."""
     scale_lr_ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Learning rate of the scales over that of the weights; `auto` = 1/Qp (a scale is a Qp-th of the largest
-    weight), and 0.1 at 1 bit, where rows die at 1."""
+    """Learning rate of the scales over that of the weights. `auto` = 1/Qp, as a scale is a Qp-th of the largest weight;
+    at 1 bit it is 0.1, since rows die at 1."""
     scale_gradient_factor: bool = True
     """Whether the gradient of the scales is multiplied by LSQ's g = 1/sqrt(numel(W) x Qp), as in ParetoQ. AdamW's
     update does not depend on it; the global gradient norm, and so clipping, does."""
     warmup_fraction: Fraction | None = None
-    """Length of the second warm-up, after the switch, as a share of the QAT phase; 2 % for `sequential` and none for
-    `fused` where neither this nor qat.warmup_tokens is given."""
+    """Length of the second warm-up, after the switch, as a share of the QAT phase. Where neither this nor
+    qat.warmup_tokens is given: 2 % for `sequential`, none for `fused`."""
     warmup_tokens: Tokens | None = None
     """Length of the second warm-up in tokens, instead of qat.warmup_fraction."""
     cooldown_fraction: Fraction | None = None
@@ -326,7 +257,7 @@ class QatConfig(Section):
 
     @model_validator(mode="after")
     def _fits_scheme(self) -> Self:
-        _one_length(self, "qat", "warmup_fraction", "warmup_tokens")
+        one_length(self, "qat", "warmup_fraction", "warmup_tokens")
         if self.learning_rate is not None and self.lr_ratio != "auto":
             raise ClashError(
                 "lr_ratio",
@@ -347,7 +278,7 @@ class EngineConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks, once for all of them and once more at the switch; under ZeRO-3 of what has no
     weights. `auto` = on GPUs. On CPUs `on` pays in runs of hours: it takes a minute and a C++ compiler."""
-    stall_timeout: Annotated[float, Field(gt=0)] | None = 600.0
+    stall_timeout: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = 600.0
     """Seconds without a micro-batch after which the job ends and names the rank that hangs; start, saving and
     evaluation may take half an hour more. null = wait for ever, for debuggers."""
     tensor_parallel: Positive = 1

@@ -63,6 +63,8 @@ def _representable(value: int) -> int:
 
 
 Positive = Annotated[int, Field(gt=0), AfterValidator(_representable)]
+Fraction = Annotated[float, NotBool, Field(ge=0, le=1)]
+Beta = Annotated[float, NotBool, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ class Allowed:
     """Put into `Annotated[...]`: the words for a type whose annotation does not say enough."""
 
     words: str
+
+
+def one_length(section: Section, name: str, fraction: str, tokens: str) -> None:
+    """A length is a fraction or a number of tokens, never both. `name` is the section's own key."""
+    if getattr(section, fraction) is not None and getattr(section, tokens) is not None:
+        raise ClashError(
+            tokens,
+            f"gives the same length as {name}.{fraction} = {getattr(section, fraction):g}",
+            f"Keep one: {name}.{fraction}=null or {name}.{tokens}=null.",
+        )
 
 
 def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:

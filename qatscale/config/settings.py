@@ -12,7 +12,8 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from qatscale.config.schema import Phase, PhaseOverride, RunConfig
+from qatscale.config.schedule_section import Phase, PhaseOverride
+from qatscale.config.schema import RunConfig
 from qatscale.config.section import Section, describe
 from qatscale.errors import UserError
 

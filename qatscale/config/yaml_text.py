@@ -1,7 +1,7 @@
 """The YAML 1.2 core schema, bounded, with the line of every key and without duplicate keys.
 
-PyYAML reads YAML 1.1, where `1e-3` is a text, `no` is false and `1:30` is ninety. Here `1e-3` is a number, only true
-and false are truth values, and a key that occurs twice in a mapping is an error instead of the last one winning. Tags,
+PyYAML reads YAML 1.1, where `1e-3` is a text, `no` is false and `1:30` is ninety. Here `1e-3` is a number, and only
+true and false are truth values. A key that occurs twice in a mapping is an error; PyYAML takes the last one. Tags,
 depth and size are limited, so that a hostile file ends in an error and not in a full memory.
 """
 

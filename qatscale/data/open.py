@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import get_args
+from typing import Any, get_args
 
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest, Split, SplitCounts, Verify
@@ -82,6 +82,40 @@ def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture | None:
         return None
     change = timeline.boundaries[0] * config.batch.sequences if timeline.boundaries else None
     return Mixture(data.mix, data.cooldown_mix if timeline.boundaries else None, change)
+
+
+def plan_sources(config: RunConfig, timeline: Timeline) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a run reads of each source, and a warning for each that it reads again. Without `data.mix` the source is "".
+
+    `epochs` is None where the data are not here yet.
+    """
+    mixture, length = mixture_of(config, timeline) or Mixture({"": 1}), config.data.sequence_length
+    sequences = timeline.steps * config.batch.sequences
+    total, first = (mixture.count(n) * length for n in (sequences, min(sequences, mixture.change or sequences)))
+    rows, warnings = [], []
+    for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
+        folder = config.data.sources.get(name)
+        epochs = None
+        if folder is not None and folder.exists():
+            held = Manifest.load(folder).splits["train"].tokens
+            unique = max(1, (held - 1) // length) * length
+            epochs = tokens / unique
+            warnings.append(repetition(name, epochs, unique))
+        elif folder is not None:
+            warnings.append(f"{folder} does not exist yet")
+        rows.append(
+            {"source": name, "mix": before, "cooldown_mix": tokens - before, "tokens": tokens, "epochs": epochs}
+        )
+    return rows, [*filter(None, warnings)]
+
+
+def repetition(source: str, epochs: float, unique: int) -> str | None:
+    """A warning for a source of `unique` tokens, or None if no sequence occurs twice."""
+    if epochs <= 1:
+        return None
+    beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
+    what = f"{source} repeats" if source else "the data repeat"
+    return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
 
 
 def joined(manifests: Mapping[str, Manifest]) -> Manifest:

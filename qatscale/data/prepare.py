@@ -130,6 +130,7 @@ def prepare(
             states.discard(folder)
         manifest = states.finished(folder, identity)
         if manifest is not None:
+            (folder / states.NAME).unlink(missing_ok=True)  # of a process that ended right after the manifest
             view.say(f"{folder} is prepared already: {manifest.summary()}")
             return manifest
         state = states.resume(folder, identity)

@@ -201,21 +201,6 @@ class BatchReader:
         """The sequences at the positions [first, first + count) of the order, counted through all epochs."""
         return self.stream.gather(self._order(first, count), self.sequence_length)
 
-    def repetition(self, steps: int) -> str | None:
-        """A warning for a run of `steps` steps, or None if no sequence occurs twice."""
-        return repetition(
-            "", steps * self.sequences / self.sequences_per_epoch, self.sequences_per_epoch * self.sequence_length
-        )
-
-
-def repetition(source: str, epochs: float, unique: int) -> str | None:
-    """A warning for a source of `unique` tokens, or None if no sequence occurs twice."""
-    if epochs <= 1:
-        return None
-    beyond = "; beyond about 4 epochs repeated tokens are worth little (arXiv:2305.16264)" if epochs > 4 else ""
-    what = f"{source} repeats" if source else "the data repeat"
-    return f"{what}: {epochs:.2f} epochs of {unique:,} tokens{beyond}"
-
 
 def _part(sequences: int, step: int, rank: int, ranks: int) -> tuple[int, int]:
     """(first position, number) of a rank's sequences in the batch of `step`."""
@@ -274,16 +259,6 @@ class MixedReader:
 
     def _count(self, first: int, end: int) -> np.ndarray:
         return self.mixture.count(end * self.sequences) - self.mixture.count(first * self.sequences)
-
-    def repetition(self, steps: int) -> str | None:
-        """A warning that names each source of which a run of `steps` steps reads sequences again, or None."""
-        counts = self.mixture.count(steps * self.sequences)
-        named = zip(self.mixture.names, counts, self._readers, strict=True)
-        lines = [
-            repetition(name, count / reader.sequences_per_epoch, reader.sequences_per_epoch * self.sequence_length)
-            for name, count, reader in named
-        ]
-        return "; ".join(filter(None, lines)) or None
 
 
 class EvaluationBatch(NamedTuple):

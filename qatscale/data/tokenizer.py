@@ -185,9 +185,9 @@ def _end_of_text(
     if asked.isdecimal():
         if int(asked) in vocabulary.values():
             return int(asked)
-        raise UserError("eos", asked, f"is no id of {name}, which has {len(vocabulary):,} tokens.")
+        raise UserError("eos", asked, f"is not an id of {name}, which has {len(vocabulary):,} tokens.")
     if asked not in vocabulary:
-        raise UserError("eos", asked, f"is no token of {name}.", did_you_mean(asked, special) if special else "")
+        raise UserError("eos", asked, f"is not a token of {name}.", did_you_mean(asked, special) if special else "")
     return vocabulary[asked]
 
 
@@ -240,6 +240,8 @@ def _load_hugging_face(spec: str, eos: str | None = None) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise errors of every kind
+        if Path(spec).is_dir() and not [*Path(spec).glob("*token*"), *Path(spec).glob("vocab*")]:
+            raise UserError("tokenizer", spec, "holds no tokenizer.", "Give the folder or the file of one.") from None
         problem = "neither a SentencePiece .model, a tokenizer's folder, nor a name on the Hugging Face Hub."
         raise UserError("tokenizer", spec, f"{problem} Hugging Face says: {first_line(error)}") from None
     if getattr(loaded, "backend_tokenizer", None) is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qatscale.config.schema import RunConfig
+from qatscale.errors import UserError
 from qatscale.model.stages import Stage, divide
 
 
@@ -47,7 +48,10 @@ class Layout:
 
 def job_size(unlaunched: int = 1) -> int:
     """Processes of the job, before they have met: WORLD_SIZE. unlaunched: the number without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", unlaunched))
+    given = os.environ.get("WORLD_SIZE", str(unlaunched))
+    if not given.isdecimal() or not int(given):
+        raise UserError("WORLD_SIZE", given, "is not a number of processes.", "A launcher sets it.")
+    return int(given)
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:

@@ -32,9 +32,11 @@ def bubble(micro_batches: int, stages: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def layout_notices(config: RunConfig, layout: Layout) -> tuple[str, ...]:
-    """What a person should know of a layout before it runs."""
+def layout_notices(config: RunConfig, layout: Layout, gpus: int = 0) -> tuple[str, ...]:
+    """What a person should know of a layout before it runs. gpus: those that this host shows."""
     notices = []
+    if layout.processes == 1 < gpus:
+        notices.append(f"one of this host's {gpus} GPUs is used; `deepspeed --module qatscale train …` uses all")
     vocabulary = config.model.vocab_size
     if padding := -vocabulary % layout.tensor:
         notices.append(

@@ -73,6 +73,8 @@ def start_runtime(timeout: float | None = None) -> Runtime:
         os.environ["DS_ACCELERATOR"] = "cpu"  # auto-detection warns at every start
     rank, ranks = int(os.environ.get("RANK", 0)), job_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if ranks > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE", ranks, "is set, and RANK is not.", "A launcher sets both; unset it.")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
@@ -182,8 +184,9 @@ def _import_deepspeed_quietly() -> None:
     import deepspeed.runtime.zero.muon.original_muon
 
     compiler.compile = compile_
-    # DeepSpeed would compile a shared-memory all-reduce on CPU (45 s, needs a compiler) that only its inference uses,
-    # and that leaves 66 MiB a rank in /dev/shm at every launch.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would try to compile each of its operators and, where a GPU has no CUDA toolkit, print a warning a
+    # process for seven of them. We use none. On CPU it would compile a shared-memory all-reduce (45 s, needs a
+    # compiler) that only its inference uses, and that leaves 66 MiB a rank in /dev/shm at every launch.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     # It prints the memory at every start, asked or not, and resets the peak that we report.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None

@@ -82,7 +82,7 @@ def export(
     with appearing(out) as folder, torch.no_grad():
         progress(f"writing {len(layout.entries)} tensors")
         chosen.write(layout, folder, tokenizer_files)
-        progress("comparing what its clients compute with the trained model")
+        progress("comparing what its clients compute with the trained model (fewer --tokens are quicker)")
         verification = verifier(layout, folder) if verifier else None
         if verification and not verification.passed:
             raise VerificationError(verification)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qatscale.export.encoding import ExportLayout, StoredParameter
+from qatscale.export.integers import packed_words
 from qatscale.model.hugging_face import hugging_face_names, save_safetensors, write_config
 from qatscale.model.lazy_state import LazyState
 
@@ -49,11 +50,6 @@ def write_folder(
 
 _CHUNK = 1 << 22
 """Integers that are spread into bits at a time; each bit then takes a byte."""
-
-
-def packed_words(count: int, bits: int) -> int:
-    """32-bit words of a packed row."""
-    return -(-count * bits // 32)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:

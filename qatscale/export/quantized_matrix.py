@@ -11,7 +11,7 @@ bits      integers        scale
 3 ... 8   -2^(b-1) ...    α
 ========  ==============  ===============
 
-the product in fp32 is, to the bit, the weight that the forward pass computes in fp32: the factors of 2 are exact, and
+the product in fp32 is, to the bit, the weight that the forward pass computes in fp32. The factors of 2 are exact, and
 the forward pass, too, computes ternary levels as code · (α · (1/1.5)).
 """
 
@@ -22,21 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qatscale.export.integers import integer_range, integer_step
 from qatscale.quant.bit_widths import SCALE_FLOOR, Quantizer
-
-
-def lowest_integer(quantizer: Quantizer) -> int:
-    return {"binary": -1, "ternary": -1, "seq": -3, "lsq": -quantizer.qn}[quantizer.name]
-
-
-def integer_step(quantizer: Quantizer) -> int:
-    """Distance of neighbouring integers: 2 where only odd ones occur."""
-    return 2 if quantizer.name in ("binary", "seq") else 1
-
-
-def signed_bits(quantizer: Quantizer) -> int:
-    """Bits of a two's complement number that holds every integer."""
-    return {"binary": 2, "ternary": 2, "seq": 3}.get(quantizer.name, quantizer.storage_bits)
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,7 @@ class QuantizedMatrix:
     @property
     def unsigned(self) -> Tensor:
         """int8 [rows, in]: 0 for the lowest level, one more for each next. At 8 bits they wrap around."""
-        lowest, step = lowest_integer(self.quantizer), integer_step(self.quantizer)
+        (lowest, _), step = integer_range(self.quantizer), integer_step(self.quantizer)
         return ((self.integers.to(torch.int16) - lowest) // step).to(torch.uint8).view(torch.int8)
 
     def permuted(self, rows: Tensor) -> QuantizedMatrix:

@@ -7,16 +7,8 @@ from __future__ import annotations
 
 from qatlaw.bit_widths import EMBEDDING_LEAST_BITS
 from qatlaw.plan.shapes import Shape
-
-_Q4_0 = (32, 18)
-_GGUF = {
-    1: ((256, 66), _Q4_0), 1.58: ((256, 66), _Q4_0), 2: ((256, 84), _Q4_0), 3: ((256, 110), _Q4_0), 4: (_Q4_0,),
-    5: ((32, 22),), 6: ((256, 210), (32, 34)), 8: ((32, 34),),
-}  # fmt: skip
-"""Bits -> (weights, bytes) of a block, best first."""
-_SIGNED = {1: 2, 1.58: 2, 2: 3}
-"""Bits of compressed-tensors' integers where they are not the weights'."""
-_MLX_GROUPS = (128, 64, 32)
+from qatscale.export.integers import MLX_GROUPS, mlx_bits, packed_words, signed_bits
+from qatscale.quant.bit_widths import get_quantizer
 
 
 def tensor_bytes(format: str, shape: Shape, bits: float, group_size: int | None) -> int:
@@ -33,21 +25,17 @@ def tensor_bytes(format: str, shape: Shape, bits: float, group_size: int | None)
 
 def _matrix(format: str, rows: int, columns: int, bits: float, group_size: int | None) -> int:
     group = group_size or columns
-    plain = 2 * rows * columns
+    plain, quantizer = 2 * rows * columns, get_quantizer(bits)
     match format:
         case "compressed-tensors":
-            packed = 4 * rows * _words(columns, _SIGNED.get(bits, round(bits)))
+            packed = 4 * rows * packed_words(columns, signed_bits(quantizer))
             return packed + 2 * rows * (columns // group) + 16  # scales in bf16, and the shape
         case "gguf":
-            fitting = (size * (rows * columns // n) for n, size in _GGUF[bits] if columns % n == group % n == 0)
-            return next(fitting, plain)
+            from qatscale.export.formats.gguf_blocks import block_types
+
+            sizes = ((one.weights, one.bytes) for one in block_types(quantizer))
+            return next((size * rows * columns // n for n, size in sizes if columns % n == group % n == 0), plain)
         case "mlx":
-            stored = 2 if bits == 1.58 else round(bits)
-            fitting = (8 * rows * (columns // n) for n in _MLX_GROUPS if columns % n == group % n == 0)
-            scales = next(fitting, None)
-            return plain if scales is None else 4 * rows * _words(columns, stored) + scales
+            scales = next((8 * rows * columns // n for n in MLX_GROUPS if columns % n == group % n == 0), None)
+            return plain if scales is None else 4 * rows * packed_words(columns, mlx_bits(quantizer)) + scales
     return plain
-
-
-def _words(count: int, bits: int) -> int:
-    return -(-count * bits // 32)

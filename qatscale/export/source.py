@@ -1,8 +1,8 @@
 """The exported checkpoint: its recipe, and one at a time its parameters as the trained forward pass saw them.
 
-Codes are those of our quantizer with the very scale of the forward pass: DeepSpeed's bf16 mode casts weights and scales
-to bf16, so both are rounded here before anything is computed from them. Checkpoints of any layout are read; at most one
-parameter is in memory.
+Codes are those of training's quantizer with the very scale of the forward pass. DeepSpeed's bf16 mode casts weights and
+scales to bf16, so both are rounded here before anything is computed from them. Checkpoints of any layout are read; at
+most one parameter is in memory.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ExportSource:
 
     @property
     def is_imported(self) -> bool:
-        """Whether the run imported the model, so that its step does not tell if training is finished."""
+        """Whether the run imported the model, so that its step does not show whether training is finished."""
         return self.manifest.reason == "imported"
 
     @property

@@ -1,7 +1,7 @@
 """Check that a client computes from an export what the trained model computes.
 
-It compares three models, all in fp32 arithmetic: training's in the view that is exported, ours with the weights as the
-file stores them (its scales may have been rounded), and the client's.
+It compares three models in fp32 arithmetic: training's in the view that is exported, this project's with the weights as
+the file stores them, whose scales may be rounded, and the client's.
 """
 
 from __future__ import annotations

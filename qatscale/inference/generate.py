@@ -147,7 +147,9 @@ def _open(
     try:
         return opener(export)
     except Exception as error:  # libraries raise errors of every kind for a folder that they cannot load
-        raise UserError("model", what, f"{client.name} cannot load it: {first_line(error)}") from None
+        lacking = export.path.is_dir() and not list(export.path.glob("tokenizer*"))
+        problem = "it holds no tokenizer." if lacking else first_line(error)
+        raise UserError("model", what, f"{client.name} cannot load it: {problem}") from None
 
 
 def from_export(export: Exported) -> TransformersModel:

@@ -97,7 +97,9 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
 
     eos = read_card(path.parent)["eos_id"] if (path.parent / CARD).is_file() else processor.eos_id()
     if eos >= processor.get_piece_size():
-        raise UserError("tokenizer", str(path.parent / CARD), f"is damaged: eos_id {eos} is no id of the tokenizer.")
+        raise UserError(
+            "tokenizer", str(path.parent / CARD), f"is damaged: eos_id {eos} is not an id of the tokenizer."
+        )
 
     PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer(path.read_bytes()),

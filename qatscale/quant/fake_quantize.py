@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qatscale.errors import UserError
 from qatscale.quant import reference
 from qatscale.quant.bit_widths import BY_TEXT, Quantizer
 
@@ -52,6 +53,15 @@ class _FakeQuantize(torch.autograd.Function):
             both = reference.gradients(ctx.quantizer, grads[0], w, scale, ctx.grad_factor)
         needs_w, needs_scale, *_ = ctx.needs_input_grad
         return both[0] if needs_w else None, both[1] if needs_scale else None, None, None
+
+
+def try_kernels(device: torch.device) -> None:
+    """Compile and run a kernel on a GPU: what the machine lacks for that is a UserError now, and not at the switch."""
+    try:
+        fake_quantize(BY_TEXT["4"], torch.ones(1, 128, device=device), torch.ones(1, device=device))
+    except Exception as error:  # of Triton, of a compiler, of CUDA
+        fix = "Triton needs a C compiler and Python's headers (Debian, Ubuntu: apt install gcc python3-dev)."
+        raise UserError("triton", None, f"the GPU's kernels cannot be compiled: {error}.", fix) from error
 
 
 def _has_kernels(w: Tensor, scale: Tensor) -> bool:

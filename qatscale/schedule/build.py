@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qatscale.config.schema import Phase, PhaseOverride, RunConfig
+from qatscale.config.schedule_section import Phase, PhaseOverride
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 from qatscale.schedule.checks import warnings_of
 from qatscale.schedule.fraction import check_two_phases, planned_fraction, qat_bounds

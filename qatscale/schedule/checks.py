@@ -6,9 +6,13 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from qatscale.config.cooldown_shapes import SHAPES
-from qatscale.config.schema import RunConfig, ScheduleConfig, Scheme, Section
+from qatscale.config.schedule_section import SHAPES, ScheduleConfig
+from qatscale.config.schema import RunConfig, Scheme
+from qatscale.config.section import Section
 from qatscale.schedule.timeline import Segment, cooldown_of
+
+NOTICEABLE = 0.8
+"""Share of an update that is left under Adam's bias correction, below which a change of beta2 is reported."""
 
 
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
@@ -34,30 +38,32 @@ def _no_effect(keys: Sequence[str], why: str) -> list[str]:
 _SECOND_PHASE = ("warmup_fraction", "warmup_tokens", "cooldown_fraction", "optimizer_state")
 _UNUSED: dict[Scheme, tuple[tuple[str, ...], str]] = {
     "fp": (
-        ("bits", "fraction", "learning_rate", "lr_ratio", "scale_lr_ratio", "scale_gradient_factor", *_SECOND_PHASE),
+        ("bits", "learning_rate", "lr_ratio", "scale_lr_ratio", "scale_gradient_factor", *_SECOND_PHASE),
         "qat.scheme=fp trains without quantization; for QAT set qat.scheme",
     ),
     "scratch": (
-        ("fraction", *_SECOND_PHASE),
+        _SECOND_PHASE,
         "qat.scheme=scratch quantizes from step 0, with the lengths of `schedule`",
     ),
     "fused": (("cooldown_fraction",), "qat.scheme=fused has one cooldown, that of `schedule`"),
     "sequential": ((), ""),
 }
-"""Keys of `qat` without effect under a scheme, and why."""
+"""Keys of `qat` without effect under a scheme, and why. A recipe's fraction is for its other schemes; one from the
+command line is refused."""
 
 
 def _qat_without_effect(config: RunConfig) -> list[str]:
     names, why = _UNUSED[config.qat.scheme]
-    means_the_same = config.qat.fraction == {"fp": 0, "scratch": 1}.get(config.qat.scheme)
-    keys = _changed(config.qat, "qat", [name for name in names if not (name == "fraction" and means_the_same)])
-    return _no_effect(keys, why)
+    return _no_effect(_changed(config.qat, "qat", names), why)
 
 
 def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> list[str]:
     schedule = config.schedule
     present = [segment.phase for segment in segments]
-    absent = [f"schedule.phases.{phase}" for phase in schedule.phases if phase not in present]
+    used = [own for phase, own in schedule.phases.items() if phase in present]  # recipes give both cooldowns the same
+    absent = [
+        f"schedule.phases.{phase}" for phase, own in schedule.phases.items() if phase not in present and own not in used
+    ]
     lines = _no_effect(absent, f"the phases of this run are {', '.join(present)}")
     if segments[-1].kind != "cooldown":
         lines += _no_effect(_changed(config.data, "data", ["cooldown_seed"]), "this run ends without a cooldown")
@@ -103,19 +109,19 @@ def _late_beta2(config: RunConfig, segments: Sequence[Segment], switch_step: int
     """Adam divides its second moment by 1 - beta2^t, with t the steps it has counted, whatever beta2 was meanwhile.
 
     A moment that is warm under the old beta2 is then divided by 1 - new^t instead of 1 - old^t, and each update shrinks
-    by sqrt((1 - new^t) / (1 - old^t)), which the logged rate does not show: 0.63 at t = 500 for 0.999 after 0.95.
+    by sqrt((1 - new^t) / (1 - old^t)), which the logged rate does not show: 0.63 at t = 500 for 0.999 after 0.95. At
+    0.91 it made no measured difference (analysis/studies/cooldown-1to1000).
     """
     lines = []
     for before, after in pairwise(segments):
         old, new = before.betas[1], after.betas[1]
         restarted = switch_step is not None and config.qat.optimizer_state == "reset" and after.start >= switch_step
         t = after.start - (switch_step or 0) if restarted else after.start
-        if new <= old or t == 0 or t >= 5 / (1 - new):
+        if new <= old or t == 0 or (shrink := math.sqrt((1 - new**t) / (1 - old**t))) >= NOTICEABLE:
             continue
-        shrink = math.sqrt((1 - new**t) / (1 - old**t))
         lines.append(
-            f"beta2 rises from {old:g} to {new:g} where {after.phase} starts, after {t} AdamW steps, fewer than "
-            f"5/(1-beta2) = {5 / (1 - new):.0f}: bias correction scales the first updates by {shrink:.2f}, which the "
-            f"logged rate does not show; raise it later, less, or from the start (schedule.phases.{after.phase}.betas)"
+            f"beta2 rises from {old:g} to {new:g} where {after.phase} starts, after {t} AdamW steps: bias correction "
+            f"scales the first updates by {shrink:.2f}, which the logged rate does not show; raise it later, less, or "
+            f"from the start (schedule.phases.{after.phase}.betas)"
         )
     return lines

@@ -22,8 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qatscale.config.cooldown_shapes import SHAPES
-from qatscale.config.schema import Phase, ScheduleConfig
+from qatscale.config.schedule_section import SHAPES, Phase, ScheduleConfig
 from qatscale.errors import UserError
 
 

@@ -154,7 +154,7 @@ _BUDGETS: dict[str, Any] = {"tokens": (), "tokens_per_parameter": ()}
 PLAIN_AXES = {
     name: mark for name, field in Axes.model_fields.items() for mark in field.metadata if isinstance(mark, Sets)
 }
-"""The axes that only set keys of the recipe. Another one takes a line in `Axes`, and one above in the format."""
+"""The axes that only set keys of the recipe. CONTRIBUTING.md lists what a new one takes."""
 _OF_AN_AXIS = {
     "name": "name", "tokens": "tokens", "qat.scheme": "schemes", "qat.bits": "bits", "qat.fraction": "fractions",
     "evaluation.ptq_bits": "bits", "checkpoint.keep_at": "keep_at", "output": "folder",
@@ -193,7 +193,8 @@ def _incomplete(study: Study) -> Iterator[UserError]:
             fix = "Write tokens: [2.3B, 10B], or tokens_per_parameter: [20, 80]."
             yield UserError("tokens", None, "needs a value.", fix)
         axes = (part.sizes, part.tokens or part.tokens_per_parameter, part.bits, part.fractions, part.schemes)
-        runs = math.prod(map(len, (*axes, part.seeds, *part.vary.values())))
+        plain = (getattr(part, name) or (None,) for name in PLAIN_AXES)
+        runs = math.prod(map(len, (*axes, *plain, *part.vary.values())))
         if runs > MOST_RUNS:
             yield UserError(
                 "study", None, f"a grid of up to {runs:,} runs; at most {MOST_RUNS:,} are laid out.", "Split it."

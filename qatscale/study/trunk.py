@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
-from qatscale.errors import EXIT_REQUEUE
+from qatscale.errors import exit_code
 from qatscale.schedule.build import build_timeline
 from qatscale.train.run import train
 
@@ -44,6 +44,7 @@ def _shared(out: Path, data: Path) -> list[str]:
 
 
 def train_or_reuse(config: RunConfig, branch_from: str | None = None) -> None:
-    """Train a run to its end; a finished one is reused. SystemExit 75 if a signal stops it."""
-    if train(config, branch_from).status == "stopped":
-        raise SystemExit(EXIT_REQUEUE)
+    """Train a run to its end; a finished one is reused. SystemExit 75, or 130, if a signal stops it."""
+    outcome = train(config, branch_from)
+    if outcome.status == "stopped":
+        raise SystemExit(exit_code(outcome.signal))

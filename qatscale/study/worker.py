@@ -18,7 +18,7 @@ from types import FrameType
 
 from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, remove, step_of
 from qatscale.engine.runtime import free_port
-from qatscale.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, UserError
+from qatscale.errors import EXIT_FAILED, EXIT_OK, UserError, exit_code
 from qatscale.study.folder import StudyFolder, StudyJob, record
 from qatscale.study.state import StudyState
 from qatscale.supervise.claims import Claim, worker_name
@@ -37,10 +37,11 @@ class Worker:
     def __init__(self, folder: StudyFolder) -> None:
         self.folder = folder
         self.name = worker_name(os.getpid())
-        self._stopped = False
+        self._stopped = 0
+        """The number of the signal."""
 
     def work(self) -> int:
-        """The exit code: 0 when no run is left to train, 75 after a signal."""
+        """The exit code: 0 when no run is left to train, 75 or 130 after a signal."""
         for number in self.SIGNALS:
             signal.signal(number, self._on_signal)
         state, pause = StudyState(self.folder), POLL
@@ -56,11 +57,11 @@ class Worker:
             pause = POLL
             claim = self.folder.claims.take(job.name, state.states[job.name].attempt, self.name)
             if claim is not None and not self._train(job, claim):
-                return EXIT_REQUEUE
-        return EXIT_REQUEUE
+                return exit_code(self._stopped)
+        return exit_code(self._stopped)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the handler's signature
-        self._stopped = True
+        self._stopped = number
 
     def _train(self, job: StudyJob, claim: Claim) -> bool:
         """Train a claimed run and close the claim. False where a signal stopped it."""
@@ -93,7 +94,7 @@ class Worker:
         from qatscale.train.run import train
 
         outcome = train(self.folder.config(job.name), branch_from, linger=False)
-        self._stopped |= outcome.signal != 0  # the run's own handlers took it
+        self._stopped = self._stopped or outcome.signal  # the run's own handlers took it
         return outcome.status == "done"
 
     def _launch(self, job: StudyJob, branch_from: str | None) -> bool:

@@ -11,17 +11,12 @@ from typing import Self
 
 from qatscale.engine.agreement import Agreement
 from qatscale.engine.runtime import Runtime
-from qatscale.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+from qatscale.errors import exit_code
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 """Pre-emption (the first two), a terminal that closes, Ctrl-C."""
 START_GRACE = 1.0
 """Seconds in which a start may end in order."""
-
-
-def exit_code(number: int) -> int:
-    """The exit code of a run that this signal stopped."""
-    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
 
 
 class Stopped(Exception):  # noqa: N818 - no error

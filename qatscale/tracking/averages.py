@@ -16,8 +16,8 @@ _RATES = ("tokens_per_second", "tflops", "mfu")
 class Averages:
     """Takes a run's metrics records in order.
 
-    A record of fewer steps than half of `log_interval` is averaged with the ones before it, up to that many steps, but
-    not across the switch, where the loss jumps. If they are too few, it waits for the next record.
+    A record of fewer steps than half of `log_interval` is averaged with the ones before it, up to that many steps. No
+    mean crosses the switch, where the loss jumps. If they are too few, it waits for the next record.
     """
 
     def __init__(self, log_interval: int, first_step: int = 0) -> None:

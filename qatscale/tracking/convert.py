@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from qatlaw.text import listed
 from qatscale.config.recipe import recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
@@ -82,7 +83,7 @@ def format_of(source: str) -> Format:
         return "hf"
     if path.is_dir() and not is_run and not (path / "checkpoints").is_dir():
         names = sorted(item.name for item in path.iterdir())
-        held = ", ".join(names[:5]) + (" …" if len(names) > 5 else "") if names else "nothing"
+        held = listed(names) or "nothing"
         fix = "Give a run (RUN or RUN@STEP), a checkpoint's folder, a universal checkpoint, or a Hugging Face folder."
         raise UserError("source", source, f"cannot be converted: it holds {held}.", fix)
     find_checkpoint(source)

@@ -156,12 +156,22 @@ def live(records: Iterable[Record]) -> list[Record]:
     """The records that no later `resume` superseded.
 
     A resume at step k takes the run back to k, and supersedes earlier records with step > k. A checkpoint at the switch
-    step precedes the switch, so a resume there switches again and supersedes a `switch` at step k too.
+    step precedes the switch, so a resume there switches again and supersedes a `switch` at step k too. A run that ended
+    between its final evaluation and its marker evaluates again: of equal step and view the last `validation` counts.
     """
     kept: list[Record] = []
+    evaluated: set[tuple[Any, Any]] = set()
     for record in records:
         if record["event"] == "resume":
             k = record["step"]
             kept = [old for old in kept if old.get("step", 0) < k + (old["event"] != "switch")]
+        elif record["event"] == "validation":
+            if (view := _view(record)) in evaluated:
+                kept = [old for old in kept if old["event"] != "validation" or _view(old) != view]
+            evaluated.add(view)
         kept.append(record)
     return kept
+
+
+def _view(record: Record) -> tuple[Any, Any]:
+    return record.get("step"), record.get("view")

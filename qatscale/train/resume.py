@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
         for difference in config_differences(parent, config):
             if difference.key == key or difference.key.startswith(f"{key}."):
                 problem = f"a branch keeps its parent's {key}, which is {difference.old!r}."
-                raise UserError(difference.key, difference.new, problem)
+                fix = f"`qatscale branch {branch_from} name=NAME` begins with its recipe."
+                raise UserError(difference.key, difference.new, problem, fix)
     if manifest.step >= timeline.steps:
         problem = f"its step {manifest.step} is not before the end of this run, {timeline.steps} steps."
         raise UserError("branch", branch_from, problem, "Train on more tokens, or branch from an earlier checkpoint.")
@@ -135,8 +137,10 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
         raise UserError("branch", branch_from, problem, f"Branch from a checkpoint before the switch{fraction}.")
     if switched_at is None and switch is not None and switch < manifest.step:
         problem = f"step {manifest.step} lies after this run's switch at step {switch}."
-        share = 1 - manifest.step / timeline.steps
-        fix = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.4g}."
+        share = math.floor((1 - manifest.step / timeline.steps) * 1e10 + 1e-3) / 1e10  # as many digits as are needed
+        fix = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.10g}."
+        if config.qat.scheme == "scratch":  # QAT from the parent's first step
+            fix = f"Set qat.scheme=sequential and qat.fraction <= {share:.10g}."
         raise UserError("branch", branch_from, problem, fix)
     if switched_at is not None:
         for difference in config_differences(parent, config):

@@ -13,7 +13,7 @@ from qatscale.config.recipe import flatten, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
-from qatscale.data.open import open_batches, open_validation
+from qatscale.data.open import open_batches, open_validation, plan_sources
 from qatscale.data.reader import EvaluationReader
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.compilation import Compilation, plan_compilation
@@ -27,6 +27,7 @@ from qatscale.engine.topology import join_topology
 from qatscale.model.initial_weights import InitialWeights
 from qatscale.model.llama import Attention, Llama
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
+from qatscale.quant.fake_quantize import try_kernels
 from qatscale.quant.plugin import QatPlugin
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.run_folder import RunFolder
@@ -52,14 +53,14 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
     batches = open_batches(config, timeline)
     batches.manifest.document_end(config.data.document_mask)  # refuses before any process waits for another
     validation, missing = _held_out(config, batches.manifest)
-    repetition = batches.repetition(timeline.steps)
     notices = (
         *timeline.warnings,
         *ds_config_warnings(config, uses_gpu()),
-        *layout_notices(config, layout),
+        *layout_notices(config, layout, torch.cuda.device_count() if uses_gpu() else 0),
         *resume.notices,
         *check_data(config, resume, batches.manifest),
-        *filter(None, [missing, repetition]),
+        *filter(None, [missing]),
+        *plan_sources(config, timeline)[1],
     )
     return RunSetup(
         config, recorded_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),
@@ -102,6 +103,8 @@ def assemble(
 
     ds_config: merged. document_end: of `Llama`.
     """
+    if runtime.device.type == "cuda":
+        try_kernels(runtime.device)
     topology = join_topology(config, layout, runtime)
     with torch.device("meta"):
         model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)

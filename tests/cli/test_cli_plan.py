@@ -260,6 +260,7 @@ def test_a_checkpoint_in_the_cooldown_is_warned_of(tmp_path: Path) -> None:
         ("empty", "It holds no run.json"),
         ("run@7", "no checkpoint at step 7. Take one of 100"),
         ("new", "has no checkpoint yet"),
+        ("imported", "counts no trained tokens. Plan by numbers"),
         ("torn", "cannot be read"),
         ("lacking", "name: Field required"),
         ("switched", "trained in QAT since step "),
@@ -271,6 +272,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, told: str) 
     (tmp_path / "empty").mkdir()
     for run in ("run", "torn", "lacking"):
         pretend_run(tmp_path / run, timeline, 100, 86_000_000)
+    pretend_run(tmp_path / "imported", timeline, 0, 86_000_000)
     pretend_run(tmp_path / "switched", quantized, quantized.steps, 86_000_000)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "run.json").write_text("{}")

@@ -14,6 +14,7 @@ import pytest
 from qatscale.config.recipe import load_run_config
 from qatscale.data.open import open_batches
 from qatscale.schedule.build import build_timeline
+from qatscale.train.setup import decide
 from tests.cli.bad_inputs import run_command
 
 NETWORK_BOUND = "train 8b --dry-run --processes 64 --mfu 0.4 batch.micro_batch=1 --gpu"
@@ -80,11 +81,16 @@ def test_data_that_repeat_are_reported_as_at_a_start(prepared: Path, mix: list[s
     overrides = [f"data.path={prepared.parent if mix else prepared}", *mix, "tokens=2M"]
     config = load_run_config("debug", overrides)
     timeline = build_timeline(config)
-    warning = open_batches(config, timeline).repetition(timeline.steps)
-    assert warning is not None
-    assert "beyond about 4 epochs" in warning
+    reader = open_batches(config, timeline)
+    length, sequences = (
+        config.data.sequence_length,
+        reader.manifest.splits["train"].tokens // config.data.sequence_length,
+    )
+    epochs = timeline.steps * config.batch.sequences / sequences
+    warning = f"{'data repeats' if mix else 'the data repeat'}: {epochs:.2f} epochs of {sequences * length:,} tokens"
     _, out, _ = run_command(["train", "debug", *overrides, "--dry-run"])
-    assert f"warning: {warning}" in " ".join(out.split())
+    assert f"warning: {warning}; beyond about 4 epochs" in " ".join(out.split())
+    assert decide(config).notices[-1].startswith(warning)
 
 
 @pytest.mark.parametrize("recipe", ["759m", "2p2b", "8b"])

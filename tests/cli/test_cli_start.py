@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from qatscale.cli.app import COMMANDS as COMMANDS_BY_NAME
 from qatscale.cli.app import app
@@ -53,8 +54,28 @@ def test_light_commands_import_nothing_heavy(commands: tuple[str, ...], heavy: s
 
 def test_the_help_of_the_program_says_of_each_command_what_its_own_help_does() -> None:
     program: Any = typer.main.get_command(app)
-    for name, (_, line) in COMMANDS_BY_NAME.items():
-        assert program.commands[name].help.replace("\n", " ").startswith(line), name
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output
+    for name in COMMANDS_BY_NAME:
+        assert program.commands[name].help.partition("\n\n")[0].replace("\n", " ") in shown, name
+
+
+def test_ctrl_c_while_the_program_starts_is_no_traceback() -> None:
+    press = "from importlib import import_module\nimport signal, sys\nfrom qatscale.cli import main\n"
+    press += "sys.argv, sys.meta_path[:0] = ['qatscale', 'recipes'], [sys]\n"
+    press += "sys.find_spec = lambda name, *_: signal.raise_signal(2) if name == 'typer' else None\nmain()"
+    ended = subprocess.run([sys.executable, "-c", press], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_a_reader_that_leaves_ends_no_command() -> None:
+    """`qatscale config --json-schema | head -1`"""
+    command = [sys.executable, "-m", "qatscale", "config", "--json-schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_a_console_without_unicode_ends_no_command() -> None:

@@ -168,6 +168,15 @@ FROM_ELSEWHERE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         },
         ["zero_allow_untested_optimizer", "zero_optimization.stage3_gather_16bit_weights_on_model_save"],
     ),
+    "transformers, ZeRO-2": (
+        {
+            **BATCH, "fp16": FP16_AUTO, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2},
+            "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+            "scheduler": {"type": "WarmupDecayLR", "params": {"last_batch_iteration": -1, "total_num_steps": "auto"}},
+        },
+        {"stage": 2},
+        ["scheduler"],
+    ),
     "Megatron-DeepSpeed, bf16": (
         {
             "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4,
@@ -208,7 +217,9 @@ def test_a_ds_config_of_another_stack_works_as_it_is(name: str, tmp_path: Path) 
     ("additions", "keys", "data_parallel"),
     [
         ({"train_batch_size": 8}, ["batch.sequences = 16"], 1),
-        ({"train_micro_batch_size_per_gpu": 8}, ["batch.micro_batch = 4"], 1),
+        ({"train_micro_batch_size_per_gpu": 8}, ["train_micro_batch_size_per_gpu = 8:", "batch.micro_batch = 4"], 1),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}}, ["scheduler = "], 1),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler = "], 1),
         ({"gradient_clipping": 0.5}, ["optimizer.gradient_clipping = 1.0"], 1),
         ({"optimizer": {"params": {"lr": 1e-4}}}, ["optimizer.learning_rate = 0.003"], 1),
         ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, ["optimizer.betas = (0.9, 0.95)"], 1),

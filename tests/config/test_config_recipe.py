@@ -17,7 +17,8 @@ from qatscale.config.recipe import (
     recipe_names,
     resolved_yaml,
 )
-from qatscale.config.schema import PhaseOverride, RunConfig
+from qatscale.config.schedule_section import PhaseOverride
+from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
 
 

@@ -77,7 +77,6 @@ def test_a_source_continues_its_own_order_through_the_change() -> None:
         own = places[sources == source] // LENGTH
         for epoch in range(0, len(own), held):  # nothing twice within an epoch
             assert len(set(own[epoch : epoch + held].tolist())) == len(own[epoch : epoch + held])
-    assert reader.repetition(25) == "code repeats: 2.30 epochs of 200 tokens"
     others = [mixed(seed).batch(0) for seed in (3, 4)]
     assert (others[0] != others[1]).any()
 

@@ -19,6 +19,7 @@ from scipy.stats import chisquare
 
 from qatscale.data.indexed_writer import IndexedWriter
 from qatscale.data.manifest import Manifest, SplitCounts, TokenizerCard
+from qatscale.data.open import repetition
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import BatchReader, EvaluationReader, ReshuffledTail, ShuffledOrder, TokenStream
 from qatscale.errors import UserError
@@ -134,11 +135,10 @@ def test_epochs_run_on_through_a_batch() -> None:
         assert sorted(starts[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
 
 
-def test_repetition_is_told() -> None:
-    reader = BatchReader(counting(101), 10, 5, 0)
-    assert reader.repetition(2) is None
-    assert "1.50 epochs of 100 tokens" in str(reader.repetition(3))
-    assert "4 epochs" in str(reader.repetition(9))
+def test_data_that_repeat_are_reported() -> None:
+    assert repetition("", 1, 100) is None
+    assert repetition("", 1.5, 100) == "the data repeat: 1.50 epochs of 100 tokens"
+    assert "code repeats: 4.50 epochs of 100 tokens; beyond about 4 epochs" in str(repetition("code", 4.5, 100))
 
 
 def test_too_little_data() -> None:

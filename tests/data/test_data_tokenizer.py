@@ -245,7 +245,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "x.model")
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "y.model")
-    with pytest.raises(UserError, match="tokenizer's folder"):
+    with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "empty")
     with pytest.raises(UserError, match="no end-of-sequence token"):
         SentencePieceTokenizer(model(TEXTS, eos_id=-1))

@@ -182,8 +182,8 @@ def test_damage_is_told_with_the_file_and_the_checkpoint_before(damage: str, tmp
     assert caught.value.value == str(folder)
     assert says in caught.value.problem
     assert caught.value.fix == (
-        f"The newest whole one before it is step-00000002 (verified just now): give {tmp_path.parent}@2, or remove "
-        "step-00000004 to go on from there."
+        f"The newest intact one before it is step-00000002 (verified just now): give {tmp_path.parent}@2, or remove "
+        "step-00000004 to continue from that one."
     )
 
 
@@ -238,11 +238,13 @@ def test_a_checkpoint_that_is_offered_was_itself_verified(tmp_path: Path) -> Non
         write(tmp_path, step)
     for step, damage in ((4, alter), (6, half_delete), (8, truncate)):
         damage(step_folder(tmp_path, step))
-    offer = f"before it is step-00000002 .*: give {tmp_path.parent}@2, or remove step-00000004, step-00000008 to go on"
+    offer = (
+        f"before it is step-00000002 .*: give {tmp_path.parent}@2, or remove step-00000004, step-00000008 to continue"
+    )
     with pytest.raises(UserError, match=offer):
         opened(step_folder(tmp_path, 8))
     alter(step_folder(tmp_path, 2))
-    with pytest.raises(UserError, match="None of the 2 earlier checkpoints beside it is whole"):
+    with pytest.raises(UserError, match="None of the 2 earlier checkpoints beside it is intact"):
         opened(step_folder(tmp_path, 8))
 
 
@@ -252,7 +254,7 @@ def test_values_that_are_not_finite_are_named_and_not_offered(tmp_path: Path, mo
         patched.setattr(torch, "arange", lambda *_, **__: torch.full((7 * 5,), torch.nan))
         poisoned = write(tmp_path, 4)
     weights = CheckpointReader(poisoned).weights()
-    with pytest.raises(UserError, match=r"embed.weight is not finite. The newest whole one before it is step-0+2 "):
+    with pytest.raises(UserError, match=r"embed.weight is not finite. The newest intact one before it is step-0+2 "):
         check_finite(poisoned, weights.items())
     check_finite(tmp_path, CheckpointReader(step_folder(tmp_path, 2)).weights().items())
     truncate(write(tmp_path, 6))
@@ -270,7 +272,7 @@ def test_a_half_deleted_newest_checkpoint_is_not_passed_over(tmp_path: Path) -> 
     write(checkpoints, 2)
     half_delete(write(checkpoints, 4))
     for find in (lambda: newest_checkpoint(checkpoints), lambda: find_checkpoint(tmp_path / "run")):
-        with pytest.raises(UserError, match=r"half-deleted: it has no manifest.json.*whole one before it is step-0+2"):
+        with pytest.raises(UserError, match=r"half-deleted: it has no manifest.json.*intact one before it is step-0+2"):
             find()
     assert find_checkpoint(f"{tmp_path / 'run'}@2").name == "step-00000002"
     write(checkpoints, 6)
@@ -297,7 +299,7 @@ def test_processes_share_the_check_of_the_files(tmp_path: Path) -> None:
 def test_elements_that_no_shard_holds_are_an_error(tmp_path: Path) -> None:
     folder = without_table(write(tmp_path, 4))
     change_manifest(lambda manifest: manifest["files"].pop(SHARD))(folder)
-    with pytest.raises(UserError, match=r"weight of embed\.weight: 3 of 35 elements are there"):
+    with pytest.raises(UserError, match=r"weight of embed\.weight: only 3 of 35 elements are saved"):
         CheckpointReader(folder).parameter("embed.weight")
 
 

@@ -80,6 +80,18 @@ def test_the_vocabulary_is_padded_and_says_so() -> None:
     assert layout_notices(load_run_config("debug", DEBUG), Layout(1, 4, 1)) == ()
 
 
+def test_a_process_alone_on_a_host_of_gpus_says_what_would_use_all() -> None:
+    config = load_run_config("debug", DEBUG)
+    assert [len(layout_notices(config, Layout(data), gpus)) for data, gpus in ((1, 8), (1, 1), (8, 8), (1, 0))] == [
+        1,
+        0,
+        0,
+        0,
+    ]
+    (notice,) = layout_notices(config, Layout(), 8)
+    assert "8 GPUs" in notice
+
+
 def test_the_stages_and_the_bubble_are_told() -> None:
     config = load_run_config("debug", [*DEBUG, "batch.sequences=4", "batch.micro_batch=1", "engine.pipeline_stages=2"])
     (notice,) = layout_notices(config, Layout(1, 1, 2))

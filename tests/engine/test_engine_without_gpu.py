@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
+from qatscale.errors import UserError
 from qatscale.model.chunks import chunk_rows
 from qatscale.model.llama import Llama
+from qatscale.quant.fake_quantize import try_kernels
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.selection import fake_quant_modules
 
@@ -90,6 +92,15 @@ def test_on_cuda_weights_pass_the_kernels_and_attention_its_fused_form() -> None
         assert [(g.shape, g.dtype, g.device) for g in both] == [(p.shape, p.dtype, p.device) for p in (weight, scale)]
     reads = [name for name in seen.counts if "_local_scalar_dense" in name or "item" in name]
     assert reads == []
+
+
+def test_a_gpu_that_compiles_no_kernel_is_refused_at_the_start() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="C compiler and Python's headers"):
+            try_kernels(torch.device("cuda"))
+    with FakeTensorMode(), Operations() as seen:
+        try_kernels(torch.device("cuda"))
+    assert seen.counts["qatscale.quantize.default"] == 1
 
 
 FAKE_GROUPS = """

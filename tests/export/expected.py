@@ -95,8 +95,8 @@ class Expected:
     own_logits_off: Mapping[str, float] = field(default_factory=dict)
     """The same against our model with the loaded weights."""
     fp32_norms: bool = False
-    scales_beside: bool = False
-    """Stores a row's scale in training's type and each matrix's shape."""
+    beside: Callable[[int, int, int], float] = lambda rows, matrices, wide: 0  # noqa: ARG005
+    """(rows of all matrices in blocks, these matrices, bytes of training's type) -> bytes stored beside the codes."""
     snippets: int = 1
     generates: bool = True
     """Whether `qatscale generate` runs it; else it refuses."""
@@ -110,7 +110,7 @@ EXPECTED: dict[str, Expected] = {
         LoadedInTransformers,
         {"config.json": {"quantization_config": {"quant_method": "compressed-tensors"}}},
         {"one": 2, "two": 3, "four": 4, "six": 6},  # ±1 takes two bits, ±1 and ±3 take three
-        scales_beside=True,
+        beside=lambda rows, matrices, wide: rows * wide + matrices * 16,  # scales, and shapes of two int64
     ),
     "gguf": Expected(
         lambda folder: LoadedInTransformers(folder, gguf_file=next(folder.glob("*.gguf")).name),

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from qatscale.export.folder import pack, packed_words
+from qatscale.export.folder import pack
 from qatscale.export.formats import gguf_blocks
-from qatscale.export.formats.gguf import BLOCK_TYPES, permutation
+from qatscale.export.formats.base import get_format
+from qatscale.export.formats.gguf import permutation
 from qatscale.export.formats.gguf_blocks import to_blocks
-from qatscale.export.quantized_matrix import QuantizedMatrix, integer_step, lowest_integer, signed_bits
+from qatscale.export.formats.mlx import AffineEncoding
+from qatscale.export.integers import integer_range, integer_step, packed_words, signed_bits
+from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.export.source import SourceParameter
 from qatscale.model.llama import ModelConfig
 from qatscale.quant.bit_widths import QUANTIZERS, SCALE_FLOOR, Quantizer
@@ -63,7 +66,7 @@ def test_ranges_and_unsigned_codes(quantizer: Quantizer) -> None:
     unsigned = matrix.unsigned.view(torch.uint8).int()
     assert sorted(unsigned.unique().tolist()) == list(range(len(codes_of(quantizer))))
     assert unsigned.max() < 2**quantizer.storage_bits
-    assert torch.equal(integer_step(quantizer) * unsigned + lowest_integer(quantizer), integers)
+    assert torch.equal(integer_step(quantizer) * unsigned + integer_range(quantizer)[0], integers)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -94,7 +97,21 @@ def test_compressed_tensors_unpacks_the_integers(quantizer: Quantizer) -> None:
     assert torch.equal(helpers.unpack_from_int32(packed, bits, torch.Size((6, 300))), matrix.integers)
 
 
-KINDS = {kind.name: kind for kinds in BLOCK_TYPES.values() for kind in kinds}
+@ALL
+def test_mlx_computes_the_weights_of_every_width(quantizer: Quantizer) -> None:
+    mx = pytest.importorskip("mlx.core")
+    matrix, decoded = a_matrix(quantizer)
+    encoding = (
+        get_format("mlx").stored(SourceParameter("blocks.0.mlp.up.weight", (6, 512), quantizer), torch.float32).encoding
+    )
+    assert isinstance(encoding, AffineEncoding)
+    words = pack(matrix.unsigned, encoding.bits).view(torch.uint32)
+    packed, scales, biases = (mx.array(part.numpy()) for part in (words, *encoding.scales(matrix)))
+    found = torch.from_numpy(np.array(mx.dequantize(packed, scales, biases, encoding.group_size, encoding.bits)))
+    assert torch.allclose(found, decoded, rtol=0, atol=encoding.tolerance * float(decoded.abs().max()))
+
+
+KINDS = {kind.name: kind for kind in gguf_blocks.TYPES}
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -128,7 +145,7 @@ def test_blocks_of_one_bit() -> None:
 @ALL
 def test_every_choice_of_gguf_has_room_for_the_integers(quantizer: Quantizer) -> None:
     integers = a_matrix(quantizer)[0].integers
-    for kind in BLOCK_TYPES[quantizer.bits_text]:
+    for kind in gguf_blocks.block_types(quantizer):
         assert kind.low <= int(integers.min())
         assert int(integers.max()) <= kind.high
 

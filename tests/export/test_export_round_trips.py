@@ -76,8 +76,7 @@ def test_sizes(run: str, format: str, exports) -> None:
     bits = of_format.bits[run] or 8 * wide
     table_bits = of_format.table_bits.get(run, 8 * wide)
     expected = matrices * bits / 8 + tables * table_bits / 8 + norms * (4 if of_format.fp32_norms else wide)
-    if of_format.scales_beside:
-        expected += rows * wide + 7 * layers * 16  # shapes: two int64 each
+    expected += of_format.beside(rows, 7 * layers, wide)
     stored = sum(tensor["bytes"] for tensor in about["tensors"])
     assert stored == expected
     written = sum(path.stat().st_size for path in folder.glob(f"*{get_format(format).suffix}"))

@@ -20,7 +20,7 @@ from tests.export.export_runs import PLANNED
 from tests.export.exported import described, need
 
 
-@pytest.mark.parametrize("format", ["hf", "compressed-tensors", "gguf", "mlx"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("run", "group_size", "bits"),
     [("planned", None, 1), ("planned", None, 2), ("planned", None, 4), ("planned-groups", 64, 4)],

@@ -217,11 +217,21 @@ def test_trials_of_a_point_differ_in_the_optimizer_alone(key: str, tmp_path: Pat
         assert f"the runs differ in {key} (a, b), which the law does not know" in found.notices
 
 
+@pytest.mark.parametrize("key", ["schedule.knots", "schedule.yet_to_come"])
+def test_settings_of_the_cooldown_that_differ_between_points_are_reported(key: str) -> None:
+    small, large = (
+        record(name, loss, 1.0, tokens, **{key: name}) for name, loss, tokens in (("a", 3, 1e9), ("b", 2, 5e8))
+    )
+    assert collect([small, large], "").notices == (f"the runs differ in {key} (a, b), which the law does not know",)
+
+
 def test_settings_of_quantization_do_not_part_full_precision_runs() -> None:
     full = {"scheme": "fp", "bits": 16.0, "tokens_qat": 0.0}
     runs = [record(name, 3.0, at, **{"qat.group_size": name}) for name, at in (("32", 1.0), ("64", 2.0))]
-    found = collect([replace(run, final={**run.final, **full}) for run in runs], "")
-    assert list(found.table.frame["name"]) == ["64"]
+    full_runs = [replace(run, final={**run.final, **full}) for run in runs]
+    assert list(collect(full_runs, "").table.frame["name"]) == ["64"]
+    quantized = replace(record("q", 3.2, 3.0), recipe={**runs[0].recipe, "qat.group_size": "32"})
+    assert collect([*full_runs, quantized], "").notices == ()
 
 
 def on_text(run: RunRecord, fingerprint: str, tokens: float) -> RunRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from scipy.stats import t as student
 
 from qatlaw.cooldown import POINT, bias_and_variance, branch_frame, branches_of, differences, interval
 from qatlaw.figures.evidence import Drawn, Evidence
-from qatlaw.figures.subjects import LABORATORY, draw_all
+from qatlaw.figures.subjects import LABORATORY, SUBJECTS, draw_all
+from qatlaw.findings import findings
 from qatlaw.names import AVERAGED
 from qatlaw.page import compose, html, write_report
 from qatlaw.results import read_results, write_results
@@ -38,7 +40,7 @@ def runs(records: list[RunRecord]) -> Collected:
 
 @pytest.fixture(scope="module")
 def drawn(runs: Collected) -> dict[str, Drawn]:
-    found = (draw(Evidence(runs.table, None, runs.records)) for draw in LABORATORY)
+    found = (draw(Evidence(runs.table, None, runs.records)) for draw in (SUBJECTS[-1], *LABORATORY))
     return {one.name: one for one in found}
 
 
@@ -87,22 +89,35 @@ def test_pairs_with_the_same_data_share_its_noise(drawn: dict[str, Drawn]) -> No
 
 def test_adamw_stands_beside_the_shapes_over_the_same_orders(drawn: dict[str, Drawn]) -> None:
     found = table(drawn, "cooldown_adamw", "full precision").set_index("setting")
-    base = losses(ends("1-sqrt", 3))
     expected = {f"β₂ {beta}": 0.05 * abs(beta - 0.95) for beta in (0.9, 0.98, 0.99, 0.995, 0.999)}
     expected |= {"β₁ 0.8": 0.002, "β₁ 0.95": 0.001, "decay 0": 0.001, "decay 0.05": 0.0005, "decay 0.2": 0.001}
+    expected["β₂ 0.99, decay 0"] = expected["β₂ 0.99"] + expected["decay 0"]
     for setting, more in expected.items():
-        pairs = losses(ends("1-sqrt", 3, more)) - base
+        orders = 5 if setting in ("β₂ 0.99", "decay 0", "β₂ 0.99, decay 0") else 3
+        pairs = losses(ends("1-sqrt", orders, more)) - losses(ends("1-sqrt", orders))
         assert found.loc[setting, "above"] == pytest.approx(pairs.mean(), abs=1e-12), setting
-        assert found.loc[setting, "pairs"] == 3
+        assert found.loc[setting, "pairs"] == orders
     lowered = losses(ends("lowered_linear", 3))  # whose own setting is varied with beta2, one at a time and together
-    for setting, more in (("0.76: as before", 0.0006), (": β₂ 0.999", 0.00245), ("0.76: β₂ 0.999", 0.00305)):
+    for setting, more in (("0.76: as usual", 0.0006), (": β₂ 0.999", 0.00245), ("0.76: β₂ 0.999", 0.00305)):
         name = f"lowered_linear{setting if setting[0] == ':' else f' {setting}'}"
         pairs = losses(ends("lowered_linear", 3, more)) - lowered
         assert found.loc[name, "above"] == pytest.approx(pairs.mean(), abs=1e-12), name
         expected[name] = more
     assert set(found.index[found["kind"] == "AdamW"]) == set(expected)
-    assert found.loc["linear", "above"] == pytest.approx((losses(ends("linear", 3)) - base).mean(), abs=1e-12)
-    assert set(drawn["cooldown_adamw"].table["group"]) == {"full precision", "fused, 4 bits"}  # type: ignore[index]
+    assert found.loc["linear", "above"] == pytest.approx(
+        (losses(ends("linear")) - losses(ends("1-sqrt"))).mean(), abs=1e-12
+    )
+    assert set(drawn["cooldown_adamw"].table["group"]) == {"full precision", "fused, 2 bits", "fused, 4 bits"}  # type: ignore[index]
+
+
+def test_the_answer_names_what_ends_lowest(runs: Collected, drawn: dict[str, Drawn]) -> None:
+    """In each panel the lowest of the differences, which other tests hold against closed forms."""
+    _, shapes, adamw, *_ = findings(Evidence(runs.table, None, runs.records), drawn=list(drawn.values()))
+    for group in ("full precision", "fused, 4 bits"):
+        for sentence, name, column in ((shapes, "cooldown_shapes", "shape"), (adamw, "cooldown_adamw", "setting")):
+            found = table(drawn, name, group).set_index(column)
+            above = found.loc[found["kind"] == "AdamW" if "kind" in found else slice(None), "above"]
+            assert f"{group}: {above.idxmin()} ({above.min():+.4f} ± " in sentence
 
 
 def test_lengths_stand_by_scheme_bits_and_length_of_qat(drawn: dict[str, Drawn]) -> None:
@@ -154,11 +169,41 @@ def test_a_table_on_disk_gives_the_same_figures(records: list[RunRecord], runs: 
     assert "variance = mean loss of the branches" in page
 
 
+def test_settings_of_a_shape_are_in_its_name_where_they_differ(records: list[RunRecord]) -> None:
+    """Also those of a shape that is yet to come; the branches stay those of one trunk."""
+    usual = records[0].recipe
+    of_most = RunRecord("a", "a", "FINISHED", records[0].final, {**usual, "schedule.power": "2.0"})
+    for key, value in (("power", "3.0"), ("knots", "[1, 0]"), ("min_lr_ratio", "0.1")):
+        other = RunRecord("b", "b", "FINISHED", of_most.final, {**of_most.recipe, f"schedule.{key}": value})
+        frame = branch_frame([of_most, other, of_most])
+        assert list(frame["shape"]) == ["1-sqrt", f"1-sqrt {value}", "1-sqrt"]
+        assert len(frame[POINT].drop_duplicates()) == 1
+    assert branch_frame([]).empty
+
+
+def test_the_usual_adamw_is_that_of_most_runs(records: list[RunRecord]) -> None:
+    """Also where the recipe's cooldown has an AdamW of its own, as shipped recipes do."""
+
+    def own(record: RunRecord) -> RunRecord:
+        recipe, rest = record.recipe, {"optimizer.betas": "[0.5, 0.5]"}
+        for phase in ("cooldown", "qat_cooldown"):
+            key = f"schedule.phases.{phase}.betas"
+            rest[key] = recipe[key] if recipe.get(key, "null") != "null" else recipe["optimizer.betas"]
+        return replace(record, recipe=recipe | rest)
+
+    frame, other = branch_frame(records), branch_frame([own(record) for record in records])
+    assert list(other["usual"]) == list(frame["usual"]) == list((frame["beta2"] == 0.95) & (frame["beta1"] == 0.9)
+                                                                 & (frame["weight_decay"] == 0.1))  # fmt: skip
+
+
 def test_runs_without_such_branches_have_the_usual_figures(records: list[RunRecord]) -> None:
     few = [record for record in records if record.recipe["data.cooldown_seed"] == "0" and AVERAGED not in record.final]
     found = collect(few, "few")
-    names = [one.name for one in draw_all(Evidence(found.table, None, found.records))]
-    assert names[-1] == "cooldown_shapes"
+    last = draw_all(Evidence(found.table, None, found.records))[-1]
+    assert last.name == "cooldown_shapes"
+    shapes = table({"cooldown_shapes": last}, "cooldown_shapes", "full precision").set_index("shape")
+    assert shapes.loc["linear", "above"] == pytest.approx((losses(ends("linear", 1)) - losses(ends("1-sqrt", 1)))[0])
+    assert set(shapes["pairs"]) == {1}
     assert all(len(group) == 1 for group in branches_of(few))
 
 

@@ -39,6 +39,7 @@ def test_a_table_survives_its_file(tmp_path, suffix):
 def test_names_as_tracking_writes_them():
     frame = rows({}, {}).rename(columns={"loss": "metrics.final/val_loss", "scheme": "params.scheme"})
     assert RunTable.from_frame(frame).loss.tolist() == [3.4, 3.4]
+    assert RunTable.from_frame(frame.rename(columns={"tokens_fp": "Tokens_FP", "bits": "Bits"})).widths == [4]
     both = frame.assign(loss=1.0)
     with pytest.raises(InputError, match="all of them mean loss"):
         RunTable.from_frame(both)
@@ -109,6 +110,9 @@ def test_what_is_no_table_is_refused(tmp_path):
     (tmp_path / "runs.parquet").write_text("not one")
     with pytest.raises(InputError, match="cannot be read"):
         RunTable.read(tmp_path / "runs.parquet")
+    (tmp_path / "runs.csv").write_text("n_params;bits;loss\n1e6;4;3,1\n")
+    with pytest.raises(InputError, match="Write commas"):
+        RunTable.read(tmp_path / "runs.csv")
     with pytest.raises(InputError, match="at least one"):
         RunTable.from_frame(rows({}).head(0))
 
@@ -199,6 +203,12 @@ def test_a_table_with_names_of_its_own(tmp_path):
 def test_the_nearest_name_is_offered(columns, told):
     with pytest.raises(InputError, match=told):
         RunTable.from_frame(pd.DataFrame(OWN), "own.csv", columns)
+
+
+def test_one_column_is_not_offered_for_the_tokens_of_both_phases():
+    frame = pd.DataFrame(OWN).rename(columns={"tokens": "total_tokens", "qat_fraction": "qat_frac"})
+    with pytest.raises(InputError, match="--column tokens=total_tokens --column qat_fraction=qat_frac "):
+        RunTable.from_frame(frame, "own.csv")
 
 
 def test_a_fraction_in_per_cent_is_refused():

@@ -56,6 +56,11 @@ def test_a_wide_table_is_plain_and_a_narrow_one_breaks_headers_then_folds_words(
     ]
 
 
+def test_a_column_without_values_leaves_where_it_may() -> None:
+    table = TextTable(("run", "tok/s", "bits"), ["run"], drop=["tok/s"], rows=[("a", "–", "–"), ("b", "–", "–")])
+    assert table.text(80).splitlines()[0] == "run  bits"
+
+
 def test_what_no_column_holds_becomes_a_list() -> None:
     table = TextTable(("run", "validation loss"), ["run"], rows=[("some-run", "3.1234"), ("b", "12.5")])
     assert table.text(16).split("\n") == [

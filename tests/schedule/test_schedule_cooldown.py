@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.integrate import quad
 
-from qatscale.config.cooldown_shapes import NAMES, SHAPES
-from qatscale.config.schema import ScheduleConfig
+from qatscale.config.schedule_section import NAMES, SHAPES, ScheduleConfig
 from qatscale.schedule.timeline import Cooldown, cooldown_of
 
 progress = st.floats(0, 1)
@@ -47,8 +46,10 @@ def test_a_quarter_in_and_the_mean_over_the_cooldown(shape, settings, at_a_quart
     assert area == pytest.approx(mean, rel=1e-6)
 
 
-def test_every_shape_of_the_table_has_a_formula_here():
+def test_every_shape_of_the_table_and_its_setting_has_a_formula_here():
     assert {shape for shape, *_ in FORMULAS} == set(SHAPES)
+    varied = {(shape, key) for shape, settings, *_ in FORMULAS for key in settings}
+    assert {(name, shape.setting) for name, shape in SHAPES.items() if shape.setting and shape.lifted} <= varied
 
 
 def test_where_shapes_begin_and_end():

@@ -125,10 +125,8 @@ def test_a_fraction_given_needs_no_such_warning():
     ("sections", "keys", "why"),
     [
         ({"qat": {"bits": 2, "learning_rate": 1e-4}}, "qat.bits, qat.learning_rate have", "without quantization"),
-        ({"qat": {"fraction": 0.3}}, "qat.fraction has", "without quantization"),
         ({"qat": {"lr_ratio": 0.5}}, "qat.lr_ratio has", "without quantization"),
         ({"qat": {"scheme": "scratch", "optimizer_state": "reset"}}, "qat.optimizer_state has", "from step 0"),
-        ({"qat": {"scheme": "scratch", "fraction": 0.5}}, "qat.fraction has", "from step 0"),
         ({"qat": {"scheme": "scratch", "warmup_fraction": 0.1}}, "qat.warmup_fraction has", "from step 0"),
         ({"qat": TWO_PHASES[1] | {"cooldown_fraction": 0.1}}, "qat.cooldown_fraction has", "one cooldown"),
         ({"schedule": {"exponent": 2.0, "shape": "linear"}}, "schedule.exponent has", "belongs to shape 1-sqrt"),
@@ -157,8 +155,8 @@ def test_a_setting_without_effect_is_named(sections, keys, why):
     [
         {"schedule": {"exponent": 2.0, "shape": "sqrt"}},
         {"schedule": {"shape": "lowered_linear", "lowered_to": 0.5, "min_lr_ratio": 0.1}},
-        {"qat": {"fraction": 0}},
-        {"qat": {"scheme": "scratch", "fraction": 1, "learning_rate": 1e-4, "bits": 2}},
+        {"qat": {"fraction": 0.3}},
+        {"qat": {"scheme": "scratch", "fraction": 0.5, "learning_rate": 1e-4, "bits": 2}},
         {"qat": TWO_PHASES[0] | {"learning_rate": 1e-4, "cooldown_fraction": 0.5, "optimizer_state": "reset"}},
         {"qat": TWO_PHASES[1] | {"learning_rate": 1e-3, "warmup_fraction": 0.1}},
         {"schedule": {"phases": {"stable": {"betas": [0.9, 0.9]}}}},
@@ -186,12 +184,12 @@ def test_beta2_raised_too_early_is_told_with_what_it_costs():
     # sqrt(1 - 0.999^500) = 0.627: the update's share that is left; 0.95^500 is nothing.
     assert "from 0.95 to 0.999" in warning
     assert "after 500 AdamW steps" in warning
-    assert "5/(1-beta2) = 5000" in warning
     assert "by 0.63" in warning
 
 
-@pytest.mark.parametrize(("steps", "warned"), [(9_900, True), (10_100, False)])
+@pytest.mark.parametrize(("steps", "warned"), [(2_040, True), (2_044, False)])
 def test_beta2_may_be_raised_once_enough_steps_are_counted(steps, warned):
+    """sqrt(1 - 0.999^t) = 0.8 at t = ln 0.36 / ln 0.999 = 1021.1."""
     phases = {"cooldown": {"betas": [0.9, 0.999]}}
     timeline = build_timeline(make_config(steps, schedule={"cooldown_fraction": 0.5, "phases": phases}))
     assert bool(timeline.warnings) == warned
@@ -202,12 +200,12 @@ def test_lowering_beta2_or_raising_beta1_is_no_trap():
     assert build_timeline(make_config(1000, schedule={"phases": phases})).warnings == ()
 
 
-@pytest.mark.parametrize(("state", "counted"), [("keep", 12_000), ("reset", 2_000)])
+@pytest.mark.parametrize(("state", "counted"), [("keep", 3_500), ("reset", 500)])
 def test_a_reset_at_the_switch_starts_the_count_again(state, counted):
     qat = {"scheme": "fused", "fraction": 0.4, "optimizer_state": state}
     phases = {"qat_cooldown": {"betas": [0.9, 0.999]}}
-    timeline = build_timeline(make_config(20_000, schedule={"cooldown_fraction": 0.3, "phases": phases}, qat=qat))
-    assert timeline.boundaries == (12_000, 14_000)
+    timeline = build_timeline(make_config(5_000, schedule={"cooldown_fraction": 0.3, "phases": phases}, qat=qat))
+    assert timeline.boundaries == (3_000, 3_500)
     assert bool(timeline.warnings) == (state == "reset")
     if state == "reset":
         assert f"after {counted} AdamW steps" in timeline.warnings[0]

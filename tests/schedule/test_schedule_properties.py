@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from qatscale.config.cooldown_shapes import SHAPES
+from qatscale.config.schedule_section import SHAPES
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference

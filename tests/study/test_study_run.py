@@ -109,9 +109,9 @@ def test_a_stopped_study_goes_on_and_trains_nothing_twice(tiny: Path, tmp_path: 
     assert not studies.workers_of(folder)
     process = studies.study("run", folder, "--workers", "1")
     until(lambda: len(list(folder.glob("runs/*/done.json"))) >= 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     code, output = studies.finish(process)
-    assert code == 75, output
+    assert code == 130, output
     assert "continues from there" in output
     assert not studies.workers_of(folder)
     code, output = studies.finish(studies.study("run", folder, "--workers", "1"))
@@ -129,7 +129,7 @@ def test_a_signal_that_comes_too_late_for_its_run_is_told_to_the_worker(
     monkeypatch.setattr("qatscale.train.run.decide", lambda *_: signal.raise_signal(signal.SIGUSR1))  # None: it is done
     worker = Worker(folder)
     assert worker._train_here(job, None)
-    assert worker._stopped
+    assert worker._stopped == signal.SIGUSR1
     assert train(folder.config(job.name)).signal == signal.SIGUSR1
 
 

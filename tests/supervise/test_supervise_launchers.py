@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from qatscale.cli import main
+from qatscale.engine.layout import job_size
+from qatscale.engine.runtime import start_runtime
 from qatscale.errors import UserError
 from qatscale.supervise.launchers import first_of_hosts, launcher_environment
 
@@ -65,6 +68,11 @@ REFUSED = {
     "no number": (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE = 'four': is not the number of a process."),
     "local above global": (MPICH | {"MPI_LOCALRANKID": "9"}, "MPI_LOCALRANKID = '9': contradicts PMI_RANK = 3"),
     "a WORLD_SIZE from another day": (SRUN | {"WORLD_SIZE": "2"}, "WORLD_SIZE = '2': contradicts SLURM_STEP_NUM_TASKS"),
+    "no port": (
+        TORCHRUN | {"MASTER_PORT": "99999"},
+        "MASTER_PORT = '99999': is not a port, a number from 1 to 65,535.",
+    ),
+    "a port in words": (MPICH | {"MASTER_PORT": "http"}, "MASTER_PORT = 'http': is not a port"),
     "two kinds of MPI": (OPENMPI | {"PMI_RANK": "0"}, "PMI_RANK = '0': contradicts OMPI_COMM_WORLD_RANK = 3."),
     "no address": (
         {name: value for name, value in OPENMPI.items() if name != "MASTER_ADDR"},
@@ -88,6 +96,30 @@ def test_a_broken_environment_is_refused_by_the_variables_name(case: str) -> Non
     with pytest.raises(UserError) as error:
         launcher_environment(environ)
     assert str(error.value).startswith(told)
+
+
+def test_the_command_asks_the_launcher_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`srun qatscale train …` would train on one GPU, and its other tasks would exit for the first one's claim."""
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "debug"])
+    assert ended.value.code == 2
+    assert "Start it with srun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "four"])
+def test_a_number_of_processes_that_is_none_is_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        job_size()
+
+
+def test_a_process_without_a_rank_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="RANK is not"):
+        start_runtime()
 
 
 @pytest.mark.parametrize(

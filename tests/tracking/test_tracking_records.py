@@ -145,6 +145,13 @@ def test_a_resume_takes_back_later_steps_and_a_switch_at_its_own_step() -> None:
     assert live([*before, *gone, *after]) == [*before[:3], *after]
 
 
+def test_a_final_evaluation_that_was_made_again_counts_once() -> None:
+    final = [{"event": "validation", "step": 40, "view": view} for view in ("fp", "quantized")]
+    before = [{"event": "start", "step": 0}, {"event": "validation", "step": 20, "view": "fp"}]
+    resume = {"event": "resume", "step": 40}
+    assert live([*before, *final, resume, *final]) == [*before, resume, *final]
+
+
 def test_a_later_resume_further_back_takes_back_the_former_one() -> None:
     steps = [("start", 0), ("metrics", 5), ("resume", 4), ("metrics", 8), ("resume", 2), ("metrics", 3)]
     records = [{"event": name, "step": step} for name, step in steps]

@@ -100,6 +100,7 @@ REFUSED = [
     (f"trunk@{SWITCH}", ["batch.sequences=16"], "batch.sequences", "which is 8"),
     ("trunk@16", [], "branch", "step 16 is not before the end of this run, 12 steps"),
     ("trunk@16", ["tokens=10240", "qat.fraction=0.5"], "branch", "step 16 lies after this run's switch at step 10"),
+    ("trunk@7", ["qat.scheme=scratch", "qat.fraction=auto"], "branch", "Set qat.scheme=sequential and qat.fraction"),
     (f"{REFERENCE}@9", ["qat.bits=4"], "qat.bits", "the checkpoint's scales are for 2"),
     (f"{REFERENCE}@9", ["qat.group_size=32"], "qat.group_size", "the checkpoint's scales are for None"),
     (f"{REFERENCE}@9", ["qat.embedding_bits=8"], "qat.embedding_bits", "the checkpoint's scales are for 'auto'"),

@@ -36,16 +36,19 @@ def usual(frame: pd.DataFrame, *free: str) -> pd.DataFrame:
     return rows
 
 
-def draw_orders(evidence: Evidence) -> Drawn:
+def draw_shapes(evidence: Evidence) -> Drawn:
     """Shapes ranked, a panel a scheme and bit width: loss above 1-sqrt's over pairs with the same data."""
-    rows = usual(evidence.branches, "shape")
-    panels = [(label, own) for label, own in _panels(rows) if own["shape"].nunique() > 1]
-    if not panels:
-        return Drawn(lacking="branches of one trunk that differ in schedule.shape.")
+    rows = evidence.branches
+    if len(rows):
+        rows = usual(rows, "shape")
+        rows = rows[rows.groupby([*POINT, "order"])["shape"].transform("nunique") > 1]
+    if not len(rows):
+        return Drawn(lacking="runs that differ in schedule.shape alone.")
+    base = "1-sqrt" if "1-sqrt" in set(rows["shape"]) else rows["shape"].mode()[0]
+    panels = [(label, own) for label, own in _panels(rows) if base in set(own["shape"])]
     figure = new_figure(0.9 + 0.27 * rows["shape"].nunique(), 7.4)
     parts: list[pd.DataFrame] = []
     shown: list[str] = []
-    base = "1-sqrt" if all("1-sqrt" in set(own["shape"]) for _, own in panels) else panels[0][1]["shape"].min()
     for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         found = differences(own, "shape", base).assign(group=label, base=base)
         losses = own.groupby("shape")["loss"]
@@ -59,10 +62,9 @@ def draw_orders(evidence: Evidence) -> Drawn:
     figure.axes[0].set_ylim(len(shown) - 0.5, -0.5)
     figure.supxlabel(f"loss above {base} (10⁻³ nats)", fontsize=8.5, color=INK)
     caption = (
-        f"Measured: {len(rows)} branches. A shape stands by its loss above {base}'s, the mean over pairs with the same "
-        f"trunk and the same data in the cooldown; bars are Student's 95 % intervals over {rows['order'].nunique()} "
-        "orders of the cooldown's data. The order is that of the first panel. All branches share a trunk, so its own "
-        "noise is not in the bars."
+        f"Measured: {len(rows)} runs. A shape stands by its loss above {base}'s, the mean over pairs that differ in "
+        "nothing else; bars are Student's 95 % intervals over these pairs, and a single pair has none. The order is "
+        "that of the first panel. Branches share a trunk, whose own noise is not in the bars."
     )
     return Drawn(caption, figure, table=pd.concat(parts))
 
@@ -122,7 +124,7 @@ def draw_adamw(evidence: Evidence) -> Drawn:
     for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         base = own[own["usual"]].iloc[0]
         texts = own.apply(lambda row, base=base: _text(row, base), axis=1)
-        adamw = differences(own.assign(setting=texts), "setting", "as before").query("setting != 'as before'")
+        adamw = differences(own.assign(setting=texts), "setting", "as usual").query("setting != 'as usual'")
         adamw = adamw.sort_values("setting", ascending=False)
         elsewhere = [_at_another_shape(rows) for rows in _other_shapes(evidence, label, base["shape"])]
         beside = shapes[label][shapes[label]["order"].isin(set(own.loc[~own["usual"], "order"]))]
@@ -142,7 +144,7 @@ def draw_adamw(evidence: Evidence) -> Drawn:
     figure.axes[0].set_ylim(len(shown) - 0.5, -0.5)
     legend_below(figure, list(figure.axes))
     caption = (
-        "Measured: loss above that of the recipe's cooldown (of `as before` at the shape, where a line names one), the "
+        "Measured: loss above that of the usual cooldown (of `as usual` at the shape, where a line names one), the "
         "mean over pairs with the same trunk and data, with Student's 95 % intervals. Span of the means in nats, the "
         f"recipe's included: {'; '.join(spans)}."
     )
@@ -161,7 +163,7 @@ def _at_another_shape(rows: pd.DataFrame) -> pd.DataFrame:
     """Differences to that shape's usual run: its own setting and AdamW's, alone and together."""
     base = rows[rows["usual"]].sort_values("shape").iloc[0]
     texts = rows.apply(lambda row: f"{row['shape']}: {_text(row, base)}", axis=1)
-    usual_text = f"{base['shape']}: as before"
+    usual_text = f"{base['shape']}: as usual"
     return differences(rows.assign(setting=texts), "setting", usual_text).query("setting != @usual_text")
 
 
@@ -175,7 +177,7 @@ def _bars(axes: Any, found: pd.DataFrame, places: Any, series: int, label: str =
 
 def _text(row: pd.Series, base: pd.Series) -> str:
     """What a run's AdamW has that the base's has not."""
-    return ", ".join(f"{_LETTERS[key]} {row[key]:g}" for key in ADAMW if row[key] != base[key]) or "as before"
+    return ", ".join(f"{_LETTERS[key]} {row[key]:g}" for key in ADAMW if row[key] != base[key]) or "as usual"
 
 
 def _span(found: pd.DataFrame) -> float:

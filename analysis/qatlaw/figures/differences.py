@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +25,7 @@ from qatlaw.figures.style import (
 )
 from qatlaw.laws.base import Floats
 from qatlaw.plan.waste import SAVED, optimal_loss, tokens_for_loss
-from qatlaw.table import MIXED_SCHEMES, POINT
+from qatlaw.table import MIXED_SCHEMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,45 +153,6 @@ def draw_fusion(evidence: Evidence) -> Drawn:
         panels[1].set_ylabel("tokens saved by fusion, %", fontsize=8.5, color=INK)
         caption += f" Right: the difference in tokens by the law ({SAVED}). {evidence.about_law}"
     legend_below(figure, list(panels), columns=6)
-    return Drawn(caption, figure)
-
-
-SHAPE = re.compile(r"schedule\.shape=([^,]+)(?:, )?")
-
-
-def draw_shapes(evidence: Evidence) -> Drawn:
-    """Loss by cooldown shape, above the best shape of the runs that differ in nothing else."""
-    frame = evidence.table.frame
-    settings = frame["settings"].astype(str) if "settings" in frame.columns else pd.Series("", index=frame.index)
-    others = settings.str.replace(SHAPE, "", regex=True).str.removesuffix(", ")
-    runs = frame.assign(shape=settings.str.extract(SHAPE, expand=False), settings=others)
-    runs = runs[runs["shape"].notna()]
-    alike = [column for column in POINT if column in runs.columns]
-    groups = runs.groupby(alike, dropna=False, sort=False)["shape"].transform("nunique")
-    runs = runs[groups > 1]
-    if runs.empty:
-        return Drawn(lacking="runs that differ in schedule.shape alone.")
-    best = runs.groupby(alike, dropna=False, sort=False)["loss"].transform("min")
-    runs = runs.assign(above=runs["loss"] - best)
-    means = runs.groupby("shape")["above"].mean().sort_values()
-    figure = new_figure(1.1 + 0.32 * len(means), 6.0)
-    axes = figure.add_subplot()
-    for row, shape in enumerate(means.index):
-        own = runs.loc[runs["shape"] == shape, "above"].to_numpy(np.float64)
-        mark(axes, own, np.full(len(own), row), "o", SOFT, "a run" if row == 0 else "_", hollow=True, size=5)
-        label = "mean" if row == 0 else "_"
-        mark(axes, [means[shape]], [row], "D", series_style(0)[0], label, size=7, zorder=6)
-    axes.set_yticks(range(len(means)), list(means.index))
-    axes.set_ylim(len(means) - 0.5, -0.5)
-    axes.margins(x=0.08)
-    tidy(axes, x="loss above the best shape of the same point (nats)", grid="x")
-    legend_below(figure, [axes])
-    points = runs.groupby(alike, dropna=False, sort=False).ngroups
-    caption = (
-        f"Measured: {len(runs)} runs in {points} groups that differ in the cooldown's shape alone. Each run stands by "
-        f"its loss above the best one of its group; the lowest mean is that of {means.index[0]}. With one run a shape "
-        "and group, differences as small as the noise between seeds decide nothing."
-    )
     return Drawn(caption, figure)
 
 

@@ -56,11 +56,10 @@ class Evidence:
 
     @cached_property
     def branches(self) -> pd.DataFrame:
-        """`cooldown.branch_frame` of the records; empty where no run differs in the cooldown's data alone."""
-        from qatlaw.cooldown import SEED, branch_frame
+        """`cooldown.branch_frame` of the records."""
+        from qatlaw.cooldown import branch_frame
 
-        orders = {record.recipe.get(SEED, "0") for record in self.records}
-        return branch_frame(self.records) if len(orders) > 1 else pd.DataFrame()
+        return branch_frame(self.records)
 
     @cached_property
     def scheme(self) -> str | None:

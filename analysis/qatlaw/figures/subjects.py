@@ -36,12 +36,11 @@ SUBJECTS = (
     Subject("wasted_tokens", "Tokens wasted by the 10 % rule", by_law.draw_waste,
             f"tokens wasted by a sub-optimal fraction in {QAT}"),
     Subject("fusion", "Fused against sequential", differences.draw_fusion, f"cooldown and QAT fusion in {QAT}"),
-    Subject("cooldown_shapes", "Cooldown shapes", differences.draw_shapes,
+    Subject("cooldown_shapes", "Cooldown shapes", cooldown.draw_shapes,
             f"the loss by cooldown shape in {COOLDOWNS}"),
 )
 """In the order of the report."""
 LABORATORY = (
-    SUBJECTS[-1]._replace(draw=cooldown.draw_orders),
     Subject("bias_and_variance", "Bias against variance", cooldown.draw_bias_variance,
             f"bias against variance of cooldown shapes in {COOLDOWNS}"),
     Subject("cooldown_adamw", "AdamW in the cooldown", cooldown.draw_adamw,
@@ -49,11 +48,11 @@ LABORATORY = (
     Subject("cooldown_length", "Length of the cooldown", cooldown.draw_lengths),
     Subject("averaging", "Averaging in place of a cooldown", cooldown.draw_averages),
 )
-"""In place of the last subject where runs differ in the order of the cooldown's data."""
+"""Further subjects where runs differ in the order of the cooldown's data."""
 # fmt: on
 
 
 def draw_all(evidence: Evidence) -> tuple[Drawn, ...]:
     """The figures of the report about these runs, those that lack something included."""
-    subjects = (*SUBJECTS[:-1], *LABORATORY) if len(evidence.branches) else SUBJECTS
-    return tuple(subject(evidence) for subject in subjects)
+    repeated = len(evidence.branches) and evidence.branches["order"].nunique() > 1
+    return tuple(subject(evidence) for subject in (*SUBJECTS, *(LABORATORY if repeated else ())))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qatlaw.amounts import amount
-from qatlaw.bit_widths import UNQUANTIZED_BITS
+from qatlaw.bit_widths import BIT_WIDTHS, UNQUANTIZED_BITS
 from qatlaw.fraction import ROUNDING
 from qatlaw.laws.base import Floats
 
@@ -196,7 +196,7 @@ NAMED: dict[str, NamedLaw] = {
             source="Kumar et al. 2024, arXiv 2411.04330, table 2; range of its runs second-hand",
             loss=_kumar,
             answers="training with weights and activations of any width, and post-training quantization of weights",
-            widths=(1, 1.58, 2, 3, 4, 5, 6, 8),
+            widths=BIT_WIDTHS,
             range={"n": (30e6, 220e6), "tokens": (1.5e9, 26e9)},
         ),
         NamedLaw(

@@ -17,7 +17,7 @@ from qatlaw.errors import InputError
 KEY = "RUN"
 FUSED_COOLDOWN = 0.2
 """Share of all tokens, the default of a recipe; less where the QAT phase is shorter."""
-_STEP = re.compile(r"^step-(\d{8})$")
+_STEP = re.compile(r"^step-(\d{8,})$")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,9 @@ def read_trained(what: str) -> Trained:
         cooled=any(segment["end"] <= step for segment in cooldowns),
         cooling=any(segment["start"] < step < segment["end"] for segment in cooldowns),
     )
+    if not step:
+        fix = "Plan by numbers, --trained-tokens 60B --params 396M, or convert the model with --trained-tokens."
+        raise InputError(KEY, what, "counts no trained tokens.", fix)
     switch = timeline["switch_step"]
     if switch is not None and switch < step:
         fix = f"Give an earlier one: RUN@STEP up to {switch}."

@@ -177,12 +177,12 @@ def other_checkpoint(folder: Path) -> str:
     verifies = os.environ.get("RANK", "0") == "0"
     whole = next((p for p in reversed(before) if not verifies or _is_whole(p)), None)
     if whole is None:
-        return f"None of the {len(before)} earlier checkpoints beside it is whole."
+        return f"None of the {len(before)} earlier checkpoints beside it is intact."
     damaged = [p.name for p in [*before, folder] if p.name > whole.name]
-    found = f"newest whole one before it is {whole.name} (verified just now)"
+    found = f"newest intact one before it is {whole.name} (verified just now)"
     return (
         f"The {found if verifies else f'one before it is {whole.name} (not verified)'}: give "
-        f"{folder.parent.parent}@{step_of(whole)}, or remove {', '.join(damaged)} to go on from there."
+        f"{folder.parent.parent}@{step_of(whole)}, or remove {', '.join(damaged)} to continue from that one."
     )
 
 

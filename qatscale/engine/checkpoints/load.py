@@ -60,6 +60,6 @@ def _check_same_model(folder: Path, expected: dict[str, list[int]], saved: dict[
         problem = f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}."
     elif others := [name for name, shape in expected.items() if saved[name] != shape]:
         name = others[0]
-        problem = f"{name} has shape {saved[name]} there and {expected[name]} in this model."
+        problem = f"{name} has shape {saved[name]} in the checkpoint and {expected[name]} in this model."
     if problem:
         raise UserError("checkpoint", str(folder), problem)

@@ -63,7 +63,7 @@ class CheckpointReader:
         if not known and kind != "weight" and self.manifest.parameters[parameter].adam_steps == 0:
             return out.zero_()
         if filled != numel:
-            raise self._damaged(f"{kind} of {parameter}: {filled} of {numel} elements are there.")
+            raise self._damaged(f"{kind} of {parameter}: only {filled} of {numel} elements are saved.")
         return out
 
     def _saved(
@@ -202,8 +202,12 @@ def find_checkpoint(what: str | Path) -> Path:
 
 def _what_is_there(path: Path) -> str:
     """Where no checkpoint is."""
+    if path.is_file():
+        return f"It is a file; give its folder: {path.parent}"
     if not path.is_dir():
-        return "The folder does not exist."
+        on_hub = len(path.parts) == 2 and not path.parent.exists()
+        fetch = f" Download a model of the Hub first: hf download {path} --local-dir {path.name}"
+        return "The folder does not exist." + (fetch if on_hub else "")
     if (path / "run.json").is_file():
         return "The run has none yet."
     if (path / "export.json").is_file():

@@ -1,7 +1,6 @@
-"""The export formats. Each is one module of this package, and this list is the only other place that names it.
+"""The export formats. Each is one module of this package, whose FORMAT is an instance of a subclass of `base.Format`.
 
-To add one, write a module whose FORMAT is an instance of a subclass of `base.Format`, and add it here, to
-tests/export/expected.py and to analysis/guides/ship-it.md; tests fail until all of it is done.
+CONTRIBUTING.md lists what a new one takes.
 """
 
 from qatscale.errors import UserError, did_you_mean

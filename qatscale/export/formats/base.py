@@ -77,7 +77,7 @@ class Format(ABC):
     def layout(self, source: ExportSource, fallback: bool) -> ExportLayout:
         """Every parameter in the first of its encodings that holds it.
 
-        UserError for a parameter whose first encoding cannot hold it, unless `fallback` allows the next, and for a
+        UserError for a parameter whose first encoding cannot hold it, unless `fallback` allows the next. Also for a
         model without quantized parameters in a format of quantized weights.
         """
         if not source.is_quantized and not self.holds_full_precision:

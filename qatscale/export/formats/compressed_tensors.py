@@ -2,8 +2,8 @@
 
 A Linear of name N is stored as N.weight_packed (int32, see `packing`; each integer raised by 2^(b-1)), N.weight_scale
 ([rows, groups], in the type of training) and N.weight_shape. transformers reads it with the package
-compressed-tensors. vLLM reads it too: it asks for these names, for symmetric scales without zero points, and for one
-scheme in the layers that it fuses (q, k, v and gate, up).
+compressed-tensors. vLLM reads it too. It asks for these names and for symmetric scales without zero points. The layers
+that it fuses (q, k, v and gate, up) must share a scheme.
 
 In two's complement ±1 takes 2 bits a weight, and SEQ's ±1 and ±3 take 3.
 """
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from qatscale.export.clients import Transformers
 from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
-from qatscale.export.folder import FileTensor, hf_name, pack, packed_words, value_tensor, write_folder
+from qatscale.export.folder import FileTensor, hf_name, pack, value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config, transformers_usage
-from qatscale.export.quantized_matrix import QuantizedMatrix, signed_bits
+from qatscale.export.integers import packed_words, signed_bits
+from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.export.source import SourceParameter
 
 _VLLM = (

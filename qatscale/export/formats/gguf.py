@@ -1,9 +1,9 @@
 """`gguf`: one file with model and tokenizer, for llama.cpp and transformers.
 
 Names and metadata are those of llama.cpp's architectures `llama`, `qwen2` and `qwen3`. The first rotates neighbouring
-pairs of channels where Hugging Face (and we) rotate channel i with i + d/2, so the rows of q and k, and their scales,
-are permuted within each head. Llama 3.1's rotary scaling is a tensor of divisors. transformers reads neither that nor
-explicit head sizes of Qwen. Norms and biases are fp32. Other unquantized tensors are stored in training's type.
+pairs of channels, where Hugging Face and this project rotate channel i with i + d/2. So the rows of q and k, and their
+scales, are permuted within each head. Llama 3.1's rotary scaling is a tensor of divisors. transformers reads neither
+that nor explicit head sizes of Qwen. Norms and biases are fp32. Other unquantized tensors have training's type.
 """
 
 from __future__ import annotations
@@ -26,24 +26,13 @@ from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, Stor
 from qatscale.export.folder import hf_name
 from qatscale.export.formats import gguf_blocks as blocks
 from qatscale.export.formats.base import Format, Usage, transformers_usage
-from qatscale.export.formats.gguf_blocks import BlockType, to_blocks
+from qatscale.export.formats.gguf_blocks import BlockType, block_types, to_blocks
 from qatscale.export.formats.gguf_vocabulary import vocabulary
 from qatscale.export.source import ExportSource, SourceParameter
 from qatscale.model.hugging_face import model_type
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.model.llama import scaled_frequencies
 
-BLOCK_TYPES: dict[str, tuple[BlockType, ...]] = {
-    "1": (blocks.TQ2_0, blocks.Q4_0),
-    "1.58": (blocks.TQ2_0, blocks.Q4_0),
-    "2": (blocks.Q2_K, blocks.Q4_0),
-    "3": (blocks.Q3_K, blocks.Q4_0),
-    "4": (blocks.Q4_0,),
-    "5": (blocks.Q5_0,),
-    "6": (blocks.Q6_K, blocks.Q8_0),
-    "8": (blocks.Q8_0,),
-}
-"""Bits -> types that hold the integers, best first. Blocks of 32 divide rows that blocks of 256 do not."""
 _PLAIN_TYPES = {torch.float32: GGMLQuantizationType.F32, torch.bfloat16: GGMLQuantizationType.BF16}
 
 _LLAMA_CPP = """\
@@ -144,9 +133,9 @@ class Gguf(Format):
         plain = PlainEncoding(dtype)
         if parameter.quantizer is None:
             return [PlainEncoding(torch.float32) if parameter.is_vector else plain]
-        types = BLOCK_TYPES[parameter.quantizer.bits_text]
+        types = block_types(parameter.quantizer)
         if self.q1_0 and parameter.quantizer.bits == 1:
-            types = (blocks.Q1_0, *types)
+            types = [blocks.Q1_0, *types]
         return [*map(BlockEncoding, types), plain]
 
     def layout(self, source: ExportSource, fallback: bool) -> ExportLayout:

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from qatscale.export.integers import integer_range
+from qatscale.quant.bit_widths import Quantizer
+
 
 @dataclass(frozen=True)
 class BlockType:
@@ -85,6 +88,17 @@ Q4_0 = BlockType("Q4_0", -8, 7, lambda q, d: [d, _nibbles(q, 16)])
 Q5_0 = BlockType("Q5_0", -16, 15, lambda q, d: [d, _bits(q >> 4), _nibbles(q, 16)])
 Q6_K = BlockType("Q6_K", -32, 31, lambda q, d: [_nibbles(q, 64), _pairs(q >> 4), _constant(q, [1] * 16), d])
 Q8_0 = BlockType("Q8_0", -128, 127, lambda q, d: [d, q ^ 0x80])
+
+
+TYPES = (TQ2_0, Q2_K, Q3_K, Q4_0, Q5_0, Q6_K, Q8_0)
+
+
+def block_types(quantizer: Quantizer) -> list[BlockType]:
+    """The types that hold a quantizer's integers, best first: the smallest, and the smallest with blocks of 32, which
+    divide rows that blocks of 256 do not."""
+    low, high = integer_range(quantizer)
+    fits = [one for one in TYPES if one.low <= low and high <= one.high]
+    return list(dict.fromkeys((fits[0], next(one for one in fits if one.weights == 32))))
 
 
 def to_blocks(block_type: BlockType, integers: np.ndarray, d: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """`mlx`: a folder for mlx-lm. Codes in b bits, and for every 128, 64 or 32 of them a scale s and a bias b: w = s·q + b.
 
 A grid's lowest level is `lowest · scale`, so b = lowest · scale and s = step · scale: s = 2α, b = -α for 1 bit,
-α/2 and -3α/4 for 2, α and -2^(B-1)·α from 3 on. Scales are written in fp32: s·q + b has more digits than bf16 or fp16
-holds (63·α in 6 bits), and MLX computes it in the scales' type.
+α/2 and -3α/4 for 2, α and -2^(B-1)·α from 3 on. Scales are written in fp32, because MLX computes s·q + b in
+their type, and it has more digits than bf16 or fp16 holds (63·α in 6 bits).
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from qatscale.export.clients import Client, Weights, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
-from qatscale.export.folder import FileTensor, hf_name, pack, packed_words, value_tensor, write_folder
+from qatscale.export.folder import FileTensor, hf_name, pack, value_tensor, write_folder
 from qatscale.export.formats.base import Format, Usage, read_config
-from qatscale.export.quantized_matrix import QuantizedMatrix, integer_step, lowest_integer
+from qatscale.export.integers import MLX_GROUPS, integer_range, integer_step, mlx_bits, packed_words
+from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.export.source import SourceParameter
 
-GROUP_SIZES = (128, 64, 32)
-"""Codes that share a scale in MLX, the cheapest first."""
 _CODE = """\
 from mlx_lm import generate, load
 
@@ -103,7 +102,7 @@ class AffineEncoding(Encoding):
         """(s, b), each fp32 [rows, columns / group_size]."""
         columns = matrix.codes.shape[1]
         scale = matrix.scale.repeat_interleave(columns // self.group_size // matrix.scale.shape[1], dim=1)
-        return integer_step(matrix.quantizer) * scale, lowest_integer(matrix.quantizer) * scale
+        return integer_step(matrix.quantizer) * scale, integer_range(matrix.quantizer)[0] * scale
 
 
 class Mlx(Format):
@@ -114,7 +113,7 @@ class Mlx(Format):
         if parameter.quantizer is None:
             # the activations' type follows the norms': fp32, as the quantized layers compute
             return [PlainEncoding(torch.float32 if parameter.is_vector else dtype)]
-        affine = [AffineEncoding(parameter.quantizer.storage_bits, size) for size in GROUP_SIZES]
+        affine = [AffineEncoding(mlx_bits(parameter.quantizer), size) for size in MLX_GROUPS]
         # groups are all the same to the arithmetic: the largest that fits is the first choice, not a fallback
         affine.sort(key=lambda encoding: encoding.refusal(parameter) is not None)
         return [*affine, PlainEncoding(dtype)]
