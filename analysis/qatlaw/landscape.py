@@ -167,9 +167,7 @@ def read_landscape(folder: Path) -> Landscape:
             _ = found.summary  # raises where the points are not a grid around both ends
     except (OSError, ValueError, KeyError, AssertionError) as error:
         invalid = first_invalid(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
-        problem = f"is damaged: {invalid or 'it holds other points'}."
-        if isinstance(error, OSError):
-            problem = f"cannot be read: {error.strerror}."
+        problem = f"cannot be read: {invalid or 'it holds other points'}."
         raise InputError("landscape", str(folder / file), problem, "Measure it again in another folder.") from None
     if lacking:
         raise InputError("landscape", str(folder), f"lacks {lacking} points.", "Run `qatscale landscape` again.")

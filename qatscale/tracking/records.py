@@ -6,10 +6,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NotRequired, Required
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import ValidationError, create_model
 
 from qatlaw.files import LARGEST
 from qatscale.errors import UserError, first_invalid
@@ -18,53 +17,18 @@ from qatscale.files import Count, decode, encode
 Record = dict[str, Any]
 
 
-class _Event(TypedDict, total=False):
-    """What readers rely on. Any record may have more."""
-
-    event: Required[str]
-    time: float
-    step: Count
-    tokens: Count
-    steps: Count
-
-
-class _Step(_Event):
-    time: Required[float]
-    step: Required[Count]
-
-
-class _Metrics(_Step):
-    phase: str
-    loss: float
-    tokens_per_second: NotRequired[float]
-    data_seconds: NotRequired[float]
-
-
-class _Validation(_Step):
-    view: str
-    loss: float
-
-
-class _Switch(_Step):
-    report: dict[str, Any]
-
-
-class _Spike(_Step):
-    norm: float
-
-
-class _Final(_Step):
-    metrics: dict[str, float | int | str | None]
-
-
-_SCHEMAS: dict[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(schema)
-    for name, schema in {
-        "": _Event, "metrics": _Metrics, "validation": _Validation, "switch": _Switch, "spike": _Spike,
-        "final": _Final, "resume": _Step, "checkpoint": _Step,
-    }.items()
+_STEP: dict[str, Any] = {"event": str, "time": float, "step": Count}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "metrics": {"phase": str, "loss": float}, "validation": {"view": str, "loss": float},
+    "switch": {"report": dict}, "spike": {"norm": float}, "final": {"metrics": dict}, "resume": {}, "checkpoint": {},
 }  # fmt: skip
-"""By event; "": any other."""
+"""What readers rely on, by event. Any record may have more."""
+_OPTIONAL: dict[str, Any] = {"tokens": (Count, 0), "steps": (Count, 0), "tokens_per_second": (float, 0.0)}
+_SCHEMAS: dict[str, Any] = {
+    event: create_model(event, **{name: (kind, ...) for name, kind in (_STEP | fields).items()} | _OPTIONAL)
+    for event, fields in _FIELDS.items()
+}
+_ANY = create_model("any", event=(str, ...), step=(Count, 0))
 
 
 class Appender:
@@ -134,7 +98,7 @@ class Tail:
             try:
                 record = decode(json.loads(line))
                 event = record.get("event") if isinstance(record, dict) else None
-                _SCHEMAS.get(str(event), _SCHEMAS[""]).validate_python(record, strict=True)
+                _SCHEMAS.get(str(event), _ANY).model_validate(record, strict=True)
             except ValidationError as error:
                 raise self._damage(f"is damaged: {first_invalid(error)}") from None
             except (ValueError, RecursionError) as error:
