@@ -174,8 +174,11 @@ def open_source(
         at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not decayed"
         before_the_switch = config.qat.scheme != "fp" and source.manifest.switched_at is None
         missing = ", and it has not switched to QAT" if before_the_switch else ""
-        fix = "Finish it, `qatscale resume RUN`, or add --unfinished to export it as it stands."
-        raise UserError("checkpoint", what, f"{at}{missing}.", fix)
+        run = source.folder.resolve().parents[1]
+        end = (
+            f"Give {run} for the run's end" if (run / "done.json").is_file() else f"Finish it, `qatscale resume {run}`"
+        )
+        raise UserError("checkpoint", what, f"{at}{missing}.", f"{end}, or add --unfinished to export it as it stands.")
     return source
 
 

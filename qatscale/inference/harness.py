@@ -69,9 +69,10 @@ def run_harness(
     precedes a text, as in training. UserError where a task's dataset cannot be loaded.
     """
     from jinja2 import TemplateError
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
+    evaluator.get_git_commit_hash = str  # it asks git, whose "fatal: not a git repository" a user would read
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     judged = HFLM(
         pretrained=model.model,
@@ -82,7 +83,7 @@ def run_harness(
         add_bos_token=False,
     )
     try:
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             judged, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, log_samples=False
         )
     except TemplateError as error:

@@ -98,7 +98,8 @@ class Follower:
         log = lock_file(self.folder)
         seen_there = f" (see {log})" if log.stat().st_size else ""
         reason = (cursor and cursor.error) or f"it has not answered in time{seen_there}"
-        more = "" if self.child.poll() is not None else " The upload continues in the background; should it end early,"
+        ends = self.child.poll() is not None or (cursor is not None and cursor.refused)
+        more = "" if ends else " The upload continues in the background; should it end early,"
         return (
             f"MLflow does not have all of this run: {reason.removesuffix('.')}.{more} "
             f"`qatscale track-sync {self.folder.path}` uploads the rest."

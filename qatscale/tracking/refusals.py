@@ -22,6 +22,7 @@ _CURES = (
     ("maintenance mode", "Set tracking.uri=sqlite:///mlflow.db; `mlflow migrate-filestore` moves former runs."),
     ("unsupported URI", "Set tracking.uri=sqlite:///FILE or http://HOST:PORT."),
     ("database schema", "`mlflow db upgrade` with the store's address brings it up to date."),
+    ("Databricks credential", "Configure them, or set tracking.uri=sqlite:///FILE."),
     ("error code 403", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
     ("error code 401", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
     ("not authenticated", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
@@ -49,7 +50,7 @@ def as_refused(error: BaseException) -> RefusedError | None:
 
 
 def check_database(uri: str) -> None:
-    """RefusedError where a SQLite file cannot be written; MLflow itself would retry for 100 seconds."""
+    """RefusedError where a SQLite file cannot be used; MLflow itself would retry for 100 seconds."""
     file = database(uri)
     if file is None:
         return
@@ -57,6 +58,10 @@ def check_database(uri: str) -> None:
     if not os.access(existing, os.W_OK) or (existing != file and not existing.is_dir()):
         problem = "is write-protected" if existing == file or existing.is_dir() else "is a file"
         raise RefusedError(f"{existing} {problem}. Set tracking.uri=sqlite:///FILE to a place that can be written.")
+    if file.is_file():
+        with file.open("rb") as opened:
+            if opened.read(6) not in (b"", b"SQLite"):
+                raise RefusedError(f"{file} is no SQLite database. Set tracking.uri=sqlite:///FILE to another file.")
 
 
 @contextmanager

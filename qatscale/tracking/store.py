@@ -90,7 +90,9 @@ def page_address(uri: str, experiment_id: str) -> str:
 def where_to_look(folders: Iterable[RunFolder]) -> list[str]:
     """Lines with the command and page that show the runs in MLflow; empty where none was uploaded."""
     seen = dict.fromkeys(
-        (cursor.uri, cursor.experiment_id) for folder in folders if (cursor := Cursor.load(folder)) is not None
+        (known_store(folder) or cursor.uri, cursor.experiment_id)
+        for folder in folders
+        if (cursor := Cursor.load(folder)) is not None
     )
     lines = []
     for uri, experiment_id in seen:

@@ -30,7 +30,12 @@ def refused(qatscale, line: str, *parts: str) -> None:
 def test_an_unfinished_run_is_exported_when_asked_and_says_so(qatscale, runs: Path, tmp_path: Path) -> None:
     line = f"export {runs}/unfinished --out {tmp_path}/out"
     refused(qatscale, line, "is at step 9 of 12", "learning rate has not decayed", "--unfinished", "resume")
-    refused(qatscale, f"export {runs}/full@4 --out {tmp_path}/out", "is at step 4 of 12")
+    refused(
+        qatscale,
+        f"export {runs}/full@4 --out {tmp_path}/out",
+        "is at step 4 of 12",
+        f"Give {runs}/full for the run's end",
+    )
     assert not any(tmp_path.iterdir())
     code, out, _ = qatscale(f"{line} --unfinished")
     assert code == 0

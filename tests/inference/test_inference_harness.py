@@ -69,7 +69,10 @@ def answers(run: Path, view: str) -> list[int]:
     return chosen
 
 
-def test_accuracy_is_that_of_our_own_likelihoods(run: Path, tasks: Path) -> None:
+def test_accuracy_is_that_of_our_own_likelihoods(
+    run: Path, tasks: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tasks)
     options = ["--harness", "completions", "--tasks-folder", str(tasks), "--json"]
     done = CliRunner().invoke(app, ["evaluate", str(run), *options], catch_exceptions=False)
     assert done.exit_code == 0
@@ -79,6 +82,7 @@ def test_accuracy_is_that_of_our_own_likelihoods(run: Path, tasks: Path) -> None
     ]
     assert (score["task"], score["metric"], score["questions"], score["shots"]) == ("completions", "acc", 4, 0)
     assert score["value"] == sum(right) / len(right)
+    assert "fatal" not in capfd.readouterr().err, "of git, outside of a repository"
 
 
 def test_an_export_is_judged_and_a_part_says_so(run: Path, tasks: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ REFUSED = {
         TORCHRUN | {"MASTER_PORT": "99999"},
         "MASTER_PORT = '99999': is not a port, a number from 1 to 65,535.",
     ),
-    "a port in words": (MPICH | {"MASTER_PORT": "http"}, "MASTER_PORT = 'http': is not a port"),
+    "a port in words": ({"MASTER_PORT": "http"}, "MASTER_PORT = 'http': is not a port"),
     "two kinds of MPI": (OPENMPI | {"PMI_RANK": "0"}, "PMI_RANK = '0': contradicts OMPI_COMM_WORLD_RANK = 3."),
     "no address": (
         {name: value for name, value in OPENMPI.items() if name != "MASTER_ADDR"},

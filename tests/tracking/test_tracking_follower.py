@@ -236,7 +236,14 @@ def peak_memory(pid: int) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
-@pytest.mark.parametrize("kind", ["deleted", "file"])
+CURES = {
+    "deleted": ("mlflow experiments restore --experiment-id 1", "was deleted"),
+    "file": ("tracking.uri=sqlite:///mlflow.db", "maintenance mode"),
+    "no database": ("tracking.uri=sqlite:///FILE", "is no SQLite database"),
+}
+
+
+@pytest.mark.parametrize("kind", CURES)
 def test_a_refusal_is_said_before_the_first_step_with_its_cure(
     make_run: MakeRun, sqlite: str, kind: str, tmp_path: Path
 ) -> None:
@@ -246,10 +253,13 @@ def test_a_refusal_is_said_before_the_first_step_with_its_cure(
     if kind == "deleted":
         uri, client = sqlite, MlflowClient(sqlite)
         client.delete_experiment(client.create_experiment("qatscale"))
+    if kind == "no database":
+        (tmp_path / "mlflow.db").write_text("the notes of somebody")
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
     follower = start_follower(folder, uri)
     line = follower.first_answer()
     assert line is not None
-    cure = "mlflow experiments restore --experiment-id 1" if kind == "deleted" else "tracking.uri=sqlite:///mlflow.db"
+    cure, problem = CURES[kind]
     assert line.startswith("warning: MLflow does not take this run")
     assert follower.refusal() == line
     assert cure in line
@@ -258,8 +268,9 @@ def test_a_refusal_is_said_before_the_first_step_with_its_cure(
     last = follower.finish()
     assert last is not None
     assert cure in last, "the closing line carries the last error"
+    assert "continues" not in last, "a refused upload is not tried again"
     assert time.monotonic() - began < 8
-    with pytest.raises(TrackingError, match="was deleted" if kind == "deleted" else "maintenance mode"):
+    with pytest.raises(TrackingError, match=problem):
         track_sync(folder)
     if kind == "deleted":
         client.restore_experiment("1")

@@ -68,11 +68,13 @@ def test_a_store_that_moved_with_its_runs_is_found(make_run: MakeRun, tmp_path: 
     """And a store that is only named by a run stays what it is."""
     folder = make_run("run")
     (tmp_path / "mlflow.db").touch()
-    Cursor.fresh(folder, f"sqlite:///{tmp_path}/mlflow.db").save(folder)
+    cursor = Cursor.fresh(folder, f"sqlite:///{tmp_path}/mlflow.db")
+    cursor.model_copy(update={"experiment_id": "1"}).save(folder)
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     tmp_path.rename(moved)
     moved_run = RunFolder(moved / "runs" / "run")
     assert known_store(moved_run) == f"sqlite:///{moved}/mlflow.db"
+    assert f"sqlite:///{moved}/mlflow.db" in where_to_look([moved_run])[0]
     (moved / "mlflow.db").unlink()
     assert known_store(moved_run) == f"sqlite:///{tmp_path}/mlflow.db"
 
