@@ -48,9 +48,10 @@ def adopt(
     fraction = 0 if validation else DEFAULT_FRACTION if validation_fraction is None else validation_fraction
     if not 0 <= fraction <= 0.5:
         raise UserError("validation_fraction", fraction, "must be 0 to 0.5.", "1 % is usual: 0.01")
+    train, validation = (
+        [name.removesuffix(".bin").removesuffix(".idx") for name in shards] for shards in (train, validation)
+    )
     names: dict[Split, Sequence[str]] = {"train": train, "validation": validation}
-    if both := sorted({*train} & {*validation}):
-        raise UserError("shard", both[0], "is named for training and as held out.", "Leave out one of the two.")
     dtype, largest, found = None, 0, {}
     for name in (*train, *validation):  # one open at a time
         reader = IndexedReader(folder / name, WRITE_AGAIN)
@@ -65,6 +66,8 @@ def adopt(
                 raise UserError("shard", name, f"holds the negative id {part.min()}; ids count from 0.")
             largest = max(largest, int(part.max()))
         found[name] = described(reader, name)
+    if both := sorted({*train} & {*validation}):
+        raise UserError("shard", both[0], "is named for training and as held out.", "Leave out one of the two.")
     assert dtype is not None
     if vocab_size is not None and largest >= vocab_size:
         raise UserError("vocab_size", vocab_size, f"the shards hold id {largest}.", "Give the size of their tokenizer.")

@@ -71,11 +71,13 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     on_gpu = uses_gpu()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # auto-detection warns at every start
-    rank, ranks = int(os.environ.get("RANK", 0)), job_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if ranks > 1 and "RANK" not in os.environ:
-        raise UserError("WORLD_SIZE", ranks, "is set, and RANK is not.", "A launcher sets both; unset it.")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
+    ranks = job_size()
+    if "RANK" not in os.environ:
+        if ranks > 1:
+            raise UserError("WORLD_SIZE", ranks, "is set, and RANK is not.", "A launcher sets both; unset it.")
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # not what a former job left
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    os.environ.update(WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
@@ -88,7 +90,10 @@ def start_runtime(timeout: float | None = None) -> Runtime:
 
     device = torch.device("cpu")
     if on_gpu:  # Slurm's --gpus-per-task shows each process one GPU only, which it then calls 0, and so must DeepSpeed
-        device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus > 1:
+            raise UserError("LOCAL_RANK", local_rank, f"this host shows {gpus} GPUs.", "Start one process for each.")
+        device = torch.device("cuda", local_rank if gpus > 1 else 0)
         os.environ["LOCAL_RANK"] = str(device.index)
     if not torch.distributed.is_initialized():
         _allow_many_descriptors()

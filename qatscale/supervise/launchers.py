@@ -49,6 +49,9 @@ def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
     MPI precedes Slurm: under `mpirun` inside a Slurm job, Slurm's variables describe MPI's daemons. UserError with the
     variable's name where one is missing or contradicts another.
     """
+    port = environ.get("MASTER_PORT", "1")
+    if not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 1 << 16:
+        raise UserError("MASTER_PORT", port, "is not a port, a number from 1 to 65,535.")
     if "RANK" in environ:
         missing = [name for name in TORCH if name not in environ]
         if missing:
@@ -116,9 +119,6 @@ def _check(environ: Mapping[str, str], rank: str, size: str, local_rank: str) ->
         raise UserError(rank, environ[rank], f"contradicts {size} = {environ[size]}: ranks count from 0.")
     if _number(environ, local_rank) > _number(environ, rank):
         raise UserError(local_rank, environ[local_rank], f"contradicts {rank} = {environ[rank]}, which is less.")
-    port = environ.get("MASTER_PORT", "1")
-    if not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 1 << 16:
-        raise UserError("MASTER_PORT", port, "is not a port, a number from 1 to 65,535.")
 
 
 def _is_srun_task(environ: Mapping[str, str]) -> bool:

@@ -33,7 +33,7 @@ def test_every_part_runs_and_is_recorded(script: ModuleType, tmp_path: Path) -> 
     assert found["failed"] == 0
     names = [check["check"] for check in found["checks"]]
     assert {name.split(":")[0] for name in names} == {"correct", "bandwidth", "layer"}
-    assert len([name for name in names if name.startswith("correct")]) == 2 * 8 + 1
+    assert len([name for name in names if name.startswith("correct")]) == 2 * 8 + 1 + 2
     shares = [check["numbers"] for check in found["checks"] if "share" in check["check"]]
     assert all(numbers["forward"] > 0 and numbers["backward"] > 0 for numbers in shares)
     assert "kernels" in (tmp_path / "kernels.md").read_text()

@@ -49,14 +49,9 @@ def test_other_processes_of_a_job_speak_later(monkeypatch: pytest.MonkeyPatch) -
     """By then the first one has printed it and the launcher has ended them, unless only they have met it."""
     waited: list[float] = []
     monkeypatch.setattr("qatscale.cli.time.sleep", waited.append)
-    for name, value in {
-        "RANK": 1,
-        "LOCAL_RANK": 1,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "here",
-        "MASTER_PORT": 29500,
-    }.items():
-        monkeypatch.setenv(name, str(value))
+    job = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
     code, out, error = run_command(["train", "debgu"])
     assert (code, out) == (EXIT_BAD_INPUT, "")
     assert error.startswith("error: recipe = 'debgu'")

@@ -17,6 +17,7 @@ from qatscale.engine.runtime import start_runtime
 from qatscale.errors import UserError
 taken = socket.create_server(("", 0))
 os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
+os.environ |= {"MASTER_ADDR": "nosuch.invalid", "LOCAL_RANK": "x"}  # without RANK they are of another day
 try:
     start_runtime()
 except UserError as error:

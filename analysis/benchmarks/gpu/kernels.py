@@ -121,6 +121,27 @@ class Bench:
         alpha, grad = initial_scale(quantizer, w) * 0.7, torch.randn(1, 64, device=self.device).expand(96, 64)
         self._compare(quantizer, w, alpha, grad)
 
+    def documents(self, grouped: bool) -> Mapping[str, Any]:
+        """Attention within documents: the variable-length kernel in bf16 against a mask in fp32, with gradients."""
+        from qatscale.model.documents import attend, find_documents
+
+        length, channels, end = (2048, 64, 7) if self.on_gpu else (64, 16, 7)
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(300, (2, length), generator=generator).to(self.device)
+        shapes = [(2, 8, length, channels)] + [(2, 2 if grouped else 8, length, channels)] * 2
+        leaves = [torch.randn(shape, generator=generator).bfloat16().to(self.device) for shape in shapes]
+        grad = torch.randn(shapes[0], generator=generator).bfloat16().to(self.device)
+
+        def with_gradients(dtype: torch.dtype, kernel: bool) -> list[Tensor]:
+            given = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+            mixed = attend(*given, grouped, find_documents(tokens, end, kernel))
+            return [mixed.detach(), *torch.autograd.grad(mixed, given, grad.to(dtype))]
+
+        found, expected = with_gradients(torch.bfloat16, self.on_gpu), with_gradients(torch.float32, False)
+        pairs = zip("oqkv", found, expected, strict=True)
+        errors = {f"error of {name}": float((f.float() - e).norm() / e.norm()) for name, f, e in pairs}
+        return require(max(errors.values()) < 2e-2, "not what the mask gives", errors)
+
     # --- bandwidth ---
 
     def copy_bandwidth(self, dtype: torch.dtype) -> Mapping[str, Any]:
@@ -247,6 +268,9 @@ def main(given: Sequence[str] | None = None) -> int:
         for (bits, quantizer), dtype in itertools.product(QUANTIZERS.items(), dtypes):
             record.check(f"correct: {bits:g} bits, {dtype}", lambda q=quantizer, d=dtype: bench.correct(q, d))
         record.check("correct: not contiguous", bench.not_contiguous)
+        for grouped in (False, True):
+            name = f"correct: attention within documents{', grouped heads' * grouped}"
+            record.check(name, lambda g=grouped: bench.documents(g))
     if "bandwidth" in options.parts:
         for dtype in dtypes:
             record.check(f"bandwidth: copy, {dtype}", lambda d=dtype: bench.copy_bandwidth(d))
