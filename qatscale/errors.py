@@ -52,12 +52,17 @@ class UserErrors(UserError):  # noqa: N818 - several of them
 
 
 _DISK = "Free some space, or choose another disk."
-_PERMISSION = "Choose a place that you may write to and read from."
+PLACES = {
+    **dict.fromkeys((
+        errno.EPERM, errno.ENOENT, errno.EACCES, errno.EBUSY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL,
+        errno.EROFS,
+    ), "Choose a place that you may write to and read from."),
+    errno.ENAMETOOLONG: "Choose a shorter name.", errno.ELOOP: "Name the place itself, not a link.",
+}  # fmt: skip
+"""What to do where a place can be no file or folder of this user."""
 _FAULTS = {
     errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: "Raise the limit (ulimit -f), or choose another disk.",
-    errno.EACCES: _PERMISSION, errno.EPERM: _PERMISSION, errno.EROFS: _PERMISSION,
-    errno.ENAMETOOLONG: "Choose a shorter name.", errno.ELOOP: "Name the place itself, not a link.",
-    errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "",
+    errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "", **PLACES,
 }  # fmt: skip
 """What to do about an error of the operating system."""
 
@@ -69,12 +74,18 @@ def fault(error: BaseException) -> str | None:
     """
     if isinstance(error, FloatingPointError):
         return str(error)
-    text = str(error)
-    numbered = re.search(r"\[Errno (\d+)\] ", text)  # also of a process that another one reports
-    if not isinstance(error, OSError) or numbered is None or int(numbered[1]) not in _FAULTS:
+    number = errno_of(error)
+    if not isinstance(error, OSError) or number not in _FAULTS:
         return None
-    plain = f"{cut(str(error.filename))}: {error.strerror}" if error.filename else text.replace(numbered[0], "")
-    return f"{plain}. {_FAULTS[int(numbered[1])]}".rstrip()
+    text = re.sub(r"\[Errno \d+\] ", "", str(error))
+    plain = f"{cut(str(error.filename))}: {error.strerror}" if error.filename else text
+    return f"{plain}. {_FAULTS[number]}".rstrip()
+
+
+def errno_of(error: BaseException) -> int:
+    """The number of an error of the operating system, also of a process that another one reports; 0: none."""
+    found = re.search(r"\[Errno (\d+)\] ", str(error))
+    return int(found[1]) if found else 0
 
 
 def first_line(error: Exception) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from qatlaw.files import read_small
 from qatscale.errors import UserError
 
+MOST_VALUES = 8_000_000
+"""Values of a file: a tokenizer of 256,000 pieces has two million."""
 _Pairs = list[tuple[str, Any]]
 
 
@@ -20,7 +22,7 @@ def read_json(path: Path, key: str, from_pairs: Callable[[_Pairs], dict[str, Any
     from_pairs: makes an object's content of its pairs, and raises ValueError for what it refuses.
     """
     try:
-        return json.loads(read_small(path), object_pairs_hook=from_pairs)
+        return json.loads(read_small(path, MOST_VALUES), object_pairs_hook=from_pairs)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(key, str(path), f"cannot be read: {reason}.") from None

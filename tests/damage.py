@@ -55,6 +55,7 @@ def expand(world: Path) -> None:
         shutil.copy(ROOT / "ds_configs/zero3_bf16.json", "ds.json")
         _write_fit()
         _write_study()
+        _write_landscape()
         _write_tables()
 
 
@@ -83,6 +84,17 @@ def _write_study() -> None:
     lay_out(Path("study.yaml"), folder)
     claim = folder.claims.take(next(iter(folder.jobs)), 0, "a-1")
     assert claim is not None
+
+
+def _write_landscape() -> None:
+    ends = {"before": "runs/trunk/checkpoints/step-00000005", "after": "runs/trunk/checkpoints/step-00000010"}
+    inputs = ends | {"views": ["fp", "quantized"], "bits": 4, "points": 12}
+    grid = [f"{x},{y},{3 + x * x + y * y},{3.5 + x * x + 2 * y * y}" for y in (0, -0.5, 0.5) for x in range(-1, 3)]
+    folder = Path("landscape")
+    folder.mkdir()
+    Path(folder, "landscape.json").write_text(json.dumps({"inputs": inputs, "axes": {"unit": 1.0}}))
+    Path(folder, "grid.csv").write_text("\n".join(["x,y,fp,quantized", *grid]))
+    Path(folder, "path.csv").write_text("step,x,y,distance\n6,0.2,0.1,0.05\n8,0.5,0.1,0.07\n")
 
 
 def _write_tables() -> None:
@@ -220,6 +232,20 @@ def _study(world: Path) -> None:
     grid(read_study(world / "study.yaml"))
 
 
+def _landscape(world: Path) -> None:
+    from qatlaw.figures.landscape import drawn_landscape
+    from qatlaw.landscape import read_landscape
+
+    drawn_landscape(read_landscape(world / "landscape"), "landscape")
+
+
+def _laid_out(world: Path) -> None:
+    from qatscale.study.folder import StudyFolder, lay_out
+
+    shutil.rmtree(world / "study/claims", ignore_errors=True)
+    lay_out(world / "study.yaml", StudyFolder(world / "study"))
+
+
 def _recipe(world: Path) -> None:
     from qatscale.config.recipe import load_run_config
     from qatscale.schedule.build import build_timeline
@@ -273,6 +299,7 @@ KINDS = {
     "universal side file": Kind(f"{STEP}/qatscale.json", (_universal,)),
     "universal weights": Kind(f"{STEP}/zero/embed.weight/fp32.pt", (_universal,), sealed=True),
     "universal count": Kind(f"{STEP}/zero/embed.weight/step.pt", (_universal,), sealed=True),
+    "universal name": Kind("universal/latest_universal", (_universal,)),
     "universal recipe": Kind(f"{STEP}/recipe.yaml", (_universal,), sealed=True),
     "export.json": Kind("exported/export.json", (_export,)),
     "exported configuration": Kind("exported/config.json", (_foreign, _export)),
@@ -281,8 +308,12 @@ KINDS = {
     "fit.json": Kind("fit.json", (_fit,)),
     "study tree": Kind("study/tree.json", (_tree,)),
     "study job": Kind("study/jobs/debug-25.6K-fp.yaml", (_tree,)),
+    "study's copy": Kind("study/study.yaml", (_laid_out,)),
     "study file": Kind("study.yaml", (_study,)),
     "ds_config": Kind("ds.json", (_ds_config,)),
+    "landscape": Kind("landscape/landscape.json", (_landscape,)),
+    "landscape's grid": Kind("landscape/grid.csv", (_landscape,)),
+    "landscape's path": Kind("landscape/path.csv", (_landscape,)),
     "JSON lines": Kind("corpus.jsonl", (_records("corpus.jsonl"),)),
     "gzip": Kind("torn.jsonl.gz", (_records("torn.jsonl.gz"),)),
     "Parquet": Kind("text.parquet", (_records("text.parquet"),)),

@@ -71,7 +71,9 @@ def test_the_nearest_name_or_all_of_them() -> None:
             "a/b: Permission denied. Choose a place",
         ),
         (FloatingPointError("the loss is nan. Lower it."), "the loss is nan. Lower it."),
-        (FileNotFoundError(2, "No such file", "a/b"), None),
+        (FileNotFoundError(2, "No such file", "/proc/x"), "/proc/x: No such file. Choose a place"),
+        (OSError("process 0: [Errno 20] Not a directory: 'a/b'"), "process 0: Not a directory: 'a/b'. Choose a place"),
+        (ConnectionRefusedError(111, "Connection refused"), None),
         (ValueError("a bug"), None),
     ],
 )

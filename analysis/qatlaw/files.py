@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,16 +16,22 @@ PARTIAL = ".partial"
 """Ending of a file that is still being written."""
 Count = Annotated[int, Ge(0), Lt(1 << 53)]
 """A number of things in a file; JSON holds larger ones inexactly."""
-LARGEST = 256 << 20
+LARGEST = 64 << 20
 """Bytes of a file of JSON or YAML."""
+MOST_VALUES = 2_000_000
+"""Values in it, by its commas and brackets. As objects each takes up to 600 bytes, so `[],[],…` is a bomb."""
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def read_small(path: Path) -> bytes:
-    """The content of a file of JSON or YAML. OSError, also for one of an absurd size."""
-    if path.stat().st_size > LARGEST:
+def read_small(path: Path, most_values: int = MOST_VALUES) -> bytes:
+    """The content of a file of JSON or YAML. OSError, also for one of an absurd size or without an end: /dev/zero."""
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
         raise OSError(errno.EFBIG, f"larger than {LARGEST >> 20} MB", str(path))
-    return path.read_bytes()
+    if sum(map(content.count, (b",", b"[", b"{"))) > most_values:
+        raise OSError(errno.EFBIG, f"more than {most_values:,} values", str(path))
+    return content
 
 
 def decode(value: Any) -> Any:
@@ -51,17 +58,18 @@ def rename_synced(partial: Path, final: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one."""
+    """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one. OSError names it."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    rename_synced(partial, path)
+        rename_synced(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_figure(figure: Any, path: Path, **options: Any) -> None:

@@ -175,8 +175,10 @@ def read_fit(path: str | Path) -> FitFile:
     again = "Make the file again with `qatscale fit`."
     try:
         file = FitFile.model_validate_json(read_small(Path(path)), strict=True)
-        if file.law.form.one_width and "bits" not in file.range:
-            raise InputError("range.bits", None, f"is missing; {file.form} describes one bit width.")
+        for name in ("n_params", "tokens", *["bits"] * file.law.form.one_width):
+            low, high = file.range.get(name, (1, 0))
+            if low > high:
+                raise InputError(f"range.{name}", file.range.get(name), "is not the (low, high) of the law's runs.")
         _ = file.bootstrap  # raises for an unsound resample
     except OSError as error:
         raise InputError("fit", str(path), f"cannot be read: {error.strerror}.", again) from None

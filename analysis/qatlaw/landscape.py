@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qatlaw.bit_widths import bits_label
-from qatlaw.errors import InputError
+from qatlaw.errors import InputError, first_invalid
+from qatlaw.files import Count, read_small
 
 GRID, PATH, SUMMARY = "grid.csv", "path.csv", "landscape.json"
 ENDS = {"before": 0.0, "after": 1.0}
 """x of the two checkpoints, at y = 0."""
 _SMOOTH = 0.7
 """Least `smoothness` of what is not called a cusp."""
+
+
+class _Inputs(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    before: Annotated[str, Field(pattern=r"step-\d+$")]
+    after: Annotated[str, Field(pattern=r"step-\d+$")]
+    views: Annotated[list[Literal["fp", "quantized"]], Field(min_length=1, max_length=2)]
+    bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    points: Count
+
+
+class _File(BaseModel):
+    """landscape.json."""
+
+    inputs: _Inputs
+    axes: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -137,14 +154,29 @@ def _finding(label: str, found: Mapping[str, Any]) -> str:
 
 
 def read_landscape(folder: Path) -> Landscape:
-    """InputError where its grid is not complete."""
+    """InputError, with the file, where one is damaged or the grid is not complete."""
+    file = SUMMARY
     try:
-        known = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        path = pd.read_csv(folder / PATH) if (folder / PATH).is_file() else None
-        found = Landscape(known["inputs"], known["axes"], pd.read_csv(folder / GRID), path)
-        lacking = found.inputs["points"] - len(found.grid)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError("landscape", str(folder), f"cannot be read ({type(error).__name__}: {error}).") from None
+        known = _File.model_validate_json(read_small(folder / file), strict=True)
+        file = PATH
+        path = _numbers(folder / file) if (folder / file).is_file() else None
+        file = GRID
+        grid = _numbers(folder / file)
+        found = Landscape(known.inputs.model_dump(), known.axes, grid, path)
+        if not (lacking := known.inputs.points - len(grid)):
+            _ = found.summary  # raises where the points are not a grid around both ends
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        invalid = first_invalid(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+        problem = f"cannot be read: {invalid or 'it holds other points'}."
+        raise InputError("landscape", str(folder / file), problem, "Measure it again in another folder.") from None
     if lacking:
         raise InputError("landscape", str(folder), f"lacks {lacking} points.", "Run `qatscale landscape` again.")
     return found
+
+
+def _numbers(path: Path) -> pd.DataFrame:
+    """A table of numbers at places x, y. ValueError or KeyError where it is another one."""
+    frame = pd.read_csv(path).astype(np.float64)
+    if not np.isfinite(frame[["x", "y"]]).all(axis=None):
+        raise ValueError("a place is not finite")
+    return frame

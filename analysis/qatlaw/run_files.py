@@ -70,8 +70,17 @@ _SCHEMAS: dict[str, type[_File]] = {
 }  # fmt: skip
 
 
+LONGEST_RECIPE = 1 << 20
+"""Bytes of a recorded recipe. PyYAML reads some 100,000 a second."""
+
+
 class _Plain(yaml.SafeLoader):
     """Without aliases, which qatscale never writes: a few lines of them can stand for any number of values."""
+
+    def __init__(self, text: bytes) -> None:
+        if len(text) > LONGEST_RECIPE:
+            raise yaml.YAMLError(f"larger than {LONGEST_RECIPE >> 20} MB, which no recorded recipe is")
+        super().__init__(text)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

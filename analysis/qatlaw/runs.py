@@ -159,6 +159,9 @@ def _unfit(record: RunRecord) -> str | None:
     missing = [name for name in (*LAW_POINT, VAL_LOSS) if record.final.get(name) is None]
     if missing:
         return f"final metrics missing: {', '.join(missing)}"
+    texts = [name for name, value in record.final.items() if isinstance(value, str) and name not in TEXTS]
+    if texts:
+        return f"damaged: text for a number in its final metrics: {', '.join(texts)}"
     loss = float(record.final[VAL_LOSS])
     if not abs(loss) <= LARGEST:
         return "diverged: its loss is not finite"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -13,14 +12,12 @@ from types import FrameType
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, fault
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, PLACES, errno_of, fault
 from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
 _LATER = 5.0
-_FORBIDDEN = r".*\[Errno (1|13|30|36|40)\] "
-"""EPERM, EACCES, EROFS, ENAMETOOLONG, ELOOP: the command names a place that its user may not read or write."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Wrong input gives one message and exit code 2.
 
-    So does a place that may not be read or written. Another fault of the machine (a full disk) or a diverged run gives
+    So does a place that cannot be read or written. Another fault of the machine (a full disk) or a diverged run gives
     one message and exit code 1; the run's log has the traceback. In a job of many processes the first one reports. The
     others wait a few seconds: the launcher ends them when the first one exits, and an error of a single process is
     still reported.
@@ -60,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
             if fault(error) is None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-            sys.exit(EXIT_BAD_INPUT if re.match(_FORBIDDEN, str(error)) else EXIT_FAILED)
+            sys.exit(EXIT_BAD_INPUT if errno_of(error) in PLACES else EXIT_FAILED)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature

@@ -117,7 +117,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Temperature of the draws; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw among this many of the likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens with this total probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the draws; equal seeds give equal text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws; equal seeds give equal text.")
+    ] = 0,
     view: Annotated[
         str | None,
         typer.Option(help="View of a checkpoint's weights: fp or quantized. [default: quantized once it has switched]"),

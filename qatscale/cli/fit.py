@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qatlaw.errors import InputError
 from qatlaw.text import listed, plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
@@ -74,7 +75,7 @@ def fit(
     ),
     resamples: Resamples = 200,
     no_compare: NoCompare = False,
-    seed: Annotated[int, typer.Option(help="Seed of the cold starts and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the cold starts and of the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Fit the loss law to finished runs; print coefficients with intervals, quality and rival laws; write fit.json."""
@@ -167,6 +168,8 @@ def collect_runs(
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
     from qatlaw import sources
+    from qatscale.config.places import without_credentials
+    from qatscale.tracking.refusals import shown
     from qatscale.tracking.store import quiet_mlflow, resolve_uri
 
     if table is not None:
@@ -179,8 +182,13 @@ def collect_runs(
     resolved = resolve_uri(uri)
     if resolved is None:
         raise UserError("MLFLOW_TRACKING_URI", "none", "means no tracking.", "Give --uri, --runs or --table.")
-    with working(f"reading experiment {experiment}"), quiet_mlflow():
-        return sources.from_experiment(experiment, resolved), (resolved, experiment)
+    try:
+        with working(f"reading experiment {experiment}"), quiet_mlflow():
+            return sources.from_experiment(experiment, resolved), (resolved, experiment)
+    except InputError:
+        raise
+    except Exception as error:  # MLflow, its store and the network raise errors of every kind
+        raise UserError("tracking URI", without_credentials(resolved), f"gives no runs: {shown(error)}") from None
 
 
 def _columns(given: list[str] | None) -> dict[str, str]:

@@ -38,7 +38,9 @@ def landscape(
         Literal["fp", "quantized"] | None,
         typer.Option(help="One view alone: fp or quantized. [default: both, once AFTER has switched to QAT]"),
     ] = None,
-    resolution: Annotated[int, typer.Option(min=1, help="Grid steps from BEFORE to AFTER, and from y = 0 up.")] = 10,
+    resolution: Annotated[
+        int, typer.Option(min=1, max=1000, help="Grid steps from BEFORE to AFTER, and from y = 0 up.")
+    ] = 10,
     across: Annotated[float, typer.Option(help="Largest y, in distances between BEFORE and AFTER.")] = 0.5,
     tokens: Annotated[str, typer.Option(help="Held-out tokens of each loss.")] = "32K",
     data: Annotated[Path | None, typer.Option(help="Prepared data instead of AFTER's own.")] = None,

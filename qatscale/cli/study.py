@@ -42,7 +42,7 @@ def plan(
     column: Column = None,
     runs: Runs = None,
     uri: Uri = None,
-    workers: Annotated[int, typer.Option(min=1, help="Workers, for time and disk.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=100_000, help="Workers, for time and disk.")] = 1,
     gpu: Annotated[str | None, typer.Option(help="GPU of each worker, for the hours: H200.")] = None,
     mfu: Annotated[float | None, typer.Option(help="With --gpu: share of its peak that training reaches: 0.4.")] = None,
     as_json: Json = False,

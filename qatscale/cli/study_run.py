@@ -34,10 +34,13 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The study's folder. [default: studies/NAME]")] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Workers on this machine; 0: only other hosts train. [default: one per GPU or core]"),
+        typer.Option(
+            min=0, max=1000, help="Workers on this machine; 0: only other hosts train. [default: one per GPU or core]"
+        ),
     ] = None,
     workers_per_gpu: Annotated[
-        int | None, typer.Option(min=1, help="Workers that share a GPU, for models that do not fill one. [default: 1]")
+        int | None,
+        typer.Option(min=1, max=1000, help="Workers that share a GPU, for models that do not fill one. [default: 1]"),
     ] = None,
     retry: Annotated[
         list[str] | None, typer.Option(metavar="RUN", help="Train a failed run again; all: every failed run.")

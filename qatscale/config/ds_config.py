@@ -35,6 +35,8 @@ from qatscale.untrusted import read_object
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
 """Beside the package in a clone, inside it in a wheel."""
 
+LARGEST = 1 << 20
+"""Bytes of a file: each unknown key is compared with all known ones."""
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own progress lines, which would repeat ours."""
 
@@ -268,6 +270,8 @@ def _shipped() -> dict[str, Path]:
 
 def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
     path = named_file("engine.ds_config", name_or_path, _shipped())
+    if path.stat().st_size > LARGEST:
+        raise UserError("engine.ds_config", str(path), f"larger than {LARGEST >> 20} MB, which no ds_config is.")
     return _Check(read_object(path, "engine.ds_config", _without_duplicates), str(path), mend)
 
 

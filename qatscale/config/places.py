@@ -30,13 +30,13 @@ def named_file(key: str, given: str | Path, shipped: Mapping[str, Path]) -> Path
     """The file that `given` is the path of or, in `shipped`, the name of. UserError about `key` where there is none."""
     if given in shipped:
         return shipped[str(given)]
-    path = Path(given).expanduser()
+    path = expand_user(Path(given))
     if is_file(path):
         return path
     if is_folder(path):
         raise UserError(key, str(given), "is a folder.", "Name the file in it.")
     if path.suffix in (".yaml", ".yml", ".json") or os.sep in str(given):
-        near = [str(file) for file in path.parent.glob("*") if file.suffix == path.suffix]
+        near = [str(file) for file in path.parent.glob("*") if file.suffix == path.suffix and is_file(file)]
         raise UserError(key, str(given), "no such file.", did_you_mean(str(path), [*near, *shipped]))
     problem = f"no {key.rpartition('.')[2]} or file of this name."
     raise UserError(key, str(given), problem, did_you_mean(str(given), shipped))
@@ -73,7 +73,7 @@ def absolute_places(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute_file(name: str) -> str:
     """The path of a file; the name of a ds_config that comes with the package stays."""
-    path = Path(name).expanduser()
+    path = expand_user(Path(name))
     return str(path.absolute()) if is_file(path) else name
 
 

@@ -57,7 +57,7 @@ class _Loader(Composer, yaml.CSafeLoader):
         for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.removeprefix(_CORE) in ("null", "bool", "int", "float", "str", "seq", "map")
     }
-    depth = 0
+    depth = count = 0
 
     def __init__(self, text: str) -> None:
         yaml.CSafeLoader.__init__(self, text)
@@ -67,6 +67,9 @@ class _Loader(Composer, yaml.CSafeLoader):
         if self.depth > MAX_DEPTH:
             raise _error(f"nested more than {MAX_DEPTH} levels deep", self.peek_event())
         self.depth += 1
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise _error(f"more than {MAX_VALUES:,} values", self.peek_event())
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

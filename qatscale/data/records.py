@@ -29,6 +29,8 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 TEXT = (".txt", ".text")
 LARGEST_DOCUMENT = 256 << 20
 """Bytes that are accepted as one document, or as the line of JSON around it."""
+MOST_CONTAINERS = 10_000_000
+"""Brackets in a line of JSON: as objects they take up to 64 bytes each."""
 _CHUNK = 1 << 20
 _ROWS = 256
 
@@ -84,6 +86,8 @@ class Record(NamedTuple):
         fix = "Write one JSON object per line."
         if self.number == 1 and text.lstrip().startswith("["):
             fix = "The file seems to be one JSON array. Write one object per line: jq -c '.[]' FILE > FILE.jsonl"
+        if text.count("[") + text.count("{") > MOST_CONTAINERS:
+            raise self._error(f"more than {MOST_CONTAINERS:,} lists and objects, too many for one document.")
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:

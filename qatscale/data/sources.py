@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qatscale.config.amounts import parse_amount
+from qatscale.config.places import expand_user
 from qatscale.data import selfcorpus
 from qatscale.data.records import (
     COMPRESSIONS,
@@ -235,7 +236,7 @@ def open_source(spec: str, options: SourceOptions) -> Source:
     """
     if spec == SELF or spec.startswith(SELF + ":"):
         return SelfSource(spec)
-    path = Path(spec).expanduser()
+    path = expand_user(Path(spec))
     if path.is_dir():
         return LocalSource(spec, path, _in_folder(path), options)
     if path.exists():

@@ -30,6 +30,8 @@ CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: its kind, its EOS and its fingerprint."""
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+MOST_TOKENS = 1 << 24
+"""The largest vocabulary that is read."""
 
 
 class Tokenizer(abc.ABC):
@@ -119,11 +121,13 @@ class HuggingFaceTokenizer(Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" within a document is text
-        self._backend = backend
-        self.files = files | {HUGGING_FACE_FILE: backend.to_str().encode()}
+        self._backend, self._name = backend, name
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MOST_TOKENS:  # before `to_str`, which counts up to the largest id
+            raise UserError("tokenizer", name, f"has ids up to {self.vocab_size - 1:,}: no vocabulary is like that.")
+        self.files = files | {HUGGING_FACE_FILE: backend.to_str().encode()}
         self.eos_id = _end_of_text(eos, eos_id, vocabulary, special, name)
         if eos is not None:
             said = json.loads(files.get(CONFIG_FILE, b'{"tokenizer_class": "PreTrainedTokenizerFast"}'))
@@ -132,7 +136,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(f"{backend.to_str()}\n{self.eos_id}".encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise UserError("tokenizer", self._name, f"cannot encode this text: {error}.") from None
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:

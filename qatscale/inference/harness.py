@@ -93,6 +93,9 @@ def run_harness(
         problem = f"a dataset cannot be loaded: {first_line(error)}"
         fix = "Tasks in --tasks-folder may name local files."
         raise UserError("--harness", ",".join(tasks), problem, fix) from None
+    except Exception as error:  # the harness checks nothing of a task: errors of every kind
+        problem = f"a task cannot be run: {type(error).__name__}: {first_line(error)}."
+        raise UserError("--harness", ",".join(tasks), problem, "Check its definition and its dataset.") from error
     return _scores(results)
 
 

@@ -28,8 +28,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UserError("--tokens", self.tokens, "must be at least 1.")
-        if not 0 <= self.temperature <= 100:
-            raise UserError("--temperature", self.temperature, "must be 0 (the likeliest token) to 100.")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 100:
+            raise UserError("--temperature", self.temperature, "must be 0 (the likeliest token), or 0.001 to 100.")
         if self.top_k < 0:
             raise UserError("--top-k", self.top_k, "must be 0 (all) or a number of tokens.")
         if not 0 < self.top_p <= 1:

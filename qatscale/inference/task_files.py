@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qatscale.config.places import expand_user
 from qatscale.config.yaml_text import children, compose
 from qatscale.errors import UserError
 
@@ -25,7 +26,7 @@ def check_tasks(folder: Path) -> None:
     own, seen = Path(tasks.__file__).parent.resolve(), set()
 
     def check(path: Path) -> None:
-        path = path.expanduser().resolve()
+        path = expand_user(path).resolve()
         if path in seen or path.is_relative_to(own):
             return
         seen.add(path)
@@ -53,10 +54,20 @@ def check_tasks(folder: Path) -> None:
 
 def render_in_sandbox() -> None:
     """Templates of the harness's tasks see their document and nothing of Python."""
-    from jinja2.sandbox import SandboxedEnvironment
+    from jinja2.sandbox import SandboxedEnvironment, SecurityError
     from lm_eval import utils
 
-    sandbox = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=True)
+    class Sandbox(SandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """SecurityError for `'x' * 10**10` and `9**9**9`, which would fill the memory."""
+            numbers = isinstance(left, float | int) and isinstance(right, float | int)
+            if not numbers or (operator == "**" and max(abs(left), abs(right)) > 1000):
+                raise SecurityError(f"{operator} of more than small numbers is unsafe")
+            return super().call_binop(context, operator, left, right)
+
+    sandbox = Sandbox(undefined=utils.env.undefined, keep_trailing_newline=True)
     sandbox.filters.update(utils.env.filters)
     utils.env = sandbox
 

@@ -129,7 +129,7 @@ class Axes(Section):
 
 
 class Study(Axes):
-    name: str = ""
+    name: Annotated[str, Field(pattern=r"^([^./][^/]*)?$"), Allowed("a name without /, not beginning with a dot")] = ""
     set: Values[Override] = ()
     """Overrides of every run."""
     grids: Annotated[

@@ -134,8 +134,8 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     """
     with locked(folder.path / ".layout", wait=60):
         study = read_study(study_file)
-        text = study_file.read_text(encoding="utf-8")
-        if folder.tree_file.exists() and folder.study_file.read_text(encoding="utf-8") == text:
+        content = study_file.read_bytes()
+        if folder.tree_file.exists() and folder.study_file.exists() and folder.study_file.read_bytes() == content:
             return ()
         cells = grid(study)
         old = folder.jobs if folder.tree_file.exists() else {}
@@ -162,7 +162,7 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             if job.name in configs and job.name not in begun:
                 steps = sorted({*job.keep, *job.stay})
                 _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in steps])
-        write_atomic(folder.study_file, text.encode())
+        write_atomic(folder.study_file, content)
         write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
     if cells.repeated:

@@ -145,8 +145,9 @@ def validation_losses(folder: RunFolder) -> dict[str, float]:
 def tokens_per_second(folder: RunFolder) -> tuple[float | None, float | None]:
     """Speeds of the full-precision and of the QAT phase, from the final metrics or else from the records so far."""
     speeds = folder.final or median_speeds(folder.records("metrics"))
-    fp, qat = (speeds.get(f"tokens_per_second_{kind}") for kind in ("fp", "qat"))
-    return fp and float(fp), qat and float(qat)  # of a damaged file: ValueError
+    found = (speeds.get(f"tokens_per_second_{kind}") for kind in ("fp", "qat"))
+    fp, qat = (None if speed is None else float(speed) for speed in found)  # of a damaged file: ValueError
+    return fp, qat
 
 
 def run_row(folder: RunFolder) -> RunRow:

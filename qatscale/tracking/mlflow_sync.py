@@ -19,6 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from qatlaw.errors import InputError
 from qatscale.config.places import without_credentials
 from qatscale.files import HeldError, encode, locked
 from qatscale.supervise import process
@@ -308,6 +309,8 @@ def track_sync(folder: RunFolder, uri: str | None = None) -> str:
             uploader.cursor.save(folder)
     except HeldError as error:
         raise TrackingError(f"{folder.name} is being uploaded right now: {error}.") from error
+    except InputError:  # a damaged record
+        raise
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
         reason = as_refused(error) or shown(error)
         raise TrackingError(f"{without_credentials(resolved)} did not accept {folder.name}: {reason}") from error

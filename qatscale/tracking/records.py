@@ -8,10 +8,27 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError, create_model
+
 from qatlaw.files import LARGEST
-from qatscale.files import decode, encode
+from qatscale.errors import UserError, first_invalid
+from qatscale.files import Count, decode, encode
 
 Record = dict[str, Any]
+
+
+_STEP: dict[str, Any] = {"event": str, "time": float, "step": Count}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "metrics": {"phase": str, "loss": float}, "validation": {"view": str, "loss": float},
+    "switch": {"report": dict}, "spike": {"norm": float}, "final": {"metrics": dict}, "resume": {}, "checkpoint": {},
+}  # fmt: skip
+"""What readers rely on, by event. Any record may have more."""
+_OPTIONAL: dict[str, Any] = {"tokens": (Count, 0), "steps": (Count, 0), "tokens_per_second": (float, 0.0)}
+_SCHEMAS: dict[str, Any] = {
+    event: create_model(event, **{name: (kind, ...) for name, kind in (_STEP | fields).items()} | _OPTIONAL)
+    for event, fields in _FIELDS.items()
+}
+_ANY = create_model("any", event=(str, ...), step=(Count, 0))
 
 
 class Appender:
@@ -64,7 +81,7 @@ class Tail:
     def read(self, limit: int = 1 << 22) -> list[Record]:
         """The complete records of about the next `limit` bytes; empty at the end of the file.
 
-        Raises ValueError, naming file and offset, for a line that is not JSON.
+        UserError, naming file, offset and field, for a line that is not a record.
         """
         try:
             with self.path.open("rb") as file:
@@ -73,21 +90,26 @@ class Tail:
                 while data and b"\n" not in data and (more := file.read(limit)):
                     data += more
                     if len(data) > LARGEST:
-                        raise ValueError(f"{self.path}: the line at byte {self.offset} is longer than any record")
+                        raise self._damage("is longer than any record")
         except FileNotFoundError:
             return []
         records = []
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             try:
                 record = decode(json.loads(line))
+                event = record.get("event") if isinstance(record, dict) else None
+                _SCHEMAS.get(str(event), _ANY).model_validate(record, strict=True)
+            except ValidationError as error:
+                raise self._damage(f"is damaged: {first_invalid(error)}") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}: the line at byte {self.offset} is not JSON ({error})") from error
-            known = isinstance(record, dict) and isinstance(record.get("event"), str)
-            if not known or not isinstance(record.get("step", 0), int):
-                raise ValueError(f"{self.path}: the line at byte {self.offset} is not a record of an event")
+                raise self._damage(f"is not JSON ({error})") from None
             records.append(record)
             self.offset += len(line)
         return records
+
+    def _damage(self, problem: str) -> UserError:
+        fix = "Restore the file, or remove the line."
+        return UserError("run", str(self.path), f"the line at byte {self.offset} {problem}.", fix)
 
     def __iter__(self) -> Iterator[Record]:
         while records := self.read():

@@ -86,8 +86,19 @@ class RunFolder:
     def parent(self) -> RunFolder | None:
         """The run that this one was branched from; None without one, or where its folder no longer exists.
 
-        Run folders are moved, so the parent is looked for at its old path and beside this run.
+        Run folders are moved, so the parent is looked for at its old path and beside this run. UserError where a run
+        descends from itself.
         """
+        parent, seen = self._parent(), {self.path.resolve()}
+        older = parent
+        while older is not None:
+            if (path := older.path.resolve()) in seen:
+                raise UserError("run", str(older.run_file), "is damaged: it descends from itself.", "Restore the file.")
+            seen.add(path)
+            older = older._parent()
+        return parent
+
+    def _parent(self) -> RunFolder | None:
         parent = self.run["parent"]
         if parent is None:
             return None

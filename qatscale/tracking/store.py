@@ -13,8 +13,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from qatlaw.files import read_small
 from qatscale.config.places import SQLITE, absolute_uri, moved_with, without_credentials
-from qatscale.files import write_json
+from qatscale.files import Count, write_json
 from qatscale.supervise.claims import Identity
 from qatscale.tracking.run_folder import RunFolder, Status
 
@@ -129,7 +130,7 @@ class Cursor(BaseModel):
     experiment: str
     experiment_id: str | None = None
     run_id: str | None = None
-    offset: int = 0
+    offset: Count = 0
     """Bytes of metrics.jsonl that MLflow has confirmed."""
     described: bool = False
     """Whether parameters and constant tags are uploaded."""
@@ -163,7 +164,7 @@ class Cursor(BaseModel):
     def load(cls, folder: RunFolder) -> Cursor | None:
         """None where nothing was uploaded, or where the file is damaged: MLflow knows the run by its tag."""
         try:
-            return cls.model_validate_json(folder.tracking_file.read_bytes())
+            return cls.model_validate_json(read_small(folder.tracking_file))
         except (OSError, ValueError):
             return None
 

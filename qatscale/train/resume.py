@@ -64,6 +64,7 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
         problem = f"{folder.path} was begun by a version that read the training data in another order."
         fix = "Finish it with that version, or branch from its checkpoint, which continues in this version's order."
         raise UserError("name", config.name, problem, fix)
+    _ = folder.timeline  # a damaged one is refused now, not by who draws the figures of the finished run
     parent = folder.run["parent"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest:

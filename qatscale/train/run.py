@@ -91,6 +91,7 @@ def _only_writer(
 
     def claim() -> ResumePlan | None:
         claims.append(hold_run(setup.config.folder, take_over=take_over, notice=print))
+        RunFolder(setup.config.folder).records()  # a damaged line is refused before more follow it
         return plan_resume(setup.config, setup.timeline, branch_from)
 
     try:

@@ -37,6 +37,10 @@ def test_a_bad_input_is_named_and_starts_nothing(
         ("prepare corpus.jsonl", "'--out'"),
         ("evaluate runs/trunk --bits 4", "--bits"),
         ("plan memory 500MB --bits 4", "'--tokens'"),
+        ("generate runs/trunk --prompt a --seed 99999999999999999999", "--seed"),
+        ("landscape runs/trunk@5 runs/trunk --out l --resolution 99999999999", "--resolution"),
+        ("study plan study.yaml --workers 99999999999999999999", "--workers"),
+        ("prepare corpus.jsonl --out out --vocab-size 99999999999999999999", "--vocab-size"),
     ],
 )
 def test_a_wrong_command_line_names_what_is_wrong(typed: str, fact: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -160,6 +161,10 @@ DAMAGES = {
     "not UTF-8": (lambda f: (f / "manifest.json").write_bytes(b"\xff{}"), "manifest.json cannot be read"),
     "a parameter less": (change_manifest(lambda m: m["parameters"].pop("norm.weight")), "manifest.json was altered"),
     "another step": (change_manifest(lambda m: m.update(step=5)), "manifest.json was altered"),
+    "another checkpoint's content": (
+        lambda f: shutil.copytree(f.with_name("step-00000006"), f, dirs_exist_ok=True),
+        "is of step 6: it is a copy",
+    ),
     "a format of the future": (change_manifest(lambda m: m.update(format=5)), "manifest.json is of format 5; this"),
 }
 

@@ -103,9 +103,24 @@ def test_what_cannot_be_judged_is_told(run: Path, tasks: Path) -> None:
         open_tasks(["completions"], tasks / "nowhere")
     with pytest.raises(UserError, match="completions"):
         open_tasks(["completion"], tasks)
-    manager = open_tasks(["lost"], tasks)
+    for name, (line, _) in BROKEN.items():
+        text = TASK.format(name=name, file=tasks / "questions.jsonl")
+        (tasks / f"{name}.yaml").write_text(f"{text}{line}\n")
+    manager, model = open_tasks(["lost"], tasks), open_transformers(str(run))
     with pytest.raises(UserError, match="dataset"):
-        run_harness(open_transformers(str(run)), ["lost"], manager)
+        run_harness(model, ["lost"], manager)
+    for name, (_, reason) in BROKEN.items():
+        with pytest.raises(UserError, match=reason):
+            run_harness(model, [name], manager)
+
+
+BROKEN = {
+    "broken_function": ("process_docs: text", "'str' object is not callable"),
+    "broken_split": ("test_split: nope", "a task cannot be run: KeyError: 'nope'"),
+    "broken_metrics": ("metric_list: 7", "'int' object is not iterable"),
+    "broken_template": ('doc_to_text: "{{ text * 10000000000 }}"', "unsafe"),
+}
+"""A line that breaks a task, and what is said of it."""
 
 
 CODE = {
@@ -143,6 +158,8 @@ def test_a_template_reaches_no_python(tasks: Path) -> None:
         "''.__class__.__mro__[1].__subclasses__()",
         "lipsum.__globals__['os'].getcwd()",
         "''['__cl' ~ 'ass__']()",
+        "'x' * 10**10",
+        "9**9**9",
     ):
         with pytest.raises(TemplateError):
             apply_template(f"{{{{ {text} }}}}", {})

@@ -93,6 +93,8 @@ def test_a_full_disk_spares_the_former_file(tmp_path: Path) -> None:
         ("range.bits", [1]),
         ("range.bits", ["1", "6"]),
         ("range.tokens", [math.nan, 1e12]),
+        ("range.tokens", [1e12, 1e9]),
+        ("range", {}),
         ("range.tokens", [0, 1e12]),
         ("data", []),
         ("data.runs", "many"),

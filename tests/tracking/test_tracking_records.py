@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qatscale.errors import UserError
 from qatscale.files import decode, encode, write_json
 from qatscale.tracking.records import Appender, Tail, live, repair
 
@@ -101,7 +103,7 @@ def test_a_tail_leaves_an_unfinished_line_for_later(tmp_path: Path) -> None:
 
 def test_a_small_limit_reads_the_same_records(tmp_path: Path) -> None:
     appender = Appender(tmp_path / "m.jsonl")
-    records = [{"event": "metrics", "step": step, "text": "x" * step} for step in range(200)]
+    records = [{"event": "start", "step": step, "text": "x" * step} for step in range(200)]
     for record in records:
         appender.append(record)
     tail, found = Tail(tmp_path / "m.jsonl"), []
@@ -114,13 +116,22 @@ def test_a_small_limit_reads_the_same_records(tmp_path: Path) -> None:
     ("line", "said"),
     [
         (b"rubbish", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"\xff\xfe{}", "is not JSON"),
-        (b"3", "is not a record"), (b"[]", "is not a record"), (b'{"event": 3}', "is not a record"),
-        (b'{"event": "metrics", "step": "4"}', "is not a record"),
+        (b"3", "is damaged: its text"), (b"[]", "is damaged: its text"), (b'{"event": 3}', "is damaged: event"),
+        (b'{"event": "start", "step": "4"}', "is damaged: step"),
+        (b'{"event": "start", "step": 1e30}', "is damaged: step"),
+        (b'{"event": "resume", "time": 1}', "is damaged: step"),
+        (b'{"event": "resume", "step": 1}', "is damaged: time"),
+        (b'{"event": "metrics", "time": 1, "step": 4, "phase": "stable"}', "is damaged: loss"),
+        (b'{"event": "metrics", "time": 1, "step": 4, "phase": 5, "loss": 3}', "is damaged: phase"),
+        (b'{"event": "validation", "time": 1, "step": 4, "view": "fp", "loss": "x"}', "is damaged: loss"),
+        (b'{"event": "switch", "time": 1, "step": 4}', "is damaged: report"),
+        (b'{"event": "spike", "time": 1, "step": 4, "norm": null}', "is damaged: norm"),
+        (b'{"event": "final", "time": 1, "step": 4, "metrics": []}', "is damaged: metrics"),
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_an_error_that_names_its_place(line: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b'{"event": "a"}\n' + line + b'\n{"event": "b"}\n')
-    with pytest.raises(ValueError, match=rf"m\.jsonl: the line at byte 15 {said}"):
+    with pytest.raises(UserError, match=rf"m\.jsonl': the line at byte 15 {re.escape(said)}"):
         list(Tail(tmp_path / "m.jsonl"))
 
 

@@ -135,7 +135,12 @@ def test_a_parent_is_found_where_it_was_or_beside_its_branch(make_run: MakeRun, 
     found = RunFolder.open(moved / "branch").parent
     assert found is not None
     assert found.path == moved / "trunk"
-    (moved / "trunk" / "run.json").unlink()
+    file = moved / "trunk" / "run.json"
+    lineage = {"parent": {"name": "branch", "folder": "gone", "step": 50}}
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | lineage))
+    with pytest.raises(UserError, match=r"branch/run.json': is damaged: it descends from itself"):
+        _ = RunFolder.open(moved / "branch").parent
+    file.unlink()
     assert RunFolder.open(moved / "branch").parent is None
 
 

@@ -32,7 +32,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qatlaw.files import sync
+from qatlaw.files import LARGEST, read_small, sync
 from qatscale.engine.checkpoints.manifest import (
     FORMAT_JSON,
     MANIFEST,
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _parse_manifest(folder: Path) -> Manifest:
     try:
-        text = (folder / MANIFEST).read_bytes()
+        text = read_small(folder / MANIFEST)
         written = FORMAT_JSON.validate_json(text)["format"]
         if written not in READABLE:
             raise DamageError(f"its {MANIFEST} is of format {written}; this version of qatscale reads {READABLE}.")
@@ -123,6 +123,8 @@ def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
 def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
     if manifest.format > 2 and manifest.checksum != manifest.digest():
         raise DamageError(f"its {MANIFEST} was altered: checksum differs.")
+    if STEP.match(folder.name) and step_of(folder) != manifest.step:
+        raise DamageError(f"its {MANIFEST} is of step {manifest.step}: it is a copy of another checkpoint.")
     recorded = [*sorted(manifest.files.items()), *([(SLICES, manifest.slices)] if manifest.slices else [])]
     for name, expected in recorded[share::shares]:
         path = folder / name
@@ -309,8 +311,8 @@ def _header(path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, elements, bytes before it) of each tensor of a safetensors file of flat fp32 tensors."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > path.stat().st_size:
-            raise ValueError("its header is longer than the file")
+        if length > min(LARGEST, path.stat().st_size):
+            raise ValueError("its header is longer than the file, or than any")
         header = json.loads(file.read(length))
     for name, tensor in header.items():
         if name != "__metadata__":

@@ -29,6 +29,9 @@ from qatscale.engine.checkpoints.files import (
 from qatscale.engine.checkpoints.manifest import MANIFEST, SLICES, Manifest
 from qatscale.errors import UserError
 
+LARGEST_TABLE = 4 << 30
+"""Bytes of the unpacked table of slices: some 50 million slices."""
+
 
 class _SavedSlice(NamedTuple):
     file: str
@@ -138,6 +141,8 @@ def slice_table(folder: Path, manifest: Manifest) -> SliceTable:
             return SliceTable.scan(folder, manifest.files)
         try:
             with np.load(folder / SLICES) as saved:
+                if sum(part.file_size for part in saved.zip.infolist()) > LARGEST_TABLE:
+                    raise ValueError("larger than any table")
                 table = SliceTable(**{name: saved[name] for name in SliceTable._fields})
             if sorted(manifest.files) != table.files.tolist() or len({len(column) for column in table[2:]}) != 1:
                 raise ValueError("it is of other files")

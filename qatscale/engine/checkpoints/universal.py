@@ -157,7 +157,7 @@ def find_universal(folder: Path) -> Path | None:
     if (folder / "zero").is_dir():
         return folder
     if (folder / LATEST).is_file():
-        named = folder / (folder / LATEST).read_text().strip()
+        named = folder / (folder / LATEST).read_text(errors="replace").strip()
         if (named / "zero").is_dir():
             return named
     return None
