@@ -47,7 +47,6 @@ SCHEMES = {
 MIXED_SCHEMES = ("sequential", "fused")
 """Schemes with two phases of training, whose split has an optimum."""
 
-PLAIN = "Write a plain number, or leave the row out."
 SOUND = {
     "n_params": (1e4, 1e14, "parameters", "Write the count itself: 86M is 86000000."),
     "tokens_total": (1e4, 1e16, "tokens of both phases", "Write the count itself: 2.3B is 2300000000."),
@@ -92,7 +91,7 @@ class RunTable:
             raise InputError(f"{source}: rows", 0, "are too few: a table of runs has at least one.")
         for name in COLUMNS[:-1]:
             numbers = pd.to_numeric(checked[name], errors="coerce").astype(np.float64)
-            _refuse(source, name, checked[name], ~np.isfinite(numbers), "is not a finite number.", PLAIN)
+            _refuse(source, name, checked[name], ~np.isfinite(numbers), "is not a finite number.", "Write a number.")
             checked[name] = numbers
         _check_schemes(checked, source)
         total = checked["tokens_fp"] + checked["tokens_qat"]

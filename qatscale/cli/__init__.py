@@ -58,9 +58,6 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT if errno_of(error) in PLACES else EXIT_FAILED)
-        finally:
-            if arguments is None:  # the program ends here: Ctrl-C then ends the libraries' clean-up without a traceback
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -33,8 +33,7 @@ _GROUPS = {
 _TAKES_OVERRIDES = ("train", "resume", "branch", "convert")
 
 if _shown_type := getattr(TyperOption, "display_type_rich", None):  # of recent versions; help then says `--json <bool>`
-    _typed: Any = TyperOption
-    _typed.display_type_rich = lambda option, ctx: None if option.is_flag else _shown_type(option, ctx=ctx)
+    cast(Any, TyperOption).display_type_rich = lambda o, ctx: None if o.is_flag else _shown_type(o, ctx=ctx)
 
 
 class _Imported(Mapping[str, Any]):

@@ -75,8 +75,8 @@ def _write_corrected(recipe: RunConfig, file: Path) -> None:
         raise UserError("--ds-config", str(file), "exists already.", "Name a new file.")
     corrected, lost = corrected_ds_config(recipe)
     write_atomic(file, f"{json.dumps(corrected, indent=2)}\n".encode())
-    kept = f"{recipe.engine.ds_config} {'without' if lost else 'complete'}"
-    print("\n".join([f"{file}: {kept}", *(f"  {line}" for line in lost)]))
+    lost.insert(0, f"{file}: {recipe.engine.ds_config} {'without' if lost else 'complete'}")
+    print("\n  ".join(lost))
 
 
 def recipes() -> None:

@@ -147,8 +147,7 @@ def _open(
     try:
         return opener(export)
     except Exception as error:  # libraries raise errors of every kind for a folder that they cannot load
-        lacking = export.path.is_dir() and not list(export.path.glob("tokenizer*"))
-        problem = "it holds no tokenizer." if lacking else first_line(error)
+        problem = "it holds no tokenizer." if "backend tokenizer" in str(error) else first_line(error)
         raise UserError("model", what, f"{client.name} cannot load it: {problem}") from None
 
 

@@ -45,6 +45,5 @@ def _shared(out: Path, data: Path) -> list[str]:
 
 def train_or_reuse(config: RunConfig, branch_from: str | None = None) -> None:
     """Train a run to its end; a finished one is reused. SystemExit 75, or 130, if a signal stops it."""
-    outcome = train(config, branch_from)
-    if outcome.status == "stopped":
+    if (outcome := train(config, branch_from)).status == "stopped":
         raise SystemExit(exit_code(outcome.signal))

@@ -89,14 +89,10 @@ def page_address(uri: str, experiment_id: str) -> str:
 
 def where_to_look(folders: Iterable[RunFolder]) -> list[str]:
     """Lines with the command and page that show the runs in MLflow; empty where none was uploaded."""
-    seen = dict.fromkeys(
-        (known_store(folder) or cursor.uri, cursor.experiment_id)
-        for folder in folders
-        if (cursor := Cursor.load(folder)) is not None
-    )
+    seen = dict.fromkeys((known_store(one), c.experiment_id) for one in folders if (c := Cursor.load(one)) is not None)
     lines = []
     for uri, experiment_id in seen:
-        if experiment_id is None:
+        if uri is None or experiment_id is None:
             continue
         page = page_address(uri, experiment_id)
         lines.append(f"MLflow: {page}" if _is_server(uri) else f"MLflow: {ui_command(uri)}\n  shows the runs at {page}")

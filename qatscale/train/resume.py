@@ -138,10 +138,9 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
     if switched_at is None and switch is not None and switch < manifest.step:
         problem = f"step {manifest.step} lies after this run's switch at step {switch}."
         share = math.floor((1 - manifest.step / timeline.steps) * 1e10 + 1e-3) / 1e10  # as many digits as are needed
-        fix = f"Branch from a checkpoint at or before step {switch}, or set qat.fraction <= {share:.10g}."
-        if config.qat.scheme == "scratch":  # QAT from the parent's first step
-            fix = f"Set qat.scheme=sequential and qat.fraction <= {share:.10g}."
-        raise UserError("branch", branch_from, problem, fix)
+        fix = f"Branch from a checkpoint at or before step {switch}, or set"
+        fix = "Set qat.scheme=sequential and" if config.qat.scheme == "scratch" else fix
+        raise UserError("branch", branch_from, problem, f"{fix} qat.fraction <= {share:.10g}.")
     if switched_at is not None:
         for difference in config_differences(parent, config):
             if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):

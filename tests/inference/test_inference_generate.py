@@ -130,7 +130,7 @@ def test_damaged_exports_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         find_export(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="transformers cannot load it: it holds no tokenizer"):
+    with pytest.raises(UserError, match="transformers cannot load it"):
         open_text_generator(str(tmp_path))
 
 

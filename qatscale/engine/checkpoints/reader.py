@@ -205,9 +205,8 @@ def _what_is_there(path: Path) -> str:
     if path.is_file():
         return f"It is a file; give its folder: {path.parent}"
     if not path.is_dir():
-        on_hub = len(path.parts) == 2 and not path.parent.exists()
         fetch = f" Download a model of the Hub first: hf download {path} --local-dir {path.name}"
-        return "The folder does not exist." + (fetch if on_hub else "")
+        return "The folder does not exist." + fetch * (len(path.parts) == 2 and not path.parent.exists())
     if (path / "run.json").is_file():
         return "The run has none yet."
     if (path / "export.json").is_file():
