@@ -63,7 +63,7 @@ def step_of(checkpoint: Path) -> int:
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return sorted(p for p in found if STEP.match(p.name) and (p / MANIFEST).is_file())
+    return sorted((p for p in found if STEP.match(p.name) and (p / MANIFEST).is_file()), key=step_of)
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -72,7 +72,8 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     UserError where a newer one is half-deleted: an older one would silently cost the steps between them.
     """
     found = list_checkpoints(checkpoints)
-    folders = sorted(p for p in checkpoints.iterdir() if STEP.match(p.name)) if checkpoints.is_dir() else []
+    folders = [p for p in checkpoints.iterdir() if STEP.match(p.name)] if checkpoints.is_dir() else []
+    folders.sort(key=step_of)
     if folders and (not found or folders[-1] != found[-1]):
         raise UserError(
             "checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", other_checkpoint(folders[-1])
