@@ -7,6 +7,7 @@ import io
 import math
 import os
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ Count = Annotated[int, Ge(0), Lt(1 << 53)]
 """A number of things in a file; JSON holds larger ones inexactly."""
 LARGEST = 64 << 20
 """Bytes of a file of JSON or YAML."""
+_PIECE = 1 << 16
 MOST_VALUES = 2_000_000
 """Values in it, by its commas and brackets. As objects each takes up to 600 bytes, so `[],[],…` is a bomb."""
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -26,7 +28,8 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def read_small(path: Path, most_values: int = MOST_VALUES) -> bytes:
     """The content of a file of JSON or YAML. OSError, also for one of an absurd size or without an end: /dev/zero."""
     with path.open("rb") as file:
-        content = file.read(LARGEST + 1)
+        pieces = iter(lambda: file.read(_PIECE), b"")  # read(n) would take memory for n, however short the file is
+        content = b"".join(islice(pieces, LARGEST // _PIECE + 1))
     if len(content) > LARGEST:
         raise OSError(errno.EFBIG, f"larger than {LARGEST >> 20} MB", str(path))
     if sum(map(content.count, (b",", b"[", b"{"))) > most_values:
