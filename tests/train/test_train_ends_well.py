@@ -80,9 +80,11 @@ def test_a_signal_while_the_command_starts(data: Path, tmp_path: Path) -> None:
     ended, output = finish(Python(["-c", SIGNALLED, at, "SIGTERM", *command(tmp_path / "run", data)]))
     assert ended == EXIT_REQUEUE, output
     assert not (tmp_path / "run").exists()
-    for words in (["study", "run", "s.yaml"], ["quickstart", str(tmp_path / "quick")]):
-        at = {"study": "qatscale.study.file::read_study", "quickstart": "qatscale.cli.quickstart::prepare_corpus"}
-        ended, output = finish(Python(["-c", SIGNALLED, at[words[0]], "SIGHUP", *words]))
+    for place, words in (
+        ("qatscale.study.file::read_study", ["study", "run", "s.yaml"]),
+        ("qatscale.cli.quickstart::prepare_corpus", ["quickstart", str(tmp_path / "quick")]),
+    ):
+        ended, output = finish(Python(["-c", SIGNALLED, place, "SIGHUP", *words]))
         assert ended == EXIT_REQUEUE, output
 
 
