@@ -17,6 +17,8 @@ from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
+_CONTINUING = (*TRAINING, "study", "quickstart", "prepare")
+"""Commands that continue when they are started again."""
 _LATER = 5.0
 
 
@@ -34,10 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without Unicode must not end a run
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
-    sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+    continues = bool(command) and command[0] in _CONTINUING
+    stdout = sys.stdout = IgnoreBrokenPipe(sys.stdout)
+    sys.stderr = IgnoreBrokenPipe(sys.stderr)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    with _nothing_to_save() if command and command[0] in TRAINING else nullcontext():
+    with _nothing_to_save() if continues else nullcontext():
         try:
             from qatscale.cli.app import app
 
@@ -45,7 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
                 os.environ.update(launcher_environment(os.environ))
                 # torch's C++ side prints a stack of its own for every connection that breaks, below what we report
                 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            app(arguments, prog_name="qatscale")
+            try:
+                app(arguments, prog_name="qatscale")
+            finally:
+                if not continues:
+                    stdout.finish()
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
         except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any, TextIO
 
 
@@ -14,18 +15,26 @@ class IgnoreBrokenPipe:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._lost: OSError | None = None
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError:
+        except OSError as error:
+            self._lost = error
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
-            return
+        except OSError as error:
+            self._lost = error
+
+    def finish(self) -> None:
+        """Flush. Raises what a full disk lost of the output; readers that have gone wanted no more."""
+        self.flush()
+        if self._lost is not None and self._lost.errno not in (errno.EPIPE, errno.EIO):
+            raise self._lost
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -54,6 +54,7 @@ def run(
     from qatscale.study.folder import lay_out, record, unrecorded
     from qatscale.study.run import LocalWorkers, default_workers
     from qatscale.study.state import StudyState
+    from qatscale.supervise.signals import catch
 
     file, folder = _places(study, out)
     for note in lay_out(file, folder):
@@ -68,8 +69,7 @@ def run(
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
         stopped.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    before = catch(on_signal)
     with LocalWorkers(folder, count, workers_per_gpu) as local, _Display(state) as display:
         while not stopped:
             state.refresh()
@@ -77,6 +77,8 @@ def run(
             if not (local.restart_dead() if count else state.may_go_on):
                 break
             time.sleep(REFRESH)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     state.refresh()
     record(folder, *unrecorded(folder))
     counts = state.counts()

@@ -10,17 +10,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
 from qatscale.study.folder import StudyFolder
 from qatscale.supervise.claims import worker_name
 
 SHORT_LIFE = 30.0
 """Seconds; a worker that ends sooner and has claimed no run would fail again."""
 MAX_SHORT_LIVES = 3
-
-
-class WorkerFailedError(RuntimeError):
-    """The workers cannot start."""
 
 
 def default_workers(folder: StudyFolder, per_gpu: int | None) -> int:
@@ -65,7 +61,7 @@ class LocalWorkers:
         self.stop()
 
     def restart_dead(self) -> bool:
-        """Restart workers that died. False once all have ended themselves; WorkerFailedError where one cannot start."""
+        """Restart workers that died. False once all have ended themselves; UserError where one cannot start."""
         for slot in self._slots:
             if slot.finished or slot.process is None or (code := slot.process.poll()) is None:
                 continue
@@ -76,7 +72,8 @@ class LocalWorkers:
             idle = short and not self.folder.claims.has_claimed(worker_name(slot.process.pid))
             slot.short_lives = slot.short_lives + 1 if idle else 0
             if code == EXIT_BAD_INPUT or slot.short_lives >= MAX_SHORT_LIVES:
-                raise WorkerFailedError(f"worker {slot.number} ended with code {code}; see {self._log(slot)}")
+                problem = f"worker {slot.number} ended with code {code}."
+                raise UserError("study", str(self.folder.path), problem, f"Its log is {self._log(slot)}.")
             self._start(slot)
         return not all(slot.finished for slot in self._slots)
 

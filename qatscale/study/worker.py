@@ -22,6 +22,7 @@ from qatscale.errors import EXIT_FAILED, EXIT_OK, UserError, exit_code
 from qatscale.study.folder import StudyFolder, StudyJob, record
 from qatscale.study.state import StudyState
 from qatscale.supervise.claims import Claim, worker_name
+from qatscale.supervise.signals import catch
 
 POLL = 1.0
 """Seconds between two searches for a run that can start; grows tenfold while nothing changes."""
@@ -32,8 +33,6 @@ REASON_LENGTH = 500
 class Worker:
     """Trains runs of a study until none is left to train."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
     def __init__(self, folder: StudyFolder) -> None:
         self.folder = folder
         self.name = worker_name(os.getpid())
@@ -42,8 +41,7 @@ class Worker:
 
     def work(self) -> int:
         """The exit code: 0 when no run is left to train, 75 or 130 after a signal."""
-        for number in self.SIGNALS:
-            signal.signal(number, self._on_signal)
+        catch(self._on_signal)
         state, pause = StudyState(self.folder), POLL
         while not self._stopped:
             state.refresh()
@@ -51,7 +49,9 @@ class Worker:
             if job is None:
                 if not state.may_go_on:
                     return EXIT_OK
-                time.sleep(pause)
+                end = time.monotonic() + pause
+                while not self._stopped and time.monotonic() < end:
+                    time.sleep(POLL / 10)
                 pause = min(pause * 1.2, 10 * POLL)
                 continue
             pause = POLL
@@ -93,6 +93,8 @@ class Worker:
     def _train_here(self, job: StudyJob, branch_from: str | None) -> bool:
         from qatscale.train.run import train
 
+        if self._stopped:  # during the import, which takes seconds
+            return False
         outcome = train(self.folder.config(job.name), branch_from, linger=False)
         self._stopped = self._stopped or outcome.signal  # the run's own handlers took it
         return outcome.status == "done"

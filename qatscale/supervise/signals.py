@@ -6,8 +6,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from qatscale.engine.agreement import Agreement
 from qatscale.engine.runtime import Runtime
@@ -27,24 +28,25 @@ class Stopped(Exception):  # noqa: N818 - no error
         self.number = number
 
 
+def catch(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Let `handler` take the signals; returns those before. A signal that was ignored before (nohup) stays ignored."""
+    return {one: signal.signal(one, handler) for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN}
+
+
 class StopRequest:
     """A context in which all processes agree, at the same step, whether any of them was asked to stop.
 
     A signal may reach one process only, or several at different steps. So every step ends with a vote and reads the
     result of the vote before: all processes read the same, and none waits for it.
 
-    A second SIGINT ends the process at once. A signal that was ignored before (nohup) stays ignored.
+    A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: int = 0
         """The number of the first signal this process got, or 0."""
         self._agreement: Agreement | None = None
-        self._before = {
-            number: signal.signal(number, self._on_signal)
-            for number in SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN
-        }
+        self._before = catch(self._on_signal)
         self._starting: int | None = self._end_a_blocked_start()
 
     def _end_a_blocked_start(self) -> int:

@@ -96,6 +96,14 @@ def test_training_goes_on_when_nobody_reads_any_more(prepared: Path, tmp_path: P
     assert RunFolder(tmp_path / "run").is_done
 
 
+def test_output_that_a_full_disk_lost_is_told() -> None:
+    command = [sys.executable, "-m", "qatscale", "recipes"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (EXIT_FAILED, 1)
+    assert ended.stderr.startswith("error: No space left on device. ")
+
+
 def test_the_tab_key_offers_recipes_runs_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/first", "runs/second", "other/third", "data"):

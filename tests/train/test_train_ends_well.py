@@ -12,8 +12,11 @@ import pytest
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE
+from qatscale.study.folder import StudyFolder, lay_out
+from qatscale.supervise.signals import catch
 from qatscale.tracking.run_folder import RunFolder
 from tests.processes import Python, unlaunched
+from tests.study.studies import write_study
 from tests.train.driving import STEPS, SWITCH, losses, spec
 from tests.train.fixed_tokens import write_fixed_tokens
 
@@ -77,6 +80,34 @@ def test_a_signal_while_the_command_starts(data: Path, tmp_path: Path) -> None:
     ended, output = finish(Python(["-c", SIGNALLED, at, "SIGTERM", *command(tmp_path / "run", data)]))
     assert ended == EXIT_REQUEUE, output
     assert not (tmp_path / "run").exists()
+    for place, words in (
+        ("qatscale.study.file::read_study", ["study", "run", "s.yaml"]),
+        ("qatscale.cli.quickstart::prepare_corpus", ["quickstart", str(tmp_path / "quick")]),
+    ):
+        ended, output = finish(Python(["-c", SIGNALLED, place, "SIGHUP", *words]))
+        assert ended == EXIT_REQUEUE, output
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_before_a_workers_run_starts_gives_the_run_back(name: str, data: Path, tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "study")
+    lay_out(write_study(tmp_path / "s.yaml", data, bits="[4]", fractions="[0.5]", schemes="[fused]"), study)
+    at = "qatscale.study.worker:Worker:_train_here"
+    ended, output = finish(Python(["-c", SIGNALLED, at, name, "study", "work", str(study.path)]))
+    assert ended == EXIT_REQUEUE, output
+    assert [attempt.state for attempt in study.claims.attempts().values()] == ["released"]
+    assert not study.runs.exists()
+
+
+def test_nohup_holds_for_studies_too() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        former = catch(lambda *_: None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_start_that_waits_for_a_process_that_never_comes_ends_at_once(data: Path, tmp_path: Path) -> None:
