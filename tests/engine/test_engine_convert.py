@@ -21,7 +21,7 @@ from qatscale.config.recipe import load_run_config
 from qatscale.data.open import open_batches
 from qatscale.engine.checkpoints.files import read_manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
-from qatscale.engine.checkpoints.universal import read_universal, universal_checkpoint_info
+from qatscale.engine.checkpoints.universal import LATEST, find_universal, read_universal, universal_checkpoint_info
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.tracking.compare import list_runs, run_folders
@@ -314,3 +314,9 @@ def test_the_patterns_say_how_tensor_parallelism_splits_every_parameter() -> Non
     }  # fmt: skip
     grouped = universal_checkpoint_info(load_run_config("debug", ["qat.group_size=32"]))
     assert r"blocks\.\d+\.mlp\.down\.weight_scale$" in grouped["parameter_with_row_parallelism_patterns"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 5000, "\0"])
+def test_a_name_that_no_system_takes_is_no_universal_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / LATEST).write_text(name)
+    assert find_universal(tmp_path) is None
