@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores; before torch is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Tests send these to what they start. A suite that nohup or a script runs in the background would pass on that they are
+# ignored.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).parents[1]
 # Processes that a test starts import its helpers as the package `tests`, too.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
