@@ -188,7 +188,7 @@ def share(recipe: str, processes: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": "0"}
     torch.distributed.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    found = build(recipe, processes, Runtime(rank, processes, 0, torch.device("cpu")))
+    found = build(recipe, processes, Runtime(rank, processes, torch.device("cpu")))
     print(json.dumps({"recipe": recipe, "processes": processes, "rank": rank, **found}))
 
 

@@ -94,7 +94,7 @@ class Job:
         self._pool = ThreadPoolExecutor(ranks)
 
     def runtime(self, rank: int) -> Runtime:
-        return Runtime(rank, self.ranks, rank % HOST, torch.device("cpu"))
+        return Runtime(rank, self.ranks, torch.device("cpu"))
 
     def each(self, act: Callable[..., Any], *of: list[Any]) -> list[Any]:
         """What all ranks give, called with their number and an element of each list."""

@@ -35,7 +35,7 @@ def _reader(allowed: str, units: Mapping[str, float], holds: Callable[[float], b
 _LONG = "with K, M, B or T if it is long: 2.3B"
 parse_amount = _reader(f"a number from 1e-9 to 1e30, {_LONG}", _UNITS, lambda value: 1e-9 <= value <= 1e30)
 parse_count = _reader(f"a number from 1 to 1e18, {_LONG}", _UNITS, lambda count: 1 <= count <= 1e18)
-"""The largest number of parameters or tokens: products of a few stay finite, and torch counts to 9.2e18."""
+"""Reads parameters or tokens. Products of a few at the upper end stay finite, and torch counts to 9.2e18."""
 parse_vocabulary = _reader("a number of tokens from 1 to 1B", _UNITS, lambda size: 1 <= size <= 1e9)
 parse_nats = _reader("nats per token, above 0 and at most 100", _PLAIN, lambda nats: nats <= 100)
 parse_bytes = _reader("bytes above 0 with their unit: 500MB, 1.5GB, 512MiB", _BYTES)

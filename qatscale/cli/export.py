@@ -52,7 +52,7 @@ def export(
     license: Annotated[
         str | None, typer.Option(help="License of the weights for the model card, by its name on the Hub: apache-2.0.")
     ] = None,
-    blind: Annotated[
+    no_verify: Annotated[
         bool,
         typer.Option(
             "--no-verify", help="Skip the comparison of the export, loaded in its clients, with the trained model."
@@ -70,14 +70,15 @@ def export(
 
     if ptq is not None:
         check_bits("--ptq", ptq)
-    if blind and tokens is not None:
+    if no_verify and tokens is not None:
         raise UserError("--tokens", tokens, "has no effect with --no-verify.", "Leave one of them out.")
     held_out = None if tokens is None else positive_amount("--tokens", tokens)
     try:
         with working("reading the checkpoint") as progress:
             described = export_to(
                 checkpoint, out, format=format, ptq_bits=ptq, fallback=fallback, q1_0=q1_0, tokenizer=tokenizer,
-                data=data, unfinished=unfinished, tokens=held_out, verify=not blind, license=license, progress=progress,
+                data=data, unfinished=unfinished, tokens=held_out, verify=not no_verify, license=license,
+                progress=progress,
             )  # fmt: skip
     except VerificationError as error:
         print(f"error: the export differs from the trained model and was removed: {error}", file=sys.stderr)

@@ -84,25 +84,28 @@ def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture | None:
     return Mixture(data.mix, data.cooldown_mix if timeline.boundaries else None, change)
 
 
-def plan_sources(config: RunConfig, timeline: Timeline) -> tuple[list[dict[str, Any]], list[str]]:
+def plan_sources(
+    config: RunConfig, timeline: Timeline, held: Mapping[str, int] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """What a run reads of each source, and a warning for each that it reads again. Without `data.mix` the source is "".
 
-    `epochs` is None where the data are not here yet.
+    held: a reader's `held`; otherwise the manifests are read. `epochs` is None where the data are not here yet.
     """
+    folders = config.data.sources
+    if held is None:
+        held = {name: Manifest.load(path).splits["train"].tokens for name, path in folders.items() if path.exists()}
     mixture, length = mixture_of(config, timeline) or Mixture({"": 1}), config.data.sequence_length
     sequences = timeline.steps * config.batch.sequences
     total, first = (mixture.count(n) * length for n in (sequences, min(sequences, mixture.change or sequences)))
     rows, warnings = [], []
     for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
-        folder = config.data.sources.get(name)
         epochs = None
-        if folder is not None and folder.exists():
-            held = Manifest.load(folder).splits["train"].tokens
-            unique = max(1, (held - 1) // length) * length
+        if name in held:
+            unique = max(1, (held[name] - 1) // length) * length
             epochs = tokens / unique
             warnings.append(repetition(name, epochs, unique))
-        elif folder is not None:
-            warnings.append(f"{folder} does not exist yet")
+        elif name in folders:
+            warnings.append(f"{folders[name]} does not exist yet")
         rows.append(
             {"source": name, "mix": before, "cooldown_mix": tokens - before, "tokens": tokens, "epochs": epochs}
         )

@@ -180,6 +180,8 @@ class BatchReader:
         """`sequences`: those of the global batch. `tail`: (step, seed) from which the order is another one. Raises
         UserError where the stream cannot fill one batch."""
         self.stream, self.sequence_length, self.sequences = stream, sequence_length, sequences
+        self.held = {"": stream.manifest.splits["train"].tokens}
+        """Training tokens by source; without a mixture there is one, ""."""
         self.sequences_per_epoch = stream.sequences(sequence_length)
         if sequences > self.sequences_per_epoch:
             problem = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
@@ -232,6 +234,7 @@ class MixedReader:
         is shorter than a sequence."""
         self.manifest = manifest
         self.mixture, self.sequence_length, self.sequences = mixture, sequence_length, sequences
+        self.held = {name: streams[name].manifest.splits["train"].tokens for name in mixture.names}
         self._readers = []
         for source, name in enumerate(mixture.names):
             own_tail = tail and (int(mixture.count(tail[0] * sequences)[source]), tail[1])

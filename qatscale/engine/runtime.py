@@ -27,7 +27,6 @@ DESCRIPTORS = 1 << 16
 class Runtime:
     rank: int
     ranks: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -110,7 +109,7 @@ def start_runtime(timeout: float | None = None) -> Runtime:
             problem = "another job on this host uses this port."
             raise UserError("MASTER_PORT", os.environ["MASTER_PORT"], problem, fix) from None
         atexit.register(_leave)
-    return Runtime(rank, ranks, local_rank, device)
+    return Runtime(rank, ranks, device)
 
 
 def _allow_many_descriptors() -> None:

@@ -60,7 +60,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
         *resume.notices,
         *check_data(config, resume, batches.manifest),
         *filter(None, [missing]),
-        *plan_sources(config, timeline)[1],
+        *plan_sources(config, timeline, batches.held)[1],
     )
     return RunSetup(
         config, recorded_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),

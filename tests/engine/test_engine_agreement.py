@@ -64,7 +64,7 @@ def test_all_hear_of_a_number_after_the_same_vote(job: Job) -> None:
 
 
 def test_one_process_needs_no_store() -> None:
-    alone = Agreement(Runtime(0, 1, 0, torch.device("cpu")))
+    alone = Agreement(Runtime(0, 1, torch.device("cpu")))
     assert alone.gather(lambda: 7) == [7]
     alone.vote(15)
     assert alone.voted() == 15

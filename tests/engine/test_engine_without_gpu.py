@@ -124,7 +124,7 @@ def join(processes, rank):
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     comm.cdb = None
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    return Runtime(rank, processes, 0, torch.device("cpu"))
+    return Runtime(rank, processes, torch.device("cpu"))
 
 def peers(group):
     return dist.get_process_group_ranks(group)

@@ -44,7 +44,7 @@ def failure(rank: int, kind: Kind, time: float = 0.0, text: str = "") -> Failure
 
 def test_a_clock_that_jumps_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A virtual machine that was suspended: the clock jumps by half an hour, and the main thread goes on at once."""
-    watchdog = Watchdog(Runtime(0, 1, 0, torch.device("cpu")), tmp_path, stall_timeout=600)
+    watchdog = Watchdog(Runtime(0, 1, torch.device("cpu")), tmp_path, stall_timeout=600)
     watchdog.progress(7)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 2100)
@@ -256,7 +256,7 @@ import torch
 from qatscale.engine.runtime import Runtime
 from qatscale.supervise import watchdog
 watchdog.SLOW = 0.0
-with watchdog.Watchdog(Runtime(0, 1, 0, torch.device("cpu")), Path(sys.argv[1]), stall_timeout=2.0) as watched:
+with watchdog.Watchdog(Runtime(0, 1, torch.device("cpu")), Path(sys.argv[1]), stall_timeout=2.0) as watched:
     watched.progress(1)
     print(flush=True)
     sys.stdin.readline()

@@ -64,7 +64,7 @@ class _Engine:
 
 @pytest.fixture
 def meter(tmp_path: Path) -> Meter:
-    return Meter(config(spec("run", tmp_path, tmp_path)), Runtime(0, 1, 0, torch.device("cpu")), "fp32")
+    return Meter(config(spec("run", tmp_path, tmp_path)), Runtime(0, 1, torch.device("cpu")), "fp32")
 
 
 def steps(meter: Meter, count: int) -> dict[str, Any]:

@@ -27,8 +27,7 @@ def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def usual(frame: pd.DataFrame, *free: str) -> pd.DataFrame:
     """The trained runs that have the most frequent value of every column of DESIGN but `free`, within their scheme."""
     rows = frame[(frame["averaged"] == 0) & (frame["cooldown"] > 0)]
-    if "usual" not in free:
-        rows = rows[rows["usual"]] if not set(free) & set(ADAMW) else rows
+    rows = rows if set(free) & set(ADAMW) else rows[rows["usual"]]
     for column in DESIGN:
         if column not in free and column not in ADAMW and len(rows):
             common = rows.groupby(POINT)[column].transform(lambda values: values.mode().iloc[0])
