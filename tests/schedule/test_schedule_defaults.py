@@ -172,3 +172,12 @@ def test_a_default_cooldown_that_rounds_to_no_step_is_noted(steps):
     timeline = build_timeline(make_config(steps))
     assert phases(timeline) == {"stable": steps}
     assert timeline.warnings == (f"the default of schedule.cooldown_fraction, 0.2, rounds to no step of {steps}",)
+
+
+@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"debug"}))
+def test_recipes_cool_down_as_the_laboratory_found_best(name: str) -> None:
+    """analysis/studies/cooldown-1to1000: beta2 0.99 and no weight decay, in full precision and under fused QAT."""
+    for scheme in ("fp", "fused"):
+        *_, before, cooldown = build_timeline(load_run_config(name, [f"qat.scheme={scheme}"])).segments
+        assert (before.betas, before.weight_decay) == ((0.9, 0.95), 0.1)
+        assert (cooldown.kind, cooldown.betas, cooldown.weight_decay) == ("cooldown", (0.9, 0.99), 0)
