@@ -354,6 +354,7 @@ class RunConfig(Section):
     log_interval: Positive = 10
     """Optimizer steps between metrics lines."""
     _notes: tuple[str, ...] = ()  # about lengths of a shipped recipe that gave way; not recorded
+    _given: list[str] | None = None  # keys that a person set, where the others come from a recipe of ours; not recorded
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
