@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
 from qatlaw.errors import InputError
@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without Unicode must not end a run
-    command = (sys.argv[1:] if arguments is None else arguments)[:1]
+    words = sys.argv[1:] if arguments is None else arguments
+    command = words[:1]
     continues = bool(command) and command[0] in _CONTINUING
     stdout = sys.stdout = IgnoreBrokenPipe(sys.stdout)
     sys.stderr = IgnoreBrokenPipe(sys.stderr)
@@ -51,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
                 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             try:
                 app(arguments, prog_name="qatscale")
+            except SystemExit as end:
+                if end.code == EXIT_BAD_INPUT:  # of Typer, which has named the fault
+                    _hint(words)
+                raise
             finally:
                 if not continues:
                     stdout.finish()
@@ -60,12 +65,21 @@ def main(arguments: list[str] | None = None) -> None:
             rank = os.environ.get("RANK", "0")
             time.sleep(_LATER if rank != "0" else 0)
             print(f"error: {error}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
+            _hint(words)
             sys.exit(EXIT_BAD_INPUT)
         except (OSError, FloatingPointError) as error:
             if fault(error) is None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT if errno_of(error) in PLACES else EXIT_FAILED)
+
+
+def _hint(words: list[str]) -> None:
+    from qatscale.cli.kinds import hints
+
+    with suppress(OSError):
+        for line in hints(words):
+            print(line, file=sys.stderr)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
