@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
+from typing import Any
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
@@ -35,14 +36,15 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without Unicode must not end a run
+    own_process = arguments is None
     words = sys.argv[1:] if arguments is None else arguments
     command = words[:1]
     continues = bool(command) and command[0] in _CONTINUING
     stdout = sys.stdout = IgnoreBrokenPipe(sys.stdout)
     sys.stderr = IgnoreBrokenPipe(sys.stderr)
-    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    with _nothing_to_save() if continues else nullcontext():
+    with _finished() if own_process else nullcontext(), _nothing_to_save() if continues else nullcontext():
         try:
             from qatscale.cli.app import app
 
@@ -87,6 +89,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - 
     if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
         os._exit(EXIT_INTERRUPTED)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _finished() -> Iterator[None]:
+    """After this context a signal ends the process with the code of its command, amid what libraries clean up."""
+    code: Any = EXIT_FAILED
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+        raise
+    finally:
+        sys.stdout.flush()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: os._exit(code))
 
 
 @contextmanager

@@ -68,6 +68,20 @@ def test_ctrl_c_while_the_program_starts_is_no_traceback() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize(("command", "code"), [("recipes", 0), ("train nosuch", 2)])
+def test_a_signal_while_libraries_clean_up_changes_nothing(command: str, code: int) -> None:
+    script = "import atexit, signal, sys\nfrom qatscale.__main__ import start\n"
+    script += "signal.signal(2, signal.default_int_handler)\natexit.register(signal.raise_signal, int(sys.argv.pop(1)))\n"
+    script += "atexit.register(print, 'cleaning', flush=True)\nstart(sys.argv[1:])"
+    said = set()
+    for number in (0, 2, 15):
+        words = [sys.executable, "-c", script, str(number), *command.split()]
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        said.add((ended.returncode, ended.stdout, ended.stderr))
+    assert len(said) == 1
+    assert said.pop()[0] == code
+
+
 def test_a_reader_that_leaves_ends_no_command() -> None:
     """`qatscale config --json-schema | head -1`"""
     command = [sys.executable, "-m", "qatscale", "config", "--json-schema"]
