@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import unquote
 
 from qatscale.config.places import without_credentials
 from qatscale.tracking.store import database
@@ -54,6 +55,8 @@ def check_database(uri: str) -> None:
     file = database(uri)
     if file is None:
         return
+    if "?" in str(file) or unquote(str(file)) != str(file):
+        raise RefusedError(f"{file} holds ? or %, and MLflow would use another file. Set tracking.uri=sqlite:///FILE.")
     existing = next(place for place in (file, *file.parents) if place.exists())
     if not os.access(existing, os.W_OK) or (existing != file and not existing.is_dir()):
         problem = "is write-protected" if existing == file or existing.is_dir() else "is a file"
