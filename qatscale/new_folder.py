@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qatlaw.files import sync
 from qatscale.errors import UserError
+from qatscale.files import only_process
 
 
 def check_new(out: Path) -> None:
@@ -20,19 +21,22 @@ def check_new(out: Path) -> None:
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A hidden folder of the same name to fill. When the block ends without an error it becomes `out`, by one rename;
-    else nothing is left of it."""
+    else nothing is left of it. UserError where another process makes `out` at the same time."""
     hidden = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
     folder = hidden / out.name
     try:
-        folder.mkdir(parents=True)
+        hidden.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
-    try:
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
-        folder.replace(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    with only_process(hidden, "--out", out):
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+            folder.mkdir()
+            yield folder
+            check_new(out)
+            for path in (*folder.rglob("*"), folder):
+                sync(path)
+            folder.replace(out)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
