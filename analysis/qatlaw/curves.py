@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qatlaw.fraction import fraction_at, tokens_per_parameter_byte
+from qatlaw.fraction import tokens_per_parameter_byte
 from qatlaw.laws.base import Floats
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
@@ -32,9 +32,7 @@ READING = 0.009
 POINTS = 1001
 """Fractions between which the lowest is chosen."""
 DRAWS = 400
-"""Draws of the noise for the error bar of a minimum, and of the curves for that of a constant."""
-SAME_COST = 0.001
-"""Nats that nobody can tell apart."""
+"""Draws of the noise for the error bar of a minimum."""
 ONE_SIGMA = (0.1587, 0.8413)
 
 
@@ -60,12 +58,6 @@ class Curve:
     def loss_at(self, f: ArrayLike) -> Floats:
         """The loss that the reading of the curve gives at these fractions."""
         return _terms(np.asarray(f, np.float64), len(self.fractions)) @ (_inverse(self.fractions) @ self.losses)
-
-    def regret(self, f: float) -> float:
-        """What the fraction f costs above the curve's minimum, nats; outside the runs what the nearest of them does."""
-        ends = self.fractions[[0, -1]]
-        lowest, loss = self.loss_at(np.clip([self.optimum, f], *ends))
-        return float(loss - lowest)
 
     @property
     def S(self) -> float:  # noqa: N802 - the symbol
@@ -123,39 +115,6 @@ def measured_curves(table: RunTable, *, noise: float | None = None) -> list[Curv
         noise = float(np.sqrt(squares / freedom)) if freedom else float("nan")
     rng = np.random.default_rng(0)
     return [_curve(key, f, loss, noise, rng) for key, f, loss in groups]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A of the closed form f = exp(-A / ln S), fitted to curves."""
-
-    A: float
-    low: float
-    high: float
-    """95 % of resampled sets of curves."""
-    regret: float
-    """Mean loss of its fractions above the curves' minima, nats."""
-    worst: float
-
-
-def closed_form_constant(curves: Sequence[Curve]) -> Constant:
-    """The A whose fractions cost the curves, of one bit width, least.
-
-    Where the longest phases are best, no A is: then the largest one within 0.001 nats of the lowest cost.
-    """
-    values = np.geomspace(0.05, 50, 400)
-    costs = np.array([[curve.regret(float(fraction_at(curve.S, A))) for A in values] for curve in curves])
-
-    def best(sample: Floats) -> int:
-        mean = sample.mean(axis=0)
-        return int(np.flatnonzero(mean <= mean.min() + SAME_COST).max()) if mean.argmin() == 0 else int(mean.argmin())
-
-    rng = np.random.default_rng(0)
-    chosen = best(costs)
-    drawn = [best(costs[rng.integers(0, len(curves), len(curves))]) for _ in range(DRAWS)]
-    low, high = np.quantile(values[drawn], [0.025, 0.975])
-    own = costs[:, chosen]
-    return Constant(float(values[chosen]), float(low), float(high), float(own.mean()), float(own.max()))
 
 
 OptimalFraction = Callable[[float, float, float], Any]
