@@ -13,7 +13,7 @@ the minimum of six runs by 0.06.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,28 +121,21 @@ OptimalFraction = Callable[[float, float, float], Any]
 """The optimal QAT fraction of (N, D, B), as `Law.optimal_fraction` gives it."""
 
 
-def fraction_errors(
-    optimum: OptimalFraction | Mapping[float, OptimalFraction], curves: Sequence[Curve]
-) -> dict[str, FractionErrors]:
-    """By bit width ("4"), and "all"; widths without a usable curve are missing.
-
-    optimum: for all curves, or one for each bit width; curves of other widths are ignored.
-    """
+def fraction_errors(optimum: OptimalFraction, curves: Sequence[Curve]) -> dict[str, FractionErrors]:
+    """By bit width ("4"), and "all"; widths without a usable curve are missing."""
     widths = sorted({curve.B for curve in curves})
-    by_width = optimum if isinstance(optimum, Mapping) else dict.fromkeys(widths, optimum)
-    known = [curve for curve in curves if curve.B in by_width]
     errors = {}
     for name, wanted in (("all", widths), *((f"{bits:g}", [bits]) for bits in widths)):
-        used = [curve for curve in known if curve.inside and curve.B in wanted]
+        used = [curve for curve in curves if curve.inside and curve.B in wanted]
         if not used:
             continue
-        law = np.array([float(by_width[curve.B](curve.N, curve.D_total, curve.B)) for curve in used])
+        law = np.array([float(optimum(curve.N, curve.D_total, curve.B)) for curve in used])
         gaps = law - [curve.optimum for curve in used]
         bars = np.array([curve.error for curve in used])
         held = [curve.low <= f <= curve.high for curve, f in zip(used, law, strict=True)]
         errors[name] = FractionErrors(
             curves=len(used),
-            left_out=sum(curve.B in wanted and not curve.inside for curve in known),
+            left_out=sum(curve.B in wanted and not curve.inside for curve in curves),
             mae=float(np.mean(np.abs(gaps))),
             bias=float(np.mean(gaps)),
             measurement_error=float(np.mean(bars)),
