@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -263,12 +264,9 @@ def _status(state: StudyState) -> RenderableType:
 def _plain_status(state: StudyState) -> dict[str, object]:
     from qatscale.study.state import progress
 
-    now = progress(state)
     return {
         "counts": state.counts(),
-        "tokens_done": now.tokens_done,
-        "tokens": now.tokens,
-        "seconds_left": now.seconds_left,
+        **asdict(progress(state)),
         "runs": [
             {"name": name, "state": one.state, "attempts": one.attempt, "step": state.step(name),
              "steps": state.folder.jobs[name].steps, "reason": one.reason}
