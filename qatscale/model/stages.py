@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qatscale.config.schema import ModelConfig
-from qatscale.config.sizes import count_parameters
+from qatscale.config.schema import ModelConfig, QatConfig
+from qatscale.config.sizes import stored_weights
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,5 @@ def stage_parameters(model: ModelConfig, blocks: list[int]) -> list[int]:
 
 
 def _block(model: ModelConfig) -> int:
-    return (count_parameters(model).non_embedding - model.hidden_size) // model.layers
+    weights = stored_weights(model, QatConfig())
+    return (weights.params - weights.embedding.weights - model.hidden_size) // model.layers

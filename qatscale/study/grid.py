@@ -41,7 +41,7 @@ class StudyRun:
 
     @property
     def params(self) -> int:
-        return count_parameters(self.config.model).total
+        return count_parameters(self.config.model)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _choices(axes: Axes, name: str, sets: Sets) -> list[Choice]:
 
 @cache
 def _parameters(recipe: str, overrides: tuple[str, ...]) -> int:
-    return count_parameters(load_run_config(recipe, overrides).model).total
+    return count_parameters(load_run_config(recipe, overrides).model)
 
 
 def _quantizations(axes: Axes, ptq_bits: list[float]) -> Iterator[Choice]:

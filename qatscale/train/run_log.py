@@ -33,7 +33,7 @@ class RunLog:
     def __init__(self, setup: RunSetup, runtime: Runtime, *, linger: bool = True) -> None:
         self.setup, self.config, self.timeline, self.resume = setup, setup.config, setup.timeline, setup.resume
         self.runtime, self.linger = runtime, linger
-        self.n_params = count_parameters(self.config.model).total
+        self.n_params = count_parameters(self.config.model)
         self.folder = RunFolder(self.config.folder)
         self.console = RunConsole(runtime.rank, self.timeline.steps, self.resume.step)
         self.hosts: dict[str, list[int]] = {}

@@ -129,7 +129,7 @@ def assemble(
                     module.timed = stopwatch
         elif not times_forward:
             model.run_block = stopwatch.around(model.run_block)
-    qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
+    qat_metrics = QatMetrics(masters, model, count_parameters(config.model))
     guard = SpikeGuard(masters, config.optimizer.spike_factor)
     return TrainingComponents(
         runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard, stopwatch, times_forward

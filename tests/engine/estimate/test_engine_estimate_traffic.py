@@ -41,7 +41,7 @@ def sent(config: RunConfig, layout: Layout, ds: dict[str, Any], stage: int = 0) 
 def test_over_data(zero: dict[str, Any], expected: int) -> None:
     config = config_of("batch.sequences=128", "model.tied_embedding=false")
     found = sent(config, Layout(data=4), {"zero_optimization": zero})
-    ring = 3 / 4 * 4 * count_parameters(config.model).total
+    ring = 3 / 4 * 4 * count_parameters(config.model)
     assert sum(found.values()) == pytest.approx(expected * ring, rel=0.005)
 
 
