@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from qatscale.cli.dry_run import COLUMNS, describe
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference
 from qatscale.schedule.figure import draw, rate_curve
-from qatscale.schedule.show import COLUMNS, describe
 from tests.schedule.schedule_configs import TOKENS_PER_STEP, make_config
 
 SEQUENTIAL = {"scheme": "sequential", "fraction": 0.4, "bits": 2, "learning_rate": 5e-4}
