@@ -22,10 +22,11 @@ from qatscale.config.schema import ModelConfig, QatConfig, RunConfig
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, only_data, open_checkpoint
 from qatscale.errors import UserError
-from qatscale.export.plugin_source import PluginFolder, is_plugin_folder
+from qatscale.export.plugin_source import PluginFolder
 from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.model.llama import Llama, parameter_shapes
 from qatscale.quant.bit_widths import Quantizer, get_quantizer
+from qatscale.quant.model_folder import SETTINGS
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
@@ -157,7 +158,7 @@ def open_source(
     unfinished: accept a checkpoint from before the run's end.
     data: prepared data instead of the run's own.
     """
-    if is_plugin_folder(path := Path(what)):
+    if ((path := Path(what)) / SETTINGS).is_file():
         found = PluginFolder(path)
         config, plugin = found.config(data), found.manifest.plugin
         parameters = _parameters(config, plugin, ptq_bits)

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from qatscale.config.schema import ModelConfig
 from qatscale.model.documents import Documents, attend, find_documents, has_kernel
 from qatscale.model.head import Head
-from qatscale.model.stages import Stage, single_stage
+from qatscale.model.stages import Stage
 from qatscale.model.tensor_parallel import (
     UNSPLIT,
     TensorParallel,
@@ -204,7 +204,7 @@ class Llama(nn.Module):
         """May be replaced by a compiled form for training; without gradients the plain one runs."""
         self.document_end: int | None = None
         """The token that divides documents, where attention and positions do not cross their borders."""
-        self.stage = stage = stage or single_stage(config)
+        self.stage = stage = stage or Stage(0, 1, range(config.layers))
         if stage.is_first:
             self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
         self.blocks = nn.ModuleList(

@@ -154,8 +154,8 @@ class QatPlugin:
         """
         selection = select(model, self.qat, self._include, self._exclude)
         wanted = {id(target.module) for target in selection.targets}
-        for name, module in fake_quant_modules(model):
-            if id(module) not in wanted:
+        for name, layer in fake_quant_modules(model):
+            if id(layer) not in wanted:
                 raise UserError(f"model.{name}", "a prepared layer", "is not one that this recipe quantizes.", _FRESH)
         scales: dict[int, nn.Parameter] = {}
         """Id of a weight -> its scale, for layers that share the weight."""
