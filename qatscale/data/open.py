@@ -10,7 +10,7 @@ from typing import Any, get_args
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest, Split, SplitCounts, Verify
 from qatscale.data.mixture import ONE_SOURCE, Mixture
-from qatscale.data.reader import BatchReader, EvaluationReader, TokenStream
+from qatscale.data.reader import BatchReader, EvaluationReader, TokenStream, complete_sequences
 from qatscale.errors import UserError
 from qatscale.schedule.timeline import Timeline
 
@@ -81,16 +81,30 @@ def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture:
     return Mixture(data.mix, data.cooldown_mix if timeline.boundaries else None, change)
 
 
+def data_here(config: RunConfig) -> tuple[dict[str, int], Manifest | None]:
+    """Training tokens of the sources that are on this machine, and their manifest if all are.
+
+    UserError where the model's vocabulary is too small for it.
+    """
+    folders = config.data.sources
+    here = {name: Manifest.load(path) for name, path in folders.items() if path.exists()}
+    held = {name: manifest.splits["train"].tokens for name, manifest in here.items()}
+    if not here or len(here) < len(folders):
+        return held, None
+    manifest = joined(here)
+    manifest.check_vocabulary(config.model.vocab_size)
+    return held, manifest
+
+
 def plan_sources(
-    config: RunConfig, timeline: Timeline, held: Mapping[str, int] | None = None
+    config: RunConfig, timeline: Timeline, held: Mapping[str, int]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What a run reads of each source, and a warning for each that it reads again. Without `data.mix` the source is "".
 
-    held: a reader's `held`; otherwise the manifests are read. `epochs` is None where the data are not here yet.
+    held: training tokens by source. `epochs` is None where the data are not here yet. UserError where a source holds
+    less than a sequence.
     """
     folders = config.data.sources
-    if held is None:
-        held = {name: Manifest.load(path).splits["train"].tokens for name, path in folders.items() if path.exists()}
     mixture, length = mixture_of(config, timeline), config.data.sequence_length
     sequences = timeline.steps * config.batch.sequences
     total, first = (mixture.count(n) * length for n in (sequences, min(sequences, mixture.change or sequences)))
@@ -98,7 +112,7 @@ def plan_sources(
     for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
         epochs = None
         if name in held:
-            unique = max(1, (held[name] - 1) // length) * length
+            unique = complete_sequences(f"{folders[name]} (train)", held[name], length) * length
             epochs = tokens / unique
             warnings.append(repetition(name, epochs, unique))
         elif name in folders:
