@@ -28,7 +28,7 @@ def test_two_processes_that_make_one_folder_do_not_share_its_parts(tmp_path: Pat
     out = tmp_path / "out"
     with appearing(out) as first:
         (first / "model").write_text("one")
-        with pytest.raises(UserError, match="out'?: another process is writing there"), appearing(out):
+        with pytest.raises(UserError, match="another process is writing there"), appearing(out):
             raise AssertionError
     assert (out / "model").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -13,7 +13,16 @@ from typing import Any
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, PLACES, errno_of, fault
+from qatscale.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    PLACES,
+    UserError,
+    errno_of,
+    fault,
+)
 from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
@@ -33,9 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
     others wait a few seconds: the launcher ends them when the first one exits, and an error of a single process is
     still reported.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")  # a console without Unicode must not end a run
     own_process = arguments is None
     words = sys.argv[1:] if arguments is None else arguments
     command = words[:1]
@@ -46,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, _interrupt)
     with _finished() if own_process else nullcontext(), _nothing_to_save() if continues else nullcontext():
         try:
+            _check_text(words, own_process)
             from qatscale.cli.app import app
 
             if command and command[0] in TRAINING:
@@ -74,6 +81,20 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT if errno_of(error) in PLACES else EXIT_FAILED)
+
+
+def _check_text(words: list[str], own_process: bool) -> None:
+    """UserError for a word that is not UTF-8, which no recipe can record. A locale of another encoding is left."""
+    for word in (*words, os.environ.get("PWD", "")):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            try:
+                os.fsencode(word).decode()
+            except UnicodeDecodeError:
+                raise UserError("argument or working folder", word, "is not UTF-8.", "Rename it.") from None
+            if own_process:
+                os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
 
 
 def _hint(words: list[str]) -> None:

@@ -29,12 +29,14 @@ _HELD = {
     "checkpoints": "a run", "config.json": "a model for transformers", "manifest.json": "a folder of prepared data",
     "*/run.json": "a folder of runs",
 }  # fmt: skip
-_CONTENT = {
-    ".json": [("a fitted law", rb'"coefficients"')],
-    ".yaml": [("a study file", rb"(?m)^(sizes|grids|bits|fractions|schemes):"), ("a recipe", rb"(?m)^(optimizer|qat):")],
-    **dict.fromkeys((".csv", ".parquet"), [("a table", rb"")]),
-    **dict.fromkeys((".txt", ".jsonl"), [("a text", rb"")]),
-}
+_FILES = (
+    ("a fitted law", ".json", rb'"coefficients"'),
+    ("a study file", ".yaml", rb"(?m)^(sizes|grids|bits|fractions|schemes):"),
+    ("a recipe", ".yaml", rb"(?m)^(optimizer|qat):"),
+    ("a table", ".csv .parquet", rb""),
+    ("a text", ".txt .jsonl", rb""),
+)
+"""(kind, endings, what its start holds)"""
 
 
 def hints(words: Sequence[str]) -> Iterator[str]:
@@ -56,8 +58,8 @@ def _kind(path: Path) -> str | None:
         if path.name.startswith("step-"):
             return "a checkpoint"
         return next((kind for name, kind in _HELD.items() if any(path.glob(name))), None)
-    if not is_file(path) or path.suffix not in _CONTENT:
+    if not path.suffix or not is_file(path):
         return None
     with path.open("rb") as file:
         start = file.read(1 << 14)
-    return next((kind for kind, mark in _CONTENT[path.suffix] if re.search(mark, start)), None)
+    return next((kind for kind, ends, mark in _FILES if path.suffix in ends.split() and re.search(mark, start)), None)

@@ -62,7 +62,7 @@ def read_hugging_face(
     notes = [
         *misfits,
         "Adam starts anew, with moments of zero and step count 0: the folder has none, and the first steps re-estimate "
-        "them. A warm-up is advisable."
+        "them. A warm-up is advisable.",
     ]
     if positions is not None and length > positions:
         notes.append(
