@@ -13,16 +13,7 @@ from typing import Any
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
-from qatscale.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_REQUEUE,
-    PLACES,
-    UserError,
-    errno_of,
-    fault,
-)
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, PLACES, errno_of, fault
 from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
@@ -84,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _check_text(words: list[str], own_process: bool) -> None:
-    """UserError for a word that is not UTF-8, which no recipe can record. A locale of another encoding is left."""
+    """InputError for a word that is not UTF-8, which no recipe can record. A locale of another encoding is left."""
     for word in (*words, os.environ.get("PWD", "")):
         try:
             word.encode()
@@ -92,7 +83,7 @@ def _check_text(words: list[str], own_process: bool) -> None:
             try:
                 os.fsencode(word).decode()
             except UnicodeDecodeError:
-                raise UserError("argument or working folder", word, "is not UTF-8.", "Rename it.") from None
+                raise InputError("argument or working folder", word, "is not UTF-8.", "Rename it.") from None
             if own_process:
                 os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
 

@@ -64,7 +64,7 @@ class Follower:
                     return refusal
                 reason = cursor.error or f"{cursor.uri} has not answered for {ANSWER:.0f} s"
                 keeps = "The run's folder records everything, and uploads are tried again."
-                return None if cursor.answered and cursor.error is None else f"note: {reason}. {keeps}"
+                return None if cursor.answered and cursor.error is None else f"note: {reason.removesuffix('.')}. {keeps}"
             time.sleep(0.05)
         return None
 
