@@ -46,6 +46,11 @@ class Budget:
     fp_cost: float
     qat_cost: float
 
+    def __post_init__(self) -> None:
+        for name, value in (("amount", self.amount), ("fp_cost", self.fp_cost), ("qat_cost", self.qat_cost)):
+            if not (np.isfinite(value) and value > 0):
+                raise InputError(f"budget.{name}", value, "is not a positive finite number.")
+
     @property
     def overhead(self) -> float:
         """Cost of a QAT token over that of a full-precision one."""
