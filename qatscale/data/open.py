@@ -10,7 +10,7 @@ from typing import Any, get_args
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest, Split, SplitCounts, Verify
 from qatscale.data.mixture import ONE_SOURCE, Mixture
-from qatscale.data.reader import BatchReader, EvaluationReader, TokenStream
+from qatscale.data.reader import BatchReader, EvaluationReader, TokenStream, complete_sequences
 from qatscale.errors import UserError
 from qatscale.schedule.timeline import Timeline
 
@@ -101,7 +101,8 @@ def plan_sources(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What a run reads of each source, and a warning for each that it reads again. Without `data.mix` the source is "".
 
-    held: training tokens by source. `epochs` is None where the data are not here yet.
+    held: training tokens by source. `epochs` is None where the data are not here yet. UserError where a source holds
+    less than a sequence.
     """
     folders = config.data.sources
     mixture, length = mixture_of(config, timeline), config.data.sequence_length
@@ -111,7 +112,7 @@ def plan_sources(
     for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
         epochs = None
         if name in held:
-            unique = max(1, (held[name] - 1) // length) * length
+            unique = complete_sequences(f"{folders[name]} (train)", held[name], length) * length
             epochs = tokens / unique
             warnings.append(repetition(name, epochs, unique))
         elif name in folders:

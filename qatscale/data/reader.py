@@ -68,12 +68,7 @@ class TokenStream:
 
     def sequences(self, sequence_length: int) -> int:
         """Complete sequences of `sequence_length` inputs. Raises UserError if there are none."""
-        count = (len(self) - 1) // sequence_length
-        if count < 1:
-            problem = f"{self.name} has {len(self)} tokens, and one sequence takes {sequence_length + 1}."
-            fix = "Choose a shorter one or prepare more text."
-            raise UserError("data.sequence_length", sequence_length, problem, fix)
-        return count
+        return complete_sequences(self.name, len(self), sequence_length)
 
     def gather(self, indices: np.ndarray, sequence_length: int) -> np.ndarray:
         """Sequences `indices` [n] as int64 [n, sequence_length + 1]."""
@@ -85,6 +80,16 @@ class TokenStream:
         for row, place in zip(out, places, strict=True):
             self._read(*place, row)
         return out
+
+
+def complete_sequences(name: str, tokens: int, sequence_length: int) -> int:
+    """Sequences of `sequence_length` inputs in so many tokens. UserError if there are none."""
+    count = (tokens - 1) // sequence_length
+    if count < 1:
+        problem = f"{name} has {tokens} tokens, and one sequence takes {sequence_length + 1}."
+        fix = "Choose a shorter one or prepare more text."
+        raise UserError("data.sequence_length", sequence_length, problem, fix)
+    return count
 
 
 @functools.lru_cache(maxsize=MAPS)

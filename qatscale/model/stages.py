@@ -25,10 +25,6 @@ class Stage:
         return self.index == self.count - 1
 
 
-def single_stage(model: ModelConfig) -> Stage:
-    return Stage(0, 1, range(model.layers))
-
-
 def divide(model: ModelConfig, count: int) -> tuple[Stage, ...]:
     """The stages of a pipeline, each with at least one block, such that the largest has the fewest parameters.
 

@@ -47,8 +47,6 @@ class RunSetup:
     """Everything about a run that one process can decide without the others."""
 
     config: RunConfig
-    recipe: str
-    """All keys of the configuration, as YAML."""
     timeline: Timeline
     resume: ResumePlan
     layout: Layout

@@ -9,7 +9,7 @@ import torch
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
-from qatscale.config.recipe import flatten, recorded_yaml
+from qatscale.config.recipe import flatten
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
@@ -63,7 +63,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
         *plan_sources(config, timeline, batches.held)[1],
     )
     return RunSetup(
-        config, recorded_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),
+        config, timeline, resume, layout, ds_config, precision_of(ds_config),
         batches, validation, notices,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import QatConfig, RunConfig
 from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
-from qatscale.engine.estimate.memory import Kinds, between_steps, fullest_moment, partition, zero_settings
+from qatscale.engine.estimate.memory import Kinds, ZeroSettings, between_steps, fullest_moment, partition
 from qatscale.engine.layout import Layout, stages_of
 from qatscale.engine.layout_plan import plan_layout
 
@@ -29,7 +29,7 @@ def peak(
     config: RunConfig, ds: dict[str, Any], processes: int = 1, stage: int = 0, *, quantized: bool = False
 ) -> tuple[str, Kinds]:
     layout = plan_layout(config, ds, processes)
-    zero = zero_settings(ds, layout.data)
+    zero = ZeroSettings(ds, layout.data)
     return fullest_moment(config, layout, sizes_of(config, layout, stage), zero, quantized=quantized)
 
 
@@ -73,7 +73,7 @@ def test_one_process_holds_the_entire_model(recipe: str) -> None:
 
 def test_a_partition() -> None:
     """Four parameters of 5 elements on 3 processes: 20, padded to 24 by ZeRO-1, 8 each; ZeRO-3 pads each parameter."""
-    zeros = (zero_settings({"zero_optimization": {"stage": stage}}, 3) for stage in (1, 3))
+    zeros = (ZeroSettings({"zero_optimization": {"stage": stage}}, 3) for stage in (1, 3))
     assert [partition({5: 4}, zero) for zero in zeros] == [8, 4 * 2]
 
 
@@ -92,7 +92,7 @@ def test_what_zero_divides(
     ds: dict[str, Any], weight: tuple[int, int], gradient: tuple[int, int], states: tuple[int, int]
 ) -> None:
     config, processes = config_of(), 4
-    held = between_steps(sizes_of(config, Layout(processes)), zero_settings(ds, processes))
+    held = between_steps(sizes_of(config, Layout(processes)), ZeroSettings(ds, processes))
     parameters = count_parameters(config.model)
     for kind, (each, divided) in {"weights": weight, "gradients": gradient, "optimizer": states}.items():
         assert held[kind] == pytest.approx(parameters * (each + divided / processes), rel=1e-4), kind  # type: ignore[index]
