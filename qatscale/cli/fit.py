@@ -167,24 +167,24 @@ def collect_runs(
         raise UserError("source", None, problem, f"Give one of {', '.join(given)}.")
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
-    from qatlaw import sources
+    from qatlaw import api
     from qatscale.config.places import without_credentials
     from qatscale.tracking.refusals import shown
     from qatscale.tracking.store import quiet_mlflow, resolve_uri
 
     if table is not None:
-        return sources.from_table(table, _columns(column), scheme), None
+        return api.from_table(table, _columns(column), scheme), None
     if column:
         raise UserError("--column", column[0], "has no effect without --table.", "Leave it out.")
     if runs is not None:
-        return sources.from_folder(runs), None
+        return api.from_folder(runs), None
     assert experiment is not None
     resolved = resolve_uri(uri)
     if resolved is None:
         raise UserError("MLFLOW_TRACKING_URI", "none", "means no tracking.", "Give --uri, --runs or --table.")
     try:
         with working(f"reading experiment {experiment}"), quiet_mlflow():
-            return sources.from_experiment(experiment, resolved), (resolved, experiment)
+            return api.from_experiment(experiment, resolved), (resolved, experiment)
     except InputError:
         raise
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
