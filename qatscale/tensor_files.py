@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -63,3 +63,13 @@ def write_safetensors(path: Path, shapes: Mapping[str, Shape], types: Types, rea
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def not_finite(slices: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a slice that holds NaN or infinity."""
+    return next((name for name, values in slices if values.numel() and not _is_finite(values)), None)
+
+
+def _is_finite(values: Tensor) -> bool:
+    low, high = torch.aminmax(values)  # NaN passes through; no mask as large as the values
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import math
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,8 @@ from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.data.mixture import Mixture
 from qatscale.errors import UserError
 
-MAPS = 256
+_LIMIT, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+MAPS = 256 if _LIMIT == resource.RLIM_INFINITY else min(256, _LIMIT // 4)
 """Shards that a process keeps open, over all its streams; a descriptor each."""
 
 

@@ -39,6 +39,8 @@ HEARTBEAT = 10.0
 EXPIRY = 120.0
 """Seconds without a heartbeat after which a holder on another host is gone; network disks show changes late."""
 
+UNKNOWN = "an unknown host-?"
+"""The worker of a claim that cannot be read."""
 State = Literal["running", "gone", "released", "failed", "done"]
 """`gone`: the holder vanished. `released`: it stopped after saving. The holder itself writes the last three."""
 
@@ -131,6 +133,9 @@ class Claims:
                 json.dump(content, file)
         except FileExistsError:
             return None
+        except OSError:  # a full disk; an empty claim would be watched until it expires
+            path.unlink()
+            raise
         return Claim(path, self._path(name, after + 2), content)
 
     def _path(self, name: str, number: int) -> Path:
@@ -143,12 +148,13 @@ class Claims:
             content = _CONTENT.validate_json(path.read_bytes(), strict=True)
         except (OSError, ValueError):  # being written, or damaged: expires like a silent one
             changed, content = 0.0, _Content()
-        state = content.get("state", "running")
-        if state == "running" and self._is_gone(path, changed, content.get("process")):
+        state, process = content.get("state", "running"), content.get("process")
+        nobody = changed > 0 and process is None  # a holder writes its process at once
+        if state == "running" and (nobody or self._is_gone(path, changed, process)):
             state = "gone"
         return Attempt(
-            name, number, state, content.get("worker", "?"), content.get("reason", ""),
-            content.get("started", changed), content.get("ended"), changed, content.get("process"),
+            name, number, state, content.get("worker", UNKNOWN), content.get("reason", ""),
+            content.get("started", changed), content.get("ended"), changed, process,
         )  # fmt: skip
 
     def _is_gone(self, path: Path, changed: float, process: Identity | None) -> bool:
@@ -212,7 +218,7 @@ def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Cl
             claim = claims.take(_WRITER, latest.number if latest else 0, worker_name(os.getpid()))
             if claim is None:
                 continue
-            claim.beat_until_closed(lambda: _end(run))
+            claim.beat_until_closed(lambda: end_taken_over(run))
             if held:
                 notice(f"note: {run} is taken over; its former process has {2 * HEARTBEAT:.0f} s to notice")
                 time.sleep(2 * HEARTBEAT)
@@ -228,6 +234,7 @@ def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Cl
         time.sleep(1)
 
 
-def _end(run: Path) -> None:
+def end_taken_over(run: Path | str) -> None:
+    """End this process at once: another one saw no heartbeat, or was asked to take the run over, and writes it now."""
     print(f"error: {run} was taken over by another process", file=sys.stderr, flush=True)
     os._exit(EXIT_FAILED)
