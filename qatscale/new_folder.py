@@ -15,7 +15,7 @@ from qatscale.errors import UserError
 def check_place(key: str, place: Path) -> None:
     """UserError, about `key`, where no folder can be made: before long work, not after it."""
     existing = next(path for path in (place, *place.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK, effective_ids=True):
         problem = f"{existing} is {'write-protected' if existing.is_dir() else 'a file'}."
         raise UserError(key, str(place), problem, "Choose another place.")
 
