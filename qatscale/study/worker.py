@@ -6,6 +6,7 @@ run that fails is marked with the reason, and the worker continues with others.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ from types import FrameType
 
 from qatscale.engine.checkpoints.files import list_checkpoints, remove, step_of
 from qatscale.engine.runtime import free_port
-from qatscale.errors import EXIT_OK, exit_code
+from qatscale.errors import EXIT_OK, errno_of, exit_code
 from qatscale.study.folder import StudyFolder, StudyJob, record
 from qatscale.study.state import StudyState
 from qatscale.supervise.claims import Claim, end_taken_over, worker_name
@@ -40,7 +41,7 @@ class Worker:
         """The number of the signal."""
 
     def work(self) -> int:
-        """The exit code: 0 when no run is left to train, 75 or 130 after a signal."""
+        """The exit code: 0 when no run is left to train, 75 or 130 after a signal, 75 on a full disk."""
         catch(self._on_signal)
         state, pause = StudyState(self.folder), POLL
         while not self._stopped:
@@ -64,7 +65,7 @@ class Worker:
         self._stopped = number
 
     def _train(self, job: StudyJob, claim: Claim) -> bool:
-        """Train a claimed run and close the claim. False where a signal stopped it."""
+        """Train a claimed run and close the claim. False where a signal or a full disk stopped it."""
         claim.beat_until_closed(lambda: end_taken_over(job.name))
         begun = self.folder.run(job.name).run_file.exists()
         branch_from = None if begun or job.parent is None else f"{self.folder.runs / job.parent}@{job.start}"
@@ -77,6 +78,9 @@ class Worker:
             logging.getLogger("qatscale").exception(job.name)
             reason = (f"{error}".strip() or type(error).__name__)[:REASON_LENGTH]
             print(f"{job.name} failed: {reason}", flush=True)
+            if errno_of(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # every run would fail
+                claim.close("released", reason)
+                return False
             claim.close("failed", reason)
             if not _device_works():
                 print("the device does not respond any more; this worker restarts", flush=True)
