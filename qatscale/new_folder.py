@@ -36,9 +36,6 @@ def appearing(out: Path) -> Iterator[Path]:
     folder = hidden / out.name
     try:
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
-    try:
         yield folder
         for path in (*folder.rglob("*"), folder):
             sync(path)

@@ -65,18 +65,15 @@ class LocalWorkers:
         for slot in self._slots:
             if slot.finished or slot.process is None or (code := slot.process.poll()) is None:
                 continue
-            slot.finished = code in (EXIT_OK, EXIT_REQUEUE)
-            if code == EXIT_OK:
-                continue
-            ended = f"worker {slot.number} ended with code {code}: {self._last_words(slot)}"
-            if slot.finished:  # a signal, or a full disk
-                print(f"{ended}. The same command continues.")
+            if code in (EXIT_OK, EXIT_REQUEUE):
+                slot.finished = True
                 continue
             short = time.monotonic() - slot.started < SHORT_LIFE
             idle = short and not self.folder.claims.has_claimed(worker_name(slot.process.pid))
             slot.short_lives = slot.short_lives + 1 if idle else 0
             if code == EXIT_BAD_INPUT or slot.short_lives >= MAX_SHORT_LIVES:
-                error = UserError("study", str(self.folder.path), ended, f"(Its log is {self._log(slot)}.)")
+                problem = f"worker {slot.number} ended with code {code}."
+                error = UserError("study", str(self.folder.path), problem, f"Its log is {self._log(slot)}.")
                 raise error if code == EXIT_BAD_INPUT else SystemExit(f"error: {error}")  # exit code 1
             self._start(slot)
         return not all(slot.finished for slot in self._slots)
@@ -88,10 +85,6 @@ class LocalWorkers:
             process.send_signal(signal.SIGTERM)
         for process in running:
             process.wait()
-
-    def _last_words(self, slot: _Slot) -> str:
-        lines = self._log(slot).read_text(errors="replace").splitlines()
-        return lines[-1] if lines else "it said nothing"
 
     def _log(self, slot: _Slot) -> Path:
         return self.folder.logs / f"worker-{slot.number}.log"

@@ -78,14 +78,12 @@ class Worker:
             logging.getLogger("qatscale").exception(job.name)
             reason = (f"{error}".strip() or type(error).__name__)[:REASON_LENGTH]
             print(f"{job.name} failed: {reason}", flush=True)
-            if errno_of(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # every run would fail
-                claim.close("released", reason)
-                return False
-            claim.close("failed", reason)
+            full = errno_of(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # every run would fail
+            claim.close("released" if full else "failed", reason)
             if not _device_works():
                 print("the device does not respond any more; this worker restarts", flush=True)
                 os.execv(sys.executable, [sys.executable, "-m", "qatscale", "study", "work", str(self.folder.path)])
-            return not self._stopped
+            return not (self._stopped or full)
         if not done:
             claim.close("released", "stopped by a signal")
             return False

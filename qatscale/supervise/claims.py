@@ -39,8 +39,6 @@ HEARTBEAT = 10.0
 EXPIRY = 120.0
 """Seconds without a heartbeat after which a holder on another host is gone; network disks show changes late."""
 
-UNKNOWN = "an unknown host-?"
-"""The worker of a claim that cannot be read."""
 State = Literal["running", "gone", "released", "failed", "done"]
 """`gone`: the holder vanished. `released`: it stopped after saving. The holder itself writes the last three."""
 
@@ -153,7 +151,7 @@ class Claims:
         if state == "running" and (nobody or self._is_gone(path, changed, process)):
             state = "gone"
         return Attempt(
-            name, number, state, content.get("worker", UNKNOWN), content.get("reason", ""),
+            name, number, state, content.get("worker", "an unknown host-?"), content.get("reason", ""),
             content.get("started", changed), content.get("ended"), changed, process,
         )  # fmt: skip
 

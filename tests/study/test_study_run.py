@@ -175,12 +175,13 @@ def test_a_worker_that_cannot_start_is_no_wrong_input(
 ) -> None:
     lay_out(studies.write_study(tmp_path / "tiny.yaml", prepared), folder := StudyFolder(tmp_path / "study"))
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with (
-        pytest.raises(SystemExit, match="worker 0 ended with code 1: it said nothing"),
-        LocalWorkers(folder, 1) as local,
-    ):
+
+    def watch() -> None:
         while local.restart_dead():
             time.sleep(0.01)
+
+    with LocalWorkers(folder, 1) as local, pytest.raises(SystemExit, match=r"worker 0 ended with code 1\."):
+        watch()
 
 
 def test_a_full_disk_fails_no_run_and_the_same_command_continues(prepared: Path, tmp_path: Path) -> None:
