@@ -75,7 +75,7 @@ def measure(axis: str, width: int, micro: int, length: int, bits: int, rounds: i
         stepper.close()
     tokens = micro * length
     overhead = median(q / f for f, q in zip(seconds["fp"], seconds["qat"], strict=True)) - 1
-    parameters = count_parameters(config.model).total
+    parameters = count_parameters(config.model)
     return Point(
         axis, parameters, micro, length, tokens / median(seconds["fp"]), tokens / median(seconds["qat"]), overhead
     )

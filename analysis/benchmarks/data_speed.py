@@ -156,13 +156,13 @@ def _read(folder: Path, rounds: int, peers: bool) -> list[Table]:
     """Batches in order of the steps, and at steps drawn at random."""
     stream = TokenStream.open(folder, "train", "size")
     rows = min(_ROWS, stream.sequences(_SEQUENCE))
-    reader = BatchReader(stream, _SEQUENCE, rows, seed=0)
-    steps = min(100, reader.sequences_per_epoch // rows)
+    reader = BatchReader({"": stream}, _SEQUENCE, rows, seed=0)
+    steps = min(100, stream.sequences(_SEQUENCE) // rows)
     counts = Manifest.load(folder).splits["train"]
     flat = np.memmap(folder / f"{counts.shards[0].name}.bin", dtype=Manifest.load(folder).dtype, mode="r")
     whole = (len(flat) - 1) // _SEQUENCE
     draw = np.random.default_rng(0)
-    orders = {"in order": np.arange(steps), "at random": draw.integers(0, reader.sequences_per_epoch // rows, steps)}
+    orders = {"in order": np.arange(steps), "at random": draw.integers(0, stream.sequences(_SEQUENCE) // rows, steps)}
     hugging_face = _as_dataset(flat, whole) if peers else None
     tables = []
     for order, chosen in orders.items():
@@ -227,7 +227,7 @@ def _read_cold(folder: Path, tokens: int, rounds: int) -> Table:
 
     def ours() -> None:
         _evict(path)
-        reader = BatchReader(TokenStream.open(folder, "train", "size"), _SEQUENCE, _ROWS, seed=0)
+        reader = BatchReader({"": TokenStream.open(folder, "train", "size")}, _SEQUENCE, _ROWS, seed=0)
         _batches(reader, np.arange(batches))
 
     def plain() -> None:
@@ -257,7 +257,7 @@ def _open(folder: Path, tokens: int, rounds: int) -> Table:
 
     def ours(verify: Verify) -> None:
         stream = TokenStream.open(folder, "train", verify)
-        BatchReader(stream, _SEQUENCE, _ROWS, seed=0).batch(300)
+        BatchReader({"": stream}, _SEQUENCE, _ROWS, seed=0).batch(300)
 
     before = process.memory_full_info().uss
     ours("size")

@@ -57,7 +57,7 @@ def main(layers: int) -> None:
             line += ["--fallback"] + (["--ptq", "4"] if format != "hf" else [])
             began = time.perf_counter()
             above = peak_of([*QATSCALE, *line], folder) - base
-            seconds, total = time.perf_counter() - began, count_parameters(config).total
+            seconds, total = time.perf_counter() - began, count_parameters(config)
             print(
                 f"| {layers} | {format} | {4 * total / 2**20:.0f} | {4 * largest / 2**20:.0f} | {above / 2**20:.0f} | "
                 f"{seconds:.0f} |",

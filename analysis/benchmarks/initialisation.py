@@ -69,7 +69,7 @@ def draw(recipe: str) -> None:
     from qatscale.model.llama import Llama
 
     config = load_run_config(recipe)
-    count = count_parameters(config.model).total
+    count = count_parameters(config.model)
     for version in (1, 2):
         child = os.fork()
         if child:
@@ -118,7 +118,7 @@ def build(recipe: str, processes: int, runtime: Any) -> dict[str, Any]:
     built = assemble(config, layout, merge_ds_config(config, SYSTEM, layout.data), runtime, config.steps // 2)
     found: dict[str, Any] = {
         "interpreter": interpreter, "built": peak_beside_others(), "CPU s": time.process_time() - worked,
-        "s": time.perf_counter() - began, "parameters": count_parameters(config.model).total,
+        "s": time.perf_counter() - began, "parameters": count_parameters(config.model),
         "held": sum(fragment.numel for fragment in built.masters.fragments),
         "largest": max(shape.numel() for shape in built.masters.shapes.values()),
     }  # fmt: skip

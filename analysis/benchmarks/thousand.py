@@ -269,7 +269,7 @@ def open_data(folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
         stream = TokenStream.open(folder, "train", verify)  # type: ignore[arg-type]
         opening = time.perf_counter() - began
-        reader = BatchReader(stream, 4096, 1024, seed=0)
+        reader = BatchReader({"": stream}, 4096, 1024, seed=0)
         for step in range(20):
             reader.batch(step, step, 64)
         reading = time.perf_counter() - began - opening

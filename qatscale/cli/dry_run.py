@@ -16,7 +16,7 @@ from qatscale.config.amounts import format_amount
 from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import stored_weights
-from qatscale.data.open import plan_sources
+from qatscale.data.open import data_here, plan_sources
 from qatscale.engine.estimate.fits import (
     Given,
     JobEstimate,
@@ -29,7 +29,6 @@ from qatscale.engine.estimate.memory import ON_DEVICE, Kind
 from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
-from qatscale.schedule.show import COLUMNS, describe
 from qatscale.schedule.timeline import Timeline
 from qatscale.train.console import format_duration
 
@@ -42,6 +41,9 @@ _SHOWN: dict[Kind, str] = {
     "activations": "activations",
     "buffers": "communication buffers",
 }
+COLUMNS = (
+    "phase", "from step", "to step", "steps", "tokens", "up to token", "learning rate", "betas", "decay", "weights",
+)  # fmt: skip
 _LABELS, _COLUMN = 36, 13
 """Characters that the row labels and a stage take."""
 
@@ -59,25 +61,34 @@ def print_dry_run(
     """Show the timeline and the layout. UserError where the layout cannot work and, after both are shown, where memory
     does not suffice.
 
-    resumes: the run's folder exists, and the run continues from its newest checkpoint.
+    resumes: `config` is to continue the run in its folder. Otherwise another run there is only a warning.
     """
     if as_json and figure is not None:
         raise UserError("--figure", str(figure), "does not go with --json.", "Ask for one of them.")
     check_figure(figure)
     timeline, branch = build_timeline(config), None
-    if branch_from is not None or resumes:
+    notices: tuple[str, ...] = ()
+    held, data = data_here(config)
+    exists = (config.folder / "run.json").exists()
+    if branch_from is not None or exists:
         from qatscale.tracking.run_folder import RunFolder
-        from qatscale.train.resume import as_begun, plan_resume
+        from qatscale.train.resume import as_begun, check_data, plan_resume
 
         resumed = as_begun(config, RunFolder(config.folder))
-        start = plan_resume(resumed, build_timeline(resumed), branch_from)
-        branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
+        try:
+            start = plan_resume(resumed, build_timeline(resumed), branch_from)
+            notices = check_data(config, start, data) if start and data else ()
+            branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
+        except UserError as error:
+            if branch_from is not None or resumes:
+                raise
+            notices = (f"training will need another name=NAME: {error}",)
     ds_config = run_ds_config(config)
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
     job = estimate_job(config, ds_config, processes or job_size(smallest), given)
     advice = network_advice(config, ds_config, job)
-    sources, repetitions = plan_sources(config, timeline)
-    warnings = [*ds_config_warnings(config, on_gpu=job.gpu_memory is not None), *repetitions]
+    sources, repetitions = plan_sources(config, timeline, held)
+    warnings = [*ds_config_warnings(config, on_gpu=job.gpu_memory is not None), *repetitions, *notices]
     if as_json:
         scale = as_dict(job, config) | {"network_advice": advice}
         shown = {"name": config.name, **timeline.to_dict()}
@@ -114,6 +125,28 @@ def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, w
         from qatscale.schedule.figure import draw
 
         say(f"figure: {draw(timeline, config, figure)}")
+
+
+def describe(timeline: Timeline, config: RunConfig) -> list[tuple[str, ...]]:
+    """One row per segment, as text, in the order of `COLUMNS`. The rate is that of its first and of its last step."""
+    rows: list[tuple[str, ...]] = []
+    for segment in timeline.segments:
+        first, last = (f"{segment.learning_rate(step):.3g}" for step in (segment.start, segment.end - 1))
+        rows.append(
+            (
+                segment.phase,
+                f"{segment.start:,}",
+                f"{segment.end:,}",
+                f"{segment.steps:,}",
+                format_amount(segment.steps * timeline.tokens_per_step),
+                format_amount(segment.end * timeline.tokens_per_step),
+                first if first == last else f"{first} → {last}",
+                f"{segment.betas[0]:g}, {segment.betas[1]:g}",
+                f"{segment.weight_decay:g}",
+                bits_label(config.qat.bits) if segment.quantized else "full",
+            )
+        )
+    return rows
 
 
 def print_sources(config: RunConfig, sources: list[dict[str, Any]]) -> None:

@@ -23,8 +23,9 @@ class RecipesAndGpus:
     def recipe(self, name: str, group_size: int | None) -> Recipe:
         from qatscale.config.ds_config import precision_of, run_ds_config
         from qatscale.config.recipe import load_run_config, recipe_names
+        from qatscale.config.schema import QatConfig
         from qatscale.config.short_runs import fit_lengths
-        from qatscale.config.sizes import count_parameters, flops_per_token, stored_weights
+        from qatscale.config.sizes import flops_per_token, stored_weights
         from qatscale.schedule.fraction import nearest_fraction
 
         config = load_run_config(name, [f"qat.group_size={group_size}"] if group_size else [])
@@ -40,10 +41,10 @@ class RecipesAndGpus:
         def stored_bytes(bits: float) -> float:
             return stored_weights(config.model, two_phases.qat.model_copy(update={"bits": bits}), precision).bytes
 
-        counts = count_parameters(config.model)
+        weights = stored_weights(config.model, QatConfig())
         return Recipe(
-            params=counts.total,
-            non_embedding=counts.non_embedding,
+            params=weights.params,
+            non_embedding=weights.params - weights.embedding.weights,
             group=config.qat.group_size or config.model.hidden_size,
             tokens=config.tokens,
             bits=config.qat.bits,
@@ -78,7 +79,7 @@ class RecipesAndGpus:
             return answer
         name = recipe
         if name is None:
-            sizes = {name: count_parameters(load_run_config(name).model).total for name in recipe_names()}
+            sizes = {name: count_parameters(load_run_config(name).model) for name in recipe_names()}
             off = {name: abs(math.log(size / answer.params)) for name, size in sizes.items()}
             name = min(off, key=lambda name: off[name])
             if off[name] > NEAR and not any(override.startswith("model.") for override in overrides):

@@ -88,7 +88,7 @@ def recipes() -> None:
     headers = ("recipe", "parameters", "width", "layers", "sequence", "batch (tokens)", "tokens", "ds_config")
     table = TextTable(headers, words=("recipe", "ds_config"), drop=("layers", "width", "ds_config", "sequence"))
     configs = {name: load_run_config(name) for name in recipe_names()}
-    sizes = {name: count_parameters(config.model).total for name, config in configs.items()}
+    sizes = {name: count_parameters(config.model) for name, config in configs.items()}
     for name in sorted(configs, key=lambda name: sizes[name]):
         config, model = configs[name], configs[name].model
         table.add_row(

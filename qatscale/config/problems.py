@@ -88,20 +88,11 @@ def _problem(
     key, value = dotted(path), lookup(raw, path)
     if kind == "missing":
         return UserError(key, None, f"missing; it must be {describe(place.annotation, place.metadata)}.")
-    choices = [choice for choice in plain_types(place.annotation) if isinstance(choice, str)]
-    null = "null; it " if value is None else ""
-    return UserError(
-        key,
-        value,
-        f"{null}must be {describe(place.annotation, place.metadata)}.",
-        join(meant_choice(value, choices), origin(path)),
-    )
-
-
-def meant_choice(value: object, choices: Iterable[str]) -> str:
-    """`Did you mean 'x'?` where a choice is near."""
+    choices = (choice for choice in plain_types(place.annotation) if isinstance(choice, str))
     close = nearest(value, choices) if isinstance(value, str) else None
-    return f"Did you mean {close!r}?" if close else ""
+    meant = f"Did you mean {close!r}?" if close else ""
+    problem = f"{'null; it ' if value is None else ''}must be {describe(place.annotation, place.metadata)}."
+    return UserError(key, value, problem, join(meant, origin(path)))
 
 
 def _place(model: type[Section], loc: Sequence[int | str]) -> _Place:

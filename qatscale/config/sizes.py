@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
@@ -14,30 +13,9 @@ from qatscale.errors import UserError
 Precision = Literal["fp32", "bf16"]
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameter counts of a model. A tied embedding is counted once."""
-
-    total: int
-    """All of them: the N of the scaling laws here."""
-    embedding: int
-    """Input embedding, and the head where it is a table of its own."""
-    non_embedding: int
-    """total - embedding."""
-    matmul: int
-    """Parameters that multiply activations: attention, MLP and the head (tied or not), without embedding and norms."""
-
-
-def count_parameters(model: ModelConfig) -> ParameterCounts:
-    """Exact counts of the Llama that this configuration builds, without its quantizer scales."""
-    weights = stored_weights(model, QatConfig())
-    linear, embedding = weights.matrices.weights, weights.embedding.weights
-    return ParameterCounts(
-        total=weights.params,
-        embedding=embedding,
-        non_embedding=weights.params - embedding,
-        matmul=linear + model.vocab_size * model.hidden_size,
-    )
+def count_parameters(model: ModelConfig) -> int:
+    """All parameters of a model, a tied embedding once, without quantizer scales: the N of the scaling laws here."""
+    return stored_weights(model, QatConfig()).params
 
 
 def stored_weights(model: ModelConfig, qat: QatConfig, precision: Precision = "bf16") -> StoredWeights:
@@ -70,8 +48,9 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     halved for the causal mask: the convention of PaLM (arXiv 2204.02311, appendix B), so that MFU compares with what
     others report. Neither recomputation nor fake quantization counts: they are overhead, not model.
     """
-    attended = model.channels * model.heads
-    return 6 * count_parameters(model).matmul + 12 * model.layers * attended * sequence_length
+    attended, head = model.channels * model.heads, model.vocab_size * model.hidden_size
+    matmul = stored_weights(model, QatConfig()).matrices.weights + head
+    return 6 * matmul + 12 * model.layers * attended * sequence_length
 
 
 FLOPS_CONVENTION = "6 x matmul parameters + 12 x layers x width x sequence, per token (PaLM, appendix B)"

@@ -75,3 +75,7 @@ class Mixture:
             return self._first.sources(positions)
         later = self._second.sources(positions - self.change)
         return np.where(positions < self.change, self._first.sources(positions), later)
+
+
+ONE_SOURCE = Mixture({"": 1})
+"""Without `data.mix`: the prepared folder itself, called ""."""

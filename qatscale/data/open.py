@@ -9,21 +9,18 @@ from typing import Any, get_args
 
 from qatscale.config.schema import RunConfig
 from qatscale.data.manifest import Manifest, Split, SplitCounts, Verify
-from qatscale.data.mixture import Mixture
-from qatscale.data.reader import BatchReader, EvaluationReader, MixedReader, TokenStream
+from qatscale.data.mixture import ONE_SOURCE, Mixture
+from qatscale.data.reader import BatchReader, EvaluationReader, TokenStream, complete_sequences
 from qatscale.errors import UserError
 from qatscale.schedule.timeline import Timeline
 
 
-def open_batches(config: RunConfig, timeline: Timeline) -> BatchReader | MixedReader:
+def open_batches(config: RunConfig, timeline: Timeline) -> BatchReader:
     """The training batches of a run. UserError as from `open_stream`, and where the data cannot fill one batch."""
-    data, sequences, mixture = config.data, config.batch.sequences, mixture_of(config, timeline)
-    last = timeline.last_cooldown
+    data, last, streams = config.data, timeline.last_cooldown, _open_sources(config, "train")
     tail = (last, data.cooldown_seed) if data.cooldown_seed and last is not None else None
-    if mixture is None:
-        return BatchReader(open_stream(config, "train"), data.sequence_length, sequences, data.seed, tail)
-    streams = _open_sources(config, "train")
-    return MixedReader(_manifest_of(streams), streams, mixture, data.sequence_length, sequences, data.seed, tail)
+    mixture, manifest = mixture_of(config, timeline), _manifest_of(streams)
+    return BatchReader(streams, data.sequence_length, config.batch.sequences, data.seed, tail, mixture, manifest)
 
 
 def open_validation(config: RunConfig, tokenizer: str | None = None) -> EvaluationReader:
@@ -72,36 +69,50 @@ def _manifest_of(streams: Mapping[str, TokenStream]) -> Manifest:
     return joined({name: stream.manifest for name, stream in streams.items()})
 
 
-def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture | None:
-    """The mixture of a run; None without `data.mix`.
+def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture:
+    """The mixture of a run.
 
     `data.cooldown_mix` holds from the first cooldown or the switch to QAT, whichever is first, to the end.
     """
     data = config.data
     if data.mix is None:
-        return None
+        return ONE_SOURCE
     change = timeline.boundaries[0] * config.batch.sequences if timeline.boundaries else None
     return Mixture(data.mix, data.cooldown_mix if timeline.boundaries else None, change)
 
 
+def data_here(config: RunConfig) -> tuple[dict[str, int], Manifest | None]:
+    """Training tokens of the sources that are on this machine, and their manifest if all are.
+
+    UserError where the model's vocabulary is too small for it.
+    """
+    folders = config.data.sources
+    here = {name: Manifest.load(path) for name, path in folders.items() if path.exists()}
+    held = {name: manifest.splits["train"].tokens for name, manifest in here.items()}
+    if not here or len(here) < len(folders):
+        return held, None
+    manifest = joined(here)
+    manifest.check_vocabulary(config.model.vocab_size)
+    return held, manifest
+
+
 def plan_sources(
-    config: RunConfig, timeline: Timeline, held: Mapping[str, int] | None = None
+    config: RunConfig, timeline: Timeline, held: Mapping[str, int]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What a run reads of each source, and a warning for each that it reads again. Without `data.mix` the source is "".
 
-    held: a reader's `held`; otherwise the manifests are read. `epochs` is None where the data are not here yet.
+    held: training tokens by source. `epochs` is None where the data are not here yet. UserError where a source holds
+    less than a sequence.
     """
     folders = config.data.sources
-    if held is None:
-        held = {name: Manifest.load(path).splits["train"].tokens for name, path in folders.items() if path.exists()}
-    mixture, length = mixture_of(config, timeline) or Mixture({"": 1}), config.data.sequence_length
+    mixture, length = mixture_of(config, timeline), config.data.sequence_length
     sequences = timeline.steps * config.batch.sequences
     total, first = (mixture.count(n) * length for n in (sequences, min(sequences, mixture.change or sequences)))
     rows, warnings = [], []
     for name, tokens, before in zip(mixture.names, total.tolist(), first.tolist(), strict=True):
         epochs = None
         if name in held:
-            unique = max(1, (held[name] - 1) // length) * length
+            unique = complete_sequences(f"{folders[name]} (train)", held[name], length) * length
             epochs = tokens / unique
             warnings.append(repetition(name, epochs, unique))
         elif name in folders:

@@ -20,7 +20,7 @@ import numpy as np
 
 from qatscale.data.indexed import IndexedReader, Shard
 from qatscale.data.manifest import Manifest, Split, Verify
-from qatscale.data.mixture import Mixture
+from qatscale.data.mixture import ONE_SOURCE, Mixture
 from qatscale.errors import UserError
 
 _LIMIT, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -70,12 +70,7 @@ class TokenStream:
 
     def sequences(self, sequence_length: int) -> int:
         """Complete sequences of `sequence_length` inputs. Raises UserError if there are none."""
-        count = (len(self) - 1) // sequence_length
-        if count < 1:
-            problem = f"{self.name} has {len(self)} tokens, and one sequence takes {sequence_length + 1}."
-            fix = "Choose a shorter one or prepare more text."
-            raise UserError("data.sequence_length", sequence_length, problem, fix)
-        return count
+        return complete_sequences(self.name, len(self), sequence_length)
 
     def gather(self, indices: np.ndarray, sequence_length: int) -> np.ndarray:
         """Sequences `indices` [n] as int64 [n, sequence_length + 1]."""
@@ -87,6 +82,16 @@ class TokenStream:
         for row, place in zip(out, places, strict=True):
             self._read(*place, row)
         return out
+
+
+def complete_sequences(name: str, tokens: int, sequence_length: int) -> int:
+    """Sequences of `sequence_length` inputs in so many tokens. UserError if there are none."""
+    count = (tokens - 1) // sequence_length
+    if count < 1:
+        problem = f"{name} has {tokens} tokens, and one sequence takes {sequence_length + 1}."
+        fix = "Choose a shorter one or prepare more text."
+        raise UserError("data.sequence_length", sequence_length, problem, fix)
+    return count
 
 
 @functools.lru_cache(maxsize=MAPS)
@@ -172,86 +177,61 @@ class ReshuffledTail:
 class BatchReader:
     """Training batches: a pure function of (seed, step, rank). The global batch is the same for any number of ranks.
 
-    Consecutive steps are a random sample, without replacement within an epoch, of the sequences of the entire stream.
-    The order of sources and documents does not bias what a short run sees.
-    """
-
-    def __init__(
-        self, stream: TokenStream, sequence_length: int, sequences: int, seed: int, tail: tuple[int, int] | None = None
-    ) -> None:
-        """`sequences`: those of the global batch. `tail`: (step, seed) from which the order is another one. Raises
-        UserError where the stream cannot fill one batch."""
-        self.stream, self.sequence_length, self.sequences = stream, sequence_length, sequences
-        self.held = {"": stream.manifest.splits["train"].tokens}
-        """Training tokens by source; without a mixture there is one, ""."""
-        self.sequences_per_epoch = stream.sequences(sequence_length)
-        if sequences > self.sequences_per_epoch:
-            problem = f"{stream.name} holds {self.sequences_per_epoch} sequences of {sequence_length} tokens."
-            raise UserError("batch.sequences", sequences, problem, "Choose a smaller batch or prepare more text.")
-        self._order: Callable[[int, int], np.ndarray] = (order := ShuffledOrder(self.sequences_per_epoch, seed))
-        if tail is not None:
-            step, other = tail
-            self._order = ReshuffledTail(order, self.sequences_per_epoch, step * sequences, seed + (other << 32))
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.stream.manifest
-
-    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
-        """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
-        return self.read(*_part(self.sequences, step, rank, ranks))
-
-    def read(self, first: int, count: int) -> np.ndarray:
-        """The sequences at the positions [first, first + count) of the order, counted through all epochs."""
-        return self.stream.gather(self._order(first, count), self.sequence_length)
-
-
-def _part(sequences: int, step: int, rank: int, ranks: int) -> tuple[int, int]:
-    """(first position, number) of a rank's sequences in the batch of `step`."""
-    if sequences % ranks:
-        raise UserError("batch.sequences", sequences, f"cannot be divided among {ranks} data-parallel processes.")
-    assert 0 <= rank < ranks
-    share = sequences // ranks
-    return step * sequences + rank * share, share
-
-
-class MixedReader:
-    """Training batches of several sources, a pure function of (seed, step, rank) as those of `BatchReader`.
-
     The mixture decides each position's source. Every source has an order of its own, of which it reads the next
-    sequence; the order depends on the source's name and on no other source.
+    sequence; the order depends on the source's name and on no other source. Consecutive steps read a random sample,
+    without replacement within an epoch, of each entire stream: the order of documents does not bias a short run.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
         streams: Mapping[str, TokenStream],
-        mixture: Mixture,
         sequence_length: int,
         sequences: int,
         seed: int,
         tail: tuple[int, int] | None = None,
+        mixture: Mixture = ONE_SOURCE,
+        manifest: Manifest | None = None,
     ) -> None:
-        """manifest: of all sources. streams: by the mixture's names. tail: as for `BatchReader`. UserError where one
-        is shorter than a sequence."""
-        self.manifest = manifest
-        self.mixture, self.sequence_length, self.sequences = mixture, sequence_length, sequences
+        """streams: by the mixture's names. `sequences`: those of the global batch. `tail`: (step, seed) from which the
+        orders are others. manifest: of all sources; None = that of the only one. UserError where a stream is shorter
+        than a sequence, or the only one cannot fill one batch."""
+        self.sequence_length, self.sequences, self.mixture = sequence_length, sequences, mixture
+        self.manifest = manifest or streams[mixture.names[0]].manifest
         self.held = {name: streams[name].manifest.splits["train"].tokens for name in mixture.names}
-        self._readers = []
+        """Training tokens by source."""
+        self._sources: list[tuple[TokenStream, Callable[[int, int], np.ndarray]]] = []
         for source, name in enumerate(mixture.names):
-            own_tail = tail and (int(mixture.count(tail[0] * sequences)[source]), tail[1])
-            own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
-            self._readers.append(BatchReader(streams[name], sequence_length, 1, own_seed, own_tail))
+            stream, own_seed = streams[name], seed
+            epoch = stream.sequences(sequence_length)
+            if name:
+                own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
+            elif sequences > epoch:
+                problem = f"{stream.name} holds {epoch} sequences of {sequence_length} tokens."
+                raise UserError("batch.sequences", sequences, problem, "Choose a smaller batch or prepare more text.")
+            order = ShuffledOrder(epoch, own_seed)
+            if tail is None:
+                self._sources.append((stream, order))
+            else:
+                start = int(mixture.count(tail[0] * sequences)[source])
+                self._sources.append((stream, ReshuffledTail(order, epoch, start, own_seed + (tail[1] << 32))))
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
-        """As `BatchReader.batch`."""
-        first, count = _part(self.sequences, step, rank, ranks)
+        """Rank's part of the batch of 0-based `step`: int64 [sequences / ranks, sequence_length + 1]."""
+        if self.sequences % ranks:
+            problem = f"cannot be divided among {ranks} data-parallel processes."
+            raise UserError("batch.sequences", self.sequences, problem)
+        assert 0 <= rank < ranks
+        count = self.sequences // ranks
+        first = step * self.sequences + rank * count
         sources, done = self.mixture.sources(first, count), self.mixture.count(first)
         out = np.empty((count, self.sequence_length + 1), np.int64)
-        for source, reader in enumerate(self._readers):
+        for source, (stream, order) in enumerate(self._sources):
             rows = np.flatnonzero(sources == source)
             if len(rows):
-                out[rows] = reader.read(int(done[source]), len(rows))
+                read = stream.gather(order(int(done[source]), len(rows)), self.sequence_length)
+                if len(rows) == count:
+                    return read
+                out[rows] = read
         return out
 
     def tokens(self, first: int, end: int, left_out: Sequence[int] = ()) -> dict[str, int]:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 SPACE = "▁"
+"""U+2581, SentencePiece's sign for a space."""
 _WORDS = re.compile(r"\n| *[^ \n]+| +")
 _CACHED_CHARACTERS = 48
 """Longer words (URLs, base64) rarely occur again."""
@@ -75,13 +76,18 @@ class SegmentEncoder:
         return array(self._dtype.char, self._processor.encode(text)).tobytes()  # faster than NumPy on a few numbers
 
 
+def model_proto(model: bytes) -> Any:
+    """The content of a serialized SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(model)
+
+
 def segment_encoder(model: bytes, dtype: np.dtype[Any]) -> SegmentEncoder | None:
     """An encoder for the serialized SentencePiece `model`, or None where words are not independent."""
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
+    proto = model_proto(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     bpe = trainer.model_type == trainer.BPE and not trainer.treat_whitespace_as_suffix
     # without byte fallback neighbouring unknown characters become one <unk>, across any boundary

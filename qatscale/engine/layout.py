@@ -15,7 +15,7 @@ from qatscale.model.stages import Stage, divide
 
 
 class Place(NamedTuple):
-    """A process's coordinates."""
+    """A process's coordinates. Those of one model have the same `data`, the share of the batch that they see."""
 
     stage: int
     data: int

@@ -91,9 +91,6 @@ def _scale_of_each(scale: Tensor, fragment: Fragment, channels: int, low: int, h
     """The scale of each weight of a piece. scale: [rows] or [rows, groups], of a matrix [rows, channels]."""
     by_group = scale.view(scale.shape[0], -1)
     first, end = fragment.columns or (0, channels)
-    size = channels // by_group.shape[1]
-    block = by_group[:, first // size : -(-end // size)]
-    shared = (end - first) // block.shape[1]
-    start = low // shared
-    spread = block.flatten()[start : -(-high // shared)].unsqueeze(-1).expand(-1, shared).flatten()
-    return spread[low - start * shared :][: high - low]
+    place = torch.arange(low, high, device=scale.device)
+    row, column = place // (end - first), place % (end - first) + first
+    return by_group[row, column * by_group.shape[1] // channels]

@@ -25,15 +25,6 @@ class Topology:
     grid: Any
     """DeepSpeed's view of the groups; None where every process holds the entire model."""
 
-    @property
-    def data_rank(self) -> int:
-        """Which of the batch's shares this process sees; the processes of one model see the same."""
-        return self.place.data
-
-    @property
-    def data_ranks(self) -> int:
-        return self.layout.data
-
 
 def join_topology(config: RunConfig, layout: Layout, runtime: Runtime) -> Topology:
     """Make the groups. Collective, after `start_runtime`."""

@@ -77,7 +77,3 @@ class PluginFolder:
             "optimizer": {"learning_rate": 1.0},
             "qat": {**self.qat.model_dump(), "scheme": "scratch", "fraction": "auto"},
         })  # fmt: skip
-
-
-def is_plugin_folder(path: Path) -> bool:
-    return (path / SETTINGS).is_file()

@@ -22,10 +22,11 @@ from qatscale.config.schema import ModelConfig, QatConfig, RunConfig
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, only_data, open_checkpoint
 from qatscale.errors import UserError
-from qatscale.export.plugin_source import PluginFolder, is_plugin_folder
+from qatscale.export.plugin_source import PluginFolder
 from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.model.llama import Llama, parameter_shapes
 from qatscale.quant.bit_widths import Quantizer, get_quantizer
+from qatscale.quant.model_folder import SETTINGS
 from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
@@ -154,8 +155,11 @@ def open_source(
     unfinished: accept a checkpoint from before the run's end.
     data: prepared data instead of the run's own.
     """
-    if is_plugin_folder(Path(what)):
-        return _open_plugin_folder(Path(what), ptq_bits, data)
+    if ((path := Path(what)) / SETTINGS).is_file():
+        found = PluginFolder(path)
+        config, plugin = found.config(data), found.manifest.plugin
+        parameters = _parameters(config, plugin, ptq_bits)
+        return ExportSource(path, config, found.dtype, found.manifest, ptq_bits, parameters, found)
     config, reader = open_checkpoint(what, only_data(data))
     precision = precision_of(run_ds_config(config))
     source = ExportSource(
@@ -177,13 +181,6 @@ def open_source(
         )
         raise UserError("checkpoint", what, f"{at}{missing}.", f"{end}, or add --unfinished to export it as it stands.")
     return source
-
-
-def _open_plugin_folder(path: Path, ptq_bits: float | None, data: Path | None) -> ExportSource:
-    found = PluginFolder(path)
-    config = found.config(data)
-    parameters = _parameters(config, found.manifest.plugin, ptq_bits)
-    return ExportSource(path, config, found.dtype, found.manifest, ptq_bits, parameters, found)
 
 
 def _parameters(config: RunConfig, plugin: dict[str, Any], ptq_bits: float | None) -> list[SourceParameter]:

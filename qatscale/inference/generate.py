@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,8 +25,6 @@ from qatscale.quant.views import computed_weights
 from qatscale.tensor_files import not_finite
 from qatscale.train.validation import open_view
 from qatscale.untrusted import check_json_files, check_safetensors, readable
-
-Model = TypeVar("Model")
 
 
 class TransformersModel:
@@ -111,8 +109,7 @@ def open_text_generator(what: str, view: str | None = None, data: Path | None = 
     with a checkpoint's tokenizer; None = those of its run. UserError where nothing is found, the export is damaged, or
     its client is not installed or refuses it.
     """
-    openers: dict[type[Client], Callable[[Exported], TextGenerator]] = {Transformers: from_export, MlxLm: MlxModel}
-    return _open(what, view, data, openers)
+    return _open(what, view, data, {Transformers: from_export, MlxLm: MlxModel})
 
 
 def open_transformers(what: str) -> TransformersModel:
@@ -120,12 +117,7 @@ def open_transformers(what: str) -> TransformersModel:
     return _open(what, None, None, {Transformers: from_export})
 
 
-def _open(
-    what: str,
-    view: str | None,
-    data: Path | None,
-    openers: Mapping[type[Client], Callable[[Exported], Model]],
-) -> Model | TransformersModel:
+def _open(what: str, view: str | None, data: Path | None, openers: Mapping[type[Client], Callable[..., Any]]) -> Any:
     with readable("model", what):
         export = find_export(Path(what))
         if export is None:

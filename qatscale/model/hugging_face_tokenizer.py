@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
+from qatscale.data.segments import SPACE, model_proto
 from qatscale.data.tokenizer import CARD, HUGGING_FACE_FILE, SENTENCEPIECE_FILE, read_card
 from qatscale.errors import UserError, first_line
 
@@ -17,9 +18,6 @@ _FURTHER_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "chat_template.jinja", SENTENCEPIECE_FILE,
 )  # fmt: skip
-SPACE = "▁"
-"""U+2581, SentencePiece's sign for a space."""
-
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     " one space before, two  between, three   again, one behind ",
@@ -125,12 +123,6 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
             problem = f"cannot be converted for transformers: the text {text!r} would get other ids."
             raise UserError("tokenizer", str(path), problem, "Export without a tokenizer and ship the .model file.")
     return SpecialIds(*(index if index >= 0 else None for index in (processor.bos_id(), eos)))
-
-
-def model_proto(model: bytes) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(model)
 
 
 def fast_tokenizer(model: bytes) -> Any:

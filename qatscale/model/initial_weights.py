@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qatscale.config.schema import ModelConfig
-from qatscale.model.llama import Llama, canonical_name, is_norm, parameter_shapes
+from qatscale.model.llama import Llama, canonical_name, is_norm
 from qatscale.model.tensor_parallel import shard_of
 
 Version = Literal["auto", 1, 2]
@@ -46,9 +46,8 @@ class InitialWeights:
         if (value := constant(name)) is not None:
             parameter.fill_(value)
             return
-        full = torch.Size(parameter_shapes(self.config)[name])
-        columns = parameter.shape[1]
-        shard = shard_of(parameter)
+        columns, shard = parameter.shape[1], shard_of(parameter)
+        full = parameter.shape if shard is None else shard.full_shape(parameter.shape)
         first_row, first_column = (0, 0) if shard is None else (shard.start, 0) if shard.dim == 0 else (0, shard.start)
         rows = parameter.shape[0] if shard is None or shard.dim == 1 else shard.size
         low, high = start // columns, min(rows, -(-(parameter.numel() if end is None else end) // columns))

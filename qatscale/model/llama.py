@@ -18,8 +18,9 @@ share.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
@@ -31,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from qatscale.config.schema import ModelConfig
 from qatscale.model.documents import Documents, attend, find_documents, has_kernel
 from qatscale.model.head import Head
-from qatscale.model.stages import Stage, single_stage
+from qatscale.model.stages import Stage
 from qatscale.model.tensor_parallel import (
     UNSPLIT,
     TensorParallel,
@@ -203,7 +204,7 @@ class Llama(nn.Module):
         """May be replaced by a compiled form for training; without gradients the plain one runs."""
         self.document_end: int | None = None
         """The token that divides documents, where attention and positions do not cross their borders."""
-        self.stage = stage = stage or single_stage(config)
+        self.stage = stage = stage or Stage(0, 1, range(config.layers))
         if stage.is_first:
             self.embed = vocabulary_parallel_embedding(config.vocab_size, config.hidden_size, parallel)
         self.blocks = nn.ModuleList(
@@ -271,30 +272,11 @@ class Llama(nn.Module):
         return self
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Name → full shape of every parameter, in the order of `Llama.named_parameters()`, without a tied head."""
-    D, I = config.hidden_size, config.intermediate_size  # noqa: E741
-    q, kv = config.channels * config.heads, config.channels * (config.kv_heads or config.heads)
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, D)}
-    for i in range(config.layers):
-        shapes[f"blocks.{i}.attention_norm.weight"] = (D,)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            shapes[f"blocks.{i}.attention.{name}.weight"] = (rows, D)
-            if config.attention_bias:
-                shapes[f"blocks.{i}.attention.{name}.bias"] = (rows,)
-        shapes[f"blocks.{i}.attention.o.weight"] = (D, q)
-        if config.qk_norm:
-            shapes |= {f"blocks.{i}.attention.{name}_norm.weight": (config.channels,) for name in "qk"}
-        shapes |= {
-            f"blocks.{i}.mlp_norm.weight": (D,),
-            f"blocks.{i}.mlp.gate.weight": (I, D),
-            f"blocks.{i}.mlp.up.weight": (I, D),
-            f"blocks.{i}.mlp.down.weight": (D, I),
-        }
-    shapes["norm.weight"] = (D,)
-    if not config.tied_embedding:
-        shapes["head.weight"] = (config.vocab_size, D)
-    return shapes
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
 
 
 def canonical_name(name: str, config: ModelConfig) -> str:

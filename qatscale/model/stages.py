@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qatscale.config.schema import ModelConfig
-from qatscale.config.sizes import count_parameters
+from qatscale.config.schema import ModelConfig, QatConfig
+from qatscale.config.sizes import stored_weights
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,6 @@ class Stage:
     @property
     def is_last(self) -> bool:
         return self.index == self.count - 1
-
-
-def single_stage(model: ModelConfig) -> Stage:
-    return Stage(0, 1, range(model.layers))
 
 
 def divide(model: ModelConfig, count: int) -> tuple[Stage, ...]:
@@ -71,4 +67,5 @@ def stage_parameters(model: ModelConfig, blocks: list[int]) -> list[int]:
 
 
 def _block(model: ModelConfig) -> int:
-    return (count_parameters(model).non_embedding - model.hidden_size) // model.layers
+    weights = stored_weights(model, QatConfig())
+    return (weights.params - weights.embedding.weights - model.hidden_size) // model.layers

@@ -34,7 +34,7 @@ from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer, full_shape
 from qatscale.quant.report import ModuleReport, NothingQuantizedError, SwitchReport
 from qatscale.quant.scales import initial_scale
-from qatscale.quant.selection import Selection, Target, fake_quant_modules, select
+from qatscale.quant.selection import Selection, fake_quant_modules, select
 from qatscale.quant.views import view
 
 __all__ = ["Masters", "NothingQuantizedError", "PlainMasters", "QatPlugin", "SwitchReport", "scale_groups", "view"]
@@ -154,38 +154,32 @@ class QatPlugin:
         """
         selection = select(model, self.qat, self._include, self._exclude)
         wanted = {id(target.module) for target in selection.targets}
-        for name, module in fake_quant_modules(model):
-            if id(module) not in wanted:
+        for name, layer in fake_quant_modules(model):
+            if id(layer) not in wanted:
                 raise UserError(f"model.{name}", "a prepared layer", "is not one that this recipe quantizes.", _FRESH)
         scales: dict[int, nn.Parameter] = {}
+        """Id of a weight -> its scale, for layers that share the weight."""
         for target in selection.targets:
-            self._prepare_layer(target, scales)
+            module, bits = target.module, target.rule.at(self.qat.bits)
+            if not isinstance(module, FakeQuant):
+                FAKE_QUANT[type(module)].convert(
+                    module,
+                    bits,
+                    rule=target.rule,
+                    group_size=self.qat.group_size,
+                    scale=scales.get(id(module.weight)),
+                    use_grad_factor=self.qat.scale_gradient_factor,
+                )
+            assert isinstance(module, FakeQuant)
+            if (module.quantizer.bits, module.group_size) != (bits, self.qat.group_size):
+                prepared = f"prepared at {module.quantizer.bits:g} bits, group size {module.group_size}"
+                problem = f"this recipe says {bits:g} bits, group size {self.qat.group_size}."
+                raise UserError(f"model.{target.name}", prepared, problem, _FRESH)
+            scales[id(module.weight)] = module.weight_scale
         self._model, self._selection = model, selection
         of_scales = {id(layer.weight_scale) for _, layer in fake_quant_modules(model)}
         self._params = sum(math.prod(full_shape(p)) for p in model.parameters() if id(p) not in of_scales)
         return model
-
-    def _prepare_layer(self, target: Target, scales: dict[int, nn.Parameter]) -> None:
-        """scales: id of a weight -> its scale, for layers that share the weight."""
-        module, bits = target.module, target.rule.at(self.qat.bits)
-        if isinstance(module, FakeQuant):
-            if (module.quantizer.bits, module.group_size) != (bits, self.qat.group_size):
-                raise UserError(
-                    f"model.{target.name}",
-                    f"prepared at {module.quantizer.bits:g} bits, group size {module.group_size}",
-                    f"this recipe says {bits:g} bits, group size {self.qat.group_size}.", _FRESH,
-                )  # fmt: skip
-            scales[id(module.weight)] = module.weight_scale
-            return
-        layer = FAKE_QUANT[type(module)].convert(
-            module,
-            bits,
-            rule=target.rule,
-            group_size=self.qat.group_size,
-            scale=scales.get(id(module.weight)),
-            use_grad_factor=self.qat.scale_gradient_factor,
-        )
-        scales[id(layer.weight)] = layer.weight_scale
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The prepared model's matrices (decayed), norms and biases, and one group per bit width of scales.

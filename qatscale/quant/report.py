@@ -127,28 +127,17 @@ class SwitchReport:
         for module in self.modules:
             kind = " = ".join(name.rsplit(".", 1)[-1] for name in module.names)
             kinds.setdefault((kind, module.bits, module.shape), []).append(module)
-        columns = (
-            ("layer", "all"), ("count", str(len(self.modules))), ("bits", ""), ("quantizer", ""), ("shape", ""),
-            ("weights", f"{self.weights:,}"), ("bits/weight", f"{self.bits_per_weight:.3f}"),
-            ("MiB", f"{self.bytes / 2**20:.2f}"), ("relative error", f"{self.relative_error:.4f}"),
-        )  # fmt: skip
         share = self.weights / self.params
-        headers, footer = zip(*columns, strict=True)
         table = TextTable(
-            headers,
+            ("layer", "count", "bits", "quantizer", "shape", "weights", "bits/weight", "MiB", "relative error"),
             words=["layer"],
             title=f"QAT from step {self.step:,}: {plural(self.layers, 'layer')}, {share:.1%} of all weights",
             drop=("quantizer", "MiB", "count", "shape"),
             caption=f"In full precision: {', '.join(self.left_out)}." if self.left_out else "",
-            footer=footer,
+            footer=_cells("all", self.modules, "", "", ""),
         )
         for (kind, bits, shape), modules in kinds.items():
-            stored = sum(module.stored_bits for module in modules)
-            weights = sum(module.numel for module in modules)
-            table.add_row(
-                kind, str(len(modules)), f"{bits:g}", modules[0].quantizer, " x ".join(map(str, shape)), f"{weights:,}",
-                f"{stored / weights:.3f}", f"{stored / 8 / 2**20:.2f}", f"{_overall_error(modules):.4f}",
-            )  # fmt: skip
+            table.add_row(*_cells(kind, modules, f"{bits:g}", modules[0].quantizer, " x ".join(map(str, shape))))
         return table
 
     def __str__(self) -> str:
@@ -168,6 +157,13 @@ def merge_reports(reports: Sequence[SwitchReport], params: int) -> SwitchReport:
         merged[key] = replace(module, names=names)
     left_out = {name: why for report in reports for name, why in report.left_out.items()}
     return SwitchReport(reports[0].step, tuple(merged.values()), left_out, params)
+
+
+def _cells(kind: str, modules: Sequence[ModuleReport], *common: str) -> tuple[str, ...]:
+    """A row of the table. common: bits, quantizer and shape of the modules."""
+    stored, weights = sum(m.stored_bits for m in modules), sum(m.numel for m in modules)
+    sizes = (f"{weights:,}", f"{stored / weights:.3f}", f"{stored / 8 / 2**20:.2f}")
+    return kind, str(len(modules)), *common, *sizes, f"{_overall_error(modules):.4f}"
 
 
 def _counts(quantized: Mapping[float, tuple[int, int]]) -> str:

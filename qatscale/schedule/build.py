@@ -75,43 +75,24 @@ class _Schedule:
 
 
 def _schedules(config: RunConfig, planned: float) -> list[_Schedule]:
-    match config.qat.scheme:
-        case "fp":
-            return [_whole(config, config.optimizer.learning_rate, quantized=False)]
-        case "scratch":
-            return [_whole(config, qat_peak(config, planned), quantized=True)]
-        case "sequential":
-            return _sequential(config, _switch_step(config, planned), qat_peak(config, planned))
-        case "fused":
-            return _fused(config, _switch_step(config, planned), qat_peak(config, planned))
-
-
-def _whole(config: RunConfig, peak: float, quantized: bool) -> _Schedule:
-    (warmup, cooldown), notes = share_out(schedule_lengths(config, config.steps), config.steps, "the run")
-    return _Schedule(0, config.steps, warmup, cooldown, peak, quantized, tuple(notes))
-
-
-def _sequential(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
-    qat_steps = config.steps - switch
-    (warmup, cooldown), notes = share_out(full_precision_lengths(config, switch), switch, "the full-precision phase")
-    (rewarmup, qat_cooldown), qat_notes = share_out(qat_lengths(config, qat_steps), qat_steps, "the QAT phase")
+    steps, rate, scheme = config.steps, config.optimizer.learning_rate, config.qat.scheme
+    if scheme in ("fp", "scratch"):
+        peak = rate if scheme == "fp" else qat_peak(config, planned)
+        (warmup, cooldown), notes = share_out(schedule_lengths(config, steps), steps, "the run")
+        return [_Schedule(0, steps, warmup, cooldown, peak, scheme == "scratch", tuple(notes))]
+    switch, where = _switch_step(config, planned), "the QAT phase"
+    shorter, longer = list[str](), list[str]()
+    if scheme == "fused":
+        share_out(schedule_lengths(config, steps), steps, "the run")  # reports first what fits into no split
+        least, most = qat_bounds(config)
+        shorter, longer = (_fraction_mends(comparison, least, most, steps) for comparison in ("<=", ">="))
+        where += ", which holds the one cooldown of a fused run"
+    lengths = full_precision_lengths(config, switch)
+    (warmup, *cooldowns), notes = share_out(lengths, switch, "the full-precision phase", shorter)
+    (rewarmup, qat_cooldown), qat_notes = share_out(qat_lengths(config, steps - switch), steps - switch, where, longer)
     return [
-        _Schedule(0, switch, warmup, cooldown, config.optimizer.learning_rate, False, tuple(notes)),
-        _Schedule(switch, config.steps, rewarmup, qat_cooldown, qat_rate, True, tuple(qat_notes)),
-    ]
-
-
-def _fused(config: RunConfig, switch: int, qat_rate: float) -> list[_Schedule]:
-    steps, qat_steps = config.steps, config.steps - switch
-    share_out(schedule_lengths(config, steps), steps, "the run")  # reports first what fits into no split
-    least, most = qat_bounds(config)
-    shorter, longer = (_fraction_mends(comparison, least, most, steps) for comparison in ("<=", ">="))
-    [warmup], notes = share_out(full_precision_lengths(config, switch), switch, "the full-precision phase", shorter)
-    where = "the QAT phase, which holds the one cooldown of a fused run"
-    (rewarmup, cooldown), qat_notes = share_out(qat_lengths(config, qat_steps), qat_steps, where, longer)
-    return [
-        _Schedule(0, switch, warmup, 0, config.optimizer.learning_rate, False, tuple(notes)),
-        _Schedule(switch, steps, rewarmup, cooldown, qat_rate, True, tuple(qat_notes)),
+        _Schedule(0, switch, warmup, sum(cooldowns), rate, False, tuple(notes)),
+        _Schedule(switch, steps, rewarmup, qat_cooldown, qat_peak(config, planned), True, tuple(qat_notes)),
     ]
 
 

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qatscale.schedule.timeline import Timeline
 
 
-@dataclass(frozen=True)
-class SettingsDifference:
-    """The first step at which two timelines differ, and in what."""
-
-    step: int
-    setting: str
-    first: object
-    second: object
-
-    def __str__(self) -> str:
-        return f"{self.setting} at step {self.step}: {self.first!r} against {self.second!r}"
-
-
-def first_difference(first: Timeline, second: Timeline, until: int) -> SettingsDifference | None:
-    """Where two timelines first prescribe different settings at a step < `until`, or None.
+def first_difference(first: Timeline, second: Timeline, until: int) -> str | None:
+    """The first step < `until` at which two timelines prescribe different settings, and in what; None where none does.
 
     A branch equals its parent up to its start only if this is None for `until` = the start. Compared are the learning
     rate, betas, weight decay and quantization, but not the names of phases.
@@ -29,7 +14,7 @@ def first_difference(first: Timeline, second: Timeline, until: int) -> SettingsD
     step = 0
     while step < until:
         if step >= min(first.steps, second.steps):
-            return SettingsDifference(step, "steps", first.steps, second.steps) if first.steps != second.steps else None
+            return _text("steps", step, first.steps, second.steps) if first.steps != second.steps else None
         a, b = first.segment_at(step), second.segment_at(step)
         end = min(a.end, b.end, until)
         # Within one pair of segments only the rate moves, and of equal or stable ones it moves alike: one look.
@@ -39,6 +24,10 @@ def first_difference(first: Timeline, second: Timeline, until: int) -> SettingsD
             for setting in ("quantized", "learning_rate", "betas", "weight_decay"):
                 left, right = getattr(one, setting), getattr(other, setting)
                 if left != right:
-                    return SettingsDifference(probe, setting, left, right)
+                    return _text(setting, probe, left, right)
         step = end
     return None
+
+
+def _text(setting: str, step: int, first: object, second: object) -> str:
+    return f"{setting} at step {step}: {first!r} against {second!r}"

@@ -21,7 +21,7 @@ def planned_fraction(config: RunConfig) -> tuple[float, tuple[str, ...]]:
         return float(qat.scheme == "scratch"), ()
     if qat.fraction != "auto":
         return qat.fraction, ()
-    params = count_parameters(config.model).total
+    params = count_parameters(config.model)
     S = tokens_per_parameter_byte(params, config.tokens, qat.bits)
     optimum, warning = 0.0, None
     said = f"the planner's closed form has no optimum at {S:.3g} tokens per parameter byte, only above 1"

@@ -23,11 +23,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from qatscale.errors import EXIT_FAILED, UserError
@@ -53,34 +52,19 @@ class Identity(TypedDict):
     start_ticks: int | None
 
 
-class _Content(TypedDict, total=False):
-    """The content of a claim's file."""
+class Attempt(BaseModel):
+    """One numbered attempt at a run, as an observer sees it: what its file holds, and when that was written."""
 
-    worker: str
-    process: Identity
-    state: State
-    reason: str
-    started: float
-    ended: float
-
-
-_CONTENT = TypeAdapter(_Content)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One numbered attempt at a run, as an observer sees it."""
-
-    name: str
-    number: int
-    state: State
-    worker: str
-    reason: str
-    started: float
-    ended: float | None
-    changed: float
+    worker: str = "an unknown host-?"
+    process: Identity | None = None
+    state: State = "running"
+    reason: str = ""
+    started: float = 0.0
+    ended: float | None = None
+    name: str = ""
+    number: int = 0
+    changed: float = 0.0
     """When the file changed last, by the clock of its disk."""
-    process: Identity | None
 
     @property
     def is_seen(self) -> bool:
@@ -143,17 +127,13 @@ class Claims:
         path = self._path(name, number)
         try:
             changed = path.stat().st_mtime
-            content = _CONTENT.validate_json(path.read_bytes(), strict=True)
+            attempt = Attempt.model_validate_json(path.read_bytes(), strict=True)
         except (OSError, ValueError):  # being written, or damaged: expires like a silent one
-            changed, content = 0.0, _Content()
-        state, process = content.get("state", "running"), content.get("process")
-        nobody = changed > 0 and process is None  # a holder writes its process at once
-        if state == "running" and (nobody or self._is_gone(path, changed, process)):
-            state = "gone"
-        return Attempt(
-            name, number, state, content.get("worker", "an unknown host-?"), content.get("reason", ""),
-            content.get("started", changed), content.get("ended"), changed, process,
-        )  # fmt: skip
+            changed, attempt = 0.0, Attempt()
+        nobody = changed > 0 and attempt.process is None  # a holder writes its process at once
+        gone = attempt.state == "running" and (nobody or self._is_gone(path, changed, attempt.process))
+        seen = {"name": name, "number": number, "changed": changed, "state": "gone" if gone else attempt.state}
+        return attempt.model_copy(update=seen)
 
     def _is_gone(self, path: Path, changed: float, process: Identity | None) -> bool:
         if process is not None and (alive := is_alive(process)) is not None:

@@ -167,7 +167,7 @@ class Watchdog:
             self.resolve_failure(error)
             self._end()
         if isinstance(error, UserError):
-            self._own = self._failure_here("error", f"error: {error}", "")
+            self._own = self._failure_of(self.runtime.rank, "error", f"error: {error}", "")
         self._state = "left"
         self._closed.set()
         if self._killer is not None:
@@ -246,8 +246,8 @@ class Watchdog:
         return time.monotonic() - self._progress > self.stall_timeout + (SLOW if self._slow else 0)
 
     def _failure_of_others(self, store: HeartbeatStore) -> Failure | None:
-        for rank, process in self._siblings.items():
-            if is_alive(process) is False and not self._has_left(store, rank):
+        for rank in self._siblings:
+            if self._is_gone(rank) and not self._has_left(store, rank):
                 return self._failure_of(rank, "gone", LOST)
         if store.lost:
             return self._failure_of(0, "gone", "its process, or the launcher's that keeps the store, broke off")
@@ -311,8 +311,11 @@ class Watchdog:
     def _collector(self) -> int:
         """The first process of this host that is not known to be gone."""
         own = self.hosts[self._process["host"]]
-        gone = {rank for rank in own if rank in self._siblings and is_alive(self._siblings[rank]) is False}
-        return next(rank for rank in own if rank not in gone)
+        return next(rank for rank in own if not self._is_gone(rank))
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether it is a process of this host that has ended."""
+        return rank in self._siblings and is_alive(self._siblings[rank]) is False
 
     def _collect(self, store: HeartbeatStore, until: float) -> list[Failure]:
         """The failures of all; a process that does not answer in time is silent."""
@@ -322,7 +325,7 @@ class Watchdog:
         while True:
             answers = self._answers(store, ranks)
             missing = set(ranks) - answers.keys()
-            gone = {rank for rank in missing if rank in self._siblings and is_alive(self._siblings[rank]) is False}
+            gone = set(filter(self._is_gone, missing))
             if missing <= gone or time.monotonic() > until:
                 break
             store.follow(missing)  # who has answered is not asked again
@@ -408,28 +411,25 @@ class Watchdog:
             "verdict": self._verdict,
         }
 
-    def _failure_here(self, kind: Kind, error: str, text: str) -> Failure:
-        store = self._store
-        now = time.time() - (store.offsets[self.runtime.rank] if store is not None else 0.0)
-        return Failure(self.runtime.rank, self._process["host"], self._step, now, kind, error, text[-MAX_TEXT:])
-
-    def _failure_of(self, rank: int, kind: Kind, error: str) -> Failure:
-        assert self._store is not None
-        heartbeat = self._store.heartbeats[rank]
-        now = time.time() - self._store.offsets[self.runtime.rank]
-        step = max(heartbeat["step"], self._step)  # its heartbeat may be old, and the others do not get past it
-        return Failure(rank, heartbeat["process"]["host"], step, now, kind, error)
+    def _failure_of(self, rank: int, kind: Kind, error: str, text: str = "") -> Failure:
+        now, step, host = time.time(), self._step, self._process["host"]
+        if self._store is not None:
+            now -= self._store.offsets[self.runtime.rank]
+            heartbeat = self._store.heartbeats[rank]
+            host = heartbeat["process"]["host"]
+            step = max(heartbeat["step"], step)  # its heartbeat may be old, and the others do not get past it
+        return Failure(rank, host, step, now, kind, error, text[-MAX_TEXT:])
 
     def _failure_of_self(self, error: BaseException | None) -> Failure:
         if error is not None:
             kind: Kind = "consequence" if self._store is not None and is_consequence(error) else "error"
             kind = "fault" if kind == "error" and fault(error) else kind
             line = fault(error) or traceback.format_exception_only(error)[-1].strip()
-            return self._failure_here(kind, line, "".join(traceback.format_exception(error)))
+            return self._failure_of(self.runtime.rank, kind, line, "".join(traceback.format_exception(error)))
         waited = f"no progress for {time.monotonic() - self._progress:.0f} s"
         stacks = {"The main thread stood at\n": threading.main_thread().ident, "and waited for\n": self._waited}
         text = "".join("".join([title, *traceback.format_list(_stack(at))]) for title, at in stacks.items() if at)
-        return self._failure_here("witness" if self._store is not None else "stalled", waited, text)
+        return self._failure_of(self.runtime.rank, "witness" if self._store is not None else "stalled", waited, text)
 
 
 def in_communication(files: Sequence[str]) -> bool:

@@ -118,7 +118,7 @@ def write_run(state: TrainingState, out: Path) -> None:
             recipe=recorded_yaml(config),
             ds_config={},  # there was no engine
             timeline=build_timeline(config),
-            n_params=count_parameters(config.model).total,
+            n_params=count_parameters(config.model),
             command=sys.argv,
             imported=str(Path(state.source).resolve()) if Path(state.source).exists() else state.source,
         )

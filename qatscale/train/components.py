@@ -9,7 +9,7 @@ from typing import Any
 from qatlaw.effective_bits import StoredWeights
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import Precision, stored_weights
-from qatscale.data.reader import BatchReader, EvaluationReader, MixedReader
+from qatscale.data.reader import BatchReader, EvaluationReader
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.compilation import Compilation
 from qatscale.engine.layout import Layout
@@ -47,8 +47,6 @@ class RunSetup:
     """Everything about a run that one process can decide without the others."""
 
     config: RunConfig
-    recipe: str
-    """All keys of the configuration, as YAML."""
     timeline: Timeline
     resume: ResumePlan
     layout: Layout
@@ -56,7 +54,7 @@ class RunSetup:
     """Merged with the recipe: what DeepSpeed gets."""
     precision: Precision
     """The type of forward and backward; the masters are in fp32."""
-    batches: BatchReader | MixedReader
+    batches: BatchReader
     validation: EvaluationReader | None
     """None where nothing, or less than a sequence, is held out."""
     notices: tuple[str, ...]
@@ -71,7 +69,7 @@ class RunSetup:
 
         Empty without a mixture.
         """
-        if not isinstance(self.batches, MixedReader):
+        if self.config.data.mix is None:
             return {}
         began = self.resume.parent["step"] if self.resume.parent else 0
         tokens = self.batches.tokens(spikes.batch_of(began), spikes.batch_of(step), spikes.left_out)

@@ -70,7 +70,7 @@ def run_steps(
                 stopwatch.on = due.metrics(step + 1)
             with meter.data():
                 index = guard.state.batch_of(step)
-                batch = torch.from_numpy(batches.batch(index, topology.data_rank, topology.data_ranks))
+                batch = torch.from_numpy(batches.batch(index, topology.place.data, topology.layout.data))
             for loss in train_step(engine, batch, config.batch.micro_batch, topology, timed):
                 meter.add_loss(loss)
                 watchdog.progress(step, slow=compiles)

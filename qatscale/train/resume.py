@@ -163,8 +163,8 @@ def places(config: RunConfig, timeline: Timeline, step: int) -> dict[str, int]:
     """By source how many sequences a run has read in its first steps: where its orders continue."""
     sequences = step * config.batch.sequences
     mixture = mixture_of(config, timeline)
-    counts = {"": sequences} if mixture is None else dict(zip(mixture.names, mixture.count(sequences), strict=True))
-    return {name: int(count) for name, count in counts.items() if count}
+    counts = zip(mixture.names, mixture.count(sequences), strict=True)
+    return {name: int(count) for name, count in counts if count}
 
 
 def check_data(config: RunConfig, resume: ResumePlan, data: DataManifest) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from qatlaw.bit_widths import bits_label
 from qatlaw.text import plural
 from qatscale.config.amounts import format_amount
-from qatscale.config.recipe import recipe_hash
+from qatscale.config.recipe import recipe_hash, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.engine.runtime import Runtime, start_runtime, together
 from qatscale.schedule.build import build_timeline
@@ -142,7 +142,7 @@ def _open_folder(log: RunLog) -> None:
     if not resume.resumes:
         create_run_folder(
             log.folder.path,
-            recipe=setup.recipe,
+            recipe=recorded_yaml(setup.config),
             ds_config=setup.ds_config,
             timeline=setup.timeline,
             n_params=log.n_params,

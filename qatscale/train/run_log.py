@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qatscale.config.sizes import count_parameters
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.spikes import Spike
@@ -33,7 +32,7 @@ class RunLog:
     def __init__(self, setup: RunSetup, runtime: Runtime, *, linger: bool = True) -> None:
         self.setup, self.config, self.timeline, self.resume = setup, setup.config, setup.timeline, setup.resume
         self.runtime, self.linger = runtime, linger
-        self.n_params = count_parameters(self.config.model).total
+        self.n_params = setup.weights.params
         self.folder = RunFolder(self.config.folder)
         self.console = RunConsole(runtime.rank, self.timeline.steps, self.resume.step)
         self.hosts: dict[str, list[int]] = {}

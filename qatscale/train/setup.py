@@ -9,7 +9,7 @@ import torch
 
 from qatlaw.bit_widths import UNQUANTIZED_BITS
 from qatscale.config.ds_config import ds_config_warnings, merge_ds_config, precision_of, run_ds_config
-from qatscale.config.recipe import flatten, recorded_yaml
+from qatscale.config.recipe import flatten
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.manifest import Manifest
@@ -63,7 +63,7 @@ def decide(config: RunConfig, branch_from: str | None = None) -> RunSetup | None
         *plan_sources(config, timeline, batches.held)[1],
     )
     return RunSetup(
-        config, recorded_yaml(config), timeline, resume, layout, ds_config, precision_of(ds_config),
+        config, timeline, resume, layout, ds_config, precision_of(ds_config),
         batches, validation, notices,
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ def assemble(
                     module.timed = stopwatch
         elif not times_forward:
             model.run_block = stopwatch.around(model.run_block)
-    qat_metrics = QatMetrics(masters, model, count_parameters(config.model).total)
+    qat_metrics = QatMetrics(masters, model, count_parameters(config.model))
     guard = SpikeGuard(masters, config.optimizer.spike_factor)
     return TrainingComponents(
         runtime, topology, engine, masters, plugin, compilation, qat_metrics, guard, stopwatch, times_forward

@@ -47,7 +47,7 @@ def validation_losses(
     for name in views:
         with open_view(engine.module, name):
             total, tokens = summed_loss(
-                loss_of, reader, engine.device, topology.data_rank, topology.data_ranks, before_batch
+                loss_of, reader, engine.device, topology.place.data, topology.layout.data, before_batch
             )
         sums = torch.tensor([total, tokens], dtype=torch.float64, device=engine.device)
         if topology.layout.processes > 1:

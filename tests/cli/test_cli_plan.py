@@ -18,7 +18,8 @@ from typer.core import TyperGroup
 from qatlaw.cli import planner
 from qatscale.config.amounts import parse_amount
 from qatscale.config.recipe import RECIPES, load_run_config, recipe_names
-from qatscale.config.sizes import count_parameters, flops_per_token
+from qatscale.config.schema import QatConfig
+from qatscale.config.sizes import count_parameters, flops_per_token, stored_weights
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference
 from qatscale.schedule.timeline import Timeline
@@ -60,7 +61,7 @@ def test_the_overrides_run_the_plan(typed: str) -> None:
     assert config.tokens == parse_amount(told)
     if "memory" in typed:
         row = found["plan"]["rows"][found["plan"]["best"]]
-        assert count_parameters(config.model).total == row["plan"]["params"] == row["shape"]["params"]
+        assert count_parameters(config.model) == row["plan"]["params"] == row["shape"]["params"]
     if "params 396M" in typed:
         assert recipe == "396m", "397.9M parameters are 396M"
 
@@ -69,7 +70,8 @@ def test_a_published_law_takes_size_and_group_from_a_recipe() -> None:
     """N without the embedding, and with a scale a row the width as group, as the laws count."""
     model = load_run_config("396m").model
     (row,) = planned("bit-widths --recipe 396m --tokens 100B --law chen-w4a16")["plan"]["rows"]
-    N = count_parameters(model).non_embedding
+    weights = stored_weights(model, QatConfig())
+    N = weights.params - weights.embedding.weights
     gap = 0.2522 * 1e11**0.1610 * math.log2(model.hidden_size) ** 0.3533 / N**0.3589
     assert row["gap"] == pytest.approx(gap)
 
@@ -79,7 +81,7 @@ def test_a_published_law_takes_size_and_group_from_a_recipe() -> None:
 def test_the_plan_of_a_recipe_is_its_scheme_s(name: str, law: str) -> None:
     """On Chinchilla's budget, where the cooldown is longer than the optimum, and on five times as many tokens."""
     recipe = load_run_config(name)
-    params = count_parameters(recipe.model).total
+    params = count_parameters(recipe.model)
     asked = [f"--recipe {name} --tokens {ratio * params} --bits {bits:g}" for ratio in (20, 100) for bits in (2, 4)]
     asked += [f"bit-widths --recipe {name} --tokens {20 * params}"]
     asked += [f"compute --recipe {name} --flops {6 * params * 25 * params} --bits 4"]
@@ -135,7 +137,7 @@ def test_a_recipe_brings_its_tokens_and_bits_where_they_are_not_given() -> None:
     config = load_run_config("759m")
     plan = planned("--recipe 759m")["plan"]
     assert (plan["tokens"], plan["bits"]) == (config.tokens, config.qat.bits)
-    assert plan["params"] == count_parameters(config.model).total
+    assert plan["params"] == count_parameters(config.model)
     assert len(planned("bit-widths --recipe 759m")["plan"]["rows"]) > 1
     budget = planned("compute --recipe 759m --bits 4 --flops 1e21")["plan"]
     cost = flops_per_token(config.model, config.data.sequence_length)
@@ -217,7 +219,7 @@ def test_a_branch_goes_on_from_where_the_trunk_is(tmp_path: Path, cooldown: str,
     trunk = ["qat.scheme=fp", "tokens=20B", f"schedule.cooldown_fraction={cooldown}"]
     parent = load_run_config("194m", trunk)
     before = build_timeline(parent)
-    params = count_parameters(parent.model).total
+    params = count_parameters(parent.model)
     run = pretend_run(tmp_path / "trunk", before, before.steps, params)
     found = planned(f"checkpoint {run} --bits 2 {law}")
     assert found["plan"]["params"] == params

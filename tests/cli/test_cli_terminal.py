@@ -80,6 +80,14 @@ def test_a_full_disk_is_one_sentence_and_dry_runs_say_where_a_run_would_go_on(pr
     assert "begins at step 5 of " in out
     assert "in 20 steps of 256" in out
     assert run_command([*branch, "batch.sequences=7"])[0] == EXIT_BAD_INPUT
+    code, out, error = run_command([*words, "name=small", "model.vocab_size=99", "--dry-run"])
+    assert (code, out) == (EXIT_BAD_INPUT, "")
+    assert "model.vocab_size = 99: smaller than the vocabulary of the data" in error
+    long = ["name=long", "data.sequence_length=9999999", "tokens=100B", "schedule.warmup_tokens=100M", "--dry-run"]
+    assert "and one sequence takes 10000000" in run_command([*words, *long])[2]
+    code, out, _ = run_command([*words, "optimizer.learning_rate=0.001", "--dry-run"])
+    assert code == 0, "plans under the name of a run that is there are plans"
+    assert "training will need another name=NAME" in out
     assert not (tmp_path / "branch").exists()
 
 

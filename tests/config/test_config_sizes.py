@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qatscale.config.schema import ModelConfig
-from qatscale.config.sizes import count_parameters, flops_per_token, peak_flops
+from qatscale.config.schema import ModelConfig, QatConfig
+from qatscale.config.sizes import count_parameters, flops_per_token, peak_flops, stored_weights
 
 
 def shape(layers: int, hidden: int, heads: int, kv: int | None, inner: int, vocabulary: int, tied: bool) -> ModelConfig:
@@ -31,7 +31,7 @@ def shape(layers: int, hidden: int, heads: int, kv: int | None, inner: int, voca
     ],
 )
 def test_totals_of_published_models(model: ModelConfig, published: int) -> None:
-    assert count_parameters(model).total == published
+    assert count_parameters(model) == published
 
 
 SHAPES = st.builds(
@@ -63,15 +63,14 @@ def matrices(model: ModelConfig) -> list[tuple[int, int]]:
 
 @given(SHAPES)
 def test_counts_are_the_sum_of_the_tensors(model: ModelConfig) -> None:
-    counts = count_parameters(model)
+    weights = stored_weights(model, QatConfig())
     multiplied = sum(rows * columns for rows, columns in matrices(model))
     norms = model.hidden_size * (1 + 2 * model.layers)
     look_up = 0 if model.tied_embedding else model.vocab_size * model.hidden_size
-    assert counts.matmul == multiplied
-    assert counts.total == multiplied + norms + look_up
-    assert counts.embedding + counts.non_embedding == counts.total
+    assert weights.matrices.weights + model.vocab_size * model.hidden_size == multiplied
+    assert weights.params == count_parameters(model) == multiplied + norms + look_up
     tables = 1 if model.tied_embedding else 2
-    assert counts.embedding == tables * model.vocab_size * model.hidden_size
+    assert weights.embedding.weights == tables * model.vocab_size * model.hidden_size
 
 
 @given(SHAPES, st.integers(1, 64))

@@ -17,7 +17,7 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.mixture import Mixture, deal
 from qatscale.data.open import joined, mixture_of, open_batches, open_stream, open_validation
 from qatscale.data.prepare import prepare
-from qatscale.data.reader import MixedReader, TokenStream
+from qatscale.data.reader import BatchReader, TokenStream
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from tests.data.data_corpora import documents, stream, write_jsonl
@@ -49,7 +49,7 @@ def test_counts_are_known_without_counting(first: int, count: int) -> None:
             assert abs((part == source).sum() - len(part) * shares.get(name, 0)) < 1
 
 
-def mixed(seed: int = 3, tail: tuple[int, int] | None = None) -> MixedReader:
+def mixed(seed: int = 3, tail: tuple[int, int] | None = None) -> BatchReader:
     """Tokens tell their source and place: 10,000 x source + position."""
     tokens = {"code": 201, "math": 101, "web": 5001}
     streams = {
@@ -57,7 +57,7 @@ def mixed(seed: int = 3, tail: tuple[int, int] | None = None) -> MixedReader:
         for i, (name, size) in enumerate(tokens.items())
     }
     manifest = joined({name: stream.manifest for name, stream in streams.items()})
-    return MixedReader(manifest, streams, Mixture(MIX, LATER, CHANGE), LENGTH, 4, seed, tail)
+    return BatchReader(streams, LENGTH, 4, seed, tail, Mixture(MIX, LATER, CHANGE), manifest)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -119,7 +119,6 @@ def test_a_mixture_of_prepared_folders(corpora: Path) -> None:
     run = config(corpora, "data.mix={web: 0.5, code: 0.5}", "data.cooldown_mix={bare: 1}")
     timeline = build_timeline(run)
     reader = open_batches(run, timeline)
-    assert isinstance(reader, MixedReader)
     assert timeline.boundaries[0] == timeline.switch_step == 20
     assert reader.tokens(0, 20) == {"bare": 0, "code": 2560, "web": 2560}
     assert reader.tokens(20, 40) == {"bare": 5120, "code": 0, "web": 0}

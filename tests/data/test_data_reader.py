@@ -102,7 +102,7 @@ def test_a_reshuffled_tail_reads_what_the_epoch_has_left(sequences: int, start: 
 
 def test_the_seed_of_a_cooldown_changes_its_data_alone() -> None:
     """A draw of 20 from the 60 sequences that are left, another one for each seed."""
-    readers = [BatchReader(counting(1001), 10, 5, 7, tail) for tail in (None, (8, 1), (8, 2))]
+    readers = [BatchReader({"": counting(1001)}, 10, 5, 7, tail) for tail in (None, (8, 1), (8, 2))]
     before, after = (
         [np.concatenate([r.batch(s)[:, 0] for s in steps]) for r in readers] for steps in (range(8), range(8, 12))
     )
@@ -112,8 +112,7 @@ def test_the_seed_of_a_cooldown_changes_its_data_alone() -> None:
 
 
 def test_batches_are_windows_of_the_stream() -> None:
-    reader = BatchReader(counting(101, 33, 34), sequence_length=10, sequences=5, seed=1)
-    assert reader.sequences_per_epoch == 10
+    reader = BatchReader({"": counting(101, 33, 34)}, sequence_length=10, sequences=5, seed=1)
     seen = np.concatenate([reader.batch(step) for step in range(2)])
     assert seen.shape == (10, 11)
     assert sorted(seen[:, 0].tolist()) == list(range(0, 100, 10))
@@ -122,14 +121,14 @@ def test_batches_are_windows_of_the_stream() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_ranks_only_split_the_batch(ranks: int) -> None:
-    one = BatchReader(counting(1000, 400), 7, 6, seed=5)
+    one = BatchReader({"": counting(1000, 400)}, 7, 6, seed=5)
     for step in (0, 22, 23, 24, 500):  # the epoch ends within step 23: 142 sequences, 6 a step
-        parts = [BatchReader(counting(1000, 400), 7, 6, 5).batch(step, rank, ranks) for rank in range(ranks)]
+        parts = [BatchReader({"": counting(1000, 400)}, 7, 6, 5).batch(step, rank, ranks) for rank in range(ranks)]
         assert (np.concatenate(parts) == one.batch(step)).all()
 
 
 def test_epochs_run_on_through_a_batch() -> None:
-    reader = BatchReader(counting(71), 10, 3, seed=0)
+    reader = BatchReader({"": counting(71)}, 10, 3, seed=0)
     starts = np.concatenate([reader.batch(step)[:, 0] for step in range(7)]) // 10
     for epoch in range(3):
         assert sorted(starts[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
@@ -143,14 +142,14 @@ def test_data_that_repeat_are_reported() -> None:
 
 def test_too_little_data() -> None:
     with pytest.raises(UserError, match="one sequence takes 11") as caught:
-        BatchReader(counting(10), 10, 1, 0)
+        BatchReader({"": counting(10)}, 10, 1, 0)
     assert caught.value.key == "data.sequence_length"
-    assert BatchReader(counting(11), 10, 1, 0).sequences_per_epoch == 1
+    assert BatchReader({"": counting(11)}, 10, 1, 0).batch(0).shape == (1, 11)
     with pytest.raises(UserError, match="holds 2 sequences of 10") as caught:
-        BatchReader(counting(21), 10, 3, 0)
+        BatchReader({"": counting(21)}, 10, 3, 0)
     assert caught.value.key == "batch.sequences"
     with pytest.raises(UserError, match="cannot be divided among 4"):
-        BatchReader(counting(100), 10, 6, 0).batch(0, 0, 4)
+        BatchReader({"": counting(100)}, 10, 6, 0).batch(0, 0, 4)
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 5))
@@ -275,7 +274,7 @@ def test_opening_a_billion_tokens_takes_no_scan(tmp_path: Path) -> None:
         file.truncate(tokens * 2)
     start = time.perf_counter()
     shard = IndexedReader(prefix)
-    reader = BatchReader(stream_of({"sparse": shard}), 2048, 64, 0)
+    reader = BatchReader({"": stream_of({"sparse": shard})}, 2048, 64, 0)
     batch = reader.batch(7_000)
     assert time.perf_counter() - start < 0.5
     assert batch.shape == (64, 2049)

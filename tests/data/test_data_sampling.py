@@ -24,8 +24,8 @@ LENGTH = 4
 
 def short_run(tokens: TokenStream, share: float, seed: int) -> np.ndarray:
     """All batches of a run that reads this share of an epoch: [sequences, LENGTH + 1]."""
-    reader = BatchReader(tokens, LENGTH, 64, seed)
-    return np.concatenate([reader.batch(step) for step in range(int(reader.sequences_per_epoch * share / 64))])
+    reader = BatchReader({"": tokens}, LENGTH, 64, seed)
+    return np.concatenate([reader.batch(step) for step in range(int(tokens.sequences(LENGTH) * share / 64))])
 
 
 def assert_sampled(drawn: int, hits: int, total: int, having: int) -> None:

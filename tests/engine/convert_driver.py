@@ -62,7 +62,7 @@ def go_on(engine: Any, config: RunConfig, first: int) -> list[float]:
     losses = []
     for step in range(first, timeline.steps):
         apply_settings(engine, timeline.at(step))
-        batch = torch.from_numpy(batches.batch(step, topology.data_rank, topology.data_ranks))
+        batch = torch.from_numpy(batches.batch(step, topology.place.data, topology.layout.data))
         parts = [loss.detach() for loss in train_step(engine, batch, config.batch.micro_batch, topology)]
         dist.all_reduce(total := torch.stack(parts).mean())
         losses.append(float(total) / runtime.ranks)

@@ -131,4 +131,4 @@ def test_stages_together_are_the_model_and_a_tied_table_twice(tied: bool) -> Non
     model = config.model
     table = model.vocab_size * model.hidden_size
     sizes = stage_parameters(model, [len(stage.blocks) for stage in stages_of(config)])
-    assert sum(sizes) == count_parameters(model).total + (table if tied else 0)
+    assert sum(sizes) == count_parameters(model) + (table if tied else 0)

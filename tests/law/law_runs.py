@@ -29,7 +29,7 @@ def finished(output: Path, name: str, recipe: str, law: Law, *overrides: str, lo
     """A run that ended with the law's loss, or with `loss`. All numbers but the loss are the trainer's own."""
     config = load_run_config(recipe, [f"name={name}", f"output={output}", "evaluation.ptq_bits=[2, 4]", *overrides])
     timeline = build_timeline(config)
-    n_params = count_parameters(config.model).total
+    n_params = count_parameters(config.model)
     folder = create_run_folder(
         output / name, recipe=resolved_yaml(config), ds_config={}, timeline=timeline, n_params=n_params,
         command=["qatscale", "train", recipe],
@@ -65,7 +65,7 @@ def finished_grid(
     """Sequential runs and full-precision ones over a grid."""
     folders = []
     for size in sizes:
-        params = count_parameters(load_run_config(size).model).total
+        params = count_parameters(load_run_config(size).model)
         for ratio in tokens_per_parameter:
             tokens = f"tokens={round(params * ratio)}"
             name = f"{size}-{ratio:g}x"

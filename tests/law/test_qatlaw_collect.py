@@ -51,7 +51,7 @@ def test_effective_bits_stand_beside_the_nominal_ones(runs: tuple[Path, str]) ->
     finals = {record.name: record.final for record in records}
     frame = collect(records, "folders").table.frame
     configs = [load_run_config(name).model for name in ("86m", "396m", "2p2b")]
-    models = {count_parameters(model).total: model for model in configs}
+    models = {count_parameters(model): model for model in configs}
     for row in frame.to_dict("records"):
         qat = QatConfig() if row["scheme"] == "fp" else QatConfig(scheme="fused", bits=row["bits"])
         weights = stored_weights(models[row["n_params"]], qat)
@@ -279,10 +279,10 @@ def test_fit_refuses_run_folders_that_were_validated_on_different_text(
     cells = [(p, r, b, f) for p in ("86m", "194m", "396m") for r in (20, 60, 200) for b in (2, 4) for f in (0.2, 0.6)]
     for size, ratio, bits, fraction in cells:
         own = [f"qat.bits={bits}", "qat.scheme=sequential", f"qat.fraction={fraction}"]
-        tokens = f"tokens={round(count_parameters(load_run_config(size).model).total * ratio)}"
+        tokens = f"tokens={round(count_parameters(load_run_config(size).model) * ratio)}"
         finished(tmp_path, f"{size}-{ratio}x-{bits}bit-f{fraction}", size, LAW, tokens, *own)
     again = ["evaluation.tokens=150K", "optimizer.learning_rate=1e-3", "qat.bits=2", "qat.fraction=0.2"]
-    tokens = f"tokens={round(count_parameters(load_run_config('86m').model).total * 20)}"
+    tokens = f"tokens={round(count_parameters(load_run_config('86m').model) * 20)}"
     finished(tmp_path, "easier", "86m", LAW, tokens, "qat.scheme=sequential", *again, loss=2.0)
     assert command("fit", "--runs", str(tmp_path), "--out", str(tmp_path / "fit.json")) == 2
     said = capsys.readouterr().err

@@ -12,8 +12,8 @@ from qatlaw.plan.memory import plan_memory
 from qatlaw.plan.shapes import Shape, shapes_within
 from qatlaw.planner_law import synthetic_law
 from qatscale.config.recipe import load_run_config
-from qatscale.config.schema import ModelConfig
-from qatscale.config.sizes import count_parameters
+from qatscale.config.schema import ModelConfig, QatConfig
+from qatscale.config.sizes import count_parameters, stored_weights
 
 LAW = synthetic_law()
 
@@ -31,7 +31,7 @@ def model_of(shape: Shape) -> ModelConfig:
 def test_a_shape_has_the_parameters_of_the_model_it_overrides(shape: Shape) -> None:
     model = model_of(shape)
     assert (model.hidden_size, model.layers, model.vocab_size) == (shape.hidden_size, shape.layers, shape.vocabulary)
-    assert count_parameters(model).total == shape.params
+    assert count_parameters(model) == shape.params
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -39,7 +39,6 @@ def test_a_shape_takes_the_bytes_of_its_quantized_layers(bits: int) -> None:
     """Counted layer by layer from a real model: every quantized matrix, its scales, and the norms."""
     import torch
 
-    from qatscale.config.schema import QatConfig
     from qatscale.model.llama import Llama
     from qatscale.quant.selection import select
 
@@ -84,9 +83,9 @@ def test_the_largest_shape_is_the_largest(budget: float, bits: float) -> None:
 def test_the_rule_is_near_the_recipes(recipe: str, bits: float) -> None:
     """The budget that a recipe's own model takes holds a model of about its size."""
     model = load_run_config(recipe).model
-    counts = count_parameters(model)
-    budget = (counts.non_embedding * bits + counts.embedding * max(4, bits)) / 8
-    assert largest_shape(budget * 1.01, bits).params == pytest.approx(counts.total, rel=0.06)
+    stored, table = stored_weights(model, QatConfig()), model.vocab_size * model.hidden_size
+    budget = ((stored.params - table) * bits + table * max(4, bits)) / 8
+    assert largest_shape(budget * 1.01, bits).params == pytest.approx(stored.params, rel=0.06)
 
 
 @settings(max_examples=40)

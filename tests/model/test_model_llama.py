@@ -18,11 +18,9 @@ def grads(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_parameter_shapes_are_those_of_the_model_and_of_the_count(config):
-    model = Llama(config)
-    assert [(n, tuple(p.shape)) for n, p in model.named_parameters()] == list(parameter_shapes(config).items())
-    assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == count_parameters(config).total
-    assert set(model.state_dict()) - set(parameter_shapes(config)) <= {"head.weight"}  # no buffers
+def test_parameter_shapes_are_those_of_the_count(config):
+    assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == count_parameters(config)
+    assert set(Llama(config).state_dict()) - set(parameter_shapes(config)) <= {"head.weight"}  # no buffers
 
 
 def test_rotation_tables_equal_float64():

@@ -25,7 +25,7 @@ def phases(timeline):
 def test_every_recipe_runs_on_any_budget(name, scheme, bits):
     """Twice the warm-up, which is as short as a recipe's own settings allow, half of Chinchilla's, it, twice it."""
     recipe = load_run_config(name)
-    params = count_parameters(recipe.model).total
+    params = count_parameters(recipe.model)
     short = [2 * recipe.schedule.warmup_tokens, 2.5 * recipe.schedule.warmup_tokens]
     for tokens in (*short, 10 * params, 20 * params, 40 * params):
         overrides = [f"tokens={round(tokens)}", f"qat.bits={bits}", f"qat.scheme={scheme}", "qat.fraction=auto"]
@@ -89,7 +89,7 @@ def test_a_length_on_the_command_line_replaces_the_recipes_in_the_other_unit():
 )  # fmt: skip
 def test_auto_is_the_cooldown_where_the_optimum_is_shorter(name, tokens, optimum):
     config = load_run_config(name, [f"tokens={tokens}"])
-    S = config.tokens / (count_parameters(config.model).total / 2)
+    S = config.tokens / (count_parameters(config.model) / 2)
     assert math.exp(-A / math.log(S)) == pytest.approx(optimum, abs=1e-3)
     timeline = build_timeline(config)
     assert timeline.qat_steps == phases(timeline)["qat_cooldown"] == round(0.2 * timeline.steps)
@@ -125,11 +125,11 @@ def test_auto_leaves_the_warmup_its_steps():
 def test_auto_without_an_optimum_is_the_shortest_phase(name, scheme):
     """S <= 1: the closed form reaches 0 at 1, and has no meaning below."""
     config = load_run_config(name, ["tokens=128K", "qat.bits=8", f"qat.scheme={scheme}", "qat.fraction=auto"])
-    assert config.tokens < count_parameters(config.model).total
+    assert config.tokens < count_parameters(config.model)
     timeline = build_timeline(config)
     # A fifth of 3 steps rounds to one step of cooldown, of 2 steps to none.
     assert timeline.qat_steps == (round(0.2 * timeline.steps) if scheme == "fused" else 3)
-    S = config.tokens / count_parameters(config.model).total
+    S = config.tokens / count_parameters(config.model)
     assert f"no optimum at {S:.3g} tokens per parameter byte" in timeline.warnings[0]
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from qatscale.cli.dry_run import COLUMNS, describe
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference
 from qatscale.schedule.figure import draw, rate_curve
-from qatscale.schedule.show import COLUMNS, describe
 from tests.schedule.schedule_configs import TOKENS_PER_STEP, make_config
 
 SEQUENTIAL = {"scheme": "sequential", "fraction": 0.4, "bits": 2, "learning_rate": 5e-4}
@@ -97,37 +97,34 @@ def test_a_branch_with_another_tail_equals_its_trunk_up_to_the_tail():
     fused = build_timeline(make_config(schedule=TRUNK, qat={"scheme": "fused", "fraction": 0.3}))
     longer = build_timeline(make_config(steps=300, schedule=TRUNK | {"cooldown_fraction": 0.1}))
     # The cooldown's first step has the full rate: it is the second one that differs.
-    assert (first_difference(trunk, fp, 100).step, first_difference(trunk, fp, 81)) == (81, None)
-    found = first_difference(trunk, fused, 100)
-    assert (found.step, found.setting, found.first, found.second) == (70, "quantized", False, True)
+    assert first_difference(trunk, fp, 100).startswith("learning_rate at step 81: ")
+    assert first_difference(trunk, fp, 81) is None
+    assert first_difference(trunk, fused, 100) == "quantized at step 70: False against True"
     assert first_difference(trunk, longer, 100) is None
 
 
 def test_a_warmup_as_a_share_differs_with_the_length_of_the_schedule():
     trunk = build_timeline(make_config(200, schedule={"warmup_fraction": 0.1, "cooldown_fraction": 0}))
     sequential = build_timeline(make_config(200, schedule={"warmup_fraction": 0.1}, qat=SEQUENTIAL))
-    found = first_difference(trunk, sequential, 90)
-    assert (found.step, found.setting) == (0, "learning_rate")
-    assert (found.first, found.second) == (pytest.approx(1e-3 / 20), pytest.approx(1e-3 / 12))
-    assert "learning_rate at step 0" in str(found)
+    *setting, first, _, second = first_difference(trunk, sequential, 90).split()
+    assert " ".join(setting) == "learning_rate at step 0:"
+    assert (float(first), float(second)) == (pytest.approx(1e-3 / 20), pytest.approx(1e-3 / 12))
 
 
 def test_adamw_settings_are_compared_too():
     plain = build_timeline(make_config())
     other = build_timeline(make_config(schedule={"phases": {"cooldown": {"weight_decay": 0.0}}}))
-    found = first_difference(plain, other, 100)
-    assert (found.step, found.setting, found.first, found.second) == (80, "weight_decay", 0.1, 0.0)
+    assert first_difference(plain, other, 100) == "weight_decay at step 80: 0.1 against 0.0"
 
 
 def test_beyond_the_shorter_run_nothing_is_the_same():
     short, long = build_timeline(make_config(50, schedule=TRUNK)), build_timeline(make_config(80, schedule=TRUNK))
     assert first_difference(short, long, 50) is None
-    found = first_difference(short, long, 60)
-    assert (found.step, found.setting, found.first, found.second) == (50, "steps", 50, 80)
+    assert first_difference(short, long, 60) == "steps at step 50: 50 against 80"
     assert first_difference(short, short, 60) is None
 
 
 def test_comparing_million_step_runs_does_not_walk_their_stable_phases():
     a = build_timeline(make_config(1_000_000, schedule=TRUNK))
     b = build_timeline(make_config(1_000_000, schedule=TRUNK | {"cooldown_fraction": 0.0001}))
-    assert first_difference(a, b, 1_000_000).step == 999_901
+    assert first_difference(a, b, 1_000_000).startswith("learning_rate at step 999901: ")

@@ -16,15 +16,14 @@ import sys
 from pathlib import Path
 
 from qatscale.config.recipe import load_run_config
-from qatscale.data.reader import BatchReader, MixedReader
+from qatscale.data.reader import BatchReader
 from qatscale.engine.checkpoints import files as checkpoint
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.quant.plugin import QatPlugin
 from qatscale.quant.selection import fake_quant_modules
 from qatscale.train.run import train
 
-BATCH = {reader: reader.batch for reader in (BatchReader, MixedReader)}
-COMMIT, MAYBE_SWITCH = checkpoint.commit, QatPlugin.maybe_switch
+BATCH, COMMIT, MAYBE_SWITCH = BatchReader.batch, checkpoint.commit, QatPlugin.maybe_switch
 
 
 def maybe_switch(plugin, step, masters):
@@ -58,14 +57,14 @@ def arm(run: dict) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == stop_at["step"] and int(os.environ["RANK"]) == stop_at["rank"]:
             os.kill(os.getpid(), signal.Signals[stop_at["signal"]])
-        return BATCH[type(self)](self, step, *rest)
+        return BATCH(self, step, *rest)
 
     def commit(folder, manifest):
         if manifest.step == kill_at["step"] and kill_at["where"] == "commit":
             os.kill(os.getpid(), signal.SIGKILL)
         return COMMIT(folder, manifest)
 
-    BatchReader.batch = MixedReader.batch = batch
+    BatchReader.batch = batch
     checkpoint.commit = commit
 
 

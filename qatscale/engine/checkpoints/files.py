@@ -62,8 +62,12 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
+    return [folder for folder in _step_folders(checkpoints) if (folder / MANIFEST).is_file()]
+
+
+def _step_folders(checkpoints: Path) -> list[Path]:
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return sorted((p for p in found if STEP.match(p.name) and (p / MANIFEST).is_file()), key=step_of)
+    return sorted((path for path in found if STEP.match(path.name)), key=step_of)
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -71,14 +75,11 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 
     UserError where a newer one is half-deleted: an older one would silently cost the steps between them.
     """
-    found = list_checkpoints(checkpoints)
-    folders = [p for p in checkpoints.iterdir() if STEP.match(p.name)] if checkpoints.is_dir() else []
-    folders.sort(key=step_of)
-    if folders and (not found or folders[-1] != found[-1]):
-        raise UserError(
-            "checkpoint", str(folders[-1]), f"half-deleted: it has no {MANIFEST}.", other_checkpoint(folders[-1])
-        )
-    return found[-1] if found else None
+    newest = next(reversed(_step_folders(checkpoints)), None)
+    if newest and not (newest / MANIFEST).is_file():
+        problem = f"half-deleted: it has no {MANIFEST}."
+        raise UserError("checkpoint", str(newest), problem, other_checkpoint(newest))
+    return newest
 
 
 class DamageError(Exception):

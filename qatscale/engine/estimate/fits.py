@@ -19,10 +19,10 @@ from qatscale.engine.estimate.memory import (
     ON_DEVICE,
     HostMemory,
     Kind,
+    ZeroSettings,
     fullest_moment,
     host_memory,
     start_bytes,
-    zero_settings,
 )
 from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time, traffic_of
 from qatscale.engine.layout import Layout, stages_of
@@ -134,7 +134,7 @@ def estimate_job(
     given = given or Given()
     layout = plan_layout(config, ds_config, processes)
     merged = merge_ds_config(config, ds_config, layout.data)
-    zero, precision = zero_settings(merged, layout.data), precision_of(merged)
+    zero, precision = ZeroSettings(merged, layout.data), precision_of(merged)
     phases: tuple[Phase, ...] = {"fp": ("fp",), "scratch": ("qat",)}.get(config.qat.scheme, ("fp", "qat"))  # type: ignore[assignment]
     local = [local_sizes(config, layout, stage) for stage in stages_of(config)]
     stages = []

@@ -56,63 +56,39 @@ Group = Mapping[int, int]
 # --- what ZeRO keeps ---
 
 
-@dataclass(frozen=True)
 class ZeroSettings:
-    """A ds_config's settings, with DeepSpeed's defaults for what it leaves out.
+    """The settings of a checked ds_config, before or after `merge_ds_config`, with DeepSpeed's defaults.
 
     Bytes of an element: `weight`, `accumulated` gradient, `reduced` (communicated) gradient. Other sizes in elements.
     """
 
-    stage: int
-    data: int
-    """Processes that share gradients and states."""
-    weight: int
-    accumulated: int
-    reduced: int
-    bucket: int
-    contiguous: bool
-    """Gradients are copied into a buffer of `bucket` elements to be reduced."""
-    overlaps: bool
-    """Gradients are reduced while backward continues, with two buckets in turns."""
-    offloads: bool
-    """Optimizer state lives on the host; with `offloads_weights` ZeRO-3's shards of the weights too."""
-    offloads_weights: bool
-    prefetches: bool
-    most_gathered: int
-    """ZeRO-3 holds gathered weights of up to so many elements: prefetched, or kept for their use in backward."""
-    persists: int
-    """ZeRO-3 leaves parameters of up to so many elements undivided."""
-    sub_group: int
-
-    @property
-    def keeps_fp32_gradients(self) -> bool:
+    def __init__(self, ds: Mapping[str, Any], data: int) -> None:
+        """data: processes that share gradients and states."""
+        zero, size = ds["zero_optimization"], {"fp32": FP32, "bf16": 2}
+        self.stage: int = zero["stage"]
+        self.data = data
+        self.weight = size[precision_of(ds)]
+        self.accumulated = max(self.weight, size[ds.get("data_types", {}).get("grad_accum_dtype", "fp32")])
+        self.reduced = size[ds.get("communication_data_type", "fp32")]
+        self.bucket = int(zero.get("reduce_bucket_size", 5e8))
+        self.contiguous: bool = zero.get("contiguous_gradients", True)
+        """Gradients are copied into a buffer of `bucket` elements to be reduced."""
+        self.overlaps: bool = zero.get("overlap_comm", self.stage == 3)
+        """Gradients are reduced while backward continues, with two buckets in turns."""
+        self.offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        """Optimizer state lives on the host; with `offloads_weights` ZeRO-3's shards of the weights too."""
+        self.offloads_weights = zero.get("offload_param", {}).get("device", "none") != "none"
+        self.prefetches = zero.get("stage3_prefetch_bucket_size", 5e7) > 0
+        most_live = zero.get("stage3_max_live_parameters", 1e9) if self.prefetches else 0
+        self.most_gathered = int(max(most_live, zero.get("stage3_max_reuse_distance", 1e9) / 2))
+        """ZeRO-3 holds gathered weights of up to so many elements: prefetched, or kept for their use in backward."""
+        self.persists = int(zero.get("stage3_param_persistence_threshold", 1e5))
+        """ZeRO-3 leaves parameters of up to so many elements undivided."""
+        self.sub_group = int(zero.get("sub_group_size", 1e9))
+        self.keeps_fp32_gradients = (
+            self.stage == 1 and self.weight != FP32 and self.accumulated == FP32 and not self.offloads
+        )
         """Whether DeepSpeed takes its BF16_Optimizer (`runtime/engine.py`, `_do_optimizer_sanity_check`)."""
-        return self.stage == 1 and self.weight != FP32 and self.accumulated == FP32 and not self.offloads
-
-
-def zero_settings(ds: Mapping[str, Any], data: int) -> ZeroSettings:
-    """The settings of a checked ds_config, before or after `merge_ds_config`."""
-    zero = ds["zero_optimization"]
-    size = {"fp32": FP32, "bf16": 2}
-    weight = size[precision_of(ds)]
-    prefetches = zero.get("stage3_prefetch_bucket_size", 5e7) > 0
-    most_live, reused = zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9)
-    return ZeroSettings(
-        stage=zero["stage"],
-        data=data,
-        weight=weight,
-        accumulated=max(weight, size[ds.get("data_types", {}).get("grad_accum_dtype", "fp32")]),
-        reduced=size[ds.get("communication_data_type", "fp32")],
-        bucket=int(zero.get("reduce_bucket_size", 5e8)),
-        contiguous=zero.get("contiguous_gradients", True),
-        overlaps=zero.get("overlap_comm", zero["stage"] == 3),
-        offloads=zero.get("offload_optimizer", {}).get("device", "none") != "none",
-        offloads_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        prefetches=prefetches,
-        most_gathered=int(max(most_live if prefetches else 0, reused / 2)),
-        persists=int(zero.get("stage3_param_persistence_threshold", 1e5)),
-        sub_group=int(zero.get("sub_group_size", 1e9)),
-    )
 
 
 def partition(group: Group, zero: ZeroSettings) -> int:

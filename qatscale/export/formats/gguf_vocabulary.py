@@ -8,13 +8,10 @@ from typing import Any
 
 from gguf import TokenType
 
+from qatscale.data.segments import model_proto
+from qatscale.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from qatscale.errors import UserError
-from qatscale.model.hugging_face_tokenizer import (
-    HUGGING_FACE_FILE,
-    SENTENCEPIECE_FILE,
-    load_fast_tokenizer,
-    model_proto,
-)
+from qatscale.model.hugging_face_tokenizer import load_fast_tokenizer
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = "|".join(

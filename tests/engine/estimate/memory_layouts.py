@@ -12,7 +12,7 @@ from typing import Any
 
 from qatscale.config.recipe import load_run_config
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
-from qatscale.engine.estimate.memory import Kinds, fullest_moment, zero_settings
+from qatscale.engine.estimate.memory import Kinds, ZeroSettings, fullest_moment
 from qatscale.engine.layout import Layout, stages_of
 from qatscale.engine.layout_plan import plan_layout
 from tests.processes import run
@@ -102,7 +102,7 @@ def sizes_of(of: Run) -> list[LocalSizes]:
 def estimate(of: Run, stage: int, phase: str) -> tuple[str, Kinds]:
     """(moment, bytes by kind) with the kernels of CPU, where what is offloaded is in the same memory."""
     config, layout = load_run_config("debug", of.all_overrides), layout_of(of)
-    zero = zero_settings(of.ds_config, layout.data)
+    zero = ZeroSettings(of.ds_config, layout.data)
     return fullest_moment(config, layout, sizes_of(of)[stage], zero, quantized=phase == "qat", device="cpu")
 
 

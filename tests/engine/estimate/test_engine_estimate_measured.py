@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qatscale.config.recipe import load_run_config
-from qatscale.engine.estimate.memory import between_steps, start_bytes, zero_settings
+from qatscale.engine.estimate.memory import ZeroSettings, between_steps, start_bytes
 from qatscale.engine.estimate.traffic import traffic_of
 from tests.engine.estimate.memory_layouts import MORE, RUNS, estimate, fullest, layout_of, measure, sizes_of
 
@@ -51,7 +51,7 @@ def test_the_fullest_moment_of_a_step(measured: Measured, name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_held_between_steps_to_the_byte(measured: Measured, name: str) -> None:
     run = RUNS[name]
-    zero = zero_settings(run.ds_config, layout_of(run).data)
+    zero = ZeroSettings(run.ds_config, layout_of(run).data)
     for sizes in sizes_of(run):
         held = between_steps(sizes, zero)
         for kind in ("weights", "gradients", "optimizer", "scales"):
@@ -65,7 +65,7 @@ def test_what_is_sent(measured: Measured, name: str) -> None:
     stay gathered are known more roughly."""
     run = RUNS[name]
     config, layout = load_run_config("debug", run.all_overrides), layout_of(run)
-    zero = zero_settings(run.ds_config, layout.data)
+    zero = ZeroSettings(run.ds_config, layout.data)
     for sizes in sizes_of(run):
         sent = sum(traffic_of(config, layout, sizes, zero, quantized=True).values())
         found = fullest(measured[name], run, sizes.stage.index, "sent")
@@ -77,7 +77,7 @@ def test_what_is_sent(measured: Measured, name: str) -> None:
 def test_the_start(measured: Measured, name: str) -> None:
     """Never below what building the engine takes: on CPU it is on the device from the beginning."""
     run = RUNS[name]
-    zero = zero_settings(run.ds_config, layout_of(run).data)
+    zero = ZeroSettings(run.ds_config, layout_of(run).data)
     for sizes in sizes_of(run):
         most = max(start_bytes(sizes, zero), sum(between_steps(sizes, zero).values()))
         assert fullest(measured[name], run, sizes.stage.index, "start") <= 1.1 * most, sizes.stage

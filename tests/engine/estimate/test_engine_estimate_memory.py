@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qatscale.config.recipe import load_run_config, recipe_names
-from qatscale.config.schema import RunConfig
-from qatscale.config.sizes import count_parameters
+from qatscale.config.schema import QatConfig, RunConfig
+from qatscale.config.sizes import count_parameters, stored_weights
 from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
-from qatscale.engine.estimate.memory import Kinds, between_steps, fullest_moment, partition, zero_settings
+from qatscale.engine.estimate.memory import Kinds, ZeroSettings, between_steps, fullest_moment, partition
 from qatscale.engine.layout import Layout, stages_of
 from qatscale.engine.layout_plan import plan_layout
 
@@ -29,7 +29,7 @@ def peak(
     config: RunConfig, ds: dict[str, Any], processes: int = 1, stage: int = 0, *, quantized: bool = False
 ) -> tuple[str, Kinds]:
     layout = plan_layout(config, ds, processes)
-    zero = zero_settings(ds, layout.data)
+    zero = ZeroSettings(ds, layout.data)
     return fullest_moment(config, layout, sizes_of(config, layout, stage), zero, quantized=quantized)
 
 
@@ -68,12 +68,12 @@ def test_local_sizes_are_the_optimizer_groups_of_the_model(overrides: list[str])
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_one_process_holds_the_entire_model(recipe: str) -> None:
     config = load_run_config(recipe)
-    assert sizes_of(config, Layout()).weights == count_parameters(config.model).total
+    assert sizes_of(config, Layout()).weights == count_parameters(config.model)
 
 
 def test_a_partition() -> None:
     """Four parameters of 5 elements on 3 processes: 20, padded to 24 by ZeRO-1, 8 each; ZeRO-3 pads each parameter."""
-    zeros = (zero_settings({"zero_optimization": {"stage": stage}}, 3) for stage in (1, 3))
+    zeros = (ZeroSettings({"zero_optimization": {"stage": stage}}, 3) for stage in (1, 3))
     assert [partition({5: 4}, zero) for zero in zeros] == [8, 4 * 2]
 
 
@@ -92,8 +92,8 @@ def test_what_zero_divides(
     ds: dict[str, Any], weight: tuple[int, int], gradient: tuple[int, int], states: tuple[int, int]
 ) -> None:
     config, processes = config_of(), 4
-    held = between_steps(sizes_of(config, Layout(processes)), zero_settings(ds, processes))
-    parameters = count_parameters(config.model).total
+    held = between_steps(sizes_of(config, Layout(processes)), ZeroSettings(ds, processes))
+    parameters = count_parameters(config.model)
     for kind, (each, divided) in {"weights": weight, "gradients": gradient, "optimizer": states}.items():
         assert held[kind] == pytest.approx(parameters * (each + divided / processes), rel=1e-4), kind  # type: ignore[index]
 
@@ -103,7 +103,7 @@ def test_offloaded_states_are_not_on_the_device() -> None:
     ds = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": True}}
     _, found = peak(config, ds, 2)
     assert found["optimizer"] == 0
-    assert found["host"] >= 12 * count_parameters(config.model).total / 2
+    assert found["host"] >= 12 * count_parameters(config.model) / 2
 
 
 # --- activations ---
@@ -140,7 +140,7 @@ def test_recomputing_keeps_the_input_of_a_block() -> None:
 def test_qat_keeps_a_quantized_copy_of_every_block() -> None:
     (_, full), (_, quantized) = (peak(config_of(), ZERO1_BF16, quantized=on) for on in (False, True))
     assert full["quantized"] == 0
-    block_weights = count_parameters(config_of().model).matmul - 32_000 * 768
+    block_weights = stored_weights(config_of().model, QatConfig()).matrices.weights
     assert quantized["quantized"] >= 2 * block_weights
 
 

@@ -10,7 +10,7 @@ from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.estimate.local_sizes import local_sizes
-from qatscale.engine.estimate.memory import zero_settings
+from qatscale.engine.estimate.memory import ZeroSettings
 from qatscale.engine.estimate.traffic import BETWEEN, INSIDE, Traffic, network_time, traffic_of
 from qatscale.engine.layout import Layout, stages_of
 
@@ -23,7 +23,7 @@ def config_of(*overrides: str) -> RunConfig:
 
 def sent(config: RunConfig, layout: Layout, ds: dict[str, Any], stage: int = 0) -> Traffic:
     sizes = local_sizes(config, layout, stages_of(config)[stage])
-    found = traffic_of(config, layout, sizes, zero_settings(ds, layout.data), quantized=False)
+    found = traffic_of(config, layout, sizes, ZeroSettings(ds, layout.data), quantized=False)
     return {kind: size for kind, size in found.items() if size}
 
 
@@ -41,7 +41,7 @@ def sent(config: RunConfig, layout: Layout, ds: dict[str, Any], stage: int = 0) 
 def test_over_data(zero: dict[str, Any], expected: int) -> None:
     config = config_of("batch.sequences=128", "model.tied_embedding=false")
     found = sent(config, Layout(data=4), {"zero_optimization": zero})
-    ring = 3 / 4 * 4 * count_parameters(config.model).total
+    ring = 3 / 4 * 4 * count_parameters(config.model)
     assert sum(found.values()) == pytest.approx(expected * ring, rel=0.005)
 
 
@@ -72,7 +72,7 @@ SENT = {"gradients over data": 100 * GB, "weights over data": 60 * GB, "activati
 
 def timed(layout: Layout, ds: dict[str, Any], compute: float | None, bandwidth: float | None = None) -> Any:
     return network_time(
-        SENT, layout, zero_settings(ds, layout.data), bandwidth=bandwidth, compute=compute, micro_batches=4,
+        SENT, layout, ZeroSettings(ds, layout.data), bandwidth=bandwidth, compute=compute, micro_batches=4,
         recomputes=False,
     )  # fmt: skip
 
