@@ -65,11 +65,7 @@ def write_safetensors(path: Path, shapes: Mapping[str, Shape], types: Types, rea
     return digest.hexdigest()
 
 
-def not_finite(slices: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of a slice that holds NaN or infinity."""
-    return next((name for name, values in slices if values.numel() and not _is_finite(values)), None)
-
-
-def _is_finite(values: Tensor) -> bool:
-    low, high = torch.aminmax(values)  # NaN passes through; no mask as large as the values
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a tensor that holds NaN or infinity. No mask as large as the values is made."""
+    extremes = ((name, torch.stack(torch.aminmax(values))) for name, values in tensors if values.numel())
+    return next((name for name, pair in extremes if not pair.isfinite().all()), None)  # NaN passes through aminmax

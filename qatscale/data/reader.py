@@ -23,8 +23,7 @@ from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.data.mixture import ONE_SOURCE, Mixture
 from qatscale.errors import UserError
 
-_LIMIT, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-MAPS = 256 if _LIMIT == resource.RLIM_INFINITY else min(256, _LIMIT // 4)
+MAPS = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 63) // 4)  # no limit is -1
 """Shards that a process keeps open, over all its streams; a descriptor each."""
 
 
