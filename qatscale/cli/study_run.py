@@ -86,6 +86,9 @@ def run(
         sys.exit(exit_code(stopped[0]))
     for name, reason in state.failures().items():
         print(f"failed: {name}: {reason}")
+    for name, one in state.states.items():
+        if one.state == "ready" and one.reason:
+            print(f"stopped: {name}: {one.reason}. The same command continues.")
     for reason, names in state.refusals().items():
         print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:

@@ -70,8 +70,7 @@ def export(
     chosen = get_format(format)
     if q1_0:
         chosen = chosen.with_q1_0()
-    with readable("--out", out):
-        check_new(out)
+    check_new(out)
     with readable("checkpoint", checkpoint):
         source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
         chosen = chosen.fitting(source.config.model)
