@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
+from qatscale.model.tensor_parallel import full_shape
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
-from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer, full_shape
+from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 from qatscale.quant.report import ModuleReport, NothingQuantizedError, SwitchReport
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import Selection, fake_quant_modules, select

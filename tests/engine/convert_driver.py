@@ -48,9 +48,10 @@ def build(config: RunConfig, ds_config: str, universal: bool) -> tuple[Any, Zero
     plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
     plugin.prepare(model)
     ds = merge_ds_config(config, load_ds_config(ds_config), runtime.ranks)
-    engine, masters = initialize_engine(
-        model, plugin, config, {**ds, "checkpoint": {"load_universal": True}} if universal else ds
-    )
+    if universal:
+        ds["checkpoint"] = {"load_universal": True}
+    topology = join_topology(config, Layout(data=runtime.ranks), runtime)
+    engine, masters = initialize_engine(model, plugin, config, ds, topology)
     return engine, masters, plugin
 
 

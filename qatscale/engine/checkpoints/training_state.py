@@ -44,15 +44,20 @@ class Skeleton:
 def skeleton(config: RunConfig) -> Skeleton:
     """Takes no memory for the parameters. UserError where the recipe's timeline or quantization cannot be."""
     with torch.device("meta"):
-        model = Llama(config.model)
-        plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
-        plugin.prepare(model)
+        model, plugin = _prepared(config)
     names = {p: name for name, p in model.named_parameters()}
     return Skeleton(
         {name: tuple(p.shape) for p, name in names.items()},
         [{**group, "params": [names[p] for p in group["params"]]} for group in plugin.optimizer_groups()],
         plugin.state(),
     )
+
+
+def _prepared(config: RunConfig) -> tuple[Llama, QatPlugin]:
+    model = Llama(config.model)
+    plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
+    plugin.prepare(model)
+    return model, plugin
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,7 @@ def load_checkpointed_model(
     reader: CheckpointReader, config: RunConfig, device: torch.device
 ) -> tuple[Llama, QatPlugin]:
     """The model of a checkpoint of any layout, on one process, in the precision that training's forward used."""
-    model = Llama(config.model)
-    plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
-    plugin.prepare(model)
+    model, plugin = _prepared(config)
     model.load_state_dict(reader.weights(), strict=False)  # tied weights are stored once; names were checked on saving
     plugin.load_state(reader.manifest.plugin)
     if precision_of(run_ds_config(config)) == "bf16":
