@@ -369,10 +369,8 @@ def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) 
     return ModuleReport(
         names=names,
         bits=quantizer.bits,
-        quantizer=quantizer.name,
         shape=tuple(master.shape),
         scales=scale.numel(),
-        storage_bits=quantizer.storage_bits,
         scale_bits=8 * parameter.element_size(),
         squared_error=float(error.square().sum(dtype=torch.float64)),
         squared_norm=float(working.float().square().sum(dtype=torch.float64)),
