@@ -22,7 +22,6 @@ keeps its normalised input in fp32 as well. Not counted: workspaces of kernels, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from qatscale.config.ds_config import precision_of
@@ -295,30 +294,19 @@ def _loss(head: Matrix, tokens: int, weight: int, device: Device) -> tuple[int, 
     return made, head.numel * (FP32 if chunked else weight)
 
 
-@dataclass(frozen=True)
 class HostMemory:
-    """Bytes of a node. Initial weights are drawn in pieces of 128 KiB on their way to the device. Token shards are
-    memory-mapped: the system drops their pages when others need the memory."""
+    """Bytes of a node whose processes all hold what the fullest stage's do.
 
-    processes: int
-    libraries: int
-    checkpoint: int
-    """The copy from which `checkpoint.background` writes: 12 bytes a parameter, page-locked with a GPU."""
-    offloaded: int
+    Initial weights are drawn in pieces of 128 KiB on their way to the device. Token shards are memory-mapped: the
+    system drops their pages when others need the memory.
+    """
 
-    @property
-    def total(self) -> int:
-        return self.libraries + self.checkpoint + self.offloaded
-
-
-def host_memory(config: RunConfig, layout: Layout, stages: list[LocalSizes], zero: ZeroSettings) -> HostMemory:
-    """The memory of a node whose processes all hold what the fullest stage's do."""
-    processes = min(GPUS_A_NODE, layout.processes)
-    copied = 3 * FP32 if config.checkpoint.background else 0
-    parts = [sum(partition(group, zero) for group in local.groups.values()) for local in stages]
-    return HostMemory(
-        processes=processes,
-        libraries=processes * LIBRARIES,
-        checkpoint=processes * copied * max(parts),
-        offloaded=processes * max(between_steps(local, zero)["host"] for local in stages),
-    )
+    def __init__(self, config: RunConfig, layout: Layout, stages: list[LocalSizes], zero: ZeroSettings) -> None:
+        self.processes = min(GPUS_A_NODE, layout.processes)
+        self.libraries = self.processes * LIBRARIES
+        copied = 3 * FP32 if config.checkpoint.background else 0
+        parts = [sum(partition(group, zero) for group in local.groups.values()) for local in stages]
+        self.checkpoint = self.processes * copied * max(parts)
+        """The copy from which `checkpoint.background` writes: 12 bytes a parameter, page-locked with a GPU."""
+        self.offloaded = self.processes * max(between_steps(local, zero)["host"] for local in stages)
+        self.total = self.libraries + self.checkpoint + self.offloaded
