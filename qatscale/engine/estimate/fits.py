@@ -14,7 +14,7 @@ from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_
 from qatscale.config.problems import together
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import device_memory, device_names, flops_per_token, peak_flops
-from qatscale.engine.estimate.local_sizes import local_sizes
+from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import (
     ON_DEVICE,
     HostMemory,
@@ -102,17 +102,17 @@ class JobEstimate:
         zero = ZeroSettings(merged, layout.data)
         self.zero_stage, self.precision = zero.stage, precision_of(merged)
         phases: tuple[Phase, ...] = {"fp": ("fp",), "scratch": ("qat",)}.get(config.qat.scheme, ("fp", "qat"))  # type: ignore[assignment]
-        local = [local_sizes(config, layout, stage) for stage in stages_of(config)]
+        local = [LocalSizes(config, layout, stage) for stage in stages_of(config)]
         self.stages: list[StageMemory] = []
         """Each stage in its fuller phase."""
         for sizes in local:
             found = []
             for phase in phases:
-                moment, kinds = fullest_moment(config, layout, sizes, zero, quantized=phase == "qat")
+                moment, kinds = fullest_moment(sizes, zero, quantized=phase == "qat")
                 found.append(StageMemory(sizes.stage.index, phase, moment, kinds, start_bytes(sizes, zero)))
             self.stages.append(max(found, key=lambda memory: memory.step))
-        self.host = HostMemory(config, layout, local, zero)
-        traffics = [traffic_of(config, layout, sizes, zero, quantized=phases[-1] == "qat") for sizes in local]
+        self.host = HostMemory(local, zero)
+        traffics = [traffic_of(sizes, zero, quantized=phases[-1] == "qat") for sizes in local]
         busiest = max(traffics, key=lambda sent: sum(sent.values()))
         self.traffic: Traffic = {kind: size for kind, size in busiest.items() if size}
         """Kind → bytes that a process of the busiest stage sends a step, in the last phase."""
