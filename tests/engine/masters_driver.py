@@ -24,7 +24,7 @@ from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import SAMPLE, QatMetrics
 from qatscale.engine.runtime import start_runtime
-from qatscale.engine.topology import join_topology
+from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.errors import UserError
 from qatscale.quant.plugin import QatPlugin, scale_groups
@@ -65,7 +65,7 @@ def build(stage: int, precision: str, threshold: int | None) -> tuple[Any, ZeroM
     model = Odd()
     plugin = QatPlugin(CONFIG.qat, 3)
     plugin.prepare(model)
-    topology = join_topology(CONFIG, Layout(runtime.ranks), runtime)
+    topology = Topology(CONFIG, Layout(runtime.ranks), runtime)
     engine, masters = initialize_engine(model, plugin, CONFIG, merge_ds_config(CONFIG, ds, runtime.ranks), topology)
     return engine, masters, plugin
 

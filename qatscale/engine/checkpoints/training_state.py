@@ -25,32 +25,23 @@ UNKNOWN_DATA = ""
 """The fingerprint of unknown tokens."""
 
 
-@dataclass(frozen=True)
 class Skeleton:
-    """What a recipe's prepared model consists of, without its numbers."""
+    """What a recipe's prepared model consists of, without its numbers and their memory.
 
-    shapes: dict[str, Shape]
-    """Every parameter's, in the model's order; tied ones once, scales included."""
-    groups: list[dict[str, Any]]
-    """`QatPlugin.optimizer_groups`, in which "params" holds names."""
-    plugin: dict[str, Any]
-    """The plugin's state before the switch."""
+    UserError where the recipe's timeline or quantization cannot be.
+    """
 
-    @property
-    def scales(self) -> list[str]:
-        return [name for name in self.shapes if name.endswith(".weight_scale")]
-
-
-def skeleton(config: RunConfig) -> Skeleton:
-    """Takes no memory for the parameters. UserError where the recipe's timeline or quantization cannot be."""
-    with torch.device("meta"):
-        model, plugin = _prepared(config)
-    names = {p: name for name, p in model.named_parameters()}
-    return Skeleton(
-        {name: tuple(p.shape) for p, name in names.items()},
-        [{**group, "params": [names[p] for p in group["params"]]} for group in plugin.optimizer_groups()],
-        plugin.state(),
-    )
+    def __init__(self, config: RunConfig) -> None:
+        with torch.device("meta"):
+            model, plugin = _prepared(config)
+        names = {p: name for name, p in model.named_parameters()}
+        self.shapes: dict[str, Shape] = {name: tuple(p.shape) for p, name in names.items()}
+        """Every parameter's, in the model's order; tied ones once, scales included."""
+        self.groups = [{**group, "params": [names[p] for p in group["params"]]} for group in plugin.optimizer_groups()]
+        """`QatPlugin.optimizer_groups`, in which "params" holds names."""
+        self.plugin = plugin.state()
+        """The plugin's state before the switch."""
+        self.scales = [name for name in self.shapes if name.endswith(".weight_scale")]
 
 
 def _prepared(config: RunConfig) -> tuple[Llama, QatPlugin]:
