@@ -13,14 +13,14 @@ the minimum of six runs by 0.06.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qatlaw.fraction import fraction_at, tokens_per_parameter_byte
+from qatlaw.fraction import tokens_per_parameter_byte
 from qatlaw.laws.base import Floats
 from qatlaw.table import MIXED_SCHEMES, RunTable
 
@@ -32,9 +32,7 @@ READING = 0.009
 POINTS = 1001
 """Fractions between which the lowest is chosen."""
 DRAWS = 400
-"""Draws of the noise for the error bar of a minimum, and of the curves for that of a constant."""
-SAME_COST = 0.001
-"""Nats that nobody can tell apart."""
+"""Draws of the noise for the error bar of a minimum."""
 ONE_SIGMA = (0.1587, 0.8413)
 
 
@@ -60,12 +58,6 @@ class Curve:
     def loss_at(self, f: ArrayLike) -> Floats:
         """The loss that the reading of the curve gives at these fractions."""
         return _terms(np.asarray(f, np.float64), len(self.fractions)) @ (_inverse(self.fractions) @ self.losses)
-
-    def regret(self, f: float) -> float:
-        """What the fraction f costs above the curve's minimum, nats; outside the runs what the nearest of them does."""
-        ends = self.fractions[[0, -1]]
-        lowest, loss = self.loss_at(np.clip([self.optimum, f], *ends))
-        return float(loss - lowest)
 
     @property
     def S(self) -> float:  # noqa: N802 - the symbol
@@ -125,65 +117,25 @@ def measured_curves(table: RunTable, *, noise: float | None = None) -> list[Curv
     return [_curve(key, f, loss, noise, rng) for key, f, loss in groups]
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A of the closed form f = exp(-A / ln S), fitted to curves."""
-
-    A: float
-    low: float
-    high: float
-    """95 % of resampled sets of curves."""
-    regret: float
-    """Mean loss of its fractions above the curves' minima, nats."""
-    worst: float
-
-
-def closed_form_constant(curves: Sequence[Curve]) -> Constant:
-    """The A whose fractions cost the curves, of one bit width, least.
-
-    Where the longest phases are best, no A is: then the largest one within 0.001 nats of the lowest cost.
-    """
-    values = np.geomspace(0.05, 50, 400)
-    costs = np.array([[curve.regret(float(fraction_at(curve.S, A))) for A in values] for curve in curves])
-
-    def best(sample: Floats) -> int:
-        mean = sample.mean(axis=0)
-        return int(np.flatnonzero(mean <= mean.min() + SAME_COST).max()) if mean.argmin() == 0 else int(mean.argmin())
-
-    rng = np.random.default_rng(0)
-    chosen = best(costs)
-    drawn = [best(costs[rng.integers(0, len(curves), len(curves))]) for _ in range(DRAWS)]
-    low, high = np.quantile(values[drawn], [0.025, 0.975])
-    own = costs[:, chosen]
-    return Constant(float(values[chosen]), float(low), float(high), float(own.mean()), float(own.max()))
-
-
 OptimalFraction = Callable[[float, float, float], Any]
 """The optimal QAT fraction of (N, D, B), as `Law.optimal_fraction` gives it."""
 
 
-def fraction_errors(
-    optimum: OptimalFraction | Mapping[float, OptimalFraction], curves: Sequence[Curve]
-) -> dict[str, FractionErrors]:
-    """By bit width ("4"), and "all"; widths without a usable curve are missing.
-
-    optimum: for all curves, or one for each bit width; curves of other widths are ignored.
-    """
+def fraction_errors(optimum: OptimalFraction, curves: Sequence[Curve]) -> dict[str, FractionErrors]:
+    """By bit width ("4"), and "all"; widths without a usable curve are missing."""
     widths = sorted({curve.B for curve in curves})
-    by_width = optimum if isinstance(optimum, Mapping) else dict.fromkeys(widths, optimum)
-    known = [curve for curve in curves if curve.B in by_width]
     errors = {}
     for name, wanted in (("all", widths), *((f"{bits:g}", [bits]) for bits in widths)):
-        used = [curve for curve in known if curve.inside and curve.B in wanted]
+        used = [curve for curve in curves if curve.inside and curve.B in wanted]
         if not used:
             continue
-        law = np.array([float(by_width[curve.B](curve.N, curve.D_total, curve.B)) for curve in used])
+        law = np.array([float(optimum(curve.N, curve.D_total, curve.B)) for curve in used])
         gaps = law - [curve.optimum for curve in used]
         bars = np.array([curve.error for curve in used])
         held = [curve.low <= f <= curve.high for curve, f in zip(used, law, strict=True)]
         errors[name] = FractionErrors(
             curves=len(used),
-            left_out=sum(curve.B in wanted and not curve.inside for curve in known),
+            left_out=sum(curve.B in wanted and not curve.inside for curve in curves),
             mae=float(np.mean(np.abs(gaps))),
             bias=float(np.mean(gaps)),
             measurement_error=float(np.mean(bars)),

@@ -10,7 +10,6 @@ from qatlaw.amounts import amount
 from qatlaw.bit_widths import bits_label
 from qatlaw.figures.evidence import Drawn, Evidence
 from qatlaw.fraction import closed_form
-from qatlaw.laws.base import Floats
 from qatlaw.summary import Summary
 from qatlaw.table import MIXED_SCHEMES, SCHEMES, RunTable
 from qatlaw.text import plural
@@ -79,25 +78,18 @@ def _optimum(evidence: Evidence) -> str:
 
 def _cost(evidence: Evidence) -> str:
     """Loss above full precision of the best QAT and of PTQ, by width, over the cells that have both."""
-    parts = []
+    parts, known = [], evidence.frame.dropna(subset="gap")
     for bits in evidence.widths:
-        gaps = {"QAT": _gaps(evidence, MIXED_SCHEMES, bits), "PTQ": _gaps(evidence, ("ptq",), bits)}
-        costs = [f"{np.median(gap):.3f} by {name}" for name, gap in gaps.items() if len(gap)]
+        costs = []
+        for name, schemes in {"QAT": MIXED_SCHEMES, "PTQ": ("ptq",)}.items():
+            own = known[(known["bits"] == bits) & known["scheme"].isin(schemes)]
+            if len(own):
+                costs.append(f"{own.groupby(['n_params', 'D'])['gap'].min().median():.3f} by {name}")
         if costs:
             parts.append(f"{' and '.join(costs)} at {bits_label(bits)}")
     if not parts:
         return ""
     return f"Above full precision of the same size and tokens, quantization costs {'; '.join(parts)} (median nats)."
-
-
-def _gaps(evidence: Evidence, schemes: Sequence[str], bits: float) -> Floats:
-    gaps = []
-    for N, D in evidence.cells:
-        full = evidence.losses("fp", N, D)
-        losses = np.concatenate([evidence.losses(scheme, N, D, bits) for scheme in schemes])
-        if len(full) and len(losses):
-            gaps.append(losses.min() - full.mean())
-    return np.array(gaps)
 
 
 def _fusion(evidence: Evidence) -> str:

@@ -64,7 +64,7 @@ LADDER = FractionLaw(
     measured={"N": (86_304, 763_104), "D": (2.3e6, 18.4e6), "B": (1, 4), "S": (6, 1706)},
     constants={1.0: (0.58, 0.44, 0.67), 2.0: (6.26, 0.45, 7.07), 4.0: (13.4, 12.5, 14.6)},
 )
-"""The constants are `qatlaw.curves.closed_form_constant` of its U-curves."""
+"""The constants are `closed_form_constant` of its U-curves, in the study's tables.py."""
 FRACTION_LAWS = {LADDER.name: LADDER}
 LADDER_FOUND = (
     "The closed form is the paper's. In sequential runs at a thousandth of its scale (--law ladder-1to1000) its "

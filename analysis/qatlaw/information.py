@@ -102,11 +102,6 @@ class Certainty:
             slope[i] = float(up - down) / (2 * STEP)
         return self._error(slope)
 
-    def determined_fraction(self, N: float, D: float, B: float) -> float | None:
-        """`fraction`, or None where it is not determined."""
-        error = self.fraction(N, D, B)
-        return error if error <= DETERMINED else None
-
     def _error(self, slope: Floats) -> float:
         """Standard error of a quantity with this gradient in the parameters."""
         scaled = slope * self.scale

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qatlaw.laws.base import Floats, LawForm, Points, Term
+from qatlaw.laws.base import Floats, LawForm, Points
 
 SMALLEST = 1e-8
 """Least contribution of a term, in nats at the centre of the data: below, the term is as good as absent."""
@@ -66,10 +66,7 @@ class Problem:
     def theta(self, variables: Floats) -> Floats:
         """The form's parameters in their natural units."""
         theta = np.array(variables, dtype=np.float64)
-        values = self.form.values(theta)
-        for term in self.form.terms:
-            i = self.form.index[term.coefficient]
-            theta[i] = np.exp(variables[i] - self._centre_shape(term, values))
+        theta[self._factors] = np.exp(variables[self._factors] - self._centre_shapes(variables))
         return theta
 
     def sound_theta(self, variables: Floats) -> Floats:
@@ -80,10 +77,7 @@ class Problem:
     def variables(self, theta: Floats) -> Floats:
         """The inverse of `theta`."""
         variables = np.array(theta, dtype=np.float64)
-        values = self.form.values(theta)
-        for term in self.form.terms:
-            i = self.form.index[term.coefficient]
-            variables[i] = np.log(theta[i]) + self._centre_shape(term, values)
+        variables[self._factors] = np.log(theta[self._factors]) + self._centre_shapes(theta)
         return variables
 
     def errors(self, variables: Floats) -> Floats:
@@ -117,14 +111,11 @@ class Problem:
             if not parameter.log:
                 variables[i] = np.exp(rng.uniform(*np.log(parameter.start)))
         values = self.form.values(variables)
-        shapes = [
-            self.form.shape_of(term, values, self.points) / np.exp(self._centre_shape(term, values))
-            for term in self.form.terms
-        ]
+        shapes = np.stack([self.form.shape_of(term, values, self.points) for term in self.form.terms], axis=1)
         # Relative to the measured loss, as the residuals are.
-        sizes, _ = nnls(np.stack(shapes, axis=1) / self.loss[:, None], np.ones_like(self.loss))
-        for term, size in zip(self.form.terms, sizes, strict=True):
-            variables[self.form.index[term.coefficient]] = np.log(max(size, FIRST_SIZE))
+        relative = shapes / np.exp(self._centre_shapes(variables)) / self.loss[:, None]
+        sizes, _ = nnls(relative, np.ones_like(self.loss))
+        variables[self._factors] = np.log(np.maximum(sizes, FIRST_SIZE))
         return np.clip(variables, *self.bounds)
 
     def solve(self, start: Floats, delta: float, tolerance: float = 1e-10) -> Any:
@@ -152,5 +143,13 @@ class Problem:
         sums = np.stack([np.bincount(trunk, column) for column in columns.T], axis=1)
         return (columns - (sums * taken[:, None])[trunk]).reshape(values.shape)
 
-    def _centre_shape(self, term: Term, values: Mapping[str, float]) -> float:
-        return float(term.log_shape(values, self.centres[term.coefficient])[0])
+    @cached_property
+    def _factors(self) -> list[int]:
+        """[terms]: the places of their coefficients."""
+        return [self.form.index[term.coefficient] for term in self.form.terms]
+
+    def _centre_shapes(self, parameters: Floats) -> Floats:
+        """[terms]: `Term.log_shape` at the centre of the data; of `parameters` the exponents count."""
+        values = self.form.values(parameters)
+        shapes = [term.log_shape(values, self.centres[term.coefficient]) for term in self.form.terms]
+        return np.concatenate(shapes)

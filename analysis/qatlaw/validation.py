@@ -101,7 +101,7 @@ def _compared(form: LawForm, table: RunTable, curves: list[Curve], options: dict
         known = np.isfinite(losses)
         in_sample = quality(losses[known], table.loss[known])
         if form.has_fraction:
-            fractions = fraction_errors({bits: law.optimal_fraction for bits, law in laws.items()}, curves).get("all")
+            fractions = fraction_errors(lambda N, D, B: laws[B].optimal_fraction(N, D, B), curves).get("all")
     except InputError as error:
         refused.append(str(error))
     for axis in AXES:

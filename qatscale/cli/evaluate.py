@@ -13,18 +13,12 @@ import typer
 
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
-from qatscale.cli import completion
-from qatscale.cli.terminal import Json, check_bits, console, refuse, working
+from qatscale.cli.terminal import Json, check_bits, console, refuse, run_argument, working
 from qatscale.errors import UserError
 
 
 def evaluate(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="RUN, RUN@STEP or a checkpoint folder; with --harness also an export.", autocompletion=completion.run
-        ),
-    ],
+    checkpoint: Annotated[str, run_argument("RUN, RUN@STEP or a checkpoint folder; with --harness also an export.")],
     ptq: Annotated[
         list[float] | None, typer.Option(help="Also after post-training quantization to this many bits.")
     ] = None,
@@ -106,12 +100,7 @@ def _print_harness(
 
 
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="RUN, RUN@STEP, a checkpoint folder, or an exported folder.", autocompletion=completion.run
-        ),
-    ],
+    model: Annotated[str, run_argument("RUN, RUN@STEP, a checkpoint folder, or an exported folder.")],
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
     tokens: Annotated[int, typer.Option(help="Tokens to generate at most; the model may end its text earlier.")] = 128,
     temperature: Annotated[float, typer.Option(help="Temperature of the draws; 0 takes the likeliest token.")] = 0.8,

@@ -10,8 +10,7 @@ import typer
 
 from qatlaw.bit_widths import bits_label
 from qatlaw.text_table import TextTable
-from qatscale.cli import completion
-from qatscale.cli.terminal import check_bits, console, working
+from qatscale.cli.terminal import check_bits, console, run_argument, working
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.export.formats import FORMATS
 
@@ -19,12 +18,7 @@ _FORMAT_HELP = " ".join(f"{name}: {what}." for name, what in FORMATS.items())
 
 
 def export(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="RUN, RUN@STEP, a checkpoint folder, or a folder of QatPlugin.export.", autocompletion=completion.run
-        ),
-    ],
+    checkpoint: Annotated[str, run_argument("RUN, RUN@STEP, a checkpoint folder, or a folder of QatPlugin.export.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     format: Annotated[str, typer.Option(help=_FORMAT_HELP)] = "hf",
     ptq: Annotated[

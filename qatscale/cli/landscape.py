@@ -11,8 +11,7 @@ import typer
 
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
-from qatscale.cli import completion
-from qatscale.cli.terminal import console, say, working
+from qatscale.cli.terminal import console, run_argument, say, working
 from qatscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,15 +19,8 @@ if TYPE_CHECKING:
 
 
 def landscape(
-    before: Annotated[
-        str,
-        typer.Argument(
-            help="Where the cooldown starts: RUN, RUN@STEP or a checkpoint folder.", autocompletion=completion.run
-        ),
-    ],
-    after: Annotated[
-        str, typer.Argument(help="Where it ends: RUN, RUN@STEP or a checkpoint folder.", autocompletion=completion.run)
-    ],
+    before: Annotated[str, run_argument("Where the cooldown starts: RUN, RUN@STEP or a checkpoint folder.")],
+    after: Annotated[str, run_argument("Where it ends: RUN, RUN@STEP or a checkpoint folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the losses and the figure.")],
     path: Annotated[
         Path | None,

@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from qatscale.cli import completion
-from qatscale.cli.terminal import Json, check_figure, console
+from qatscale.cli.terminal import Json, check_figure, console, run_argument
 from qatscale.errors import EXIT_FAILED, UserError
 
 
@@ -45,7 +44,7 @@ def _say_damaged(damaged: Iterable[str]) -> None:
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs.", autocompletion=completion.run)],
+    folders: Annotated[list[Path], run_argument("Folders of runs.")],
     figure: Annotated[Path | None, typer.Option(help="Draw the loss curves into this file (PNG, SVG, PDF).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +70,7 @@ def compare(
 
 
 def track_sync(
-    run: Annotated[Path, typer.Argument(help="A run's folder.", autocompletion=completion.run)],
+    run: Annotated[Path, run_argument("A run's folder.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow store than the one in the run's recipe.")] = None,
 ) -> None:
     """Upload to MLflow what an unreachable server missed."""

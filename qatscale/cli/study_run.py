@@ -6,8 +6,10 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -65,15 +67,11 @@ def run(
     count = default_workers(folder, workers_per_gpu) if workers is None else workers
     print(f"study folder: {folder.path}; {plural(count, 'worker')} here, logs in {folder.logs}")
     stopped: list[int] = []
-
-    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
-        stopped.append(number)
-
-    before = catch(on_signal)
-    with LocalWorkers(folder, count, workers_per_gpu) as local, _Display(state) as display:
+    before = catch(lambda number, _: stopped.append(number))
+    with LocalWorkers(folder, count, workers_per_gpu) as local, _display(state) as show:
         while not stopped:
             state.refresh()
-            display.show()
+            show()
             if not (local.restart_dead() if count else state.may_go_on):
                 break
             time.sleep(REFRESH)
@@ -127,15 +125,15 @@ def status(
     if not console().is_terminal:
         console().print(_status(state))
         return
-    with _Display(state) as display:
+    with _display(state) as show:
         try:
             while state.may_go_on:
-                display.show()
+                show()
                 time.sleep(REFRESH)
                 state.refresh()
         except KeyboardInterrupt:
             return
-        display.show()
+        show()
 
 
 def average(
@@ -178,9 +176,7 @@ def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
             known = f"Failed: {', '.join(failed)}." if failed else "No run has failed."
             raise UserError("--retry", name, "has not failed.", known)
     for name in failed if "all" in names else names:
-        claim = folder.claims.take(name, state.states[name].attempt, "retry")
-        if claim is not None:
-            claim.close("released", "to be tried again")
+        folder.claims.release(state.attempts[name], "to be tried again")
 
 
 def _conclude(folder: StudyFolder) -> None:
@@ -205,34 +201,26 @@ def _conclude(folder: StudyFolder) -> None:
 # --- printing ---
 
 
-class _Display:
-    """A live table on a terminal; elsewhere a line whenever the number of finished runs changes."""
+@contextmanager
+def _display(state: StudyState) -> Iterator[Callable[[], None]]:
+    """It yields a function that shows the state: in a live table on a terminal, elsewhere as a line, whenever the
+    number of finished runs has changed."""
+    from rich.live import Live
 
-    def __init__(self, state: StudyState) -> None:
-        from rich.live import Live
+    if console().is_terminal:
+        with Live(console=console(), auto_refresh=False) as live:
+            yield lambda: live.update(_status(state), refresh=True)
+        return
+    shown: list[int] = []
 
-        self.state = state
-        self._live = Live(console=console(), auto_refresh=False) if console().is_terminal else None
-        self._shown: tuple[int, ...] = ()
+    def show() -> None:
+        counts = state.counts()
+        ended = [counts["done"], counts["failed"], counts["blocked"]]
+        if ended != shown:
+            shown[:] = ended
+            print(_headline(state), flush=True)
 
-    def __enter__(self) -> _Display:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self) -> None:
-        if self._live is not None:
-            self._live.update(_status(self.state), refresh=True)
-            return
-        counts = self.state.counts()
-        shown = (counts["done"], counts["failed"], counts["blocked"])
-        if shown != self._shown:
-            self._shown = shown
-            print(_headline(self.state), flush=True)
+    yield show
 
 
 def _headline(state: StudyState) -> str:
@@ -274,12 +262,9 @@ def _status(state: StudyState) -> RenderableType:
 def _plain_status(state: StudyState) -> dict[str, object]:
     from qatscale.study.state import progress
 
-    now = progress(state)
     return {
         "counts": state.counts(),
-        "tokens_done": now.tokens_done,
-        "tokens": now.tokens,
-        "seconds_left": now.seconds_left,
+        **asdict(progress(state)),
         "runs": [
             {"name": name, "state": one.state, "attempts": one.attempt, "step": state.step(name),
              "steps": state.folder.jobs[name].steps, "reason": one.reason}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,6 +32,11 @@ def as_overrides(words: list[str] | None) -> list[str]:
         elif option != "--deepspeed":  # alone it is a switch, which has no effect here
             raise UserError(option, None, "takes the path of a ds_config.", "Add it, or leave the option out.")
     return found
+
+
+def run_argument(text: str) -> Any:
+    """The argument for a run's folder, or one of its checkpoints."""
+    return typer.Argument(help=text, autocompletion=completion.run)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -12,7 +12,7 @@ import typer
 
 from qatlaw.amounts import parse_amount
 from qatscale.cli import completion
-from qatscale.cli.terminal import Json, Overrides, as_overrides, console, refuse, say
+from qatscale.cli.terminal import Json, Overrides, as_overrides, console, refuse, run_argument, say
 from qatscale.errors import UserError, exit_code
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def train(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="A run's folder.", autocompletion=completion.run)],
+    run: Annotated[Path, run_argument("A run's folder.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
     take_over: TakeOver = False,
@@ -118,9 +118,7 @@ def resume(
 
 
 def branch(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Where to start: RUN, RUN@STEP or a checkpoint folder.", autocompletion=completion.run)
-    ],
+    checkpoint: Annotated[str, run_argument("Where to start: RUN, RUN@STEP or a checkpoint folder.")],
     overrides: Annotated[
         list[str],
         typer.Argument(

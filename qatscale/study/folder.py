@@ -28,7 +28,7 @@ from qatlaw.results import read_results, write_results
 from qatlaw.run_files import Number
 from qatlaw.run_folders import run_record
 from qatlaw.runs import RunRecord
-from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree, trained_by
+from qatlaw.study import Job, Offer, Piece, Route, cheapest_tree
 from qatlaw.text import listed, plural
 from qatscale.config.places import find_moved
 from qatscale.config.recipe import config_differences, load_run_config, recorded_yaml
@@ -129,8 +129,9 @@ class StudyFolder:
 def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     """Write or extend the tree of a study; returns notes for the user.
 
-    Runs that were begun stay as they are, and a study that grows branches from the checkpoints they left. UserError
-    where a run that was begun would become another one, and where workers are training.
+    Runs that were begun stay as they are, and a study that grows branches from the checkpoints they left. Those that
+    failed before they began are tried again. UserError where a run that was begun would become another one, and where
+    workers are training.
     """
     with locked(folder.path / ".layout", wait=60):
         study = read_study(study_file)
@@ -162,6 +163,9 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             if job.name in configs and job.name not in begun:
                 steps = sorted({*job.keep, *job.stay})
                 _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in steps])
+        for name, attempt in folder.claims.attempts().items():
+            if attempt.state == "failed" and name not in begun:
+                folder.claims.release(attempt, "the study has changed")
         write_atomic(folder.study_file, content)
         write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
@@ -190,17 +194,12 @@ def _with_stay(
 
     offered: by begun run the steps whose checkpoints exist or will. done: runs trained elsewhere.
     """
-    begins = {job.name: (job.parent, job.start) for job in jobs}
-    stay: dict[str, set[int]] = {}
-    lost = []
-    for run in cells.runs:
-        for step in run.keep_at:
-            name = trained_by(begins, run.route.name, step)
-            if name in done or step not in offered.get(name, (step,)):
-                lost.append(f"{name}@{step}")
-            else:
-                stay.setdefault(name, set()).add(step)
-    return [replace(job, stay=tuple(sorted(stay.get(job.name, ())))) for job in jobs], lost
+    staying, lost = [], []
+    for name, wanted in cells.kept({job.name: (job.parent, job.start) for job in jobs}).items():
+        possible = () if name in done else offered.get(name, wanted)
+        staying.append(tuple(sorted(wanted & {*possible})))
+        lost += [f"{name}@{step}" for step in sorted(wanted - {*possible})]
+    return [replace(job, stay=stay) for job, stay in zip(jobs, staying, strict=True)], lost
 
 
 def _needed(jobs: Mapping[str, StudyJob], names: Set[str], begun: Set[str]) -> set[str]:

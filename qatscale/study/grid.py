@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from qatlaw.study import Piece, Route
+from qatlaw.study import Piece, Route, trained_by
 from qatscale.config.amounts import format_amount, parse_amount
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
@@ -54,6 +54,14 @@ class Grid:
     repeated: tuple[tuple[str, str], ...]
     """(cell of the grid, the run that is the same training under another name)."""
     warnings: tuple[str, ...]
+
+    def kept(self, begins: Mapping[str, tuple[str | None, int]]) -> dict[str, set[int]]:
+        """By run the steps of `keep_at` that it trains itself. begins: see `qatlaw.study.trained_by`."""
+        steps: dict[str, set[int]] = {name: set() for name in begins}
+        for run in self.runs:
+            for step in run.keep_at:
+                steps[trained_by(begins, run.route.name, step)].add(step)
+        return steps
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from qatlaw.information import Certainty, certainties
+from qatlaw.information import DETERMINED, Certainty, certainties
 from qatlaw.planner_law import PlannerLaw
 from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord, planned_points
-from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate, trained_by
+from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.sizes import stored_weights
 from qatscale.study.file import TWO_PHASES, read_study
@@ -37,7 +37,8 @@ class Information:
         """By bit width the standard errors of the optimal fraction at `points`; None where it is not determined."""
         errors: dict[float, list[float | None]] = {}
         for N, D, nominal, B in self.points:
-            errors.setdefault(nominal, []).append(certainty.determined_fraction(N, D, B))
+            error = certainty.fraction(N, D, B)
+            errors.setdefault(nominal, []).append(error if error <= DETERMINED else None)
         return errors
 
 
@@ -45,6 +46,8 @@ class Information:
 class StudyPlan:
     grid: Grid
     tree: Tree
+    stay: Mapping[str, set[int]]
+    """By run the steps whose checkpoints stay at the end."""
     cost: Forecast
     information: Information | None
 
@@ -55,20 +58,10 @@ def plan_study(
     """The cheapest tree of a study's runs, its cost, and under `law` the information of its and the `known` runs."""
     study_grid = grid(read_study(file))
     tree = cheapest_tree([run.route for run in study_grid.runs])
-    stay = kept_for_good(study_grid, tree)
+    stay = study_grid.kept({job.route.name: (job.parent, job.start) for job in tree.jobs})
     cost = forecast(tree.jobs, {run.route.name: run.params for run in study_grid.runs}, workers, stay)
     information = None if law is None else _information(study_grid, law, noise, known)
-    return StudyPlan(study_grid, tree, cost, information)
-
-
-def kept_for_good(study_grid: Grid, tree: Tree) -> dict[str, set[int]]:
-    """By run the steps of `keep_at` that it trains, and not the run it branches from."""
-    begins = {job.route.name: (job.parent, job.start) for job in tree.jobs}
-    steps: dict[str, set[int]] = {name: set() for name in begins}
-    for run in study_grid.runs:
-        for step in run.keep_at:
-            steps[trained_by(begins, run.route.name, step)].add(step)
-    return steps
+    return StudyPlan(study_grid, tree, stay, cost, information)
 
 
 def _information(study_grid: Grid, law: PlannerLaw, noise: float, known: pd.DataFrame | None) -> Information:
@@ -197,13 +190,12 @@ def as_json(plan: StudyPlan) -> dict[str, Any]:
 def _jobs(plan: StudyPlan) -> list[dict[str, Any]]:
     runs = {run.route.name: run for run in plan.grid.runs}
     jobs = []
-    stay = kept_for_good(plan.grid, plan.tree)
     for job in plan.tree.jobs:
         run = runs[job.route.name]
         parent = runs[job.parent].config.folder if job.parent else None
         kept = [
             step * job.route.tokens_per_step
-            for step in sorted({*plan.tree.kept[job.route.name], *stay[job.route.name]})
+            for step in sorted({*plan.tree.kept[job.route.name], *plan.stay[job.route.name]})
         ]
         keep_at = [f"checkpoint.keep_at=[{', '.join(map(str, kept))}]"] if kept else []
         jobs.append(

@@ -57,9 +57,6 @@ class LocalWorkers:
             self._start(slot)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def restart_dead(self) -> bool:
         """Restart workers that died. False once all have ended themselves; UserError where one cannot start."""
         for slot in self._slots:
@@ -77,8 +74,7 @@ class LocalWorkers:
             self._start(slot)
         return not all(slot.finished for slot in self._slots)
 
-    def stop(self) -> None:
-        """Ask all to save and end, and wait for them."""
+    def __exit__(self, *_: object) -> None:
         running = [slot.process for slot in self._slots if slot.process is not None and slot.process.poll() is None]
         for process in running:
             process.send_signal(signal.SIGTERM)

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import cast
@@ -247,16 +246,13 @@ class Following:
     def upload(self) -> bool:
         """One attempt. The uploader is created when the store first answers, and again after a failure."""
         with stall_limit() as progress:
-            return self._upload(progress)
-
-    def _upload(self, progress: Callable[[], None]) -> bool:
-        if self._uploader is None:
-            self._uploader = Uploader(self.folder, self.uri, progress)
-        complete = self._uploader.sync()
-        if not complete:
-            self._system = self._system or SystemMetrics(self._uploader)
-            self._system.upload()
-        return complete
+            if self._uploader is None:
+                self._uploader = Uploader(self.folder, self.uri, progress)
+            complete = self._uploader.sync()
+            if not complete:
+                self._system = self._system or SystemMetrics(self._uploader)
+                self._system.upload()
+            return complete
 
     def is_superseded(self) -> bool:
         return self.folder.writer != self.writer

@@ -23,12 +23,10 @@ _CURES = (
     ("unsupported URI", "Set tracking.uri=sqlite:///FILE or http://HOST:PORT."),
     ("database schema", "`mlflow db upgrade` with the store's address brings it up to date."),
     ("Databricks credential", "Configure them, or set tracking.uri=sqlite:///FILE."),
-    ("error code 403", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
-    ("error code 401", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
-    ("not authenticated", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
+    ("error code 40[13]|not authenticated", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
     ("error code 404", "Check the address: an MLflow server does not answer so."),
 )  # fmt: skip
-"""(part of a message, cure)"""
+"""(pattern in a message, cure)"""
 
 
 class RefusedError(RuntimeError):
@@ -42,7 +40,7 @@ def as_refused(error: BaseException) -> RefusedError | None:
     text = shown(error)
     if isinstance(error, ModuleNotFoundError):
         return RefusedError(f"{text.removesuffix('.')}. `pip install {error.name}` where the run trains.")
-    cure = next((cure for part, cure in _CURES if part in text), None)
+    cure = next((cure for pattern, cure in _CURES if re.search(pattern, text)), None)
     if cure is None and getattr(error, "error_code", None) not in _PERMANENT:
         return None
     problem = text.partition(": ")[2].split(". ")[0].removesuffix(".")  # MLflow's own advice follows

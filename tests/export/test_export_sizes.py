@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from qatlaw.bit_widths import BIT_WIDTHS
-from qatlaw.plan.shapes import Shape
+from qatlaw.plan.shapes import Shape, file_bytes
 from qatscale.cli.plan import RecipesAndGpus
 from qatscale.config.schema import ModelConfig, QatConfig
 from qatscale.export.formats import FORMATS
@@ -36,7 +37,9 @@ def test_the_planner_counts_the_file(
     )
     assert code == 0, error
     size = described(tmp_path / "out")["size"]
-    planned = PLANNED.stored_bytes(bits, group_size, RecipesAndGpus().file_size(format, group_size))
+    widths, layers = np.array([PLANNED.hidden_size]), np.array([PLANNED.layers])
+    sizes = RecipesAndGpus().file_size(format, group_size)
+    (planned,) = file_bytes(widths, layers, PLANNED.vocabulary, bits, sizes)
     assert planned == pytest.approx(size["bytes"], rel=0.02)
 
 

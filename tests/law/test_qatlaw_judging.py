@@ -1,13 +1,14 @@
 """Judging a fit: bootstrap intervals, measured U-curves, held-out errors, and the file that keeps it all."""
 
 import json
+import runpy
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from qatlaw import synthetic
-from qatlaw.curves import READING, closed_form_constant, fraction_errors, measured_curves
+from qatlaw.curves import READING, fraction_errors, measured_curves
 from qatlaw.errors import InputError
 from qatlaw.fit_file import fit_file, read_fit, write_fit
 from qatlaw.fitting import fit
@@ -133,7 +134,9 @@ def test_a_law_that_is_off_is_seen_in_the_fractions():
     assert bad.mae > 2 * good.mae
     assert bad.bias > 0.1
     assert bad.within < 0.3 < good.within
-    by_width = fraction_errors({1.0: synthetic.law().optimal_fraction, 4.0: off.optimal_fraction}, curves)
+    laws = {1.0: synthetic.law(), 4.0: off}
+    own = [curve for curve in curves if curve.B in laws]
+    by_width = fraction_errors(lambda N, D, B: laws[B].optimal_fraction(N, D, B), own)
     assert set(by_width) == {"all", "1", "4"}
     assert by_width["1"].mae < by_width["4"].mae
 
@@ -152,8 +155,14 @@ def test_the_closed_form_is_judged_by_the_same_curves():
     assert moved.bias == pytest.approx(-0.1, abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def ladder():
+    """What the script of the ladder's tables defines."""
+    return runpy.run_path("analysis/studies/ladder-1to1000/tables.py")
+
+
 @pytest.mark.parametrize("A", [2.0, 6.7297, 13.0])
-def test_the_constant_of_curves_that_have_one_is_found(A):
+def test_the_constant_of_curves_that_have_one_is_found(ladder, A):
     """Curves whose minima are exp(-A / ln S) by construction, at 30 to 3,000 tokens a byte."""
     f = np.linspace(0.02, 0.95, 12)
     curves = []
@@ -162,18 +171,19 @@ def test_the_constant_of_curves_that_have_one_is_found(A):
         loss = 3 - 0.1 * (best * np.log(f) + (1 - best) * np.log1p(-f))
         tokens = {"tokens_qat": np.round(D * f), "tokens_fp": D - np.round(D * f)}
         curves += measured_curves(curve_table(f, loss, **tokens))
-    found = closed_form_constant(curves)
+    found = ladder["closed_form_constant"](curves)
     assert pytest.approx(A, rel=0.02) == found.A
     assert found.low <= found.A <= found.high
     assert found.worst < 1e-3
-    assert curves[0].regret(0.5) == pytest.approx(curves[0].loss_at(0.5) - curves[0].loss_at(curves[0].optimum))
+    above = curves[0].loss_at(0.5) - curves[0].loss_at(curves[0].optimum)
+    assert ladder["regret"](curves[0], 0.5) == pytest.approx(above)
 
 
-def test_where_the_longest_phases_are_best_the_constant_is_the_largest_that_costs_the_same():
+def test_where_the_longest_phases_are_best_the_constant_is_the_largest_that_costs_the_same(ladder):
     f = np.array([0.05, 0.1, 0.3, 0.6, 0.9])
     (curve,) = measured_curves(curve_table(f, 3 - 0.1 * np.log(f)))
-    found = closed_form_constant([curve])
-    assert curve.regret(0.95) == 0, "a fraction outside the runs costs what the nearest does"
+    found = ladder["closed_form_constant"]([curve])
+    assert ladder["regret"](curve, 0.95) == 0, "a fraction outside the runs costs what the nearest does"
     fraction = np.exp(-found.A / np.log(curve.S))
     assert 0.1 * np.log(0.9 / fraction) == pytest.approx(0.001, abs=2e-4)
 

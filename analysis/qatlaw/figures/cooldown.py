@@ -46,19 +46,16 @@ def draw_shapes(evidence: Evidence) -> Drawn:
     base = "1-sqrt" if "1-sqrt" in set(rows["shape"]) else rows["shape"].mode()[0]
     panels = [(label, own) for label, own in _panels(rows) if base in set(own["shape"])]
     figure = new_figure(0.9 + 0.27 * rows["shape"].nunique(), 7.4)
-    parts: list[pd.DataFrame] = []
-    shown: list[str] = []
+    parts = []
     for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         found = differences(own, "shape", base).assign(group=label, base=base)
         losses = own.groupby("shape")["loss"]
         found = found.merge(pd.DataFrame({"loss": losses.mean(), "deviation": losses.std()}).reset_index(), on="shape")
-        shown += [shape for shape in found["shape"] if shape not in shown]
-        _bars(axes, found, [shown.index(shape) for shape in found["shape"]], 0)
+        _bars(axes, found, "shape")
         axes.axvline(0, color=SOFT, linewidth=1, zorder=2)
         tidy(axes, title=label, grid="x")
         parts.append(found)
-    figure.axes[0].set_yticks(range(len(shown)), shown)
-    figure.axes[0].set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_ylim(len(axes.get_yticks()) - 0.5, -0.5)
     figure.supxlabel(f"loss above {base} (10⁻³ nats)", fontsize=8.5, color=INK)
     caption = (
         f"Measured: {len(rows)} runs. A shape stands by its loss above {base}'s, the mean over pairs that differ in "
@@ -119,7 +116,6 @@ def draw_adamw(evidence: Evidence) -> Drawn:
     shapes = dict(_panels(usual(evidence.branches, "shape")))
     figure = new_figure(0.8 + 0.21 * max(len(own[ADAMW].drop_duplicates()) + 12 for _, own in panels), 7.4)
     parts, spans = [], []
-    shown: list[str] = []
     for axes, (label, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         base = own[own["usual"]].iloc[0]
         texts = own.apply(lambda row, base=base: _text(row, base), axis=1)
@@ -132,15 +128,12 @@ def draw_adamw(evidence: Evidence) -> Drawn:
         of_adamw = pd.concat([adamw, *elsewhere]).assign(kind="AdamW")
         found = pd.concat([by_shape.assign(kind="shape"), of_adamw], ignore_index=True)
         for series, kind in enumerate(("shape", "AdamW")):
-            rows = found[found["kind"] == kind]
-            shown += [setting for setting in rows["setting"] if setting not in shown]
-            _bars(axes, rows, [shown.index(setting) for setting in rows["setting"]], series, kind)
+            _bars(axes, found[found["kind"] == kind], "setting", series, kind)
         axes.axvline(0, color=SOFT, linewidth=1, zorder=2)
         tidy(axes, title=label, x="above the recipe's (10⁻³ nats)", grid="x")
         spans.append(f"{label}: shapes {_span(by_shape):.4f}, AdamW {_span(adamw):.4f}")
         parts.append(found.assign(group=label))
-    figure.axes[0].set_yticks(range(len(shown)), shown)
-    figure.axes[0].set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_ylim(len(axes.get_yticks()) - 0.5, -0.5)
     legend_below(figure, list(figure.axes))
     caption = (
         "Measured: loss above that of the usual cooldown (of `as usual` at the shape, where a line names one), the "
@@ -166,10 +159,11 @@ def _at_another_shape(rows: pd.DataFrame) -> pd.DataFrame:
     return differences(rows.assign(setting=texts), "setting", usual_text).query("setting != @usual_text")
 
 
-def _bars(axes: Any, found: pd.DataFrame, places: Any, series: int, label: str = "_") -> None:
-    """Differences in thousandths with their intervals, in these rows."""
+def _bars(axes: Any, found: pd.DataFrame, column: str, series: int = 0, label: str = "_") -> None:
+    """Differences in thousandths with their intervals, a line for each text of `column`."""
     colour, marker, _ = series_style(series)
     x, half = 1e3 * found["above"].to_numpy(), 1e3 * found["half_width"].fillna(0).to_numpy()
+    places = found[column].to_numpy()
     axes.errorbar(x, places, xerr=half, fmt="none", ecolor=colour, elinewidth=1.3, capsize=2.5, zorder=4)
     mark(axes, x, places, marker, colour, label)
 

@@ -35,16 +35,12 @@ MOST_SIZES, MOST_NAMED = 4, 6
 
 def draw_full_precision(evidence: Evidence) -> Drawn:
     """One panel a width: loss above that of the full-precision run of the same size and tokens."""
-    cells = [cell for cell in evidence.cells if len(evidence.losses("fp", *cell))]
-    widths = [
-        bits
-        for bits in evidence.widths
-        if any(len(evidence.losses(scheme, *cell, bits)) for cell in cells for scheme in SCHEME_MARKERS)
-    ]
+    known = evidence.frame.dropna(subset="gap")
+    widths = sorted(set(known["bits"][known["scheme"] != "fp"].tolist()))
     if not widths:
         needs = "a full-precision run (scheme fp, with its cooldown) and a quantized one of the same size and tokens."
         return Drawn(lacking=needs)
-    all_sizes = sorted({N for N, _ in cells})
+    all_sizes = sorted(set(known["n_params"].tolist()))
     sizes = thinned(all_sizes, MOST_SIZES)
     columns = min(len(widths), 4)
     rows = -(-len(widths) // columns)
@@ -52,10 +48,10 @@ def draw_full_precision(evidence: Evidence) -> Drawn:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axes, bits in zip(panels.flat, widths, strict=False):
         for place, N in enumerate(sizes):
-            _draw_size(axes, evidence, [cell for cell in cells if cell[0] == N], bits, place)
+            _draw_size(axes, evidence, known[known["n_params"] == N], bits, place)
         axes.axhline(0, color=SOFT, linewidth=1, zorder=2)
         tidy(axes, title=bits_label(bits))
-        log_axis(axes, np.array([D for _, D in cells]))
+        log_axis(axes, known["D"].to_numpy())
         axes.locator_params(axis="y", nbins=5)
     for axes in panels.flat[len(widths) :]:
         axes.set_visible(False)
@@ -84,26 +80,20 @@ def draw_full_precision(evidence: Evidence) -> Drawn:
     return Drawn(caption, figure)
 
 
-def _draw_size(axes: Axes, evidence: Evidence, cells: list[tuple[float, float]], bits: float, place: int) -> None:
-    """Measured gaps of one size over tokens, and the law's."""
+def _draw_size(axes: Axes, evidence: Evidence, known: pd.DataFrame, bits: float, place: int) -> None:
+    """Measured gaps of one size (`known`, all widths) over tokens, and the law's."""
     colour, _, dashes = series_style(place)
     law = evidence.law_by_width.get(bits)
     for scheme, marker in SCHEME_MARKERS.items():
-        points = []
-        for N, D in cells:
-            losses = evidence.losses(scheme, N, D, bits)
-            if len(losses):
-                best = losses.min() if scheme in MIXED_SCHEMES else losses.mean()
-                points.append((D, best - evidence.losses("fp", N, D).mean()))
-        if points:
-            x, y = np.array(points).T
-            mark(axes, x, y, marker, colour, hollow=scheme == "ptq")
-            if law is None and len(x) > 1:  # lines distinguish the sizes in greyscale print
-                axes.plot(x, y, color=colour, linestyle=dashes, linewidth=0.9, zorder=3)
-    if law is None or evidence.laws is None or len(cells) < 2:
+        gaps = known[(known["bits"] == bits) & (known["scheme"] == scheme)].groupby("D")["gap"]
+        best = gaps.min() if scheme in MIXED_SCHEMES else gaps.mean()
+        if len(best):
+            mark(axes, best.index, best, marker, colour, hollow=scheme == "ptq")
+            if law is None and len(best) > 1:  # lines distinguish the sizes in greyscale print
+                axes.plot(best.index, best, color=colour, linestyle=dashes, linewidth=0.9, zorder=3)
+    if law is None or evidence.laws is None or known["D"].nunique() < 2:
         return
-    N, counts = cells[0][0], [D for _, D in cells]
-    tokens = np.geomspace(min(counts), max(counts), 100)
+    N, tokens = known["n_params"].iloc[0], np.geomspace(known["D"].min(), known["D"].max(), 100)
     gap = optimal_loss(law, N, tokens, bits) - law.loss(N, tokens, 0.0, bits)
     inside = evidence.laws.inside(N, tokens, bits)
     draw_law(axes, tokens, gap, inside, color=colour, linewidth=1.2, linestyle=dashes, zorder=3)

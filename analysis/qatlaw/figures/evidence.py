@@ -73,25 +73,18 @@ class Evidence:
 
         return tuple(measured_curves(self.table.of_scheme(self.scheme))) if self.scheme else ()
 
-    def losses(self, scheme: str, N: float, D: float, B: float | None = None) -> Floats:
-        """Losses of the runs of one cell, over their seeds and fractions; of any width where B is None."""
-        return self._cells.get((scheme, N, D, B), np.array([]))
-
     @cached_property
-    def _cells(self) -> dict[tuple[str, float, float, float | None], Floats]:
-        frame = self.table.frame.assign(D=self.table.tokens_total)
-        losses: dict[tuple[str, float, float, float | None], Floats] = {}
-        for (scheme, N, D), rows in frame.groupby(["scheme", "n_params", "D"]):
-            losses[scheme, N, D, None] = rows["loss"].to_numpy(np.float64)
-            for B, own in rows.groupby("bits"):
-                losses[scheme, N, D, B] = own["loss"].to_numpy(np.float64)
-        return losses
+    def frame(self) -> pd.DataFrame:
+        """The table with D (all tokens), f (the QAT fraction) and gap: the loss above the mean of the full-precision
+        runs of the same size and tokens, NaN without any."""
+        frame = self.table.frame.assign(D=self.table.tokens_total, f=lambda own: own["tokens_qat"] / own["D"])
+        full = frame[frame["scheme"] == "fp"].groupby(["n_params", "D"])["loss"].mean().rename("full")
+        return frame.join(full, on=["n_params", "D"]).assign(gap=lambda own: own["loss"] - own["full"])
 
-    @cached_property
-    def cells(self) -> tuple[tuple[float, float], ...]:
-        """(N, D) of the table's runs, by rising tokens per parameter."""
-        pairs = zip(self.table.column("n_params").tolist(), self.table.tokens_total.tolist(), strict=True)
-        return tuple(sorted(set(pairs), key=lambda pair: (pair[1] / pair[0], pair)))
+    def cell(self, scheme: str, N: float, D: float, B: float) -> pd.DataFrame:
+        """The rows of `frame` of one cell, over its seeds and fractions."""
+        frame = self.frame
+        return frame[(frame["scheme"] == scheme) & (frame["n_params"] == N) & (frame["D"] == D) & (frame["bits"] == B)]
 
     @cached_property
     def fusion_pairs(self) -> pd.DataFrame:

@@ -108,7 +108,7 @@ def draw_u_curves(evidence: Evidence) -> Drawn:
     widths = thinned(mixed.widths, MOST_COLUMNS)
     settings = mixed.frame.assign(D=mixed.tokens_total).drop_duplicates(["n_params", "D", "bits", "tokens_qat"])
     sizes = settings.groupby(["n_params", "D"]).size()
-    cells = [cell for cell in evidence.cells if cell in sizes.index]
+    cells = sorted(sizes.index, key=lambda cell: (cell[1] / cell[0], cell))  # by tokens per parameter
     full = [cell for cell in cells if sizes[cell] == sizes.max()]
     shown = [full[int(i)] for i in thinned(range(len(full)), MOST_ROWS)]
     figure = new_figure(0.9 + 1.75 * max(len(shown), 1.4), 7.4 if len(widths) > 1 else 4.6)
@@ -135,16 +135,10 @@ def draw_u_curves(evidence: Evidence) -> Drawn:
     return Drawn(caption, figure, warnings=closed_form_warnings(mixed))
 
 
-def _mixed_runs(evidence: Evidence, scheme: str, N: float, D: float, bits: float) -> tuple[Floats, Floats]:
-    """(fractions, losses) of the runs of one cell."""
-    frame = evidence.rows(scheme).frame
-    own = frame[(frame["n_params"] == N) & (frame["bits"] == bits) & (frame["tokens_fp"] + frame["tokens_qat"] == D)]
-    return (own["tokens_qat"] / D).to_numpy(np.float64), own["loss"].to_numpy(np.float64)
-
-
 def _draw_panel(axes: Axes, evidence: Evidence, N: float, D: float, bits: float) -> None:
     scheme = evidence.scheme or ""
-    f, loss = _mixed_runs(evidence, scheme, N, D, bits)
+    runs = evidence.cell(scheme, N, D, bits)
+    f, loss = runs["f"], runs["loss"]
     colour, marker = width_style(bits)
     axes.set_xlim(-0.04, 1.04)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
@@ -156,10 +150,10 @@ def _draw_panel(axes: Axes, evidence: Evidence, N: float, D: float, bits: float)
     values = [loss]
     if not evidence.curves:  # neither scheme has a curve, so the other one's runs are shown as well
         (other,) = set(MIXED_SCHEMES) - {scheme}
-        theirs = _mixed_runs(evidence, other, N, D, bits)
-        label = f"{other}, {bits_label(bits)}" if len(theirs[0]) else "_"
-        mark(axes, *theirs, SCHEME_MARKERS[other], colour, label, hollow=True)
-        values.append(theirs[1])
+        theirs = evidence.cell(other, N, D, bits)
+        label = f"{other}, {bits_label(bits)}" if len(theirs) else "_"
+        mark(axes, theirs["f"], theirs["loss"], SCHEME_MARKERS[other], colour, label, hollow=True)
+        values.append(theirs["loss"])
     if law := evidence.law_by_width.get(bits):
         grid = np.linspace(0.02, 0.98, 200)
         curve = law.loss(N, D * (1 - grid), D * grid, bits)
@@ -188,7 +182,7 @@ def _draw_ends(axes: Axes, evidence: Evidence, N: float, D: float, bits: float, 
     ends = (("ptq", 0.0, "left", "f = 0: PTQ"), ("scratch", 1.0, "right", "f = 1: from scratch"))
     arrows = False
     for scheme, f, side, label in ends:
-        loss = evidence.losses(scheme, N, D, bits)
+        loss = evidence.cell(scheme, N, D, bits)["loss"]
         if not len(loss):
             continue
         mean = float(loss.mean())

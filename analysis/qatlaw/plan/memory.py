@@ -89,7 +89,7 @@ def plan_memory(
         if law.law is not None:
             losses = optimal_loss(law.law, [shape.params for shape in fitting], tokens, bits)
             shape = fitting[int(np.argmin(losses))]
-        size = shape.stored_bytes(bits, group_size, file_size)
+        size = float(file_size(shape, bits) if file_size else shape.weights(bits, group_size).bytes)
         plan = replace(plan_run(Recipe(shape.params, tokens, group_size=group_size), bits, law), stored_bytes=size)
         rows.append(MemoryRow(bits, shape, fitting[-1], size, plan, 6.0 * shape.params * plan.tokens))
     best = 0 if len(rows) == 1 else None

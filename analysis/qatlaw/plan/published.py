@@ -9,7 +9,7 @@ from qatlaw.errors import InputError
 from qatlaw.fraction import tokens_per_parameter_byte
 from qatlaw.laws.named import NamedLaw
 from qatlaw.plan.answer import Answer, columns
-from qatlaw.plan.run import Recipe
+from qatlaw.plan.run import Comparison, Recipe
 
 NOTE = "The law contains no QAT fraction: every token is a QAT token. Its N has neither embedding nor head."
 
@@ -21,18 +21,6 @@ class ScratchRow:
     loss: float
     gap: float | None
     """Over the law's full precision; None where it describes none."""
-
-
-@dataclass(frozen=True)
-class ScratchPlan:
-    params: int
-    tokens: int
-    full_precision_loss: float | None
-    rows: tuple[ScratchRow, ...]
-    tolerance: float
-    smallest: int | None
-    """Index of the smallest width whose gap is within the tolerance, if any."""
-    warnings: tuple[str, ...]
 
 
 def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Answer:
@@ -53,7 +41,7 @@ def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Ans
     small = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= nats]
     outside = law.outside(asked)
     unknown = None if run.non_embedding else "--params is taken for the law's N, which has neither embedding nor head"
-    plan = ScratchPlan(
+    plan = Comparison(
         params=round(N),
         tokens=round(D),
         full_precision_loss=full if math.isfinite(full) else None,

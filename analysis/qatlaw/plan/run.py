@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -263,7 +264,8 @@ class Comparison:
     params: int
     tokens: int
     full_precision_loss: float | None
-    rows: tuple[WidthRow, ...]
+    rows: tuple[Any, ...]
+    """Of `WidthRow`; by a published law of `qatlaw.plan.published.ScratchRow`."""
     tolerance: float
     smallest: int | None
     """Index of the smallest width whose gap is within the tolerance, if any; None without a law."""

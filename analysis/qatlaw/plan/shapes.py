@@ -53,13 +53,6 @@ class Shape:
         """N: all parameters, the tied table once, without scales."""
         return int(self.weights(1).params)
 
-    def stored_bytes(self, bits: float, group_size: int | None = None, file_size: FileSize | None = None) -> float:
-        """file_size: bytes in a format; None: those of `weights`."""
-        if file_size is None:
-            return float(self.weights(bits, group_size).bytes)
-        widths, layers = (np.array([size]) for size in (self.hidden_size, self.layers))
-        return float(file_bytes(widths, layers, self.vocabulary, bits, file_size)[0])
-
     def weights(self, bits: float, group_size: int | None = None) -> StoredWeights:
         return _weights(np.array(self.hidden_size), np.array(self.layers), self.vocabulary, bits, group_size)
 

@@ -73,17 +73,14 @@ def load_table(name: str) -> JudgedTable:
     """A table of this package by name, a study's results.csv, or any table of runs. InputError for anything else."""
     if name in table_names():
         about = Provenance.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8")))
-        frame = pd.read_csv(FOLDER / f"{name}.csv").assign(**about.columns)
-        return JudgedTable(name, about, best_trials(RunTable.from_frame(_completed(frame), name)).table)
+        return _judged(name, about, pd.read_csv(FOLDER / f"{name}.csv").assign(**about.columns))
     path = Path(name)
     if not path.exists():
         problem = f"is neither a table of this package ({', '.join(table_names())}) nor a file."
         raise InputError("TABLE", name, problem, "Name a .csv of runs, such as a study's results.csv.")
     label = path.parent.name if path.stem == "results" else f"{path.parent.name}/{path.stem}".lstrip("/")
     if not holds_results(path):
-        about = Provenance(title=label, source=str(path))
-        read = best_trials(RunTable.read(path)).table
-        return JudgedTable(label, about, RunTable.from_frame(_completed(read.frame), label))
+        return _judged(label, Provenance(title=label, source=str(path)), RunTable.read(path).frame)
     records = read_results(path)
     table = collect(records, label).table
     recipes = {record.run_id: record.recipe for record in records}
@@ -96,8 +93,11 @@ def load_table(name: str) -> JudgedTable:
         group="qat.group_size of the recipe; empty: a row",
         seeds=table.frame["seed"].nunique(),
     )
-    frame = table.frame.assign(**pd.DataFrame(shapes, index=table.frame.index))
-    return JudgedTable(label, about, RunTable.from_frame(_completed(frame), label))
+    return _judged(label, about, table.frame.assign(**pd.DataFrame(shapes, index=table.frame.index)))
+
+
+def _judged(label: str, about: Provenance, frame: pd.DataFrame) -> JudgedTable:
+    return JudgedTable(label, about, best_trials(RunTable.from_frame(_completed(frame), label)).table)
 
 
 def _completed(frame: pd.DataFrame) -> pd.DataFrame:
