@@ -15,6 +15,7 @@ from qatlaw.errors import InputError
 from qatlaw.text import listed, plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
+from qatscale.new_folder import check_place
 
 if TYPE_CHECKING:
     from qatlaw.runs import Collected
@@ -88,6 +89,9 @@ def fit(
             raise UserError("--bits", bits, f"{form} is a law of one nominal width.", "Fit qat_unified.")
         collected = replace(collected, table=collected.table.on_effective_bits)
     kind = scheme_of(collected.table, scheme)
+    if out.is_dir():
+        raise UserError("--out", str(out), "is a folder.", "Name a file in it: fit.json.")
+    check_place("--out", out.parent)
     with working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
     compared = []
@@ -135,6 +139,7 @@ def report(
     landscapes = [read_landscape(folder) for folder in landscape or ()]
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
+    check_place("--out", out)
     with working("fitting" if law is None else "drawing"):
         content = compose(
             collected, form, scheme, law, resamples=resamples, compare=not no_compare, landscapes=landscapes

@@ -86,6 +86,9 @@ def run(
         sys.exit(exit_code(stopped[0]))
     for name, reason in state.failures().items():
         print(f"failed: {name}: {reason}")
+    for name, one in state.states.items():
+        if one.state == "ready" and one.reason:
+            print(f"stopped: {name}: {one.reason}. The same command continues.")
     for reason, names in state.refusals().items():
         print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:
@@ -176,9 +179,7 @@ def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
             known = f"Failed: {', '.join(failed)}." if failed else "No run has failed."
             raise UserError("--retry", name, "has not failed.", known)
     for name in failed if "all" in names else names:
-        claim = folder.claims.take(name, state.states[name].attempt, "retry")
-        if claim is not None:
-            claim.close("released", "to be tried again")
+        folder.claims.release(state.attempts[name], "to be tried again")
 
 
 def _conclude(folder: StudyFolder) -> None:

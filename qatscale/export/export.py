@@ -19,7 +19,7 @@ from qatscale.export.formats.base import Format, get_format
 from qatscale.export.plugin_source import PluginFolder
 from qatscale.export.report import FILE, card, contents, provenance
 from qatscale.export.source import ExportSource, open_source
-from qatscale.export.verify import Verification, materialised, verify_export
+from qatscale.export.verify import Verification, materialised
 from qatscale.files import sealed, write_json
 from qatscale.new_folder import appearing, check_new
 from qatscale.train.validation import open_view
@@ -70,8 +70,7 @@ def export(
     chosen = get_format(format)
     if q1_0:
         chosen = chosen.with_q1_0()
-    with readable("--out", out):
-        check_new(out)
+    check_new(out)
     with readable("checkpoint", checkpoint):
         source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
         chosen = chosen.fitting(source.config.model)
@@ -130,7 +129,7 @@ def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verif
             with open_view(model, source.view):
                 trained = materialised(model)
             del model
-        return verify_export(layout, format.path(folder), format.clients, trained, held_out)
+        return Verification(layout, format.path(folder), format.clients, trained, held_out)
 
     return check
 

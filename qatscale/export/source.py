@@ -31,6 +31,7 @@ from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
 from qatscale.schedule.build import build_timeline
+from qatscale.tensor_files import not_finite
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,12 @@ class ExportSource:
 
     def plain(self, parameter: SourceParameter) -> Tensor:
         """The parameter itself in `dtype`. UserError where it holds NaN or infinity."""
-        value = self.reader.parameter(parameter.name).to(self.dtype)
-        _check_finite(value, parameter.name)
+        return self._read(parameter.name)
+
+    def _read(self, name: str) -> Tensor:
+        value = self.reader.parameter(name).to(self.dtype)
+        if not_finite([(name, value)]):
+            raise UserError("checkpoint", None, f"{name} holds NaN or infinity.", "Export an earlier checkpoint.")
         return value
 
     def matrix(self, parameter: SourceParameter) -> QuantizedMatrix:
@@ -138,15 +143,7 @@ class ExportSource:
         assert parameter.quantizer is not None
         if self.ptq_bits is not None:
             return ptq_scale(parameter.quantizer, weight, self.config.qat.group_size)
-        name = f"{parameter.name}_scale"
-        alpha = self.reader.parameter(name).to(self.dtype)
-        _check_finite(alpha, name)
-        return alpha
-
-
-def _check_finite(value: Tensor, name: str) -> None:
-    if not torch.isfinite(value).all():
-        raise UserError("checkpoint", None, f"{name} holds NaN or infinity.", "Export an earlier checkpoint.")
+        return self._read(f"{parameter.name}_scale")
 
 
 def open_source(

@@ -22,6 +22,7 @@ from qatscale.inference.sampling import Detokenizer, Sampling, TextGenerator
 from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.quant.views import computed_weights
+from qatscale.tensor_files import not_finite
 from qatscale.train.validation import open_view
 from qatscale.untrusted import check_json_files, check_safetensors, readable
 
@@ -31,6 +32,8 @@ class TransformersModel:
         self.model = model.to("cuda" if uses_gpu() else "cpu").eval()
         self.tokenizer = tokenizer
         self.about = about
+        if wrong := not_finite((name, p) for name, p in model.named_parameters() if p.dtype.itemsize > 1):
+            raise UserError("model", about, f"{wrong} is not finite.")
         self.length: int | None = model.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:

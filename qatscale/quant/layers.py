@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatscale.model.head import Head
-from qatscale.model.tensor_parallel import Shard, mark, shard_of
+from qatscale.model.tensor_parallel import Shard, full_shape, mark, shard_of
 from qatscale.quant.bit_widths import BY_TEXT, BitsRule, Quantizer, get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.scales import ptq_scale
@@ -204,12 +204,6 @@ FAKE_QUANT: dict[type[nn.Module], type[FakeQuantLinear] | type[FakeQuantHead] | 
     nn.Embedding: FakeQuantEmbedding,
 }
 """Plain layer -> the class that it converts to."""
-
-
-def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the full parameter, of which this process may hold a part."""
-    shard = shard_of(parameter)
-    return parameter.shape if shard is None else shard.full_shape(parameter.shape)
 
 
 def _shard_of_scales(weight: Tensor, group_size: int | None) -> Shard | None:

@@ -17,7 +17,7 @@ NOT_WRITABLE = {
     "report --table table.csv --form qat_per_bits --no-compare --resamples 0 --out locked/report": "locked/report",
     "compare runs/trunk --figure locked/a.png": "locked/a.png",
     "train debug data.path=data --dry-run --figure locked/a.png": "locked/a.png",
-    "train debug data.path=data tracking.uri=none name=x output=locked": "locked/x",
+    "train debug data.path=data tracking.uri=none name=x output=locked": "locked",
     "prepare corpus.jsonl --vocab-size 512 --workers 1 --out locked/data": "locked/data",
     "study run study.yaml --workers 1 --out locked/study": "locked/study",
 }
@@ -52,6 +52,18 @@ def refused(typed: str, place: str) -> None:
     assert "Traceback" not in out + error
     assert (code, Path(place).name in error) == (EXIT_BAD_INPUT, True), f"{typed}: {code}: {error}"
     assert len(error.splitlines()) <= 2, error
+
+
+@pytest.mark.usefixtures("here")
+def test_a_place_is_looked_at_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for work in ("qatlaw.summary.summarise", "qatlaw.page.compose", "qatlaw.judge.judge"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("qatscale.export.export.open_source", lambda *_, **__: pytest.fail("the work began"))
+    for command in ("fit --table table.csv --out", "report --table table.csv --out", "judge --out"):
+        refused(f"{command} corpus.jsonl/x/y", "corpus.jsonl")
+    refused("fit --table table.csv --out locked", "locked")
+    refused("fit --table table.csv --out locked/fit.json", "locked")
+    refused("export runs/trunk --format hf --out locked/out", "locked")
 
 
 def test_where_nothing_may_be_written(here: Path) -> None:

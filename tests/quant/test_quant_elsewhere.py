@@ -206,6 +206,10 @@ def test_an_export_of_the_plugin_is_verified_on_given_data(tmp_path: Path, prepa
     plugin.prepare(model)
     plugin.maybe_switch(0, PlainMasters(torch.optim.AdamW(model.parameters())))
     plugin.export(model, tmp_path / "shipped")
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"model\.norm\.weight is not finite"):
+        plugin.export(model, tmp_path / "spoilt")
+    assert not (tmp_path / "spoilt").exists()
     given = {"tokenizer": "none", "tokens": 512}
     with pytest.raises(UserError, match="--data FOLDER"):
         export(str(tmp_path / "shipped"), tmp_path / "out", **given)  # type: ignore[arg-type]

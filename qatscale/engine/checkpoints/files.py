@@ -44,7 +44,7 @@ from qatscale.engine.checkpoints.manifest import (
 )
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of
-from qatscale.tensor_files import write_safetensors
+from qatscale.tensor_files import not_finite, write_safetensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 STEP = re.compile(r"^step-(\d{8,})$")
@@ -136,16 +136,6 @@ def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
             raise DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}.")
         if sha256_of(path) != expected["sha256"]:
             raise DamageError(f"{name} was altered: checksum differs.")
-
-
-def not_finite(slices: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of a slice that holds NaN or infinity."""
-    return next((name for name, values in slices if values.numel() and not _is_finite(values)), None)
-
-
-def _is_finite(values: Tensor) -> bool:
-    low, high = torch.aminmax(values)  # NaN passes through; no mask as large as the values
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def check_finite(folder: Path, slices: Iterable[tuple[str, Tensor]]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qatscale.config.schema import RunConfig
 from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import FP32, GPUS_A_NODE, ZeroSettings, gathered
 from qatscale.engine.layout import Layout
@@ -25,9 +24,10 @@ Traffic = dict[str, int]
 GRADIENTS, WEIGHTS = "gradients over data", "weights over data"
 
 
-def traffic_of(config: RunConfig, layout: Layout, local: LocalSizes, zero: ZeroSettings, *, quantized: bool) -> Traffic:
+def traffic_of(local: LocalSizes, zero: ZeroSettings, *, quantized: bool) -> Traffic:
     """The traffic of a process of one stage."""
-    model, engine, stage = config.model, config.engine, local.stage
+    config, layout, stage = local.config, local.layout, local.stage
+    model, engine = config.model, config.engine
     micro_batches = config.batch.micro_batches(layout.data)
     tokens = config.batch.micro_batch * config.data.sequence_length
     stream = tokens * local.hidden_size * zero.weight

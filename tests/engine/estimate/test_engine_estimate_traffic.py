@@ -9,7 +9,7 @@ import pytest
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
-from qatscale.engine.estimate.local_sizes import local_sizes
+from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import ZeroSettings
 from qatscale.engine.estimate.traffic import BETWEEN, INSIDE, Traffic, network_time, traffic_of
 from qatscale.engine.layout import Layout, stages_of
@@ -22,8 +22,8 @@ def config_of(*overrides: str) -> RunConfig:
 
 
 def sent(config: RunConfig, layout: Layout, ds: dict[str, Any], stage: int = 0) -> Traffic:
-    sizes = local_sizes(config, layout, stages_of(config)[stage])
-    found = traffic_of(config, layout, sizes, ZeroSettings(ds, layout.data), quantized=False)
+    sizes = LocalSizes(config, layout, stages_of(config)[stage])
+    found = traffic_of(sizes, ZeroSettings(ds, layout.data), quantized=False)
     return {kind: size for kind, size in found.items() if size}
 
 
