@@ -85,11 +85,15 @@ def extrapolation_warning(
     return f"the optimal QAT fraction is an extrapolation of its closed form: {', '.join(outside)}"
 
 
-def beyond(values: Mapping[str, float], ranges: Mapping[str, tuple[float, float]], source: str) -> list[str]:
-    """`N = 3B (SOURCE 86M to 2.2B)` for each value outside its range, if it has one, but for ROUNDING."""
+def beyond(values: Mapping[str, ArrayLike], ranges: Mapping[str, tuple[float, float]], source: str) -> list[str]:
+    """`N = 3B (SOURCE 86M to 2.2B)` for each value, or `N = 3B to 8B (…)` for an array, outside its range, if it has
+    one, but for ROUNDING."""
     outside = []
     for name, value in values.items():
-        low, high = ranges.get(name, (0.0, float("inf")))
-        if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
-            outside.append(f"{name} = {amount(value)} ({source} {amount(low)} to {amount(high)})")
+        low, high = ranges.get(name, (0.0, np.inf))
+        numbers = np.atleast_1d(np.asarray(value, np.float64))
+        wrong = numbers[~((low * (1 - ROUNDING) <= numbers) & (numbers <= high * (1 + ROUNDING)))]
+        if len(wrong):
+            ends = " to ".join(dict.fromkeys((amount(wrong.min()), amount(wrong.max()))))
+            outside.append(f"{name} = {ends} ({source} {amount(low)} to {amount(high)})")
     return outside
