@@ -23,7 +23,6 @@ from qatscale.export.verify import Verification, materialised, verify_export
 from qatscale.files import sealed, write_json
 from qatscale.new_folder import appearing, check_new
 from qatscale.train.validation import open_view
-from qatscale.untrusted import readable
 
 NO_TOKENIZER = "none"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -71,13 +70,12 @@ def export(
     if q1_0:
         chosen = chosen.with_q1_0()
     check_new(out)
-    with readable("checkpoint", checkpoint):
-        source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
-        chosen = chosen.fitting(source.config.model)
-        layout = chosen.layout(source, fallback)
-        origin = provenance(source)
-        tokenizer_files = find_tokenizer(source, tokenizer)
-        verifier = _verifier(source, chosen, tokens) if verify else None
+    source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
+    chosen = chosen.fitting(source.config.model)
+    layout = chosen.layout(source, fallback)
+    origin = provenance(source)
+    tokenizer_files = find_tokenizer(source, tokenizer)
+    verifier = _verifier(source, chosen, tokens) if verify else None
     with appearing(out) as folder, torch.no_grad():
         progress(f"writing {len(layout.entries)} tensors")
         chosen.write(layout, folder, tokenizer_files)

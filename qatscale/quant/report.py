@@ -10,9 +10,10 @@ from typing import Any
 from qatlaw.bit_widths import bits_label
 from qatlaw.effective_bits import StoredWeights
 from qatlaw.text import plural
+from qatscale.errors import FailedError
 
 
-class NothingQuantizedError(RuntimeError):
+class NothingQuantizedError(FailedError):
     """Weights or scales that stay as they are: the run would be called QAT without being it."""
 
 

@@ -161,6 +161,11 @@ class RunFolder:
         return "running?" if alive is None else "running" if alive else "killed"
 
     @property
+    def failure(self) -> str | None:
+        """Why the run failed, where that is its status."""
+        return self._last_sign["error"] if self.status == "failed" and self._last_sign else None
+
+    @property
     def has_ended(self) -> bool:
         """Whether the run's process has certainly ended; False where that is unknown."""
         return self.status not in ("created", "running", "running?")
