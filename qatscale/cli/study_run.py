@@ -177,9 +177,7 @@ def _retry(folder: StudyFolder, state: StudyState, names: list[str]) -> None:
             known = f"Failed: {', '.join(failed)}." if failed else "No run has failed."
             raise UserError("--retry", name, "has not failed.", known)
     for name in failed if "all" in names else names:
-        claim = folder.claims.take(name, state.states[name].attempt, "retry")
-        if claim is not None:
-            claim.close("released", "to be tried again")
+        folder.claims.release(state.attempts[name], "to be tried again")
 
 
 def _conclude(folder: StudyFolder) -> None:

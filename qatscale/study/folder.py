@@ -129,8 +129,9 @@ class StudyFolder:
 def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     """Write or extend the tree of a study; returns notes for the user.
 
-    Runs that were begun stay as they are, and a study that grows branches from the checkpoints they left. UserError
-    where a run that was begun would become another one, and where workers are training.
+    Runs that were begun stay as they are, and a study that grows branches from the checkpoints they left. Those that
+    failed before they began are tried again. UserError where a run that was begun would become another one, and where
+    workers are training.
     """
     with locked(folder.path / ".layout", wait=60):
         study = read_study(study_file)
@@ -162,6 +163,9 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             if job.name in configs and job.name not in begun:
                 steps = sorted({*job.keep, *job.stay})
                 _write_recipe(folder, configs[job.name], [step * job.tokens_per_step for step in steps])
+        for name, attempt in folder.claims.attempts().items():
+            if attempt.state == "failed" and name not in begun:
+                folder.claims.release(attempt, "the study has changed")
         write_atomic(folder.study_file, content)
         write_json(folder.tree_file, [asdict(job) for job in jobs])
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]

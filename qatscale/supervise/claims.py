@@ -120,6 +120,11 @@ class Claims:
             raise
         return Claim(path, self._path(name, after + 2), content)
 
+    def release(self, failed: Attempt, reason: str) -> None:
+        """Let workers try a failed run again."""
+        if claim := self.take(failed.name, failed.number, "retry"):
+            claim.close("released", reason)
+
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}~{number:04d}.json"
 

@@ -325,6 +325,20 @@ def test_a_study_that_moves_with_its_data_finds_them(tmp_path: Path) -> None:
     assert config.output == moved.runs
 
 
+def test_a_run_that_never_began_is_tried_again_once_its_study_is_mended(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "one")
+    lay_out(written(tmp_path), folder)
+    first, *_ = folder.jobs
+    claim = folder.claims.take(first, 0, "worker")
+    assert claim is not None
+    claim.close("failed", "data.path = '/nowhere': no such folder.")
+    state = StudyState(folder)
+    lay_out(written(tmp_path), folder)
+    assert state.refresh()[first].state == "failed", "the same study: its failures stay until --retry"
+    lay_out(written(tmp_path, set=f"[data.path={tmp_path}]"), folder)
+    assert state.refresh()[first].state == "ready"
+
+
 def test_what_mlflow_refused_is_known_by_reason(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "one")
     lay_out(written(tmp_path), folder)
