@@ -13,7 +13,7 @@ from qatlaw.files import write_atomic
 from qatscale.data.open import open_validation
 from qatscale.data.tokenizer import tokenizer_folder
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
-from qatscale.errors import UserError
+from qatscale.errors import FailedError, UserError
 from qatscale.export.encoding import ExportLayout
 from qatscale.export.formats.base import Format, get_format
 from qatscale.export.plugin_source import PluginFolder
@@ -32,14 +32,15 @@ DEFAULT_TOKENS = 65_536
 Verifier = Callable[[ExportLayout, Path], Verification]
 
 
-class VerificationError(RuntimeError):
+class VerificationError(FailedError):
     """A client computes something other than the trained model. The export is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
         problems = [*verification.problems]
         problems += [f"{client.client}: {problem}" for client in verification.clients for problem in client.problems]
-        super().__init__("; ".join(problems[:4]) + (f" and {len(problems) - 4} more" if problems[4:] else ""))
+        shown = "; ".join(problems[:4]) + (f" and {len(problems) - 4} more" if problems[4:] else "")
+        super().__init__(f"the export differs from the trained model and was removed: {shown}")
 
 
 def export(

@@ -163,7 +163,8 @@ class RunFolder:
     @property
     def failure(self) -> str | None:
         """Why the run failed, where that is its status."""
-        return self._last_sign["error"] if self.status == "failed" and self._last_sign else None
+        self._read_on()
+        return None if self.is_done or self._last_sign is None else self._last_sign.get("error")
 
     @property
     def has_ended(self) -> bool:
