@@ -41,5 +41,8 @@ def appearing(out: Path) -> Iterator[Path]:
             sync(path)
         folder.replace(out)
         sync(out.parent)
+    except OSError as error:  # of a write, which does not know its file
+        error.filename = error.filename or str(out)
+        raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

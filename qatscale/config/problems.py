@@ -26,8 +26,8 @@ def user_errors(
     """
     problems: dict[str, UserError] = {}
     for detail in error.errors(include_url=False):
-        shown = len(problems) < SHOWN  # a suggestion takes milliseconds
-        problem = _problem(detail, model, raw, origin, suggest if shown else lambda _: "")
+        # a suggestion takes milliseconds
+        problem = _problem(detail, model, raw, origin, suggest if len(problems) < SHOWN else lambda _: "")
         problems.setdefault(problem.key, problem)  # a union reports an error per member; one line says it all
     return together(list(problems.values()))
 

@@ -32,6 +32,7 @@ from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
 from qatscale.schedule.build import build_timeline
 from qatscale.tensor_files import not_finite
+from qatscale.tracking.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,14 @@ def open_source(
         parameters=_parameters(config, reader.manifest.plugin, ptq_bits),
         reader=reader,
     )
+    run = source.folder.resolve().parents[1]
+    if (failure := RunFolder(run).failure) and not (source.is_unfinished or unfinished):
+        fix = f"Finish it, `qatscale resume {run}`, or add --unfinished to export it as it stands."
+        raise UserError("checkpoint", what, f"its run failed: {failure}", fix)
     if source.is_unfinished and not unfinished:
         at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not decayed"
         before_the_switch = config.qat.scheme != "fp" and source.manifest.switched_at is None
         missing = ", and it has not switched to QAT" if before_the_switch else ""
-        run = source.folder.resolve().parents[1]
         end = (
             f"Give {run} for the run's end" if (run / "done.json").is_file() else f"Finish it, `qatscale resume {run}`"
         )

@@ -24,7 +24,7 @@ from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.quant.views import computed_weights
 from qatscale.tensor_files import not_finite
 from qatscale.train.validation import open_view
-from qatscale.untrusted import check_json_files, check_safetensors, readable
+from qatscale.untrusted import check_json_files, check_safetensors
 
 
 class TransformersModel:
@@ -118,11 +118,10 @@ def open_transformers(what: str) -> TransformersModel:
 
 
 def _open(what: str, view: str | None, data: Path | None, openers: Mapping[type[Client], Callable[..., Any]]) -> Any:
-    with readable("model", what):
-        export = find_export(Path(what))
-        if export is None:
-            check_files(Path(what))  # of an export that has lost its file of weights
-            return from_checkpoint(what, view, data)
+    export = find_export(Path(what))
+    if export is None:
+        check_files(Path(what))  # of an export that has lost its file of weights
+        return from_checkpoint(what, view, data)
     if data is not None:
         raise UserError("--data", str(data), f"{what} is an export, which holds its tokenizer.", "Leave it out.")
     if view is not None:

@@ -118,8 +118,7 @@ class Worker:
             return True
         if run.run_file.exists() and run.status == "stopped":
             return False
-        failures = run.records("failed") if run.run_file.exists() else []
-        raise RuntimeError(failures[-1]["error"] if failures else f"the launcher ended with code {child.returncode}")
+        raise RuntimeError(run.failure or f"the launcher ended with code {child.returncode}")
 
 
 def _device_works() -> bool:

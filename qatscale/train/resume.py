@@ -138,7 +138,7 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
             if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
                 problem = f"the checkpoint's scales are for {difference.old!r}; after the switch a branch keeps them."
                 raise UserError(difference.key, difference.new, problem, "Branch from a checkpoint before the switch.")
-    notices = []
+    notices = [f"the parent failed: {failure}"] if (failure := RunFolder(run).failure) else []
     difference_before = first_difference(build_timeline(parent), timeline, manifest.step)
     if difference_before is not None:
         notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")

@@ -84,6 +84,16 @@ def test_what_may_not_be_read(typed: str, here: Path) -> None:
             path.chmod(mode)
 
 
+def test_a_dry_run_looks_at_the_files_of_its_checkpoint(here: Path) -> None:
+    shard = here / STEP / "shard-00000-of-00001.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    branch = "branch runs/trunk name=x data.path=data tokens=5120 qat.fraction=0.75 --dry-run"
+    refused(branch, "shard-00000-of-00001.safetensors is missing")
+    shard.write_bytes(content[:-1])
+    refused(branch, f"has {len(content) - 1} bytes instead of {len(content)}")
+
+
 def test_a_list_of_runs_shows_those_that_may_be_read(here: Path) -> None:
     path = here / "runs/trunk/metrics.jsonl"
     mode = path.stat().st_mode

@@ -296,7 +296,7 @@ def test_where_nothing_may_be_written(runs: Path, qatscale, tmp_path: Path) -> N
     for mode in (0o500, 0o000):
         folder.chmod(mode)
         with as_ordinary_user():
-            refused(qatscale, f"export {runs}/two --out {folder}/out --no-verify", "--out")
+            refused(qatscale, f"export {runs}/two --out {folder}/out --no-verify", str(folder))
     folder.chmod(0o700)
 
 

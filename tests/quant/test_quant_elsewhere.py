@@ -121,6 +121,9 @@ def test_the_trainer_switches_at_its_step_trains_scales_and_resumes_quantized(tm
     assert other.switched_at == 2
     for (name, one), two in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two), name
+    elsewhere, _ = trainer_of(tmp_path / "elsewhere", a_qwen(seed=1), QatPlugin(QAT, 2), data_seed=1)
+    with pytest.raises(UserError, match="the scales of the checkpoint would be set anew"):
+        elsewhere.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
 
 
 @pytest.mark.dist

@@ -19,6 +19,7 @@ from qatlaw.results import read_results
 from qatlaw.run_folders import folder_records
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.errors import FailedError
 from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.study.run import LocalWorkers
 from qatscale.study.state import StudyState
@@ -180,7 +181,7 @@ def test_a_worker_that_cannot_start_is_no_wrong_input(
         while local.restart_dead():
             time.sleep(0.01)
 
-    with LocalWorkers(folder, 1) as local, pytest.raises(SystemExit, match=r"worker 0 ended with code 1\."):
+    with LocalWorkers(folder, 1) as local, pytest.raises(FailedError, match=r"worker 0 ended with code 1\."):
         watch()
 
 
