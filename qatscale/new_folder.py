@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,19 @@ from qatlaw.files import sync
 from qatscale.errors import UserError
 
 
+def check_place(key: str, place: Path) -> None:
+    """UserError, about `key`, where no folder can be made: before long work, not after it."""
+    existing = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK, effective_ids=True):
+        problem = f"{existing} is {'write-protected' if existing.is_dir() else 'a file'}."
+        raise UserError(key, str(place), problem, "Choose another place.")
+
+
 def check_new(out: Path) -> None:
-    """UserError where `out` holds something already."""
+    """UserError where `out` holds something already, or can be no folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("--out", str(out), "exists already and is not empty.", "Choose another folder.")
+    check_place("--out", out)
 
 
 @contextmanager
@@ -26,13 +36,13 @@ def appearing(out: Path) -> Iterator[Path]:
     folder = hidden / out.name
     try:
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
-    try:
         yield folder
         for path in (*folder.rglob("*"), folder):
             sync(path)
         folder.replace(out)
         sync(out.parent)
+    except OSError as error:  # of a write, which does not know its file
+        error.filename = error.filename or str(out)
+        raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             time.sleep(_LATER if rank != "0" else 0)
             print(f"error: {error}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
-        except (OSError, FloatingPointError) as error:
+        except Exception as error:
             if fault(error) is None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)

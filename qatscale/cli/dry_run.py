@@ -70,6 +70,7 @@ def print_dry_run(
     held, data = data_here(config)
     exists = (config.folder / "run.json").exists()
     if branch_from is not None or exists:
+        from qatscale.engine.checkpoints.files import verify_files
         from qatscale.tracking.run_folder import RunFolder
         from qatscale.train.resume import as_begun, check_data, plan_resume
 
@@ -77,7 +78,9 @@ def print_dry_run(
         try:
             start = plan_resume(resumed, build_timeline(resumed), branch_from)
             notices = check_data(config, start, data) if start and data else ()
-            branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
+            if start and start.manifest and start.checkpoint:
+                verify_files(start.checkpoint, start.manifest, read=False)
+            branch = {"checkpoint": start and start.checkpoint and str(start.checkpoint), "step": start and start.step}
         except UserError as error:
             if branch_from is not None or resumes:
                 raise
@@ -99,7 +102,7 @@ def print_dry_run(
         if branch and branch["step"] is None:
             say(f"{config.folder} is done: nothing is left to train")
         elif branch:
-            say(f"begins at step {branch['step']:,} of {branch['checkpoint']}")
+            say(f"begins at step {branch['step']:,} of {branch['checkpoint'] or 'the run, which has no checkpoint'}")
         print_scale(job, advice)
     refuse_what_cannot_fit(job)
 

@@ -84,8 +84,9 @@ def run(
         done = f"{counts['done']} of {plural(len(state.states), 'run')} done"
         print(f"stopped by {signal.Signals(stopped[0]).name}: {done}; the same command continues from there")
         sys.exit(exit_code(stopped[0]))
-    for name, reason in state.failures().items():
-        print(f"failed: {name}: {reason}")
+    for name, one in state.states.items():
+        if one.reason and one.state in ("failed", "ready"):
+            print(f"{one.state.replace('ready', 'stopped')}: {name}: {one.reason}")
     for reason, names in state.refusals().items():
         print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:

@@ -13,7 +13,7 @@ from qatlaw.files import write_atomic
 from qatscale.data.open import open_validation
 from qatscale.data.tokenizer import tokenizer_folder
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
-from qatscale.errors import UserError
+from qatscale.errors import FailedError, UserError
 from qatscale.export.encoding import ExportLayout
 from qatscale.export.formats.base import Format, get_format
 from qatscale.export.plugin_source import PluginFolder
@@ -23,7 +23,6 @@ from qatscale.export.verify import Verification, materialised
 from qatscale.files import sealed, write_json
 from qatscale.new_folder import appearing, check_new
 from qatscale.train.validation import open_view
-from qatscale.untrusted import readable
 
 NO_TOKENIZER = "none"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -31,14 +30,15 @@ DEFAULT_TOKENS = 65_536
 """Held-out tokens that a verification uses at most, unless asked for more."""
 
 
-class VerificationError(RuntimeError):
+class VerificationError(FailedError):
     """A client computes something other than the trained model. The export is removed."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
         problems = [*verification.problems]
         problems += [f"{client.client}: {problem}" for client in verification.clients for problem in client.problems]
-        super().__init__("; ".join(problems[:4]) + (f" and {len(problems) - 4} more" if problems[4:] else ""))
+        shown = "; ".join(problems[:4]) + (f" and {len(problems) - 4} more" if problems[4:] else "")
+        super().__init__(f"the export differs from the trained model and was removed: {shown}")
 
 
 def export(
@@ -68,15 +68,13 @@ def export(
     chosen = get_format(format)
     if q1_0:
         chosen = chosen.with_q1_0()
-    with readable("--out", out):
-        check_new(out)
-    with readable("checkpoint", checkpoint):
-        source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
-        chosen = chosen.fitting(source.config.model)
-        layout = chosen.layout(source, fallback)
-        origin = provenance(source)
-        tokenizer_files = find_tokenizer(source, tokenizer)
-        held_out = _held_out(source, tokens) if verify else []  # missing data are reported before any file is written
+    check_new(out)
+    source = open_source(checkpoint, ptq_bits=ptq_bits, unfinished=unfinished, data=data)
+    chosen = chosen.fitting(source.config.model)
+    layout = chosen.layout(source, fallback)
+    origin = provenance(source)
+    tokenizer_files = find_tokenizer(source, tokenizer)
+    held_out = _held_out(source, tokens) if verify else []  # missing data are reported before any file is written
     with appearing(out) as folder, torch.no_grad():
         progress(f"writing {len(layout.entries)} tensors")
         chosen.write(layout, folder, tokenizer_files)

@@ -141,7 +141,7 @@ def _compare_logits(report: ClientReport, client: Client, stored: Llama, held_ou
         losses += _summed_loss(logits, sequence)
         ours += _summed_loss(expected, sequence)
     tokens = _predicted(held_out)
-    report.logit_error /= largest
+    report.logit_error /= largest or 1  # a model whose logits are all 0
     report.loss = losses / tokens
     if not report.logit_error <= client.logit_bound:  # also where it is NaN
         bound = f"{client.logit_bound:g} of the largest"

@@ -10,10 +10,11 @@ from typing import Any
 from qatlaw.bit_widths import bits_label
 from qatlaw.effective_bits import StoredWeights
 from qatlaw.text import plural
+from qatscale.errors import FailedError
 from qatscale.quant.bit_widths import get_quantizer
 
 
-class NothingQuantizedError(RuntimeError):
+class NothingQuantizedError(FailedError):
     """Weights or scales that stay as they are: the run would be called QAT without being it."""
 
 

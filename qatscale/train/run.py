@@ -169,8 +169,8 @@ def _introduce(log: RunLog, clock_notices: Sequence[str]) -> None:
         )
     if resume.parent and not resume.resumes:
         log.notice(f"branched from {resume.parent['folder']}@{resume.parent['step']}")
-    elif resume.checkpoint is not None:
-        log.notice(f"resume from step {resume.step}: {resume.checkpoint}")
+    elif resume.resumes:
+        log.notice(f"resume from step {resume.step}: {resume.checkpoint or 'the run has no checkpoint'}")
     for notice in [*clock_notices, *setup.notices]:
         log.notice(f"note: {notice}")
 

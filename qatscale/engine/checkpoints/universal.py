@@ -41,7 +41,7 @@ from qatscale.errors import UserError, first_line
 from qatscale.files import Count, read_checked, sealed, sha256_of, write_json
 from qatscale.new_folder import appearing
 from qatscale.schedule.build import build_timeline
-from qatscale.tensor_files import Shape
+from qatscale.tensor_files import Shape, not_finite
 
 DEEPSPEED = "0.19.8"
 """The release whose layout this is."""
@@ -245,7 +245,10 @@ class _Reader:
         return int(self._load(path))
 
     def read(self, kind: str, name: str) -> Tensor:
-        return self._tensor(kind, name).float() if name in self.present else torch.ones(self.bones.shapes[name])
+        value = self._tensor(kind, name).float() if name in self.present else torch.ones(self.bones.shapes[name])
+        if wrong := not_finite([(f"{kind} of {name}", value)]):
+            raise self.error(f"{wrong} is not finite.")
+        return value
 
     def _tensor(self, kind: str, name: str) -> Tensor:
         path = self.folder / "zero" / name / FILES[kind]
