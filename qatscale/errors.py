@@ -36,6 +36,10 @@ SHOWN = 30
 """Problems that a message lists."""
 
 
+class FailedError(RuntimeError):
+    """A failure at no fault of the input. Its message says what a person needs: a traceback would not help."""
+
+
 class UserErrors(UserError):  # noqa: N818 - several of them
     """Several wrong inputs at once, so that one try corrects them all. `key`, `value`... are those of the first."""
 
@@ -68,11 +72,11 @@ _FAULTS = {
 
 
 def fault(error: BaseException) -> str | None:
-    """What happened and what to do, where the machine is at fault or a run has diverged: a traceback would not help.
+    """What happened and what to do, where the machine is at fault, or a run has diverged or failed a check of its own.
 
     None for any other exception.
     """
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, (FloatingPointError, FailedError)):
         return str(error)
     number = errno_of(error)
     if not isinstance(error, OSError) or number not in _FAULTS:

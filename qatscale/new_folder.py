@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,19 @@ from qatscale.errors import UserError
 from qatscale.files import only_process
 
 
+def check_place(key: str, place: Path) -> None:
+    """UserError, about `key`, where no folder can be made: before long work, not after it."""
+    existing = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK, effective_ids=True):
+        problem = f"{existing} is {'write-protected' if existing.is_dir() else 'a file'}."
+        raise UserError(key, str(place), problem, "Choose another place.")
+
+
 def check_new(out: Path) -> None:
-    """UserError where `out` holds something already."""
+    """UserError where `out` holds something already, or can be no folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("--out", str(out), "exists already and is not empty.", "Choose another folder.")
+    check_place("--out", out)
 
 
 @contextmanager
@@ -25,18 +35,18 @@ def appearing(out: Path) -> Iterator[Path]:
     hidden = out.with_name(f".{out.name}.partial")
     folder = hidden / out.name
     try:
-        hidden.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("--out", str(out), f"no folder can be made there ({error.strerror}).") from None
-    with only_process(hidden, "--out", out):
-        try:
+        with only_process(hidden, "--out", out):
             shutil.rmtree(folder, ignore_errors=True)  # of a killed process
             folder.mkdir()
-            yield folder
-            check_new(out)
-            for path in (*folder.rglob("*"), folder):
-                sync(path)
-            folder.replace(out)
-            sync(out.parent)
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            try:
+                yield folder
+                check_new(out)
+                for path in (*folder.rglob("*"), folder):
+                    sync(path)
+                folder.replace(out)
+                sync(out.parent)
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+    except OSError as error:  # of a write, which does not know its file
+        error.filename = error.filename or str(out)
+        raise

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -63,3 +63,9 @@ def write_safetensors(path: Path, shapes: Mapping[str, Shape], types: Types, rea
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a tensor that holds NaN or infinity. No mask as large as the values is made."""
+    extremes = ((name, torch.stack(torch.aminmax(values))) for name, values in tensors if values.numel())
+    return next((name for name, pair in extremes if not pair.isfinite().all()), None)  # NaN passes through aminmax

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,6 @@ def read_object(path: Path, key: str, from_pairs: Callable[[_Pairs], dict[str, A
     if not isinstance(content, dict):
         raise UserError(key, str(path), f"holds a {type(content).__name__} where a JSON object is expected.")
     return content
-
-
-@contextmanager
-def readable(key: str, value: object) -> Iterator[None]:
-    """UserError, about `key`, for a file or folder that the operating system does not let us read."""
-    try:
-        yield
-    except OSError as error:
-        problem = f"{error.filename or 'a file'} cannot be read: {error.strerror or error}."
-        raise UserError(key, str(value), problem) from None
 
 
 def check_json_files(folder: Path, key: str, auto_class: str = "Auto") -> None:

@@ -6,7 +6,7 @@ less that of the full-precision run of its size, tokens and seed, does not: laws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -103,11 +103,11 @@ def judge(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) -> lis
         runs = table.runs
         labels, gaps = precisions(runs), measured_gaps(runs)
         own = {table.name, *fit_hashes(runs)}
-        verdicts = []
-        for candidate in candidates:
-            loss, full = candidate.losses(runs)
-            outside = candidate.outside(runs.where(np.isfinite(loss)))
-            for label in dict.fromkeys(labels):
+        answers = [(candidate, *candidate.losses(runs)) for candidate in candidates]
+        answers = [answer for answer in answers if np.isfinite(answer[1][labels != FULL]).any()]
+        for label in sorted(set(labels), key=_order):
+            verdicts = []
+            for candidate, loss, full in answers:
                 rows = (labels == label) & np.isfinite(loss)
                 if not rows.any():
                     continue
@@ -120,12 +120,13 @@ def judge(candidates: Sequence[Candidate], tables: Sequence[JudgedTable]) -> lis
                     law=candidate.name,
                     loss=errors(loss[rows], runs.loss[rows], runs.trunks[rows]),
                     gap=errors((loss - full)[paired], gaps[paired], runs.trunks[paired]) if paired.any() else None,
-                    outside=outside,
+                    outside=candidate.outside(runs.where(np.isfinite(loss))),
                     fitted_here=candidate.fitted_on in own,
                 )
                 verdicts.append(verdict)
-        speaking = {one.law for one in verdicts if one.precision != FULL}
-        judged += _ranked([one for one in verdicts if one.law in speaking], dict.fromkeys(labels))
+            verdicts.sort(key=lambda one: (one.gap is None, one.gap.mae if one.gap else one.loss.mae))
+            ranks = count(1)
+            judged += [replace(one, rank=next(ranks)) if one.gap and not one.fitted_here else one for one in verdicts]
     return judged
 
 
@@ -279,19 +280,17 @@ def verdict_rows(verdicts: Sequence[Verdict], *, full: bool = False) -> Rows:
     rows: Rows = [("precision", "law", "runs", "loss off", "gap", "gap off", "by", "rank", *more)]
     last = ""
     for one in verdicts:
-        gap, runs = (NONE, NONE, NONE), f"{one.loss.runs}"
+        gap, mae, runs = (NONE, NONE, NONE), NONE, f"{one.loss.runs}"
         if one.gap is not None:
             gap = f"{one.gap.measured:.4f}", _with_margin(one.gap.bias, one.gap.margin), f"{one.gap.relative:.0%}"
+            mae = _with_margin(one.gap.mae, one.gap.mae_margin, ".4f")
             runs += f"/{one.gap.runs}" if one.gap.runs != one.loss.runs else ""
         rank = "fit" if one.fitted_here else NONE if one.rank is None else f"{one.rank}"
         shown = one.precision if full or one.precision != last else ""
-        mae = NONE if one.gap is None else _with_margin(one.gap.mae, one.gap.mae_margin, ".4f")
-        ends = (
-            NONE if one.effective_bits is None else " to ".join(f"{end:.3g}" for end in sorted(set(one.effective_bits)))
-        )
-        extra = f"{one.loss.mae:.4f}", f"{one.loss.relative:.1%}", mae, ends
+        ends = " to ".join(f"{end:.3g}" for end in sorted({*(one.effective_bits or ())})) or NONE
         law = one.law + " *" * bool(one.outside)
-        rows.append((shown, law, runs, f"{one.loss.bias:+.3f}", *gap, rank, *(extra if full else ())))
+        row = shown, law, runs, f"{one.loss.bias:+.3f}", *gap, rank
+        rows.append((*row, f"{one.loss.mae:.4f}", f"{one.loss.relative:.1%}", mae, ends) if full else row)
         last = one.precision
     return rows
 
@@ -308,16 +307,6 @@ def unheld(verdicts: Sequence[Verdict]) -> list[str]:
 
 def _with_margin(value: float, margin: float | None, form: str = "+.4f") -> str:
     return f"{value:{form}}" + (f" ±{margin:.4f}" if margin is not None else "")
-
-
-def _ranked(verdicts: list[Verdict], labels: Iterable[str]) -> list[Verdict]:
-    ranked = []
-    for label in sorted(labels, key=_order):
-        group = [one for one in verdicts if one.precision == label]
-        group.sort(key=lambda one: (one.gap is None, one.gap.mae if one.gap else one.loss.mae))
-        ranks = count(1)
-        ranked += [replace(one, rank=next(ranks)) if one.gap and not one.fitted_here else one for one in group]
-    return ranked
 
 
 def _order(label: str) -> tuple[bool, bool, bool, str]:

@@ -49,6 +49,8 @@ def judge(
 
     chosen = [load_table(name) for name in tables or table_names()]
     candidates = [published(one) for one in NAMED.values()] if law is None else [_candidate(name) for name in law]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # where that is impossible, before the fits
     notes: list[str] = []
     if refit is not None:
         fits, notes = refitted(load_table(refit))
@@ -88,12 +90,8 @@ def judge(
             svg=image(figure, "svg"),
         )
         files = {"judge.html": page.encode(), "judge.json": text.encode(), "judged.png": image(figure, "png")}
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name, data in files.items():
-                write_atomic(out / name, data)
-        except OSError as error:
-            raise InputError("--out", str(out), f"cannot be written: {error.strerror}.") from None
+        for name, data in files.items():
+            write_atomic(out / name, data)
     if as_json:
         print(text)
         return

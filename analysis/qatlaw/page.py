@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 MOST_RUNS = 40
 """Rows of the table of runs; all of them are in a file beside the page."""
 RUNS = "runs.csv"
+_NUMBER = re.compile(rf"{NONE}|[-+]?(nan|inf|[0-9,.]+(e[-+]?[0-9]+)?)")
 
 
 @dataclass(frozen=True)
@@ -227,12 +229,4 @@ def _run_rows(table: RunTable) -> Rows:
 
 def _numeric_columns(rows: Rows) -> list[bool]:
     headers, *body = rows
-    return [bool(body) and all(_is_number(row[i]) for row in body) for i in range(len(headers))]
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell.replace(",", ""))
-    except ValueError:
-        return cell == NONE
-    return True
+    return [bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(headers))]

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"error: {error}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
             _hint(words)
             sys.exit(EXIT_BAD_INPUT)
-        except (OSError, FloatingPointError) as error:
+        except Exception as error:
             if fault(error) is None:
                 raise
             print("\n".join([f"error: {fault(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)

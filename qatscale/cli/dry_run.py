@@ -21,7 +21,6 @@ from qatscale.engine.estimate.fits import (
     Given,
     JobEstimate,
     StageMemory,
-    estimate_job,
     network_advice,
     refuse_what_cannot_fit,
 )
@@ -71,6 +70,7 @@ def print_dry_run(
     held, data = data_here(config)
     exists = (config.folder / "run.json").exists()
     if branch_from is not None or exists:
+        from qatscale.engine.checkpoints.files import verify_files
         from qatscale.tracking.run_folder import RunFolder
         from qatscale.train.resume import as_begun, check_data, plan_resume
 
@@ -78,19 +78,21 @@ def print_dry_run(
         try:
             start = plan_resume(resumed, build_timeline(resumed), branch_from)
             notices = check_data(config, start, data) if start and data else ()
-            branch = {"checkpoint": start and str(start.checkpoint), "step": start and start.step}
+            if start and start.manifest and start.checkpoint:
+                verify_files(start.checkpoint, start.manifest, read=False)
+            branch = {"checkpoint": start and start.checkpoint and str(start.checkpoint), "step": start and start.step}
         except UserError as error:
             if branch_from is not None or resumes:
                 raise
             notices = (f"training will need another name=NAME: {error}",)
     ds_config = run_ds_config(config)
     smallest = config.engine.tensor_parallel * config.engine.pipeline_stages
-    job = estimate_job(config, ds_config, processes or job_size(smallest), given)
-    advice = network_advice(config, ds_config, job)
+    job = JobEstimate(config, ds_config, processes or job_size(smallest), given)
+    advice = network_advice(job)
     sources, repetitions = plan_sources(config, timeline, held)
     warnings = [*ds_config_warnings(config, on_gpu=job.gpu_memory is not None), *repetitions, *notices]
     if as_json:
-        scale = as_dict(job, config) | {"network_advice": advice}
+        scale = as_dict(job) | {"network_advice": advice}
         shown = {"name": config.name, **timeline.to_dict()}
         shown["warnings"] = [*shown["warnings"], *warnings]
         print(json.dumps({"timeline": shown, "sources": sources, "branch": branch, "scale": scale}, indent=2))
@@ -100,9 +102,9 @@ def print_dry_run(
         if branch and branch["step"] is None:
             say(f"{config.folder} is done: nothing is left to train")
         elif branch:
-            say(f"begins at step {branch['step']:,} of {branch['checkpoint']}")
-        print_scale(job, config, advice)
-    refuse_what_cannot_fit(config, ds_config, job)
+            say(f"begins at step {branch['step']:,} of {branch['checkpoint'] or 'the run, which has no checkpoint'}")
+        print_scale(job, advice)
+    refuse_what_cannot_fit(job)
 
 
 def print_timeline(config: RunConfig, timeline: Timeline, figure: Path | None, warnings: Sequence[str]) -> None:
@@ -163,8 +165,8 @@ def print_sources(config: RunConfig, sources: list[dict[str, Any]]) -> None:
         say("warning: data.cooldown_mix has no effect: the run has no cooldown and no switch to QAT", style="yellow")
 
 
-def print_scale(job: JobEstimate, config: RunConfig, advice: str | None) -> None:
-    out = console()
+def print_scale(job: JobEstimate, advice: str | None) -> None:
+    out, config = console(), job.config
     stages = _chosen(job, (out.width - _LABELS) // _COLUMN)
     headers = [f"stage {stage.stage}" if job.layout.pipeline > 1 else "a process" for stage in stages]
     say("")
@@ -233,12 +235,15 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.3g}"
 
 
-def as_dict(job: JobEstimate, config: RunConfig) -> dict[str, Any]:
+def as_dict(job: JobEstimate) -> dict[str, Any]:
     """JSON-able; sizes in bytes."""
     return {
-        **asdict(job), "processes": job.layout.processes, "fits": job.fits, "fits_host": job.fits_host,
-        "stages": [asdict(stage) | {"total": stage.total} for stage in job.stages], "fullest_stage": job.fullest.stage,
-        "host": asdict(job.host) | {"total": job.host.total}, "gpu": job.given.gpu, "mfu": job.given.mfu,
+        "layout": asdict(job.layout), "zero_stage": job.zero_stage, "precision": job.precision,
+        "micro_batches": job.micro_batches, "stages": [asdict(one) | {"total": one.total} for one in job.stages],
+        "host": vars(job.host), "traffic": job.traffic, "network": vars(job.network), "bubble": job.bubble,
+        "notices": job.notices, "given": asdict(job.given), "gpu_memory": job.gpu_memory,
+        "compute_seconds": job.compute_seconds, "processes": job.layout.processes, "fits": job.fits,
+        "fits_host": job.fits_host, "fullest_stage": job.fullest.stage, "gpu": job.given.gpu, "mfu": job.given.mfu,
         "step_seconds": job.step_seconds,
-        "tokens_per_second": config.tokens_per_step / job.step_seconds if job.step_seconds else None,
+        "tokens_per_second": job.config.tokens_per_step / job.step_seconds if job.step_seconds else None,
     }  # fmt: skip

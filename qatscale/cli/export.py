@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from qatlaw.bit_widths import bits_label
 from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import check_bits, console, run_argument, working
-from qatscale.errors import EXIT_FAILED, UserError
+from qatscale.errors import UserError
 from qatscale.export.formats import FORMATS
 
 _FORMAT_HELP = " ".join(f"{name}: {what}." for name, what in FORMATS.items())
@@ -59,7 +58,6 @@ def export(
     A difference beyond a stated bound removes the export.
     """
     from qatscale.config.amounts import positive_amount
-    from qatscale.export.export import VerificationError
     from qatscale.export.export import export as export_to
 
     if ptq is not None:
@@ -67,19 +65,12 @@ def export(
     if no_verify and tokens is not None:
         raise UserError("--tokens", tokens, "has no effect with --no-verify.", "Leave one of them out.")
     held_out = None if tokens is None else positive_amount("--tokens", tokens)
-    try:
-        with working("reading the checkpoint") as progress:
-            described = export_to(
-                checkpoint, out, format=format, ptq_bits=ptq, fallback=fallback, q1_0=q1_0, tokenizer=tokenizer,
-                data=data, unfinished=unfinished, tokens=held_out, verify=not no_verify, license=license,
-                progress=progress,
-            )  # fmt: skip
-    except VerificationError as error:
-        print(f"error: the export differs from the trained model and was removed: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    except OSError as error:
-        print(f"error: nothing was exported to {out}: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+    with working("reading the checkpoint") as progress:
+        described = export_to(
+            checkpoint, out, format=format, ptq_bits=ptq, fallback=fallback, q1_0=q1_0, tokenizer=tokenizer,
+            data=data, unfinished=unfinished, tokens=held_out, verify=not no_verify, license=license,
+            progress=progress,
+        )  # fmt: skip
     _print(described, out)
 
 

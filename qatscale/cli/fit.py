@@ -15,34 +15,29 @@ from qatlaw.errors import InputError
 from qatlaw.text import listed, plural
 from qatscale.cli.terminal import Json, console, say, working
 from qatscale.errors import UserError
+from qatscale.new_folder import check_place
 
 if TYPE_CHECKING:
     from qatlaw.runs import Collected
     from qatlaw.summary import Rows, Summary
 
-_SOURCE = "Where the runs are (one of them)"
 
-Experiment = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=_SOURCE, metavar="NAME", help="Finished runs of an MLflow experiment: qatscale."),
-]
+def _source(text: str, metavar: str | None = None) -> Any:
+    return typer.Option(rich_help_panel="Where the runs are (one of them)", metavar=metavar, help=text)
+
+
+Experiment = Annotated[str | None, _source("Finished runs of an MLflow experiment: qatscale.", "NAME")]
 Table = Annotated[
     Path | None,
-    typer.Option(
-        rich_help_panel=_SOURCE,
-        help="A .csv or .parquet: n_params, bits, tokens_fp and tokens_qat (or tokens and qat_fraction), loss, scheme; "
-        "seed, if there are repeats.",
+    _source(
+        "A .csv or .parquet: n_params, bits, tokens_fp and tokens_qat (or tokens and qat_fraction), loss, scheme; "
+        "seed, if there are repeats."
     ),
 ]
 Column = Annotated[
-    list[str] | None,
-    typer.Option(
-        rich_help_panel=_SOURCE,
-        metavar="NAME=COLUMN",
-        help="A column of --table that has another name: loss=val_loss.",
-    ),
+    list[str] | None, _source("A column of --table that has another name: loss=val_loss.", "NAME=COLUMN")
 ]
-Runs = Annotated[Path | None, typer.Option(rich_help_panel=_SOURCE, help="A folder of run folders: runs.")]
+Runs = Annotated[Path | None, _source("A folder of run folders: runs.")]
 Uri = Annotated[
     str | None, typer.Option(help="MLflow store of --experiment. [default: MLFLOW_TRACKING_URI, or ./mlflow.db]")
 ]
@@ -88,6 +83,9 @@ def fit(
             raise UserError("--bits", bits, f"{form} is a law of one nominal width.", "Fit qat_unified.")
         collected = replace(collected, table=collected.table.on_effective_bits)
     kind = scheme_of(collected.table, scheme)
+    if out.is_dir():
+        raise UserError("--out", str(out), "is a folder.", "Name a file in it: fit.json.")
+    check_place("--out", out.parent)
     with working("fitting"):
         summaries = summarise(chosen, collected.table, kind, resamples=resamples, seed=seed)
     compared = []
@@ -135,6 +133,7 @@ def report(
     landscapes = [read_landscape(folder) for folder in landscape or ()]
     collected, _ = collect_runs(experiment, table, runs, uri, column, scheme)
     _say_left_out(collected)
+    check_place("--out", out)
     with working("fitting" if law is None else "drawing"):
         content = compose(
             collected, form, scheme, law, resamples=resamples, compare=not no_compare, landscapes=landscapes
@@ -167,24 +166,24 @@ def collect_runs(
         raise UserError("source", None, problem, f"Give one of {', '.join(given)}.")
     if uri is not None and experiment is None:
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
-    from qatlaw import sources
+    from qatlaw import api
     from qatscale.config.places import without_credentials
     from qatscale.tracking.refusals import shown
     from qatscale.tracking.store import quiet_mlflow, resolve_uri
 
     if table is not None:
-        return sources.from_table(table, _columns(column), scheme), None
+        return api.from_table(table, _columns(column), scheme), None
     if column:
         raise UserError("--column", column[0], "has no effect without --table.", "Leave it out.")
     if runs is not None:
-        return sources.from_folder(runs), None
+        return api.from_folder(runs), None
     assert experiment is not None
     resolved = resolve_uri(uri)
     if resolved is None:
         raise UserError("MLFLOW_TRACKING_URI", "none", "means no tracking.", "Give --uri, --runs or --table.")
     try:
         with working(f"reading experiment {experiment}"), quiet_mlflow():
-            return sources.from_experiment(experiment, resolved), (resolved, experiment)
+            return api.from_experiment(experiment, resolved), (resolved, experiment)
     except InputError:
         raise
     except Exception as error:  # MLflow, its store and the network raise errors of every kind

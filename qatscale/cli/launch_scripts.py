@@ -27,13 +27,10 @@ def launch_scripts(
     if existing := [file.name for file in files if (folder / file.name).exists()]:
         raise UserError("folder", str(folder), f"holds {', '.join(existing)} already.", "Name a new folder.")
     name = folder.resolve().name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            text = file.read_text(encoding="utf-8").replace("${VENV:-.venv}", f"${{VENV:-{sys.prefix}}}")
-            copy = folder / file.name
-            copy.write_text(text.replace("launch/", f"{name}/"), encoding="utf-8")
-            copy.chmod(0o755 if file.suffix == ".sh" else 0o644)
-    except OSError as error:
-        raise UserError("folder", str(folder), f"cannot be written: {error.strerror}.") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        text = file.read_text(encoding="utf-8").replace("${VENV:-.venv}", f"${{VENV:-{sys.prefix}}}")
+        copy = folder / file.name
+        copy.write_text(text.replace("launch/", f"{name}/"), encoding="utf-8")
+        copy.chmod(0o755 if file.suffix == ".sh" else 0o644)
     print(f"{folder}: {', '.join(file.name for file in files)}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 REFRESH = 2.0
 """Seconds between two looks at a study."""
 _MOST_ROWS = 12
+Folder = Annotated[Path, typer.Argument(help="The folder of a study.")]
 
 
 def run(
@@ -84,8 +85,9 @@ def run(
         done = f"{counts['done']} of {plural(len(state.states), 'run')} done"
         print(f"stopped by {signal.Signals(stopped[0]).name}: {done}; the same command continues from there")
         sys.exit(exit_code(stopped[0]))
-    for name, reason in state.failures().items():
-        print(f"failed: {name}: {reason}")
+    for name, one in state.states.items():
+        if one.reason and one.state in ("failed", "ready"):
+            print(f"{one.state.replace('ready', 'stopped')}: {name}: {one.reason}")
     for reason, names in state.refusals().items():
         print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:
@@ -109,10 +111,7 @@ def work(
     sys.exit(Worker(StudyFolder(folder)).work())
 
 
-def status(
-    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
-    as_json: Json = False,
-) -> None:
+def status(folder: Folder, as_json: Json = False) -> None:
     """Print which runs are done, running, failed or blocked, and the time left; live on a terminal, until Ctrl-C."""
     from qatscale.study.folder import StudyFolder
     from qatscale.study.state import StudyState
@@ -136,9 +135,7 @@ def status(
         show()
 
 
-def average(
-    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
-) -> None:
+def average(folder: Folder) -> None:
     """Average and evaluate the weights of runs that differ in the cooldown's data alone, and of uncooled runs' ends.
 
     Each average is a row of results.csv and a run's folder in averages/. The report is written anew, with bias and

@@ -29,7 +29,7 @@ from qatscale.config.places import named_file
 from qatscale.config.problems import join, lookup, together
 from qatscale.config.schema import RunConfig
 from qatscale.config.section import describe
-from qatscale.errors import UserError, did_you_mean
+from qatscale.errors import SHOWN, UserError, did_you_mean
 from qatscale.untrusted import read_object
 
 _FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(__file__).with_name("ds_configs"))
@@ -184,7 +184,8 @@ class _Check:
             elif key not in _RULES:
                 inside = (other for other in (*_RULES, *_SECTIONS) if other.startswith(prefix))
                 known = [other for other in inside if "." not in other.removeprefix(prefix)]
-                self._wrong(key, None, "unknown key.", did_you_mean(key, known))
+                meant = did_you_mean(key, known) if len(self.problems) < SHOWN else ""  # it takes milliseconds
+                self._wrong(key, None, "unknown key.", meant)
             elif value == "auto" and key == "bf16.enabled":
                 content[name] = True  # such files are written for it
             elif value == "auto" and key not in REPEATED and name not in _FROM_HIDDEN_SIZE:

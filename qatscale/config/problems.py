@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from qatscale.config.section import ClashError, KeyPath, Section, describe, members, plain_types
-from qatscale.errors import UserError, UserErrors, did_you_mean, nearest
+from qatscale.errors import SHOWN, UserError, UserErrors, did_you_mean, nearest
 
 
 def user_errors(
@@ -26,7 +26,8 @@ def user_errors(
     """
     problems: dict[str, UserError] = {}
     for detail in error.errors(include_url=False):
-        problem = _problem(detail, model, raw, origin, suggest)
+        # a suggestion takes milliseconds
+        problem = _problem(detail, model, raw, origin, suggest if len(problems) < SHOWN else lambda _: "")
         problems.setdefault(problem.key, problem)  # a union reports an error per member; one line says it all
     return together(list(problems.values()))
 
@@ -120,7 +121,6 @@ def _inside(annotation: Any, part: int | str) -> tuple[Any, Sequence[Any]] | Non
 
 
 def _keys(place: _Place) -> Iterable[str]:
-    """The keys that a mapping may have."""
     for member in members(place.annotation):
         if isinstance(member, type) and issubclass(member, Section):
             return member.model_fields

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -103,16 +102,12 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """One key that two configurations do not agree on; None where one of them does not set it."""
 
     key: str
     old: Any
     new: Any
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[Difference]:

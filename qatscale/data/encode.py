@@ -23,6 +23,7 @@ import numpy as np
 from qatscale.data.manifest import Split
 from qatscale.data.sources import Batch
 from qatscale.data.tokenizer import Tokenizer, load_tokenizer
+from qatscale.errors import FailedError
 
 SPLITS = get_args(Split)
 _FEW = 6
@@ -83,7 +84,7 @@ def _encode_texts(texts: list[str], size: int, tokenizer: Tokenizer) -> EncodedS
 def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: float, workers: int) -> Iterator[Encoded]:
     """Encode batches in their order with the tokenizer saved in `folder`; at most 3 x workers are in flight.
 
-    One worker, or few batches, are encoded in this process. Raises UserError like `encode`, and RuntimeError when a
+    One worker, or few batches, are encoded in this process. Raises UserError like `encode`, and FailedError when a
     worker process dies.
     """
     batches = iter(batches)
@@ -104,7 +105,7 @@ def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: floa
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError(
+        raise FailedError(
             "a tokenizing process died, probably because memory ran out. The same command continues from the last "
             "finished shard; fewer --workers need less memory."
         ) from None

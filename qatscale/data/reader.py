@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import math
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.data.mixture import ONE_SOURCE, Mixture
 from qatscale.errors import UserError
 
-MAPS = 256
+MAPS = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 63) // 4)  # no limit is -1
 """Shards that a process keeps open, over all its streams; a descriptor each."""
 
 

@@ -24,7 +24,7 @@ from qatscale.data.segments import segment_encoder
 from qatscale.errors import UserError, did_you_mean, first_line
 from qatscale.files import Count, read_checked, write_json
 from qatscale.new_folder import appearing
-from qatscale.untrusted import check_json_files, readable
+from qatscale.untrusted import check_json_files
 
 CARD = "qatscale_tokenizer.json"
 """Beside a saved tokenizer: its kind, its EOS and its fingerprint."""
@@ -153,22 +153,19 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
     and for a tokenizer without an end-of-sequence token.
     """
     path = Path(spec)
-    with readable("tokenizer", spec):
-        if path.is_file() and path.suffix == ".json":
-            if (path.parent / CONFIG_FILE).is_file() and path.name == HUGGING_FACE_FILE:
-                return _load_hugging_face(str(path.parent), eos)  # the file beside it names the special tokens
-            return HuggingFaceTokenizer({HUGGING_FACE_FILE: path.read_bytes()}, None, str(spec), eos)
-        if path.is_file():
-            return SentencePieceTokenizer(path.read_bytes(), str(spec), eos)
-        for folder in (path, path / "tokenizer"):
-            if (folder / CARD).is_file():
-                return _load_saved(folder, eos)
-        if path.is_dir() and not (path / HUGGING_FACE_FILE).is_file() and (path / SENTENCEPIECE_FILE).is_file():
-            return SentencePieceTokenizer((path / SENTENCEPIECE_FILE).read_bytes(), str(spec), eos)
-        if not path.exists() and (
-            path.suffix in (".model", ".json") or path.is_absolute() or str(spec).startswith(".")
-        ):
-            raise UserError("tokenizer", str(spec), "no such file or folder.")
+    if path.is_file() and path.suffix == ".json":
+        if (path.parent / CONFIG_FILE).is_file() and path.name == HUGGING_FACE_FILE:
+            return _load_hugging_face(str(path.parent), eos)  # the file beside it names the special tokens
+        return HuggingFaceTokenizer({HUGGING_FACE_FILE: path.read_bytes()}, None, str(spec), eos)
+    if path.is_file():
+        return SentencePieceTokenizer(path.read_bytes(), str(spec), eos)
+    for folder in (path, path / "tokenizer"):
+        if (folder / CARD).is_file():
+            return _load_saved(folder, eos)
+    if path.is_dir() and not (path / HUGGING_FACE_FILE).is_file() and (path / SENTENCEPIECE_FILE).is_file():
+        return SentencePieceTokenizer((path / SENTENCEPIECE_FILE).read_bytes(), str(spec), eos)
+    if not path.exists() and (path.suffix in (".model", ".json") or path.is_absolute() or str(spec).startswith(".")):
+        raise UserError("tokenizer", str(spec), "no such file or folder.")
     return _load_hugging_face(str(spec), eos)
 
 

@@ -85,18 +85,14 @@ def initialize_engine(
     plugin: QatPlugin,
     config: RunConfig,
     ds_config: dict[str, Any],
-    topology: Topology | None = None,
+    topology: Topology,
 ) -> tuple[Any, ZeroMasters]:
-    """The DeepSpeed engine of a prepared model, and its masters. `ds_config`: merged. Collective.
-
-    topology: None = every process holds the entire model.
-    """
+    """The DeepSpeed engine of a prepared model, and its masters. `ds_config`: merged. Collective."""
     import deepspeed
     from deepspeed.utils import groups
 
     groups_of_parameters = plugin.optimizer_groups()
-    if topology is not None:
-        _equal_counts(groups_of_parameters, topology)
+    _equal_counts(groups_of_parameters, topology)
     adam = torch.optim.AdamW(
         groups_of_parameters,
         lr=config.optimizer.learning_rate,
@@ -108,13 +104,13 @@ def initialize_engine(
     names = {p: canonical_name(name, config.model) for name, p in model.named_parameters()}
     copies: set[str] = set()
     module, mpu = model, None
-    if topology is not None and topology.layout.model_parallel:
+    if topology.layout.model_parallel:
         mpu = topology.grid
         if topology.place.tensor:  # the first of a tensor-parallel group saves what all of it hold undivided
             copies |= {name for p, name in names.items() if shard_of(p) is None}
         if not topology.stage.is_first:  # a tied head
             copies |= {name for name in names.values() if name.startswith("embed.")}
-    if topology is not None and topology.layout.pipeline > 1:
+    if topology.layout.pipeline > 1:
         from qatscale.engine.pipeline import LlamaPipeline
 
         assert isinstance(model, Llama)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qatscale.engine.zero_masters import ZeroMasters
+from qatscale.errors import UserError
 from qatscale.files import write_json
 from qatscale.quant.plugin import Masters, PlainMasters, QatPlugin, zero_optimizer
 from qatscale.untrusted import read_object
@@ -75,6 +76,9 @@ class QatCallback(TrainerCallback):
         if self.masters is None:
             self.masters = masters_of(kwargs["optimizer"], kwargs["model"])
             saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
+            if state.global_step > (self.plugin.switch_step or state.global_step) and not saved.is_file():
+                problem = "is missing: the scales of the checkpoint would be set anew."
+                raise UserError("checkpoint", str(saved), problem, "Copy it into args.output_dir with the checkpoint.")
             if state.global_step and saved.is_file():
                 self.plugin.load_state(read_object(saved, "checkpoint"))
         report = self.plugin.maybe_switch(state.global_step, self.masters)

@@ -31,6 +31,8 @@ from qatscale.quant.reference import encode
 from qatscale.quant.scales import ptq_scale
 from qatscale.quant.selection import select
 from qatscale.schedule.build import build_timeline
+from qatscale.tensor_files import not_finite
+from qatscale.tracking.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,12 @@ class ExportSource:
 
     def plain(self, parameter: SourceParameter) -> Tensor:
         """The parameter itself in `dtype`. UserError where it holds NaN or infinity."""
-        value = self.reader.parameter(parameter.name).to(self.dtype)
-        _check_finite(value, parameter.name)
+        return self._read(parameter.name)
+
+    def _read(self, name: str) -> Tensor:
+        value = self.reader.parameter(name).to(self.dtype)
+        if not_finite([(name, value)]):
+            raise UserError("checkpoint", None, f"{name} holds NaN or infinity.", "Export an earlier checkpoint.")
         return value
 
     def matrix(self, parameter: SourceParameter) -> QuantizedMatrix:
@@ -138,15 +144,7 @@ class ExportSource:
         assert parameter.quantizer is not None
         if self.ptq_bits is not None:
             return ptq_scale(parameter.quantizer, weight, self.config.qat.group_size)
-        name = f"{parameter.name}_scale"
-        alpha = self.reader.parameter(name).to(self.dtype)
-        _check_finite(alpha, name)
-        return alpha
-
-
-def _check_finite(value: Tensor, name: str) -> None:
-    if not torch.isfinite(value).all():
-        raise UserError("checkpoint", None, f"{name} holds NaN or infinity.", "Export an earlier checkpoint.")
+        return self._read(f"{parameter.name}_scale")
 
 
 def open_source(
@@ -174,11 +172,14 @@ def open_source(
         parameters=_parameters(config, reader.manifest.plugin, ptq_bits),
         reader=reader,
     )
+    run = source.folder.resolve().parents[1]
+    if (failure := RunFolder(run).failure) and not (source.is_unfinished or unfinished):
+        fix = f"Finish it, `qatscale resume {run}`, or add --unfinished to export it as it stands."
+        raise UserError("checkpoint", what, f"its run failed: {failure}", fix)
     if source.is_unfinished and not unfinished:
         at = f"is at step {source.manifest.step} of {source.steps}: its learning rate has not decayed"
         before_the_switch = config.qat.scheme != "fp" and source.manifest.switched_at is None
         missing = ", and it has not switched to QAT" if before_the_switch else ""
-        run = source.folder.resolve().parents[1]
         end = (
             f"Give {run} for the run's end" if (run / "done.json").is_file() else f"Finish it, `qatscale resume {run}`"
         )

@@ -7,7 +7,7 @@ the file stores them, whose scales may be rounded, and the client's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +39,63 @@ class ClientReport:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass
 class Verification:
-    tokens: int
-    """Predicted tokens of the held-out split."""
-    trained_loss: float
-    """Loss of training's model in the exported view."""
-    stored_loss: float
-    """Loss of our model with the weights as they are stored."""
-    rounding: float
-    """Largest relative rounding of a stored scale."""
-    weight_change: float
-    """Largest distance of a stored weight from training's, relative to the tensor's largest."""
-    clients: list[ClientReport] = field(default_factory=list)
-    not_installed: dict[str, list[str]] = field(default_factory=dict)
-    """Client -> its packages that are missing."""
-    problems: list[str] = field(default_factory=list)
-    """Problems of the stored weights themselves."""
+    """The comparison. UserError where a client raises an exception."""
+
+    def __init__(
+        self,
+        layout: ExportLayout,
+        path: Path,
+        clients: Sequence[type[Client]],
+        trained: Llama,
+        held_out: Sequence[Tensor],
+    ) -> None:
+        """path: what the clients load; trained: see `materialised`; held_out: sequences of token ids, [t + 1]."""
+        stored = stored_model(layout)
+        self.tokens = _predicted(held_out)
+        """Predicted tokens of the held-out split."""
+        self.trained_loss = _mean_loss(trained, held_out)
+        """Loss of training's model in the exported view."""
+        self.stored_loss = _mean_loss(stored, held_out)
+        """Loss of our model with the weights as they are stored."""
+        self.rounding = max(layout.rounding.values(), default=0.0)
+        """Largest relative rounding of a stored scale."""
+        self.weight_change = 0.0
+        """Largest distance of a stored weight from training's, relative to the tensor's largest."""
+        self.clients: list[ClientReport] = []
+        self.not_installed: dict[str, list[str]] = {}
+        """Client -> its packages that are missing."""
+        self.problems: list[str] = []
+        """Problems of the stored weights themselves."""
+        self._compare_stored(layout, trained, stored)
+        for client in clients:
+            if missing := client.missing():
+                self.not_installed[client.name] = missing
+            else:
+                self.clients.append(_ask(client, layout, path, stored, held_out))
 
     @property
     def passed(self) -> bool:
         return not self.problems and not any(client.problems for client in self.clients)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        return vars(self) | {"clients": [vars(client) for client in self.clients], "passed": self.passed}
+
+    def _compare_stored(self, layout: ExportLayout, trained: Llama, stored: Llama) -> None:
+        """Stored weights may differ from training's by at most the rounding of scales and of training's type."""
+        named = dict(stored.named_parameters())
+        precision = 2.0**-8 if layout.source.dtype == torch.bfloat16 else 2.0**-22
+        for name, weight in trained.named_parameters():
+            other, largest = named[name], float(weight.abs().max())
+            if torch.equal(weight, other):
+                continue
+            off = float((weight - other).abs().max()) / largest
+            self.weight_change = max(self.weight_change, off)
+            allowed = layout.rounding.get(name, 0.0) + precision
+            if name not in layout.rounding or off > allowed:
+                self.problems.append(
+                    f"{name} is stored {off:.2g} off training's weights, where {allowed:.2g} is the bound"
+                )
 
 
 @torch.no_grad()
@@ -75,53 +108,11 @@ def materialised(model: Llama) -> Llama:
 
 @torch.no_grad()
 def stored_model(layout: ExportLayout) -> Llama:
-    """A plain fp32 model with the weights as they are stored."""
     model = Llama(layout.source.config.model)
     named = dict(model.named_parameters())
     for entry in layout.entries:
         named[entry.parameter.name].copy_(layout.stored(entry))
     return model.eval()
-
-
-def verify_export(
-    layout: ExportLayout, path: Path, clients: Sequence[type[Client]], trained: Llama, held_out: Sequence[Tensor]
-) -> Verification:
-    """Compare. UserError where a client raises an exception.
-
-    path: what the clients load; trained: see `materialised`; held_out: sequences of token ids, [t + 1].
-    """
-    stored = stored_model(layout)
-    report = Verification(
-        tokens=_predicted(held_out),
-        trained_loss=_mean_loss(trained, held_out),
-        stored_loss=_mean_loss(stored, held_out),
-        rounding=max(layout.rounding.values(), default=0.0),
-        weight_change=0.0,
-    )
-    _compare_stored(report, layout, trained, stored)
-    for client in clients:
-        if missing := client.missing():
-            report.not_installed[client.name] = missing
-        else:
-            report.clients.append(_ask(client, layout, path, stored, held_out))
-    return report
-
-
-def _compare_stored(report: Verification, layout: ExportLayout, trained: Llama, stored: Llama) -> None:
-    """Stored weights may differ from training's by at most the rounding of scales and of training's type."""
-    named = dict(stored.named_parameters())
-    precision = 2.0**-8 if layout.source.dtype == torch.bfloat16 else 2.0**-22
-    for name, weight in trained.named_parameters():
-        other, largest = named[name], float(weight.abs().max())
-        if torch.equal(weight, other):
-            continue
-        off = float((weight - other).abs().max()) / largest
-        report.weight_change = max(report.weight_change, off)
-        allowed = layout.rounding.get(name, 0.0) + precision
-        if name not in layout.rounding or off > allowed:
-            report.problems.append(
-                f"{name} is stored {off:.2g} off training's weights, where {allowed:.2g} is the bound"
-            )
 
 
 def _ask(
@@ -150,7 +141,7 @@ def _compare_logits(report: ClientReport, client: Client, stored: Llama, held_ou
         losses += _summed_loss(logits, sequence)
         ours += _summed_loss(expected, sequence)
     tokens = _predicted(held_out)
-    report.logit_error /= largest
+    report.logit_error /= largest or 1  # a model whose logits are all 0
     report.loss = losses / tokens
     if not report.logit_error <= client.logit_bound:  # also where it is NaN
         bound = f"{client.logit_bound:g} of the largest"

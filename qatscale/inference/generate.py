@@ -22,8 +22,9 @@ from qatscale.inference.sampling import Detokenizer, Sampling, TextGenerator
 from qatscale.model.hugging_face import hugging_face_config, to_hugging_face
 from qatscale.model.hugging_face_tokenizer import export_tokenizer
 from qatscale.quant.views import computed_weights
+from qatscale.tensor_files import not_finite
 from qatscale.train.validation import open_view
-from qatscale.untrusted import check_json_files, check_safetensors, readable
+from qatscale.untrusted import check_json_files, check_safetensors
 
 
 class TransformersModel:
@@ -31,6 +32,8 @@ class TransformersModel:
         self.model = model.to("cuda" if uses_gpu() else "cpu").eval()
         self.tokenizer = tokenizer
         self.about = about
+        if wrong := not_finite((name, p) for name, p in model.named_parameters() if p.dtype.itemsize > 1):
+            raise UserError("model", about, f"{wrong} is not finite.")
         self.length: int | None = model.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:
@@ -115,11 +118,10 @@ def open_transformers(what: str) -> TransformersModel:
 
 
 def _open(what: str, view: str | None, data: Path | None, openers: Mapping[type[Client], Callable[..., Any]]) -> Any:
-    with readable("model", what):
-        export = find_export(Path(what))
-        if export is None:
-            check_files(Path(what))  # of an export that has lost its file of weights
-            return from_checkpoint(what, view, data)
+    export = find_export(Path(what))
+    if export is None:
+        check_files(Path(what))  # of an export that has lost its file of weights
+        return from_checkpoint(what, view, data)
     if data is not None:
         raise UserError("--data", str(data), f"{what} is an export, which holds its tokenizer.", "Leave it out.")
     if view is not None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qatscale.config.schema import ModelConfig
 from qatscale.model.llama import Llama, canonical_name, is_norm
-from qatscale.model.tensor_parallel import shard_of
+from qatscale.model.tensor_parallel import full_shape, shard_of
 
 Version = Literal["auto", 1, 2]
 """`auto` = 2."""
@@ -47,7 +47,7 @@ class InitialWeights:
             parameter.fill_(value)
             return
         columns, shard = parameter.shape[1], shard_of(parameter)
-        full = parameter.shape if shard is None else shard.full_shape(parameter.shape)
+        full = full_shape(parameter)
         first_row, first_column = (0, 0) if shard is None else (shard.start, 0) if shard.dim == 0 else (0, shard.start)
         rows = parameter.shape[0] if shard is None or shard.dim == 1 else shard.size
         low, high = start // columns, min(rows, -(-(parameter.numel() if end is None else end) // columns))

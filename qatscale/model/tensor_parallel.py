@@ -134,6 +134,12 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return getattr(parameter, "shard", None)
 
 
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the full parameter, of which this process may hold a part."""
+    shard = shard_of(parameter)
+    return parameter.shape if shard is None else shard.full_shape(parameter.shape)
+
+
 def mark(parameter: Tensor, shard: Shard) -> None:
     """Attach a shard to its parameter, and mark it so that DeepSpeed's gradient norm counts every process's part."""
     parameter.shard = shard  # type: ignore[attr-defined]

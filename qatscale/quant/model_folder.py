@@ -19,7 +19,7 @@ from qatscale.new_folder import appearing, check_new
 from qatscale.quant.fake_quantize import fake_quantize
 from qatscale.quant.report import NothingQuantizedError
 from qatscale.quant.selection import fake_quant_modules
-from qatscale.tensor_files import write_safetensors
+from qatscale.tensor_files import not_finite, write_safetensors
 
 SETTINGS, SCALES, WEIGHTS = "qat.json", "qat_scales.safetensors", "model.safetensors"
 
@@ -32,7 +32,8 @@ def write_model(
     """Write `folder`, which appears complete or not at all. One process writes; all call, where `full` is collective.
 
     state: the plugin's. full: a parameter's fp32 master. tokenizer: of transformers, saved too. The weights are held in
-    memory at once, in the type of forward. NothingQuantizedError before the switch; UserError where `folder` exists.
+    memory at once, in the type of forward. NothingQuantizedError before the switch; FloatingPointError where a value is
+    not finite; UserError where `folder` exists.
     """
     if state["switched_at"] is None:
         raise NothingQuantizedError("nothing to export: the model has not switched to QAT")
@@ -51,6 +52,8 @@ def write_model(
             scales[f"{name}_scale"] = scale
     if not is_writer:
         return
+    if wrong := not_finite([*weights.items(), *scales.items()]):
+        raise FloatingPointError(f"{wrong} is not finite")
     with appearing(folder) as partial:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator]

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from qatlaw.text import plural
 from qatscale.config.schema import QatConfig
 from qatscale.errors import UserError
+from qatscale.model.tensor_parallel import full_shape
 from qatscale.quant.bit_widths import get_quantizer
 from qatscale.quant.fake_quantize import fake_quantize
-from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer, full_shape
+from qatscale.quant.layers import FAKE_QUANT, FakeQuant, FakeQuantLayer
 from qatscale.quant.report import ModuleReport, NothingQuantizedError, SwitchReport
 from qatscale.quant.scales import initial_scale
 from qatscale.quant.selection import Selection, fake_quant_modules, select
@@ -368,10 +369,8 @@ def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) 
     return ModuleReport(
         names=names,
         bits=quantizer.bits,
-        quantizer=quantizer.name,
         shape=tuple(master.shape),
         scales=scale.numel(),
-        storage_bits=quantizer.storage_bits,
         scale_bits=8 * parameter.element_size(),
         squared_error=float(error.square().sum(dtype=torch.float64)),
         squared_norm=float(working.float().square().sum(dtype=torch.float64)),

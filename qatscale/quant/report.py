@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qatlaw.bit_widths import bits_label
 from qatlaw.effective_bits import StoredWeights
 from qatlaw.text import plural
+from qatscale.errors import FailedError
+from qatscale.quant.bit_widths import get_quantizer
 
 
-class NothingQuantizedError(RuntimeError):
+class NothingQuantizedError(FailedError):
     """Weights or scales that stay as they are: the run would be called QAT without being it."""
 
 
@@ -22,11 +24,8 @@ class ModuleReport:
 
     names: tuple[str, ...]
     bits: float
-    quantizer: str
     shape: tuple[int, ...]
     scales: int
-    storage_bits: int
-    """Bits of one code."""
     scale_bits: int
     """Bits of one scale as forward uses it: 16 under bf16, else 32."""
     squared_error: float
@@ -38,7 +37,8 @@ class ModuleReport:
 
     @property
     def stored_bits(self) -> int:
-        return self.numel * self.storage_bits + self.scales * self.scale_bits
+        """A code takes an integer number of bits."""
+        return self.numel * math.ceil(self.bits) + self.scales * self.scale_bits
 
     @property
     def bits_per_weight(self) -> float:
@@ -48,12 +48,13 @@ class ModuleReport:
     @property
     def relative_error(self) -> float:
         """||quantized - w|| / ||w||, Frobenius; 0 for zeros that stay zeros, infinite for zeros that do not."""
-        return _relative(self.squared_error, self.squared_norm)
+        return _relative_error([self])
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "names": list(self.names), "bits": self.bits, "quantizer": self.quantizer, "shape": list(self.shape),
-            "weights": self.numel, "scales": self.scales, "bits_per_weight": self.bits_per_weight,
+            "names": list(self.names), "bits": self.bits, "quantizer": get_quantizer(self.bits).name,
+            "shape": list(self.shape), "weights": self.numel, "scales": self.scales,
+            "bits_per_weight": self.bits_per_weight,
             "bytes": math.ceil(self.stored_bits / 8), "relative_error": _finite(self.relative_error),
         }  # fmt: skip
 
@@ -108,7 +109,7 @@ class SwitchReport:
 
     @property
     def relative_error(self) -> float:
-        return _overall_error(self.modules)
+        return _relative_error(self.modules)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -137,7 +138,7 @@ class SwitchReport:
             footer=_cells("all", self.modules, "", "", ""),
         )
         for (kind, bits, shape), modules in kinds.items():
-            table.add_row(*_cells(kind, modules, f"{bits:g}", modules[0].quantizer, " x ".join(map(str, shape))))
+            table.add_row(*_cells(kind, modules, f"{bits:g}", get_quantizer(bits).name, " x ".join(map(str, shape))))
         return table
 
     def __str__(self) -> str:
@@ -163,7 +164,7 @@ def _cells(kind: str, modules: Sequence[ModuleReport], *common: str) -> tuple[st
     """A row of the table. common: bits, quantizer and shape of the modules."""
     stored, weights = sum(m.stored_bits for m in modules), sum(m.numel for m in modules)
     sizes = (f"{weights:,}", f"{stored / weights:.3f}", f"{stored / 8 / 2**20:.2f}")
-    return kind, str(len(modules)), *common, *sizes, f"{_overall_error(modules):.4f}"
+    return kind, str(len(modules)), *common, *sizes, f"{_relative_error(modules):.4f}"
 
 
 def _counts(quantized: Mapping[float, tuple[int, int]]) -> str:
@@ -171,7 +172,8 @@ def _counts(quantized: Mapping[float, tuple[int, int]]) -> str:
     return ", ".join(texts) or "nothing"
 
 
-def _relative(squared_error: float, squared_norm: float) -> float:
+def _relative_error(modules: Sequence[ModuleReport]) -> float:
+    squared_error, squared_norm = (sum(m.squared_error for m in modules), sum(m.squared_norm for m in modules))
     if squared_norm == 0:
         return 0.0 if squared_error == 0 else math.inf
     return math.sqrt(squared_error / squared_norm)
@@ -180,8 +182,3 @@ def _relative(squared_error: float, squared_norm: float) -> float:
 def _finite(value: float) -> float | None:
     """JSON has no infinity."""
     return value if math.isfinite(value) else None
-
-
-def _overall_error(modules: Iterable[ModuleReport]) -> float:
-    chosen = list(modules)
-    return _relative(sum(m.squared_error for m in chosen), sum(m.squared_norm for m in chosen))

@@ -24,13 +24,13 @@ def initial_scale(
 ) -> Tensor:
     """α at the switch: mean|w| at 1 bit, max|w|/Qp above; never below SCALE_FLOOR.
 
-    w: [..., in] -> α: [...] or [..., in/group_size], in w's dtype (at least fp32). dtype: the type in which the
-    forward pass holds w and α; None: that of the result.
+    w: [..., in] -> α: [...] or [..., in/group_size], in w's dtype or `dtype` (at least fp32). dtype: the type in which
+    the forward pass holds w and α; None: that of the result.
 
     α is rounded up where forward would otherwise see the row's largest weight above Qp, in `dtype`. Whether a weight
     on the edge is clipped decides its gradient and most of its scale's gradient, so it must not depend on a last bit.
     """
-    size = w.abs().to(torch.promote_types(w.dtype, torch.float32))
+    size = w.abs().to(torch.promote_types(torch.promote_types(w.dtype, dtype or w.dtype), torch.float32))
     if group_size is not None:
         size = size.unflatten(-1, (-1, group_size))
     if quantizer.name == "binary":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qatscale.config.amounts import format_amount
 from qatscale.config.schedule_section import Phase, PhaseOverride
 from qatscale.config.schema import RunConfig
@@ -39,52 +37,22 @@ def build_timeline(config: RunConfig) -> Timeline:
         problem = f"less than one optimizer step, {format_amount(config.tokens_per_step)} ({step})."
         raise UserError("tokens", config.tokens, problem, "Give more tokens, or lower batch.sequences.")
     planned, about_fraction = planned_fraction(config)
-    schedules = _schedules(config, planned)
-    segments = tuple(segment for schedule in schedules for segment in schedule.segments(config))
-    switch_step = next((schedule.start for schedule in schedules if schedule.quantized), None)
-    cut = (note for schedule in schedules for note in schedule.notes)
+    segments, cut = _segments(config, planned)
+    switch_step = next((segment.start for segment in segments if segment.quantized), None)
     warnings = (*config._notes, *about_fraction, *cut, *warnings_of(config, segments, switch_step))
     ratio = None if switch_step is None else resolved_lr_ratio(config, planned)
-    timeline = Timeline(segments, config.tokens_per_step, switch_step, planned, ratio, warnings)
+    timeline = Timeline(tuple(segments), config.tokens_per_step, switch_step, planned, ratio, warnings)
     kept_steps(timeline, config.checkpoint.keep_at)  # raises now for a point outside the run, not when training begins
     return timeline
 
 
-@dataclass(frozen=True)
-class _Schedule:
-    """A warm-up, a stable phase and a cooldown over the steps [start, end); each may be empty."""
-
-    start: int
-    end: int
-    warmup: int
-    cooldown: int
-    peak: float
-    quantized: bool
-    notes: tuple[str, ...]
-    """About defaults that did not fit."""
-
-    def segments(self, config: RunConfig) -> list[Segment]:
-        cooldown = cooldown_of(config.schedule)
-        inner = [self.start, self.start + self.warmup, self.end - self.cooldown, self.end]
-        phases: tuple[Phase, Phase, Phase] = ("warmup", "stable", "cooldown")
-        if self.quantized:
-            phases = ("qat_warmup", "qat_stable", "qat_cooldown")
-        segments = []
-        for phase, start, end in zip(phases, inner[:-1], inner[1:], strict=True):
-            own = config.schedule.phases.get(phase, PhaseOverride())
-            betas = config.optimizer.betas if own.betas is None else own.betas
-            decay = config.optimizer.weight_decay if own.weight_decay is None else own.weight_decay
-            if start < end:
-                segments.append(Segment(phase, start, end, self.quantized, self.peak, betas, decay, cooldown))
-        return segments
-
-
-def _schedules(config: RunConfig, planned: float) -> list[_Schedule]:
+def _segments(config: RunConfig, planned: float) -> tuple[list[Segment], list[str]]:
+    """The segments, and notes about defaults that did not fit."""
     steps, rate, scheme = config.steps, config.optimizer.learning_rate, config.qat.scheme
     if scheme in ("fp", "scratch"):
         peak = rate if scheme == "fp" else qat_peak(config, planned)
         (warmup, cooldown), notes = share_out(schedule_lengths(config, steps), steps, "the run")
-        return [_Schedule(0, steps, warmup, cooldown, peak, scheme == "scratch", tuple(notes))]
+        return _schedule(config, 0, steps, warmup, cooldown, peak, scheme == "scratch"), notes
     switch, where = _switch_step(config, planned), "the QAT phase"
     shorter, longer = list[str](), list[str]()
     if scheme == "fused":
@@ -94,11 +62,28 @@ def _schedules(config: RunConfig, planned: float) -> list[_Schedule]:
         where += ", which holds the one cooldown of a fused run"
     lengths = full_precision_lengths(config, switch)
     (warmup, *cooldowns), notes = share_out(lengths, switch, "the full-precision phase", shorter)
-    (rewarmup, qat_cooldown), qat_notes = share_out(qat_lengths(config, steps - switch), steps - switch, where, longer)
-    return [
-        _Schedule(0, switch, warmup, sum(cooldowns), rate, False, tuple(notes)),
-        _Schedule(switch, steps, rewarmup, qat_cooldown, qat_peak(config, planned), True, tuple(qat_notes)),
-    ]
+    (rewarmup, cooldown), qat_notes = share_out(qat_lengths(config, steps - switch), steps - switch, where, longer)
+    full_precision = _schedule(config, 0, switch, warmup, sum(cooldowns), rate, False)
+    qat = _schedule(config, switch, steps, rewarmup, cooldown, qat_peak(config, planned), True)
+    return [*full_precision, *qat], [*notes, *qat_notes]
+
+
+def _schedule(
+    config: RunConfig, start: int, end: int, warmup: int, cooldown: int, peak: float, quantized: bool
+) -> list[Segment]:
+    """A warm-up, a stable phase and a cooldown over the steps [start, end), without those of no step."""
+    inner = [start, start + warmup, end - cooldown, end]
+    phases: tuple[Phase, Phase, Phase] = ("warmup", "stable", "cooldown")
+    if quantized:
+        phases = ("qat_warmup", "qat_stable", "qat_cooldown")
+    segments = []
+    for phase, first, last in zip(phases, inner[:-1], inner[1:], strict=True):
+        own = config.schedule.phases.get(phase, PhaseOverride())
+        betas = config.optimizer.betas if own.betas is None else own.betas
+        decay = config.optimizer.weight_decay if own.weight_decay is None else own.weight_decay
+        if first < last:
+            segments.append(Segment(phase, first, last, quantized, peak, betas, decay, cooldown_of(config.schedule)))
+    return segments
 
 
 def _fraction_mends(comparison: str, least: int, most: int, steps: int) -> list[str]:

@@ -144,20 +144,19 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             _refuse_while_training(folder)
         recorded = folder.recorded()
         begun = {name for name in old if name in recorded or folder.run(name).run_file.exists()}
-        configs = {run.route.name: _absolute(run.config) for run in cells.runs}
-        for name in begun & configs.keys():
+        runs = {run.route.name: run for run in cells.runs}
+        configs = {name: _absolute(run.config) for name, run in runs.items()}
+        again = sorted(begun & runs.keys())
+        for name in again:
             _refuse_another_run(folder, name, configs[name])
-        fresh = [run for run in cells.runs if run.route.name not in begun]
-        routes = {run.route.name: run.route for run in cells.runs}
         offered = {name: _offered_steps(folder, old[name]) for name in begun}
-        offers = [Offer(routes[name], offered[name]) for name in begun & routes.keys()]
-        done = recorded & configs.keys() - begun  # trained elsewhere: nothing branches from them here
-        kept = _needed(old, begun & configs.keys(), begun)
+        offers = [Offer(runs[name].route, offered[name]) for name in again]
+        done = recorded & runs.keys() - begun  # trained elsewhere: nothing branches from them here
+        kept = _needed(old, again, begun)
         jobs = [old[name] for name in old if name in kept]
-        tree = cheapest_tree([run.route for run in fresh if run.route.name not in done], offers)
-        by_name = {run.route.name: run for run in cells.runs}
-        jobs += [_job(by_name[job.route.name], job, tree.kept[job.route.name]) for job in tree.jobs]
-        jobs += [_job(by_name[name], Job(routes[name], None, 0), ()) for name in sorted(done)]
+        tree = cheapest_tree([run.route for name, run in runs.items() if name not in begun | done], offers)
+        jobs += [_job(runs[job.route.name], job, tree.kept[job.route.name]) for job in tree.jobs]
+        jobs += [_job(runs[name], Job(runs[name].route, None, 0), ()) for name in sorted(done)]
         jobs, lost = _with_stay(jobs, cells, offered, done)
         for job in jobs:
             if job.name in configs and job.name not in begun:
@@ -175,14 +174,10 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
         )
     if lost:
         notes.append(f"trained before keep_at named them, so not on disk: {listed(lost)}")
-    widths = {name: (configs[name], folder.config(name)) for name in sorted(begun & configs.keys())}
-    unasked = [
-        name for name, (now, then) in widths.items() if set(now.evaluation.ptq_bits) - set(then.evaluation.ptq_bits)
-    ]
-    if unasked:
+    asked = {name: set(folder.config(name).evaluation.ptq_bits) for name in again}
+    if unasked := [name for name, then in asked.items() if set(configs[name].evaluation.ptq_bits) - then]:
         notes.append(f"trained before the study had all its bit widths, so no PTQ at the new ones: {listed(unasked)}")
-    dropped = [name for name in old if name in begun and name not in kept]
-    if dropped:
+    if dropped := [name for name in old if name in begun and name not in kept]:
         notes.append(f"no longer in the study, their folders stay: {listed(dropped)}")
     return (*notes, *cells.warnings)
 
@@ -202,7 +197,7 @@ def _with_stay(
     return [replace(job, stay=stay) for job, stay in zip(jobs, staying, strict=True)], lost
 
 
-def _needed(jobs: Mapping[str, StudyJob], names: Set[str], begun: Set[str]) -> set[str]:
+def _needed(jobs: Mapping[str, StudyJob], names: Iterable[str], begun: Set[str]) -> set[str]:
     """These runs, and those begun from which they branch. `jobs`: each after the one it branches from."""
     needed = set(names)
     for name in reversed(list(jobs)):

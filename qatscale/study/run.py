@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, UserError
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, FailedError, UserError
 from qatscale.study.folder import StudyFolder
 from qatscale.supervise.claims import worker_name
 
@@ -58,7 +58,7 @@ class LocalWorkers:
         return self
 
     def restart_dead(self) -> bool:
-        """Restart workers that died. False once all have ended themselves; UserError where one cannot start."""
+        """Restart workers that died. False once all have ended; UserError or FailedError where one cannot start."""
         for slot in self._slots:
             if slot.finished or slot.process is None or (code := slot.process.poll()) is None:
                 continue
@@ -70,7 +70,8 @@ class LocalWorkers:
             slot.short_lives = slot.short_lives + 1 if idle else 0
             if code == EXIT_BAD_INPUT or slot.short_lives >= MAX_SHORT_LIVES:
                 problem = f"worker {slot.number} ended with code {code}."
-                raise UserError("study", str(self.folder.path), problem, f"Its log is {self._log(slot)}.")
+                error = UserError("study", str(self.folder.path), problem, f"Its log is {self._log(slot)}.")
+                raise error if code == EXIT_BAD_INPUT else FailedError(error)
             self._start(slot)
         return not all(slot.finished for slot in self._slots)
 

@@ -28,7 +28,7 @@ class JobState:
     attempt: int
     """Number of the latest attempt, 0 without one."""
     reason: str = ""
-    """Why it failed, or which run blocks it."""
+    """Why it failed or was stopped, or which run blocks it."""
 
 
 class StudyState:
@@ -73,7 +73,7 @@ class StudyState:
         if attempt is not None and attempt.state == "gone" and self._deaths(job.name) >= MAX_DEATHS:
             return JobState("failed", number, f"{MAX_DEATHS} workers died in it (out of memory?)")
         if job.parent is None or self._has_checkpoint(job):
-            return JobState("ready", number)
+            return JobState("ready", number, attempt.reason if attempt else "")
         parent = before.get(job.parent)
         if parent is None or parent.state == "done":
             reason = f"its parent's checkpoint {job.parent}@{job.start} is gone"

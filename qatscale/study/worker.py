@@ -6,6 +6,7 @@ run that fails is marked with the reason, and the worker continues with others.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -16,12 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, remove, step_of
+from qatscale.engine.checkpoints.files import list_checkpoints, remove, step_of
 from qatscale.engine.runtime import free_port
-from qatscale.errors import EXIT_FAILED, EXIT_OK, UserError, exit_code
+from qatscale.errors import EXIT_OK, errno_of, exit_code
 from qatscale.study.folder import StudyFolder, StudyJob, record
 from qatscale.study.state import StudyState
-from qatscale.supervise.claims import Claim, worker_name
+from qatscale.supervise.claims import Claim, end_taken_over, worker_name
 from qatscale.supervise.signals import catch
 
 POLL = 1.0
@@ -40,7 +41,7 @@ class Worker:
         """The number of the signal."""
 
     def work(self) -> int:
-        """The exit code: 0 when no run is left to train, 75 or 130 after a signal."""
+        """The exit code: 0 when no run is left to train, 75 or 130 after a signal, 75 on a full disk."""
         catch(self._on_signal)
         state, pause = StudyState(self.folder), POLL
         while not self._stopped:
@@ -64,8 +65,8 @@ class Worker:
         self._stopped = number
 
     def _train(self, job: StudyJob, claim: Claim) -> bool:
-        """Train a claimed run and close the claim. False where a signal stopped it."""
-        claim.beat_until_closed(lambda: _lost(job.name))
+        """Train a claimed run and close the claim. False where a signal or a full disk stopped it."""
+        claim.beat_until_closed(lambda: end_taken_over(job.name))
         begun = self.folder.run(job.name).run_file.exists()
         branch_from = None if begun or job.parent is None else f"{self.folder.runs / job.parent}@{job.start}"
         try:
@@ -77,11 +78,12 @@ class Worker:
             logging.getLogger("qatscale").exception(job.name)
             reason = (f"{error}".strip() or type(error).__name__)[:REASON_LENGTH]
             print(f"{job.name} failed: {reason}", flush=True)
-            claim.close("failed", reason)
+            full = errno_of(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # every run would fail
+            claim.close("released" if full else "failed", reason)
             if not _device_works():
                 print("the device does not respond any more; this worker restarts", flush=True)
                 os.execv(sys.executable, [sys.executable, "-m", "qatscale", "study", "work", str(self.folder.path)])
-            return not self._stopped
+            return not (self._stopped or full)
         if not done:
             claim.close("released", "stopped by a signal")
             return False
@@ -116,8 +118,7 @@ class Worker:
             return True
         if run.run_file.exists() and run.status == "stopped":
             return False
-        failures = run.records("failed") if run.run_file.exists() else []
-        raise RuntimeError(failures[-1]["error"] if failures else f"the launcher ended with code {child.returncode}")
+        raise RuntimeError(run.failure or f"the launcher ended with code {child.returncode}")
 
 
 def _device_works() -> bool:
@@ -132,13 +133,6 @@ def _device_works() -> bool:
         return False
 
 
-def _lost(name: str) -> None:
-    """End the process at once: another worker took the run over and writes its folder."""
-    print(f"error: {name} was taken over by another worker, which saw no heartbeat of this one", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(EXIT_FAILED)
-
-
 def clear_checkpoints(folder: StudyFolder, name: str) -> None:
     """Remove the checkpoints that nobody needs once the run `name` is done: its own from which no run branches, and its
     parent's where it was the last one to branch. The final checkpoint of a run stays, and so do those of `keep_at`."""
@@ -149,16 +143,10 @@ def clear_checkpoints(folder: StudyFolder, name: str) -> None:
     useless = [path for path in list_checkpoints(folder.run(name).checkpoints) if step_of(path) != job.steps]
     if job.parent is not None:
         path = folder.checkpoint(job.parent, job.start)
-        if job.parent in jobs and job.start != jobs[job.parent].steps and path != _newest(path.parent):
+        newest = list_checkpoints(path.parent)[-1:]
+        if job.parent in jobs and job.start != jobs[job.parent].steps and path not in newest:
             useless.append(path)
     for path in useless:
         if (path.parent.parent.name, step_of(path)) not in needed:
             with suppress(OSError):  # another worker was faster
                 remove(path)
-
-
-def _newest(checkpoints: Path) -> Path | None:
-    try:
-        return newest_checkpoint(checkpoints)
-    except UserError:  # one that is half-removed
-        return None

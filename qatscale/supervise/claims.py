@@ -55,7 +55,7 @@ class Identity(TypedDict):
 class Attempt(BaseModel):
     """One numbered attempt at a run, as an observer sees it: what its file holds, and when that was written."""
 
-    worker: str = "?"
+    worker: str = "an unknown host-?"
     process: Identity | None = None
     state: State = "running"
     reason: str = ""
@@ -97,12 +97,10 @@ class Claims:
         return {name: self._look(name, number) for name, number in latest.items()}
 
     def history(self, name: str) -> list[Attempt]:
-        """All attempts at a run, oldest first."""
         numbers = sorted(int(path.stem.rpartition("~")[2]) for path in self.folder.glob(f"{name}~*.json"))
         return [self._look(name, number) for number in numbers]
 
     def has_claimed(self, worker: str) -> bool:
-        """Whether a worker has ever claimed a run."""
         return any(f'"worker": "{worker}"'.encode() in path.read_bytes() for path in self.folder.glob("*.json"))
 
     def take(self, name: str, after: int, worker: str) -> Claim | None:
@@ -115,6 +113,9 @@ class Claims:
                 json.dump(content, file)
         except FileExistsError:
             return None
+        except OSError:  # a full disk; an empty claim would be watched until it expires
+            path.unlink()
+            raise
         return Claim(path, self._path(name, after + 2), content)
 
     def release(self, failed: Attempt, reason: str) -> None:
@@ -132,7 +133,8 @@ class Claims:
             attempt = Attempt.model_validate_json(path.read_bytes(), strict=True)
         except (OSError, ValueError):  # being written, or damaged: expires like a silent one
             changed, attempt = 0.0, Attempt()
-        gone = attempt.state == "running" and self._is_gone(path, changed, attempt.process)
+        nobody = changed > 0 and attempt.process is None  # a holder writes its process at once
+        gone = attempt.state == "running" and (nobody or self._is_gone(path, changed, attempt.process))
         seen = {"name": name, "number": number, "changed": changed, "state": "gone" if gone else attempt.state}
         return attempt.model_copy(update=seen)
 
@@ -146,8 +148,6 @@ class Claims:
 
 
 class Claim:
-    """A claim that this process holds."""
-
     def __init__(self, path: Path, successor: Path, content: dict[str, Any]) -> None:
         self.path, self.successor, self.content = path, successor, content
         self._closed = threading.Event()
@@ -168,7 +168,6 @@ class Claim:
         self._thread.start()
 
     def close(self, state: State, reason: str = "") -> None:
-        """End the attempt and write how it ended."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -197,7 +196,7 @@ def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Cl
             claim = claims.take(_WRITER, latest.number if latest else 0, worker_name(os.getpid()))
             if claim is None:
                 continue
-            claim.beat_until_closed(lambda: _end(run))
+            claim.beat_until_closed(lambda: end_taken_over(run))
             if held:
                 notice(f"note: {run} is taken over; its former process has {2 * HEARTBEAT:.0f} s to notice")
                 time.sleep(2 * HEARTBEAT)
@@ -213,6 +212,7 @@ def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Cl
         time.sleep(1)
 
 
-def _end(run: Path) -> None:
+def end_taken_over(run: Path | str) -> None:
+    """End this process at once: another one saw no heartbeat, or was asked to take the run over, and writes it now."""
     print(f"error: {run} was taken over by another process", file=sys.stderr, flush=True)
     os._exit(EXIT_FAILED)

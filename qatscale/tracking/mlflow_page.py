@@ -55,10 +55,11 @@ def view_state() -> str:
             chart |= {"useGlobalXaxisKey": False, "xAxisScaleType": "linear", "scaleType": "linear"}
             chart |= {"lineSmoothness": 0, "range": {}, "yAxisKey": "metric", "yAxisExpressions": []}
         charts.append({**chart, "isGenerated": False, "deleted": False, "runsCountToCompare": 20})
-    sections: list[dict[str, Any]] = []
-    for name in names:
-        opens = {"display": name not in _CLOSED, "isReordered": True, "deleted": False, "isGenerated": True}
-        sections.append({"uuid": name, "name": name, "columns": 1, "cardHeight": 300, **opens})
+    sections = [
+        {"uuid": name, "name": name, "columns": 1, "cardHeight": 300, "display": name not in _CLOSED,
+         "isReordered": True, "deleted": False, "isGenerated": True}
+        for name in names
+    ]  # fmt: skip
     return json.dumps(
         {
             "orderByKey": "metrics.`final/val_loss`",

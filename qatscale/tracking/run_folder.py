@@ -161,6 +161,12 @@ class RunFolder:
         return "running?" if alive is None else "running" if alive else "killed"
 
     @property
+    def failure(self) -> str | None:
+        """Why the run failed, where that is its status."""
+        self._read_on()
+        return None if self.is_done or self._last_sign is None else self._last_sign.get("error")
+
+    @property
     def has_ended(self) -> bool:
         """Whether the run's process has certainly ended; False where that is unknown."""
         return self.status not in ("created", "running", "running?")

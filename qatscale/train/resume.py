@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 from qatscale.config.places import absolute_places
@@ -14,6 +13,7 @@ from qatscale.data.open import mixture_of
 from qatscale.engine.checkpoints.files import newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
+from qatscale.new_folder import check_place
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.difference import first_difference
 from qatscale.schedule.timeline import Timeline
@@ -52,7 +52,7 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
     """
     folder = RunFolder(config.folder)
     if not folder.run_file.exists():
-        _check_output(config.output)
+        check_place("output", config.output)
         return _branch(config, timeline, branch_from) if branch_from else ResumePlan(None, None, False, None)
     if folder.imported:
         problem = f"{folder.path} was imported from {folder.imported}; it is branched from, not trained."
@@ -74,14 +74,6 @@ def plan_resume(config: RunConfig, timeline: Timeline, branch_from: str | None =
         origin = find_checkpoint(f"{trunk.path if trunk else parent['folder']}@{parent['step']}")
         return ResumePlan(origin, read_manifest(origin), True, parent, notices)
     return ResumePlan(None, None, True, None, notices)
-
-
-def _check_output(output: Path) -> None:
-    """UserError where no folder can be made. Every process finds it now, before the others wait for the first."""
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = f"{existing} is {'write-protected' if existing.is_dir() else 'a file'}."
-        raise UserError("output", str(output), problem, "Choose another folder for the runs.")
 
 
 def _check_same_run(config: RunConfig, folder: RunFolder, branch_from: str | None) -> tuple[str, ...]:
@@ -146,7 +138,7 @@ def _branch(config: RunConfig, timeline: Timeline, branch_from: str) -> ResumePl
             if difference.key in ("qat.bits", "qat.group_size", "qat.embedding_bits"):
                 problem = f"the checkpoint's scales are for {difference.old!r}; after the switch a branch keeps them."
                 raise UserError(difference.key, difference.new, problem, "Branch from a checkpoint before the switch.")
-    notices = []
+    notices = [f"the parent failed: {failure}"] if (failure := RunFolder(run).failure) else []
     difference_before = first_difference(build_timeline(parent), timeline, manifest.step)
     if difference_before is not None:
         notices.append(f"this run's schedule is not its parent's up to the branch: {difference_before}")

@@ -35,8 +35,6 @@ FAILED_PATIENCE = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
-
     status: Literal["done", "stopped"]
     step: int
     final: dict[str, Any] | None
@@ -155,7 +153,6 @@ def _open_folder(log: RunLog) -> None:
 
 
 def _introduce(log: RunLog, clock_notices: Sequence[str]) -> None:
-    """Say on the console what is about to be trained, from where."""
     setup, config, timeline, resume = log.setup, log.config, log.timeline, log.resume
     log.notice(
         f"{config.name}: {format_amount(log.n_params)} parameters, {config.qat.scheme}"
@@ -172,8 +169,8 @@ def _introduce(log: RunLog, clock_notices: Sequence[str]) -> None:
         )
     if resume.parent and not resume.resumes:
         log.notice(f"branched from {resume.parent['folder']}@{resume.parent['step']}")
-    elif resume.checkpoint is not None:
-        log.notice(f"resume from step {resume.step}: {resume.checkpoint}")
+    elif resume.resumes:
+        log.notice(f"resume from step {resume.step}: {resume.checkpoint or 'the run has no checkpoint'}")
     for notice in [*clock_notices, *setup.notices]:
         log.notice(f"note: {notice}")
 

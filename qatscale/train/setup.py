@@ -23,7 +23,7 @@ from qatscale.engine.layout_plan import layout_notices, plan_layout
 from qatscale.engine.qat_metrics import QatMetrics
 from qatscale.engine.runtime import Runtime, uses_gpu
 from qatscale.engine.spikes import SpikeGuard
-from qatscale.engine.topology import join_topology
+from qatscale.engine.topology import Topology
 from qatscale.model.initial_weights import InitialWeights
 from qatscale.model.llama import Attention, Llama
 from qatscale.quant.bit_widths import embedding_rule, get_quantizer
@@ -105,7 +105,7 @@ def assemble(
     """
     if runtime.device.type == "cuda":
         try_kernels(runtime.device)
-    topology = join_topology(config, layout, runtime)
+    topology = Topology(config, layout, runtime)
     with torch.device("meta"):
         model = Llama(config.model, config.engine.activation_checkpointing, topology.tensor, topology.stage)
         plugin = QatPlugin(config.qat, switch_step)
@@ -160,13 +160,9 @@ def _load(resume: ResumePlan, components: TrainingComponents) -> None:
         return
     assert resume.manifest is not None
     inert = resume.manifest.switched_at is None
-    load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
+    load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep_scales=inert)
     components.plugin.load_state(resume.manifest.plugin)
     components.guard.state = resume.manifest.spikes
-
-
-def _is_scale(name: str) -> bool:
-    return name.endswith(".weight_scale")
 
 
 def resolved_settings(setup: RunSetup) -> dict[str, Any]:

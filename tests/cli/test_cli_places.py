@@ -17,7 +17,7 @@ NOT_WRITABLE = {
     "report --table table.csv --form qat_per_bits --no-compare --resamples 0 --out locked/report": "locked/report",
     "compare runs/trunk --figure locked/a.png": "locked/a.png",
     "train debug data.path=data --dry-run --figure locked/a.png": "locked/a.png",
-    "train debug data.path=data tracking.uri=none name=x output=locked": "locked/x",
+    "train debug data.path=data tracking.uri=none name=x output=locked": "locked",
     "prepare corpus.jsonl --vocab-size 512 --workers 1 --out locked/data": "locked/data",
     "study run study.yaml --workers 1 --out locked/study": "locked/study",
 }
@@ -54,6 +54,18 @@ def refused(typed: str, place: str) -> None:
     assert len(error.splitlines()) <= 2, error
 
 
+@pytest.mark.usefixtures("here")
+def test_a_place_is_looked_at_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for work in ("qatlaw.summary.summarise", "qatlaw.page.compose", "qatlaw.judge.judge"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("qatscale.export.export.open_source", lambda *_, **__: pytest.fail("the work began"))
+    for command in ("fit --table table.csv --out", "report --table table.csv --out", "judge --out"):
+        refused(f"{command} corpus.jsonl/x/y", "corpus.jsonl")
+    refused("fit --table table.csv --out locked", "locked")
+    refused("fit --table table.csv --out locked/fit.json", "locked")
+    refused("export runs/trunk --format hf --out locked/out", "locked")
+
+
 def test_where_nothing_may_be_written(here: Path) -> None:
     for typed, place in NOT_WRITABLE.items():
         refused(typed, place)
@@ -70,6 +82,16 @@ def test_what_may_not_be_read(typed: str, here: Path) -> None:
             refused(typed, name)
         finally:
             path.chmod(mode)
+
+
+def test_a_dry_run_looks_at_the_files_of_its_checkpoint(here: Path) -> None:
+    shard = here / STEP / "shard-00000-of-00001.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    branch = "branch runs/trunk name=x data.path=data tokens=5120 qat.fraction=0.75 --dry-run"
+    refused(branch, "shard-00000-of-00001.safetensors is missing")
+    shard.write_bytes(content[:-1])
+    refused(branch, f"has {len(content) - 1} bytes instead of {len(content)}")
 
 
 def test_a_list_of_runs_shows_those_that_may_be_read(here: Path) -> None:

@@ -81,8 +81,7 @@ def test_a_comparison_keeps_its_losses_in_a_narrow_terminal(place: Path, monkeyp
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_report_of_a_switch_keeps_its_errors(width: int) -> None:
     modules = tuple(
-        ModuleReport((f"blocks.{i}.mlp.up",), 1.58, "ternary", (14336, 4096), 14336, 2, 16, 0.5 + i, 2.0)
-        for i in range(2)
+        ModuleReport((f"blocks.{i}.mlp.up",), 1.58, (14336, 4096), 14336, 16, 0.5 + i, 2.0) for i in range(2)
     )
     report = SwitchReport(11_796, modules, {"embed": "untied", "head": "untied"}, 2 * 14336 * 4096 + 1)
     out = io.StringIO()

@@ -1,10 +1,13 @@
 """What a wrong recipe or override is answered. `BAD_OVERRIDES` and `BAD_FILES` are also shown to people."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 
 from qatlaw.bit_widths import BIT_WIDTHS_TEXT
+from qatscale.config.ds_config import load_ds_config
 from qatscale.config.recipe import load_run_config, resolved_yaml
 from qatscale.config.schema import ModelConfig, RunConfig
 from qatscale.errors import UserError, UserErrors
@@ -121,6 +124,20 @@ def test_every_unknown_override_is_reported_at_once() -> None:
     with pytest.raises(UserErrors) as caught:
         load_run_config("debug", ["qat.bit=2", "seed=1", "modle.layers=2"])
     assert [problem.key for problem in caught.value.problems] == ["qat.bit", "modle.layers"]
+
+
+def test_of_countless_problems_the_first_are_explained(tmp_path: Path) -> None:
+    """A suggestion takes milliseconds, so that it is made for the problems that are shown."""
+    began, recipe, ds = time.process_time(), tmp_path / "many.yaml", tmp_path / "many.json"
+    recipe.write_text("name: many\n" + "".join(f"seeed{number}: 1\n" for number in range(20_000)))
+    ds.write_text(json.dumps({"zero_optimization": {f"stag{number}": 1 for number in range(20_000)}}))
+    for read, name in ((load_run_config, recipe), (load_ds_config, ds)):
+        with pytest.raises(UserErrors) as caught:
+            read(str(name))
+        lines = str(caught.value).splitlines()
+        assert (len(lines), lines[0]) == (32, f"{len(caught.value.problems)} problems:")
+        assert sum("Did you mean" in line for line in lines) >= 25
+    assert time.process_time() - began < 15
 
 
 def test_missing_sections_are_named_with_their_keys(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.runtime import start_runtime
 from qatscale.engine.step import apply_settings, train_step
-from qatscale.engine.topology import join_topology
+from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.initial_weights import initialise
 from qatscale.model.llama import Llama
@@ -48,9 +48,10 @@ def build(config: RunConfig, ds_config: str, universal: bool) -> tuple[Any, Zero
     plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
     plugin.prepare(model)
     ds = merge_ds_config(config, load_ds_config(ds_config), runtime.ranks)
-    engine, masters = initialize_engine(
-        model, plugin, config, {**ds, "checkpoint": {"load_universal": True}} if universal else ds
-    )
+    if universal:
+        ds["checkpoint"] = {"load_universal": True}
+    topology = Topology(config, Layout(data=runtime.ranks), runtime)
+    engine, masters = initialize_engine(model, plugin, config, ds, topology)
     return engine, masters, plugin
 
 
@@ -58,7 +59,7 @@ def go_on(engine: Any, config: RunConfig, first: int) -> list[float]:
     """The mean losses of the steps from `first` to the end."""
     timeline = build_timeline(config)
     batches = open_batches(config, timeline)
-    topology = join_topology(config, Layout(data=runtime.ranks), runtime)
+    topology = Topology(config, Layout(data=runtime.ranks), runtime)
     losses = []
     for step in range(first, timeline.steps):
         apply_settings(engine, timeline.at(step))

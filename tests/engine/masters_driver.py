@@ -21,8 +21,10 @@ from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.save import parameter_records, slices_of, write_checkpoint
 from qatscale.engine.initialize import initialize_engine
+from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import SAMPLE, QatMetrics
 from qatscale.engine.runtime import start_runtime
+from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.errors import UserError
 from qatscale.quant.plugin import QatPlugin, scale_groups
@@ -63,7 +65,8 @@ def build(stage: int, precision: str, threshold: int | None) -> tuple[Any, ZeroM
     model = Odd()
     plugin = QatPlugin(CONFIG.qat, 3)
     plugin.prepare(model)
-    engine, masters = initialize_engine(model, plugin, CONFIG, merge_ds_config(CONFIG, ds, runtime.ranks))
+    topology = Topology(CONFIG, Layout(runtime.ranks), runtime)
+    engine, masters = initialize_engine(model, plugin, CONFIG, merge_ds_config(CONFIG, ds, runtime.ranks), topology)
     return engine, masters, plugin
 
 

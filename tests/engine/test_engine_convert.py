@@ -240,14 +240,20 @@ def test_a_universal_folder_is_read_without_running_its_code(file: str, made: Ma
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("file", "told"), [("fp32.pt", "fp32.pt is missing"), ("step.pt", "made from ZeRO-3"), (None, "lacks")]
+    ("file", "told"),
+    [("fp32.pt", "fp32.pt is missing"), ("step.pt", "made from ZeRO-3"), (None, "lacks"), ("spoilt", "not finite")],
 )
 def test_a_universal_folder_that_lacks_something_is_told(
     file: str | None, told: str, made: Made, tmp_path: Path
 ) -> None:
     inner = a_universal(made, tmp_path / "uni")
     parameter = inner / "zero/blocks.0.attention.q.weight"
-    (parameter / file).unlink() if file else parameter.rename(tmp_path / "elsewhere")
+    if file == "spoilt":
+        content = torch.load(parameter / "exp_avg.pt")
+        content["param"][0, 0] = torch.nan
+        torch.save(content, parameter / "exp_avg.pt")
+    else:
+        (parameter / file).unlink() if file else parameter.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=told):
         convert(str(tmp_path / "uni"), "checkpoint", tmp_path / "out", str(made.runs / "whole/recipe.yaml"))
 

@@ -110,7 +110,7 @@ from qatscale.config.ds_config import load_ds_config, merge_ds_config
 from qatscale.config.recipe import load_run_config
 from qatscale.engine.layout_plan import plan_layout
 from qatscale.engine.runtime import Runtime, _import_deepspeed_quietly
-from qatscale.engine.topology import join_topology
+from qatscale.engine.topology import Topology
 from qatscale.model.initial_weights import InitialWeights
 from qatscale.model.llama import canonical_name
 from qatscale.train.setup import assemble
@@ -134,7 +134,7 @@ for processes, tensor, pipeline in ((64, 2, 1), (64, 8, 4), (1024, 8, 8), (1024,
     config = load_run_config("8b", [f"engine.tensor_parallel={tensor}", f"engine.pipeline_stages={pipeline}"])
     data = processes // tensor // pipeline
     for rank in (0, processes // 2 + 5, processes - 1):
-        topology = join_topology(config, plan_layout(config, ds, processes), join(processes, rank))
+        topology = Topology(config, plan_layout(config, ds, processes), join(processes, rank))
         first = rank // tensor * tensor
         assert peers(topology.tensor.group) == list(range(first, first + tensor)), "neighbours"
         stage = rank // (tensor * data)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from qatscale.errors import EXIT_BAD_INPUT, UserError
 from qatscale.export import clients
@@ -80,6 +81,14 @@ def drop_a_tensor(path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def spoil_a_tensor(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = torch.inf
+    save_file(tensors, path, {"format": "pt"})
+
+
 def set_key(path: Path, key: str, value: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
@@ -88,6 +97,7 @@ DAMAGES = {
     "truncated weights": ("hf", "model.safetensors", truncate),
     "no tensor in weights": ("hf", "model.safetensors", lambda path: path.write_bytes(b"\xff" * 100)),
     "a missing tensor": ("hf", "model.safetensors", drop_a_tensor),
+    "a weight that is not finite": ("hf", "model.safetensors", spoil_a_tensor),
     "truncated packed weights": ("compressed-tensors", "model.safetensors", truncate),
     "a truncated GGUF file": ("gguf", "two-Q2_K.gguf", lambda path: path.write_bytes(path.read_bytes()[:3000])),
     "an empty GGUF file": ("gguf", "two-Q2_K.gguf", lambda path: path.write_bytes(b"")),
@@ -286,7 +296,7 @@ def test_where_nothing_may_be_written(runs: Path, qatscale, tmp_path: Path) -> N
     for mode in (0o500, 0o000):
         folder.chmod(mode)
         with as_ordinary_user():
-            refused(qatscale, f"export {runs}/two --out {folder}/out --no-verify", "--out")
+            refused(qatscale, f"export {runs}/two --out {folder}/out --no-verify", str(folder))
     folder.chmod(0o700)
 
 

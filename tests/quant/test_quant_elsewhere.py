@@ -121,6 +121,9 @@ def test_the_trainer_switches_at_its_step_trains_scales_and_resumes_quantized(tm
     assert other.switched_at == 2
     for (name, one), two in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two), name
+    elsewhere, _ = trainer_of(tmp_path / "elsewhere", a_qwen(seed=1), QatPlugin(QAT, 2), data_seed=1)
+    with pytest.raises(UserError, match="the scales of the checkpoint would be set anew"):
+        elsewhere.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
 
 
 @pytest.mark.dist
@@ -206,6 +209,10 @@ def test_an_export_of_the_plugin_is_verified_on_given_data(tmp_path: Path, prepa
     plugin.prepare(model)
     plugin.maybe_switch(0, PlainMasters(torch.optim.AdamW(model.parameters())))
     plugin.export(model, tmp_path / "shipped")
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"model\.norm\.weight is not finite"):
+        plugin.export(model, tmp_path / "spoilt")
+    assert not (tmp_path / "spoilt").exists()
     given = {"tokenizer": "none", "tokens": 512}
     with pytest.raises(UserError, match="--data FOLDER"):
         export(str(tmp_path / "shipped"), tmp_path / "out", **given)  # type: ignore[arg-type]

@@ -175,7 +175,7 @@ def test_a_row_of_zeros_starts_at_the_floor(bits: float) -> None:
     assert torch.isfinite(ptq_scale(get_quantizer(bits), torch.zeros(2, 8))).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("bits", [b for b in BITS if b > 1])
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_no_weight_lies_beyond_the_outermost_level_at_the_switch(
@@ -188,13 +188,13 @@ def test_no_weight_lies_beyond_the_outermost_level_at_the_switch(
     w[:, 3], w[:, 11] = 10 + w[:, 3].abs(), 10 + w[:, 11].abs()
     quantizer = get_quantizer(bits)
     alpha = initial_scale(quantizer, w, group_size, dtype)
-    assert alpha.dtype == torch.float32
-    assert torch.equal(alpha, alpha.to(dtype).float()), "forward sees the master's very value"
+    assert alpha.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(alpha, alpha.to(dtype).to(alpha.dtype)), "forward sees the master's very value"
 
     working = w.to(dtype)
-    largest = working.unflatten(-1, (-1, group_size or 16)).abs().amax(-1).float().reshape(alpha.shape)
-    naive = (largest / quantizer.qp).to(dtype).float()
-    if not (quantizer.qp == 1 or (quantizer.qp == 3 and dtype == torch.float32)):
+    largest = working.unflatten(-1, (-1, group_size or 16)).abs().amax(-1).to(alpha.dtype).reshape(alpha.shape)
+    naive = (largest / quantizer.qp).to(dtype).to(alpha.dtype)
+    if not (quantizer.qp == 1 or (quantizer.qp == 3 and dtype in (torch.float32, torch.float64))):
         assert (largest / naive > quantizer.qp).any(), "the sample holds weights that rounding to nearest clips"
     assert (largest / alpha <= quantizer.qp).all()
     assert (alpha / naive - 1).abs().max() <= torch.finfo(dtype).eps

@@ -15,7 +15,7 @@ from qatlaw.runs import RunRecord
 from qatscale.config.recipe import load_run_config
 from qatscale.engine.checkpoints.manifest import ParameterRecord
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
-from qatscale.engine.checkpoints.training_state import TrainingState, skeleton, write_state
+from qatscale.engine.checkpoints.training_state import Skeleton, TrainingState, write_state
 from qatscale.errors import UserError
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.study.average import average, average_study, checkpoints_of, geometric_mean, mean
@@ -43,7 +43,7 @@ def state_of(seed: int, step: int, *overrides: str, switched: bool = True, data:
     """Made-up weights after `step` steps of recipe `debug`, quantized at 2 bits where it has switched."""
     own = ["name=x", *SMALL, *(FUSED if switched else ["qat.scheme=fp"]), f"data.path={data or 'null'}", *overrides]
     config = load_run_config("debug", own)
-    bones = skeleton(config)
+    bones = Skeleton(config)
     digests = dict.fromkeys(bones.plugin["bits"], "at-switch")
     plugin = bones.plugin | ({"switched_at": 1, "scales_at_switch": digests} if switched else {})
     return TrainingState(

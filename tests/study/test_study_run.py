@@ -19,7 +19,9 @@ from qatlaw.results import read_results
 from qatlaw.run_folders import folder_records
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
+from qatscale.errors import FailedError
 from qatscale.study.folder import StudyFolder, lay_out
+from qatscale.study.run import LocalWorkers
 from qatscale.study.state import StudyState
 from qatscale.study.worker import Worker
 from qatscale.supervise.claims import Claims
@@ -167,6 +169,33 @@ def test_a_failing_run_blocks_its_own_branches_alone(prepared: Path, tmp_path: P
     tried = {name: len(Claims(folder / "claims").history(name)) for name in found}
     assert tried[victim] == 3, "the failure, the retry's note, the second failure"
     assert all(number <= 1 for name, number in tried.items() if name != victim)
+
+
+def test_a_worker_that_cannot_start_is_no_wrong_input(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out(studies.write_study(tmp_path / "tiny.yaml", prepared), folder := StudyFolder(tmp_path / "study"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+
+    def watch() -> None:
+        while local.restart_dead():
+            time.sleep(0.01)
+
+    with LocalWorkers(folder, 1) as local, pytest.raises(FailedError, match=r"worker 0 ended with code 1\."):
+        watch()
+
+
+def test_a_full_disk_fails_no_run_and_the_same_command_continues(prepared: Path, tmp_path: Path) -> None:
+    file = studies.write_study(tmp_path / "full.yaml", prepared, bits="[4]", fractions="[1]", keep_at="[]")
+    folder = tmp_path / "study"
+    command = [sys.executable, "-m", "qatscale", "study", "run", file, "--out", folder, "--workers", "1"]
+    code, output = studies.finish(studies.start(["bash", "-c", 'ulimit -f 64; exec "$@"', "limited", *command]))
+    assert code == 1, output
+    assert "File too large" in output
+    assert {one.state for one in StudyState(StudyFolder(folder)).refresh().values()} == {"ready"}
+    code, output = studies.finish(studies.study("work", folder))
+    assert code == 0, output
+    studies.trained_once(folder)
 
 
 def test_a_study_that_grows_keeps_what_is_done(tiny: Path, prepared: Path, tmp_path: Path) -> None:

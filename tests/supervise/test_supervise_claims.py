@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -65,7 +66,24 @@ def test_a_damaged_claim_expires_like_a_silent_one(content: bytes, tmp_path: Pat
     claims = Claims(tmp_path)
     assert claims.attempts()["run"].state == "running"
     assert not claims.has_claimed("me")
-    assert claims.attempts()["run"].worker == "?"
+    assert claims.attempts()["run"].worker == "an unknown host-?"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"worker": "me"}', '{"state": "running"}'])
+def test_a_claim_without_a_process_is_held_by_nobody(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run~0001.json").write_text(content)
+    assert Claims(tmp_path).attempts()["run"].state == "gone"
+
+
+def test_a_claim_that_a_full_disk_cuts_off_leaves_nothing(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            Claims(tmp_path).take("run", 0, "me")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_holder_that_was_killed_is_seen_at_once(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_switch_is_shown_as_its_report() -> None:
     from qatscale.quant.report import ModuleReport, SwitchReport
 
-    module = ModuleReport(("blocks.0.mlp.up",), 2, "SEQ", (64, 32), 64, 2, 32, 0.5, 2.0)
+    module = ModuleReport(("blocks.0.mlp.up",), 2, (64, 32), 64, 32, 0.5, 2.0)
     out = io.StringIO()
     with RunConsole(0, 1000, stream=out) as console:
         console.show(SwitchReport(500, (module,), {"norm": "a norm"}, 4096).table())

@@ -9,12 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qatscale.config.recipe import load_run_config
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.runtime import free_port
-from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, UserError
+from qatscale.export.source import open_source
+from qatscale.schedule.build import build_timeline
 from qatscale.study.folder import StudyFolder, lay_out
 from qatscale.supervise.signals import catch
 from qatscale.tracking.run_folder import RunFolder
+from qatscale.train.resume import plan_resume
 from tests.processes import Python, unlaunched
 from tests.study.studies import write_study
 from tests.train.driving import STEPS, SWITCH, losses, spec
@@ -160,7 +164,16 @@ def test_a_verdict_stays_with_the_run(data: Path, tmp_path: Path) -> None:
         ended, output = finish(Python(["-m", "qatscale", *train]))
         assert ended == EXIT_FAILED, output
         assert "have not moved since the switch" in output
+        assert "Traceback" not in output
     assert not RunFolder(tmp_path / "run").is_done
+    with pytest.raises(UserError, match=r"its run failed: the scales of .* have not moved"):
+        open_source(str(tmp_path / "run"))
+    recipe = tmp_path / "run/recipe.yaml"
+    longer = [f"tokens={2 * load_run_config(recipe).tokens}", f"qat.fraction={1 - SWITCH / (2 * STEPS)}"]
+    config = load_run_config(recipe, ["name=branch", *longer])
+    branch = plan_resume(config, build_timeline(config), str(tmp_path / "run"))
+    assert branch is not None
+    assert any("the parent failed: the scales of" in notice for notice in branch.notices)
 
 
 EARLY = """

@@ -44,7 +44,7 @@ from qatscale.engine.checkpoints.manifest import (
 )
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of
-from qatscale.tensor_files import write_safetensors
+from qatscale.tensor_files import not_finite, write_safetensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 STEP = re.compile(r"^step-(\d{8,})$")
@@ -56,7 +56,6 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -116,13 +115,13 @@ def _parse_manifest(folder: Path) -> Manifest:
         raise DamageError(f"its {MANIFEST} cannot be read ({first_invalid(error)}).") from error
 
 
-def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
-    """UserError if a shard is missing, truncated or altered. Checks every `shares`-th file, from `share`."""
+def verify_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1, *, read: bool = True) -> None:
+    """UserError if a shard is missing, truncated or, with `read`, altered. Checks every `shares`-th, from `share`."""
     with with_advice(folder):
-        _check_files(folder, manifest, share, shares)
+        _check_files(folder, manifest, share, shares, read=read)
 
 
-def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
+def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1, *, read: bool = True) -> None:
     if manifest.format > 2 and manifest.checksum != manifest.digest():
         raise DamageError(f"its {MANIFEST} was altered: checksum differs.")
     if STEP.match(folder.name) and step_of(folder) != manifest.step:
@@ -134,18 +133,8 @@ def _check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int =
             raise DamageError(f"{name} is missing.")
         if path.stat().st_size != expected["bytes"]:
             raise DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}.")
-        if sha256_of(path) != expected["sha256"]:
+        if read and sha256_of(path) != expected["sha256"]:
             raise DamageError(f"{name} was altered: checksum differs.")
-
-
-def not_finite(slices: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of a slice that holds NaN or infinity."""
-    return next((name for name, values in slices if values.numel() and not _is_finite(values)), None)
-
-
-def _is_finite(values: Tensor) -> bool:
-    low, high = torch.aminmax(values)  # NaN passes through; no mask as large as the values
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def check_finite(folder: Path, slices: Iterable[tuple[str, Tensor]]) -> None:
@@ -192,7 +181,6 @@ def other_checkpoint(folder: Path) -> str:
 
 
 def writing_folder(checkpoints: Path, step: int) -> Path:
-    """The hidden folder of a checkpoint that is not complete yet."""
     return checkpoints / f".writing-step-{step:08d}"
 
 
@@ -259,7 +247,6 @@ def _may_go(folder: Path) -> bool:
 
 
 def slice_name(kind: str, parameter: str, start: int, columns: tuple[int, int] | None) -> str:
-    """The name of a slice in a shard."""
     return f"{kind}/{parameter}/{start}" + ("" if columns is None else f"/{columns[0]}-{columns[1]}")
 
 

@@ -16,7 +16,7 @@ from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import ModelConfig, RunConfig
 from qatscale.config.yaml_text import value_text
 from qatscale.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer, tokenizer_folder
-from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, skeleton
+from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState
 from qatscale.errors import UserError
 from qatscale.model.hugging_face import (
     attention_window,
@@ -47,7 +47,7 @@ def read_hugging_face(
         problem = f"the model's attention looks back over {window} positions only (sliding_window), ours over all."
         raise UserError("data.sequence_length", length, problem, f"Set data.sequence_length={window} or less.")
     _, state = open_hugging_face(folder)
-    bones, theirs = skeleton(config), hugging_face_names(config.model)
+    bones, theirs = Skeleton(config), hugging_face_names(config.model)
 
     def read(kind: str, name: str) -> Tensor:
         assert kind == "weight", "Adam's moments are not in a Hugging Face folder"

@@ -18,6 +18,7 @@ from qatscale.engine.checkpoints.files import (
     STEP,
     DamageError,
     SliceTable,
+    check_finite,
     list_checkpoints,
     newest_checkpoint,
     other_checkpoint,
@@ -125,9 +126,11 @@ class CheckpointReader:
         return int(wanted.sum())
 
     def parameter(self, name: str, kind: str = "weight") -> Tensor:
-        """A full parameter, fp32."""
+        """A full parameter, fp32. UserError where it is not finite."""
         shape = torch.Size(self.manifest.parameters[name].shape)
-        return self.read(kind, name, 0, shape.numel()).view(shape)
+        value = self.read(kind, name, 0, shape.numel()).view(shape)
+        check_finite(self.folder, [(f"{kind} of {name}", value)])
+        return value
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters, fp32: a state dict."""

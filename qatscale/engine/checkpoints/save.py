@@ -16,6 +16,7 @@ from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
 from qatscale.engine.runtime import Runtime
 from qatscale.engine.zero_masters import MOMENTS, ZeroMasters
 from qatscale.quant.plugin import merge_states
+from qatscale.tensor_files import not_finite
 
 
 def parameter_records(masters: ZeroMasters) -> dict[str, ParameterRecord]:
@@ -64,7 +65,7 @@ def write_checkpoint(
         writing.mkdir(parents=True)
 
     def write_own_share() -> dict[str, Any]:
-        if wrong := files.not_finite(slices.items()):
+        if wrong := not_finite(slices.items()):
             raise FloatingPointError(f"{wrong} is not finite. Lower optimizer.learning_rate, or branch from before.")
         file = files.write_shard(writing, runtime.rank, runtime.ranks, slices)
         return {"file": file, "plugin": draft.plugin, "parameters": draft.parameters}

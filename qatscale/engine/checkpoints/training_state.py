@@ -25,34 +25,30 @@ UNKNOWN_DATA = ""
 """The fingerprint of unknown tokens."""
 
 
-@dataclass(frozen=True)
 class Skeleton:
-    """What a recipe's prepared model consists of, without its numbers."""
+    """What a recipe's prepared model consists of, without its numbers and their memory.
 
-    shapes: dict[str, Shape]
-    """Every parameter's, in the model's order; tied ones once, scales included."""
-    groups: list[dict[str, Any]]
-    """`QatPlugin.optimizer_groups`, in which "params" holds names."""
-    plugin: dict[str, Any]
-    """The plugin's state before the switch."""
+    UserError where the recipe's timeline or quantization cannot be.
+    """
 
-    @property
-    def scales(self) -> list[str]:
-        return [name for name in self.shapes if name.endswith(".weight_scale")]
+    def __init__(self, config: RunConfig) -> None:
+        with torch.device("meta"):
+            model, plugin = _prepared(config)
+        names = {p: name for name, p in model.named_parameters()}
+        self.shapes: dict[str, Shape] = {name: tuple(p.shape) for p, name in names.items()}
+        """Every parameter's, in the model's order; tied ones once, scales included."""
+        self.groups = [{**group, "params": [names[p] for p in group["params"]]} for group in plugin.optimizer_groups()]
+        """`QatPlugin.optimizer_groups`, in which "params" holds names."""
+        self.plugin = plugin.state()
+        """The plugin's state before the switch."""
+        self.scales = [name for name in self.shapes if name.endswith(".weight_scale")]
 
 
-def skeleton(config: RunConfig) -> Skeleton:
-    """Takes no memory for the parameters. UserError where the recipe's timeline or quantization cannot be."""
-    with torch.device("meta"):
-        model = Llama(config.model)
-        plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
-        plugin.prepare(model)
-    names = {p: name for name, p in model.named_parameters()}
-    return Skeleton(
-        {name: tuple(p.shape) for p, name in names.items()},
-        [{**group, "params": [names[p] for p in group["params"]]} for group in plugin.optimizer_groups()],
-        plugin.state(),
-    )
+def _prepared(config: RunConfig) -> tuple[Llama, QatPlugin]:
+    model = Llama(config.model)
+    plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
+    plugin.prepare(model)
+    return model, plugin
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,7 @@ def load_checkpointed_model(
     reader: CheckpointReader, config: RunConfig, device: torch.device
 ) -> tuple[Llama, QatPlugin]:
     """The model of a checkpoint of any layout, on one process, in the precision that training's forward used."""
-    model = Llama(config.model)
-    plugin = QatPlugin(config.qat, build_timeline(config).switch_step)
-    plugin.prepare(model)
+    model, plugin = _prepared(config)
     model.load_state_dict(reader.weights(), strict=False)  # tied weights are stored once; names were checked on saving
     plugin.load_state(reader.manifest.plugin)
     if precision_of(run_ds_config(config)) == "bf16":

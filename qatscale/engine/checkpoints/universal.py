@@ -36,12 +36,12 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.open import joined
 from qatscale.engine.checkpoints.files import KINDS
 from qatscale.engine.checkpoints.manifest import PluginState
-from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState, skeleton
-from qatscale.errors import UserError
+from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState
+from qatscale.errors import UserError, first_line
 from qatscale.files import Count, read_checked, sealed, sha256_of, write_json
 from qatscale.new_folder import appearing
 from qatscale.schedule.build import build_timeline
-from qatscale.tensor_files import Shape
+from qatscale.tensor_files import Shape, not_finite
 
 DEEPSPEED = "0.19.8"
 """The release whose layout this is."""
@@ -60,7 +60,7 @@ def universal_checkpoint_info(config: RunConfig) -> dict[str, Any]:
     later split is silently wrong. Patterns match from the start of a name (re.match), and each must match a name.
     """
     patterns: dict[str, list[str]] = {"replicated": [], "rows": [], "vocabulary": []}
-    for name, shape in skeleton(config).shapes.items():
+    for name, shape in Skeleton(config).shapes.items():
         pattern = re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
         for kind in _split(name, shape):
             if pattern not in patterns[kind]:
@@ -137,7 +137,7 @@ def _param_groups(state: TrainingState) -> list[dict[str, Any]]:
             "eps": config.optimizer.eps,
             "weight_decay": now.weight_decay if group["decayed"] else 0.0,
         }
-        for group in skeleton(config).groups
+        for group in Skeleton(config).groups
     ]
 
 
@@ -180,7 +180,7 @@ def read_universal(folder: Path, recipe: str | None, overrides: Sequence[str] = 
         raise UserError("--recipe", None, problem, fix)
     known = _side_file(folder) if own else None
     config = load_run_config(folder / RECIPE) if own else load_run_config(str(recipe), overrides)
-    bones = skeleton(config)
+    bones = Skeleton(config)
     reader = _Reader(folder, config, bones)
     adam_steps = {name: reader.steps(name) for name in bones.shapes}
     if known is not None:
@@ -245,7 +245,10 @@ class _Reader:
         return int(self._load(path))
 
     def read(self, kind: str, name: str) -> Tensor:
-        return self._tensor(kind, name).float() if name in self.present else torch.ones(self.bones.shapes[name])
+        value = self._tensor(kind, name).float() if name in self.present else torch.ones(self.bones.shapes[name])
+        if wrong := not_finite([(f"{kind} of {name}", value)]):
+            raise self.error(f"{wrong} is not finite.")
+        return value
 
     def _tensor(self, kind: str, name: str) -> Tensor:
         path = self.folder / "zero" / name / FILES[kind]
@@ -264,8 +267,8 @@ class _Reader:
         except FileNotFoundError:
             raise self.error(f"{shown} is missing.") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise self.error(f"{shown} is damaged, or holds more than numbers and is not read: {first}") from None
+            problem = f"{shown} is damaged, or holds more than numbers and is not read: {first_line(error)}"
+            raise self.error(problem) from None
 
     def error(self, problem: str, fix: str = "") -> UserError:
         return UserError(KEY, str(self.folder), problem, fix)

@@ -14,18 +14,17 @@ from qatscale.config.ds_config import ds_config_names, load_ds_config, merge_ds_
 from qatscale.config.problems import together
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import device_memory, device_names, flops_per_token, peak_flops
-from qatscale.engine.estimate.local_sizes import local_sizes
+from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import (
     ON_DEVICE,
     HostMemory,
     Kind,
     ZeroSettings,
     fullest_moment,
-    host_memory,
     start_bytes,
 )
-from qatscale.engine.estimate.traffic import NetworkTime, Traffic, network_time, traffic_of
-from qatscale.engine.layout import Layout, stages_of
+from qatscale.engine.estimate.traffic import NetworkTime, Traffic, traffic_of
+from qatscale.engine.layout import stages_of
 from qatscale.engine.layout_plan import bubble, layout_notices, plan_layout
 from qatscale.errors import UserError
 
@@ -88,24 +87,46 @@ class Given:
         return self.gpu_peak or (peak_flops(self.gpu) if self.gpu else None)
 
 
-@dataclass(frozen=True)
 class JobEstimate:
-    layout: Layout
-    zero_stage: int
-    precision: Literal["fp32", "bf16"]
-    micro_batches: int
-    stages: tuple[StageMemory, ...]
-    """Each stage in its fuller phase."""
-    host: HostMemory
-    traffic: Traffic
-    """Kind → bytes that a process of the busiest stage sends a step, in the last phase."""
-    network: NetworkTime
-    bubble: float
-    notices: tuple[str, ...]
-    given: Given
-    gpu_memory: int | None
-    compute_seconds: float | None
-    """Arithmetic and bubble of a step; None without a device and an MFU."""
+    """What a run needs on so many processes.
+
+    UserError for a layout that cannot work, a batch that does not divide, a device without known numbers.
+    """
+
+    def __init__(
+        self, config: RunConfig, ds_config: Mapping[str, Any], processes: int, given: Given | None = None
+    ) -> None:
+        self.config, self.ds_config, self.given = config, ds_config, given or Given()
+        self.layout = layout = plan_layout(config, ds_config, processes)
+        merged = merge_ds_config(config, ds_config, layout.data)
+        zero = ZeroSettings(merged, layout.data)
+        self.zero_stage, self.precision = zero.stage, precision_of(merged)
+        phases: tuple[Phase, ...] = {"fp": ("fp",), "scratch": ("qat",)}.get(config.qat.scheme, ("fp", "qat"))  # type: ignore[assignment]
+        local = [LocalSizes(config, layout, stage) for stage in stages_of(config)]
+        self.stages: list[StageMemory] = []
+        """Each stage in its fuller phase."""
+        for sizes in local:
+            found = []
+            for phase in phases:
+                moment, kinds = fullest_moment(sizes, zero, quantized=phase == "qat")
+                found.append(StageMemory(sizes.stage.index, phase, moment, kinds, start_bytes(sizes, zero)))
+            self.stages.append(max(found, key=lambda memory: memory.step))
+        self.host = HostMemory(local, zero)
+        traffics = [traffic_of(sizes, zero, quantized=phases[-1] == "qat") for sizes in local]
+        busiest = max(traffics, key=lambda sent: sum(sent.values()))
+        self.traffic: Traffic = {kind: size for kind, size in busiest.items() if size}
+        """Kind → bytes that a process of the busiest stage sends a step, in the last phase."""
+        self.micro_batches = config.batch.micro_batches(layout.data)
+        self.bubble = bubble(self.micro_batches, layout.pipeline)
+        speed = _speed(config, processes, self.given, self.precision)
+        self.compute_seconds = config.tokens_per_step / speed / (1 - self.bubble) if speed else None
+        """Arithmetic and bubble of a step; None without a device and an MFU."""
+        self.network = NetworkTime(
+            self.traffic, layout, zero, bandwidth=self.given.network, compute=self.compute_seconds,
+            micro_batches=self.micro_batches, recomputes=config.engine.activation_checkpointing,
+        )  # fmt: skip
+        self.notices = layout_notices(config, layout)
+        self.gpu_memory = self.given.memory
 
     @property
     def fullest(self) -> StageMemory:
@@ -125,49 +146,6 @@ class JobEstimate:
         if self.compute_seconds is None or self.network.overlapped is None:
             return None
         return self.compute_seconds + self.network.seconds - self.network.overlapped
-
-
-def estimate_job(
-    config: RunConfig, ds_config: Mapping[str, Any], processes: int, given: Given | None = None
-) -> JobEstimate:
-    """UserError for a layout that cannot work, a batch that does not divide, a device without known numbers."""
-    given = given or Given()
-    layout = plan_layout(config, ds_config, processes)
-    merged = merge_ds_config(config, ds_config, layout.data)
-    zero, precision = ZeroSettings(merged, layout.data), precision_of(merged)
-    phases: tuple[Phase, ...] = {"fp": ("fp",), "scratch": ("qat",)}.get(config.qat.scheme, ("fp", "qat"))  # type: ignore[assignment]
-    local = [local_sizes(config, layout, stage) for stage in stages_of(config)]
-    stages = []
-    for sizes in local:
-        found = []
-        for phase in phases:
-            moment, kinds = fullest_moment(config, layout, sizes, zero, quantized=phase == "qat")
-            found.append(StageMemory(sizes.stage.index, phase, moment, kinds, start_bytes(sizes, zero)))
-        stages.append(max(found, key=lambda memory: memory.step))
-    traffics = [traffic_of(config, layout, sizes, zero, quantized=phases[-1] == "qat") for sizes in local]
-    traffic = {kind: size for kind, size in max(traffics, key=lambda sent: sum(sent.values())).items() if size}
-    micro_batches = config.batch.micro_batches(layout.data)
-    waiting = bubble(micro_batches, layout.pipeline)
-    speed = _speed(config, processes, given, precision)
-    compute = config.tokens_per_step / speed / (1 - waiting) if speed else None
-    return JobEstimate(
-        layout=layout,
-        zero_stage=zero.stage,
-        precision=precision,
-        micro_batches=micro_batches,
-        stages=tuple(stages),
-        host=host_memory(config, layout, local, zero),
-        traffic=traffic,
-        network=network_time(
-            traffic, layout, zero, bandwidth=given.network, compute=compute, micro_batches=micro_batches,
-            recomputes=config.engine.activation_checkpointing,
-        ),
-        bubble=waiting,
-        notices=layout_notices(config, layout),
-        given=given,
-        gpu_memory=given.memory,
-        compute_seconds=compute,
-    )  # fmt: skip
 
 
 def _speed(config: RunConfig, processes: int, given: Given, precision: str) -> float | None:
@@ -198,30 +176,28 @@ def _speed(config: RunConfig, processes: int, given: Given, precision: str) -> f
 # --- what would help ---
 
 
-def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> None:
+def refuse_what_cannot_fit(job: JobEstimate) -> None:
     """UserError where a process needs more than its device has or a node more than its host, with what would fit."""
     problems = []
     if job.fits is False:
         assert job.gpu_memory is not None
         whose = f"a process of stage {job.fullest.stage}" if job.layout.pipeline > 1 else "a process"
         needs = f"{whose} needs {_gigabytes(job.fullest.total)} ({job.fullest.when})"
-        fitting = [f"{what} ({_gigabytes(o.fullest.total)})" for what, o in _changes(config, ds_config, job) if o.fits]
+        fitting = [f"{what} ({_gigabytes(o.fullest.total)})" for what, o in _changes(job) if o.fits]
         problem = f"has {_gigabytes(job.gpu_memory)}; {needs}."
         option = "--gpu" if job.given.gpu else "--gpu-memory"
         problems.append(UserError(option, job.given.gpu or job.given.gpu_memory, problem, _would(fitting)))
     if job.fits_host is False:
         needs = f"a node of {job.host.processes} needs {_gigabytes(job.host.total)} of host memory"
         fitting = [
-            f"{what} ({_gigabytes(o.host.total)})"
-            for what, o in _changes(config, ds_config, job)
-            if o.fits_host and o.fits is not False
+            f"{what} ({_gigabytes(o.host.total)})" for what, o in _changes(job) if o.fits_host and o.fits is not False
         ]
         problems.append(UserError("--host-memory", f"{job.given.host_memory:g} GB", f"{needs}.", _would(fitting)))
     if problems:
         raise together(problems)
 
 
-def network_advice(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> str | None:
+def network_advice(job: JobEstimate) -> str | None:
     """Which change shortens the step most where the network makes it long; None where it does not, or is unknown."""
     if job.step_seconds is None or job.compute_seconds is None:
         return None
@@ -233,7 +209,7 @@ def network_advice(config: RunConfig, ds_config: Mapping[str, Any], job: JobEsti
     same_arithmetic = ("batch.micro_batch", "engine.ds_config", "zero_optimization")
     shorter = [
         (other.step_seconds, what, other)
-        for what, other in _changes(config, ds_config, job)
+        for what, other in _changes(job)
         if what.startswith(same_arithmetic) and other.fits and other.step_seconds and not other.host.offloaded
     ]
     if not shorter or min(shorter)[0] > job.step_seconds / _WORTH_A_CHANGE:
@@ -244,8 +220,9 @@ def network_advice(config: RunConfig, ds_config: Mapping[str, Any], job: JobEsti
     return f"{bound}: {what} fits and {sends}, {seconds:,.3g} s a step"
 
 
-def _changes(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) -> Iterator[tuple[str, JobEstimate]]:
+def _changes(job: JobEstimate) -> Iterator[tuple[str, JobEstimate]]:
     """(one change to the run, its estimate), of those that can work."""
+    config, ds_config = job.config, job.ds_config
     processes, micro = job.layout.processes, config.batch.micro_batch
     candidates: list[tuple[str, RunConfig, Mapping[str, Any], int]] = []
 
@@ -272,7 +249,7 @@ def _changes(config: RunConfig, ds_config: Mapping[str, Any], job: JobEstimate) 
     candidates.append((f"--processes {2 * processes}", config, ds_config, 2 * processes))
     for change, changed, ds, wanted in candidates:
         try:
-            yield change, estimate_job(changed, ds, wanted, job.given)
+            yield change, JobEstimate(changed, ds, wanted, job.given)
         except UserError:
             continue
 

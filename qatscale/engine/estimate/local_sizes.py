@@ -30,20 +30,38 @@ class Matrix:
         return self.rows * self.columns
 
 
-@dataclass(frozen=True)
 class LocalSizes:
-    """What each process of one pipeline stage holds. Any number of equal blocks costs the same arithmetic."""
+    """What each process of one pipeline stage holds; of its tensor-parallel processes the first, with least padding.
 
-    stage: Stage
-    hidden_size: int
-    block: tuple[Matrix, ...]
-    """q, k, v, o, gate, up, down of one block."""
-    embed: Matrix | None
-    """None on every stage but the first."""
-    head: Matrix | None
-    """None on every stage but the last. The same object as `embed` where they are one tensor."""
-    vectors: tuple[int, ...] = ()
-    """Elements of the biases and norms of heads of one block."""
+    Any number of equal blocks costs the same arithmetic.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, stage: Stage) -> None:
+        self.config, self.layout, self.stage = config, layout, stage
+        model, qat, tensor = config.model, config.qat, layout.tensor
+        self.hidden_size = width = model.hidden_size
+        inner, attended = model.intermediate_size // tensor, model.channels * model.heads // tensor
+        key_values = model.channels * (model.kv_heads or model.heads) // tensor
+        rule = embedding_rule(qat.embedding_bits, model.tied_embedding)
+        bits = None if rule is None else rule.at(qat.bits)
+
+        def matrix(rows: int, columns: int, bits: float | None = qat.bits) -> Matrix:
+            groups = columns // qat.group_size if qat.group_size else 1
+            return Matrix(rows, columns, bits, rows * groups if bits is not None else 0)
+
+        query, key = matrix(attended, width), matrix(key_values, width)
+        gate, down = matrix(inner, width), matrix(width, inner)
+        self.block = (query, key, key, matrix(width, attended), gate, gate, down)
+        """q, k, v, o, gate, up, down of one block."""
+        table = matrix(-(-model.vocab_size // tensor), width, bits)
+        self.embed = table if stage.is_first else None
+        """None on every stage but the first."""
+        head = table if model.tied_embedding and stage.is_first else matrix(table.rows, width, bits)
+        self.head = head if stage.is_last else None
+        """None on every stage but the last. The same object as `embed` where they are one tensor."""
+        biases = (attended, key_values, key_values) if model.attention_bias else ()
+        self.vectors = (*biases, *((model.channels,) * 2 if model.qk_norm else ()))
+        """Elements of the biases and norms of heads of one block."""
 
     @property
     def blocks(self) -> int:
@@ -86,28 +104,4 @@ class LocalSizes:
 
     @property
     def largest(self) -> int:
-        """Elements of the largest parameter."""
         return max(matrix.numel for matrix, _ in self.matrices)
-
-
-def local_sizes(config: RunConfig, layout: Layout, stage: Stage) -> LocalSizes:
-    """The sizes on a process of `stage`; of its tensor-parallel processes the first, which holds the least padding."""
-    model, qat, tensor = config.model, config.qat, layout.tensor
-    width, inner = model.hidden_size, model.intermediate_size // tensor
-    attended = model.channels * model.heads // tensor
-    key_values = model.channels * (model.kv_heads or model.heads) // tensor
-    rule = embedding_rule(qat.embedding_bits, model.tied_embedding)
-    bits = None if rule is None else rule.at(qat.bits)
-
-    def matrix(rows: int, columns: int, bits: float | None = qat.bits) -> Matrix:
-        groups = columns // qat.group_size if qat.group_size else 1
-        return Matrix(rows, columns, bits, rows * groups if bits is not None else 0)
-
-    table = matrix(-(-model.vocab_size // tensor), width, bits)
-    query, key = matrix(attended, width), matrix(key_values, width)
-    gate, down = matrix(inner, width), matrix(width, inner)
-    block = (query, key, key, matrix(width, attended), gate, gate, down)
-    head = table if model.tied_embedding and stage.is_first else matrix(table.rows, width, bits)
-    biases = (attended, key_values, key_values) if model.attention_bias else ()
-    vectors = (*biases, *((model.channels,) * 2 if model.qk_norm else ()))
-    return LocalSizes(stage, width, block, table if stage.is_first else None, head if stage.is_last else None, vectors)

@@ -22,13 +22,10 @@ keeps its normalised input in fp32 as well. Not counted: workspaces of kernels, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from qatscale.config.ds_config import precision_of
-from qatscale.config.schema import RunConfig
 from qatscale.engine.estimate.local_sizes import LocalSizes, Matrix
-from qatscale.engine.layout import Layout
 from qatscale.model.chunks import chunk_rows
 
 FP32 = 4
@@ -103,7 +100,6 @@ def _elements(group: Group) -> int:
 
 
 def _undivided(group: Group, zero: ZeroSettings) -> int:
-    """Elements that ZeRO-3 leaves undivided."""
     return sum(n * count for n, count in group.items() if n <= zero.persists) if zero.data > 1 else 0
 
 
@@ -205,25 +201,15 @@ def start_bytes(local: LocalSizes, zero: ZeroSettings) -> int:
 
 
 def fullest_moment(
-    config: RunConfig,
-    layout: Layout,
-    local: LocalSizes,
-    zero: ZeroSettings,
-    *,
-    quantized: bool,
-    device: Device = "cuda",
+    local: LocalSizes, zero: ZeroSettings, *, quantized: bool, device: Device = "cuda"
 ) -> tuple[str, Kinds]:
     """(name, bytes) of the moment of a step with the most on the device."""
-    held = between_steps(local, zero)
-    moments = _moments(config, layout, local, zero, quantized, device)
-    found = [(name, {kind: held[kind] + more.get(kind, 0) for kind in KINDS}) for name, more in moments]
-    return max(found, key=lambda moment: sum(moment[1][kind] for kind in ON_DEVICE))
+    moments = _moments(local, zero, quantized, device)
+    return max(moments, key=lambda moment: sum(moment[1][kind] for kind in ON_DEVICE))
 
 
-def _moments(
-    config: RunConfig, layout: Layout, local: LocalSizes, zero: ZeroSettings, quantized: bool, device: Device
-) -> Iterator[tuple[str, Kinds]]:
-    """Moment → bytes of each kind beside what is held between steps."""
+def _moments(local: LocalSizes, zero: ZeroSettings, quantized: bool, device: Device) -> Iterator[tuple[str, Kinds]]:
+    config, layout, held = local.config, local.layout, between_steps(local, zero)
     weight, recomputes = zero.weight, config.engine.activation_checkpointing
     # tensors of one micro-batch; wide: [tokens, D], norm: what an RMSNorm keeps but its input, inner: [tokens, I]
     tokens = config.batch.micro_batch * config.data.sequence_length
@@ -248,7 +234,6 @@ def _moments(
     live = gathered(local.groups, zero)[1] * weight
 
     def copies(*matrices: Matrix | None) -> int:
-        """Bytes of quantized weights."""
         return quantized * weight * sum(m.numel for m in matrices if m and m.bits is not None)
 
     kept = stream * (1 if local.stage.is_first else 2)  # received, and kept to send its gradient
@@ -260,12 +245,12 @@ def _moments(
         name: str, flying: int, gradients: int, buffers: int, activations: int = 0, copies: int = 0
     ) -> tuple[str, Kinds]:
         """flying: micro-batches whose backward pass has not ended."""
-        return name, {
-            "activations": flying * kept + activations,
-            "quantized": flying * kept_copies + copies,
-            "weights": live if flying == in_flight else 0,
-            "buffers": buffers,
-            "gradients": gradients,
+        return name, held | {
+            "activations": held["activations"] + flying * kept + activations,
+            "quantized": held["quantized"] + flying * kept_copies + copies,
+            "weights": held["weights"] + (live if flying == in_flight else 0),
+            "buffers": held["buffers"] + buffers,
+            "gradients": held["gradients"] + gradients,
         }
 
     waiting = 0
@@ -295,30 +280,19 @@ def _loss(head: Matrix, tokens: int, weight: int, device: Device) -> tuple[int, 
     return made, head.numel * (FP32 if chunked else weight)
 
 
-@dataclass(frozen=True)
 class HostMemory:
-    """Bytes of a node. Initial weights are drawn in pieces of 128 KiB on their way to the device. Token shards are
-    memory-mapped: the system drops their pages when others need the memory."""
+    """Bytes of a node whose processes all hold what the fullest stage's do.
 
-    processes: int
-    libraries: int
-    checkpoint: int
-    """The copy from which `checkpoint.background` writes: 12 bytes a parameter, page-locked with a GPU."""
-    offloaded: int
+    Initial weights are drawn in pieces of 128 KiB on their way to the device. Token shards are memory-mapped: the
+    system drops their pages when others need the memory.
+    """
 
-    @property
-    def total(self) -> int:
-        return self.libraries + self.checkpoint + self.offloaded
-
-
-def host_memory(config: RunConfig, layout: Layout, stages: list[LocalSizes], zero: ZeroSettings) -> HostMemory:
-    """The memory of a node whose processes all hold what the fullest stage's do."""
-    processes = min(GPUS_A_NODE, layout.processes)
-    copied = 3 * FP32 if config.checkpoint.background else 0
-    parts = [sum(partition(group, zero) for group in local.groups.values()) for local in stages]
-    return HostMemory(
-        processes=processes,
-        libraries=processes * LIBRARIES,
-        checkpoint=processes * copied * max(parts),
-        offloaded=processes * max(between_steps(local, zero)["host"] for local in stages),
-    )
+    def __init__(self, stages: list[LocalSizes], zero: ZeroSettings) -> None:
+        self.processes = min(GPUS_A_NODE, stages[0].layout.processes)
+        self.libraries = self.processes * LIBRARIES
+        copied = 3 * FP32 if stages[0].config.checkpoint.background else 0
+        parts = [sum(partition(group, zero) for group in local.groups.values()) for local in stages]
+        self.checkpoint = self.processes * copied * max(parts)
+        """The copy from which `checkpoint.background` writes: 12 bytes a parameter, page-locked with a GPU."""
+        self.offloaded = self.processes * max(between_steps(local, zero)["host"] for local in stages)
+        self.total = self.libraries + self.checkpoint + self.offloaded

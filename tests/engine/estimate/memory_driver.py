@@ -30,7 +30,7 @@ from qatscale.engine.initialize import initialize_engine, place_parameters
 from qatscale.engine.layout_plan import plan_layout
 from qatscale.engine.runtime import Runtime, start_runtime
 from qatscale.engine.step import apply_settings, train_step
-from qatscale.engine.topology import join_topology
+from qatscale.engine.topology import Topology
 from qatscale.engine.zero_masters import ZeroMasters
 from qatscale.model.initial_weights import InitialWeights
 from qatscale.model.llama import Llama
@@ -45,7 +45,7 @@ def measure(overrides: list[str], ds_config: dict[str, Any], runtime: Runtime) -
     config = load_run_config("debug", overrides)
     layout = plan_layout(config, ds_config, runtime.ranks)
     timeline = build_timeline(config)
-    topology = join_topology(config, layout, runtime)
+    topology = Topology(config, layout, runtime)
     rows = config.batch.sequences // layout.data
     batch = torch.randint(config.model.vocab_size, (rows, config.data.sequence_length + 1))
     gc.collect()

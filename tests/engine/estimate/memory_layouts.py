@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qatscale.config.recipe import load_run_config
-from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
+from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import Kinds, ZeroSettings, fullest_moment
 from qatscale.engine.layout import Layout, stages_of
 from qatscale.engine.layout_plan import plan_layout
@@ -96,14 +96,13 @@ MORE = {
 def sizes_of(of: Run) -> list[LocalSizes]:
     """What a process of each stage holds."""
     config, layout = load_run_config("debug", of.all_overrides), layout_of(of)
-    return [local_sizes(config, layout, stage) for stage in stages_of(config)]
+    return [LocalSizes(config, layout, stage) for stage in stages_of(config)]
 
 
 def estimate(of: Run, stage: int, phase: str) -> tuple[str, Kinds]:
     """(moment, bytes by kind) with the kernels of CPU, where what is offloaded is in the same memory."""
-    config, layout = load_run_config("debug", of.all_overrides), layout_of(of)
-    zero = ZeroSettings(of.ds_config, layout.data)
-    return fullest_moment(config, layout, sizes_of(of)[stage], zero, quantized=phase == "qat", device="cpu")
+    zero = ZeroSettings(of.ds_config, layout_of(of).data)
+    return fullest_moment(sizes_of(of)[stage], zero, quantized=phase == "qat", device="cpu")
 
 
 def layout_of(of: Run) -> Layout:

@@ -10,7 +10,7 @@ from qatscale.config.ds_config import load_ds_config
 from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters, device_memory, device_names, flops_per_token, peak_flops
-from qatscale.engine.estimate.fits import Given, estimate_job, network_advice, refuse_what_cannot_fit
+from qatscale.engine.estimate.fits import Given, JobEstimate, network_advice, refuse_what_cannot_fit
 from qatscale.engine.estimate.memory import LIBRARIES, ON_DEVICE
 from qatscale.errors import UserError
 
@@ -24,7 +24,7 @@ def config_of(*overrides: str, recipe: str = "86m") -> RunConfig:
 
 def test_speed_is_the_peak_over_the_arithmetic_with_the_bubble_and_the_network() -> None:
     config = config_of("engine.pipeline_stages=4", "engine.ds_config=zero1_bf16")
-    job = estimate_job(config, ZERO1_BF16, 8, Given("H200", 0.4))
+    job = JobEstimate(config, ZERO1_BF16, 8, Given("H200", 0.4))
     micro_batches = 256 // (16 * 2)
     arithmetic = 256 * 2048 * flops_per_token(config.model, 2048) / (0.4 * 989e12 * 8)
     assert job.bubble == 3 / (micro_batches + 3)
@@ -57,7 +57,7 @@ def test_every_recipe_on_every_layout(recipe: str, ds_config: str, tensor: int, 
         overrides += [f"model.kv_heads={tensor}"]
     overrides += [f"model.layers={max(shape.layers, stages)}"]
     config = load_run_config(recipe, overrides)
-    job = estimate_job(config, load_ds_config(ds_config), 4)
+    job = JobEstimate(config, load_ds_config(ds_config), 4)
     assert len(job.stages) == stages
     for stage in job.stages:
         assert all(size >= 0 for size in stage.kinds.values())
@@ -71,31 +71,31 @@ def test_every_recipe_on_every_layout(recipe: str, ds_config: str, tensor: int, 
 def test_host_memory_of_a_node() -> None:
     """8b on 64 processes, of which 8 share a node, which keeps its share of 12 bytes a parameter."""
     config = load_run_config("8b", ["qat.scheme=fp"])
-    host = estimate_job(config, load_ds_config("zero3_bf16"), 64).host
+    host = JobEstimate(config, load_ds_config("zero3_bf16"), 64).host
     parameters = count_parameters(config.model)
     assert host.processes == 8
     assert host.libraries == 8 * LIBRARIES
     assert host.checkpoint == pytest.approx(8 * 12 * parameters / 64, rel=1e-3)
     assert host.total == host.libraries + host.checkpoint
-    waiting = estimate_job(config_of("checkpoint.background=false"), ZERO1_BF16, 1).host
+    waiting = JobEstimate(config_of("checkpoint.background=false"), ZERO1_BF16, 1).host
     assert waiting.checkpoint == waiting.offloaded == 0
 
 
 def test_offloaded_state_is_on_the_host() -> None:
     """fp32 masters, two moments and gradients, and the weights on their way back in bf16: 18 bytes a parameter."""
     config = load_run_config("396m", ["checkpoint.background=false"])
-    host = estimate_job(config, load_ds_config("zero2_bf16_offload"), 8).host
+    host = JobEstimate(config, load_ds_config("zero2_bf16_offload"), 8).host
     assert host.offloaded == pytest.approx(18 * count_parameters(config.model), rel=0.15)
 
 
 def test_too_little_host_memory_is_refused_with_the_cure() -> None:
     config = load_run_config("396m", ["qat.scheme=fp"])
     ds = load_ds_config("zero1_bf16")
-    needs = estimate_job(config, ds, 1).host.total / 1e9
-    refuse_what_cannot_fit(config, ds, estimate_job(config, ds, 1, Given(host_memory=1.01 * needs)))
+    needs = JobEstimate(config, ds, 1).host.total / 1e9
+    refuse_what_cannot_fit(JobEstimate(config, ds, 1, Given(host_memory=1.01 * needs)))
     with pytest.raises(UserError, match=r"--host-memory.*Would fit: .*checkpoint\.background=false") as error:
-        refuse_what_cannot_fit(config, ds, estimate_job(config, ds, 1, Given(host_memory=0.99 * needs)))
-    without = estimate_job(load_run_config("396m", ["qat.scheme=fp", "checkpoint.background=false"]), ds, 1)
+        refuse_what_cannot_fit(JobEstimate(config, ds, 1, Given(host_memory=0.99 * needs)))
+    without = JobEstimate(load_run_config("396m", ["qat.scheme=fp", "checkpoint.background=false"]), ds, 1)
     assert f"checkpoint.background=false ({without.host.total / 1e9:.3g} GB)" in str(error.value)
 
 
@@ -108,9 +108,9 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     with pytest.raises(
         UserError, match=r"has 40 GB; a process needs .* GB .* Would fit: .*engine.ds_config=zero3_bf16"
     ):
-        refuse_what_cannot_fit(config, ds, estimate_job(config, ds, 64, given))
+        refuse_what_cannot_fit(JobEstimate(config, ds, 64, given))
     fitting = load_ds_config("zero3_bf16")
-    refuse_what_cannot_fit(config, fitting, estimate_job(config, fitting, 64, given))
+    refuse_what_cannot_fit(JobEstimate(config, fitting, 64, given))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 )
 def test_a_wrong_device_or_number(given: Given, ds_config: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
-        estimate_job(config_of(f"engine.ds_config={ds_config}"), load_ds_config(ds_config), 1, given)
+        JobEstimate(config_of(f"engine.ds_config={ds_config}"), load_ds_config(ds_config), 1, given)
 
 
 def test_known_devices_have_a_peak_and_a_memory() -> None:
@@ -146,13 +146,13 @@ def test_a_network_bound_run_is_told_which_change_helps() -> None:
     one send a 16th. The step that is promised is that of the changed run."""
     ds, given = load_ds_config("zero3_bf16"), Given(H100, 0.4)
     config = load_run_config("8b", ["batch.micro_batch=1", "engine.activation_checkpointing=true"])
-    job = estimate_job(config, ds, 64, given)
+    job = JobEstimate(config, ds, 64, given)
     assert job.network.seconds > job.compute_seconds > 0  # type: ignore[operator]
-    advice = network_advice(config, ds, job)
+    advice = network_advice(job)
     assert advice is not None
     assert advice.startswith("bound by the network: batch.micro_batch=16 fits and sends 16 x less")
     changed = load_run_config("8b", ["batch.micro_batch=16", "engine.activation_checkpointing=true"])
-    better = estimate_job(changed, ds, 64, given)
+    better = JobEstimate(changed, ds, 64, given)
     assert better.fits
     assert f"{better.step_seconds:.3g} s a step" in advice
 
@@ -160,12 +160,12 @@ def test_a_network_bound_run_is_told_which_change_helps() -> None:
 def test_reducing_once_a_step_is_advised_where_it_fits() -> None:
     """ZeRO-2 reduces after each of 4 micro-batches, ZeRO-1 after the last. A slow link is hidden by neither."""
     config, ds = load_run_config("2p2b", ["batch.micro_batch=2"]), load_ds_config("zero2_bf16")
-    advice = network_advice(config, ds, estimate_job(config, ds, 64, Given(H100, 0.4, network=10)))
+    advice = network_advice(JobEstimate(config, ds, 64, Given(H100, 0.4, network=10)))
     assert advice is not None
     assert re.search(r"engine\.ds_config=zero1_bf16 fits and sends 3\.\d x less", advice)
 
 
 def test_a_fast_network_needs_no_advice() -> None:
     config, ds = load_run_config("8b"), load_ds_config("zero3_bf16")
-    assert network_advice(config, ds, estimate_job(config, ds, 64, Given(H100, 0.4, network=1e6))) is None
-    assert network_advice(config, ds, estimate_job(config, ds, 64, Given(H100))) is None, "its speed is unknown"
+    assert network_advice(JobEstimate(config, ds, 64, Given(H100, 0.4, network=1e6))) is None
+    assert network_advice(JobEstimate(config, ds, 64, Given(H100))) is None, "its speed is unknown"

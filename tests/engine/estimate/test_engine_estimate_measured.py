@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from qatscale.config.recipe import load_run_config
 from qatscale.engine.estimate.memory import ZeroSettings, between_steps, start_bytes
 from qatscale.engine.estimate.traffic import traffic_of
 from tests.engine.estimate.memory_layouts import MORE, RUNS, estimate, fullest, layout_of, measure, sizes_of
@@ -64,10 +63,9 @@ def test_what_is_sent(measured: Measured, name: str) -> None:
     """Within 2 %: gradient norms and flags are sent too. Where ZeRO-3 prefetches less than a matrix, the weights that
     stay gathered are known more roughly."""
     run = RUNS[name]
-    config, layout = load_run_config("debug", run.all_overrides), layout_of(run)
-    zero = ZeroSettings(run.ds_config, layout.data)
+    zero = ZeroSettings(run.ds_config, layout_of(run).data)
     for sizes in sizes_of(run):
-        sent = sum(traffic_of(config, layout, sizes, zero, quantized=True).values())
+        sent = sum(traffic_of(sizes, zero, quantized=True).values())
         found = fullest(measured[name], run, sizes.stage.index, "sent")
         assert sent == pytest.approx(found, rel=0.15 if "prefetching one" in name else 0.02), sizes.stage
 

@@ -9,7 +9,7 @@ import pytest
 from qatscale.config.recipe import load_run_config, recipe_names
 from qatscale.config.schema import QatConfig, RunConfig
 from qatscale.config.sizes import count_parameters, stored_weights
-from qatscale.engine.estimate.local_sizes import LocalSizes, local_sizes
+from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import Kinds, ZeroSettings, between_steps, fullest_moment, partition
 from qatscale.engine.layout import Layout, stages_of
 from qatscale.engine.layout_plan import plan_layout
@@ -22,7 +22,7 @@ def config_of(*overrides: str, recipe: str = "86m") -> RunConfig:
 
 
 def sizes_of(config: RunConfig, layout: Layout, stage: int = 0) -> LocalSizes:
-    return local_sizes(config, layout, stages_of(config)[stage])
+    return LocalSizes(config, layout, stages_of(config)[stage])
 
 
 def peak(
@@ -30,7 +30,7 @@ def peak(
 ) -> tuple[str, Kinds]:
     layout = plan_layout(config, ds, processes)
     zero = ZeroSettings(ds, layout.data)
-    return fullest_moment(config, layout, sizes_of(config, layout, stage), zero, quantized=quantized)
+    return fullest_moment(sizes_of(config, layout, stage), zero, quantized=quantized)
 
 
 # --- what a process holds ---
