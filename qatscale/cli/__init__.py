@@ -7,9 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any
 
 from qatlaw.errors import InputError
 from qatscale.cli.broken_pipe import IgnoreBrokenPipe
@@ -41,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stderr = IgnoreBrokenPipe(sys.stderr)
     if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    with _finished() if own_process else nullcontext(), _nothing_to_save() if continues else nullcontext():
+    with _finished(words, own_process), _nothing_to_save() if continues else nullcontext():
         try:
             _check_text(words, own_process)
             from qatscale.cli.app import app
@@ -52,10 +51,6 @@ def main(arguments: list[str] | None = None) -> None:
                 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             try:
                 app(arguments, prog_name="qatscale")
-            except SystemExit as end:
-                if end.code == EXIT_BAD_INPUT:  # of Typer, which has named the fault
-                    _hint(words)
-                raise
             finally:
                 if not continues:
                     stdout.finish()
@@ -65,7 +60,6 @@ def main(arguments: list[str] | None = None) -> None:
             rank = os.environ.get("RANK", "0")
             time.sleep(_LATER if rank != "0" else 0)
             print(f"error: {error}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
-            _hint(words)
             sys.exit(EXIT_BAD_INPUT)
         except Exception as error:
             if fault(error) is None:
@@ -88,14 +82,6 @@ def _check_text(words: list[str], own_process: bool) -> None:
                 os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
 
 
-def _hint(words: list[str]) -> None:
-    from qatscale.cli.kinds import hints
-
-    with suppress(OSError):
-        for line in hints(words):
-            print(line, file=sys.stderr)
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
     """KeyboardInterrupt, but for an import of torch, whose C++ side would abort with it."""
     if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
@@ -104,19 +90,24 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - 
 
 
 @contextmanager
-def _finished() -> Iterator[None]:
-    """After this context a signal ends the process with the code of its command, amid what libraries clean up."""
-    code: Any = EXIT_FAILED
+def _finished(words: list[str], own_process: bool) -> Iterator[None]:
+    """After this context a signal ends the process with the code of its command, amid what libraries clean up.
+
+    A wrong input, Typer's too, is followed by hints about the paths in it.
+    """
     try:
         yield
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-        raise
     finally:
+        error = sys.exception()
+        code = getattr(error, "code", EXIT_FAILED if error else 0) or 0
+        if code == EXIT_BAD_INPUT:
+            from qatscale.cli.kinds import hints
+
+            for line in hints(words):
+                print(line, file=sys.stderr)
         sys.stdout.flush()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if own_process and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: os._exit(code))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def _kind(path: Path) -> str | None:
         if path.name.startswith("step-"):
             return "a checkpoint"
         return next((kind for name, kind in _HELD.items() if any(path.glob(name))), None)
-    if not path.suffix or not is_file(path):
+    if not is_file(path) or not os.access(path, os.R_OK):
         return None
     with path.open("rb") as file:
         start = file.read(1 << 14)
