@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qatscale.files import is_file, is_folder
@@ -59,8 +59,10 @@ def _kind(path: Path) -> str | None:
         if path.name.startswith("step-"):
             return "a checkpoint"
         return next((kind for name, kind in _HELD.items() if any(path.glob(name))), None)
-    if not is_file(path) or not os.access(path, os.R_OK):
+    if not is_file(path):
         return None
-    with path.open("rb") as file:
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
         start = file.read(1 << 14)
-    return next((kind for kind, ends, mark in _FILES if path.suffix in ends.split() and re.search(mark, start)), None)
+    found = (kind for kind, ends, mark in _FILES if path.suffix in ends.split() and re.search(mark, start))
+    return next(found, None)
