@@ -79,7 +79,8 @@ class Format(ABC):
         UserError for a parameter whose first encoding cannot hold it, unless `fallback` allows the next. Also for a
         model without quantized parameters in a format of quantized weights.
         """
-        if not source.is_quantized and not self.holds_full_precision:
+        is_quantized = any(parameter.quantizer for parameter in source.parameters)
+        if not is_quantized and not self.holds_full_precision:
             why = "has not switched to QAT" if source.config.qat.scheme != "fp" else "was trained in full precision"
             fix = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
             raise UserError("--format", self.name, f"stores quantized weights, and the checkpoint {why}.", fix)
