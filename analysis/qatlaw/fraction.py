@@ -20,14 +20,10 @@ A = 6.7297
 """The closed form's one fitted constant [note]."""
 MEAN_ABSOLUTE_ERROR = 0.091
 """The closed form against the measured optimal fractions [note]."""
-MEASURED_PARAMETERS = (86e6, 2.2e9)
-"""Model sizes of the 757 runs behind it [paper]."""
-MEASURED_TOKENS = (2.3e9, 1.4e12)
-"""Their token counts [paper]."""
-MEASURED_BITS = (1, 6)
-"""Their bit widths were 1, 2, 4 and 6 [paper]."""
 MEASURED_S = (35.0, 1e5)
-"""Tokens per parameter byte that those ranges span, about [ours]."""
+"""Tokens per parameter byte that the ranges of MEASURED span, about [ours]."""
+MEASURED = {"S": MEASURED_S, "N": (86e6, 2.2e9), "D": (2.3e9, 1.4e12), "B": (1, 6)}
+"""(low, high) of the 757 runs behind it; their bit widths were 1, 2, 4 and 6 [paper]."""
 
 ROUNDING = 0.01
 """The measured ranges have two digits, so a model of 85.9M is one of their 86M [ours]."""
@@ -75,22 +71,29 @@ def closed_form(N: float, D: float, B: float) -> float | None:
     return (fraction_at(S) or None) if S > 1 else None
 
 
-MEASURED = {"S": MEASURED_S, "N": MEASURED_PARAMETERS, "D": MEASURED_TOKENS, "B": MEASURED_BITS}
-
-
 def extrapolation_warning(
     N: float, D: float, B: float, measured: Mapping[str, tuple[float, float]] = MEASURED
 ) -> str | None:
     """One sentence that names all numbers outside the measured ranges, or None."""
     S = tokens_per_parameter_byte(N, D, B)
-    outside = []
-    if not measured["S"][0] <= S <= measured["S"][1]:
-        low, high = measured["S"]
-        outside.append(f"S = {S:.4g} tokens per parameter byte (measured about {low:g} to {high:g})")
-    for name, value in (("N", N), ("D", D), ("B", B)):
-        low, high = measured[name]
-        if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
-            outside.append(f"{name} = {amount(value)} (measured {amount(low)} to {amount(high)})")
+    low, high = measured["S"]
+    outside = beyond({"N": N, "D": D, "B": B}, measured, "measured")
+    if not low <= S <= high:
+        outside.insert(0, f"S = {S:.4g} tokens per parameter byte (measured about {low:g} to {high:g})")
     if not outside:
         return None
     return f"the optimal QAT fraction is an extrapolation of its closed form: {', '.join(outside)}"
+
+
+def beyond(values: Mapping[str, ArrayLike], ranges: Mapping[str, tuple[float, float]], source: str) -> list[str]:
+    """`N = 3B (SOURCE 86M to 2.2B)` for each value, or `N = 3B to 8B (…)` for an array, outside its range, if it has
+    one, but for ROUNDING."""
+    outside = []
+    for name, value in values.items():
+        low, high = ranges.get(name, (0.0, np.inf))
+        numbers = np.atleast_1d(np.asarray(value, np.float64))
+        wrong = numbers[~((low * (1 - ROUNDING) <= numbers) & (numbers <= high * (1 + ROUNDING)))]
+        if len(wrong):
+            ends = " to ".join(dict.fromkeys((amount(wrong.min()), amount(wrong.max()))))
+            outside.append(f"{name} = {ends} ({source} {amount(low)} to {amount(high)})")
+    return outside

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS, bits_label
 from qatlaw.errors import InputError
-from qatlaw.fraction import MEASURED, ROUNDING, tokens_per_parameter_byte
+from qatlaw.fraction import MEASURED, ROUNDING, beyond, tokens_per_parameter_byte
 from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
 from qatlaw.laws.named import NAMED
 from qatlaw.text import plural
@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # every --help imports this module, and does not wait for a l
     from qatlaw.laws.base import Law
     from qatlaw.laws.nominal import EffectiveBits
 
+_RANGES = {"N": "n_params", "D": "tokens", "B": "bits", "S": "s_total"}
+"""Symbol to key of a fit.json's ranges."""
 SYNTHETIC = "synthetic"
 SYNTHETIC_WARNING = "every prediction here comes from a made-up law, for demonstration: plan nothing by it"
 
@@ -54,20 +56,12 @@ class PlannerLaw:
         low, high = self.range["bits"] if self.law.form.one_width else (0, float("inf"))
         return tuple(width for width in BIT_WIDTHS if low <= width <= high)
 
-    def warning(self, N: float, D: float, B: float | None = None) -> str | None:
-        """Names each number that lies outside the range of the law's runs; None where all lie inside.
-
-        B: bits per quantized weight; None for a full-precision run.
-        """
-        amounts = {"n_params": ("N", N), "tokens": ("D", D)}
-        if B is not None:
-            B = B if self.effective is None else float(self.effective(N, B))
-            amounts |= {"bits": ("B", B), "s_total": ("S", tokens_per_parameter_byte(N, D, B))}
-        outside = []
-        for key, (symbol, value) in amounts.items():
-            low, high = self.range.get(key, (0.0, float("inf")))
-            if not low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
-                outside.append(f"{symbol} = {amount(value)} (its runs: {amount(low)} to {amount(high)})")
+    def warning(self, N: float, D: float, B: float) -> str | None:
+        """Names each number that lies outside the range of the law's runs; None where all lie inside."""
+        B = B if self.effective is None else float(self.effective(N, B))
+        values = {"N": N, "D": D, "B": B, "S": tokens_per_parameter_byte(N, D, B)}
+        ranges = {symbol: self.range[key] for symbol, key in _RANGES.items() if key in self.range}
+        outside = beyond(values, ranges, "its runs:")
         sentences = [f"the loss law is extrapolated: {', '.join(outside)}"] if outside else []
         if len(self.sizes) == 2 and all(abs(N / size - 1) > ROUNDING for size in self.sizes):
             known = " and ".join(map(amount, self.sizes))
@@ -149,5 +143,5 @@ def plan_law(name: str | None, effective: EffectiveBits, *, losses: bool = False
 def synthetic_law() -> PlannerLaw:
     from qatlaw import synthetic
 
-    ranges = {"n_params": MEASURED["N"], "tokens": MEASURED["D"], "bits": MEASURED["B"], "s_total": MEASURED["S"]}
+    ranges = {key: MEASURED[symbol] for symbol, key in _RANGES.items()}
     return PlannerLaw(synthetic.law(), "synthetic, fitted on no runs", ranges, synthetic=True)

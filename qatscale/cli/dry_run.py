@@ -240,7 +240,7 @@ def as_dict(job: JobEstimate) -> dict[str, Any]:
     return {
         "layout": asdict(job.layout), "zero_stage": job.zero_stage, "precision": job.precision,
         "micro_batches": job.micro_batches, "stages": [asdict(one) | {"total": one.total} for one in job.stages],
-        "host": vars(job.host), "traffic": job.traffic, "network": asdict(job.network), "bubble": job.bubble,
+        "host": vars(job.host), "traffic": job.traffic, "network": vars(job.network), "bubble": job.bubble,
         "notices": job.notices, "given": asdict(job.given), "gpu_memory": job.gpu_memory,
         "compute_seconds": job.compute_seconds, "processes": job.layout.processes, "fits": job.fits,
         "fits_host": job.fits_host, "fullest_stage": job.fullest.stage, "gpu": job.given.gpu, "mfu": job.given.mfu,

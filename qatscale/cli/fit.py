@@ -21,29 +21,23 @@ if TYPE_CHECKING:
     from qatlaw.runs import Collected
     from qatlaw.summary import Rows, Summary
 
-_SOURCE = "Where the runs are (one of them)"
 
-Experiment = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=_SOURCE, metavar="NAME", help="Finished runs of an MLflow experiment: qatscale."),
-]
+def _source(text: str, metavar: str | None = None) -> Any:
+    return typer.Option(rich_help_panel="Where the runs are (one of them)", metavar=metavar, help=text)
+
+
+Experiment = Annotated[str | None, _source("Finished runs of an MLflow experiment: qatscale.", "NAME")]
 Table = Annotated[
     Path | None,
-    typer.Option(
-        rich_help_panel=_SOURCE,
-        help="A .csv or .parquet: n_params, bits, tokens_fp and tokens_qat (or tokens and qat_fraction), loss, scheme; "
-        "seed, if there are repeats.",
+    _source(
+        "A .csv or .parquet: n_params, bits, tokens_fp and tokens_qat (or tokens and qat_fraction), loss, scheme; "
+        "seed, if there are repeats."
     ),
 ]
 Column = Annotated[
-    list[str] | None,
-    typer.Option(
-        rich_help_panel=_SOURCE,
-        metavar="NAME=COLUMN",
-        help="A column of --table that has another name: loss=val_loss.",
-    ),
+    list[str] | None, _source("A column of --table that has another name: loss=val_loss.", "NAME=COLUMN")
 ]
-Runs = Annotated[Path | None, typer.Option(rich_help_panel=_SOURCE, help="A folder of run folders: runs.")]
+Runs = Annotated[Path | None, _source("A folder of run folders: runs.")]
 Uri = Annotated[
     str | None, typer.Option(help="MLflow store of --experiment. [default: MLFLOW_TRACKING_URI, or ./mlflow.db]")
 ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 REFRESH = 2.0
 """Seconds between two looks at a study."""
 _MOST_ROWS = 12
+Folder = Annotated[Path, typer.Argument(help="The folder of a study.")]
 
 
 def run(
@@ -110,10 +111,7 @@ def work(
     sys.exit(Worker(StudyFolder(folder)).work())
 
 
-def status(
-    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
-    as_json: Json = False,
-) -> None:
+def status(folder: Folder, as_json: Json = False) -> None:
     """Print which runs are done, running, failed or blocked, and the time left; live on a terminal, until Ctrl-C."""
     from qatscale.study.folder import StudyFolder
     from qatscale.study.state import StudyState
@@ -137,9 +135,7 @@ def status(
         show()
 
 
-def average(
-    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
-) -> None:
+def average(folder: Folder) -> None:
     """Average and evaluate the weights of runs that differ in the cooldown's data alone, and of uncooled runs' ends.
 
     Each average is a row of results.csv and a run's folder in averages/. The report is written anew, with bias and

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,11 @@ TakeOver = Annotated[
 ]
 
 
+def _dry(text: str, **settings: Any) -> Any:
+    """An option without effect on training."""
+    return typer.Option(help=f"With --dry-run{text}", **settings)
+
+
 def train(
     recipe: Annotated[
         str,
@@ -43,31 +48,19 @@ def train(
         ),
     ] = None,
     dry_run: DryRun = False,
-    figure: Annotated[Path | None, typer.Option(help="With --dry-run: draw the timeline into this file.")] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: GPUs of the job. [default: WORLD_SIZE, or one model's]")
-    ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="With --dry-run: check that the run fits into this GPU: H200.")
-    ] = None,
-    gpu_memory: Annotated[
-        float | None, typer.Option(help="With --dry-run, for a GPU that is not known by name: its memory in GB.")
-    ] = None,
+    figure: Annotated[Path | None, _dry(": draw the timeline into this file.")] = None,
+    processes: Annotated[int | None, _dry(": GPUs of the job. [default: WORLD_SIZE, or one model's]", min=1)] = None,
+    gpu: Annotated[str | None, _dry(": check that the run fits into this GPU: H200.")] = None,
+    gpu_memory: Annotated[float | None, _dry(", for a GPU that is not known by name: its memory in GB.")] = None,
     peak_flops: Annotated[
-        str | None,
-        typer.Option(
-            metavar="989T", help="With --dry-run, for a GPU that is not known by name: its bf16 peak in FLOP/s."
-        ),
+        str | None, _dry(", for a GPU that is not known by name: its bf16 peak in FLOP/s.", metavar="989T")
     ] = None,
-    mfu: Annotated[
-        float | None, typer.Option(help="With --dry-run: print tokens/s at this share of the GPU's peak: 0.4.")
-    ] = None,
+    mfu: Annotated[float | None, _dry(": print tokens/s at this share of the GPU's peak: 0.4.")] = None,
     network: Annotated[
-        float | None,
-        typer.Option(help="With --dry-run: GB/s that a GPU sends (nccl-tests' busbw). [default: 50; 400 in a node]"),
+        float | None, _dry(": GB/s that a GPU sends (nccl-tests' busbw). [default: 50; 400 in a node]")
     ] = None,
     host_memory: Annotated[
-        float | None, typer.Option(help="With --dry-run: check that the run fits into this many GB of a node's memory.")
+        float | None, _dry(": check that the run fits into this many GB of a node's memory.")
     ] = None,
     take_over: TakeOver = False,
     as_json: Json = False,

@@ -121,7 +121,6 @@ def _inside(annotation: Any, part: int | str) -> tuple[Any, Sequence[Any]] | Non
 
 
 def _keys(place: _Place) -> Iterable[str]:
-    """The keys that a mapping may have."""
     for member in members(place.annotation):
         if isinstance(member, type) and issubclass(member, Section):
             return member.model_fields

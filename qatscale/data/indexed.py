@@ -118,7 +118,6 @@ class IndexedReader:
 
     def _check_bin_size(self, index: BinaryIO) -> None:
         def last(form: str, end: int) -> int:
-            """The last number of a part of the index."""
             index.seek(end - struct.calcsize(form))
             return int(struct.unpack(form, index.read(struct.calcsize(form)))[0])
 

@@ -162,7 +162,6 @@ class Manifest(_Part):
 
     @functools.cached_property
     def _file_tokens(self) -> dict[str, int]:
-        """Name of a file → the tokens that all splits hold of it."""
         tokens: Counter[str] = Counter()
         for counts in self.splits.values():
             for shard in counts.shards:

@@ -19,7 +19,7 @@ def open_batches(config: RunConfig, timeline: Timeline) -> BatchReader:
     """The training batches of a run. UserError as from `open_stream`, and where the data cannot fill one batch."""
     data, last, streams = config.data, timeline.last_cooldown, _open_sources(config, "train")
     tail = (last, data.cooldown_seed) if data.cooldown_seed and last is not None else None
-    mixture, manifest = mixture_of(config, timeline), _manifest_of(streams)
+    mixture, manifest = mixture_of(config, timeline), joined({name: s.manifest for name, s in streams.items()})
     return BatchReader(streams, data.sequence_length, config.batch.sequences, data.seed, tail, mixture, manifest)
 
 
@@ -42,7 +42,7 @@ def open_stream(config: RunConfig, split: Split) -> TokenStream:
     if len(streams) == 1:
         return next(iter(streams.values()))
     assert config.data.path is not None
-    manifest = _manifest_of(streams)
+    manifest = joined({name: stream.manifest for name, stream in streams.items()})
     open_shard = functools.partial(manifest.open_shard, config.data.path)
     return TokenStream(manifest, manifest.splits[split].shards, open_shard, f"{config.data.path} ({split})")
 
@@ -63,10 +63,6 @@ def _open_sources(config: RunConfig, split: Split) -> dict[str, TokenStream]:
     held = [name for name, manifest in manifests.items() if split == "train" or manifest.holds(split)]
     sources = config.data.sources
     return {name: TokenStream.open(sources[name], split, verify, manifests[name]) for name in held or manifests}
-
-
-def _manifest_of(streams: Mapping[str, TokenStream]) -> Manifest:
-    return joined({name: stream.manifest for name, stream in streams.items()})
 
 
 def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture:

@@ -77,7 +77,6 @@ class SegmentEncoder:
 
 
 def model_proto(model: bytes) -> Any:
-    """The content of a serialized SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2.ModelProto.FromString(model)

@@ -148,7 +148,6 @@ def _new(texts: Iterator[str], seen: set[bytes]) -> Iterator[str]:
 
 
 def _documents(texts: Iterator[str]) -> Iterator[str]:
-    """Neighbouring texts joined into documents."""
     taken: list[str] = []
     total = 0
     for text in texts:

@@ -47,8 +47,6 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Batch:
-    """Records to tokenize together."""
-
     records: list[Record]
     position: Any
     """Where reading continues after them, for `batches(position)` of the same source; JSON."""

@@ -95,7 +95,6 @@ def _problems(config: RunConfig, ds: Mapping[str, Any], processes: int) -> Itera
 
 
 def _multiples(size: int, of: int) -> str:
-    """The nearest multiples, for a message."""
     below = size // of * of
     return f"{below} or {below + of}" if below else str(of)
 

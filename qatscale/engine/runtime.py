@@ -147,7 +147,6 @@ def outcome_of(work: Callable[[], Any] | None, runtime: Runtime) -> Outcome:
 
 
 def results_of(outcomes: Sequence[Outcome]) -> list[Any]:
-    """What all have given, or the errors."""
     errors = [error for _, error in outcomes if error]
     if errors and isinstance(errors[0], OSError):
         raise OSError("; ".join(map(str, errors)))

@@ -29,8 +29,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 DEFAULT_TOKENS = 65_536
 """Held-out tokens that a verification uses at most, unless asked for more."""
 
-Verifier = Callable[[ExportLayout, Path], Verification]
-
 
 class VerificationError(FailedError):
     """A client computes something other than the trained model. The export is removed."""
@@ -76,12 +74,12 @@ def export(
     layout = chosen.layout(source, fallback)
     origin = provenance(source)
     tokenizer_files = find_tokenizer(source, tokenizer)
-    verifier = _verifier(source, chosen, tokens) if verify else None
+    held_out = _held_out(source, tokens) if verify else []  # missing data are reported before any file is written
     with appearing(out) as folder, torch.no_grad():
         progress(f"writing {len(layout.entries)} tensors")
         chosen.write(layout, folder, tokenizer_files)
         progress("comparing what its clients compute with the trained model (fewer --tokens are quicker)")
-        verification = verifier(layout, folder) if verifier else None
+        verification = _verify(layout, chosen, folder, held_out) if verify else None
         if verification and not verification.passed:
             raise VerificationError(verification)
         described = contents(layout, chosen, origin, folder, verification)
@@ -115,27 +113,22 @@ def find_tokenizer(source: ExportSource, given: str | None) -> Path | None:
     return folder
 
 
-def _verifier(source: ExportSource, format: Format, tokens: int | None) -> Verifier:
-    """The verification. It opens the held-out data at once: missing data are reported before any file is written."""
-    limit = min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else tokens
-    held_out = _held_out(source, limit)
-
-    def check(layout: ExportLayout, folder: Path) -> Verification:
-        if isinstance(source.reader, PluginFolder):
-            trained = source.reader.plain_model()
-        else:
-            model, _ = load_checkpointed_model(source.reader, source.config, torch.device("cpu"))
-            with open_view(model, source.view):
-                trained = materialised(model)
-            del model
-        return Verification(layout, format.path(folder), format.clients, trained, held_out)
-
-    return check
+def _verify(layout: ExportLayout, format: Format, folder: Path, held_out: Sequence[Tensor]) -> Verification:
+    source = layout.source
+    if isinstance(source.reader, PluginFolder):
+        trained = source.reader.plain_model()
+    else:
+        model, _ = load_checkpointed_model(source.reader, source.config, torch.device("cpu"))
+        with open_view(model, source.view):
+            trained = materialised(model)
+        del model
+    return Verification(layout, format.path(folder), format.clients, trained, held_out)
 
 
-def _held_out(source: ExportSource, tokens: int) -> Sequence[Tensor]:
+def _held_out(source: ExportSource, tokens: int | None) -> Sequence[Tensor]:
     """Sequences of token ids, [sequence_length + 1] each."""
-    evaluation = source.config.evaluation.model_copy(update={"tokens": tokens})
+    limit = min(source.config.evaluation.tokens, DEFAULT_TOKENS) if tokens is None else tokens
+    evaluation = source.config.evaluation.model_copy(update={"tokens": limit})
     try:
         reader = open_validation(source.config.model_copy(update={"evaluation": evaluation}))
     except UserError as error:

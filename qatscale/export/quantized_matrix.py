@@ -56,7 +56,6 @@ class QuantizedMatrix:
         return ((self.integers.to(torch.int16) - lowest) // step).to(torch.uint8).view(torch.int8)
 
     def permuted(self, rows: Tensor) -> QuantizedMatrix:
-        """The rows at these indices, with their scales."""
         return replace(self, codes=self.codes[rows], scale=self.scale[rows])
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:

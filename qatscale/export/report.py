@@ -111,7 +111,6 @@ def _shares(tensors: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _storage(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for the parameters that are stored alike."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in tensors:
         alike.setdefault((row["bits"], row["stored_as"], row["fallback"]), []).append(row)

@@ -108,7 +108,6 @@ def materialised(model: Llama) -> Llama:
 
 @torch.no_grad()
 def stored_model(layout: ExportLayout) -> Llama:
-    """A plain fp32 model with the weights as they are stored."""
     model = Llama(layout.source.config.model)
     named = dict(model.named_parameters())
     for entry in layout.entries:

@@ -53,7 +53,6 @@ class Detokenizer:
         return "" if self._decode(self._ids).endswith(_INCOMPLETE) else self.rest()
 
     def rest(self) -> str:
-        """The text that was not returned yet."""
         text = self._decode(self._ids)
         start, self._shown = self._shown, len(text)
         return text[start:]

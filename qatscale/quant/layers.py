@@ -40,20 +40,7 @@ class FakeQuant(nn.Module):
     """
 
     weight: nn.Parameter
-    weight_scale: nn.Parameter
-    rule: BitsRule
-    group_size: int | None
-    full_numel: int
-    """Weights of the full matrix, over all processes, for LSQ's g."""
-    use_grad_factor: bool
-    calibrated: bool
     _mode: Mode
-    # Bits are kept as text, and g is computed anew in each forward. torch.compile (2.13) specialises on strings and on
-    # a module's integers. It makes a variable of a float that differs between layers or modes, and cannot pass a
-    # variable into an autograd.Function.
-    _bits: str
-    _dynamic_bits: str
-    _dynamic_scale: Tensor | None
 
     @classmethod
     def convert(
@@ -75,22 +62,29 @@ class FakeQuant(nn.Module):
         assert type(module) in cls.__bases__, f"{type(module).__name__} does not convert to {cls.__name__}"
         module.__class__ = cls
         assert isinstance(module, cls)
-        rows, channels = module.weight.shape
+        module._begin(bits, rule or BitsRule(), group_size, scale, use_grad_factor)
+        return module
+
+    def _begin(
+        self, bits: float, rule: BitsRule, group_size: int | None, scale: nn.Parameter | None, use_grad_factor: bool
+    ) -> None:
+        rows, channels = self.weight.shape
         assert group_size is None or channels % group_size == 0
         if scale is None:
             shape = (rows,) if group_size is None else (rows, channels // group_size)
-            scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=module.weight.device))
-            if shard := _shard_of_scales(module.weight, group_size):
+            scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=self.weight.device))
+            if shard := _shard_of_scales(self.weight, group_size):
                 mark(scale, shard)
-        module.weight_scale = scale
-        module._bits = module._dynamic_bits = get_quantizer(bits).bits_text
-        module.rule = rule or BitsRule()
-        module.group_size = group_size
-        module.full_numel = math.prod(full_shape(module.weight))
-        module.use_grad_factor = use_grad_factor
-        module.calibrated = False
-        module.mode = "off"
-        return module
+        self.weight_scale = scale
+        # Bits are kept as text, and g is computed anew in each forward. torch.compile (2.13) specialises on strings and
+        # on a module's integers. It makes a variable of a float that differs between layers or modes, and cannot pass a
+        # variable into an autograd.Function.
+        self._bits = self._dynamic_bits = get_quantizer(bits).bits_text
+        self.rule, self.group_size, self.use_grad_factor = rule, group_size, use_grad_factor
+        self.full_numel = math.prod(full_shape(self.weight))
+        """Weights of the full matrix, over all processes, for LSQ's g."""
+        self.calibrated = False
+        self.mode = "off"
 
     @property
     def mode(self) -> Mode:
@@ -101,7 +95,7 @@ class FakeQuant(nn.Module):
         if mode not in get_args(Mode):
             raise ValueError(f"mode {mode!r}: one of {', '.join(get_args(Mode))}")
         self._mode = mode
-        self._dynamic_scale = None
+        self._dynamic_scale: Tensor | None = None
 
     @property
     def quantizer(self) -> Quantizer:

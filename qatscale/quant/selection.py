@@ -94,7 +94,6 @@ def select(model: nn.Module, qat: QatConfig, include: Sequence[str] = (), exclud
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches a layer's name or the last part of it."""
     return any(fnmatchcase(part, pattern) for pattern in patterns for part in (name, name.rsplit(".", 1)[-1]))
 
 

@@ -16,8 +16,9 @@ NOTICEABLE = 0.8
 
 
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
+    names, why = _UNUSED[config.qat.scheme]
     return [
-        *_qat_without_effect(config),
+        *_no_effect(_changed(config.qat, "qat", names), why),
         *_schedule_without_effect(config, segments),
         *_rate_jump(config),
         *_floor_of_knots(config.schedule),
@@ -50,11 +51,6 @@ _UNUSED: dict[Scheme, tuple[tuple[str, ...], str]] = {
 }
 """Keys of `qat` without effect under a scheme, and why. A recipe's fraction is for its other schemes; one from the
 command line is refused."""
-
-
-def _qat_without_effect(config: RunConfig) -> list[str]:
-    names, why = _UNUSED[config.qat.scheme]
-    return _no_effect(_changed(config.qat, "qat", names), why)
 
 
 def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> list[str]:

@@ -71,7 +71,6 @@ def qat_bounds(config: RunConfig) -> tuple[int, int]:
 
 
 def check_two_phases(config: RunConfig) -> None:
-    """UserError where a run of one step is to have two phases."""
     if config.steps < 2:
         problem = "one optimizer step is too short for two phases."
         raise UserError("tokens", config.tokens, problem, "Train on more tokens.")

@@ -55,7 +55,6 @@ class Cooldown:
 
 
 def cooldown_of(schedule: ScheduleConfig) -> Cooldown:
-    """The cooldown that a recipe's `schedule` section asks for."""
     key = SHAPES[schedule.shape].setting
     setting = None if key is None else getattr(schedule, key)
     return Cooldown(schedule.shape, tuple(setting) if isinstance(setting, list) else setting, schedule.min_lr_ratio)

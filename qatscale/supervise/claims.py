@@ -97,12 +97,10 @@ class Claims:
         return {name: self._look(name, number) for name, number in latest.items()}
 
     def history(self, name: str) -> list[Attempt]:
-        """All attempts at a run, oldest first."""
         numbers = sorted(int(path.stem.rpartition("~")[2]) for path in self.folder.glob(f"{name}~*.json"))
         return [self._look(name, number) for number in numbers]
 
     def has_claimed(self, worker: str) -> bool:
-        """Whether a worker has ever claimed a run."""
         return any(f'"worker": "{worker}"'.encode() in path.read_bytes() for path in self.folder.glob("*.json"))
 
     def take(self, name: str, after: int, worker: str) -> Claim | None:
@@ -150,8 +148,6 @@ class Claims:
 
 
 class Claim:
-    """A claim that this process holds."""
-
     def __init__(self, path: Path, successor: Path, content: dict[str, Any]) -> None:
         self.path, self.successor, self.content = path, successor, content
         self._closed = threading.Event()
@@ -172,7 +168,6 @@ class Claim:
         self._thread.start()
 
     def close(self, state: State, reason: str = "") -> None:
-        """End the attempt and write how it ended."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()

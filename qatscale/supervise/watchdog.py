@@ -314,7 +314,6 @@ class Watchdog:
         return next(rank for rank in own if not self._is_gone(rank))
 
     def _is_gone(self, rank: int) -> bool:
-        """Whether it is a process of this host that has ended."""
         return rank in self._siblings and is_alive(self._siblings[rank]) is False
 
     def _collect(self, store: HeartbeatStore, until: float) -> list[Failure]:

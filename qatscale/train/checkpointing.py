@@ -89,8 +89,6 @@ class HostCopy:
 
 
 class _Flight(threading.Thread):
-    """A checkpoint that is being written."""
-
     def __init__(self, draft: Manifest, write: Callable[[], Path], device: torch.device) -> None:
         super().__init__(name=f"checkpoint of step {draft.step}", daemon=True)
         self.draft, self._write, self._device = draft, write, device

@@ -49,7 +49,6 @@ def format_metrics(record: Mapping[str, Any], total_steps: int, width: int = ONE
 
 
 def _packed(parts: Sequence[str], width: int) -> list[str]:
-    """As many parts a line as fit; further lines are indented."""
     lines = [parts[0]]
     for part in parts[1:]:
         if len(lines[-1]) + 2 + len(part) <= width:

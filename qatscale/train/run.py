@@ -35,8 +35,6 @@ FAILED_PATIENCE = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
-
     status: Literal["done", "stopped"]
     step: int
     final: dict[str, Any] | None
@@ -155,7 +153,6 @@ def _open_folder(log: RunLog) -> None:
 
 
 def _introduce(log: RunLog, clock_notices: Sequence[str]) -> None:
-    """Say on the console what is about to be trained, from where."""
     setup, config, timeline, resume = log.setup, log.config, log.timeline, log.resume
     log.notice(
         f"{config.name}: {format_amount(log.n_params)} parameters, {config.qat.scheme}"

@@ -160,13 +160,9 @@ def _load(resume: ResumePlan, components: TrainingComponents) -> None:
         return
     assert resume.manifest is not None
     inert = resume.manifest.switched_at is None
-    load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep=_is_scale if inert else None)
+    load_checkpoint(resume.checkpoint, components.masters, components.runtime, keep_scales=inert)
     components.plugin.load_state(resume.manifest.plugin)
     components.guard.state = resume.manifest.spikes
-
-
-def _is_scale(name: str) -> bool:
-    return name.endswith(".weight_scale")
 
 
 def resolved_settings(setup: RunSetup) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS, UNQUANTIZED_BITS
-from qatlaw.fraction import ROUNDING
+from qatlaw.fraction import beyond
 from qatlaw.laws.base import Floats
 
 if TYPE_CHECKING:  # every --help reads the names of the laws
@@ -70,7 +69,7 @@ class NamedLaw:
     widths: tuple[float, ...]
     """Bits of the weights that a plan can ask it about."""
     range: Mapping[str, tuple[float, float]]
-    """(low, high) of n (as the law counts N) and tokens in the law's own runs. A missing key is an unknown range."""
+    """(low, high) of N, as the law counts it, and D in the law's own runs. A missing key is an unknown range."""
     a_bits: float = UNQUANTIZED_BITS
     method: str = ""
     """With `a_bits`: the activations that a plan asks it about."""
@@ -93,13 +92,7 @@ class NamedLaw:
 
     def outside(self, asked: Asked) -> str | None:
         """Names what lies outside the range of its own runs."""
-        outside = []
-        for key, symbol, values in (("n", "N", asked.N), ("tokens", "D", asked.D)):
-            low, high = self.range.get(key, (0.0, np.inf))
-            wrong = values[~((low * (1 - ROUNDING) <= values) & (values <= high * (1 + ROUNDING)))]
-            if len(wrong):
-                ends = " to ".join(dict.fromkeys((amount(wrong.min()), amount(wrong.max()))))
-                outside.append(f"{symbol} = {ends} (its runs: {amount(low)} to {amount(high)})")
+        outside = beyond({"N": asked.N, "D": asked.D}, self.range, "its runs:")
         return f"{self.name} is extrapolated: {', '.join(outside)}" if outside else None
 
 
@@ -132,7 +125,7 @@ def _chen(
         loss=loss,
         answers=f"QAT from scratch with {bits:g}-bit weights, {a_bits:g}-bit activations{', ' * bool(method)}{method}",
         widths=(bits,),
-        range={"n": (74e6, 973e6), "tokens": (10e9, 200e9)},
+        range={"N": (74e6, 973e6), "D": (10e9, 200e9)},
         needs_group=True,
         a_bits=a_bits,
         method=method,
@@ -197,7 +190,7 @@ NAMED: dict[str, NamedLaw] = {
             loss=_kumar,
             answers="training with weights and activations of any width, and post-training quantization of weights",
             widths=BIT_WIDTHS,
-            range={"n": (30e6, 220e6), "tokens": (1.5e9, 26e9)},
+            range={"N": (30e6, 220e6), "D": (1.5e9, 26e9)},
         ),
         NamedLaw(
             name="quest",
@@ -205,7 +198,7 @@ NAMED: dict[str, NamedLaw] = {
             loss=_quest,
             answers="QAT from scratch at 1 to 4 bits, weights alone; 1 to 4 and 8 bits, weights and activations",
             widths=(1, 2, 3, 4),
-            range={"n": (30e6, 823e6), "tokens": (750e6, 80e9)},
+            range={"N": (30e6, 823e6), "D": (750e6, 80e9)},
             fitted_on="quest-runs",
         ),
         NamedLaw(

@@ -56,7 +56,6 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -182,7 +181,6 @@ def other_checkpoint(folder: Path) -> str:
 
 
 def writing_folder(checkpoints: Path, step: int) -> Path:
-    """The hidden folder of a checkpoint that is not complete yet."""
     return checkpoints / f".writing-step-{step:08d}"
 
 
@@ -249,7 +247,6 @@ def _may_go(folder: Path) -> bool:
 
 
 def slice_name(kind: str, parameter: str, start: int, columns: tuple[int, int] | None) -> str:
-    """The name of a slice in a shard."""
     return f"{kind}/{parameter}/{start}" + ("" if columns is None else f"/{columns[0]}-{columns[1]}")
 
 

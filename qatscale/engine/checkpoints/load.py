@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,22 +17,24 @@ from qatscale.errors import UserError
 
 
 @torch.no_grad()
-def load_checkpoint(
-    folder: Path, masters: ZeroMasters, runtime: Runtime, *, keep: Callable[[str], bool] | None = None
-) -> Manifest:
+def load_checkpoint(folder: Path, masters: ZeroMasters, runtime: Runtime, *, keep_scales: bool = False) -> Manifest:
     """Put a checkpoint's masters and Adam states into a fresh engine. Collective.
 
-    Parameters of which `keep` is true keep their initial value, whatever the checkpoint has of them (scales of a branch
-    that are not yet in use). Raises UserError for a damaged checkpoint and for one of another model.
+    keep_scales: scales, which a branch does not use yet, keep their initial value, whatever the checkpoint has of them.
+    Raises UserError for a damaged checkpoint and for one of another model.
     """
+
+    def is_loaded(name: str) -> bool:
+        return not (keep_scales and name.endswith(".weight_scale"))
+
     reader = CheckpointReader(folder)
     together(lambda: files.verify_files(folder, reader.manifest, runtime.rank, runtime.ranks), runtime)
-    saved = {name: record for name, record in reader.manifest.parameters.items() if not (keep and keep(name))}
+    saved = {name: record for name, record in reader.manifest.parameters.items() if is_loaded(name)}
     agreement = Agreement(runtime)  # the shapes of all processes come to the first alone
     shapes = agreement.gather(lambda: {name: record.shape for name, record in parameter_records(masters).items()})
 
     def check_same_model() -> None:
-        held = {name: shape for some in shapes for name, shape in some.items() if not (keep and keep(name))}
+        held = {name: shape for some in shapes for name, shape in some.items() if is_loaded(name)}
         _check_same_model(folder, held, {name: record.shape for name, record in saved.items()})
 
     agreement.gather(check_same_model if runtime.is_main else None)

@@ -37,7 +37,7 @@ from qatscale.data.open import joined
 from qatscale.engine.checkpoints.files import KINDS
 from qatscale.engine.checkpoints.manifest import PluginState
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, Skeleton, TrainingState
-from qatscale.errors import UserError
+from qatscale.errors import UserError, first_line
 from qatscale.files import Count, read_checked, sealed, sha256_of, write_json
 from qatscale.new_folder import appearing
 from qatscale.schedule.build import build_timeline
@@ -267,8 +267,8 @@ class _Reader:
         except FileNotFoundError:
             raise self.error(f"{shown} is missing.") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise self.error(f"{shown} is damaged, or holds more than numbers and is not read: {first}") from None
+            problem = f"{shown} is damaged, or holds more than numbers and is not read: {first_line(error)}"
+            raise self.error(problem) from None
 
     def error(self, problem: str, fix: str = "") -> UserError:
         return UserError(KEY, str(self.folder), problem, fix)

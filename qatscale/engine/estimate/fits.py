@@ -23,7 +23,7 @@ from qatscale.engine.estimate.memory import (
     fullest_moment,
     start_bytes,
 )
-from qatscale.engine.estimate.traffic import Traffic, network_time, traffic_of
+from qatscale.engine.estimate.traffic import NetworkTime, Traffic, traffic_of
 from qatscale.engine.layout import stages_of
 from qatscale.engine.layout_plan import bubble, layout_notices, plan_layout
 from qatscale.errors import UserError
@@ -121,7 +121,7 @@ class JobEstimate:
         speed = _speed(config, processes, self.given, self.precision)
         self.compute_seconds = config.tokens_per_step / speed / (1 - self.bubble) if speed else None
         """Arithmetic and bubble of a step; None without a device and an MFU."""
-        self.network = network_time(
+        self.network = NetworkTime(
             self.traffic, layout, zero, bandwidth=self.given.network, compute=self.compute_seconds,
             micro_batches=self.micro_batches, recomputes=config.engine.activation_checkpointing,
         )  # fmt: skip

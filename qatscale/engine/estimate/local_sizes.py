@@ -104,5 +104,4 @@ class LocalSizes:
 
     @property
     def largest(self) -> int:
-        """Elements of the largest parameter."""
         return max(matrix.numel for matrix, _ in self.matrices)

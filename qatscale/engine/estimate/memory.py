@@ -100,7 +100,6 @@ def _elements(group: Group) -> int:
 
 
 def _undivided(group: Group, zero: ZeroSettings) -> int:
-    """Elements that ZeRO-3 leaves undivided."""
     return sum(n * count for n, count in group.items() if n <= zero.persists) if zero.data > 1 else 0
 
 
@@ -235,7 +234,6 @@ def _moments(local: LocalSizes, zero: ZeroSettings, quantized: bool, device: Dev
     live = gathered(local.groups, zero)[1] * weight
 
     def copies(*matrices: Matrix | None) -> int:
-        """Bytes of quantized weights."""
         return quantized * weight * sum(m.numel for m in matrices if m and m.bits is not None)
 
     kept = stream * (1 if local.stage.is_first else 2)  # received, and kept to send its gradient

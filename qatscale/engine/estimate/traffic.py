@@ -8,8 +8,6 @@ reduce-scatter send (N - 1)/N·S each, an all-reduce both. Their number is the c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import FP32, GPUS_A_NODE, ZeroSettings, gathered
 from qatscale.engine.layout import Layout
@@ -77,48 +75,42 @@ def _ring(size: int, processes: int) -> int:
 # --- time ---
 
 
-@dataclass(frozen=True)
 class NetworkTime:
-    """Seconds of an optimizer step."""
+    """Seconds of an optimizer step's traffic, and of it what the engine hides behind the arithmetic.
 
-    gigabytes_per_second: float
-    """Over the job's slowest link: between nodes, or inside the only one."""
-    nodes: int
-    seconds: float
-    """All collectives, one after another."""
-    overlapped: float | None
-    """The seconds of these that pass while the GPU computes; None where the arithmetic's time is unknown."""
-
-
-def network_time(
-    traffic: Traffic,
-    layout: Layout,
-    zero: ZeroSettings,
-    *,
-    bandwidth: float | None,
-    compute: float | None,
-    micro_batches: int,
-    recomputes: bool,
-) -> NetworkTime:
-    """The time of the traffic, and what of it the engine hides behind `compute` seconds of arithmetic.
-
-    bandwidth: GB/s over the job's slowest link; None = by its kind. ZeRO-3 prefetches weights throughout a step. With
-    `overlap_comm` gradients are reduced behind backward, under ZeRO-1 behind that of the last micro-batch. All else
-    waits, and so do the bf16 optimizer and pipelines.
+    ZeRO-3 prefetches weights throughout a step. With `overlap_comm` gradients are reduced behind backward, under ZeRO-1
+    behind that of the last micro-batch. All else waits, and so do the bf16 optimizer and pipelines.
     """
-    nodes = -(-layout.processes // GPUS_A_NODE)
-    slowest = bandwidth or (BETWEEN if nodes > 1 else INSIDE)
-    # tensor-parallel neighbours have adjacent ranks, then data-parallel ones, then stages
-    spans = {"tensor": layout.tensor, "data": layout.tensor * layout.data, "stages": layout.processes}
-    seconds = {}
-    for kind, size in traffic.items():
-        inside = nodes > 1 and spans[kind.split()[-1]] <= GPUS_A_NODE
-        seconds[kind] = size / 1e9 / (INSIDE if inside else slowest)
-    total = sum(seconds.values())
-    if compute is None:
-        return NetworkTime(slowest, nodes, total, None)
-    backward = compute * (3 / 4 if recomputes else 2 / 3) / (micro_batches if zero.stage == 1 else 1)
-    reduces = zero.overlaps and not zero.keeps_fp32_gradients and layout.pipeline == 1
-    overlapped = min(seconds.get(GRADIENTS, 0.0), backward) if reduces else 0.0
-    overlapped += seconds.get(WEIGHTS, 0.0) if zero.stage == 3 and zero.prefetches else 0.0
-    return NetworkTime(slowest, nodes, total, min(overlapped, compute))
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        layout: Layout,
+        zero: ZeroSettings,
+        *,
+        bandwidth: float | None,
+        compute: float | None,
+        micro_batches: int,
+        recomputes: bool,
+    ) -> None:
+        """bandwidth: GB/s over the job's slowest link; None = by its kind. compute: seconds of arithmetic."""
+        nodes = -(-layout.processes // GPUS_A_NODE)
+        self.gigabytes_per_second = bandwidth or (BETWEEN if nodes > 1 else INSIDE)
+        """Over the job's slowest link: between nodes, or inside the only one."""
+        self.nodes = nodes
+        # tensor-parallel neighbours have adjacent ranks, then data-parallel ones, then stages
+        spans = {"tensor": layout.tensor, "data": layout.tensor * layout.data, "stages": layout.processes}
+        seconds = {}
+        for kind, size in traffic.items():
+            inside = nodes > 1 and spans[kind.split()[-1]] <= GPUS_A_NODE
+            seconds[kind] = size / 1e9 / (INSIDE if inside else self.gigabytes_per_second)
+        self.seconds = sum(seconds.values())
+        """All collectives, one after another."""
+        self.overlapped: float | None = None
+        """The seconds of these that pass while the GPU computes; None where the arithmetic's time is unknown."""
+        if compute is not None:
+            backward = compute * (3 / 4 if recomputes else 2 / 3) / (micro_batches if zero.stage == 1 else 1)
+            reduces = zero.overlaps and not zero.keeps_fp32_gradients and layout.pipeline == 1
+            hidden = min(seconds.get(GRADIENTS, 0.0), backward) if reduces else 0.0
+            hidden += seconds.get(WEIGHTS, 0.0) if zero.stage == 3 and zero.prefetches else 0.0
+            self.overlapped = min(hidden, compute)

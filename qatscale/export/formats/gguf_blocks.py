@@ -44,7 +44,6 @@ class BlockType:
 
     @property
     def weights(self) -> int:
-        """Weights in a block."""
         return GGML_QUANT_SIZES[self.ggml_type][0]
 
     @property

@@ -61,7 +61,6 @@ _NOTHING_ADDED = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos
 
 
 def _padding(count: int, rows: int) -> list[tuple[str, float, int]]:
-    """Tokens for the rows of the embedding without a piece."""
     return [(f"[PAD{index}]", -1000.0, TokenType.UNUSED) for index in range(count, rows)]
 
 

@@ -11,7 +11,7 @@ from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.engine.estimate.local_sizes import LocalSizes
 from qatscale.engine.estimate.memory import ZeroSettings
-from qatscale.engine.estimate.traffic import BETWEEN, INSIDE, Traffic, network_time, traffic_of
+from qatscale.engine.estimate.traffic import BETWEEN, INSIDE, NetworkTime, Traffic, traffic_of
 from qatscale.engine.layout import Layout, stages_of
 
 ZERO1_BF16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
@@ -71,7 +71,7 @@ SENT = {"gradients over data": 100 * GB, "weights over data": 60 * GB, "activati
 
 
 def timed(layout: Layout, ds: dict[str, Any], compute: float | None, bandwidth: float | None = None) -> Any:
-    return network_time(
+    return NetworkTime(
         SENT, layout, ZeroSettings(ds, layout.data), bandwidth=bandwidth, compute=compute, micro_batches=4,
         recomputes=False,
     )  # fmt: skip
