@@ -108,9 +108,9 @@ class Claims:
                 json.dump(content, file)
         except FileExistsError:
             return None
-        except OSError:  # a full disk; an empty claim would be watched until it expires
-            path.unlink()
-            raise
+        except OSError as error:  # a full disk; an empty claim would be watched until it expires
+            path.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return Claim(path, self._path(name, after + 2), content)
 
     def release(self, failed: Attempt, reason: str) -> None:
