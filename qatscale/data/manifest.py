@@ -174,10 +174,10 @@ class Manifest(_Part):
         for path, size, expected in sizes:
             if size != expected:
                 raise UserError("shard", str(path), f"has {size} bytes, and the manifest says {expected}.", reader.fix)
-        held = self._file_tokens[shard.name]
-        if reader.dtype.name != self.dtype or len(reader.tokens) not in (shard.tokens, held):
-            found = f"holds {len(reader.tokens)} tokens of {reader.dtype.name}"
-            problem = f"{found}, and the manifest says {held} of {self.dtype}."
+        size, held, end = len(reader.tokens), self._file_tokens[shard.name], shard.start + shard.tokens
+        if reader.dtype.name != self.dtype or size not in (shard.tokens, held) or end > size:
+            found = f"holds {size} tokens of {reader.dtype.name}"
+            problem = f"{found}, and the manifest says {max(held, end)} of {self.dtype}."
             raise UserError("shard", str(reader.idx_path), problem, reader.fix)
         return reader
 
