@@ -51,8 +51,8 @@ def run(
 ) -> None:
     """Train all runs of a study, then fit the law and write the report.
 
-    You can stop it and start it again at any time, and the study file may grow: finished runs stay. Other hosts that
-    share the folder take part with `qatscale study work FOLDER`.
+    You can stop it and start it again at any time, also after a full disk, and the study file may grow: finished runs
+    stay. Other hosts that share the folder take part with `qatscale study work FOLDER`.
     """
     from qatscale.study.folder import lay_out, record, unrecorded
     from qatscale.study.run import LocalWorkers, default_workers
