@@ -78,6 +78,8 @@ def fault(error: BaseException) -> str | None:
     """
     if isinstance(error, (FloatingPointError, FailedError)):
         return str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory. Tried|can't allocate memory", str(error)):
+        return f"not enough memory: {cut(str(error))}; `train --dry-run` shows what a run takes."
     number = errno_of(error)
     if not isinstance(error, OSError) or number not in _FAULTS:
         return None

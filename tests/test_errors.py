@@ -70,6 +70,8 @@ def test_the_nearest_name_or_all_of_them() -> None:
             PermissionError(13, "Permission denied", "a/b"),
             "a/b: Permission denied. Choose a place",
         ),
+        (MemoryError(), "not enough memory: "),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "not enough memory: CUDA out of memory."),
         (FloatingPointError("the loss is nan. Lower it."), "the loss is nan. Lower it."),
         (FileNotFoundError(2, "No such file", "/proc/x"), "/proc/x: No such file. Choose a place"),
         (OSError("process 0: [Errno 20] Not a directory: 'a/b'"), "process 0: Not a directory: 'a/b'. Choose a place"),

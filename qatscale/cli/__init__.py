@@ -114,8 +114,7 @@ def _finished(words: list[str], own_process: bool) -> Iterator[None]:
 @contextmanager
 def _nothing_to_save() -> Iterator[None]:
     """A context in which a signal ends the process with EXIT_REQUEUE, until the run has handlers of its own."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))

@@ -46,23 +46,22 @@ def hints(words: Sequence[str]) -> Iterator[str]:
     for word in words[1:]:
         key, equals, value = word.partition("=")
         before, option = (key if equals else option), (word if word.startswith("-") else "")
-        path, kind = (value if equals else word), None
-        if before not in ("--out", "--figure", "output"):
-            kind = _kind(Path(path))
-        uses = _USES.get(kind or "", ())
+        path = value if equals else word
+        kind = "" if before in ("--out", "--figure", "output") else _kind(Path(path))
+        uses = _USES.get(kind, ())
         if kind and command not in uses and not any(before and use.endswith(f" {before}") for use in uses):
             yield f"hint: {path} is {kind}; what reads it: {', '.join(uses)}"
 
 
-def _kind(path: Path) -> str | None:
+def _kind(path: Path) -> str:
     if is_folder(path):
         if path.name.startswith("step-"):
             return "a checkpoint"
-        return next((kind for name, kind in _HELD.items() if any(path.glob(name))), None)
+        return next((kind for name, kind in _HELD.items() if any(path.glob(name))), "")
     if not is_file(path):
-        return None
+        return ""
     start = b""
     with suppress(OSError), path.open("rb") as file:
         start = file.read(1 << 14)
     found = (kind for kind, ends, mark in _FILES if path.suffix in ends.split() and re.search(mark, start))
-    return next(found, None)
+    return next(found, "")

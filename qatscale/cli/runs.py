@@ -24,8 +24,7 @@ def runs(
 
     found = run_folders(output)
     if not found:
-        fix = "Name a folder of run folders, or train a run: qatscale quickstart."
-        raise UserError("output", str(output), "holds no runs.", fix)
+        raise UserError("output", str(output), "holds no runs.", "Name a folder of runs, or run qatscale quickstart.")
     rows, damaged = list_runs(found)
     if as_json:
         print(json.dumps([asdict(row) for row in rows.values()], indent=2))

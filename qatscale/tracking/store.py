@@ -171,5 +171,4 @@ class Cursor(BaseModel):
             return None
 
     def save(self, folder: RunFolder) -> None:
-        self.folder = str(folder.path.absolute())
-        write_json(folder.tracking_file, self.model_dump())
+        write_json(folder.tracking_file, self.model_dump() | {"folder": str(folder.path.absolute())})

@@ -46,7 +46,7 @@ def test_what_is_told_where_none_is(run: Path) -> None:
         (empty / "export" / name).touch()
     for what, said in [
         (run / "nothing", "does not exist"),
-        (empty / "new" / "run.json", f"is a file; give its folder: {empty / 'new'}"),
+        (empty / "new" / "run.json", "is a file; give the folder of a run"),
         ("org/model", "hf download org/model --local-dir model"),
         (f"{run}@8", "no checkpoint at step 8; there are: 7, 40"),
         (f"{run}@last", "no checkpoint at step last"),
