@@ -23,7 +23,8 @@ def start(arguments: Sequence[str]) -> None:
             os.environ.setdefault("LOCAL_RANK", argument.partition("=")[2])
         else:
             own.append(argument)
-    main(own)
+    sys.argv[1:] = own
+    main()
 
 
 if __name__ == "__main__":

@@ -117,10 +117,13 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
 
 
 @contextmanager
-def only_process(folder: Path, key: str) -> Iterator[None]:
-    """A context in which no other process writes `folder`. UserError, about `key`, where one does."""
+def only_process(folder: Path, key: str, shown: Path | None = None) -> Iterator[None]:
+    """A context in which no other process writes `folder`. UserError, about `key`, where one does.
+
+    shown: what the error names instead of the folder.
+    """
     try:
         with locked(folder / ".lock", wait=0):
             yield
     except HeldError:
-        raise UserError(key, str(folder), "another process is writing there.", "Wait for it.") from None
+        raise UserError(key, str(shown or folder), "another process is writing there.", "Wait for it.") from None

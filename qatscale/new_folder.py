@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qatlaw.files import sync
 from qatscale.errors import UserError
+from qatscale.files import only_process
 
 
 def check_place(key: str, place: Path) -> None:
@@ -30,19 +31,22 @@ def check_new(out: Path) -> None:
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A hidden folder of the same name to fill. When the block ends without an error it becomes `out`, by one rename;
-    else nothing is left of it."""
+    else nothing is left of it. UserError where another process makes `out` at the same time."""
     hidden = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
     folder = hidden / out.name
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
-        folder.replace(out)
-        sync(out.parent)
+        with only_process(hidden, "--out", out):
+            shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+            folder.mkdir()
+            try:
+                yield folder
+                check_new(out)
+                for path in (*folder.rglob("*"), folder):
+                    sync(path)
+                folder.replace(out)
+                sync(out.parent)
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
     except OSError as error:  # of a write, which does not know its file
         error.filename = error.filename or str(out)
         raise
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)

@@ -178,12 +178,10 @@ def coefficient_rows(summary: Summary) -> Rows:
     """The value of an open parameter is not printed: it depends on where the search happened to stop."""
     level = f"{summary.bootstrap.level:.0%} interval" if summary.bootstrap else "interval"
     rows: Rows = [("parameter", "value", "standard error", level, "meaning")]
-    result, intervals = summary.result, summary.bootstrap.coefficients if summary.bootstrap else {}
-    errors = result.certainty.determined
-    for parameter, value in zip(result.law.form.parameters, result.law.theta, strict=True):
-        interval = intervals.get(parameter.name)
-        ends = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else NONE
-        shown = NONE if parameter.name in result.identifiability.open else f"{value:.5g}"
+    errors, numbers = summary.result.certainty.determined, summary.coefficients.to_numpy()
+    for parameter, (value, low, high) in zip(summary.law.form.parameters, numbers, strict=True):
+        ends = NONE if np.isnan(low) else f"{low:.4g} to {high:.4g}"
+        shown = NONE if np.isnan(value) else f"{value:.5g}"
         rows.append((parameter.name, shown, error_text(parameter, errors[parameter.name]), ends, parameter.meaning))
     return rows
 

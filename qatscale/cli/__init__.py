@@ -32,17 +32,17 @@ def main(arguments: list[str] | None = None) -> None:
     others wait a few seconds: the launcher ends them when the first one exits, and an error of a single process is
     still reported.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")  # a console without Unicode must not end a run
-    command = (sys.argv[1:] if arguments is None else arguments)[:1]
+    own_process = arguments is None
+    words = sys.argv[1:] if arguments is None else arguments
+    command = words[:1]
     continues = bool(command) and command[0] in _CONTINUING
     stdout = sys.stdout = IgnoreBrokenPipe(sys.stdout)
     sys.stderr = IgnoreBrokenPipe(sys.stderr)
-    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    with _nothing_to_save() if continues else nullcontext():
+    with _finished(words, own_process), _nothing_to_save() if continues else nullcontext():
         try:
+            _check_text(words, own_process)
             from qatscale.cli.app import app
 
             if command and command[0] in TRAINING:
@@ -68,11 +68,47 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(EXIT_BAD_INPUT if errno_of(error) in PLACES else EXIT_FAILED)
 
 
+def _check_text(words: list[str], own_process: bool) -> None:
+    """InputError for a word that is not UTF-8, which no recipe can record. A locale of another encoding is left."""
+    for word in (*words, os.environ.get("PWD", "")):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            try:
+                os.fsencode(word).decode()
+            except UnicodeDecodeError:
+                raise InputError("argument or working folder", word, "is not UTF-8.", "Rename it.") from None
+            if own_process:
+                os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
     """KeyboardInterrupt, but for an import of torch, whose C++ side would abort with it."""
     if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
         os._exit(EXIT_INTERRUPTED)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _finished(words: list[str], own_process: bool) -> Iterator[None]:
+    """After this context a signal ends the process with the code of its command, amid what libraries clean up.
+
+    A wrong input, Typer's too, is followed by hints about the paths in it.
+    """
+    try:
+        yield
+    finally:
+        error = sys.exception()
+        code = getattr(error, "code", EXIT_FAILED if error else 0) or 0
+        if code == EXIT_BAD_INPUT:
+            from qatscale.cli.kinds import hints
+
+            for line in hints(words):
+                print(line, file=sys.stderr)
+        sys.stdout.flush()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+            if own_process and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: os._exit(code))
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -10,11 +12,15 @@ class IgnoreBrokenPipe:
     """A text stream whose writer does not fail when nobody reads any more: what it writes then is lost.
 
     When a launcher is killed, the pipe to it breaks. The next line on the console would otherwise raise BrokenPipeError
-    in the middle of a step, before the signal to save has even arrived.
+    in the middle of a step, before the signal to save has even arrived. Nor does it fail for a character that the
+    console lacks.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        """stream: None where whoever started the process has closed it."""
+        self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115 - it takes the free number, not a file
+        if reconfigure := getattr(self._stream, "reconfigure", None):
+            reconfigure(errors="replace")
         self._lost: OSError | None = None
 
     def write(self, text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -33,7 +34,7 @@ def average(
     quantized = state.plugin["switched_at"] is not None
     print(f"{out}: {state.source}")
     print(f"weights by their mean{', scales by their geometric mean' if quantized else ''}; compare its losses with")
-    print(f"qatscale evaluate {out}{f' --ptq {state.config.qat.bits:g}' if quantized else ''}")
+    print(f"qatscale evaluate {quote(str(out))}{f' --ptq {state.config.qat.bits:g}' if quantized else ''}")
 
 
 def convert(
@@ -73,7 +74,7 @@ def convert(
         case "checkpoint":
             more = f"tokens=MORE_THAN_{tokens} " if state.step >= state.config.steps else ""
             print(f"at step {state.step:,}, {tokens} tokens; continue with:")
-            print(f"qatscale branch {out} name=NAME {more}KEY=VALUE…")
+            print(f"qatscale branch {quote(str(out))} name=NAME {more}KEY=VALUE…")
         case "universal":
             print('DeepSpeed reads it under ZeRO-1 and 2: "checkpoint": {"load_universal": true} in the ds_config and')
             print(f"engine.load_checkpoint({str(out)!r}); under ZeRO-3 it stops, see convert --help")

@@ -36,7 +36,7 @@ class RecipesAndGpus:
 
         def nearest(fraction: float, tokens: float) -> float:
             run = two_phases.model_copy(update={"tokens": round(tokens)})
-            return nearest_fraction(fit_lengths(run, config, ()) if name in recipe_names() else run, fraction)
+            return nearest_fraction(fit_lengths(run, config, ["tokens"]) if name in recipe_names() else run, fraction)
 
         def stored_bytes(bits: float) -> float:
             return stored_weights(config.model, two_phases.qat.model_copy(update={"bits": bits}), precision).bytes

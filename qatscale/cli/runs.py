@@ -25,8 +25,6 @@ def runs(
     found = run_folders(output)
     if not found:
         fix = "Name a folder of run folders, or train a run: qatscale quickstart."
-        if (output / "run.json").exists():
-            fix = "Its parent folder is what lists runs."
         raise UserError("output", str(output), "holds no runs.", fix)
     rows, damaged = list_runs(found)
     if as_json:

@@ -92,8 +92,11 @@ def find_moved(recipe: dict[str, Any], run: Path) -> None:
             values[key] = moved_with(run, recipe, recorded) or recorded
 
 
-def moved_with(run: Path, recipe: dict[str, Any], path: str) -> str | None:
-    """Where `path` lies if it was moved together with the run's folder; None where nothing is there."""
-    began = Path(str(recipe.get("output", "runs"))) / str(recipe.get("name", run.name))
+def moved_with(run: Path, recipe: dict[str, Any], path: str, was: str = "") -> str | None:
+    """Where `path` lies if it was moved together with the run's folder; None where nothing is there.
+
+    was: the run's folder when `path` was recorded; by default the one that its recipe names.
+    """
+    began = was or Path(str(recipe.get("output", "runs"))) / str(recipe.get("name", run.name))
     moved = (run / os.path.relpath(path, began)).resolve()
     return str(moved) if moved.exists() else None

@@ -25,9 +25,36 @@ def user_errors(
     the writer of an unknown dotted key may have meant; by default the nearest key of its section.
     """
     problems: dict[str, UserError] = {}
+
+    def problem_of(detail: Any) -> UserError:
+        place, kind = _place(model, detail["loc"]), detail["type"]
+        path, rest = place.path, detail["loc"][len(place.path) :]
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, ClashError):
+            path = (*path, *cause.key.split(".")) if cause.key else path
+            return UserError(dotted(path), lookup(raw, path), f"{cause}.", join(cause.fix, origin(path)))
+        if kind == "extra_forbidden" or rest == ("[key]",):
+            path = (*path, *rest) if kind == "extra_forbidden" else path
+            meant = ""
+            if len(problems) < SHOWN:  # a suggestion takes milliseconds
+                meant = (
+                    suggest(dotted(path)) if suggest else did_you_mean(str(path[-1]), _keys(_place(model, path[:-1])))
+                )
+            return UserError(dotted(path), None, "unknown key.", join(meant, origin(path)))
+        if kind == "missing" and isinstance(path[-1], int):  # too few items: the list is wrong
+            place = _place(model, path[:-1])
+            path, kind = place.path, ""
+        key, value = dotted(path), lookup(raw, path)
+        if kind == "missing":
+            return UserError(key, None, f"missing; it must be {describe(place.annotation, place.metadata)}.")
+        choices = (choice for choice in plain_types(place.annotation) if isinstance(choice, str))
+        close = nearest(value, choices) if isinstance(value, str) else None
+        meant = f"Did you mean {close!r}?" if close else ""
+        problem = f"{'null; it ' if value is None else ''}must be {describe(place.annotation, place.metadata)}."
+        return UserError(key, value, problem, join(meant, origin(path)))
+
     for detail in error.errors(include_url=False):
-        # a suggestion takes milliseconds
-        problem = _problem(detail, model, raw, origin, suggest if len(problems) < SHOWN else lambda _: "")
+        problem = problem_of(detail)
         problems.setdefault(problem.key, problem)  # a union reports an error per member; one line says it all
     return together(list(problems.values()))
 
@@ -63,36 +90,6 @@ class _Place:
     path: KeyPath
     annotation: Any
     metadata: Sequence[Any]
-
-
-def _problem(
-    detail: Any,
-    model: type[Section],
-    raw: Any,
-    origin: Callable[[KeyPath], str],
-    suggest: Callable[[str], str] | None,
-) -> UserError:
-    place, kind = _place(model, detail["loc"]), detail["type"]
-    path, rest = place.path, detail["loc"][len(place.path) :]
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, ClashError):
-        path = (*path, *cause.key.split(".")) if cause.key else path
-        return UserError(dotted(path), lookup(raw, path), f"{cause}.", join(cause.fix, origin(path)))
-    if kind == "extra_forbidden" or rest == ("[key]",):
-        path = (*path, *rest) if kind == "extra_forbidden" else path
-        meant = suggest(dotted(path)) if suggest else did_you_mean(str(path[-1]), _keys(_place(model, path[:-1])))
-        return UserError(dotted(path), None, "unknown key.", join(meant, origin(path)))
-    if kind == "missing" and isinstance(path[-1], int):  # too few items: the list is wrong
-        place = _place(model, path[:-1])
-        path, kind = place.path, ""
-    key, value = dotted(path), lookup(raw, path)
-    if kind == "missing":
-        return UserError(key, None, f"missing; it must be {describe(place.annotation, place.metadata)}.")
-    choices = (choice for choice in plain_types(place.annotation) if isinstance(choice, str))
-    close = nearest(value, choices) if isinstance(value, str) else None
-    meant = f"Did you mean {close!r}?" if close else ""
-    problem = f"{'null; it ' if value is None else ''}must be {describe(place.annotation, place.metadata)}."
-    return UserError(key, value, problem, join(meant, origin(path)))
 
 
 def _place(model: type[Section], loc: Sequence[int | str]) -> _Place:

@@ -39,7 +39,8 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
     document = _read(path)
     raw = document.value
     shipped = RunConfig.model_validate(raw) if path.parent == RECIPES else None
-    if any((path.parent / name).is_file() for name in _RECORDS):
+    recorded = any((path.parent / name).is_file() for name in _RECORDS)
+    if recorded:
         _drop_retired(raw)
         raw.setdefault("init", 1)  # runs began to record it with version 2
         find_moved(raw, path.parent)
@@ -55,6 +56,8 @@ def load_run_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunCon
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise user_errors(error, RunConfig, raw, origin, suggest) from error
+    if recorded or shipped:
+        config._given = given
     _refuse_idle_fraction(config, given)
     return fit_lengths(config, shipped, given) if shipped else config
 

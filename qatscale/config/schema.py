@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT, EMBEDDING_BITS
-from qatscale.config.amounts import PositiveTokens, Tokens, format_amount
+from qatscale.config.amounts import PositiveTokens, Tokens
 from qatscale.config.places import expand_user, without_credentials
 from qatscale.config.schedule_section import ScheduleConfig
 from qatscale.config.section import Allowed, Beta, ClashError, Fraction, NotBool, Positive, Section, one_length
@@ -354,13 +354,10 @@ class RunConfig(Section):
     log_interval: Positive = 10
     """Optimizer steps between metrics lines."""
     _notes: tuple[str, ...] = ()  # about lengths of a shipped recipe that gave way; not recorded
+    _given: list[str] | None = None  # keys that a person set, where the others come from a recipe of ours; not recorded
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.tokens < self.tokens_per_step:
-            step = f"{self.batch.sequences} sequences of {self.data.sequence_length} tokens"
-            problem = f"less than one optimizer step, {format_amount(self.tokens_per_step)} ({step})"
-            raise ClashError("tokens", problem, "Give more tokens, or lower batch.sequences.")
         group = self.qat.group_size
         for key, size in self.model.input_widths.items():
             if group and size % group:

@@ -15,6 +15,13 @@ def fit_lengths(config: RunConfig, shipped: RunConfig, given: Sequence[str]) -> 
     shipped: the recipe without overrides. given: the overridden keys, whose values never change.
     """
     own, per_step = config.schedule, config.tokens_per_step
+    notes = []
+    if "tokens" not in given and config.tokens < per_step:
+        config = config.model_copy(update={"tokens": shipped.steps * per_step})
+        notes.append(
+            f"the recipe's {format_amount(shipped.tokens)} tokens are less than one step; tokens={config.tokens} are "
+            f"as many steps as it has, {shipped.steps}"
+        )
     changed: dict[str, Any] = {}
     warmup = round((own.warmup_tokens or (own.warmup_fraction or 0) * config.tokens) / per_step)
     room, shortest = _room(config)
@@ -22,18 +29,17 @@ def fit_lengths(config: RunConfig, shipped: RunConfig, given: Sequence[str]) -> 
         too_long = warmup > room and any(key.startswith("schedule.warmup") for key in given)
         if too_long or not round((own.cooldown_fraction or 0) * shortest):
             changed["cooldown_fraction"] = None  # of the same length, and cut to what is left
-    if warmup > room and not any(key.startswith("schedule.warmup") for key in given):
+    misfit = warmup > room or (own.warmup_tokens and not warmup)
+    if misfit and not any(key.startswith("schedule.warmup") for key in given):
         assert shipped.schedule.warmup_tokens is not None
         share = shipped.schedule.warmup_tokens / shipped.tokens
         changed["warmup_tokens"] = tokens = max(per_step, round(share * config.tokens))
-        note = (
+        notes.append(
             f"the recipe's warm-up of {format_amount(shipped.schedule.warmup_tokens)} tokens does not fit; "
             f"schedule.warmup_tokens={tokens} is the same share of this run, {share:.2g}"
         )
-    if not changed:
-        return config
     fitted = config.model_copy(update={"schedule": own.model_copy(update=changed)})
-    fitted._notes = (note,) if "warmup_tokens" in changed else ()
+    fitted._notes = tuple(notes)
     return fitted
 
 

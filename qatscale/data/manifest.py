@@ -144,7 +144,7 @@ class Manifest(_Part):
         """
         counts = self.splits.get(split)
         if counts is None or not counts.shards:
-            again = "adopt" if self._is_adopted else "prepare"
+            again = "adopt" if "adopted" in self.identity else "prepare"
             fix = f"Run `qatscale {again}` again with a larger --validation-fraction."
             raise UserError("data.path", None, f"the data have no {split} split.", fix)
         if verify == "trust":
@@ -156,10 +156,6 @@ class Manifest(_Part):
             for _ in pool.map(lambda shard: self._check_shard(folder, shard, full), files.values()):
                 pass
 
-    @property
-    def _is_adopted(self) -> bool:
-        return "adopted" in self.identity
-
     @functools.cached_property
     def _file_tokens(self) -> dict[str, int]:
         tokens: Counter[str] = Counter()
@@ -170,7 +166,7 @@ class Manifest(_Part):
 
     def open_shard(self, folder: Path, shard: Shard) -> IndexedReader:
         """The file that holds a shard. UserError where its size or type is not what the manifest says."""
-        reader = IndexedReader(folder / shard.name, WRITE_AGAIN if self._is_adopted else PREPARE_AGAIN)
+        reader = IndexedReader(folder / shard.name, WRITE_AGAIN if "adopted" in self.identity else PREPARE_AGAIN)
         sizes = (
             (reader.bin_path, reader.bin_bytes, shard.bin_bytes),
             (reader.idx_path, reader.idx_bytes, shard.idx_bytes),
@@ -178,10 +174,10 @@ class Manifest(_Part):
         for path, size, expected in sizes:
             if size != expected:
                 raise UserError("shard", str(path), f"has {size} bytes, and the manifest says {expected}.", reader.fix)
-        held = self._file_tokens[shard.name]
-        if reader.dtype.name != self.dtype or len(reader.tokens) not in (shard.tokens, held):
-            found = f"holds {len(reader.tokens)} tokens of {reader.dtype.name}"
-            problem = f"{found}, and the manifest says {held} of {self.dtype}."
+        size, held, end = len(reader.tokens), self._file_tokens[shard.name], shard.start + shard.tokens
+        if reader.dtype.name != self.dtype or size not in (shard.tokens, held) or end > size:
+            found = f"holds {size} tokens of {reader.dtype.name}"
+            problem = f"{found}, and the manifest says {max(held, end)} of {self.dtype}."
             raise UserError("shard", str(reader.idx_path), problem, reader.fix)
         return reader
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qatscale.export.encoding import ExportLayout, StoredParameter
+from qatscale.export.encoding import ExportLayout, PlainEncoding, StoredParameter
+from qatscale.export.formats.base import Format
 from qatscale.export.integers import packed_words
 from qatscale.model.hugging_face import hugging_face_names, save_safetensors, write_config
 from qatscale.model.lazy_state import LazyState
+from qatscale.untrusted import read_object
 
 
 class FileTensor(NamedTuple):
@@ -28,24 +31,37 @@ def hf_name(layout: ExportLayout, entry: StoredParameter) -> str:
     return hugging_face_names(layout.source.config.model)[entry.parameter.name]
 
 
-def value_tensor(layout: ExportLayout, entry: StoredParameter, dtype: torch.dtype) -> FileTensor:
-    return FileTensor(hf_name(layout, entry), entry.parameter.shape, dtype, lambda: layout.stored(entry))
+class FolderFormat(Format):
+    """A format that is a Hugging Face folder."""
 
+    named_dtype: ClassVar[torch.dtype | None] = None
+    """The type in config.json; None = training's."""
 
-def write_folder(
-    layout: ExportLayout,
-    tensors: list[FileTensor],
-    folder: Path,
-    tokenizer: Path | None,
-    dtype: torch.dtype,
-    further: Mapping[str, Any],
-) -> None:
-    """further: keys of config.json beyond those of a Llama. One parameter is in memory at a time."""
-    config = layout.source.config
-    write_config(folder, config.model, config.data.sequence_length, tokenizer, dtype, further)
-    by_name = {tensor.name: tensor for tensor in tensors}
-    state = LazyState({name: tensor.shape for name, tensor in by_name.items()}, lambda name: by_name[name].make())
-    save_safetensors(state, folder, {name: tensor.dtype for name, tensor in by_name.items()})
+    @abstractmethod
+    def describes(self, config: dict[str, Any]) -> bool:
+        """Whether config.json is of this format."""
+
+    def settings(self, layout: ExportLayout) -> dict[str, Any]:  # noqa: ARG002 - for formats that have some
+        """Keys of config.json beyond those of the model."""
+        return {}
+
+    def tensors(self, layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
+        """Those that hold a parameter; its values themselves where it is stored as plain numbers."""
+        assert isinstance(entry.encoding, PlainEncoding)
+        name, dtype = hf_name(layout, entry), entry.encoding.dtype
+        return [FileTensor(name, entry.parameter.shape, dtype, lambda: layout.stored(entry))]
+
+    def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
+        """One parameter is in memory at a time."""
+        config, dtype = layout.source.config, self.named_dtype or layout.source.dtype
+        write_config(folder, config.model, config.data.sequence_length, tokenizer, dtype, self.settings(layout))
+        by_name = {tensor.name: tensor for entry in layout.entries for tensor in self.tensors(layout, entry)}
+        state = LazyState({name: tensor.shape for name, tensor in by_name.items()}, lambda name: by_name[name].make())
+        save_safetensors(state, folder, {name: tensor.dtype for name, tensor in by_name.items()})
+
+    def find(self, path: Path) -> Path | None:
+        file = path / "config.json"
+        return path if file.is_file() and self.describes(read_object(file, "model")) else None
 
 
 _CHUNK = 1 << 22

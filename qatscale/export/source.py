@@ -89,10 +89,6 @@ class ExportSource:
     _last: tuple[str, QuantizedMatrix] | None = field(default=None, repr=False)
 
     @property
-    def is_quantized(self) -> bool:
-        return any(parameter.quantizer for parameter in self.parameters)
-
-    @property
     def steps(self) -> int:
         return build_timeline(self.config).steps
 

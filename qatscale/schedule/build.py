@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qatscale.config.amounts import format_amount
 from qatscale.config.schedule_section import Phase, PhaseOverride
 from qatscale.config.schema import RunConfig
 from qatscale.errors import UserError
@@ -31,6 +32,10 @@ def build_timeline(config: RunConfig) -> Timeline:
     The switch lies at round((1 - f) * steps). UserError where a length does not fit, f leaves a phase without a step,
     or `checkpoint.keep_at` lies outside the run.
     """
+    if config.tokens < config.tokens_per_step:
+        step = f"{config.batch.sequences} sequences of {config.data.sequence_length} tokens"
+        problem = f"less than one optimizer step, {format_amount(config.tokens_per_step)} ({step})."
+        raise UserError("tokens", config.tokens, problem, "Give more tokens, or lower batch.sequences.")
     planned, about_fraction = planned_fraction(config)
     segments, cut = _segments(config, planned)
     switch_step = next((segment.start for segment in segments if segment.quantized), None)

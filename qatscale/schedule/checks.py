@@ -8,7 +8,6 @@ from itertools import pairwise
 
 from qatscale.config.schedule_section import SHAPES, ScheduleConfig
 from qatscale.config.schema import RunConfig, Scheme
-from qatscale.config.section import Section
 from qatscale.schedule.timeline import Segment, cooldown_of
 
 NOTICEABLE = 0.8
@@ -18,7 +17,7 @@ NOTICEABLE = 0.8
 def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int | None) -> list[str]:
     names, why = _UNUSED[config.qat.scheme]
     return [
-        *_no_effect(_changed(config.qat, "qat", names), why),
+        *_no_effect(config, _changed(config, "qat", names), why),
         *_schedule_without_effect(config, segments),
         *_rate_jump(config),
         *_floor_of_knots(config.schedule),
@@ -26,13 +25,18 @@ def warnings_of(config: RunConfig, segments: Sequence[Segment], switch_step: int
     ]
 
 
-def _changed(section: Section, prefix: str, names: Sequence[str]) -> list[str]:
+def _changed(config: RunConfig, prefix: str, names: Sequence[str]) -> list[str]:
     """The dotted keys among `names` whose value is not the default."""
+    section = getattr(config, prefix)
     fields = type(section).model_fields
     return [f"{prefix}.{name}" for name in names if getattr(section, name) != fields[name].default]
 
 
-def _no_effect(keys: Sequence[str], why: str) -> list[str]:
+def _no_effect(config: RunConfig, keys: Sequence[str], why: str) -> list[str]:
+    """A line about the keys that a person set."""
+    if config._given is not None:
+        given = tuple(f"{key}." for key in config._given)
+        keys = [key for key in keys if f"{key}.".startswith(given) or any(one.startswith(f"{key}.") for one in given)]
     return [f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect: {why}"] if keys else []
 
 
@@ -60,18 +64,17 @@ def _schedule_without_effect(config: RunConfig, segments: Sequence[Segment]) -> 
     absent = [
         f"schedule.phases.{phase}" for phase, own in schedule.phases.items() if phase not in present and own not in used
     ]
-    lines = _no_effect(absent, f"the phases of this run are {', '.join(present)}")
+    lines = _no_effect(config, absent, f"the phases of this run are {', '.join(present)}")
     if segments[-1].kind != "cooldown":
-        lines += _no_effect(_changed(config.data, "data", ["cooldown_seed"]), "this run ends without a cooldown")
+        lines += _no_effect(config, _changed(config, "data", ["cooldown_seed"]), "this run ends without a cooldown")
     if not any(segment.kind == "cooldown" for segment in segments):
         names = ["shape", "min_lr_ratio", *(shape.setting for shape in SHAPES.values() if shape.setting)]
-        return lines + _no_effect(
-            _changed(schedule, "schedule", list(dict.fromkeys(names))), "this run has no cooldown"
-        )
+        keys = _changed(config, "schedule", list(dict.fromkeys(names)))
+        return lines + _no_effect(config, keys, "this run has no cooldown")
     for owner, shape in SHAPES.items():
         if owner != schedule.shape and shape.lifted and shape.setting is not None:
-            keys = _changed(schedule, "schedule", [shape.setting])
-            lines += _no_effect(keys, f"it belongs to shape {owner}, and the shape is {schedule.shape}")
+            keys = _changed(config, "schedule", [shape.setting])
+            lines += _no_effect(config, keys, f"it belongs to shape {owner}, and the shape is {schedule.shape}")
     return lines
 
 

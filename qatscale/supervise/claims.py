@@ -66,11 +66,6 @@ class Attempt(BaseModel):
     changed: float = 0.0
     """When the file changed last, by the clock of its disk."""
 
-    @property
-    def is_seen(self) -> bool:
-        """Whether the holder's process runs on this host, for certain."""
-        return self.state == "running" and self.process is not None and is_alive(self.process) is True
-
 
 def worker_name(pid: int) -> str:
     """The name of a worker on this host, by its process id."""
@@ -203,7 +198,8 @@ def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Cl
             return claim
         assert latest is not None
         host, _, pid = latest.worker.rpartition("-")
-        if latest.is_seen or watched not in (None, latest.changed):
+        seen_running = latest.process is not None and is_alive(latest.process)
+        if seen_running or watched not in (None, latest.changed):
             problem = f"{run} is being trained by process {pid} on host {host}."
             raise UserError("name", run.name, problem, "Wait, stop it, or end it from here with --take-over.")
         if watched is None:

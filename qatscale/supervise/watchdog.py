@@ -233,17 +233,14 @@ class Watchdog:
         if store is not None:
             self._seen = self._failure_of_others(store)
         # Twice in a row: when a virtual machine wakes up, its clock may jump after this thread has looked at it.
-        before, self._stalled = self._stalled, self._stands_still()
+        limit = self.stall_timeout + (SLOW if self._slow else 0)
+        before, self._stalled = self._stalled, time.monotonic() - self._progress > limit
         if self._seen is None and not (before and self._stalled):
             return False
         if store is not None:
             store.publish(self._heartbeat())
             store.raise_alarm()
         return True
-
-    def _stands_still(self) -> bool:
-        assert self.stall_timeout is not None
-        return time.monotonic() - self._progress > self.stall_timeout + (SLOW if self._slow else 0)
 
     def _failure_of_others(self, store: HeartbeatStore) -> Failure | None:
         for rank in self._siblings:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qatlaw.figures.style import INK, new_figure, series_style, tidy
+from qatlaw.figures.style import INK, mark, new_figure, series_style, tidy
 from qatlaw.files import write_figure
 from qatscale.config.amounts import format_amount
 from qatscale.tracking.averages import Averages
@@ -187,13 +187,13 @@ def _draw_curves(axes: Axes, shown: Sequence[Curve], styles: Sequence[tuple[str,
         line = {"color": colour, "linestyle": dashes, "label": curve.folder.name}
         axes.plot(curve.x, curve.y, **line, linewidth=1.7, zorder=3 + order)
         for start in curve.cooldowns:
-            axes.plot(start, curve.at(start), **_mark("o", "white", colour), zorder=30)
+            mark(axes, start, curve.at(start), "o", colour, hollow=True, size=7, zorder=30)
         if curve.switch is not None:
-            axes.plot(curve.switch, curve.at(curve.switch), **_mark("D", colour, "white"), zorder=31)
+            mark(axes, curve.switch, curve.at(curve.switch), "D", colour, size=7, zorder=31)
     if any(curve.switch is not None for curve in shown):
-        axes.plot([], [], **_mark("D", INK, "white"), label="switch to QAT")
+        mark(axes, [], [], "D", INK, "switch to QAT", size=7)
     if any(curve.cooldowns for curve in shown):
-        axes.plot([], [], **_mark("o", "white", INK), label="cooldown starts")
+        mark(axes, [], [], "o", INK, "cooldown starts", hollow=True, size=7)
     _scale(axes, shown)
     widths = [curve.width for curve in shown if curve.width]
     smoothing = f", mean over {format_amount(float(f'{max(widths):.2g}'))} tokens" if widths else ""
@@ -221,12 +221,9 @@ def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], style
     own = [loss for curve, view, loss in results if view == own_view(curve.folder.scheme)]
     low, high = _range(own, [loss for _, _, loss in results])
     for row, (curve, view, loss) in enumerate(results):
-        colour = styles[curve.folder.path]
-        marker, face = ("s", "white") if view.startswith("ptq") else ("o", colour)
-        if view != own_view(curve.folder.scheme):
-            face = "white"
-        beyond = loss > high
-        axes.plot(min(loss, high), row, **_mark(">" if beyond else marker, face, colour))
+        marker = ">" if loss > high else "s" if view.startswith("ptq") else "o"
+        hollow = view != own_view(curve.folder.scheme)
+        mark(axes, min(loss, high), row, marker, styles[curve.folder.path], hollow=hollow, size=7)
         place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{loss:.3f}", (min(loss, high), row), **place, fontsize=8, color=INK)
     axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results])
@@ -253,10 +250,3 @@ def _range(own: Sequence[float], losses: Sequence[float]) -> tuple[float, float]
     most = worst + max(2 * (worst - low), 0.1 * worst)
     high = max(loss for loss in finite if loss <= most)
     return low, max(high, low + max(0.02 * abs(low), 1e-6))
-
-
-def _mark(marker: str, face: str, edge: str) -> dict[str, Any]:
-    return {
-        "marker": marker, "markersize": 7, "markerfacecolor": face, "markeredgecolor": edge,
-        "markeredgewidth": 1.3, "linestyle": "none",
-    }  # fmt: skip

@@ -62,7 +62,7 @@ class Follower:
             if cursor and (cursor.answered or _is_overdue(cursor)):
                 if refusal := self.refusal():
                     return refusal
-                reason = cursor.error or f"{cursor.uri} has not answered for {ANSWER:.0f} s"
+                reason = (cursor.error or f"{cursor.uri} has not answered for {ANSWER:.0f} s").removesuffix(".")
                 keeps = "The run's folder records everything, and uploads are tried again."
                 return None if cursor.answered and cursor.error is None else f"note: {reason}. {keeps}"
             time.sleep(0.05)

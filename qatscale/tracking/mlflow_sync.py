@@ -13,8 +13,9 @@ import getpass
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,24 @@ class Uploader:
         if found.lifecycle_stage == "deleted":
             restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
             raise RefusedError(f"The experiment {name} was deleted. {restore}; tracking.experiment=NAME takes another.")
+        self._move_artifacts(found)
         for key, value in tags.items():
             if found.tags.get(key) != value and not (key in EXPERIMENT_TAGS and key in found.tags):
                 with suppress(MlflowException):  # another user's experiment may take runs and no tags
                     self.client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
+
+    def _move_artifacts(self, experiment: Any) -> None:
+        """Tell a SQLite store that was moved where its artifacts lie now: MLflow records absolute places."""
+        from mlflow.utils.file_utils import local_file_uri_to_path
+
+        file, was, here = database(self.uri), experiment.artifact_location, artifact_location(self.uri, experiment.name)
+        ours = here is not None and Path(was).parts[-2:] == Path(here).parts[-2:]
+        if file and ours and was != here and not Path(local_file_uri_to_path(was)).exists():
+            with closing(sqlite3.connect(file)) as store, store:
+                for table, place in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                    moved = f"UPDATE {table} SET {place} = ? || substr({place}, ?) WHERE experiment_id = ?"
+                    store.execute(moved, (here, len(was) + 1, experiment.experiment_id))
 
     def _uploaded(self) -> Iterator[Record]:
         tail = Tail(self.folder.metrics_file)

@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import unquote
 
 from qatscale.config.places import without_credentials
 from qatscale.tracking.store import database
@@ -18,13 +19,14 @@ _PERMANENT = {
     "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
 }  # fmt: skip
 """MLflow's error codes for requests that it will never accept."""
+_ADDRESS = "Check the address: an MLflow server does not answer so."
 _CURES = (
     ("maintenance mode", "Set tracking.uri=sqlite:///mlflow.db; `mlflow migrate-filestore` moves former runs."),
     ("unsupported URI", "Set tracking.uri=sqlite:///FILE or http://HOST:PORT."),
     ("database schema", "`mlflow db upgrade` with the store's address brings it up to date."),
     ("Databricks credential", "Configure them, or set tracking.uri=sqlite:///FILE."),
     ("error code 40[13]|not authenticated", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
-    ("error code 404", "Check the address: an MLflow server does not answer so."),
+    *((part, _ADDRESS) for part in ("error code 404", "valid JSON format", "redirects", "ParseError")),
 )  # fmt: skip
 """(pattern in a message, cure)"""
 
@@ -52,6 +54,8 @@ def check_database(uri: str) -> None:
     file = database(uri)
     if file is None:
         return
+    if "?" in str(file) or unquote(str(file)) != str(file):
+        raise RefusedError(f"{file} holds ? or %, and MLflow would use another file. Set tracking.uri=sqlite:///FILE.")
     existing = next(place for place in (file, *file.parents) if place.exists())
     if not os.access(existing, os.W_OK) or (existing != file and not existing.is_dir()):
         problem = "is write-protected" if existing == file or existing.is_dir() else "is a file"

@@ -47,7 +47,7 @@ def known_store(folder: RunFolder) -> str | None:
     file = database(cursor.uri)
     if file is None or file.exists():
         return cursor.uri
-    moved = moved_with(folder.path, folder.recipe, str(file))
+    moved = moved_with(folder.path, folder.recipe, str(file), cursor.folder)
     return f"{SQLITE}{moved}" if moved else cursor.uri
 
 
@@ -127,6 +127,8 @@ class Cursor(BaseModel):
 
     uri: str
     """Without credentials."""
+    folder: str = ""
+    """The run's folder when this was saved: store and run may move together, more than once."""
     experiment: str
     experiment_id: str | None = None
     run_id: str | None = None
@@ -169,4 +171,5 @@ class Cursor(BaseModel):
             return None
 
     def save(self, folder: RunFolder) -> None:
+        self.folder = str(folder.path.absolute())
         write_json(folder.tracking_file, self.model_dump())

@@ -49,6 +49,39 @@ def test_a_wrong_command_line_names_what_is_wrong(typed: str, fact: str) -> None
     assert fact in " ".join(error.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("report results.csv", "results.csv is a table; what reads it: judge, fit --table, report --table"),
+        ("fit --runs=results.csv", "results.csv is a table"),
+        ("judge runs", "runs is a folder of runs; what reads it: runs, fit --runs"),
+        ("resume data", "data is a folder of prepared data; what reads it: train data.path"),
+        ("evaluate study.yaml", "study.yaml is a study file; what reads it: study plan"),
+        ("train debug data.path=runs/a --dry-run", "runs/a is a run; what reads it: resume"),
+        ("study plan runs/a/checkpoints/step-00000002", "step-00000002 is a checkpoint; what reads it: branch"),
+        ("plan --law results.csv --params 1M --tokens 1B", "results.csv is a table"),
+        ("plan fit.json", "fit.json is a fitted law; what reads it: plan --law"),
+        ("judge results.csv", ""),  # the right kind, and wrong inside
+        ("train debug qat.bit=3 data.path=data output=runs/a", ""),
+    ],
+)
+def test_a_path_of_another_kind_is_named_with_what_reads_it(
+    typed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    contents = {
+        "results.csv": "n_params\n", "runs/a/run.json": "{}", "runs/a/checkpoints/step-00000002/manifest.json": "{}",
+        "data/manifest.json": "{}", "study.yaml": "sizes: [debug]\n", "fit.json": '{"coefficients": 1}',
+    }  # fmt: skip
+    for name, text in contents.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    code, _, error = run_command(shlex.split(typed))
+    assert code == EXIT_BAD_INPUT
+    assert said in error
+    assert ("hint: " in error) == bool(said)
+
+
 def test_other_processes_of_a_job_speak_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """By then the first one has printed it and the launcher has ended them, unless only they have met it."""
     waited: list[float] = []

@@ -68,6 +68,21 @@ def test_ctrl_c_while_the_program_starts_is_no_traceback() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize(("command", "code"), [("recipes", 0), ("train nosuch", 2)])
+def test_a_signal_while_libraries_clean_up_changes_nothing(command: str, code: int) -> None:
+    script = "import atexit, signal, sys\nfrom qatscale.__main__ import start\n"
+    script += "signal.signal(2, signal.default_int_handler)\nnumber = int(sys.argv.pop(1))\n"
+    script += "atexit.register(signal.raise_signal, number)\natexit.register(print, 'cleaning', flush=True)\n"
+    script += "start(sys.argv[1:])"
+    said = set()
+    for number in (0, 2, 15):
+        words = [sys.executable, "-c", script, str(number), *command.split()]
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        said.add((ended.returncode, ended.stdout, ended.stderr))
+    assert len(said) == 1
+    assert said.pop()[0] == code
+
+
 def test_a_reader_that_leaves_ends_no_command() -> None:
     """`qatscale config --json-schema | head -1`"""
     command = [sys.executable, "-m", "qatscale", "config", "--json-schema"]
@@ -89,3 +104,19 @@ def test_a_console_without_unicode_ends_no_command() -> None:
             env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert said.stdout.endswith("3 ? 4\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_console_ends_no_command(closed: str) -> None:
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "qatscale", "recipes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("word", "said"), [("é".encode(), "no recipe or file"), (b"\xff", "is not UTF-8")])
+def test_a_word_is_utf_8_in_any_locale(word: bytes, said: str) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command: list[str | bytes] = [sys.executable, "-m", "qatscale", "train", word]
+    done = subprocess.run(command, env=os.environ | locale, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr.decode()

@@ -37,7 +37,6 @@ BAD_OVERRIDES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("qat.fraction=[1",): ("qat.fraction, line 1, column 3",),
     ("qat.group_size=48",): ("qat.group_size", "model.hidden_size = 64"),
     ("tokens=2.5.3",): ("tokens", "'2.5.3'", "2.3B, 100M, 50_000"),
-    ("tokens=255",): ("tokens", "255", "256 (4 sequences of 64 tokens)"),
     ("tokens=",): ("tokens", "null", "2.3B"),
     ("tokens=1e9999999K",): ("tokens", "'1e9999999K'"),
     ("tokens=!!timestamp 2020-99-9*",): ("tokens, line 1, column 1", "!!timestamp"),

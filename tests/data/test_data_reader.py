@@ -231,6 +231,12 @@ def test_totals_and_ids_are_compared_with_the_shards(prepared: Path) -> None:
         with pytest.raises(UserError, match=rf"splits.train.{what} is 1,000,000,000, and its shards hold"):
             TokenStream.open(prepared, "train")
     shard = manifest["splits"]["train"]["shards"][0]
+    edit(
+        prepared,
+        splits={**manifest["splits"], "train": {**manifest["splits"]["train"], "shards": [shard | {"start": 9}]}},
+    )
+    with pytest.raises(UserError, match=r"tokens of uint16, and the manifest says"):
+        TokenStream.open(prepared, "train")
     raw = bytearray((prepared / "train-00000.bin").read_bytes())
     raw[40:42] = b"\xff\xff"
     (prepared / "train-00000.bin").write_bytes(raw)

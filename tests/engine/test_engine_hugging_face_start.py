@@ -145,5 +145,9 @@ def test_a_recipe_without_a_model_takes_the_folders(tmp_path: Path) -> None:
     assert (model.heads, model.kv_heads, model.tied_embedding, model.norm_eps) == (4, 2, False, 1e-5)
     assert config.qat.scheme == "fp", "nothing has been quantized yet"
     assert any("longer than the 64 positions" in note for note in state.notes)
+    long = ["data.sequence_length=4096", "batch.sequences=1024", "checkpoint.keep_at=[5K]"]  # nothing is trained
+    state = convert(str(tmp_path / "hf"), "checkpoint", tmp_path / "long", str(tmp_path / "mine.yaml"), long)
+    assert any("a branch needs tokens=" in note for note in state.notes)
+    assert build_timeline(load_run_config(tmp_path / "long/recipe.yaml")).steps == 1
     with pytest.raises(UserError, match="is the run's name too"):
         convert(str(tmp_path / "hf"), "checkpoint", tmp_path / ".hidden", str(tmp_path / "mine.yaml"))

@@ -70,6 +70,14 @@ def test_a_shorter_warmup_is_noted_and_recorded():
     assert load_run_config("86m", ["tokens=108M"]).schedule.warmup_tokens == 86_000_000
 
 
+def test_a_recipe_of_less_than_one_step_keeps_its_steps_unless_tokens_are_given():
+    own, long = load_run_config("debug"), load_run_config("debug", ["data.sequence_length=4096"])
+    assert phases(build_timeline(long)) == phases(build_timeline(own))
+    assert len(build_timeline(long).warnings) == 2  # tokens and warm-up
+    with pytest.raises(UserError, match=r"tokens = 10240: less than one .*, 16.38K \(4 sequences of 4096"):
+        build_timeline(load_run_config("debug", ["data.sequence_length=4096", "tokens=10240"]))
+
+
 def test_a_length_that_was_asked_for_stays_an_error():
     with pytest.raises(UserError, match=r"schedule\.warmup_tokens = 60000000: .* do not fit"):
         build_timeline(load_run_config("86m", ["tokens=50M", "schedule.warmup_tokens=60M"]))

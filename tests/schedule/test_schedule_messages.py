@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from qatscale.config.recipe import load_run_config
 from qatscale.errors import UserError
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.timeline import kept_steps
@@ -119,6 +120,14 @@ def test_auto_outside_the_measured_range_is_used_and_said():
 
 def test_a_fraction_given_needs_no_such_warning():
     assert build_timeline(make_config(qat={"scheme": "sequential", "fraction": 0.5})).warnings == ()
+
+
+def test_a_value_that_nobody_set_is_not_named() -> None:
+    for own in (["qat.scheme=fp"], ["qat.scheme=fp", "schedule.cooldown_fraction=0"]):
+        assert build_timeline(load_run_config("quickstart", own)).warnings == ()
+    own.append("schedule.phases.cooldown.betas=[0.9,0.9]")
+    (warning,) = build_timeline(load_run_config("quickstart", own)).warnings
+    assert warning.startswith("schedule.phases.cooldown has no effect")
 
 
 @pytest.mark.parametrize(

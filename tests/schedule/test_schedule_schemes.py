@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from qatscale.config.recipe import load_run_config, recipe_names
+from qatscale.config.schema import RunConfig
 from qatscale.schedule.build import build_timeline
 from qatscale.schedule.rates import qat_lr_ratio
 from tests.schedule.schedule_configs import PARAMETERS, TOKENS_PER_STEP, make_config
@@ -205,7 +206,7 @@ def test_settings_of_adamw_per_phase():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_has_a_timeline(name):
-    config = load_run_config(name)
+    config = RunConfig.model_validate(load_run_config(name).model_dump())  # as if a person had set all of it
     timeline = build_timeline(config)
     assert timeline.steps == config.steps
     assert (timeline.switch_step is None) == (config.qat.scheme == "fp")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._tracking_service import utils
 
 from qatlaw.run_folders import flatten
 from qatscale.tracking.mlflow_page import points
@@ -230,6 +233,26 @@ def test_losses_that_are_not_finite_arrive(make_run: MakeRun, sqlite: str) -> No
     assert points_there[2] == (3, sys.float_info.max), "MLflow's SQL stores keep infinity as the largest float"
 
 
+def test_a_store_may_move_with_its_run_again_and_again(make_run: MakeRun, template: Path, tmp_path: Path) -> None:
+    """MLflow records absolute places of artifacts; nothing appears where the store was."""
+    folder, places = make_run(), [tmp_path / name for name in ("first", "second here", "third")]
+    places[0].mkdir()
+    (tmp_path / "runs").rename(places[0] / "runs")
+    shutil.copy(template, places[0] / "mlflow.db")
+    run_ids = {track_sync(RunFolder(places[0] / "runs" / folder.name), f"sqlite:///{places[0]}/mlflow.db")}
+    for before, place in pairwise(places):
+        before.rename(place)
+        utils._artifact_repos_cache.clear()  # each command is a process of its own
+        moved = RunFolder(place / "runs" / folder.name)
+        (moved.figures / f"{place.name}.svg").write_text("<svg/>")
+        run_ids.add(track_sync(moved))
+        assert not before.exists()
+    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    assert len(run_ids) == len(client.search_runs(["1"])) == 1
+    shown = {a.path for a in client.list_artifacts(run_ids.pop(), "figures")}
+    assert shown >= {"figures/second here.svg", "figures/third.svg"}
+
+
 def test_artifacts_that_fail_cost_no_metric_and_are_not_passed_over(
     make_run: MakeRun, sqlite: str, tmp_path: Path
 ) -> None:
@@ -267,6 +290,7 @@ def test_two_runs_may_meet_an_empty_store(make_run: MakeRun, tmp_path: Path, cap
         folder.append("start", step=0)
     code = """
 import sys
+from itertools import pairwise
 from qatscale.tracking.mlflow_sync import track_sync
 from qatscale.tracking.run_folder import RunFolder
 track_sync(RunFolder.open(sys.argv[1]), sys.argv[2])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qatscale.files import HeldError, locked
+from qatscale.tracking.refusals import RefusedError, check_database
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import (
     Cursor,
@@ -77,6 +78,13 @@ def test_a_store_that_moved_with_its_runs_is_found(make_run: MakeRun, tmp_path: 
     assert f"sqlite:///{moved}/mlflow.db" in where_to_look([moved_run])[0]
     (moved / "mlflow.db").unlink()
     assert known_store(moved_run) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b"])
+def test_a_path_that_mlflow_would_read_as_another_is_refused(name: str, tmp_path: Path) -> None:
+    check_database(f"sqlite:///{tmp_path}/50% é #1=/mlflow.db")
+    with pytest.raises(RefusedError, match="MLflow would use another file"):
+        check_database(f"sqlite:///{tmp_path}/{name}/mlflow.db")
 
 
 def test_credentials_come_from_the_environment_where_the_run_recorded_none(monkeypatch: pytest.MonkeyPatch) -> None:

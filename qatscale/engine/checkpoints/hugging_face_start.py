@@ -26,6 +26,7 @@ from qatscale.model.hugging_face import (
     trained_length,
 )
 from qatscale.model.hugging_face_tokenizer import PROBES
+from qatscale.schedule.build import build_timeline
 
 
 def read_hugging_face(
@@ -40,7 +41,7 @@ def read_hugging_face(
     if recipe is None:
         problem = "is needed: a Hugging Face folder does not describe data, batch, optimizer and schedule."
         raise UserError("--recipe", None, problem, "Name one (`qatscale recipes`) or the path of a YAML file.")
-    config = _with_shape(model, folder, recipe, overrides)
+    config, misfits = _without_misfits(_with_shape(model, folder, recipe, overrides))
     length, positions, window = config.data.sequence_length, trained_length(folder), attention_window(folder)
     if window is not None and length > window:
         problem = f"the model's attention looks back over {window} positions only (sliding_window), ours over all."
@@ -59,8 +60,9 @@ def read_hugging_face(
 
     scales = set(bones.scales)
     notes = [
+        *misfits,
         "Adam starts anew, with moments of zero and step count 0: the folder has none, and the first steps re-estimate "
-        "them. A warm-up is advisable."
+        "them. A warm-up is advisable.",
     ]
     if positions is not None and length > positions:
         notes.append(
@@ -98,6 +100,22 @@ def _with_shape(model: ModelConfig, folder: Path, recipe: str, overrides: Sequen
         problem = "the weights of the folder are in full precision."
         raise UserError("qat.scheme", config.qat.scheme, problem, "Leave it out here, and set it in the branches.")
     return config
+
+
+def _without_misfits(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The folder trains nothing, so lengths that do not fit are no error here; and a note about them."""
+    try:
+        build_timeline(config)
+    except UserError as misfit:
+        lengths = [f"{part}_{unit}" for part in ("warmup", "cooldown") for unit in ("fraction", "tokens")]
+        fitted = {
+            "tokens": max(config.tokens, config.tokens_per_step),
+            "schedule": config.schedule.model_copy(update=dict.fromkeys(lengths)),
+            "checkpoint": config.checkpoint.model_copy(update={"keep_at": []}),
+        }
+        note = f"a branch needs tokens= and lengths of its own, since the recipe's do not fit: {misfit}"
+        return config.model_copy(update=fitted), [note]
+    return config, []
 
 
 def _tokenizer(folder: Path, config: RunConfig) -> str | None:

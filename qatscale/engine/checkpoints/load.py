@@ -34,8 +34,18 @@ def load_checkpoint(folder: Path, masters: ZeroMasters, runtime: Runtime, *, kee
     shapes = agreement.gather(lambda: {name: record.shape for name, record in parameter_records(masters).items()})
 
     def check_same_model() -> None:
+        """UserError where a checkpoint's parameters or their shapes are not the model's."""
         held = {name: shape for some in shapes for name, shape in some.items() if is_loaded(name)}
-        _check_same_model(folder, held, {name: record.shape for name, record in saved.items()})
+        problem = ""
+        if missing := sorted(held.keys() - saved.keys()):
+            problem = f"it lacks {len(missing)} parameters of this model: {missing[:3]}."
+        elif surplus := sorted(saved.keys() - held.keys()):
+            problem = f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}."
+        elif others := [name for name, shape in held.items() if saved[name].shape != shape]:
+            name = others[0]
+            problem = f"{name} has shape {saved[name].shape} in the checkpoint and {held[name]} in this model."
+        if problem:
+            raise UserError("checkpoint", str(folder), problem)
 
     agreement.gather(check_same_model if runtime.is_main else None)
     for partition, fragments in masters.by_partition().items():
@@ -50,17 +60,3 @@ def load_checkpoint(folder: Path, masters: ZeroMasters, runtime: Runtime, *, kee
     together(lambda: files.check_finite(folder, slices_of(masters).items()), runtime)
     masters.refresh_working_copies()
     return reader.manifest
-
-
-def _check_same_model(folder: Path, expected: dict[str, list[int]], saved: dict[str, list[int]]) -> None:
-    """UserError where a checkpoint's parameters or their shapes are not the model's."""
-    problem = ""
-    if missing := sorted(expected.keys() - saved.keys()):
-        problem = f"it lacks {len(missing)} parameters of this model: {missing[:3]}."
-    elif surplus := sorted(saved.keys() - expected.keys()):
-        problem = f"{len(surplus)} of its parameters are not in this model: {surplus[:3]}."
-    elif others := [name for name, shape in expected.items() if saved[name] != shape]:
-        name = others[0]
-        problem = f"{name} has shape {saved[name]} in the checkpoint and {expected[name]} in this model."
-    if problem:
-        raise UserError("checkpoint", str(folder), problem)

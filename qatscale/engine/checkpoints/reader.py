@@ -206,7 +206,8 @@ def find_checkpoint(what: str | Path) -> Path:
 def _what_is_there(path: Path) -> str:
     """Where no checkpoint is."""
     if path.is_file():
-        return f"It is a file; give its folder: {path.parent}"
+        held = any((path.parent / name).exists() for name in ("run.json", MANIFEST))
+        return f"It is a file; give its folder: {path.parent}" if held else "It is a file."
     if not path.is_dir():
         fetch = f" Download a model of the Hub first: hf download {path} --local-dir {path.name}"
         return "The folder does not exist." + fetch * (len(path.parts) == 2 and not path.parent.exists())

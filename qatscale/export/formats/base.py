@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -16,7 +16,6 @@ from qatscale.export.clients import Client, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, StoredParameter
 from qatscale.export.formats import FORMATS, check_format
 from qatscale.export.source import ExportSource, SourceParameter
-from qatscale.untrusted import read_object
 
 
 class Usage(NamedTuple):
@@ -80,7 +79,8 @@ class Format(ABC):
         UserError for a parameter whose first encoding cannot hold it, unless `fallback` allows the next. Also for a
         model without quantized parameters in a format of quantized weights.
         """
-        if not source.is_quantized and not self.holds_full_precision:
+        is_quantized = any(parameter.quantizer for parameter in source.parameters)
+        if not is_quantized and not self.holds_full_precision:
             why = "has not switched to QAT" if source.config.qat.scheme != "fp" else "was trained in full precision"
             fix = "Quantize it after training, --ptq 4 (1 to 8 bits), or export it as it is, --format hf."
             raise UserError("--format", self.name, f"stores quantized weights, and the checkpoint {why}.", fix)
@@ -101,12 +101,6 @@ class Format(ABC):
         reason = first.refusal(parameter)
         encoding = first if reason is None else next(e for e in others if e.refusal(parameter) is None)
         return StoredParameter(parameter, encoding, reason)
-
-
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a Hugging Face folder, None without one. UserError for a damaged one."""
-    path = folder / "config.json"
-    return read_object(path, "model") if path.is_file() else None
 
 
 _TRANSFORMERS = """\

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from qatscale.export.clients import Transformers
 from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
-from qatscale.export.folder import FileTensor, hf_name, pack, value_tensor, write_folder
-from qatscale.export.formats.base import Format, Usage, read_config, transformers_usage
+from qatscale.export.folder import FileTensor, FolderFormat, hf_name, pack
+from qatscale.export.formats.base import Usage, transformers_usage
 from qatscale.export.integers import packed_words, signed_bits
 from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.export.source import SourceParameter
@@ -63,7 +62,7 @@ class PackedEncoding(Encoding):
         return matrix.values(self.dtype)
 
 
-class CompressedTensorsFormat(Format):
+class CompressedTensorsFormat(FolderFormat):
     name = "compressed-tensors"
     clients = (CompressedTensors,)
 
@@ -73,34 +72,30 @@ class CompressedTensorsFormat(Format):
             return [plain]
         return [PackedEncoding(signed_bits(parameter.quantizer), dtype), plain]
 
-    def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
-        tensors = [tensor for entry in layout.entries for tensor in _tensors(layout, entry)]
-        further = {"quantization_config": quantization_config(layout)}
-        write_folder(layout, tensors, folder, tokenizer, layout.source.dtype, further)
+    def describes(self, config: dict[str, Any]) -> bool:
+        quantization = config.get("quantization_config")
+        return isinstance(quantization, dict) and quantization.get("quant_method") == self.name
 
-    def find(self, path: Path) -> Path | None:
-        quantization = (read_config(path) or {}).get("quantization_config")
-        is_this = isinstance(quantization, dict) and quantization.get("quant_method") == self.name
-        return path if is_this else None
+    def settings(self, layout: ExportLayout) -> dict[str, Any]:
+        return {"quantization_config": quantization_config(layout)}
+
+    def tensors(self, layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
+        encoding, parameter = entry.encoding, entry.parameter
+        if not isinstance(encoding, PackedEncoding):
+            return super().tensors(layout, entry)
+        (rows, columns), base, bits = parameter.shape, hf_name(layout, entry), encoding.bits
+
+        def packed() -> Tensor:
+            return pack(layout.matrix(entry).integers.to(torch.int16) + 2 ** (bits - 1), bits)
+
+        return [
+            FileTensor(f"{base}_packed", (rows, packed_words(columns, bits)), torch.int32, packed),
+            FileTensor(f"{base}_scale", (rows, parameter.groups), encoding.dtype, lambda: layout.matrix(entry).scale),
+            FileTensor(f"{base}_shape", (2,), torch.int64, lambda: torch.tensor(parameter.shape)),
+        ]
 
     def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:  # noqa: ARG002
         return [transformers_usage(CompressedTensors, has_tokenizer, note=_VLLM)]
-
-
-def _tensors(layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
-    encoding, parameter = entry.encoding, entry.parameter
-    if not isinstance(encoding, PackedEncoding):
-        return [value_tensor(layout, entry, layout.source.dtype)]
-    (rows, columns), base, bits = parameter.shape, hf_name(layout, entry), encoding.bits
-
-    def packed() -> Tensor:
-        return pack(layout.matrix(entry).integers.to(torch.int16) + 2 ** (bits - 1), bits)
-
-    return [
-        FileTensor(f"{base}_packed", (rows, packed_words(columns, bits)), torch.int32, packed),
-        FileTensor(f"{base}_scale", (rows, parameter.groups), encoding.dtype, lambda: layout.matrix(entry).scale),
-        FileTensor(f"{base}_shape", (2,), torch.int64, lambda: torch.tensor(parameter.shape)),
-    ]
 
 
 def quantization_config(layout: ExportLayout) -> dict[str, Any]:

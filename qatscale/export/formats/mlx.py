@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qatscale.export.clients import Client, Weights, install_line
 from qatscale.export.encoding import Encoding, ExportLayout, PlainEncoding, StoredParameter
-from qatscale.export.folder import FileTensor, hf_name, pack, value_tensor, write_folder
-from qatscale.export.formats.base import Format, Usage, read_config
+from qatscale.export.folder import FileTensor, FolderFormat, hf_name, pack
+from qatscale.export.formats.base import Usage
 from qatscale.export.integers import MLX_GROUPS, integer_range, integer_step, mlx_bits, packed_words
 from qatscale.export.quantized_matrix import QuantizedMatrix
 from qatscale.export.source import SourceParameter
@@ -105,8 +105,9 @@ class AffineEncoding(Encoding):
         return integer_step(matrix.quantizer) * scale, integer_range(matrix.quantizer)[0] * scale
 
 
-class Mlx(Format):
+class Mlx(FolderFormat):
     name = library = "mlx"
+    named_dtype = torch.float32
     clients = (MlxLm,)
 
     def encodings(self, parameter: SourceParameter, dtype: torch.dtype) -> list[Encoding]:
@@ -118,36 +119,32 @@ class Mlx(Format):
         affine.sort(key=lambda encoding: encoding.refusal(parameter) is not None)
         return [*affine, PlainEncoding(dtype)]
 
-    def write(self, layout: ExportLayout, folder: Path, tokenizer: Path | None) -> None:
-        tensors = [tensor for entry in layout.entries for tensor in _tensors(layout, entry)]
-        quantization = quantization_config(layout)
-        further = {"quantization": quantization, "quantization_config": quantization} if quantization else {}
-        write_folder(layout, tensors, folder, tokenizer, torch.float32, further)
-
-    def find(self, path: Path) -> Path | None:
+    def describes(self, config: dict[str, Any]) -> bool:
         """mlx-lm's key; it may repeat it as quantization_config for transformers."""
-        return path if "quantization" in (read_config(path) or {}) else None
+        return "quantization" in config
+
+    def settings(self, layout: ExportLayout) -> dict[str, Any]:
+        quantization = quantization_config(layout)
+        return {"quantization": quantization, "quantization_config": quantization} if quantization else {}
+
+    def tensors(self, layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
+        encoding, parameter = entry.encoding, entry.parameter
+        if not isinstance(encoding, AffineEncoding):
+            return super().tensors(layout, entry)
+        (rows, columns), base = parameter.shape, hf_name(layout, entry).removesuffix(".weight")
+        packed, grouped = (rows, packed_words(columns, encoding.bits)), (rows, columns // encoding.group_size)
+
+        def words() -> Tensor:
+            return pack(layout.matrix(entry).unsigned, encoding.bits).view(torch.uint32)
+
+        return [
+            FileTensor(f"{base}.weight", packed, torch.uint32, words),
+            FileTensor(f"{base}.scales", grouped, torch.float32, lambda: encoding.scales(layout.matrix(entry))[0]),
+            FileTensor(f"{base}.biases", grouped, torch.float32, lambda: encoding.scales(layout.matrix(entry))[1]),
+        ]
 
     def usages(self, has_tokenizer: bool, file: str) -> list[Usage]:  # noqa: ARG002
         return [Usage(install=install_line(MlxLm.packages), code=_CODE if has_tokenizer else _CODE_IDS)]
-
-
-def _tensors(layout: ExportLayout, entry: StoredParameter) -> list[FileTensor]:
-    encoding, parameter = entry.encoding, entry.parameter
-    if not isinstance(encoding, AffineEncoding):
-        assert isinstance(encoding, PlainEncoding)
-        return [value_tensor(layout, entry, encoding.dtype)]
-    (rows, columns), base = parameter.shape, hf_name(layout, entry).removesuffix(".weight")
-    packed, grouped = (rows, packed_words(columns, encoding.bits)), (rows, columns // encoding.group_size)
-
-    def words() -> Tensor:
-        return pack(layout.matrix(entry).unsigned, encoding.bits).view(torch.uint32)
-
-    return [
-        FileTensor(f"{base}.weight", packed, torch.uint32, words),
-        FileTensor(f"{base}.scales", grouped, torch.float32, lambda: encoding.scales(layout.matrix(entry))[0]),
-        FileTensor(f"{base}.biases", grouped, torch.float32, lambda: encoding.scales(layout.matrix(entry))[1]),
-    ]
 
 
 def quantization_config(layout: ExportLayout) -> dict[str, Any] | None:
