@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from qatlaw.text import plural
+from qatlaw.text import listed, plural
 from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import Json, check_bits, console, refuse, run_argument, working
 from qatscale.errors import UserError
@@ -63,6 +64,8 @@ def evaluate(
     most = None if tokens is None else positive_amount("--tokens", tokens)
     with working("reading the checkpoint") as progress:
         found, counted, losses = evaluate_checkpoint(checkpoint, ptq or (), data, most, progress)
+    if overflowing := [view_label(view) for view, loss in losses.items() if not math.isfinite(loss)]:
+        raise FloatingPointError(f"{found}: the validation loss is not finite in {listed(overflowing)}.")
     if as_json:
         views = {view: {"loss": loss, "perplexity": perplexity(loss)} for view, loss in losses.items()}
         print(json.dumps({"checkpoint": str(found), "tokens": counted, "views": views}, indent=2))

@@ -33,7 +33,7 @@ class TransformersModel:
         self.tokenizer = tokenizer
         self.about = about
         if wrong := not_finite((name, p) for name, p in model.named_parameters() if p.dtype.itemsize > 1):
-            raise UserError("model", about, f"{wrong} is not finite.")
+            raise FloatingPointError(f"{wrong} is not finite.")
         self.length: int | None = model.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:

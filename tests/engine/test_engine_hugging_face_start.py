@@ -19,7 +19,7 @@ from qatscale.data.manifest import Manifest
 from qatscale.data.prepare import prepare
 from qatscale.engine.checkpoints.files import list_checkpoints, newest_checkpoint, read_manifest
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
-from qatscale.errors import UserError
+from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.export.export import export
 from qatscale.model.hugging_face import hugging_face_names
 from qatscale.schedule.build import build_timeline
@@ -27,6 +27,7 @@ from qatscale.tracking.compare import list_runs, run_folders
 from qatscale.tracking.convert import convert
 from qatscale.train.resume import plan_resume
 from qatscale.train.setup import decide
+from tests.cli.bad_inputs import run_command
 from tests.engine.hugging_face_models import import_model, overrides, save_model
 
 
@@ -87,6 +88,18 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{re.escape(name)} holds NaN"):
         import_model(tmp_path / "hf", tmp_path / "run", "data.path=null")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_overflows_is_a_failure(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", tied=True)
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        save_file({name: tensor.sign() * 1e38 for name, tensor in load_file(file).items()}, file)
+    import_model(tmp_path / "hf", tmp_path / "run", "data.path=null")
+    (tmp_path / "a.txt").write_text("\n".join(f"some words {i} and more" for i in range(999)))
+    prepare([str(tmp_path / "a.txt")], tmp_path / "data", vocab_size=300, text_unit="line", workers=1)
+    code, out, error = run_command(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "data")])
+    assert (code, out) == (EXIT_FAILED, "")
+    assert "the validation loss is not finite in full precision" in error
 
 
 def test_a_window_that_the_sequences_do_not_fit_is_refused(tmp_path: Path) -> None:
