@@ -323,9 +323,9 @@ def track_sync(folder: RunFolder, uri: str | None = None) -> str:
             uploader.cursor.save(folder)
     except HeldError as error:
         raise TrackingError(f"{folder.name} is being uploaded right now: {error}.") from error
-    except InputError:  # a damaged record
-        raise
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
+        if isinstance(error, InputError) or getattr(error, "filename", None):
+            raise  # a damaged record, or a folder without access: no fault of the store
         reason = as_refused(error) or shown(error)
         raise TrackingError(f"{without_credentials(resolved)} did not accept {folder.name}: {reason}") from error
     assert uploader.cursor.run_id is not None

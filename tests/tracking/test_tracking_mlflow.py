@@ -253,6 +253,14 @@ def test_a_store_may_move_with_its_run_again_and_again(make_run: MakeRun, templa
     assert shown >= {"figures/second here.svg", "figures/third.svg"}
 
 
+def test_a_run_folder_that_cannot_be_written_is_not_laid_to_the_store(make_run: MakeRun, sqlite: str) -> None:
+    folder = make_run()
+    shutil.rmtree(folder.logs)
+    folder.logs.touch()
+    with pytest.raises(OSError, match=str(folder.logs)):
+        track_sync(folder, sqlite)
+
+
 def test_artifacts_that_fail_cost_no_metric_and_are_not_passed_over(
     make_run: MakeRun, sqlite: str, tmp_path: Path
 ) -> None:
