@@ -76,7 +76,7 @@ def _check_text(words: list[str], own_process: bool) -> None:
         except UnicodeEncodeError:
             try:
                 os.fsencode(word).decode()
-            except UnicodeDecodeError:
+            except UnicodeError:
                 raise InputError("argument or working folder", word, "is not UTF-8.", "Rename it.") from None
             if own_process:
                 os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from qatlaw.errors import InputError
@@ -118,6 +118,7 @@ def test_a_configuration_is_planned_or_refused(folder: Path, monkeypatch: pytest
 
     @settings(fuzz, max_examples=20 * TRIES)
     @given(overrides=OVERRIDES)
+    @example([("schedule.cooldown_fraction", "\ud800")])
     def configure(overrides: list[tuple[str, str]]) -> None:
         words = [f"{key}={value}" for key, value in overrides]
         with bounded():
