@@ -332,7 +332,7 @@ def track_sync(folder: RunFolder, uri: str | None = None) -> str:
     return uploader.cursor.run_id
 
 
-TAKE_OVER = 5.0
+TAKE_OVER = 15.0
 """Seconds that a follower may take to end when asked."""
 HAND_OVER = signal.SIGUSR1
 """Asks a follower to end at once."""
