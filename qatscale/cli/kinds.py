@@ -47,7 +47,7 @@ def hints(words: Sequence[str]) -> Iterator[str]:
         key, equals, value = word.partition("=")
         before, option = (key if equals else option), (word if word.startswith("-") else "")
         path = value if equals else word
-        kind = "" if before in ("--out", "--figure", "output") else _kind(Path(path))
+        kind = _kind(Path(path)) if path and before not in ("--out", "--figure", "output") else ""
         uses = _USES.get(kind, ())
         if kind and command not in uses and not any(before and use.endswith(f" {before}") for use in uses):
             yield f"hint: {path} is {kind}; what reads it: {', '.join(uses)}"

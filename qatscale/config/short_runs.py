@@ -29,8 +29,8 @@ def fit_lengths(config: RunConfig, shipped: RunConfig, given: Sequence[str]) -> 
         too_long = warmup > room and any(key.startswith("schedule.warmup") for key in given)
         if too_long or not round((own.cooldown_fraction or 0) * shortest):
             changed["cooldown_fraction"] = None  # of the same length, and cut to what is left
-    misfit = warmup > room or (own.warmup_tokens and not warmup)
-    if misfit and not any(key.startswith("schedule.warmup") for key in given):
+    vanishes = own.warmup_tokens and not warmup  # below half a step
+    if (warmup > room or vanishes) and not any(key.startswith("schedule.warmup") for key in given):
         assert shipped.schedule.warmup_tokens is not None
         share = shipped.schedule.warmup_tokens / shipped.tokens
         changed["warmup_tokens"] = tokens = max(per_step, round(share * config.tokens))

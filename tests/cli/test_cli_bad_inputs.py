@@ -63,6 +63,7 @@ def test_a_wrong_command_line_names_what_is_wrong(typed: str, fact: str) -> None
         ("plan fit.json", "fit.json is a fitted law; what reads it: plan --law"),
         ("judge results.csv", ""),  # the right kind, and wrong inside
         ("train debug qat.bit=3 data.path=data output=runs/a", ""),
+        ("train debug qat.bit=3 name=", ""),  # no path, in a folder of runs
     ],
 )
 def test_a_path_of_another_kind_is_named_with_what_reads_it(
@@ -71,7 +72,8 @@ def test_a_path_of_another_kind_is_named_with_what_reads_it(
     monkeypatch.chdir(tmp_path)
     contents = {
         "results.csv": "n_params\n", "runs/a/run.json": "{}", "runs/a/checkpoints/step-00000002/manifest.json": "{}",
-        "data/manifest.json": "{}", "study.yaml": "sizes: [debug]\n", "fit.json": '{"coefficients": 1}',
+        "b/run.json": "{}", "data/manifest.json": "{}", "study.yaml": "sizes: [debug]\n",
+        "fit.json": '{"coefficients": 1}',
     }  # fmt: skip
     for name, text in contents.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_sentence_and_dry_runs_say_where_a_run_would_go_on(pr
     long = ["name=long", "data.sequence_length=9999999", "tokens=100B", "schedule.warmup_tokens=100M", "--dry-run"]
     assert "and one sequence takes 10000000" in run_command([*words, *long])[2]
     code, out, _ = run_command([*words, "optimizer.learning_rate=0.001", "--dry-run"])
-    assert code == 0, "plans under the name of a run that is there are plans"
+    assert code == 0, "a plan may have the name of an existing run"
     assert "training will need another name=NAME" in out
     assert not (tmp_path / "branch").exists()
 

@@ -240,11 +240,11 @@ def test_a_universal_folder_is_read_without_running_its_code(file: str, made: Ma
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "problem"),
     [("fp32.pt", "fp32.pt is missing"), ("step.pt", "made from ZeRO-3"), (None, "lacks"), ("spoilt", "not finite")],
 )
-def test_a_universal_folder_that_lacks_something_is_told(
-    file: str | None, told: str, made: Made, tmp_path: Path
+def test_a_universal_folder_that_lacks_something_is_refused(
+    file: str | None, problem: str, made: Made, tmp_path: Path
 ) -> None:
     inner = a_universal(made, tmp_path / "uni")
     parameter = inner / "zero/blocks.0.attention.q.weight"
@@ -254,7 +254,7 @@ def test_a_universal_folder_that_lacks_something_is_told(
         torch.save(content, parameter / "exp_avg.pt")
     else:
         (parameter / file).unlink() if file else parameter.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=problem):
         convert(str(tmp_path / "uni"), "checkpoint", tmp_path / "out", str(made.runs / "whole/recipe.yaml"))
 
 

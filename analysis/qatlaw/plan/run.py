@@ -265,7 +265,7 @@ class Comparison:
     tokens: int
     full_precision_loss: float | None
     rows: tuple[Any, ...]
-    """Of `WidthRow`; by a published law of `qatlaw.plan.published.ScratchRow`."""
+    """Each a `WidthRow`, or under a published law a `qatlaw.plan.published.ScratchRow`."""
     tolerance: float
     smallest: int | None
     """Index of the smallest width whose gap is within the tolerance, if any; None without a law."""
