@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -107,9 +107,14 @@ def from_folder(folder: str | Path) -> Collected:
     return collect(records, str(folder))
 
 
-def from_experiment(experiment: str, uri: str | None = None) -> Collected:
-    """The runs of an MLflow experiment. `uri`: of the store; None: MLFLOW_TRACKING_URI, or ./mlflow.db."""
+def from_experiment(
+    experiment: str, uri: str | None = None, progress: Callable[[], None] = lambda: None
+) -> Collected:
+    """The runs of an MLflow experiment. `uri`: of the store; None: MLFLOW_TRACKING_URI, or ./mlflow.db.
+
+    progress: called after each page of runs.
+    """
     from qatlaw.mlflow_runs import mlflow_records
 
     store = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    return collect(mlflow_records(store, experiment), f"experiment {experiment}")
+    return collect(mlflow_records(store, experiment, progress), f"experiment {experiment}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ PAGE = 500
 _SQLITE = "sqlite:///"
 
 
-def mlflow_records(uri: str, experiment: str) -> list[RunRecord]:
-    """Every run of an experiment that is not deleted.
+def mlflow_records(uri: str, experiment: str, progress: Callable[[], None] = lambda: None) -> list[RunRecord]:
+    """Every run of an experiment that is not deleted. progress: called after each page.
 
     InputError where the store or the experiment does not exist. A missing SQLite file is not created.
     """
@@ -30,10 +31,11 @@ def mlflow_records(uri: str, experiment: str) -> list[RunRecord]:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         fix = did_you_mean(experiment, [one.name for one in client.search_experiments()])
-        raise InputError("--experiment", experiment, f"{uri} has no experiment of this name.", fix)
+        raise InputError("--experiment", experiment, "the store has no experiment of this name.", fix)
     records, token = [], None
     while True:
         page = client.search_runs([found.experiment_id], max_results=PAGE, page_token=token)
+        progress()
         records += [_record(run) for run in page]
         token = page.token
         if not token:

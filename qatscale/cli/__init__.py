@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -11,13 +12,13 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 from qatlaw.errors import InputError
-from qatscale.cli.broken_pipe import IgnoreBrokenPipe
+from qatscale.cli.broken_pipe import PATIENCE, IgnoreBrokenPipe
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, PLACES, errno_of, fault
 from qatscale.supervise.launchers import launcher_environment
 
 TRAINING = ("train", "resume", "branch")
 """Commands that several processes run together."""
-_CONTINUING = (*TRAINING, "study", "quickstart", "prepare")
+_CONTINUING = (*TRAINING, "study", "quickstart", "prepare", "landscape")
 """Commands that continue when they are started again."""
 _LATER = 5.0
 
@@ -36,10 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     command = words[:1]
     continues = bool(command) and command[0] in _CONTINUING
-    stdout = sys.stdout = IgnoreBrokenPipe(sys.stdout)
-    sys.stderr = IgnoreBrokenPipe(sys.stderr)
-    if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    patience = PATIENCE if continues else None
+    stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout, patience), IgnoreBrokenPipe(sys.stderr, patience)
+    sys.stdout = stdout
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if own_process and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, _interrupt)
     with _finished(words, own_process), _nothing_to_save() if continues else nullcontext():
         try:
             _check_text(words, own_process)
@@ -83,18 +86,26 @@ def _check_text(words: list[str], own_process: bool) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
-    """KeyboardInterrupt, but for an import of torch, whose C++ side would abort with it."""
+    """KeyboardInterrupt or SystemExit, so that what is half written is removed; a second signal ends at once.
+
+    So does one amid an import of torch, whose C++ side would abort. The exit code is that of shells.
+    """
+    signal.signal(number, lambda *_: os._exit(128 + number))
     if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
-        os._exit(EXIT_INTERRUPTED)
-    raise KeyboardInterrupt
+        os._exit(128 + number)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 @contextmanager
 def _finished(words: list[str], own_process: bool) -> Iterator[None]:
     """After this context a signal ends the process with the code of its command, amid what libraries clean up.
 
-    A wrong input, Typer's too, is followed by hints about the paths in it.
+    The process ends when they have. Python's own teardown takes another second with torch, and heeds no handler. A
+    wrong input, Typer's too, is followed by hints about the paths in it.
     """
+    code = 0
+    if own_process:  # the first one is called last
+        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(code)))
     try:
         yield
     finally:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+PATIENCE = 10.0
+"""Seconds that a run waits for a console that is held: Ctrl-S on a terminal, a reader that was stopped."""
 
 
 class IgnoreBrokenPipe:
@@ -16,23 +21,34 @@ class IgnoreBrokenPipe:
     console lacks.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        """stream: None where whoever started the process has closed it."""
+    def __init__(self, stream: TextIO | None, patience: float | None = None) -> None:
+        """stream: None where whoever started the process has closed it. patience: None waits for as long as it takes."""
         self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115 - it takes the free number, not a file
         if reconfigure := getattr(self._stream, "reconfigure", None):
             reconfigure(errors="replace")
         self._lost: OSError | None = None
+        self._patience = patience
+
+    def _is_held(self) -> bool:
+        """Whether nobody reads. After PATIENCE what is written is lost, without another wait, until somebody does."""
+        ready = True
+        if self._patience is not None:
+            with suppress(OSError, ValueError):  # it is no file of the system
+                ready = bool(select.select([], [self._stream], [], self._patience)[1])
+                self._patience = PATIENCE if ready else 0.0
+        return not ready
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            return len(text) if self._is_held() else self._stream.write(text)
         except OSError as error:
             self._lost = error
             return len(text)
 
     def flush(self) -> None:
         try:
-            self._stream.flush()
+            if not self._is_held():
+                self._stream.flush()
         except OSError as error:
             self._lost = error
 

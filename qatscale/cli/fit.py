@@ -168,7 +168,7 @@ def collect_runs(
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
     from qatlaw import api
     from qatscale.config.places import without_credentials
-    from qatscale.tracking.refusals import shown
+    from qatscale.tracking.refusals import shown, stall_limit
     from qatscale.tracking.store import quiet_mlflow, resolve_uri
 
     if table is not None:
@@ -182,8 +182,8 @@ def collect_runs(
     if resolved is None:
         raise UserError("MLFLOW_TRACKING_URI", "none", "means no tracking.", "Give --uri, --runs or --table.")
     try:
-        with working(f"reading experiment {experiment}"), quiet_mlflow():
-            return api.from_experiment(experiment, resolved), (resolved, experiment)
+        with working(f"reading experiment {experiment}"), quiet_mlflow(), stall_limit() as progress:
+            return api.from_experiment(experiment, resolved, progress), (resolved, experiment)
     except InputError:
         raise
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
@@ -204,15 +204,16 @@ def _columns(given: list[str] | None) -> dict[str, str]:
 def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
     """The MLflow run of the fit; None, with a warning, where MLflow fails. The file has the law either way."""
     from qatlaw.mlflow_runs import log_fit
-    from qatscale.tracking.mlflow_sync import shown
+    from qatscale.config.places import without_credentials
+    from qatscale.tracking.refusals import shown, stall_limit
     from qatscale.tracking.store import quiet_mlflow
 
     uri, experiment = where
     try:
-        with quiet_mlflow():
+        with quiet_mlflow(), stall_limit():
             return log_fit(uri, experiment, summary.file, path, f"fit {summary.label}")
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
-        print(f"warning: {uri} did not take the fit: {shown(error)}", file=sys.stderr)
+        print(f"warning: {without_credentials(uri)} did not take the fit: {shown(error)}", file=sys.stderr)
         return None
 
 

@@ -97,9 +97,12 @@ def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: floa
     # spawn: a fork of a process that has threads (Arrow's, PyTorch's) may deadlock
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     waiting: deque[Future[Encoded]] = deque()
+    own = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for batch in batches:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it: its parent ends it
             waiting.append(pool.submit(_encode_in_worker, batch, folder, validation_fraction))
+            signal.pthread_sigmask(signal.SIG_SETMASK, own)
             if len(waiting) >= 3 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -110,11 +113,13 @@ def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: floa
             "finished shard; fewer --workers need less memory."
         ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, own)
+        for worker in list(pool._processes.values()):  # nobody waits for what they still do
+            worker.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops and ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes occupy the cores already
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -74,12 +74,12 @@ def start_runtime(timeout: float | None = None) -> Runtime:
     if "RANK" not in os.environ:
         if ranks > 1:
             raise UserError("WORLD_SIZE", ranks, "is set, and RANK is not.", "A launcher sets both; unset it.")
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # not what a former job left
+        # not what a former job left, nor the one port of a batch script that starts several workers
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
         # gloo looks up the host name otherwise, which a laptop or a container may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

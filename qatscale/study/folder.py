@@ -165,8 +165,8 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
         for name, attempt in folder.claims.attempts().items():
             if attempt.state == "failed" and name not in begun:
                 folder.claims.release(attempt, "the study has changed")
-        write_atomic(folder.study_file, content)
         write_json(folder.tree_file, [asdict(job) for job in jobs])
+        write_atomic(folder.study_file, content)  # last: it says that the tree is laid
     notes = [f"left out: {name}: {why}" for name, why in cells.left_out]
     if cells.repeated:
         notes.append(

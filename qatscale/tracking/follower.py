@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from qatscale.files import HeldError, locked
 from qatscale.supervise import process
 from qatscale.supervise.claims import Identity
 from qatscale.tracking.mlflow_sync import HAND_OVER, Uploader, lock_file
-from qatscale.tracking.refusals import as_refused, shown, stall_limit
+from qatscale.tracking.refusals import as_refused, limited_memory, shown, stall_limit
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import Cursor, database, known_store, quiet_mlflow, resolve_uri
 
@@ -42,8 +41,6 @@ ANSWER = 5.0
 """Seconds that a run waits for MLflow's first answer before its first step."""
 STUCK = 10.0
 """Seconds without progress after which a run that has ended no longer waits for its upload."""
-MEMORY = 2 << 30
-"""Bytes that a follower may allocate: an answer without end must not fill the machine."""
 SAMPLING = 10.0
 """Seconds between samples of the system metrics, MLflow's own default."""
 
@@ -285,9 +282,9 @@ def main() -> int:
         with quiet_mlflow(), locked(lock_file(folder), HANDOVER, give_up=following.is_superseded):
             import mlflow.tracking  # noqa: F401 - it takes seconds, which are not the store's
 
-            _limit_memory()
-            following.introduce()
-            return 0 if following.run() else 1
+            with limited_memory():  # once, as what one attempt leaves behind would raise the limit of the next
+                following.introduce()
+                return 0 if following.run() else 1
     except HeldError as error:
         log(f"not started: {error}")
     except HandOver:
@@ -297,11 +294,6 @@ def main() -> int:
 
 class HandOver(BaseException):
     """Signal handler: end at once, for `track-sync`. An upload may end anywhere."""
-
-
-def _limit_memory() -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Permanent errors of MLflow and their cures, and a limit on how long one upload may hang."""
+"""Permanent errors of MLflow and their cures, and limits on the time and memory that an answer may take."""
 
 from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import unquote
 
 from qatscale.config.places import without_credentials
@@ -14,6 +16,8 @@ from qatscale.tracking.store import database
 
 STALL = 60.0
 """Seconds without a confirmation after which an upload is given up, as when an answer never ends."""
+MEMORY = 2 << 30
+"""Bytes that a process may allocate while MLflow answers."""
 _PERMANENT = {
     "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "INVALID_PARAMETER_VALUE", "INVALID_STATE",
     "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
@@ -67,8 +71,21 @@ def check_database(uri: str) -> None:
 
 
 @contextmanager
+def limited_memory() -> Iterator[None]:
+    """A context that may allocate MEMORY bytes: an answer without end must not fill the machine."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    set_limits = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([used + MEMORY, *set_limits]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
 def stall_limit() -> Iterator[Callable[[], None]]:
-    """Raises TimeoutError in the context after STALL seconds without a call of what it yields. Main thread only."""
+    """`limited_memory`, and TimeoutError after STALL seconds without a call of what it yields. Main thread only."""
 
     def expired(*_: object) -> None:
         raise TimeoutError(f"MLflow confirmed nothing for {STALL:.0f} s")
@@ -79,7 +96,8 @@ def stall_limit() -> Iterator[Callable[[], None]]:
     handler, timer = signal.signal(signal.SIGALRM, expired), signal.getitimer(signal.ITIMER_REAL)
     progress()
     try:
-        yield progress
+        with limited_memory():
+            yield progress
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)

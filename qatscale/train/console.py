@@ -97,10 +97,10 @@ class RunConsole:
 
     def __init__(self, rank: int, total_steps: int, start_step: int = 0, stream: IO[str] | None = None) -> None:
         self.total_steps = total_steps
-        self._stream = stream if stream is not None else sys.stdout
-        watched = self._stream.isatty()
+        stream = stream if stream is not None else sys.stdout
+        watched = stream.isatty()
         width = None if watched else terminal_width()
-        self._console = Console(file=self._stream, highlight=False, width=width, quiet=rank != 0)
+        self._console = Console(file=stream, highlight=False, width=width, quiet=rank != 0)
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=None),
@@ -127,12 +127,10 @@ class RunConsole:
         """Plain text: one line in a file, folded between words on a terminal."""
         shown = wrapped(text, self._console.width) if self._console.is_terminal else text
         self._console.print(shown, markup=False, soft_wrap=True)
-        self._stream.flush()
 
     def show(self, what: RenderableType) -> None:
         """Anything rich can draw."""
         self._console.print(what)
-        self._stream.flush()
 
     def advance(self, step: int) -> None:
         """Optimizer steps done; moves the bar between metrics lines."""
@@ -149,7 +147,6 @@ class RunConsole:
             eta="–" if left is None else format_duration(left),
         )
         self._console.print(format_metrics(record, self.total_steps, self._console.width), markup=False, soft_wrap=True)
-        self._stream.flush()
 
     def validation(self, record: Mapping[str, Any]) -> None:
         self.notice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -59,13 +60,17 @@ def test_the_help_of_the_program_says_of_each_command_what_its_own_help_does() -
         assert program.commands[name].help.partition("\n\n")[0].replace("\n", " ") in shown, name
 
 
-def test_ctrl_c_while_the_program_starts_is_no_traceback() -> None:
-    press = "from importlib import import_module\nimport signal, sys\nfrom qatscale.cli import main\n"
-    press += "signal.signal(2, signal.default_int_handler)\n"  # not where whoever started this ignores it
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_in_order(number: int) -> None:
+    """Without a traceback, and what is half written is removed."""
+    press = f"import signal, sys\nfrom qatscale.cli import main\nnumber = {number:d}\n"
+    # not where whoever started this ignores it
+    press += "signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)\n"
     press += "sys.argv, sys.meta_path[:0] = ['qatscale', 'recipes'], [sys]\n"
-    press += "sys.find_spec = lambda name, *_: signal.raise_signal(2) if name == 'typer' else None\nmain()"
+    press += "sys.find_spec = lambda name, *_: signal.raise_signal(number) if name == 'typer' else None\n"
+    press += "try: main()\nfinally: print('removed', flush=True)"
     ended = subprocess.run([sys.executable, "-c", press], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, "removed\n", "")
 
 
 @pytest.mark.parametrize(("command", "code"), [("recipes", 0), ("train nosuch", 2)])
@@ -73,6 +78,8 @@ def test_a_signal_while_libraries_clean_up_changes_nothing(command: str, code: i
     script = "import atexit, signal, sys\nfrom qatscale.__main__ import start\n"
     script += "signal.signal(2, signal.default_int_handler)\nnumber = int(sys.argv.pop(1))\n"
     script += "atexit.register(signal.raise_signal, number)\natexit.register(print, 'cleaning', flush=True)\n"
+    # after Python's own handlers: raise(exit code), which is SIGINT for 2
+    script += "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.on_exit(libc['raise'], None)\n"
     script += "start(sys.argv[1:])"
     said = set()
     for number in (0, 2, 15):

@@ -65,6 +65,25 @@ def test_sigkill_half_way(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
 
 
+@pytest.mark.dist
+def test_ctrl_c_again_and_again_while_workers_start(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = corpus(tmp_path / "a.jsonl", 9)
+    words = ["prepare", source, "--out", tmp_path / "out", "--tokenizer", tokenizer_folder, "--workers", "2"]
+    command = [sys.executable, "-c", "import signal\nsignal.signal(2, signal.default_int_handler)\n"]
+    command[-1] += "from qatscale.cli import main\nmain()"
+    process = subprocess.Popen(
+        [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    )
+    while process.poll() is None and not (workers := psutil.Process(process.pid).children()):
+        time.sleep(0.002)
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        time.sleep(0.05)
+    said, _ = process.communicate()
+    assert (process.returncode, "Traceback" in said) == (130, False), said
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer_folder: Path) -> None:
     peaks = []
     for megabytes in (8, 40):

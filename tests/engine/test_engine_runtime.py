@@ -16,13 +16,13 @@ sys.addaudithook(lambda event, given: started.append(given[0]) if event == "subp
 from qatscale.engine.runtime import start_runtime
 from qatscale.errors import UserError
 taken = socket.create_server(("", 0))
-os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
-os.environ |= {"MASTER_ADDR": "nosuch.invalid", "LOCAL_RANK": "x"}  # without RANK they are of another day
+os.environ |= {"RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
 try:
     start_runtime()
 except UserError as error:
     assert error.key == "MASTER_PORT" and str(taken.getsockname()[1]) in str(error) and "--master_port" in str(error)
-    del os.environ["MASTER_PORT"]
+del os.environ["RANK"]  # without it the others are of another day, or of a script that starts several workers
+os.environ |= {"MASTER_ADDR": "nosuch.invalid", "LOCAL_RANK": "x"}
 start_runtime()
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard)
 assert not started, f"a compiler was asked for operators that nobody uses: {started}"

@@ -325,6 +325,21 @@ def test_a_study_that_moves_with_its_data_finds_them(tmp_path: Path) -> None:
     assert config.output == moved.runs
 
 
+def test_a_study_whose_growth_broke_off_grows_later(tmp_path: Path) -> None:
+    """On a full disk, or by a kill: the same command lays the tree anew."""
+    folder = StudyFolder(tmp_path / "one")
+    lay_out(written(tmp_path), folder)
+    before = set(folder.jobs)
+    grown = written(tmp_path, seeds="[0, 3]")
+    in_the_way = tmp_path / "one" / "tree.json.partial"
+    in_the_way.mkdir()
+    with pytest.raises(IsADirectoryError):
+        lay_out(grown, folder)
+    in_the_way.rmdir()
+    lay_out(grown, folder)
+    assert before < set(folder.jobs)
+
+
 def test_a_run_that_never_began_is_tried_again_once_its_study_is_mended(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "one")
     lay_out(written(tmp_path), folder)

@@ -237,6 +237,22 @@ def test_output_outlives_its_reader() -> None:
             pipe.close()  # what it still holds
 
 
+def test_output_outlives_a_reader_that_was_stopped() -> None:
+    """Ctrl-S on a terminal: a run neither waits for it nor is taken for one that hangs."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with os.fdopen(reader, "rb", buffering=0) as read, os.fdopen(writer, "w", buffering=1) as pipe:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        stream = IgnoreBrokenPipe(pipe, 0.01)
+        print("lost", file=stream, flush=True)
+        assert len(read.read(1 << 20) or b"") % 4096 == 0
+        print("read", file=stream, flush=True)
+        assert read.read(100) == b"read\n"
+
+
 def test_the_watchdog_process_ends_a_process_that_is_stopped() -> None:
     code = "import time; from qatscale.supervise.process import WatchdogProcess; w = WatchdogProcess(1.0)\n"
     code += "print(flush=True)\nwhile 1: w.alive()"
