@@ -168,7 +168,7 @@ def collect_runs(
         raise UserError("--uri", uri, "has no effect without --experiment.", "Leave it out.")
     from qatlaw import api
     from qatscale.config.places import without_credentials
-    from qatscale.tracking.refusals import shown, stall_limit
+    from qatscale.tracking.refusals import as_refused, shown, stall_limit
     from qatscale.tracking.store import quiet_mlflow, resolve_uri
 
     if table is not None:
@@ -187,7 +187,8 @@ def collect_runs(
     except InputError:
         raise
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
-        raise UserError("tracking URI", without_credentials(resolved), f"gives no runs: {shown(error)}") from None
+        reason = as_refused(error) or shown(error)
+        raise UserError("tracking URI", without_credentials(resolved), f"gives no runs: {reason}") from None
 
 
 def _columns(given: list[str] | None) -> dict[str, str]:

@@ -104,6 +104,7 @@ class Uploader:
         """Find or create the MLflow run, and save its id before anything else is sent."""
         from mlflow.exceptions import MlflowException
 
+        experiment_id = self._experiment()  # where it was deleted, so were its runs
         if self.cursor.run_id is not None:
             try:
                 found_run = self.client.get_run(self.cursor.run_id)
@@ -116,7 +117,7 @@ class Uploader:
                 # the store was removed and created again
                 known = {"follower": self.cursor.follower, "asked": self.cursor.asked}
                 self.cursor = Cursor.fresh(self.folder, self.uri).model_copy(update=known)
-        self.cursor.experiment_id = experiment_id = self._experiment()
+        self.cursor.experiment_id = experiment_id
         if self.cursor.run_id is None:
             run = self.folder.run
             tags = {RUN_TAG: run["id"]}

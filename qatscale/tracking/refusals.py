@@ -30,7 +30,7 @@ _CURES = (
     ("database schema", "`mlflow db upgrade` with the store's address brings it up to date."),
     ("Databricks credential", "Configure them, or set tracking.uri=sqlite:///FILE."),
     ("error code 40[13]|not authenticated", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
-    *((part, _ADDRESS) for part in ("error code 404", "valid JSON format", "redirects", "ParseError")),
+    *((part, _ADDRESS) for part in ("error code 404", "valid JSON format", "redirects", "ParseError", "wrong version")),
 )  # fmt: skip
 """(pattern in a message, cure)"""
 
@@ -106,6 +106,8 @@ def stall_limit() -> Iterator[Callable[[], None]]:
 def shown(error: BaseException) -> str:
     """An exception in one line, without credentials."""
     inner = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+    if any(isinstance(one, MemoryError) for e in inner for one in (e, e.__context__)):
+        return f"an answer of more than {MEMORY >> 30} GiB"
     text = "; ".join(str(e) if isinstance(e, RefusedError) else f"{type(e).__name__}: {e}" for e in inner)
     text = without_credentials(" ".join(text.split()))
     if unreachable := _UNREACHABLE.search(text):
@@ -116,6 +118,7 @@ def shown(error: BaseException) -> str:
 _UNREACHABLE = re.compile(
     r"API request to (\S+?)/api/\S+ failed with exception .*?(?:\[Errno -?\d+\] )?"
     r"(Connection refused|Connection reset by peer|Name or service not known|No route to host|"
-    r"Network is unreachable|Temporary failure in name resolution|Read timed out|timed out)"
+    r"Network is unreachable|Temporary failure in name resolution|Read timed out|timed out|too many \d+ error responses|"
+    r"Remote end closed connection|wrong version number|certificate verify failed)"
 )
 """Finds address and reason in MLflow's long message about an unreachable server."""

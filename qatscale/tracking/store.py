@@ -101,12 +101,12 @@ def where_to_look(folders: Iterable[RunFolder]) -> list[str]:
 
 @contextmanager
 def quiet_mlflow(timeout: int = 10) -> Iterator[None]:
-    """MLflow without INFO lines, telemetry and retries, and with HTTP requests that end after `timeout` seconds.
+    """MLflow without telemetry, retries and log lines, and with HTTP requests that end after `timeout` seconds.
 
-    Variables that the user set in the environment keep their values.
+    What it logs with a traceback it raises, too. Variables that the user set in the environment keep their values.
     """
     settings = {
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout),

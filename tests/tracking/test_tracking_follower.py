@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,8 +19,11 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from qatscale.cli.fit import collect_runs
+from qatscale.errors import UserError
 from qatscale.tracking.follower import Following, start_follower
 from qatscale.tracking.mlflow_sync import TrackingError, track_sync
+from qatscale.tracking.refusals import MEMORY, limited_memory, shown
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.tracking.store import Cursor
 from tests.tracking.synthetic_runs import MakeRun, finish, log_metrics
@@ -191,6 +195,28 @@ def endless() -> Iterator[str]:
 
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_fit_waits_no_longer_than_an_upload(hanging: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qatscale.tracking.refusals.STALL", 0.5)
+    address = hanging.replace("http://", "http://me:pass-w0rd@")
+    began = time.monotonic()
+    with pytest.raises(UserError, match="cannot be reached") as error:
+        collect_runs("qatscale", None, None, address)
+    assert time.monotonic() - began < 8, "not the 10 s of a request"
+    assert "pass-w0rd" not in str(error.value)
+
+
+def test_an_answer_has_a_largest_size() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with limited_memory():
+        with pytest.raises(MemoryError) as error:
+            bytearray(2 * MEMORY)
+        most, _ = resource.getrlimit(resource.RLIMIT_AS)
+        with limited_memory():
+            assert resource.getrlimit(resource.RLIMIT_AS)[0] == most, "a limit that is set already stays"
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert shown(error.value) == "an answer of more than 2 GiB"
 
 
 @pytest.mark.parametrize("kind", ["hanging", "nobody", "endless"])

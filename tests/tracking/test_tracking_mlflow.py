@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,21 @@ def test_artifacts_that_fail_cost_no_metric_and_are_not_passed_over(
     blocked.unlink()
     assert track_sync(folder) == run_id
     assert len(MlflowClient(sqlite).list_artifacts(run_id)) == 5
+
+
+def test_a_full_disk_is_one_sentence(make_run: MakeRun, sqlite: str, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(steps=100)
+    folder.append("start", step=0)
+    log_metrics(folder, 0, 100)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a full disk
+    try:
+        with pytest.raises(TrackingError, match="did not accept run: [^\n]+$"):
+            track_sync(folder, sqlite)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capfd.readouterr().err == ""
+    track_sync(folder, sqlite)
 
 
 def test_a_database_that_was_removed_gets_everything_again(make_run: MakeRun, sqlite: str) -> None:
