@@ -13,6 +13,8 @@ EMBEDDING_BITS: tuple[int, ...] = (
     *(int(bits) for bits in BIT_WIDTHS if bits >= EMBEDDING_LEAST_BITS), UNQUANTIZED_BITS,
 )  # fmt: skip
 """Bits that embedding and head can have."""
+TOLERANCE = 0.01
+"""Nats per token that a bit width may lose, against full precision: about 1 % of the perplexity."""
 
 
 def bits_label(bits: float) -> str:

@@ -9,27 +9,19 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qatlaw import options
 from qatlaw.amounts import amount, bytes_label, parse_bytes
-from qatlaw.bit_widths import bits_label
+from qatlaw.bit_widths import TOLERANCE, bits_label
 from qatlaw.errors import InputError
-from qatlaw.fraction_laws import FRACTION_LAWS, LADDER_FOUND, PAPER
-from qatlaw.laws.named import NAMED
 from qatlaw.options import Json
-from qatlaw.plan.answer import Answer, columns, facts
-from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
-from qatlaw.plan.checkpoint import plan_checkpoint
-from qatlaw.plan.memory import RULE, SHAPES, plan_memory
-from qatlaw.plan.published import published_answer
-from qatlaw.plan.run import TOLERANCE, Interval, Recipe, Split, compare_widths, judge_split, plan_run, warnings_of
-from qatlaw.plan.run_folder import read_trained
-from qatlaw.plan.shapes import check_group_size, nearest_shape, usual_effective_bits
-from qatlaw.plan.waste import SAVED, WASTED, fusion_saving
-from qatlaw.planner_law import load_law, plan_law
+
+if TYPE_CHECKING:  # a --help waits for no NumPy
+    from qatlaw.plan.answer import Answer
+    from qatlaw.plan.run import Interval, Recipe, Split
 
 _EFFECTIVE = "plan.effective_bits plan.S plan.tokens_per_stored_byte"
 LOWEST = "* the lowest predicted loss."
@@ -66,6 +58,12 @@ def run(
         if any(ctx.params.values()):
             raise InputError(ctx.invoked_subcommand, None, "has options of its own.", "Write options after it.")
         return
+    from qatlaw.fraction_laws import FRACTION_LAWS, LADDER_FOUND, PAPER
+    from qatlaw.plan.answer import Answer, facts
+    from qatlaw.plan.run import plan_run, warnings_of
+    from qatlaw.plan.waste import WASTED
+    from qatlaw.planner_law import plan_law
+
     known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
     width = bits or known.bits
     if width is None:
@@ -118,6 +116,12 @@ def bit_widths(
     as_json: Json = False,
 ) -> None:
     """What does QAT at each bit width need, and lose against full precision?"""
+    from qatlaw.laws.named import NAMED
+    from qatlaw.plan.answer import Answer, columns
+    from qatlaw.plan.published import published_answer
+    from qatlaw.plan.run import compare_widths
+    from qatlaw.planner_law import plan_law
+
     known = _known(ctx, recipe, params, tokens, batch_tokens, group_size)
     N, D = known.size
     if law in NAMED:
@@ -155,6 +159,11 @@ def memory(
     as_json: Json = False,
 ) -> None:
     """Which model fits into a memory budget, and at which bit width is it best?"""
+    from qatlaw.plan.answer import Answer, columns
+    from qatlaw.plan.memory import RULE, SHAPES, plan_memory
+    from qatlaw.plan.shapes import check_group_size, usual_effective_bits
+    from qatlaw.planner_law import plan_law
+
     check_group_size(group_size)
     basis = plan_law(law, usual_effective_bits(round(vocab_size), group_size), losses=True)
     size = parse_bytes("BYTES", budget)
@@ -196,6 +205,12 @@ def compute(
 
     With a law and without --params, also: for which size of model?
     """
+    from qatlaw.fraction_laws import PAPER
+    from qatlaw.plan.answer import Answer, columns
+    from qatlaw.plan.budget import FLOPS_PER_PARAMETER, Budget, plan_budget
+    from qatlaw.plan.run import warnings_of
+    from qatlaw.planner_law import plan_law
+
     parts = {"--flops": flops, "--gpu-hours": gpu_hours, "--gpu": gpu, "--peak-flops": peak_flops, "--mfu": mfu}
     parts |= {"--tokens-per-second": tokens_per_second}
     given = tuple(flag for flag, value in parts.items() if value is not None)
@@ -253,6 +268,12 @@ def checkpoint(
     as_json: Json = False,
 ) -> None:
     """How many QAT tokens does a full-precision checkpoint deserve, and what do they buy?"""
+    from qatlaw.plan.answer import Answer, columns
+    from qatlaw.plan.checkpoint import plan_checkpoint
+    from qatlaw.plan.run_folder import read_trained
+    from qatlaw.plan.shapes import usual_effective_bits
+    from qatlaw.planner_law import plan_law
+
     for flag, value in (("--trained-tokens", trained_tokens), ("--params", params)):
         if run is None and value is None:
             raise InputError(flag, None, "is missing.", "Add it, or name a RUN.")
@@ -294,6 +315,12 @@ def waste(
     as_json: Json = False,
 ) -> None:
     """What share of the tokens does a QAT fraction waste, against the optimal one?"""
+    from qatlaw.plan.answer import Answer, columns
+    from qatlaw.plan.run import Recipe, judge_split, plan_run
+    from qatlaw.plan.shapes import usual_effective_bits
+    from qatlaw.plan.waste import WASTED
+    from qatlaw.planner_law import load_law
+
     loss_law = load_law(law, effective=usual_effective_bits())
     best = plan_run(Recipe(params, tokens), bits, loss_law)
     splits = [judge_split(loss_law, params, tokens, bits, each) for each in (fraction, best.optimum)]
@@ -318,6 +345,12 @@ def fusion(
     as_json: Json = False,
 ) -> None:
     """What share of the tokens did fusing QAT with the cooldown save, by two measured losses?"""
+    from qatlaw.plan.answer import Answer, facts
+    from qatlaw.plan.run import warnings_of
+    from qatlaw.plan.shapes import usual_effective_bits
+    from qatlaw.plan.waste import SAVED, fusion_saving
+    from qatlaw.planner_law import load_law
+
     loss_law = load_law(law, effective=usual_effective_bits())
     loss_law.check_bits(bits)
     saving = fusion_saving(loss_law.law, params, tokens, bits, fused_loss, sequential_loss)
@@ -335,6 +368,9 @@ def _known(
     ctx: typer.Context, recipe: str | None, params: float | None, tokens: float | None = None,
     batch_tokens: float | None = None, group_size: int | None = None,
 ) -> Recipe:  # fmt: skip
+    from qatlaw.plan.run import Recipe
+    from qatlaw.plan.shapes import check_group_size, nearest_shape
+
     if batch_tokens and tokens and batch_tokens > tokens:
         raise InputError("--batch-tokens", batch_tokens, f"is more than all {amount(tokens)} tokens.")
     if recipe is None:

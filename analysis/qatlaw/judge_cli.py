@@ -11,7 +11,6 @@ import typer
 
 from qatlaw.errors import InputError
 from qatlaw.files import write_atomic
-from qatlaw.laws.named import NAMED
 
 if TYPE_CHECKING:  # --help does not wait for pandas
     from qatlaw.judge import Candidate
@@ -42,6 +41,7 @@ def judge(
     """Which law predicts which runs? Published laws, and yours, against tables of runs."""
     from qatlaw.judge import HOLDS, fraction_rows, published, refitted, unheld, verdict_rows
     from qatlaw.judge import judge as judged
+    from qatlaw.laws.named import NAMED
     from qatlaw.plan.answer import plain
     from qatlaw.tables import load_table, table_names
     from qatlaw.text import terminal_width, wrapped
@@ -115,6 +115,7 @@ def _candidate(name: str) -> Candidate:
     """InputError where it is neither a published law nor a fit.json."""
     from qatlaw.fit_file import read_fit
     from qatlaw.judge import of_file, published
+    from qatlaw.laws.named import NAMED
 
     if name in NAMED:
         return published(NAMED[name])

@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qatlaw import synthetic
 from qatlaw.amounts import amount
 from qatlaw.bit_widths import BIT_WIDTHS, bits_label
 from qatlaw.errors import InputError
 from qatlaw.fraction import MEASURED, ROUNDING, beyond, tokens_per_parameter_byte
 from qatlaw.fraction_laws import FRACTION_LAWS, PAPER, FractionLaw
+from qatlaw.laws.base import Law
 from qatlaw.laws.named import NAMED
+from qatlaw.laws.nominal import EffectiveBits, NominalForm
 from qatlaw.text import plural
 
-if TYPE_CHECKING:  # every --help imports this module, and does not wait for a law
+if TYPE_CHECKING:  # a plan by no fit.json does not wait for pydantic
     from qatlaw.fit_file import Bootstrap
-    from qatlaw.laws.base import Law
-    from qatlaw.laws.nominal import EffectiveBits
 
 _RANGES = {"N": "n_params", "D": "tokens", "B": "bits", "S": "s_total"}
 """Symbol to key of a fit.json's ranges."""
@@ -112,8 +113,6 @@ def load_law(name: str, effective: EffectiveBits | None = None) -> PlannerLaw:
         problem = "was fitted on effective bits, and this command knows nominal ones alone."
         raise InputError("--law", name, problem, "Fit it with --bits nominal.")
     else:
-        from qatlaw.laws.nominal import NominalForm
-
         form = NominalForm.of(form, effective)
         law = replace(law, form=form)
         bootstrap = None if bootstrap is None else replace(bootstrap, form=form)
@@ -141,7 +140,5 @@ def plan_law(name: str | None, effective: EffectiveBits, *, losses: bool = False
 
 
 def synthetic_law() -> PlannerLaw:
-    from qatlaw import synthetic
-
     ranges = {key: MEASURED[symbol] for symbol, key in _RANGES.items()}
     return PlannerLaw(synthetic.law(), "synthetic, fitted on no runs", ranges, synthetic=True)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qatlaw.cli import planner
-from qatlaw.plan.answer import Answer
-from qatlaw.plan.run import SEQUENTIAL, Recipe, Scheme
-from qatlaw.plan.shapes import Shape
 from qatscale.errors import UserError
+
+if TYPE_CHECKING:  # the planner's --help waits for no NumPy
+    from qatlaw.plan.answer import Answer
+    from qatlaw.plan.run import Recipe
+    from qatlaw.plan.shapes import Shape
 
 NEAR = 0.05
 """Relative difference of sizes up to which a recipe is named for a planned size."""
@@ -21,6 +24,7 @@ class RecipesAndGpus:
     """What the planner asks of its context."""
 
     def recipe(self, name: str, group_size: int | None) -> Recipe:
+        from qatlaw.plan.run import SEQUENTIAL, Recipe, Scheme
         from qatscale.config.ds_config import precision_of, run_ds_config
         from qatscale.config.recipe import load_run_config, recipe_names
         from qatscale.config.schema import QatConfig

@@ -16,12 +16,12 @@ from qatscale.cli.app import COMMANDS as COMMANDS_BY_NAME
 from qatscale.cli.app import app
 
 COMMANDS = (
-    "recipes", "plan --help",
+    "recipes",
     "plan compute --gpu-hours 500 --gpu H200 --mfu 0.4 --recipe 396m --bits 4 --law synthetic",
     "plan memory 500MB --tokens 100B --bits 4 --format gguf",
-    "study --help", "study plan --help", "fit --help", "report --help", "prepare --help",
 )  # fmt: skip
-LISTS = ("--help", "--version", "runs .", "config", "train --help")
+HELP = (f"{name} --help" for name in (*COMMANDS_BY_NAME, "plan memory", "plan fusion", "study plan", "study status"))
+LISTS = ("--help", "--version", "runs .", "config", *HELP)
 """Commands that compute nothing, and so wait for no NumPy."""
 SCRIPT = """
 import contextlib, io, shlex, sys

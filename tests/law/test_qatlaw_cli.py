@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 
 import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from qatlaw import InputError
+from qatlaw import InputError, options
 from qatlaw.__main__ import main
 from qatlaw.amounts import bytes_label, exact_amount, parse_amount, parse_bytes
 from qatlaw.bit_widths import BIT_WIDTHS
 from qatlaw.cli import planner
+from qatlaw.fraction_laws import FRACTION_LAWS
+from qatlaw.laws.named import NAMED
 
 RUN = "--params 396M --tokens 100B"
 H200 = "--gpu-hours 500 --peak-flops 989T --mfu 0.4"
@@ -175,6 +178,11 @@ def test_every_option_is_declared_once() -> None:
     )
     for flag, declared in itertools.groupby(options, key=lambda option: option[0]):
         assert len(set(declared)) == 1, flag
+
+
+def test_the_help_names_every_law() -> None:
+    words = re.findall(r"[\w-]+", options.LAW.help)
+    assert [law for law in (*FRACTION_LAWS, *NAMED) if law not in words] == []
 
 
 def test_every_number_outside_its_range_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from qatlaw.bit_widths import BIT_WIDTHS, UNQUANTIZED_BITS
 from qatlaw.fraction import beyond
 from qatlaw.laws.base import Floats
 
-if TYPE_CHECKING:  # every --help reads the names of the laws
+if TYPE_CHECKING:  # a plan does not wait for pandas
     import pandas as pd
 
 FROM_SCRATCH = 0.85

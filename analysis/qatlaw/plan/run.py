@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qatlaw.amounts import exact_amount
-from qatlaw.bit_widths import bits_label
+from qatlaw.bit_widths import TOLERANCE, bits_label
 from qatlaw.errors import InputError
 from qatlaw.fraction import closed_form, tokens_per_parameter_byte
 from qatlaw.fraction_laws import PAPER
@@ -23,8 +23,6 @@ RULE = 0.1
 """The customary share of the tokens for QAT, for comparison."""
 DIGITS = 6
 """Digits of a fraction in a recipe: 1e-6 of the tokens is less than an optimizer step of any but a very long run."""
-TOLERANCE = 0.01
-"""Nats per token that a bit width may lose: about 1 % of the perplexity."""
 
 Interval = tuple[float, float]
 
