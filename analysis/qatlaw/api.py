@@ -107,9 +107,7 @@ def from_folder(folder: str | Path) -> Collected:
     return collect(records, str(folder))
 
 
-def from_experiment(
-    experiment: str, uri: str | None = None, progress: Callable[[], None] = lambda: None
-) -> Collected:
+def from_experiment(experiment: str, uri: str | None = None, progress: Callable[[], None] = lambda: None) -> Collected:
     """The runs of an MLflow experiment. `uri`: of the store; None: MLFLOW_TRACKING_URI, or ./mlflow.db.
 
     progress: called after each page of runs.

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import FrameType
 
 from qatlaw.errors import InputError
@@ -40,10 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
     patience = PATIENCE if continues else None
     stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout, patience), IgnoreBrokenPipe(sys.stderr, patience)
     sys.stdout = stdout
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if own_process and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
-            signal.signal(number, _interrupt)
-    with _finished(words, own_process), _nothing_to_save() if continues else nullcontext():
+            requeues = continues and number != signal.SIGINT  # until a run has handlers of its own, nothing is to save
+            signal.signal(number, (lambda *_: os._exit(EXIT_REQUEUE)) if requeues else _interrupt)
+    with _finished(words, own_process):
         try:
             _check_text(words, own_process)
             from qatscale.cli.app import app
@@ -120,17 +121,3 @@ def _finished(words: list[str], own_process: bool) -> Iterator[None]:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if own_process and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: os._exit(code))
-
-
-@contextmanager
-def _nothing_to_save() -> Iterator[None]:
-    """A context in which a signal ends the process with EXIT_REQUEUE, until the run has handlers of its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -22,7 +22,7 @@ class IgnoreBrokenPipe:
     """
 
     def __init__(self, stream: TextIO | None, patience: float | None = None) -> None:
-        """stream: None where whoever started the process has closed it. patience: None waits for as long as it takes."""
+        """stream: None where whoever started the process has closed it. patience: None waits for ever."""
         self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115 - it takes the free number, not a file
         if reconfigure := getattr(self._stream, "reconfigure", None):
             reconfigure(errors="replace")

@@ -118,7 +118,7 @@ def shown(error: BaseException) -> str:
 _UNREACHABLE = re.compile(
     r"API request to (\S+?)/api/\S+ failed with exception .*?(?:\[Errno -?\d+\] )?"
     r"(Connection refused|Connection reset by peer|Name or service not known|No route to host|"
-    r"Network is unreachable|Temporary failure in name resolution|Read timed out|timed out|too many \d+ error responses|"
-    r"Remote end closed connection|wrong version number|certificate verify failed)"
+    r"Network is unreachable|Temporary failure in name resolution|Read timed out|timed out|"
+    r"too many \d+ error responses|Remote end closed connection|wrong version number|certificate verify failed)"
 )
 """Finds address and reason in MLflow's long message about an unreachable server."""

@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_sentence(make_run: MakeRun, sqlite: str, capfd: pyte
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a full disk
     try:
-        with pytest.raises(TrackingError, match="did not accept run: [^\n]+$"):
+        with pytest.raises(TrackingError, match=r"did not accept run: [^\n]+$"):
             track_sync(folder, sqlite)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

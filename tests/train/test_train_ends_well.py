@@ -44,15 +44,16 @@ def finish(process: Python) -> tuple[int, str]:
 
 SIGNALLED = """
 import os, signal, sys
-module, owner, method = sys.argv[1].split(":")
+name, (module, owner, method) = sys.argv[2], sys.argv[1].split(":")
 owner = getattr(__import__(module, fromlist=[owner]), owner) if owner else __import__(module, fromlist=[method])
 own = getattr(owner, method)
 def signalled(*arguments, **keywords):
-    os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+    os.kill(os.getpid(), signal.Signals[name])
     return own(*arguments, **keywords)
 setattr(owner, method, signalled)
 from qatscale.cli import main
-main(sys.argv[3:])
+del sys.argv[1:3]
+main()
 """
 """`qatscale` with a signal at each call of a function."""
 BEFORE, AFTER = (
