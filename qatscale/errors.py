@@ -69,6 +69,10 @@ _FAULTS = {
     errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "", **PLACES,
 }  # fmt: skip
 """What to do about an error of the operating system."""
+_LACKING = re.compile(
+    r"out of memory. Tried|an't allocate memory|annot allocate memory|failed to map segment|bad_alloc"
+    r"|(Resource temporarily unavailable|start new thread)"
+)
 
 
 def fault(error: BaseException) -> str | None:
@@ -78,8 +82,9 @@ def fault(error: BaseException) -> str | None:
     """
     if isinstance(error, (FloatingPointError, FailedError)):
         return str(error)
-    if isinstance(error, MemoryError) or re.search("out of memory. Tried|can't allocate memory", str(error)):
-        return f"not enough memory: {cut(str(error))}; `train --dry-run` shows what a run takes."
+    if (lacking := _LACKING.search(str(error))) or isinstance(error, MemoryError):
+        what = "threads" if lacking and lacking[1] else "memory"
+        return f"not enough {what}: {cut(str(error)) or 'MemoryError'}; `train --dry-run` shows what a run takes."
     number = errno_of(error)
     if not isinstance(error, OSError) or number not in _FAULTS:
         return None
