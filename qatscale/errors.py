@@ -86,17 +86,18 @@ def fault(error: BaseException) -> str | None:
         what = "threads" if lacking and lacking[1] else "memory"
         return f"not enough {what}: {cut(str(error)) or 'MemoryError'}; `train --dry-run` shows what a run takes."
     number = errno_of(error)
-    if not isinstance(error, OSError) or number not in _FAULTS:
+    if number not in _FAULTS or not (isinstance(error, OSError) or number == errno.EMFILE):
         return None
     text = re.sub(r"\[Errno \d+\] ", "", str(error))
-    plain = f"{cut(str(error.filename))}: {error.strerror}" if error.filename else text
-    return f"{plain}. {_FAULTS[number]}".rstrip()
+    if isinstance(error, OSError) and error.filename:
+        text = f"{cut(str(error.filename))}: {error.strerror}"
+    return f"{text}. {_FAULTS[number]}".rstrip()
 
 
 def errno_of(error: BaseException) -> int:
     """The number of an error of the operating system, also of a process that another one reports; 0: none."""
     found = re.search(r"\[Errno (\d+)\] ", str(error))
-    return int(found[1]) if found else 0
+    return int(found[1]) if found else errno.EMFILE if "Too many open files" in str(error) else 0
 
 
 def first_line(error: Exception) -> str:

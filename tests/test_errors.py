@@ -73,6 +73,7 @@ def test_the_nearest_name_or_all_of_them() -> None:
         (MemoryError(), "not enough memory: MemoryError; "),
         (OSError(12, "Cannot allocate memory", "a/b"), "not enough memory: [Errno 12] Cannot"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "not enough memory: libtorch"),
+        (RuntimeError("gloo: Too many open files"), "gloo: Too many open files. Raise the limit (ulimit -n)."),
         (RuntimeError("can't start new thread"), "not enough threads: can't"),
         (BlockingIOError(11, "Resource temporarily unavailable"), "not enough threads: "),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "not enough memory: CUDA out of memory."),

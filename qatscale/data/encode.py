@@ -85,7 +85,7 @@ def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: floa
     """Encode batches in their order with the tokenizer saved in `folder`; at most 3 x workers are in flight.
 
     One worker, or few batches, are encoded in this process. Raises UserError like `encode`, and FailedError when a
-    worker process dies.
+    worker process dies, or where processes cannot share memory.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, _FEW))
@@ -95,7 +95,10 @@ def encode_all(batches: Iterable[Batch], folder: Path, validation_fraction: floa
         yield from (encode(batch, tokenizer, validation_fraction) for batch in batches)
         return
     # spawn: a fork of a process that has threads (Arrow's, PyTorch's) may deadlock
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    except OSError as error:
+        raise FailedError(f"/dev/shm: {error.strerror}. --workers 1 needs none of it.") from None
     waiting: deque[Future[Encoded]] = deque()
     own = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:

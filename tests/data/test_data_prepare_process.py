@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qatscale.data.encode import encode_all
 from qatscale.data.prepare import prepare
 from qatscale.data.reader import TokenStream
-from qatscale.errors import UserError
+from qatscale.data.sources import Batch
+from qatscale.errors import FailedError, UserError
 from tests.data.data_corpora import documents, folder_bytes, write_jsonl
 
 SCRIPT = """
@@ -82,6 +85,18 @@ def test_ctrl_c_again_and_again_while_workers_start(tmp_path: Path, tokenizer_fo
     said, _ = process.communicate()
     assert (process.returncode, "Traceback" in said) == (130, False), said
     assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def test_processes_that_cannot_share_memory_are_a_sentence(tokenizer_folder: Path) -> None:
+    """A limit on the size of files stops their semaphores, as a full or read-only /dev/shm does."""
+    encoded = encode_all([Batch([], None)] * 10, tokenizer_folder, 0.01, workers=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(FailedError, match=r"^/dev/shm: File too large\. --workers 1"):
+            next(encoded)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer_folder: Path) -> None:
