@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     command = words[:1]
     continues = bool(command) and command[0] in _CONTINUING
-    patience = PATIENCE if continues else None
-    stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout, patience), IgnoreBrokenPipe(sys.stderr, patience)
+    stdout, sys.stderr = (IgnoreBrokenPipe(one, PATIENCE if continues else None) for one in (sys.stdout, sys.stderr))
     sys.stdout = stdout
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if own_process and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
@@ -50,6 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
             from qatscale.cli.app import app
 
             if command and command[0] in TRAINING:
+                from qatscale.supervise.process import launched_by
+
+                launched_by()
                 os.environ.update(launcher_environment(os.environ))
                 # torch's C++ side prints a stack of its own for every connection that breaks, below what we report
                 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -8,6 +8,7 @@ start time in clock ticks since boot, which no change of the wall clock can touc
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import subprocess
@@ -98,6 +99,10 @@ class LauncherProcesses:
     def gone(self) -> bool:
         """Whether one of them has ended: its child has another parent now."""
         return any(_parent_of(process) != parent for process, parent in self._chain)
+
+
+launched_by = functools.cache(LauncherProcesses)
+"""Those of the first call: the command's, since a launcher may end while this process still starts."""
 
 
 def _parent_of(process: int) -> int | None:

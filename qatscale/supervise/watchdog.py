@@ -40,7 +40,7 @@ from qatscale.errors import EXIT_FAILED, UserError, fault
 from qatscale.files import write_json
 from qatscale.supervise.failure_report import Failure, Kind, first_failure, is_consequence, job_failures, report
 from qatscale.supervise.heartbeat import Heartbeat, HeartbeatStore
-from qatscale.supervise.process import LauncherProcesses, WatchdogProcess, identity, is_alive
+from qatscale.supervise.process import LauncherProcesses, WatchdogProcess, identity, is_alive, launched_by
 
 SLOW = 1800.0
 """Seconds on top of stall_timeout for what may take long: start and first step (compilation), saving, evaluation."""
@@ -140,7 +140,7 @@ class Watchdog:
                 self._killer = WatchdogProcess(self._silence + KILL)
         else:
             self.hosts = {self._process["host"]: [0]}
-        self._launchers = LauncherProcesses()
+        self._launchers = launched_by()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 

@@ -204,6 +204,31 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+STARTING = """
+import os, signal, time
+from contextlib import suppress
+from qatscale.cli import main
+with suppress(SystemExit):
+    main(["train", "nosuch"])
+launcher = os.getppid()
+os.kill(launcher, signal.SIGTERM)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+from qatscale.supervise.process import LauncherProcesses, launched_by
+print(launched_by().gone(), LauncherProcesses().gone())
+"""
+"""A training process whose launcher ends before it looks."""
+
+
+def test_a_launcher_that_ends_while_its_processes_start_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(STARTING)
+    command = tmp_path / "deepspeed"
+    command.write_text(f"#!/bin/sh\n{sys.executable} {tmp_path}/child.py &\nwait\n")
+    command.chmod(0o755)
+    done = subprocess.run([command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "True False\n"), done.stderr
+
+
 def test_a_lost_ssh_session_is_noticed(tmp_path: Path) -> None:
     """sshd's session starts a shell for DeepSpeed's launcher; when the connection is lost, the session alone ends."""
     session = tmp_path / "session"
