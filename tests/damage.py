@@ -74,7 +74,8 @@ def _write_fit() -> None:
 
 
 def _write_study() -> None:
-    from qatscale.study.folder import StudyFolder, lay_out
+    from qatscale.study.folder import StudyFolder
+    from qatscale.study.lay_out import lay_out
 
     Path("study.yaml").write_text(
         "sizes: [debug]\ntokens: [25600]\nbits: [2]\nfractions: [0, 0.5]\nschemes: [fused]\nset: [data.path=data]\n"
@@ -240,7 +241,8 @@ def _landscape(world: Path) -> None:
 
 
 def _laid_out(world: Path) -> None:
-    from qatscale.study.folder import StudyFolder, lay_out
+    from qatscale.study.folder import StudyFolder
+    from qatscale.study.lay_out import lay_out
 
     shutil.rmtree(world / "study/claims", ignore_errors=True)
     lay_out(world / "study.yaml", StudyFolder(world / "study"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,11 +17,20 @@ class InputError(ValueError):
     def __init__(self, key: str, value: object, problem: str, fix: str = "") -> None:
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
         shown = f"{cut(key)} = {cut(repr(value))}" if value is not None else cut(key)
-        super().__init__(f"{shown}: {cut(problem, 2000)}" + (f" {cut(fix, 1000)}" if fix else ""))
+        super().__init__(printable(f"{shown}: {cut(problem, 2000)}" + (f" {cut(fix, 1000)}" if fix else "")))
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
         return type(self), (self.key, self.value, self.problem, self.fix)
+
+
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+"""Characters that move the cursor, colour or reorder what a terminal shows; line breaks and tabs are none."""
+
+
+def printable(text: str) -> str:
+    """Names and values from files, for a terminal: what would steer it is spelled out."""
+    return re.sub(CONTROL, lambda found: ascii(found[0])[1:-1], text)
 
 
 def cut(text: str, length: int = 100) -> str:

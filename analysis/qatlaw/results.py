@@ -17,7 +17,7 @@ from qatlaw.errors import InputError
 from qatlaw.files import write_atomic
 from qatlaw.measurement import settings_with_effect
 from qatlaw.names import VAL_LOSS
-from qatlaw.runs import RunRecord
+from qatlaw.run_folders import RunRecord
 
 RECIPE = "recipe."
 """Prefix of a recipe's keys, which share names with metrics."""

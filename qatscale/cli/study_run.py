@@ -54,7 +54,7 @@ def run(
     You can stop it and start it again at any time, also after a full disk, and the study file may grow: finished runs
     stay. Other hosts that share the folder take part with `qatscale study work FOLDER`.
     """
-    from qatscale.study.folder import lay_out, record, unrecorded
+    from qatscale.study.lay_out import lay_out, record, unrecorded
     from qatscale.study.run import LocalWorkers, default_workers
     from qatscale.study.state import StudyState
     from qatscale.supervise.signals import catch
@@ -181,9 +181,11 @@ def _conclude(folder: StudyFolder) -> None:
     from qatlaw.results import read_results
     from qatscale.cli.fit import fit, report
 
-    if not folder.results.exists():
+    done = read_results(folder.results) if folder.results.exists() else []
+    if not done:
+        print("no law and no report: no run is done")
         return
-    schemes = {record.final["scheme"] for record in read_results(folder.results)} & {"sequential", "fused"}
+    schemes = {record.final["scheme"] for record in done} & {"sequential", "fused"}
     for scheme in sorted(schemes):
         try:
             fit(table=folder.results, scheme=scheme, out=folder.path / f"fit-{scheme}.json")

@@ -364,6 +364,10 @@ class RunConfig(Section):
                 raise ClashError("qat.group_size", f"does not divide {key} = {size}")
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """By values: which of them a person set does not count."""
+        return isinstance(other, RunConfig) and self.__dict__ == other.__dict__
+
     @property
     def tokens_per_step(self) -> int:
         return self.batch.sequences * self.data.sequence_length

@@ -79,6 +79,11 @@ class IndexedReader:
             raise UserError("shard", str(error.filename), "the file is missing.", self.fix) from None
         self.tokens = np.frombuffer(self._map, self.dtype)  # a slice of a np.memmap costs several times as much
 
+    @property
+    def document_count(self) -> int:
+        """By the header."""
+        return self._documents - 1
+
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         return self._part("<i4", HEADER.size, self._sequences)

@@ -27,7 +27,8 @@ from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingSta
 from qatscale.errors import UserError
 from qatscale.new_folder import check_new
 from qatscale.quant.bit_widths import SCALE_FLOOR
-from qatscale.study.folder import StudyFolder, record_rows
+from qatscale.study.folder import StudyFolder
+from qatscale.study.lay_out import record_rows
 from qatscale.tracking.compare import final_losses
 from qatscale.tracking.convert import write_run
 from qatscale.train.evaluate import evaluate_checkpoint

@@ -16,6 +16,7 @@ from qatlaw.runs import RunRecord, planned_points
 from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
 from qatscale.config.ds_config import precision_of, run_ds_config
 from qatscale.config.sizes import stored_weights
+from qatscale.data.open import data_here
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.grid import Grid, StudyRun, grid
 
@@ -57,6 +58,9 @@ def plan_study(
 ) -> StudyPlan:
     """The cheapest tree of a study's runs, its cost, and under `law` the information of its and the `known` runs."""
     study_grid = grid(read_study(file))
+    configs = [run.config for run in study_grid.runs]
+    for config in {(str(one.data.sources), one.model.vocab_size): one for one in configs}.values():
+        data_here(config)  # refuses data that training would refuse
     tree = cheapest_tree([run.route for run in study_grid.runs])
     stay = study_grid.kept({job.route.name: (job.parent, job.start) for job in tree.jobs})
     cost = forecast(tree.jobs, {run.route.name: run.params for run in study_grid.runs}, workers, stay)
@@ -145,13 +149,9 @@ def forecast(
         held += change
         most = max(most, held)
     return Forecast(
-        workers=workers,
-        flops=sum(job.flops for job in jobs),
-        longest=max(longest_paths(jobs).values()),
-        makespan=max(slot.end for slot in slots.values()),
-        disk=most,
-        disk_at_end=held,
-    )
+        workers=workers, flops=sum(job.flops for job in jobs), longest=max(longest_paths(jobs).values()),
+        makespan=max(slot.end for slot in slots.values()), disk=most, disk_at_end=held,
+    )  # fmt: skip
 
 
 # --- for programs ---

@@ -29,6 +29,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
+from qatlaw.files import naming
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json
 from qatscale.supervise.process import identity, is_alive
@@ -104,13 +105,13 @@ class Claims:
         path = self._path(name, after + 1)
         content = {"worker": worker, "process": identity(), "state": "running", "started": time.time()}
         try:
-            with path.open("x") as file:
+            with naming(path), path.open("x") as file:
                 json.dump(content, file)
         except FileExistsError:
             return None
-        except OSError as error:  # a full disk; an empty claim would be watched until it expires
+        except OSError:  # a full disk; an empty claim would be watched until it expires
             path.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
         return Claim(path, self._path(name, after + 2), content)
 
     def release(self, failed: Attempt, reason: str) -> None:
