@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -35,6 +36,15 @@ def read_small(path: Path, most_values: int = MOST_VALUES) -> bytes:
         raise OSError(errno.EFBIG, f"larger than {LARGEST >> 20} MB", str(path))
     if sum(map(content.count, (b",", b"[", b"{"))) > most_values:
         raise OSError(errno.EFBIG, f"more than {most_values:,} values", str(path))
+    return content
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its pairs, for json.loads. ValueError for a key that occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} occurs twice, and the later one would win")
     return content
 
 

@@ -17,7 +17,7 @@ import typer
 from qatlaw.errors import InputError
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
-from qatscale.cli.terminal import Json, console
+from qatscale.cli.terminal import Json, console, say
 from qatscale.errors import EXIT_FAILED, UserError, exit_code
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(
 
     file, folder = _places(study, out)
     for note in lay_out(file, folder):
-        print(f"note: {note}")
+        say(f"note: {note}")
     state = StudyState(folder)
     state.refresh()
     _retry(folder, state, retry or [])
@@ -87,9 +87,9 @@ def run(
         sys.exit(exit_code(stopped[0]))
     for name, one in state.states.items():
         if one.reason and one.state in ("failed", "ready"):
-            print(f"{one.state.replace('ready', 'stopped')}: {name}: {one.reason}")
+            say(f"{one.state.replace('ready', 'stopped')}: {name}: {one.reason}")
     for reason, names in state.refusals().items():
-        print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
+        say(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:
         blocked = plural(counts["blocked"], "run")
         print(f"blocked: {blocked} that branch from them. `qatscale study run {folder.path} --retry all`")
@@ -190,11 +190,11 @@ def _conclude(folder: StudyFolder) -> None:
         try:
             fit(table=folder.results, scheme=scheme, out=folder.path / f"fit-{scheme}.json")
         except InputError as problem:
-            print(f"no law of {scheme} runs: {problem}")
+            say(f"no law of {scheme} runs: {problem}")
     try:
         report(table=folder.results, out=folder.path / "report")
     except InputError as problem:
-        print(f"no report: {problem}")
+        say(f"no report: {problem}")
 
 
 # --- printing ---
