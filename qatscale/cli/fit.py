@@ -204,6 +204,7 @@ def _columns(given: list[str] | None) -> dict[str, str]:
 def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
     """The MLflow run of the fit; None, with a warning, where MLflow fails. The file has the law either way."""
     from qatlaw.mlflow_runs import log_fit
+    from qatscale.config.places import without_credentials
     from qatscale.tracking.mlflow_sync import shown
     from qatscale.tracking.store import quiet_mlflow
 
@@ -212,7 +213,7 @@ def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
         with quiet_mlflow():
             return log_fit(uri, experiment, summary.file, path, f"fit {summary.label}")
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
-        print(f"warning: {uri} did not take the fit: {shown(error)}", file=sys.stderr)
+        print(f"warning: {without_credentials(uri)} did not take the fit: {shown(error)}", file=sys.stderr)
         return None
 
 

@@ -153,3 +153,6 @@ class IndexedReader:
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
         if self.pointers[0] != 0 or (self.pointers[1:] != ends[:-1]).any() or (self.lengths < 0).any():
             raise UserError("shard", str(self.idx_path), "its sequences are not one after another in the .bin.")
+        first, last = (self.documents[0], self.documents[-1]) if self._documents else (-1, -1)
+        if first < 0 or last > self._sequences or (np.diff(self.documents) < 0).any():
+            raise UserError("shard", str(self.idx_path), "its documents are not groups of its sequences.", self.fix)

@@ -8,9 +8,9 @@ import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
 from qatlaw.text import plural
 from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, Shard
@@ -42,6 +42,12 @@ class SplitCounts(_Part):
         return cls(documents=documents, tokens=tokens, text_bytes=text_bytes, shards=shards)
 
 
+def _below(path: str) -> str:
+    if ".." in Path(path).parts or Path(path).is_absolute():
+        raise ValueError("leads out of the folder")
+    return path
+
+
 class TokenizerCard(_Part):
     kind: str
     """sentencepiece, huggingface, or unknown for adopted shards."""
@@ -49,8 +55,8 @@ class TokenizerCard(_Part):
     vocab_size: Count
     """One more than the largest id that may occur."""
     eos_id: Count | None
-    folder: str | None
-    """Where its files are, relative to the manifest."""
+    folder: Annotated[str, AfterValidator(_below)] | None
+    """Where its files are, relative to the manifest and below it: an export copies them."""
 
 
 class Manifest(_Part):

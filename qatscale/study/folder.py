@@ -27,7 +27,7 @@ from qatlaw.run_files import Number
 from qatlaw.study import Job, Piece, Route
 from qatscale.config.places import find_moved
 from qatscale.config.recipe import load_run_config
-from qatscale.config.schema import RunConfig
+from qatscale.config.schema import RunConfig, RunName
 from qatscale.engine.checkpoints.folders import step_folder
 from qatscale.errors import UserError
 from qatscale.files import Count, is_file, read_checked
@@ -39,7 +39,7 @@ from qatscale.tracking.run_folder import RunFolder
 class StudyJob:
     """One run of a study, as the folder's tree.json holds it."""
 
-    name: str
+    name: RunName
     parent: str | None
     """The run whose checkpoint it starts from; None: from initial weights."""
     start: Count

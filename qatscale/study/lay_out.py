@@ -11,6 +11,7 @@ from qatlaw.results import read_results, write_results
 from qatlaw.run_folders import RunRecord, run_record
 from qatlaw.study import Job, Offer, cheapest_tree
 from qatlaw.text import listed, plural
+from qatscale.config.places import without_credentials
 from qatscale.config.recipe import config_differences, recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.engine.checkpoints.folders import list_checkpoints, step_of
@@ -31,6 +32,8 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
     with locked(folder.path / ".layout", wait=60):
         study = read_study(study_file)
         content = study_file.read_bytes()
+        for address in study.addresses:
+            content = content.replace(address.encode(), without_credentials(address).encode())
         if folder.tree_file.exists() and folder.study_file.exists() and folder.study_file.read_bytes() == content:
             return ()
         cells = grid(study)

@@ -15,6 +15,7 @@ from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord, planned_points
 from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
 from qatscale.config.ds_config import precision_of, run_ds_config
+from qatscale.config.places import without_credentials
 from qatscale.config.sizes import stored_weights
 from qatscale.data.open import data_here
 from qatscale.study.file import TWO_PHASES, read_study
@@ -202,7 +203,7 @@ def _jobs(plan: StudyPlan) -> list[dict[str, Any]]:
             {
                 "name": job.route.name,
                 "recipe": run.recipe,
-                "overrides": [*run.overrides, *keep_at],
+                "overrides": [*map(without_credentials, run.overrides), *keep_at],
                 "branch_from": f"{parent}@{job.start}" if parent else None,
                 "start": job.start,
                 "steps": job.route.steps,

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
-from qatlaw.files import naming
+from qatlaw.files import naming, read_small
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json
 from qatscale.supervise.process import identity, is_alive
@@ -93,11 +93,11 @@ class Claims:
         return {name: self._look(name, number) for name, number in latest.items()}
 
     def history(self, name: str) -> list[Attempt]:
-        numbers = sorted(int(path.stem.rpartition("~")[2]) for path in self.folder.glob(f"{name}~*.json"))
-        return [self._look(name, number) for number in numbers]
+        numbers = [path.stem.rpartition("~")[2] for path in self.folder.glob(f"{name}~*.json")]
+        return [self._look(name, number) for number in sorted(int(text) for text in numbers if text.isdecimal())]
 
     def has_claimed(self, worker: str) -> bool:
-        return any(f'"worker": "{worker}"'.encode() in path.read_bytes() for path in self.folder.glob("*.json"))
+        return any(f'"worker": "{worker}"'.encode() in read_small(path) for path in self.folder.glob("*.json"))
 
     def take(self, name: str, after: int, worker: str) -> Claim | None:
         """Claim the attempt that follows number `after`; None if another worker was faster."""
@@ -126,7 +126,7 @@ class Claims:
         path = self._path(name, number)
         try:
             changed = path.stat().st_mtime
-            attempt = Attempt.model_validate_json(path.read_bytes(), strict=True)
+            attempt = Attempt.model_validate_json(read_small(path), strict=True)
         except (OSError, ValueError):  # being written, or damaged: expires like a silent one
             changed, attempt = 0.0, Attempt()
         nobody = changed > 0 and attempt.process is None  # a holder writes its process at once

@@ -122,16 +122,12 @@ def _curve(folder: RunFolder, asked_for: bool, until: int | None, width: float) 
     starts = [s["start"] for s in timeline["segments"] if s["phase"].endswith("cooldown")]
     attached = min(branch, 1)
     return Curve(
-        folder=folder,
-        asked_for=asked_for,
-        tokens=steps * float(per_step),
-        loss=loss,
-        x=all_steps[branch - attached :] * float(per_step),
-        y=smooth[branch - attached :],
+        folder=folder, asked_for=asked_for, tokens=steps * float(per_step), loss=loss,
+        x=all_steps[branch - attached :] * float(per_step), y=smooth[branch - attached :],
         switch=_tokens(folder, switch_step) if switch_step is not None and first <= switch_step < last else None,
         cooldowns=tuple(_tokens(folder, start) for start in starts if first <= start < last),
         width=window * spacing if window > 1 else 0.0,
-    )
+    )  # fmt: skip
 
 
 def _before(folder: RunFolder) -> list[Record]:
