@@ -140,10 +140,10 @@ class Study(Axes):
     ] = None
 
     @property
-    def addresses(self) -> set[str]:
+    def addresses(self) -> list[str]:
         """The values of tracking.uri, which may hold passwords."""
         overrides = [*self.set, *(text for part in self.parts for size in part.sizes for text in size.set)]
-        return {text.partition("=")[2] for text in overrides if text.startswith("tracking.uri=")}
+        return [text.partition("=")[2] for text in overrides if text.startswith("tracking.uri=")]
 
     @property
     def parts(self) -> tuple[Axes, ...]:
