@@ -142,14 +142,10 @@ def prepare(
         workers = workers or len(os.sched_getaffinity(0))
         _write_shards(folder, state, opened, used, workers, view)
         manifest = Manifest(
-            qatscale=qatscale.__version__,
-            dtype=used.dtype.name,
-            tokenizer=TokenizerCard(**used.card, folder=TOKENIZER),
-            sources=list(sources),
-            identity=state.identity,
-            empty_documents=state.empty,
-            splits=_with_validation(folder, state),
-        )
+            qatscale=qatscale.__version__, dtype=used.dtype.name,
+            tokenizer=TokenizerCard(**used.card, folder=TOKENIZER), sources=list(sources), identity=state.identity,
+            empty_documents=state.empty, splits=_with_validation(folder, state),
+        )  # fmt: skip
         manifest.save(folder)
         (folder / states.NAME).unlink()
         view.say(f"{folder}: {manifest.summary()}")

@@ -249,7 +249,7 @@ def _transformers_config(raw: dict[str, Any], key: str) -> Any:
 
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise UserError(key, None, f"is not a valid {raw['model_type']} configuration: {error}") from None
 
 

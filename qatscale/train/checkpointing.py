@@ -153,22 +153,16 @@ class AsyncCheckpointer:
         config, components = self._config, self._components
         slices, copied = slices_of(components.masters), extremes_of_copies(components.masters)
         draft = Manifest(
-            step=step,
-            tokens=step * config.tokens_per_step,
-            reason=reason,
-            kept=reason in ("boundary", "end"),
-            recipe_hash=self._recipe_hash,
-            data=self._data.fingerprint,
-            tokenizer=self._data.tokenizer.fingerprint,
-            plugin=components.plugin.state(),
-            spikes=components.guard.state,
+            step=step, tokens=step * config.tokens_per_step, reason=reason, kept=reason in ("boundary", "end"),
+            recipe_hash=self._recipe_hash, data=self._data.fingerprint, tokenizer=self._data.tokenizer.fingerprint,
+            plugin=components.plugin.state(), spikes=components.guard.state,
             parameters=parameter_records(components.masters),
             layout={
                 "processes": components.runtime.ranks,
                 "zero_stage": components.masters.stage,
                 **asdict(components.topology.layout),
             },
-        )
+        )  # fmt: skip
         if self._copy is None:
             self._saved(draft, self._write(draft, slices, copied))
             return
