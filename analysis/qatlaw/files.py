@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import math
 import os
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from annotated_types import Ge, Lt
 
@@ -64,15 +65,30 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one. OSError names it."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename_synced(partial, path)
+        with _only_writer(partial) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                rename_synced(partial, path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _only_writer(partial: Path) -> BinaryIO:
+    """The file, empty and locked: another process that writes it waits until it is closed."""
+    while True:
+        file = partial.open("ab")
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # another process has renamed it
+            if os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                file.truncate(0)
+                return file
+        file.close()
 
 
 def write_figure(figure: Any, path: Path, **options: Any) -> None:

@@ -57,6 +57,7 @@ def run(
     from qatscale.study.folder import lay_out, record, unrecorded
     from qatscale.study.run import LocalWorkers, default_workers
     from qatscale.study.state import StudyState
+    from qatscale.supervise.claims import EXPIRY
     from qatscale.supervise.signals import catch
 
     file, folder = _places(study, out)
@@ -64,6 +65,9 @@ def run(
         print(f"note: {note}")
     state = StudyState(folder)
     state.refresh()
+    for one in state.attempts.values():
+        if one.damage and one.state == "running":
+            print(f"note: {one.path} {one.damage}; its run starts when no heartbeat has come for {EXPIRY:.0f} s")
     _retry(folder, state, retry or [])
     count = default_workers(folder, workers_per_gpu) if workers is None else workers
     print(f"study folder: {folder.path}; {plural(count, 'worker')} here, logs in {folder.logs}")

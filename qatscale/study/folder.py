@@ -258,8 +258,7 @@ def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> No
 
 
 def _refuse_while_training(folder: StudyFolder) -> None:
-    running = [one for one in folder.claims.attempts().values() if one.state == "running"]
-    if running:
+    if running := folder.claims.held(print):
         problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
         raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
 
@@ -271,7 +270,7 @@ def record(folder: StudyFolder, *names: str) -> None:
 
 def record_rows(folder: StudyFolder, added: Iterable[RunRecord]) -> None:
     """Add rows. Rows that exist stay as they are."""
-    with locked(folder.path / ".results"):
+    with locked(folder.path / ".results", wait=60):
         rows = {row.name: row for row in (read_results(folder.results) if folder.results.exists() else [])}
         for row in added:
             rows.setdefault(row.name, row)

@@ -132,12 +132,24 @@ def _command(process: int) -> list[str]:
 # --- what ends a process that cannot end itself ---
 
 # Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
+# Where its parent, the launcher, is stopped as well, the entire job is: Ctrl-Z. It waits for both to continue.
 _KILLER = """
 import os, select, signal, sys
-pid, limit = int(sys.argv[1]), float(sys.argv[2])
-while select.select([0], [], [], limit)[0]:
-    if not os.read(0, 4096):
-        sys.exit()
+pid, limit, silent = int(sys.argv[1]), float(sys.argv[2]), 0
+def stat(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return "?", "?"
+while silent < 2:
+    if select.select([0], [], [], limit / 2)[0]:
+        silent = 0
+        if not os.read(0, 4096):
+            sys.exit()
+    else:
+        state, parent = stat(pid)[:2]
+        silent = 0 if state == stat(parent)[0] == "T" else silent + 1
 os.kill(pid, signal.SIGKILL)
 """
 

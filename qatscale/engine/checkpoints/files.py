@@ -61,10 +61,11 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
-    return [folder for folder in _step_folders(checkpoints) if (folder / MANIFEST).is_file()]
+    return [folder for folder in step_folders(checkpoints) if (folder / MANIFEST).is_file()]
 
 
-def _step_folders(checkpoints: Path) -> list[Path]:
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints and half-deleted ones, oldest first."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
     return sorted((path for path in found if STEP.match(path.name)), key=step_of)
 
@@ -74,7 +75,7 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 
     UserError where a newer one is half-deleted: an older one would silently cost the steps between them.
     """
-    newest = next(reversed(_step_folders(checkpoints)), None)
+    newest = next(reversed(step_folders(checkpoints)), None)
     if newest and not (newest / MANIFEST).is_file():
         problem = f"half-deleted: it has no {MANIFEST}."
         raise UserError("checkpoint", str(newest), problem, other_checkpoint(newest))
@@ -162,6 +163,8 @@ def other_checkpoint(folder: Path) -> str:
 
     Only the first process of a job reads the earlier ones to verify them. The others name the newest unverified.
     """
+    if not folder.exists():
+        return "It was removed just now, as a run that trains on does; the same command takes the newest."
     before = [p for p in list_checkpoints(folder.parent) if p.name < folder.name]
     if not before:
         return "There is no earlier checkpoint beside it."
