@@ -41,13 +41,16 @@ _FILES = (
 
 
 def hints(words: Sequence[str]) -> Iterator[str]:
-    """A line for each path that the command does not read as what it is."""
+    """A line for each path that the command does not read as what it is, and for each name of a run in runs/."""
     command, option = " ".join(words[: 2 if words[:1] in (["plan"], ["study"]) else 1]), ""
     for word in words[1:]:
         key, equals, value = word.partition("=")
         before, option = (key if equals else option), (word if word.startswith("-") else "")
         path = value if equals else word
         kind = _kind(Path(path)) if path and before not in ("--out", "--figure", "output") else ""
+        run = Path("runs", path.partition("@")[0])
+        if not (kind or equals or is_folder(Path(path))) and _kind(run) == "a run":
+            yield f"hint: {run} is a run"
         uses = _USES.get(kind, ())
         if kind and command not in uses and not any(before and use.endswith(f" {before}") for use in uses):
             yield f"hint: {path} is {kind}; what reads it: {', '.join(uses)}"

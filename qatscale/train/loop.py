@@ -123,7 +123,7 @@ def pass_over(spike: Spike, step: int, config: RunConfig, guard: SpikeGuard, log
     log.spike(step + 1, spike, action)
     if action == "stop" or count > config.optimizer.spike_limit:
         why = "" if action == "stop" else f", one more than optimizer.spike_limit = {count - 1}"
-        fix = "Lower optimizer.learning_rate or optimizer.gradient_clipping in a new run or a branch."
+        fix = "Lower optimizer.learning_rate, or clip more (optimizer.gradient_clipping), in a new run or a branch."
         raise FloatingPointError(f"{spike} at step {step + 1}{why}. {fix}")
     if action == "rollback":
         raise RollBack(step)

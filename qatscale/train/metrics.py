@@ -134,7 +134,7 @@ class Meter:
         loss = total / (self._micro_batches * self._runtime.ranks) if self._micro_batches else math.nan
         if self._micro_batches and not math.isfinite(loss):
             problem = f"the loss is {loss} in the {self._steps} steps up to step {step}"
-            fix = "Lower optimizer.learning_rate or optimizer.gradient_clipping in a new run or a branch."
+            fix = "Lower optimizer.learning_rate, or clip more (optimizer.gradient_clipping), in a new run or a branch."
             raise FloatingPointError(f"{problem}. {fix}")
         seconds = time.perf_counter() - self._started - self._paused
         tokens_per_second = self._steps * self._tokens_per_step / seconds

@@ -143,7 +143,8 @@ def roll_back(setup: RunSetup, components: TrainingComponents, step: int) -> Run
     """
     resume = plan_resume(setup.config, setup.timeline)
     if resume is None or resume.checkpoint is None:
-        raise FloatingPointError("there is no checkpoint to roll back to; lower checkpoint.interval")
+        problem = f"step {step + 1} is a spike before the first checkpoint, so there is none to roll back to"
+        raise FloatingPointError(f"{problem}. Lower optimizer.learning_rate or checkpoint.interval.")
     state = components.guard.state
     _load(resume, components)
     components.guard.roll_back(state, step)

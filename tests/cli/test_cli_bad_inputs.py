@@ -54,6 +54,7 @@ def test_a_wrong_command_line_names_what_is_wrong(typed: str, fact: str) -> None
     [
         ("report results.csv", "results.csv is a table; what reads it: judge, fit --table, report --table"),
         ("fit --runs=results.csv", "results.csv is a table"),
+        ("evaluate a@2", "runs/a is a run"),
         ("judge runs", "runs is a folder of runs; what reads it: runs, fit --runs"),
         ("resume data", "data is a folder of prepared data; what reads it: train data.path"),
         ("evaluate study.yaml", "study.yaml is a study file; what reads it: study plan"),
@@ -64,6 +65,7 @@ def test_a_wrong_command_line_names_what_is_wrong(typed: str, fact: str) -> None
         ("judge results.csv", ""),  # the right kind, and wrong inside
         ("train debug qat.bit=3 data.path=data output=runs/a", ""),
         ("train debug qat.bit=3 name=", ""),  # no path, in a folder of runs
+        ("train debug qat.bit=3 name=a", ""),
     ],
 )
 def test_a_path_of_another_kind_is_named_with_what_reads_it(
