@@ -114,7 +114,7 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
                     raise HeldError(f"another process holds the lock on {path}") from None
                 time.sleep(0.1)
             except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} for a lock", str(path)) from error
+                raise OSError(error.errno, f"cannot be locked ({error.strerror})", str(path)) from error
         yield
 
 

@@ -66,15 +66,13 @@ def write_atomic(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
         with _only_writer(partial) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                rename_synced(partial, path)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            rename_synced(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

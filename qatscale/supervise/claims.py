@@ -71,6 +71,8 @@ class Attempt(BaseModel):
     changed: float = 0.0
     """When the file changed last, by the clock of its disk."""
     path: str = ""
+    alive: bool | None = None
+    """Whether its process runs; None where that cannot be seen from here."""
     damage: str = ""
     """Why its file does not say who holds it."""
 
@@ -116,10 +118,7 @@ class Claims:
         """The attempts whose holders live, once that is known: whom nobody here can see is watched for up to EXPIRY."""
         watched: dict[str, float] = {}
         while running := [one for one in self.attempts().values() if one.state == "running"]:
-            if alive := [
-                one for one in running
-                if (one.process and is_alive(one.process)) or watched.get(one.path, one.changed) != one.changed
-            ]:  # fmt: skip
+            if alive := [one for one in running if one.alive or watched.get(one.path, one.changed) != one.changed]:
                 return alive
             for one in running:
                 if one.path not in watched:
@@ -166,14 +165,13 @@ class Claims:
             damage = f"cannot be read ({error.strerror})"
         except ValueError:  # being written, or damaged
             damage = "is damaged" if found.st_size else "is empty"
-        nobody = not damage and attempt.process is None  # a holder writes its process at once
-        gone = attempt.state == "running" and (nobody or self._is_gone(path, changed, attempt.process))
+        # a holder writes its process at once
+        alive = is_alive(attempt.process) if attempt.process else None if damage else False
+        gone = attempt.state == "running" and (self._rests(path, changed) if alive is None else not alive)
         seen = {"name": name, "number": number, "changed": changed, "state": "gone" if gone else attempt.state}
-        return attempt.model_copy(update={**seen, "path": str(path), "damage": damage})
+        return attempt.model_copy(update={**seen, "path": str(path), "damage": damage, "alive": alive})
 
-    def _is_gone(self, path: Path, changed: float, process: Identity | None) -> bool:
-        if process is not None and (alive := is_alive(process)) is not None:
-            return not alive
+    def _rests(self, path: Path, changed: float) -> bool:
         now = time.monotonic()
         if self._seen.get(path, (None, 0.0))[0] != changed:
             self._seen[path] = (changed, now)

@@ -132,25 +132,19 @@ def _command(process: int) -> list[str]:
 # --- what ends a process that cannot end itself ---
 
 # Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
-# Where its parent, the launcher, is stopped as well, the entire job is: Ctrl-Z. It waits for both to continue.
+# Where its parent, the launcher, is stopped as well, the entire job is: Ctrl-Z. That is a pause.
 _KILLER = """
-import os, select, signal, sys
-pid, limit, silent = int(sys.argv[1]), float(sys.argv[2]), 0
-def stat(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()
-    except OSError:
-        return "?", "?"
+import os, psutil, select, sys
+process, limit, silent = psutil.Process(int(sys.argv[1])), float(sys.argv[2]), 0
 while silent < 2:
     if select.select([0], [], [], limit / 2)[0]:
         silent = 0
         if not os.read(0, 4096):
             sys.exit()
     else:
-        state, parent = stat(pid)[:2]
-        silent = 0 if state == stat(parent)[0] == "T" else silent + 1
-os.kill(pid, signal.SIGKILL)
+        paused = all(one and one.status() == "stopped" for one in (process, process.parent()))
+        silent = 0 if paused else silent + 1
+process.kill()
 """
 
 
@@ -163,7 +157,7 @@ class WatchdogProcess:
 
     def __init__(self, limit: float) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _KILLER, str(os.getpid()), str(limit)],
+            [sys.executable, "-I", "-c", _KILLER, str(os.getpid()), str(limit)],
             stdin=subprocess.PIPE,
             start_new_session=True,  # what stops this process's group must not stop it
         )
