@@ -64,10 +64,9 @@ PLACES = {
     errno.ENAMETOOLONG: "Choose a shorter name.", errno.ELOOP: "Name the place itself, not a link.",
 }  # fmt: skip
 """What to do where a place can be no file or folder of this user."""
-_LOCKS = "Mount the disk with locks (Lustre: -o flock), or choose another one."
 _FAULTS = {
     errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: "Raise the limit (ulimit -f), or choose another disk.",
-    errno.ENOSYS: _LOCKS, errno.ENOLCK: _LOCKS, errno.ENOTSUP: _LOCKS,
+    **dict.fromkeys((errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP), "Mount it with locks, or choose another disk."),
     errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "", **PLACES,
 }  # fmt: skip
 """What to do about an error of the operating system."""

@@ -57,7 +57,6 @@ def run(
     from qatscale.study.folder import lay_out, record, unrecorded
     from qatscale.study.run import LocalWorkers, default_workers
     from qatscale.study.state import StudyState
-    from qatscale.supervise.claims import EXPIRY
     from qatscale.supervise.signals import catch
 
     file, folder = _places(study, out)
@@ -65,9 +64,8 @@ def run(
         print(f"note: {note}")
     state = StudyState(folder)
     state.refresh()
-    for one in state.attempts.values():
-        if one.damage and one.state == "running":
-            print(f"note: {one.path} {one.damage}; its run starts when no heartbeat has come for {EXPIRY:.0f} s")
+    for claim in [one for one in state.attempts.values() if one.damage and one.state == "running"]:
+        print(f"note: {claim.path} {claim.damage}; its run starts when no heartbeat has come for two minutes")
     _retry(folder, state, retry or [])
     count = default_workers(folder, workers_per_gpu) if workers is None else workers
     print(f"study folder: {folder.path}; {plural(count, 'worker')} here, logs in {folder.logs}")

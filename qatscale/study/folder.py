@@ -140,8 +140,9 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             return ()
         cells = grid(study)
         old = folder.jobs if folder.tree_file.exists() else {}
-        if old:
-            _refuse_while_training(folder)
+        if old and (running := folder.claims.held(print)):
+            problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
+            raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
         recorded = folder.recorded()
         begun = {name for name in old if name in recorded or folder.run(name).run_file.exists()}
         runs = {run.route.name: run for run in cells.runs}
@@ -255,12 +256,6 @@ def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> No
     if first := next((one for one in differences if not one.key.startswith((*WITHOUT_EFFECT, "init"))), None):
         problem = f"{name} was trained with {first.key} = {first.old!r}; the study now says {first.new!r}."
         raise UserError("study", str(folder.path), problem, "Use another folder, or give the sizes other names.")
-
-
-def _refuse_while_training(folder: StudyFolder) -> None:
-    if running := folder.claims.held(print):
-        problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
-        raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
 
 
 def record(folder: StudyFolder, *names: str) -> None:

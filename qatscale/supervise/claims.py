@@ -58,7 +58,7 @@ class Identity(TypedDict):
 
 
 class Attempt(BaseModel):
-    """One numbered attempt at a run, as an observer sees it: what its file holds, and when that was written."""
+    """One numbered attempt at a run, as an observer sees it: what its file holds, and whether its holder lives."""
 
     worker: str = "an unknown host-?"
     process: Identity | None = None
@@ -68,11 +68,9 @@ class Attempt(BaseModel):
     ended: float | None = None
     name: str = ""
     number: int = 0
-    changed: float = 0.0
-    """When the file changed last, by the clock of its disk."""
     path: str = ""
     alive: bool | None = None
-    """Whether its process runs; None where that cannot be seen from here."""
+    """Whether its process runs, as is seen here or from its heartbeat; None where that is not known yet."""
     damage: str = ""
     """Why its file does not say who holds it."""
 
@@ -116,15 +114,15 @@ class Claims:
 
     def held(self, notice: Callable[[str], None]) -> list[Attempt]:
         """The attempts whose holders live, once that is known: whom nobody here can see is watched for up to EXPIRY."""
-        watched: dict[str, float] = {}
+        watched: set[str] = set()
         while running := [one for one in self.attempts().values() if one.state == "running"]:
-            if alive := [one for one in running if one.alive or watched.get(one.path, one.changed) != one.changed]:
+            if alive := [one for one in running if one.alive]:
                 return alive
             for one in running:
                 if one.path not in watched:
                     why = one.damage or f"names {one.holder}, which cannot be seen from here"
                     notice(f"note: {one.path} {why}; watching its heartbeat for {EXPIRY:.0f} s at most")
-                watched[one.path] = one.changed
+            watched |= {one.path for one in running}
             time.sleep(1)
         return []
 
@@ -167,15 +165,19 @@ class Claims:
             damage = "is damaged" if found.st_size else "is empty"
         # a holder writes its process at once
         alive = is_alive(attempt.process) if attempt.process else None if damage else False
-        gone = attempt.state == "running" and (self._rests(path, changed) if alive is None else not alive)
-        seen = {"name": name, "number": number, "changed": changed, "state": "gone" if gone else attempt.state}
-        return attempt.model_copy(update={**seen, "path": str(path), "damage": damage, "alive": alive})
+        alive = self._beats(path, changed) if alive is None else alive
+        state = "gone" if attempt.state == "running" and alive is False else attempt.state
+        seen = {"name": name, "number": number, "state": state, "path": str(path), "alive": alive, "damage": damage}
+        return attempt.model_copy(update=seen)
 
-    def _rests(self, path: Path, changed: float) -> bool:
+    def _beats(self, path: Path, changed: float) -> bool | None:
+        """Whether a file has changed since the last look; None where that may still come."""
         now = time.monotonic()
-        if self._seen.get(path, (None, 0.0))[0] != changed:
-            self._seen[path] = (changed, now)
-        return now - self._seen[path][1] > EXPIRY
+        before, since = self._seen.setdefault(path, (changed, now))
+        if changed == before:
+            return None if now - since <= EXPIRY else False
+        self._seen[path] = (changed, now)
+        return True
 
 
 class Claim:
@@ -188,12 +190,11 @@ class Claim:
         """Start the heartbeat. `lost` is called from its thread if another worker has taken the run over."""
 
         def beat() -> None:
-            while not self._closed.wait(HEARTBEAT):
-                if self._is_lost():
-                    lost()
-                    return
+            while not self._closed.wait(HEARTBEAT) and not self._is_lost():
                 with contextlib.suppress(OSError):  # a disk that does not answer now may do so later
                     os.utime(self.path)
+            if not self._closed.is_set():
+                lost()
 
         self._thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         self._thread.start()
@@ -214,11 +215,7 @@ class Claim:
         return False
 
 
-# --- the one writer of a run folder ---
-
-WRITERS = "writers"
-"""Folder of the claims in a run folder."""
-_WRITER = "writer"
+# --- the one writer of a run folder: the claims in its folder writers/ ---
 
 
 def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Claim:
@@ -227,14 +224,14 @@ def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Cl
     A holder on another host cannot be seen, so its heartbeat is watched for up to EXPIRY seconds. take_over: claim the
     folder from a holder that may be alive, which ends at its next heartbeat.
     """
-    claims = Claims(run / WRITERS)
+    claims = Claims(run / "writers")
     claim = None
     while claim is None:
-        latest = claims.attempts().get(_WRITER)  # whoever claims it after this is not superseded
+        latest = claims.attempts().get("writer")  # whoever claims it after this is not superseded
         if not take_over and (held := claims.held(notice)):
             problem = f"{run} is being trained by {held[0].holder}."
             raise UserError("name", run.name, problem, "Wait, stop it, or end it from here with --take-over.")
-        claim = claims.take(_WRITER, latest.number if latest else 0, worker_name(os.getpid()))
+        claim = claims.take("writer", latest.number if latest else 0, worker_name(os.getpid()))
     claim.beat_until_closed(lambda: end_taken_over(run))
     if take_over and latest is not None and latest.state == "running":
         notice(f"note: {run} is taken over; its former process has {2 * HEARTBEAT:.0f} s to notice")

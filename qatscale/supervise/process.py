@@ -136,15 +136,12 @@ def _command(process: int) -> list[str]:
 _KILLER = """
 import os, psutil, select, sys
 process, limit, silent = psutil.Process(int(sys.argv[1])), float(sys.argv[2]), 0
-while silent < 2:
-    if select.select([0], [], [], limit / 2)[0]:
-        silent = 0
-        if not os.read(0, 4096):
-            sys.exit()
-    else:
-        paused = all(one and one.status() == "stopped" for one in (process, process.parent()))
-        silent = 0 if paused else silent + 1
-process.kill()
+while silent < 2 and (not (ready := select.select([0], [], [], limit / 2)[0]) or os.read(0, 4096)):
+    job = (process, process.parent())
+    paused = not ready and all(one and one.status() == "stopped" for one in job)
+    silent = 0 if ready or paused else silent + 1
+if silent == 2:
+    process.kill()
 """
 
 

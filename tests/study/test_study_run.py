@@ -187,9 +187,7 @@ def test_a_worker_that_cannot_start_is_no_wrong_input(
         watch()
 
 
-def test_a_stopped_worker_ends_with_its_study(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_worker_ends_with_its_study(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a claim of a host that died holds up no change of the study, once it has rested."""
     lay_out(studies.write_study(tmp_path / "tiny.yaml", prepared), folder := StudyFolder(tmp_path / "study"))
     (script := tmp_path / "stops").write_text("#!/bin/sh\nkill -STOP $$\n")

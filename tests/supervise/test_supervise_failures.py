@@ -249,7 +249,7 @@ def test_the_watchdog_process_ends_a_process_that_is_stopped() -> None:
         assert process.wait(timeout=30) == -signal.SIGKILL
 
 
-def test_a_job_that_is_stopped_with_its_launcher_is_not_killed(tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_with_its_launcher_is_not_killed() -> None:
     """Ctrl-Z and fg."""
     code = "import time; from qatscale.supervise.process import WatchdogProcess; w = WatchdogProcess(0.6)\n"
     code += "print(flush=True)\nfor _ in range(15): w.alive(); time.sleep(0.1)"

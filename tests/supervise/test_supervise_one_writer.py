@@ -106,7 +106,7 @@ def test_the_holder_of_a_damaged_claim_is_known_by_its_heartbeat(tmp_path: Path)
     path.write_text("")
     beat = threading.Timer(0.5, os.utime, [path])
     beat.start()
-    with pytest.raises(UserError, match="is being trained by a process that .*0001.json does not name"):
+    with pytest.raises(UserError, match=r"is being trained by a process that .*0001.json does not name"):
         hold(tmp_path)
     beat.join()
 

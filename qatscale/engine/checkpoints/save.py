@@ -46,11 +46,7 @@ def by_kind(masters: ZeroMasters, partition: Tensor) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    checkpoints: Path,
-    draft: Manifest,
-    slices: Mapping[str, Tensor],
-    runtime: Runtime,
-    agreement: Agreement,
+    checkpoints: Path, draft: Manifest, slices: Mapping[str, Tensor], runtime: Runtime, agreement: Agreement
 ) -> Path:
     """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
 
