@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from qatlaw.errors import CONTROL, printable
+
 PATIENCE = 10.0
 """Seconds that a run waits for a console that is held: Ctrl-S on a terminal, a reader that was stopped."""
+_UNUSUAL = rf"(?!\x1b\[(?:[\d;]*[AKm]|\?25[hl])){CONTROL}"
+"""Where rich draws: all but its colours, and the moves of a table that is drawn again."""
 
 
 class IgnoreBrokenPipe:
@@ -18,7 +23,7 @@ class IgnoreBrokenPipe:
 
     When a launcher is killed, the pipe to it breaks. The next line on the console would otherwise raise BrokenPipeError
     in the middle of a step, before the signal to save has even arrived. Nor does it fail for a character that the
-    console lacks.
+    console lacks. What would steer a terminal is spelled out: a model or a file may hold it.
     """
 
     def __init__(self, stream: TextIO | None, patience: float | None = None) -> None:
@@ -39,6 +44,9 @@ class IgnoreBrokenPipe:
         return not ready
 
     def write(self, text: str) -> int:
+        drawn = self._stream.isatty() or "FORCE_COLOR" in os.environ
+        steering = _UNUSUAL if drawn else CONTROL
+        text = re.sub(steering, lambda found: found[0] if found[0] == "\r" else printable(found[0]), text)
         try:
             return len(text) if self._is_held() else self._stream.write(text)
         except OSError as error:

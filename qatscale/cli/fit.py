@@ -138,7 +138,7 @@ def report(
         page = write_report(content, out)
     print(f"drawn: {', '.join(one.title for one in content.drawn if one.figure is not None) or 'nothing'}")
     for needed, titles in content.lacking.items():
-        print(f"not drawn: {', '.join(titles)}; needs {needed}")
+        say(f"not drawn: {', '.join(titles)}; needs {needed}")
     if content.no_law:
         print(f"no loss law: {content.no_law}")
     print(f"{page}  (figures as SVG and PNG in {page.parent / 'figures'})")
@@ -258,4 +258,4 @@ def _say_left_out(collected: Collected) -> None:
 
     for reason, count in counted(collected.left_out).items():
         names = [one.name for one in collected.left_out if one.reason.startswith(reason)]
-        print(f"left out: {count} {reason} ({listed(names)})")
+        say(f"left out: {count} {reason} ({listed(names)})")

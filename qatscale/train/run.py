@@ -66,8 +66,8 @@ def _train_unless_done(
     if setup is None:
         return _done(config)
     runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
-    stop.join(runtime)
     with _only_writer(setup, branch_from, runtime, take_over) as resume:
+        stop.join(runtime)
         if resume is None:
             return _done(config)
         return _train(replace(setup, resume=resume), runtime, stop, linger)
@@ -139,16 +139,10 @@ def _open_folder(log: RunLog) -> None:
     setup, resume = log.setup, log.resume
     if not resume.resumes:
         create_run_folder(
-            log.folder.path,
-            recipe=recorded_yaml(setup.config),
-            ds_config=setup.ds_config,
-            timeline=setup.timeline,
-            n_params=log.n_params,
-            command=sys.argv,
-            parent=resume.parent,
-            hosts=log.hosts,
+            log.folder.path, recipe=recorded_yaml(setup.config), ds_config=setup.ds_config, timeline=setup.timeline,
+            n_params=log.n_params, command=sys.argv, parent=resume.parent, hosts=log.hosts,
             resolved=resolved_settings(setup),
-        )
+        )  # fmt: skip
     log.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=log.hosts)
 
 

@@ -27,7 +27,8 @@ from qatscale.engine.checkpoints.files import (
     verify_files,
     with_advice,
 )
-from qatscale.engine.checkpoints.manifest import MANIFEST, SLICES, Manifest
+from qatscale.engine.checkpoints.folders import MANIFEST
+from qatscale.engine.checkpoints.manifest import SLICES, Manifest
 from qatscale.errors import UserError
 
 LARGEST_TABLE = 4 << 30
@@ -197,7 +198,7 @@ def find_checkpoint(what: str | Path) -> Path:
     if newest:
         return newest
     steps = {step_of(path): path for path in found}
-    if not at.isdigit() or int(at) not in steps:
+    if not at.isdecimal() or int(at) not in steps:
         problem = f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
         raise UserError("checkpoint", str(what), problem)
     return steps[int(at)]
