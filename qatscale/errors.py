@@ -70,10 +70,7 @@ _FAULTS = {
     errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "", **PLACES,
 }  # fmt: skip
 """What to do about an error of the operating system."""
-_LACKING = re.compile(
-    r"out of memory. Tried|an't allocate memory|annot allocate memory|failed to map segment|bad_alloc"
-    r"|(Resource temporarily unavailable|start new thread)"
-)
+_LACKS = re.compile("out of memory. Tried|an.{1,2}t allocate mem|failed to map|bad_alloc|(Resource temp|start new thread)")
 
 
 def fault(error: BaseException) -> str | None:
@@ -83,7 +80,7 @@ def fault(error: BaseException) -> str | None:
     """
     if isinstance(error, (FloatingPointError, FailedError)):
         return str(error)
-    if (lacking := _LACKING.search(str(error))) or isinstance(error, MemoryError):
+    if (lacking := _LACKS.search(str(error))) or isinstance(error, MemoryError):
         what = "threads" if lacking and lacking[1] else "memory"
         return f"not enough {what}: {cut(str(error)) or 'MemoryError'}; `train --dry-run` shows what a run takes."
     number = errno_of(error)

@@ -96,15 +96,9 @@ def points(record: Record) -> Iterator[Any]:
 
 
 _PERF = {
-    "tokens_per_second",
-    "tflops",
-    "mfu",
-    "memory_gib",
-    "data_seconds",
-    "slowest_rank",
-    "slowest_seconds",
+    "tokens_per_second", "tflops", "mfu", "memory_gib", "data_seconds", "slowest_rank", "slowest_seconds",
     "median_seconds",
-}
+}  # fmt: skip
 _NOT_METRICS = {"event", "time", "step", "steps", "phase", "warmup"}
 
 

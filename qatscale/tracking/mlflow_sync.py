@@ -41,15 +41,9 @@ from qatscale.tracking.run_folder import RunFolder, Status
 from qatscale.tracking.store import Cursor, artifact_location, database, known_store, quiet_mlflow, resolve_uri
 
 MLFLOW_STATUS: dict[Status, str] = {
-    "imported": "FINISHED",
-    "created": "RUNNING",
-    "running": "RUNNING",
-    "running?": "RUNNING",
-    "stopped": "KILLED",
-    "killed": "KILLED",
-    "failed": "FAILED",
-    "done": "FINISHED",
-}
+    "imported": "FINISHED", "done": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "killed": "KILLED",
+    "created": "RUNNING", "running": "RUNNING", "running?": "RUNNING",
+}  # fmt: skip
 RUN_TAG = "qatscale.run_id"
 """The tag that ties an MLflow run to one run folder."""
 _CHUNK = 100_000

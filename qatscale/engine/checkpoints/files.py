@@ -36,14 +36,7 @@ from qatscale.engine.checkpoints.folders import MANIFEST, STEP, step_folders
 from qatscale.engine.checkpoints.folders import list_checkpoints as list_checkpoints
 from qatscale.engine.checkpoints.folders import step_folder as step_folder
 from qatscale.engine.checkpoints.folders import step_of as step_of
-from qatscale.engine.checkpoints.manifest import (
-    FORMAT_JSON,
-    MANIFEST_JSON,
-    READABLE,
-    SLICES,
-    FileRecord,
-    Manifest,
-)
+from qatscale.engine.checkpoints.manifest import FORMAT_JSON, MANIFEST_JSON, READABLE, SLICES, FileRecord, Manifest
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import sha256_of
 from qatscale.tensor_files import not_finite, write_safetensors
