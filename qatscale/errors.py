@@ -70,7 +70,7 @@ _FAULTS = {
     errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "", **PLACES,
 }  # fmt: skip
 """What to do about an error of the operating system."""
-_LACKS = re.compile("out of memory. Tried|an.{1,2}t allocate mem|failed to map|bad_alloc|(Resource temp|start new thread)")
+_LACKS = re.compile("out of memory. Tried|an.?.t allocate mem|failed to map|bad_alloc|(Resource temp|start new thread)")
 
 
 def fault(error: BaseException) -> str | None:
