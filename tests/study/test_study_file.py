@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -330,17 +331,19 @@ def test_a_study_that_moves_with_its_data_finds_them(tmp_path: Path) -> None:
 
 def test_a_study_whose_growth_broke_off_grows_later(tmp_path: Path) -> None:
     """On a full disk, or by a kill: the same command lays the tree anew."""
-    folder = StudyFolder(tmp_path / "one")
+    folder, whole = StudyFolder(tmp_path / "one"), StudyFolder(tmp_path / "whole")
     lay_out(written(tmp_path), folder)
-    before = set(folder.jobs)
-    grown = written(tmp_path, seeds="[0, 3]")
-    in_the_way = tmp_path / "one" / "tree.json.partial"
-    in_the_way.mkdir()
-    with pytest.raises(IsADirectoryError):
-        lay_out(grown, folder)
-    in_the_way.rmdir()
+    grown = written(tmp_path, seeds=f"[{', '.join(map(str, range(9)))}]")
+    lay_out(grown, whole)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.tree_file.stat().st_size - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"tree\.json"):
+            lay_out(grown, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     lay_out(grown, folder)
-    assert before < set(folder.jobs)
+    assert set(folder.jobs) == set(whole.jobs)
 
 
 def test_a_run_that_never_began_is_tried_again_once_its_study_is_mended(tmp_path: Path) -> None:
