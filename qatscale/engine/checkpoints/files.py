@@ -43,7 +43,7 @@ from qatscale.engine.checkpoints.manifest import (
     Manifest,
 )
 from qatscale.errors import UserError, first_invalid
-from qatscale.files import sha256_of
+from qatscale.files import is_file, sha256_of
 from qatscale.tensor_files import not_finite, write_safetensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -60,8 +60,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
-    return [folder for folder in step_folders(checkpoints) if (folder / MANIFEST).is_file()]
+    """Complete checkpoints that may be read, oldest first. Half-written ones are hidden by their name."""
+    return [folder for folder in step_folders(checkpoints) if is_file(folder / MANIFEST)]
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
