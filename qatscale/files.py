@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from qatlaw.files import PARTIAL as PARTIAL
 from qatlaw.files import Count as Count
 from qatlaw.files import decode as decode
-from qatlaw.files import read_small, write_atomic
+from qatlaw.files import naming, read_small, without_duplicates, write_atomic
 from qatlaw.files import rename_synced as rename_synced
 from qatscale.errors import FailedError, UserError, first_invalid
 
@@ -61,11 +61,12 @@ def read_checked(path: Path, schema: TypeAdapter[Value], key: str, fix: str = ""
     try:
         raw = read_small(path)
         value = schema.validate_json(raw, strict=True)
+        content = json.loads(raw, object_pairs_hook=without_duplicates)
     except ValidationError as error:
         raise UserError(key, str(path), f"is damaged: {first_invalid(error)}.", fix) from None
-    except OSError as error:
-        raise UserError(key, str(path), f"cannot be read: {error.strerror}.", fix) from None
-    content = json.loads(raw)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(key, str(path), f"cannot be read: {reason}.", fix) from None
     if isinstance(content, dict) and content.get("checksum", "") not in ("", _digest(content)):
         raise UserError(key, str(path), "was altered: its checksum differs.", fix)
     return value
@@ -107,14 +108,13 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
     with path.open("a+b", buffering=0) as file:  # opened for writing alone a pipe would wait for a reader
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with naming(path):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= end or give_up():
                     raise HeldError(f"another process holds the lock on {path}") from None
                 time.sleep(0.1)
-            except OSError as error:
-                raise OSError(error.errno, f"cannot be locked ({error.strerror})", str(path)) from error
         yield
 
 

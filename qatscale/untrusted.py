@@ -47,6 +47,16 @@ def check_json_files(folder: Path, key: str, auto_class: str = "Auto") -> None:
         if code and (isinstance(code, list) or any(str(name).startswith(auto_class) for name in code)):
             problem = "names Python code to load it with (auto_map), which qatscale never executes."
             raise UserError(key, str(path), problem, "Give a folder that transformers loads with a class it ships.")
+        if kernels := _hub_kernels(content):
+            raise UserError(key, str(path), f"{kernels} names code on the Hub, which qatscale never executes.")
+
+
+def _hub_kernels(content: Any) -> str:
+    """The key of a configuration that makes transformers download an attention and run it: "owner/name"."""
+    parts = content.items() if isinstance(content, dict) else ()
+    inner = (_hub_kernels(value) for _, value in parts)
+    own = (name for name, value in parts if name.endswith("_implementation") and "/" in str(value))
+    return next(own, "") or next(filter(None, inner), "")
 
 
 def check_safetensors(folder: Path, key: str) -> None:

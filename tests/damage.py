@@ -53,13 +53,13 @@ def expand(world: Path) -> None:
             assert code == 0, error
         shutil.copy(RECIPES / "debug.yaml", "recipe.yaml")
         shutil.copy(ROOT / "ds_configs/zero3_bf16.json", "ds.json")
-        _write_fit()
+        write_fit_file()
         _write_study()
-        _write_landscape()
+        write_landscape()
         _write_tables()
 
 
-def _write_fit() -> None:
+def write_fit_file() -> None:
     from qatlaw import synthetic
     from qatlaw.fit_file import FitFile, write_fit
 
@@ -74,7 +74,8 @@ def _write_fit() -> None:
 
 
 def _write_study() -> None:
-    from qatscale.study.folder import StudyFolder, lay_out
+    from qatscale.study.folder import StudyFolder
+    from qatscale.study.lay_out import lay_out
 
     Path("study.yaml").write_text(
         "sizes: [debug]\ntokens: [25600]\nbits: [2]\nfractions: [0, 0.5]\nschemes: [fused]\nset: [data.path=data]\n"
@@ -86,7 +87,7 @@ def _write_study() -> None:
     assert claim is not None
 
 
-def _write_landscape() -> None:
+def write_landscape() -> None:
     ends = {"before": "runs/trunk/checkpoints/step-00000005", "after": "runs/trunk/checkpoints/step-00000010"}
     inputs = ends | {"views": ["fp", "quantized"], "bits": 4, "points": 12}
     grid = [f"{x},{y},{3 + x * x + y * y},{3.5 + x * x + 2 * y * y}" for y in (0, -0.5, 0.5) for x in range(-1, 3)]
@@ -240,7 +241,8 @@ def _landscape(world: Path) -> None:
 
 
 def _laid_out(world: Path) -> None:
-    from qatscale.study.folder import StudyFolder, lay_out
+    from qatscale.study.folder import StudyFolder
+    from qatscale.study.lay_out import lay_out
 
     shutil.rmtree(world / "study/claims", ignore_errors=True)
     lay_out(world / "study.yaml", StudyFolder(world / "study"))

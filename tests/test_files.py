@@ -1,14 +1,14 @@
 """Small files: read whole, or refused with their name."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
 from qatlaw.files import read_small, write_atomic
 from qatscale.errors import UserError
-from qatscale.new_folder import appearing
+from qatscale.new_folder import appearing, check_new
+from tests.permissions import as_ordinary_user
 
 
 def test_a_file_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,24 +26,30 @@ def test_a_place_that_holds_no_file_is_named_and_stays_as_it_was(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [folder]
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from qatlaw.files import write_atomic
-path = Path(sys.argv[1])
-print(flush=True)
-for _ in range(100):
-    write_atomic(path, 100_000 * sys.argv[2].encode())
-    content = path.read_bytes()
-    assert (len(content), len(set(content))) == (100_000, 1), "a piece of each"
-"""
+def test_two_that_write_one_file_at_once_share_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, late = tmp_path / "fit.json", [b"late"]
+
+    def meanwhile(_: int) -> None:
+        while late:
+            write_atomic(path, late.pop())
+
+    monkeypatch.setattr("qatlaw.files.os.fsync", meanwhile)
+    write_atomic(path, b"first")
+    assert path.read_bytes() == b"first", "the last one to finish"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_processes_that_write_one_file_write_one_after_the_other(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "fit.json")]
-    both = [subprocess.Popen([*command, letter], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for letter in "ab"]
-    assert [one.communicate()[1] for one in both] == [b"", b""]
-    assert [path.name for path in tmp_path.iterdir()] == ["fit.json"]
+def test_a_device_stays_a_device() -> None:
+    with as_ordinary_user():  # who may make no file in /dev
+        write_atomic(Path(os.devnull), b"content")
+    assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.parametrize("place", [".", "..", "new/.."])
+def test_a_folder_to_make_has_a_name(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is not the name of a new folder"):
+        check_new(Path(place))
 
 
 def test_two_processes_that_make_one_folder_do_not_share_its_parts(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,12 +16,42 @@ class InputError(ValueError):
 
     def __init__(self, key: str, value: object, problem: str, fix: str = "") -> None:
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
-        shown = f"{cut(key)} = {cut(repr(value))}" if value is not None else cut(key)
-        super().__init__(f"{shown}: {cut(problem, 2000)}" + (f" {cut(fix, 1000)}" if fix else ""))
+        shown = f"{_shown(key)} = {_shown(repr(value))}" if value is not None else _shown(key)
+        super().__init__(f"{shown}: {_shown(problem, 2000)}" + (f" {_shown(fix, 1000)}" if fix else ""))
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Exceptions are pickled by their `args`; a pool whose worker raises this one would break without it."""
         return type(self), (self.key, self.value, self.problem, self.fix)
+
+
+_USER = re.compile(r"(?<=://)(?:[^\s/:]*:(?!\d+(?:[/?#]|$))\S*|[^\s/?#]+)@")
+"""`user@`, `token@` or `user:password@` of an address. A password may hold any character but a blank."""
+_SECRET = re.compile(
+    r"(?<=[?&;])([^=&\s]*(?:user|pass|pwd|token|secret|key|auth|sig|odbc_connect)[^=&\s]*=)[^&\s#'\"]*", re.I
+)
+"""A value of an address's query that is a credential, or holds one, by its name."""
+
+
+def without_credentials(text: str) -> str:
+    """An address, or a text with addresses, without user names, passwords and tokens.
+
+    >>> without_credentials("https://me:secret@host:5000/path?token=abc&x=1")
+    'https://host:5000/path?token=&x=1'
+    """
+    return _SECRET.sub(r"\1", _USER.sub("", text))
+
+
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+"""Characters that move the cursor, colour or reorder what a terminal shows; line breaks and tabs are none."""
+
+
+def printable(text: str) -> str:
+    """Names and values from files, for a terminal: what would steer it is spelled out."""
+    return re.sub(CONTROL, lambda found: ascii(found[0])[1:-1], text)
+
+
+def _shown(text: str, length: int = 100) -> str:
+    return printable(cut(without_credentials(text), length))
 
 
 def cut(text: str, length: int = 100) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import math
 import os
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 
@@ -38,6 +39,15 @@ def read_small(path: Path, most_values: int = MOST_VALUES) -> bytes:
     return content
 
 
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its pairs, for json.loads. ValueError for a key that occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} occurs twice, and the later one would win")
+    return content
+
+
 def decode(value: Any) -> Any:
     """The inverse of `qatscale.files.encode` for numbers: the three strings become floats again."""
     if isinstance(value, str):
@@ -62,31 +72,35 @@ def rename_synced(partial: Path, final: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one. OSError names it."""
-    partial = path.with_name(path.name + PARTIAL)
+    """Replace `path` with `content`; a reader sees the old or the new file, never a piece of one. OSError names it.
+
+    Of processes that write it at once, the last one wins. A killed one leaves a hidden file. A device or pipe, such as
+    /dev/null, stays what it is and is written into.
+    """
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL}")
     try:
-        with _only_writer(partial) as file:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_bytes(content)
+            return
+        with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            rename_synced(partial, path)
+        rename_synced(partial, path)
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _only_writer(partial: Path) -> BinaryIO:
-    """The file, empty and locked: another process that writes it waits until it is closed."""
-    while True:
-        file = partial.open("ab")
-        with suppress(OSError):  # a disk without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):  # another process has renamed it
-            if os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-                file.truncate(0)
-                return file
-        file.close()
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A context whose OSErrors name `path` where they name no file: that of a write does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_figure(figure: Any, path: Path, **options: Any) -> None:

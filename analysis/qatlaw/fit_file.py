@@ -5,6 +5,7 @@ Whoever plans by a law must see what stands behind it, so only the intervals are
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qatlaw.errors import InputError, first_invalid
-from qatlaw.files import read_small, write_atomic
+from qatlaw.files import read_small, without_duplicates, write_atomic
 from qatlaw.fraction import ROUNDING
 from qatlaw.laws import FORMS
 from qatlaw.laws.base import Floats, Law, LawForm
@@ -174,7 +175,9 @@ def read_fit(path: str | Path) -> FitFile:
     """InputError, with the field, where the file is not a fit.json of this format or holds no sound law."""
     again = "Make the file again with `qatscale fit`."
     try:
-        file = FitFile.model_validate_json(read_small(Path(path)), strict=True)
+        text = read_small(Path(path))
+        file = FitFile.model_validate_json(text, strict=True)
+        json.loads(text, object_pairs_hook=without_duplicates)
         for name in ("n_params", "tokens", *["bits"] * file.law.form.one_width):
             low, high = file.range.get(name, (1, 0))
             if low > high:
@@ -187,4 +190,6 @@ def read_fit(path: str | Path) -> FitFile:
         raise InputError(f"{path}: {field}", None, f"{reason}.", again) from None
     except InputError as error:
         raise InputError(f"{path}: {error.key}", error.value, error.problem, again) from None
+    except ValueError as error:
+        raise InputError("fit", str(path), f"cannot be read: {error}.", again) from None
     return file

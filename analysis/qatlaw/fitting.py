@@ -116,22 +116,14 @@ def fit(form: LawForm, table: RunTable, *, seed: int = 0, starts: int = 32, delt
     identifiability = identify(problem, variables, robust_spread(problem.residuals(variables)))
     noise = _noise(problem, variables, used)
     return FitResult(
-        law=law,
-        table=used,
-        left_out=left_out,
-        delta=final_delta,
-        cost=float(solved.cost),
-        residuals=residuals,
-        quality=quality(predicted, used.loss),
-        per_bits=quality_per_bits(predicted, used),
-        starts=cold_starts,
-        identifiability=identifiability,
-        noise=noise,
+        law=law, table=used, left_out=left_out, delta=final_delta, cost=float(solved.cost), residuals=residuals,
+        quality=quality(predicted, used.loss), per_bits=quality_per_bits(predicted, used), starts=cold_starts,
+        identifiability=identifiability, noise=noise,
         certainty=Certainty.from_information(
             law, information(law, problem.points, max(noise.own, 1e-12), problem.whitened)
         ),
         warnings=(*identifiability.sentences, *_curve_warning(used, residuals, noise), *_start_warning(cold_starts)),
-    )
+    )  # fmt: skip
 
 
 def fit_widths(form: LawForm, table: RunTable, **options: Any) -> dict[float, FitResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -176,7 +177,7 @@ def read_landscape(folder: Path) -> Landscape:
 
 def _numbers(path: Path) -> pd.DataFrame:
     """A table of numbers at places x, y. ValueError or KeyError where it is another one."""
-    frame = pd.read_csv(path).astype(np.float64)
+    frame = pd.read_csv(io.BytesIO(read_small(path))).astype(np.float64)
     if not np.isfinite(frame[["x", "y"]]).all(axis=None):
         raise ValueError("a place is not finite")
     return frame

@@ -70,11 +70,7 @@ def _record(run: Any) -> RunRecord:
     final: dict[str, Any] = dict(run.data.metrics)
     final |= {name: recipe.pop(name) for name in TEXTS if name in recipe}
     return RunRecord(
-        run_id=run.info.run_id,
-        name=run.info.run_name or run.info.run_id,
-        status=run.info.status,
-        final=final,
-        recipe=recipe,
-        created=run.info.start_time or 0,
+        run_id=run.info.run_id, name=run.info.run_name or run.info.run_id, status=run.info.status, final=final,
+        recipe=recipe, created=run.info.start_time or 0,
         kind=run.data.tags.get(KIND_TAG, "imported" if "imported" in run.data.tags else "training"),
-    )
+    )  # fmt: skip

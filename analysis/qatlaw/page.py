@@ -181,22 +181,13 @@ def template(name: str) -> Template:
 def html(report: Report) -> str:
     table = report.evidence.table
     return template("report.html.jinja").render(
-        report=report,
-        coefficient_rows=coefficient_rows,
-        quality_rows=quality_rows,
-        curve_rows=curve_rows,
-        comparison_rows=comparison_rows,
-        table=table,
-        title=f"Quantization-aware training: {Path(table.source).name}",
-        warnings=_warnings(report),
-        runs=_run_rows(table),
-        all_runs=RUNS,
-        more_runs=len(table) - MOST_RUNS,
-        findings=findings(report.evidence, report.summaries, report.drawn),
-        missing=_missing(report),
+        report=report, coefficient_rows=coefficient_rows, quality_rows=quality_rows, curve_rows=curve_rows,
+        comparison_rows=comparison_rows, table=table, title=f"Quantization-aware training: {Path(table.source).name}",
+        warnings=_warnings(report), runs=_run_rows(table), all_runs=RUNS, more_runs=len(table) - MOST_RUNS,
+        findings=findings(report.evidence, report.summaries, report.drawn), missing=_missing(report),
         reasons=", ".join(f"{count} {reason}" for reason, count in counted(report.left_out).items()),
         left_out=[("run left out", "why"), *((one.name, one.reason) for one in report.left_out[:MOST_RUNS])],
-    )
+    )  # fmt: skip
 
 
 def _warnings(report: Report) -> list[str]:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from qatlaw.errors import InputError
-from qatlaw.files import write_atomic
+from qatlaw.files import read_small, write_atomic
 from qatlaw.measurement import settings_with_effect
 from qatlaw.names import VAL_LOSS
-from qatlaw.runs import RunRecord
+from qatlaw.run_folders import RunRecord
 
 RECIPE = "recipe."
 """Prefix of a recipe's keys, which share names with metrics."""
 _FIRST = ("name", "scheme", "n_params", "bits", "tokens_total", "qat_fraction", VAL_LOSS)
+MOST_CELLS = 10_000_000
+"""A study of 10,000 runs has two million."""
 _PASSING_METRICS = ("tokens_per_second",)
 
 
@@ -44,8 +46,8 @@ def write_results(path: Path, records: Iterable[RunRecord]) -> None:
 def read_results(path: Path) -> list[RunRecord]:
     """InputError where the file is not such a table."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = read_small(path, MOST_CELLS).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(str(path), None, f"cannot be read: {error}.") from None
     records = []

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qatlaw.errors import InputError, first_invalid
-from qatlaw.files import Count, decode, read_small
+from qatlaw.files import Count, decode, read_small, without_duplicates
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -92,7 +92,11 @@ def read_run_file(path: Path) -> dict[str, Any]:
     """One of a run's files by its name. InputError, with file and key, where it is missing or damaged."""
     try:
         text = read_small(path)
-        content = yaml.load(text, _Plain) if path.suffix == ".yaml" else decode(json.loads(text))
+        content = (
+            yaml.load(text, _Plain)
+            if path.suffix == ".yaml"
+            else decode(json.loads(text, object_pairs_hook=without_duplicates))
+        )
         _SCHEMAS[path.name].model_validate(content)
     except ValidationError as error:
         raise InputError("run", str(path), f"is damaged: {first_invalid(error)}.", "Restore the file.") from None

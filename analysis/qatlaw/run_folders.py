@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qatlaw.errors import InputError
 from qatlaw.run_files import read_run_file
-from qatlaw.runs import RunRecord
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, as tracking records it."""
+
+    run_id: str
+    name: str
+    status: str
+    """FINISHED, or how it ended; of a damaged one the problem."""
+    final: Mapping[str, Any]
+    """Numbers and `scheme` by their stable names; unknown ones are missing."""
+    recipe: Mapping[str, str]
+    """Dotted key to text, as MLflow's parameters have it."""
+    created: float = 0.0
+    """Any clock: the later of two records of the same run counts."""
+    kind: str = "training"
+    """`training`; `fit` for the record of a fitted law; `imported` for a model that was trained elsewhere; `damaged`
+    for a folder that cannot be read."""
 
 
 def folder_records(output: Path) -> list[RunRecord]:

@@ -24,6 +24,7 @@ from qatlaw.effective_bits import attention_shape, llama_weights
 from qatlaw.errors import InputError
 from qatlaw.measurement import TRIALS, split_settings
 from qatlaw.names import AVERAGED, VAL_LOSS, VAL_LOSS_PTQ
+from qatlaw.run_folders import RunRecord as RunRecord
 from qatlaw.table import POINT, RunTable
 from qatlaw.text import listed
 
@@ -39,25 +40,6 @@ SAME_IN_ALL = (
 )  # fmt: skip
 """Settings that no law here knows, beside those of the cooldown. Runs that differ in them compare only if the
 difference does not matter."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One run, as tracking records it."""
-
-    run_id: str
-    name: str
-    status: str
-    """FINISHED, or how it ended; of a damaged one the problem."""
-    final: Mapping[str, Any]
-    """Numbers and `scheme` by their stable names; unknown ones are missing."""
-    recipe: Mapping[str, str]
-    """Dotted key to text, as MLflow's parameters have it."""
-    created: float = 0.0
-    """Any clock: the later of two records of the same run counts."""
-    kind: str = "training"
-    """`training`; `fit` for the record of a fitted law; `imported` for a model that was trained elsewhere; `damaged`
-    for a folder that cannot be read."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,9 @@ class RunTable:
             frame = readers[file.suffix](file)
         except Exception as error:
             raise InputError("table", str(path), f"cannot be read: {error}.") from error
+        cells = frame.loc[:, frame.dtypes.eq(object).to_numpy()]
+        if frame.columns.nlevels > 1 or not cells.map(pd.api.types.is_hashable).all(axis=None):
+            raise InputError("table", str(path), "holds lists, mappings or columns of several levels.", "Flatten it.")
         if len(frame.columns) == 1 and any(mark in str(frame.columns[0]) for mark in ";\t"):
             raise InputError("table", str(path), "separates its columns by other marks than commas.", "Write commas.")
         return cls.from_frame(frame, file.name, columns, scheme)

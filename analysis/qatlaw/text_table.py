@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+from qatlaw.errors import printable
+
 GAP = "  "
 FOLDED = 12
 """Characters that a folded column of words keeps, unless a number in it is longer."""
@@ -54,7 +56,7 @@ class TextTable:
             yield from folded(self.caption, width)
 
     def text(self, width: int) -> str:
-        return "\n".join(line.rstrip() for line in self.lines(width))
+        return printable("\n".join(line.rstrip() for line in self.lines(width)))
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text

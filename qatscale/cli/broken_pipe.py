@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any, TextIO
+
+from qatlaw.errors import CONTROL, printable
+
+_UNUSUAL = rf"(?!\x1b\[[\d;?]*[AKhlm]){CONTROL}"
+"""On a terminal: all but colours, and the moves of a table that is drawn again."""
 
 
 class IgnoreBrokenPipe:
@@ -13,7 +19,7 @@ class IgnoreBrokenPipe:
 
     When a launcher is killed, the pipe to it breaks. The next line on the console would otherwise raise BrokenPipeError
     in the middle of a step, before the signal to save has even arrived. Nor does it fail for a character that the
-    console lacks.
+    console lacks. What would steer a terminal is spelled out: a model or a file may hold it.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -24,6 +30,8 @@ class IgnoreBrokenPipe:
         self._lost: OSError | None = None
 
     def write(self, text: str) -> int:
+        steering = _UNUSUAL if self._stream.isatty() else CONTROL
+        text = re.sub(steering, lambda found: found[0] if found[0] == "\r" else printable(found[0]), text)
         try:
             return self._stream.write(text)
         except OSError as error:

@@ -71,7 +71,7 @@ def print_dry_run(
         resumed = as_begun(config, RunFolder(config.folder))
         try:
             start = plan_resume(resumed, build_timeline(resumed), branch_from)
-            notices = check_data(config, start, data) if start and data else ()
+            notices = (*start.notices, *(check_data(config, start, data) if data else ())) if start else ()
             if start and start.manifest and start.checkpoint:
                 verify_files(start.checkpoint, start.manifest, read=False)
             branch = {"checkpoint": start and start.checkpoint and str(start.checkpoint), "step": start and start.step}

@@ -15,7 +15,7 @@ import typer
 from qatlaw.text import listed, plural
 from qatlaw.text_table import TextTable
 from qatscale.cli.terminal import Json, check_bits, console, refuse, run_argument, working
-from qatscale.errors import UserError
+from qatscale.errors import UserError, fault, first_line
 
 
 def evaluate(
@@ -130,10 +130,15 @@ def generate(
         raise UserError("--view", view, "must be fp or quantized.")
     text = sys.stdin.read() if prompt == "-" else prompt
     generator = open_text_generator(model, view, data)
-    ids = prompt_ids(generator, text, settings)
-    print(generator.about, file=sys.stderr)
-    _write(text)
-    generator.stream(ids, settings, _write)
+    try:
+        ids = prompt_ids(generator, text, settings)
+        print(generator.about, file=sys.stderr)
+        _write(text)
+        generator.stream(ids, settings, _write)
+    except (RuntimeError, TypeError, ValueError) as error:  # of libraries, for values in the folder's files
+        if isinstance(error, UserError) or fault(error):
+            raise
+        raise UserError("model", model, f"cannot generate: {first_line(error)}.") from error
     _write("\n")
 
 

@@ -138,7 +138,7 @@ def report(
         page = write_report(content, out)
     print(f"drawn: {', '.join(one.title for one in content.drawn if one.figure is not None) or 'nothing'}")
     for needed, titles in content.lacking.items():
-        print(f"not drawn: {', '.join(titles)}; needs {needed}")
+        say(f"not drawn: {', '.join(titles)}; needs {needed}")
     if content.no_law:
         print(f"no loss law: {content.no_law}")
     print(f"{page}  (figures as SVG and PNG in {page.parent / 'figures'})")
@@ -201,6 +201,7 @@ def _columns(given: list[str] | None) -> dict[str, str]:
 def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
     """The MLflow run of the fit; None, with a warning, where MLflow fails. The file has the law either way."""
     from qatlaw.mlflow_runs import log_fit
+    from qatscale.config.places import without_credentials
     from qatscale.tracking.mlflow_sync import shown
     from qatscale.tracking.store import quiet_mlflow
 
@@ -209,7 +210,7 @@ def _log(where: tuple[str, str], summary: Summary, path: Path) -> str | None:
         with quiet_mlflow():
             return log_fit(uri, experiment, summary.file, path, f"fit {summary.label}")
     except Exception as error:  # MLflow, its store and the network raise errors of every kind
-        print(f"warning: {uri} did not take the fit: {shown(error)}", file=sys.stderr)
+        print(f"warning: {without_credentials(uri)} did not take the fit: {shown(error)}", file=sys.stderr)
         return None
 
 
@@ -256,4 +257,4 @@ def _say_left_out(collected: Collected) -> None:
 
     for reason, count in counted(collected.left_out).items():
         names = [one.name for one in collected.left_out if one.reason.startswith(reason)]
-        print(f"left out: {count} {reason} ({listed(names)})")
+        say(f"left out: {count} {reason} ({listed(names)})")

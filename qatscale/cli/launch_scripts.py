@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qatscale.errors import UserError
+from qatscale.new_folder import appearing, check_new
 
 _FOLDERS = (Path(__file__).parents[2] / "launch", Path(__file__).with_name("launch"))
 """Beside the package in a clone, inside it in a wheel."""
@@ -24,13 +24,11 @@ def launch_scripts(
     """
     source = next(place for place in _FOLDERS if place.is_dir())
     files = [file for file in sorted(source.iterdir()) if file.is_file() and file.name not in _FOR_CLONES]
-    if existing := [file.name for file in files if (folder / file.name).exists()]:
-        raise UserError("folder", str(folder), f"holds {', '.join(existing)} already.", "Name a new folder.")
-    name = folder.resolve().name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        text = file.read_text(encoding="utf-8").replace("${VENV:-.venv}", f"${{VENV:-{sys.prefix}}}")
-        copy = folder / file.name
-        copy.write_text(text.replace("launch/", f"{name}/"), encoding="utf-8")
-        copy.chmod(0o755 if file.suffix == ".sh" else 0o644)
+    check_new(folder, "folder")
+    with appearing(folder, "folder") as made:
+        for file in files:
+            text = file.read_text(encoding="utf-8").replace("${VENV:-.venv}", f"${{VENV:-{sys.prefix}}}")
+            copy = made / file.name
+            copy.write_text(text.replace("launch/", f"{folder.name}/"), encoding="utf-8")
+            copy.chmod(0o755 if file.suffix == ".sh" else 0o644)
     print(f"{folder}: {', '.join(file.name for file in files)}")

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from qatlaw.errors import printable
 from qatscale.cli.terminal import Json, check_figure, console, run_argument
 from qatscale.errors import EXIT_FAILED, UserError
 
@@ -37,7 +38,7 @@ def runs(
 
 def _say_damaged(damaged: Iterable[str]) -> None:
     for line in damaged:
-        print(f"warning: left out: {line}", file=sys.stderr)
+        print(printable(f"warning: left out: {line}"), file=sys.stderr)
 
 
 def compare(

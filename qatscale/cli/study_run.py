@@ -17,7 +17,7 @@ import typer
 from qatlaw.errors import InputError
 from qatlaw.text import plural
 from qatlaw.text_table import TextTable
-from qatscale.cli.terminal import Json, console
+from qatscale.cli.terminal import Json, console, say
 from qatscale.errors import EXIT_FAILED, UserError, exit_code
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ def run(
     You can stop it and start it again at any time, also after a full disk, and the study file may grow: finished runs
     stay. Other hosts that share the folder take part with `qatscale study work FOLDER`.
     """
-    from qatscale.study.folder import lay_out, record, unrecorded
+    from qatscale.study.lay_out import lay_out, record, unrecorded
     from qatscale.study.run import LocalWorkers, default_workers
     from qatscale.study.state import StudyState
     from qatscale.supervise.signals import catch
 
     file, folder = _places(study, out)
     for note in lay_out(file, folder):
-        print(f"note: {note}")
+        say(f"note: {note}")
     state = StudyState(folder)
     state.refresh()
     for claim in [one for one in state.attempts.values() if one.damage and one.state == "running"]:
@@ -89,9 +89,9 @@ def run(
         sys.exit(exit_code(stopped[0]))
     for name, one in state.states.items():
         if one.reason and one.state in ("failed", "ready"):
-            print(f"{one.state.replace('ready', 'stopped')}: {name}: {one.reason}")
+            say(f"{one.state.replace('ready', 'stopped')}: {name}: {one.reason}")
     for reason, names in state.refusals().items():
-        print(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
+        say(f"warning: MLflow did not take {plural(len(names), 'run')}, which trained without it. {reason}")
     if counts["blocked"]:
         blocked = plural(counts["blocked"], "run")
         print(f"blocked: {blocked} that branch from them. `qatscale study run {folder.path} --retry all`")
@@ -183,18 +183,20 @@ def _conclude(folder: StudyFolder) -> None:
     from qatlaw.results import read_results
     from qatscale.cli.fit import fit, report
 
-    if not folder.results.exists():
+    done = read_results(folder.results) if folder.results.exists() else []
+    if not done:
+        print("no law and no report: no run is done")
         return
-    schemes = {record.final["scheme"] for record in read_results(folder.results)} & {"sequential", "fused"}
+    schemes = {record.final["scheme"] for record in done} & {"sequential", "fused"}
     for scheme in sorted(schemes):
         try:
             fit(table=folder.results, scheme=scheme, out=folder.path / f"fit-{scheme}.json")
         except InputError as problem:
-            print(f"no law of {scheme} runs: {problem}")
+            say(f"no law of {scheme} runs: {problem}")
     try:
         report(table=folder.results, out=folder.path / "report")
     except InputError as problem:
-        print(f"no report: {problem}")
+        say(f"no report: {problem}")
 
 
 # --- printing ---

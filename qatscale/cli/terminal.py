@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from qatlaw.bit_widths import BIT_WIDTHS, BIT_WIDTHS_TEXT
+from qatlaw.errors import printable
 from qatlaw.text import terminal_width, wrapped
 from qatscale.cli import completion
 from qatscale.errors import UserError
@@ -59,7 +60,7 @@ def console() -> Console:
 def say(text: str, style: str = "") -> None:
     """A sentence: folded between words on a terminal, one line in a file."""
     out = console()
-    shown = wrapped(text, out.width) if out.is_terminal else text
+    shown = wrapped(printable(text), out.width) if out.is_terminal else printable(text)
     out.print(shown, style=style, markup=False, soft_wrap=True)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from qatlaw.files import without_duplicates
 from qatscale.config.ds_keys import (
     ACCEPTED,
     FORMER_NAMES,
@@ -273,13 +274,4 @@ def _read(name_or_path: str | Path, mend: bool = False) -> _Check:
     path = named_file("engine.ds_config", name_or_path, _shipped())
     if path.stat().st_size > LARGEST:
         raise UserError("engine.ds_config", str(path), f"larger than {LARGEST >> 20} MB, which no ds_config is.")
-    return _Check(read_object(path, "engine.ds_config", _without_duplicates), str(path), mend)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {key!r} occurs twice, and the later one would win")
-        content[key] = value
-    return content
+    return _Check(read_object(path, "engine.ds_config", without_duplicates), str(path), mend)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qatlaw.errors import without_credentials as without_credentials
 from qatscale.errors import UserError, did_you_mean
 from qatscale.files import is_file, is_folder
 
 SQLITE = "sqlite:///"
-_USER = re.compile(r"(?<=://)(?:[^\s/:@]+|[^\s/:@]*:(?!\d+(?:/|$))\S*)@")
-"""`user@`, `token@` or `user:password@` of an address. A password may hold any character but a blank."""
-_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:user|pass|pwd|token|secret|key|auth|sig)[^=&\s]*=)[^&\s#'\"]*", re.I)
-"""A value of an address's query that is a credential by its name."""
 
 
 def expand_user(path: Path) -> Path:
@@ -40,15 +36,6 @@ def named_file(key: str, given: str | Path, shipped: Mapping[str, Path]) -> Path
         raise UserError(key, str(given), "no such file.", did_you_mean(str(path), [*near, *shipped]))
     problem = f"no {key.rpartition('.')[2]} or file of this name."
     raise UserError(key, str(given), problem, did_you_mean(str(given), shipped))
-
-
-def without_credentials(text: str) -> str:
-    """An address, or a text with addresses, without user names, passwords and tokens.
-
-    >>> without_credentials("https://me:secret@host:5000/path?token=abc&x=1")
-    'https://host:5000/path?token=&x=1'
-    """
-    return _SECRET.sub(r"\1", _USER.sub("", text))
 
 
 def absolute_uri(uri: str) -> str:

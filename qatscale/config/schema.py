@@ -325,12 +325,15 @@ class TrackingConfig(Section):
         return uri and without_credentials(uri)
 
 
+RunName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}$"),
+    Allowed("a name of at most 200 letters, digits and . _ = + -, beginning with a letter or digit"),
+]
+
+
 class RunConfig(Section):
-    name: Annotated[
-        str,
-        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}$"),
-        Allowed("a name of at most 200 letters, digits and . _ = + -, beginning with a letter or digit"),
-    ]
+    name: RunName
     """Name of the run and of its folder."""
     output: ExpandedPath = Path("runs")
     """Folder in which the run's folder is made."""
@@ -363,6 +366,10 @@ class RunConfig(Section):
             if group and size % group:
                 raise ClashError("qat.group_size", f"does not divide {key} = {size}")
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """By values: which of them a person set does not count."""
+        return isinstance(other, RunConfig) and self.__dict__ == other.__dict__
 
     @property
     def tokens_per_step(self) -> int:

@@ -79,6 +79,11 @@ class IndexedReader:
             raise UserError("shard", str(error.filename), "the file is missing.", self.fix) from None
         self.tokens = np.frombuffer(self._map, self.dtype)  # a slice of a np.memmap costs several times as much
 
+    @property
+    def document_count(self) -> int:
+        """By the header."""
+        return self._documents - 1
+
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         return self._part("<i4", HEADER.size, self._sequences)
@@ -148,3 +153,6 @@ class IndexedReader:
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
         if self.pointers[0] != 0 or (self.pointers[1:] != ends[:-1]).any() or (self.lengths < 0).any():
             raise UserError("shard", str(self.idx_path), "its sequences are not one after another in the .bin.")
+        first, last = (self.documents[0], self.documents[-1]) if self._documents else (-1, -1)
+        if first < 0 or last > self._sequences or (np.diff(self.documents) < 0).any():
+            raise UserError("shard", str(self.idx_path), "its documents are not groups of its sequences.", self.fix)

@@ -54,14 +54,9 @@ class IndexedWriter:
         rename_synced(self._partial, self._bin)
         write_atomic(self._idx, index)
         return Shard(
-            name=self._name,
-            documents=len(lengths),
-            tokens=self.tokens,
-            bin_bytes=self.tokens * self._dtype.itemsize,
-            idx_bytes=len(index),
-            bin_sha256=self._hash.hexdigest(),
-            idx_sha256=hashlib.sha256(index).hexdigest(),
-        )
+            name=self._name, documents=len(lengths), tokens=self.tokens, bin_bytes=self.tokens * self._dtype.itemsize,
+            idx_bytes=len(index), bin_sha256=self._hash.hexdigest(), idx_sha256=hashlib.sha256(index).hexdigest(),
+        )  # fmt: skip
 
 
 def encode_index(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
@@ -76,11 +71,6 @@ def encode_index(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
 def described(reader: IndexedReader, name: str) -> Shard:
     """Counts, sizes and checksums of a finished pair under `name`; reads every byte of both files."""
     return Shard(
-        name=name,
-        documents=len(reader.documents) - 1,
-        tokens=len(reader.tokens),
-        bin_bytes=reader.bin_bytes,
-        idx_bytes=reader.idx_bytes,
-        bin_sha256=sha256_of(reader.bin_path),
-        idx_sha256=sha256_of(reader.idx_path),
-    )
+        name=name, documents=reader.document_count, tokens=len(reader.tokens), bin_bytes=reader.bin_bytes,
+        idx_bytes=reader.idx_bytes, bin_sha256=sha256_of(reader.bin_path), idx_sha256=sha256_of(reader.idx_path),
+    )  # fmt: skip

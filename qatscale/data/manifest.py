@@ -8,9 +8,9 @@ import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
 from qatlaw.text import plural
 from qatscale.data.indexed import DTYPE_CODES, PREPARE_AGAIN, WRITE_AGAIN, IndexedReader, Shard
@@ -42,6 +42,12 @@ class SplitCounts(_Part):
         return cls(documents=documents, tokens=tokens, text_bytes=text_bytes, shards=shards)
 
 
+def _below(path: str) -> str:
+    if ".." in Path(path).parts or Path(path).is_absolute():
+        raise ValueError("leads out of the folder")
+    return path
+
+
 class TokenizerCard(_Part):
     kind: str
     """sentencepiece, huggingface, or unknown for adopted shards."""
@@ -49,8 +55,8 @@ class TokenizerCard(_Part):
     vocab_size: Count
     """One more than the largest id that may occur."""
     eos_id: Count | None
-    folder: str | None
-    """Where its files are, relative to the manifest."""
+    folder: Annotated[str, AfterValidator(_below)] | None
+    """Where its files are, relative to the manifest and below it: an export copies them."""
 
 
 class Manifest(_Part):
@@ -98,6 +104,10 @@ class Manifest(_Part):
         manifest = read_checked(path, TypeAdapter(cls), "data.path", _PREPARE).model_copy(update={"checksum": ""})
         if manifest.dtype not in {dtype.name for dtype in DTYPE_CODES.values() if dtype.kind != "f"}:
             raise UserError("data.path", str(path), f"{manifest.dtype!r} is not a dtype of tokens.")
+        card = manifest.tokenizer
+        if card.eos_id is not None and card.eos_id >= card.vocab_size:
+            problem = f"tokenizer.eos_id is {card.eos_id}, and the vocabulary has {card.vocab_size}."
+            raise UserError("data.path", str(path), problem, _PREPARE)
         for split, counts in manifest.splits.items():
             for what in ("tokens", "documents"):
                 total, held = getattr(counts, what), sum(getattr(shard, what) for shard in counts.shards)
@@ -157,12 +167,13 @@ class Manifest(_Part):
                 pass
 
     @functools.cached_property
-    def _file_tokens(self) -> dict[str, int]:
-        tokens: Counter[str] = Counter()
-        for counts in self.splits.values():
-            for shard in counts.shards:
-                tokens[shard.name] += shard.tokens
-        return tokens
+    def _in_files(self) -> Counter[tuple[str, str]]:
+        """(file, "tokens" or "documents") -> how many of it all splits hold."""
+        held: Counter[tuple[str, str]] = Counter()
+        for shard in (shard for counts in self.splits.values() for shard in counts.shards):
+            held[shard.name, "tokens"] += shard.tokens
+            held[shard.name, "documents"] += shard.documents
+        return held
 
     def open_shard(self, folder: Path, shard: Shard) -> IndexedReader:
         """The file that holds a shard. UserError where its size or type is not what the manifest says."""
@@ -174,7 +185,7 @@ class Manifest(_Part):
         for path, size, expected in sizes:
             if size != expected:
                 raise UserError("shard", str(path), f"has {size} bytes, and the manifest says {expected}.", reader.fix)
-        size, held, end = len(reader.tokens), self._file_tokens[shard.name], shard.start + shard.tokens
+        size, held, end = len(reader.tokens), self._in_files[shard.name, "tokens"], shard.start + shard.tokens
         if reader.dtype.name != self.dtype or size not in (shard.tokens, held) or end > size:
             found = f"holds {size} tokens of {reader.dtype.name}"
             problem = f"{found}, and the manifest says {max(held, end)} of {self.dtype}."
@@ -183,6 +194,14 @@ class Manifest(_Part):
 
     def _check_shard(self, folder: Path, shard: Shard, full: bool) -> None:
         reader = self.open_shard(folder, shard)
+        documents, listed = reader.document_count, self._in_files[shard.name, "documents"]
+        if documents not in (shard.documents, listed):
+            problem = f"holds {plural(documents, 'document')}, and the manifest says {listed:,}."
+            raise UserError("shard", str(reader.idx_path), problem, reader.fix)
+        last, eos = int(reader.tokens[-1]), self.tokenizer.eos_id
+        if self.tokenizer.fingerprint and last != eos:
+            problem = f"its last document ends with token {last}, and the manifest says that {eos} ends each."
+            raise UserError("shard", str(reader.bin_path), problem, reader.fix)
         if not full:
             return
         for path, checksum in ((reader.bin_path, shard.bin_sha256), (reader.idx_path, shard.idx_sha256)):

@@ -80,10 +80,13 @@ def mixture_of(config: RunConfig, timeline: Timeline) -> Mixture:
 def data_here(config: RunConfig) -> tuple[dict[str, int], Manifest | None]:
     """Training tokens of the sources that are on this machine, and their manifest if all are.
 
-    UserError where the model's vocabulary is too small for it.
+    UserError where a file is not what its manifest says, and where the model's vocabulary is too small for it.
     """
     folders = config.data.sources
     here = {name: Manifest.load(path) for name, path in folders.items() if path.exists()}
+    for name, manifest in here.items():
+        for split in filter(manifest.holds, get_args(Split)):
+            manifest.check_shards(folders[name], split, "size")
     held = {name: manifest.splits["train"].tokens for name, manifest in here.items()}
     if not here or len(here) < len(folders):
         return held, None

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import qatscale
+from qatlaw.files import naming
 from qatlaw.text import listed, plural
 from qatscale.data import state as states
 from qatscale.data.encode import Encoded, encode_all, is_validation
@@ -125,7 +126,7 @@ def prepare(
     view = _Watch(console)
     if repeated:
         view.say(f"note: named more than once, read once: {listed(repeated)}")
-    with only_process(folder, "out"), view.bar:
+    with naming(folder), only_process(folder, "out"), view.bar:
         if restart:
             states.discard(folder)
         manifest = states.finished(folder, identity)
@@ -141,14 +142,10 @@ def prepare(
         workers = workers or len(os.sched_getaffinity(0))
         _write_shards(folder, state, opened, used, workers, view)
         manifest = Manifest(
-            qatscale=qatscale.__version__,
-            dtype=used.dtype.name,
-            tokenizer=TokenizerCard(**used.card, folder=TOKENIZER),
-            sources=list(sources),
-            identity=state.identity,
-            empty_documents=state.empty,
-            splits=_with_validation(folder, state),
-        )
+            qatscale=qatscale.__version__, dtype=used.dtype.name,
+            tokenizer=TokenizerCard(**used.card, folder=TOKENIZER), sources=list(sources), identity=state.identity,
+            empty_documents=state.empty, splits=_with_validation(folder, state),
+        )  # fmt: skip
         manifest.save(folder)
         (folder / states.NAME).unlink()
         view.say(f"{folder}: {manifest.summary()}")

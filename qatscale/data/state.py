@@ -110,6 +110,8 @@ def _remove_shards(folder: Path, keep: set[str]) -> None:
         for file in folder.glob(f"{split}-[0-9]*.*"):
             if file.name.endswith(PARTIAL) or file.stem not in keep:
                 file.unlink()
+    for file in folder.glob(f".*{PARTIAL}"):  # of a killed process
+        file.unlink()
 
 
 def _check_identity(folder: Path, what: str, held: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -271,24 +271,13 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            character_coverage=0.9995,
-            max_sentence_length=1 << 20,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
+            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.9995,
+            max_sentence_length=1 << 20, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
             num_threads=4,  # written into the model, so it must not depend on the machine
             minloglevel=2,
-        )
+        )  # fmt: skip
     except RuntimeError as error:
         if failed:  # SentencePiece reports only the line of our code
             raise failed[0] from None

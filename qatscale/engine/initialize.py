@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
 from qatscale.config.ds_config import precision_of
 from qatscale.config.schema import RunConfig
 from qatscale.engine.topology import Topology, gather_stages
 from qatscale.engine.zero_masters import ZeroMasters
+from qatscale.errors import UserError, first_invalid
 from qatscale.model.initial_weights import InitialWeights, constant
 from qatscale.model.llama import Llama, canonical_name
 from qatscale.model.tensor_parallel import shard_of
@@ -90,13 +92,9 @@ def initialize_engine(
     groups_of_parameters = plugin.optimizer_groups()
     _equal_counts(groups_of_parameters, topology)
     adam = torch.optim.AdamW(
-        groups_of_parameters,
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+        groups_of_parameters, lr=config.optimizer.learning_rate, betas=config.optimizer.betas,
+        eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay, fused=True,
+    )  # fmt: skip
     names = {p: canonical_name(name, config.model) for name, p in model.named_parameters()}
     copies: set[str] = set()
     module, mpu = model, None
@@ -117,7 +115,12 @@ def initialize_engine(
         section = {"pipe_partitioned": alike, "grad_partitioned": alike, **ds_config.get("pipeline", {})}
         ds_config = {**ds_config, "pipeline": section}
     groups.mpu = mpu  # DeepSpeed keeps that of an earlier engine of the same process
-    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=adam, config=ds_config, mpu=mpu, dist_init_required=False
+        )  # fmt: skip
+    except ValidationError as error:  # of a section that it alone knows
+        raise UserError("engine.ds_config", config.engine.ds_config, f"{first_invalid(error)}.") from None
     masters = ZeroMasters(engine, names, copies)
     assert all(masters.steps_taken(p) == 0 for p in masters.by_partition()), "the optimizer stepped before training"
     return engine, masters

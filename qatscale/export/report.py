@@ -211,13 +211,9 @@ def card(
 ) -> str:
     """The model card. described: the content of export.json. license: an identifier of the Hub; None = unknown."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.filters |= {"amount": format_amount, "install": install_line, "count": "{:,.0f}".format}
     return environment.get_template(TEMPLATE).render(
         described,

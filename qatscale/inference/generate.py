@@ -35,6 +35,7 @@ class TransformersModel:
         if wrong := not_finite((name, p) for name, p in model.named_parameters() if p.dtype.itemsize > 1):
             raise FloatingPointError(f"{wrong} is not finite.")
         self.length: int | None = model.config.max_position_embeddings
+        model.generation_config = _only_ends(model)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)  # as in training
@@ -72,6 +73,18 @@ class TransformersModel:
             streamer=Streamer(),
             **drawn,
         )
+
+
+def _only_ends(model: Any) -> Any:
+    """transformers' settings without those of the folder, which may ask for beams, penalties or other models.
+
+    The ids that end a text stay: a chat model has several.
+    """
+    from transformers import GenerationConfig
+
+    said = model.generation_config.eos_token_id
+    ends = [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
+    return GenerationConfig(eos_token_id=[i for i in ends if 0 <= i < model.config.vocab_size] or None)
 
 
 class MlxModel:

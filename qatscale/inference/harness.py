@@ -75,13 +75,9 @@ def run_harness(
     evaluator.get_git_commit_hash = str  # it asks git, whose "fatal: not a git repository" a user would read
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     judged = HFLM(
-        pretrained=model.model,
-        tokenizer=model.tokenizer,
-        batch_size=batch,
-        max_length=model.length,
-        softmax_dtype="float32",
-        add_bos_token=False,
-    )
+        pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch, max_length=model.length,
+        softmax_dtype="float32", add_bos_token=False,
+    )  # fmt: skip
     try:
         results = evaluator.simple_evaluate(
             judged, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, log_samples=False

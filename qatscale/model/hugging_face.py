@@ -137,15 +137,10 @@ def hugging_face_config(config: ModelConfig, sequence_length: int, special: Spec
     return kind(
         **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
         architectures=[f"{kind.__name__.removesuffix('Config')}ForCausalLM"],
-        num_key_value_heads=config.kv_heads or config.heads,
-        head_dim=config.channels,
-        hidden_act="silu",
-        max_position_embeddings=sequence_length,
-        rope_parameters=rope,
-        bos_token_id=special.bos,
-        eos_token_id=special.eos,
-        dtype=str(dtype).removeprefix("torch."),
-    )
+        num_key_value_heads=config.kv_heads or config.heads, head_dim=config.channels, hidden_act="silu",
+        max_position_embeddings=sequence_length, rope_parameters=rope, bos_token_id=special.bos,
+        eos_token_id=special.eos, dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
 
 
 def export_hugging_face(
@@ -254,7 +249,7 @@ def _transformers_config(raw: dict[str, Any], key: str) -> Any:
 
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise UserError(key, None, f"is not a valid {raw['model_type']} configuration: {error}") from None
 
 

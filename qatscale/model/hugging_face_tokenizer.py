@@ -100,15 +100,10 @@ def _convert_sentencepiece(path: Path, out: Path) -> SpecialIds:
         )
 
     PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(path.read_bytes()),
-        bos_token=piece(processor.bos_id()),
-        eos_token=piece(eos),
-        unk_token=piece(processor.unk_id()),
-        pad_token=piece(processor.pad_id()),
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    ).save_pretrained(out)
+        tokenizer_object=fast_tokenizer(path.read_bytes()), bos_token=piece(processor.bos_id()), eos_token=piece(eos),
+        unk_token=piece(processor.unk_id()), pad_token=piece(processor.pad_id()), split_special_tokens=True,
+        clean_up_tokenization_spaces=False, padding_side="left",
+    ).save_pretrained(out)  # fmt: skip
     # the name that releases of transformers before 5 know as well
     config = json.loads((out / "tokenizer_config.json").read_bytes())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -363,14 +363,10 @@ def _calibrate(names: tuple[str, ...], layer: FakeQuantLayer, masters: Masters) 
     working = master.to(weight.dtype)
     error = (fake_quantize(quantizer, working, scale.to(parameter.dtype)).detach() - working).float()
     return ModuleReport(
-        names=names,
-        bits=quantizer.bits,
-        shape=tuple(master.shape),
-        scales=scale.numel(),
-        scale_bits=8 * parameter.element_size(),
-        squared_error=float(error.square().sum(dtype=torch.float64)),
+        names=names, bits=quantizer.bits, shape=tuple(master.shape), scales=scale.numel(),
+        scale_bits=8 * parameter.element_size(), squared_error=float(error.square().sum(dtype=torch.float64)),
         squared_norm=float(working.float().square().sum(dtype=torch.float64)),
-    )
+    )  # fmt: skip
 
 
 def _dimensions(parameter: Tensor) -> int:

@@ -162,17 +162,11 @@ class Timeline:
     def to_dict(self) -> dict[str, Any]:
         """timeline.json, and --json of a dry run. `learning_rate`: that of a segment's first and of its last step."""
         return {
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "tokens_per_step": self.tokens_per_step,
-            "switch_step": self.switch_step,
-            "planned_fraction": self.planned_fraction,
-            "qat_fraction": self.qat_fraction,
-            "qat_lr_ratio": self.qat_lr_ratio,
-            "boundaries": list(self.boundaries),
-            "warnings": list(self.warnings),
-            "segments": [segment.to_dict() for segment in self.segments],
-        }
+            "steps": self.steps, "tokens": self.tokens, "tokens_per_step": self.tokens_per_step,
+            "switch_step": self.switch_step, "planned_fraction": self.planned_fraction,
+            "qat_fraction": self.qat_fraction, "qat_lr_ratio": self.qat_lr_ratio, "boundaries": list(self.boundaries),
+            "warnings": list(self.warnings), "segments": [segment.to_dict() for segment in self.segments],
+        }  # fmt: skip
 
 
 def kept_steps(timeline: Timeline, keep_at: Iterable[int]) -> tuple[int, ...]:

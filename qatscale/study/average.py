@@ -21,13 +21,14 @@ from qatlaw.results import read_results
 from qatlaw.runs import RunRecord
 from qatlaw.study import trained_by
 from qatscale.config.recipe import config_differences
-from qatscale.engine.checkpoints.files import step_folders, step_of
+from qatscale.engine.checkpoints.folders import step_folders, step_of
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, read_checkpoint
 from qatscale.errors import UserError
 from qatscale.new_folder import check_new
 from qatscale.quant.bit_widths import SCALE_FLOOR
-from qatscale.study.folder import StudyFolder, record_rows
+from qatscale.study.folder import StudyFolder
+from qatscale.study.lay_out import record_rows
 from qatscale.tracking.compare import final_losses
 from qatscale.tracking.convert import write_run
 from qatscale.train.evaluate import evaluate_checkpoint

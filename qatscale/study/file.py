@@ -58,6 +58,8 @@ def _free_key(key: str) -> str:
 def _varied_key(key: str) -> str:
     if key not in settings():
         raise ClashError("", "unknown key of a recipe", suggest(key))
+    if key.startswith("tracking."):  # nor may a run's name hold an address with a password
+        raise ClashError("", "does not change what is trained", "Use `set`.")
     return _free_key(key)
 
 
@@ -136,6 +138,12 @@ class Study(Axes):
         Annotated[tuple[Axes, ...], Field(min_length=1)] | None,
         Allowed("a list of mappings: [{bits: [2]}, {bits: [4]}]"),
     ] = None
+
+    @property
+    def addresses(self) -> list[str]:
+        """The values of tracking.uri, which may hold passwords."""
+        overrides = [*self.set, *(text for part in self.parts for size in part.sizes for text in size.set)]
+        return [text.partition("=")[2] for text in overrides if text.startswith("tracking.uri=")]
 
     @property
     def parts(self) -> tuple[Axes, ...]:

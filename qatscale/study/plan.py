@@ -15,7 +15,9 @@ from qatlaw.run_folders import flatten
 from qatlaw.runs import RunRecord, planned_points
 from qatlaw.study import Job, Tree, cheapest_tree, longest_paths, simulate
 from qatscale.config.ds_config import precision_of, run_ds_config
+from qatscale.config.places import without_credentials
 from qatscale.config.sizes import stored_weights
+from qatscale.data.open import data_here
 from qatscale.study.file import TWO_PHASES, read_study
 from qatscale.study.grid import Grid, StudyRun, grid
 
@@ -57,6 +59,9 @@ def plan_study(
 ) -> StudyPlan:
     """The cheapest tree of a study's runs, its cost, and under `law` the information of its and the `known` runs."""
     study_grid = grid(read_study(file))
+    configs = [run.config for run in study_grid.runs]
+    for config in {(str(one.data.sources), one.model.vocab_size): one for one in configs}.values():
+        data_here(config)  # refuses data that training would refuse
     tree = cheapest_tree([run.route for run in study_grid.runs])
     stay = study_grid.kept({job.route.name: (job.parent, job.start) for job in tree.jobs})
     cost = forecast(tree.jobs, {run.route.name: run.params for run in study_grid.runs}, workers, stay)
@@ -145,13 +150,9 @@ def forecast(
         held += change
         most = max(most, held)
     return Forecast(
-        workers=workers,
-        flops=sum(job.flops for job in jobs),
-        longest=max(longest_paths(jobs).values()),
-        makespan=max(slot.end for slot in slots.values()),
-        disk=most,
-        disk_at_end=held,
-    )
+        workers=workers, flops=sum(job.flops for job in jobs), longest=max(longest_paths(jobs).values()),
+        makespan=max(slot.end for slot in slots.values()), disk=most, disk_at_end=held,
+    )  # fmt: skip
 
 
 # --- for programs ---
@@ -199,7 +200,7 @@ def _jobs(plan: StudyPlan) -> list[dict[str, Any]]:
             {
                 "name": job.route.name,
                 "recipe": run.recipe,
-                "overrides": [*run.overrides, *keep_at],
+                "overrides": [*map(without_credentials, run.overrides), *keep_at],
                 "branch_from": f"{parent}@{job.start}" if parent else None,
                 "start": job.start,
                 "steps": job.route.steps,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qatlaw.files import naming
 from qatscale.errors import UserError
 from qatscale.model.lazy_state import LazyState, State, shapes_of
 
@@ -120,7 +121,7 @@ def measure(
     done = _begin(file, ["x", "y", *views], points)
     progress(done)
     row, at = None, None
-    with file.open("a", encoding="ascii") as out:
+    with naming(file), file.open("a", encoding="ascii") as out:
         for x, y in points[done:]:
             if row is None or y != at:
                 row = None  # the former row's memory

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from qatlaw.study import longest_paths, next_job
-from qatscale.engine.checkpoints.manifest import MANIFEST
+from qatscale.engine.checkpoints.folders import MANIFEST
 from qatscale.study.folder import StudyFolder, StudyJob
 from qatscale.supervise.claims import Attempt
 from qatscale.tracking.records import Tail

@@ -20,7 +20,8 @@ from types import FrameType
 from qatscale.engine.checkpoints.files import list_checkpoints, remove, step_of
 from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_OK, errno_of, exit_code
-from qatscale.study.folder import StudyFolder, StudyJob, record
+from qatscale.study.folder import StudyFolder, StudyJob
+from qatscale.study.lay_out import record
 from qatscale.study.state import StudyState
 from qatscale.supervise.claims import Claim, end_taken_over, worker_name
 from qatscale.supervise.signals import catch

@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
-from qatlaw.files import read_small
+from qatlaw.files import naming, read_small
 from qatscale.errors import EXIT_FAILED, UserError
 from qatscale.files import write_json
 from qatscale.supervise.process import identity, is_alive
@@ -136,11 +136,11 @@ class Claims:
         except FileExistsError:
             return None
         try:
-            with file:
+            with naming(path), file:
                 json.dump(content, file)
-        except OSError as error:  # a full disk; an empty claim would be watched until it expires
+        except OSError:  # a full disk; an empty claim would be watched until it expires
             path.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
         return Claim(path, self._path(name, after + 2), content)
 
     def release(self, failed: Attempt, reason: str) -> None:

@@ -159,22 +159,12 @@ def run_row(folder: RunFolder) -> RunRow:
     speeds = tokens_per_second(folder)
     parent, imported = run["parent"], folder.imported
     return RunRow(
-        name=run["name"],
-        scheme=scheme,
-        bits=None if scheme == "fp" else recipe["qat"]["bits"],
-        qat_fraction=0.0 if switch is None else (steps - switch) / steps,
-        switch_step=switch,
-        tokens=step * per_step,
-        tokens_total=steps * per_step,
-        step=step,
-        steps=steps,
-        status=folder.status,
-        losses=losses,
-        val_loss=losses.get(own_view(scheme)),
-        tokens_per_second_fp=speeds[0],
-        tokens_per_second_qat=speeds[1],
+        name=run["name"], scheme=scheme, bits=None if scheme == "fp" else recipe["qat"]["bits"],
+        qat_fraction=0.0 if switch is None else (steps - switch) / steps, switch_step=switch, tokens=step * per_step,
+        tokens_total=steps * per_step, step=step, steps=steps, status=folder.status, losses=losses,
+        val_loss=losses.get(own_view(scheme)), tokens_per_second_fp=speeds[0], tokens_per_second_qat=speeds[1],
         parent=f"{parent['name']}@{parent['step']}" if parent else imported and Path(imported).name,
-    )
+    )  # fmt: skip
 
 
 def runs_table(rows: Sequence[RunRow]) -> TextTable:

@@ -15,8 +15,8 @@ from qatscale.config.recipe import recorded_yaml
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import count_parameters
 from qatscale.data.tokenizer import tokenizer_folder
+from qatscale.engine.checkpoints.folders import MANIFEST
 from qatscale.engine.checkpoints.hugging_face_start import read_hugging_face
-from qatscale.engine.checkpoints.manifest import MANIFEST
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import TrainingState, read_checkpoint, write_state
 from qatscale.engine.checkpoints.universal import find_universal, read_universal, write_universal

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qatlaw.figures.style import INK, mark, new_figure, series_style, tidy
+from qatlaw.figures.style import INK, literal, mark, new_figure, series_style, tidy
 from qatlaw.files import write_figure
 from qatscale.config.amounts import format_amount
 from qatscale.tracking.averages import Averages
@@ -122,16 +122,12 @@ def _curve(folder: RunFolder, asked_for: bool, until: int | None, width: float) 
     starts = [s["start"] for s in timeline["segments"] if s["phase"].endswith("cooldown")]
     attached = min(branch, 1)
     return Curve(
-        folder=folder,
-        asked_for=asked_for,
-        tokens=steps * float(per_step),
-        loss=loss,
-        x=all_steps[branch - attached :] * float(per_step),
-        y=smooth[branch - attached :],
+        folder=folder, asked_for=asked_for, tokens=steps * float(per_step), loss=loss,
+        x=all_steps[branch - attached :] * float(per_step), y=smooth[branch - attached :],
         switch=_tokens(folder, switch_step) if switch_step is not None and first <= switch_step < last else None,
         cooldowns=tuple(_tokens(folder, start) for start in starts if first <= start < last),
         width=window * spacing if window > 1 else 0.0,
-    )
+    )  # fmt: skip
 
 
 def _before(folder: RunFolder) -> list[Record]:
@@ -184,7 +180,7 @@ def _draw_curves(axes: Axes, shown: Sequence[Curve], styles: Sequence[tuple[str,
     for order, (curve, (colour, dashes)) in enumerate(zip(shown, styles, strict=True)):
         if curve.width:
             axes.plot(curve.tokens, curve.loss, color=colour, linewidth=0.6, alpha=0.22, zorder=1)
-        line = {"color": colour, "linestyle": dashes, "label": curve.folder.name}
+        line = {"color": colour, "linestyle": dashes, "label": literal(curve.folder.name)}
         axes.plot(curve.x, curve.y, **line, linewidth=1.7, zorder=3 + order)
         for start in curve.cooldowns:
             mark(axes, start, curve.at(start), "o", colour, hollow=True, size=7, zorder=30)
@@ -226,7 +222,7 @@ def _draw_results(axes: Axes, results: Sequence[tuple[Curve, str, float]], style
         mark(axes, min(loss, high), row, marker, styles[curve.folder.path], hollow=hollow, size=7)
         place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{loss:.3f}", (min(loss, high), row), **place, fontsize=8, color=INK)
-    axes.set_yticks(range(len(results)), [f"{c.folder.name}\n{view_label(v)}" for c, v, _ in results])
+    axes.set_yticks(range(len(results)), [f"{literal(c.folder.name)}\n{view_label(v)}" for c, v, _ in results])
     axes.set_ylim(max(len(results), 1) - 0.5, -0.5)
     for loss in (loss for curve, view, loss in results if view == curve.folder.scheme == "fp"):
         axes.axvline(loss, color=_TRUNK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)  # what quantization costs

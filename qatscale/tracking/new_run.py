@@ -44,7 +44,7 @@ def create_run_folder(
         part.mkdir(parents=True, exist_ok=True)
     around = environment(hosts)
     write_atomic(folder.path / "recipe.yaml", recipe.encode())
-    write_json(folder.path / "ds_config.json", ds_config)
+    write_json(folder.path / "ds_config.json", _without_secrets(ds_config))
     write_json(folder.path / "environment.json", around)
     write_json(folder.path / "timeline.json", timeline.to_dict())
     run = {
@@ -60,3 +60,12 @@ def create_run_folder(
     }
     write_json(folder.run_file, run)
     return folder
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """DeepSpeed's monitors take keys of services, and addresses with passwords."""
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(inner, key) for key, inner in value.items()}
+    if not isinstance(value, str):
+        return value
+    return "" if name.endswith(("key", "token", "password", "secret")) else without_credentials(value)

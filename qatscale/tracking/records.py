@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
-from qatlaw.files import LARGEST
+from qatlaw.files import LARGEST, naming
 from qatscale.errors import UserError, first_invalid
 from qatscale.files import Count, decode, encode
 
@@ -40,8 +40,9 @@ class Appender:
 
     def append(self, record: Record) -> None:
         line = memoryview(json.dumps(encode(record), allow_nan=False).encode() + b"\n")
-        while line:  # a raw write may be short
-            line = line[self._file.write(line) :]
+        with naming(Path(self._file.name)):
+            while line:  # a raw write may be short
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())

@@ -26,7 +26,7 @@ from qatscale.data.manifest import Manifest as DataManifest
 from qatscale.engine.agreement import Agreement
 from qatscale.engine.checkpoints.files import rotate
 from qatscale.engine.checkpoints.manifest import Manifest
-from qatscale.engine.checkpoints.save import parameter_records, slices_of, write_checkpoint
+from qatscale.engine.checkpoints.save import extremes_of_copies, parameter_records, slices_of, write_checkpoint
 from qatscale.supervise.failure_report import is_consequence
 from qatscale.supervise.watchdog import Watchdog
 from qatscale.train.components import TrainingComponents
@@ -151,39 +151,33 @@ class AsyncCheckpointer:
                 )
         self.poll()
         config, components = self._config, self._components
-        slices = slices_of(components.masters)
+        slices, copied = slices_of(components.masters), extremes_of_copies(components.masters)
         draft = Manifest(
-            step=step,
-            tokens=step * config.tokens_per_step,
-            reason=reason,
-            kept=reason in ("boundary", "end"),
-            recipe_hash=self._recipe_hash,
-            data=self._data.fingerprint,
-            tokenizer=self._data.tokenizer.fingerprint,
-            plugin=components.plugin.state(),
-            spikes=components.guard.state,
+            step=step, tokens=step * config.tokens_per_step, reason=reason, kept=reason in ("boundary", "end"),
+            recipe_hash=self._recipe_hash, data=self._data.fingerprint, tokenizer=self._data.tokenizer.fingerprint,
+            plugin=components.plugin.state(), spikes=components.guard.state,
             parameters=parameter_records(components.masters),
             layout={
                 "processes": components.runtime.ranks,
                 "zero_stage": components.masters.stage,
                 **asdict(components.topology.layout),
             },
-        )
+        )  # fmt: skip
         if self._copy is None:
-            self._saved(draft, self._write(draft, slices))
+            self._saved(draft, self._write(draft, slices, copied))
             return
         copies, copy = self._copy.take(slices), self._copy
 
         def write() -> Path:
             copy.wait()
-            return self._write(draft, copies)
+            return self._write(draft, copies, copied)
 
         self._flight = _Flight(draft, write, components.runtime.device)
         self._flight.start()
 
-    def _write(self, draft: Manifest, slices: dict[str, Tensor]) -> Path:
+    def _write(self, draft: Manifest, slices: dict[str, Tensor], copied: dict[str, Tensor]) -> Path:
         runtime = self._components.runtime
-        path = write_checkpoint(self.checkpoints, draft, slices, runtime, self._agreement)
+        path = write_checkpoint(self.checkpoints, draft, slices, runtime, self._agreement, copied)
         if runtime.is_main:
             rotate(self.checkpoints, self._config.checkpoint.keep)
         return path

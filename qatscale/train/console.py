@@ -10,6 +10,7 @@ from typing import IO, Any, Self
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qatlaw.errors import printable
 from qatlaw.text import terminal_width, wrapped
 from qatscale.config.amounts import format_amount
 
@@ -125,6 +126,7 @@ class RunConsole:
 
     def notice(self, text: str) -> None:
         """Plain text: one line in a file, folded between words on a terminal."""
+        text = printable(text)  # it may hold an error of another run
         shown = wrapped(text, self._console.width) if self._console.is_terminal else text
         self._console.print(shown, markup=False, soft_wrap=True)
         self._stream.flush()

@@ -139,16 +139,10 @@ def _open_folder(log: RunLog) -> None:
     setup, resume = log.setup, log.resume
     if not resume.resumes:
         create_run_folder(
-            log.folder.path,
-            recipe=recorded_yaml(setup.config),
-            ds_config=setup.ds_config,
-            timeline=setup.timeline,
-            n_params=log.n_params,
-            command=sys.argv,
-            parent=resume.parent,
-            hosts=log.hosts,
+            log.folder.path, recipe=recorded_yaml(setup.config), ds_config=setup.ds_config, timeline=setup.timeline,
+            n_params=log.n_params, command=sys.argv, parent=resume.parent, hosts=log.hosts,
             resolved=resolved_settings(setup),
-        )
+        )  # fmt: skip
     log.folder.append("resume" if resume.resumes else "start", step=resume.step, hosts=log.hosts)
 
 

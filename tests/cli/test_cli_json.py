@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from qatlaw import synthetic
-from qatscale.study.folder import StudyFolder, lay_out
+from qatscale.study.folder import StudyFolder
+from qatscale.study.lay_out import lay_out
 from tests.cli.bad_inputs import run_command
 from tests.tracking.synthetic_runs import finish, make_run_in
 

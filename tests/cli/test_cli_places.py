@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import resource
 import shlex
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qatscale.errors import EXIT_BAD_INPUT
+from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from tests.cli.bad_inputs import copy_world, run_command
 from tests.permissions import as_ordinary_user
 
@@ -92,6 +97,58 @@ def test_a_dry_run_looks_at_the_files_of_its_checkpoint(here: Path) -> None:
     refused(branch, "shard-00000-of-00001.safetensors is missing")
     shard.write_bytes(content[:-1])
     refused(branch, f"has {len(content) - 1} bytes instead of {len(content)}")
+
+
+def _documents(manifest: Any) -> None:
+    train = manifest["splits"]["train"]
+    train["documents"] += 1
+    train["shards"][0]["documents"] += 1
+
+
+def _tokens(manifest: Any) -> None:
+    train = manifest["splits"]["train"]
+    train["tokens"] -= 1
+    train["shards"][0]["tokens"] -= 1
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (lambda manifest: manifest.update(dtype="int32"), "of uint16, and the manifest says"),
+        (_documents, "documents, and the manifest says"),
+        (_tokens, "tokens of uint16, and the manifest says"),
+        (lambda manifest: manifest["tokenizer"].update(eos_id=3), "its last document ends with token 2"),
+        (lambda manifest: manifest["tokenizer"].update(eos_id=512), "eos_id is 512, and the vocabulary has 512"),
+    ],
+    ids=["dtype", "documents", "tokens", "another eos_id", "no eos_id"],
+)
+def test_a_dry_run_finds_a_manifest_that_lies(lie: Callable[[Any], object], said: str, here: Path) -> None:
+    path = here / "data/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["checksum"]  # older versions wrote none
+    lie(manifest)
+    path.unlink()
+    path.write_text(json.dumps(manifest))
+    Path("study.yaml").write_text(Path("study.yaml").read_text() + "set: [data.path=data]\n")
+    for typed in (
+        "train debug data.path=data --dry-run",
+        "branch runs/trunk name=x data.path=data tokens=5120 qat.fraction=0.75 --dry-run",
+        "study plan study.yaml",
+        "train debug data.path=data tracking.uri=none name=x",
+    ):
+        refused(typed, said)
+
+
+def test_a_full_disk_leaves_no_part_of_a_folder(here: Path) -> None:
+    limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        code, _, error = run_command(["launch-scripts", "jobs"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (code, "jobs: File too large" in error) == (EXIT_FAILED, True), error
+    assert not list(here.glob("*jobs*"))
 
 
 def test_a_list_of_runs_shows_those_that_may_be_read(here: Path) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from qatlaw.results import write_results
+from qatlaw.run_folders import RunRecord
 from qatscale.cli.app import COMMANDS as COMMANDS_BY_NAME
 from qatscale.cli.app import app
+from qatscale.files import write_json
+from qatscale.study.folder import StudyJob
 
 COMMANDS = (
     "recipes",
@@ -50,6 +56,15 @@ HEAVY = "torch deepspeed transformers datasets pandas scipy matplotlib mlflow"
 def test_light_commands_import_nothing_heavy(commands: tuple[str, ...], heavy: str) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, heavy, *commands], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{command} []" for command in commands]
+
+
+def test_the_status_of_a_study_waits_for_no_library(tmp_path: Path) -> None:
+    job = StudyJob("a", None, 0, 10, (), 256, 1e6, 100, 1)
+    write_json(tmp_path / "tree.json", [asdict(job), asdict(replace(job, name="b", parent="a", start=5))])
+    write_results(tmp_path / "results.csv", [RunRecord("a", "a", "FINISHED", {"val_loss": 3.0}, {})])
+    command = [sys.executable, "-c", SCRIPT, f"{HEAVY} numpy", f"study status {tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"study status {tmp_path} []"]
 
 
 def test_the_help_of_the_program_says_of_each_command_what_its_own_help_does() -> None:

@@ -115,6 +115,13 @@ def test_what_is_resolved_loads_back_equal(tmp_path_factory: pytest.TempPathFact
     assert config_differences(again, config) == []
 
 
+def test_configurations_are_equal_by_their_values() -> None:
+    debug = load_run_config("debug")
+    assert load_run_config("debug", [f"seed={debug.seed}"]) == debug
+    assert load_run_config("debug", ["seed=7"]) != debug
+    assert hash(load_run_config("debug", [f"seed={debug.seed}"]).batch) == hash(debug.batch)
+
+
 def test_what_is_resolved_reads_well() -> None:
     lines = resolved_yaml(load_run_config("86m")).splitlines()
     assert {"name: 86m", "tokens: 8600000000", "  path: null", "  betas: [0.9, 0.95]", "  bits: 4"} <= set(lines)

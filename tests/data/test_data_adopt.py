@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qatscale.data.adopt import adopt
+from qatscale.data.indexed import HEADER, MAGIC, VERSION
 from qatscale.data.reader import TokenStream
 from qatscale.errors import UserError
 from tests.data.data_corpora import first_tokens
@@ -106,3 +107,14 @@ def test_what_is_held_out_can_be_nothing_and_is_never_trained_on(tmp_path: Path)
     with pytest.raises(UserError, match="for training and as held out"):
         adopt(tmp_path, train=["a"], validation=["a"])
     assert adopt(tmp_path, train=["a"], validation_fraction=0).splits["validation"].documents == 0
+
+
+@pytest.mark.parametrize("documents", [[0, 1, 2, 99], [0, -5, 2, 3], [3, 2, 1, 0], [2**62, 2**63 - 1], []])
+def test_documents_that_are_no_groups_of_sequences_are_refused(documents: list[int], tmp_path: Path) -> None:
+    megatron_pair(tmp_path / "a", 8, "H", TOKENS, LENGTHS)
+    path = tmp_path / "a.idx"
+    content = path.read_bytes()[: HEADER.size + 12 * len(LENGTHS)]
+    header = HEADER.pack(MAGIC, VERSION, 8, len(LENGTHS), len(documents))
+    path.write_bytes(header + content[HEADER.size :] + np.array(documents, "<i8").tobytes())
+    with pytest.raises(UserError, match="its documents are not groups of its sequences"):
+        adopt(tmp_path, train=["a"])

@@ -6,6 +6,7 @@ python masters_driver.py FOLDER      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 import json
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.engine.checkpoints.load import load_checkpoint
 from qatscale.engine.checkpoints.manifest import Manifest
 from qatscale.engine.checkpoints.reader import find_checkpoint
-from qatscale.engine.checkpoints.save import parameter_records, slices_of, write_checkpoint
+from qatscale.engine.checkpoints.save import extremes_of_copies, parameter_records, slices_of, write_checkpoint
 from qatscale.engine.initialize import initialize_engine
 from qatscale.engine.layout import Layout
 from qatscale.engine.qat_metrics import SAMPLE, QatMetrics
@@ -109,7 +110,7 @@ def save(folder: Path, step: int) -> Path:
         step=step, tokens=0, reason="interval", kept=False, recipe_hash="", data="", plugin=plugin.state(),
         parameters=parameter_records(masters), layout={},
     )  # fmt: skip
-    return write_checkpoint(folder, draft, slices_of(masters), runtime, agreement)
+    return write_checkpoint(folder, draft, slices_of(masters), runtime, agreement, extremes_of_copies(masters))
 
 
 def observe_masters() -> dict[str, Any]:
@@ -179,6 +180,19 @@ def failing_saves(folder: Path) -> dict[str, Any]:
     return seen
 
 
+def poisoned_copy(folder: Path) -> str:
+    """NaN in a moment that rank 1 alone holds and another process would save, as under tensor parallelism."""
+    if runtime.rank == 1:
+        copy = replace(masters.fragments[0], saved=False)
+        masters.fragments[0] = copy
+        copy.of(masters.adam_state(copy.partition)["exp_avg_sq"])[-1] = torch.nan
+    try:
+        save(folder, 4)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
 def damaged_for_one(folder: Path) -> str:
     """Rank 1's share of the files is damaged: every process has to say so."""
     torch.distributed.barrier()
@@ -219,5 +233,6 @@ for precision in ("fp32", "bf16"):
     result["cross"][precision] = entry | {"saved": str(saved)}
 
 result["failing"] = failing_saves(folder / "failing")
+result["poisoned"] = poisoned_copy(folder / "failing")
 result["damaged"] = damaged_for_one(folder / "failing")
 (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(result))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qatscale.engine.checkpoints.files import step_folder
-from qatscale.engine.checkpoints.manifest import MANIFEST
+from qatscale.engine.checkpoints.folders import MANIFEST
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.errors import UserError
 

@@ -155,3 +155,9 @@ def test_damage_that_one_process_finds_is_raised_on_all(seen: list[dict[str, Any
     for rank in seen:
         assert "shard-00001-of-00002.safetensors was altered" in rank["damaged"]
         assert "one before it is step-00000001 (not verified): give" in rank["damaged"]
+
+
+@pytest.mark.dist
+def test_a_copy_that_another_process_saves_has_to_be_finite(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["poisoned"].startswith("the checkpoint of step 4 was not written: exp_avg_sq/")

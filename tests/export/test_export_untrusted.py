@@ -106,6 +106,14 @@ DAMAGES = {
     "countless layers": ("hf", "config.json", lambda path: set_key(path, "num_hidden_layers", 2**40)),
     "a list as configuration": ("hf", "config.json", lambda path: path.write_text("[1]")),
     "wrong types in the configuration": ("hf", "config.json", lambda path: path.write_text('{"model_type": 7}')),
+    "kernels of the Hub": ("hf", "config.json", lambda path: set_key(path, "attn_implementation", "a/kernel")),
+    "kernels in a part": (
+        "hf",
+        "config.json",
+        lambda path: set_key(path, "text", {"_attn_implementation": "a/kernel"}),
+    ),
+    "an epsilon that is not finite": ("hf", "config.json", lambda path: set_key(path, "rms_norm_eps", float("nan"))),
+    "a length that is no number": ("hf", "tokenizer_config.json", lambda path: set_key(path, "model_max_length", "x")),
     "nested tokenizer": ("hf", "tokenizer.json", lambda path: path.write_text(DEEP)),
     "an empty tokenizer": ("hf", "tokenizer.json", lambda path: path.write_text("{}")),
     "a nested card": ("hf", "tokenizer_config.json", lambda path: path.write_text('{"a": ' * 100_000)),
@@ -118,7 +126,22 @@ def test_a_damaged_folder_from_elsewhere_is_named(damage: str, exports, qatscale
     folder = shutil.copytree(exports("two", format), tmp_path / "model")
     (folder / "export.json").unlink()
     change(folder / name)
-    refused(qatscale, f"generate {folder} --prompt def", str(folder))
+    refused(qatscale, f"generate {folder} --prompt def --tokens 8", str(folder))
+
+
+def test_settings_in_a_folder_do_not_change_how_text_is_drawn(exports, qatscale, tmp_path: Path) -> None:
+    folder = shutil.copytree(exports("two", "hf"), tmp_path / "model")
+    (folder / "export.json").unlink()
+    typed = f"generate {folder} --prompt def --tokens 8 --temperature 0"
+    code, plain, error = qatscale(typed)
+    assert code == 0, error
+    for settings in (
+        {"num_beams": 10**9},
+        {"repetition_penalty": 9.0, "min_new_tokens": 10**9},
+        {"eos_token_id": 10**30},
+    ):
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        assert qatscale(typed)[:2] == (0, plain), settings
 
 
 def test_a_pickle_is_not_read(exports, qatscale, tmp_path: Path) -> None:

@@ -347,6 +347,11 @@ def test_damaged_folders_are_refused(build, tmp_path):
     with pytest.raises(UserError, match=r"num_hidden_layers is 1099511627776, and the folder holds \d+ tensors"):
         open_hugging_face(folder)
 
+    for wrong in ({"num_attention_heads": 0}, {"rms_norm_eps": float("nan")}, {"hidden_size": -1}):
+        (folder / "config.json").write_text(json.dumps(content | wrong))
+        with pytest.raises(UserError, match=r"config.json: (is not a valid llama configuration|cannot be loaded)"):
+            open_hugging_face(folder)
+
     folder = exported("truncated")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-10])

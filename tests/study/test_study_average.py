@@ -20,8 +20,9 @@ from qatscale.errors import UserError
 from qatscale.quant.bit_widths import SCALE_FLOOR
 from qatscale.study.average import average, average_study, checkpoints_of, geometric_mean, mean
 from qatscale.study.file import read_study
-from qatscale.study.folder import StudyFolder, lay_out, record_rows
+from qatscale.study.folder import StudyFolder
 from qatscale.study.grid import grid
+from qatscale.study.lay_out import lay_out, record_rows
 from qatscale.tracking.convert import write_run
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.evaluate import evaluate_checkpoint

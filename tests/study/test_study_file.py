@@ -13,12 +13,15 @@ from qatlaw.bit_widths import BIT_WIDTHS_TEXT
 from qatlaw.fit_file import fit_file, write_fit
 from qatlaw.fitting import fit
 from qatlaw.laws import QAT_PER_BITS
+from qatlaw.results import write_results
 from qatscale.cli import main
+from qatscale.cli.study_run import _conclude
 from qatscale.config.recipe import load_run_config
 from qatscale.errors import UserError
 from qatscale.study.file import read_study
-from qatscale.study.folder import StudyFolder, lay_out
+from qatscale.study.folder import StudyFolder
 from qatscale.study.grid import grid
+from qatscale.study.lay_out import lay_out
 from qatscale.study.plan import plan_study
 from qatscale.study.state import StudyState
 from qatscale.tracking.store import Cursor
@@ -358,3 +361,11 @@ def test_a_damaged_tree_is_named(text: str, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "tree.json").write_text(text)
     assert run("study", "status", str(tmp_path)) == 2
     assert str(tmp_path / "tree.json") in capsys.readouterr().err
+
+
+def test_a_study_without_a_finished_run_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = StudyFolder(tmp_path)
+    for _ in range(2):  # without and with a table
+        _conclude(folder)
+        assert capsys.readouterr().out == "no law and no report: no run is done\n"
+        write_results(folder.results, [])

@@ -21,7 +21,8 @@ from qatlaw.run_folders import folder_records
 from qatlaw.runs import collect
 from qatscale.engine.checkpoints.files import list_checkpoints
 from qatscale.errors import FailedError
-from qatscale.study.folder import StudyFolder, lay_out
+from qatscale.study.folder import StudyFolder
+from qatscale.study.lay_out import lay_out
 from qatscale.study.run import LocalWorkers
 from qatscale.study.state import StudyState
 from qatscale.study.worker import Worker

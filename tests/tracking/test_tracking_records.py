@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -189,3 +190,16 @@ def test_sigkill_costs_no_line_that_append_returned_from(tmp_path: Path) -> None
     steps = [line["step"] for line in lines(file)]
     assert steps == list(range(len(steps)))
     assert len(steps) >= 50 + len(said)
+
+
+def test_a_full_disk_names_the_file_that_could_not_grow(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    appender, limit = Appender(path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match=f"'{path}'"):
+            appender.append({"event": "start", "time": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)

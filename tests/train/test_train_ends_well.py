@@ -16,7 +16,8 @@ from qatscale.engine.runtime import free_port
 from qatscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_REQUEUE, UserError
 from qatscale.export.source import open_source
 from qatscale.schedule.build import build_timeline
-from qatscale.study.folder import StudyFolder, lay_out
+from qatscale.study.folder import StudyFolder
+from qatscale.study.lay_out import lay_out
 from qatscale.supervise.signals import catch
 from qatscale.tracking.run_folder import RunFolder
 from qatscale.train.resume import plan_resume

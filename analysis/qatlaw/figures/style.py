@@ -71,6 +71,11 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
+def literal(name: str) -> str:
+    """A name as a label: matplotlib would read `$…$` in it as a formula."""
+    return name.replace("$", r"\$")
+
+
 def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
@@ -78,7 +83,7 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: str = "bot
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8, which="both")
     if title:
-        axes.set_title(title, fontsize=9, loc="left", color=INK)
+        axes.set_title(literal(title), fontsize=9, loc="left", color=INK)
     if x:
         axes.set_xlabel(x, fontsize=8.5, color=INK)
     if y:
@@ -136,7 +141,7 @@ def mark(
     axes.plot(
         x, y, marker, markersize=size, markerfacecolor="white" if hollow else colour,
         markeredgecolor=colour if hollow else "white", markeredgewidth=1.2 if hollow else 0.5,
-        linestyle="none", label=label, zorder=zorder,
+        linestyle="none", label=literal(label), zorder=zorder,
     )  # fmt: skip
 
 

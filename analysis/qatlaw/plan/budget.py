@@ -187,14 +187,8 @@ def plan_budget(
     if scheme.nearest(optimum.fraction, optimum.tokens) != optimum.fraction:
         chosen = split("planned", *spend(budget, lambda D: scheme.nearest(optimum.fraction, D)))
     moved = scheme.warnings(optimum.fraction, chosen.fraction)
+    overrides = overrides_of(chosen.tokens, bits, scheme, written_fraction(chosen.fraction))
+    warnings = (*moved, *warnings_of(params, chosen.tokens, bits, law))
     return BudgetPlan(
-        params=round(params),
-        bits=bits,
-        budget=budget,
-        compute_optimal=by_compute,
-        token_optimal=by_tokens,
-        closed_form=by_closed_form,
-        chosen=chosen,
-        overrides=overrides_of(chosen.tokens, bits, scheme, written_fraction(chosen.fraction)),
-        warnings=(*moved, *warnings_of(params, chosen.tokens, bits, law)),
-    )
+        round(params), bits, budget, by_compute, by_tokens, by_closed_form, chosen, overrides, warnings
+    )  # fmt: skip

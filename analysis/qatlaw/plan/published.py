@@ -41,15 +41,8 @@ def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Ans
     small = [i for i, row in enumerate(rows) if row.gap is not None and row.gap <= nats]
     outside = law.outside(asked)
     unknown = None if run.non_embedding else "--params is taken for the law's N, which has neither embedding nor head"
-    plan = Comparison(
-        params=round(N),
-        tokens=round(D),
-        full_precision_loss=full if math.isfinite(full) else None,
-        rows=rows,
-        tolerance=nats,
-        smallest=min(small, default=None),
-        warnings=tuple(line for line in (outside, unknown) if line),
-    )
+    known, warnings = full if math.isfinite(full) else None, tuple(line for line in (outside, unknown) if line)
+    plan = Comparison(round(N), round(D), known, rows, nats, min(small, default=None), warnings)
     best = None if plan.smallest is None else rows[plan.smallest]
     notes = [f"It answers: {law.answers}.", NOTE]
     if plan.full_precision_loss is not None:

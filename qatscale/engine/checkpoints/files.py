@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,10 +31,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qatlaw.files import LARGEST, read_small, sync
+from qatlaw.files import LARGEST, naming, read_small, sync
+from qatscale.engine.checkpoints.folders import MANIFEST, STEP, step_folders
+from qatscale.engine.checkpoints.folders import list_checkpoints as list_checkpoints
+from qatscale.engine.checkpoints.folders import step_folder as step_folder
+from qatscale.engine.checkpoints.folders import step_of as step_of
 from qatscale.engine.checkpoints.manifest import (
     FORMAT_JSON,
-    MANIFEST,
     MANIFEST_JSON,
     READABLE,
     SLICES,
@@ -43,31 +45,10 @@ from qatscale.engine.checkpoints.manifest import (
     Manifest,
 )
 from qatscale.errors import UserError, first_invalid
-from qatscale.files import is_file, sha256_of
+from qatscale.files import sha256_of
 from qatscale.tensor_files import not_finite, write_safetensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-STEP = re.compile(r"^step-(\d{8,})$")
-"""The name of a checkpoint's folder."""
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step-{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints that may be read, oldest first. Half-written ones are hidden by their name."""
-    return [folder for folder in step_folders(checkpoints) if is_file(folder / MANIFEST)]
-
-
-def step_folders(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints and half-deleted ones, oldest first."""
-    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return sorted((path for path in found if STEP.match(path.name)), key=step_of)
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -192,10 +173,8 @@ def write_shard(folder: Path, rank: int, ranks: int, slices: Mapping[str, Tensor
     at a time is copied. Raises OSError, e.g. for a full disk."""
     path = folder / f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
     shapes = {name: tuple(value.shape) for name, value in slices.items()}
-    try:
+    with naming(path):
         sha256 = write_safetensors(path, shapes, torch.float32, slices.__getitem__)
-    except OSError as error:  # of a write, which does not know its file
-        raise OSError(error.errno, error.strerror, str(path)) from error
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
 

@@ -71,17 +71,10 @@ def read_hugging_face(
     if window is not None:
         notes.append(f"the model attends to a window of {window} positions; exports of this run attend to all")
     return TrainingState(
-        config=config,
-        source=str(folder),
-        step=round(trained_tokens / config.tokens_per_step),
-        data=UNKNOWN_DATA,
-        plugin=bones.plugin,
-        shapes=bones.shapes,
-        adam_steps=dict.fromkeys(bones.shapes, 0),
-        read=read,
-        tokenizer=_tokenizer(folder, config),
-        notes=tuple(notes),
-    )
+        config=config, source=str(folder), step=round(trained_tokens / config.tokens_per_step), data=UNKNOWN_DATA,
+        plugin=bones.plugin, shapes=bones.shapes, adam_steps=dict.fromkeys(bones.shapes, 0), read=read,
+        tokenizer=_tokenizer(folder, config), notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _with_shape(model: ModelConfig, folder: Path, recipe: str, overrides: Sequence[str]) -> RunConfig:

@@ -17,7 +17,7 @@ from qatscale.files import Count
 FORMAT = 4
 READABLE = (1, 2, 3, 4)
 """Format 1 has no slices of columns, 2 no checksum of the manifest itself, and 3 no table of slices."""
-MANIFEST, SLICES = "manifest.json", "slices.npz"
+SLICES = "slices.npz"
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 

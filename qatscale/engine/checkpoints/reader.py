@@ -27,7 +27,8 @@ from qatscale.engine.checkpoints.files import (
     verify_files,
     with_advice,
 )
-from qatscale.engine.checkpoints.manifest import MANIFEST, SLICES, Manifest
+from qatscale.engine.checkpoints.folders import MANIFEST
+from qatscale.engine.checkpoints.manifest import SLICES, Manifest
 from qatscale.errors import UserError
 
 LARGEST_TABLE = 4 << 30

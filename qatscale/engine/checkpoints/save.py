@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qatscale.engine.agreement import Agreement
@@ -28,16 +29,25 @@ def parameter_records(masters: ZeroMasters) -> dict[str, ParameterRecord]:
     }
 
 
-def slices_of(masters: ZeroMasters) -> dict[str, Tensor]:
-    """What this process writes: slice name -> its elements, flat, fp32; views of the masters and of Adam's state."""
+def slices_of(masters: ZeroMasters, saved: bool = True) -> dict[str, Tensor]:
+    """What this process writes: slice name -> its elements, flat, fp32; views of the masters and of Adam's state.
+
+    saved: False for its copies of what another process writes.
+    """
     slices: dict[str, Tensor] = {}
     for partition, fragments in masters.by_partition().items():
         for kind, flat in by_kind(masters, partition).items():
             for fragment in fragments:
-                if fragment.saved:
+                if fragment.saved == saved:
                     name = files.slice_name(kind, fragment.name, fragment.start, fragment.columns)
                     slices[name] = fragment.of(flat)
     return slices
+
+
+def extremes_of_copies(masters: ZeroMasters) -> dict[str, Tensor]:
+    """(least, largest) of what this process holds and another one writes: NaN in a copy would be trained on, too."""
+    copies = slices_of(masters, saved=False)
+    return {name: torch.stack(torch.aminmax(values)) for name, values in copies.items() if values.numel()}
 
 
 def by_kind(masters: ZeroMasters, partition: Tensor) -> dict[str, Tensor]:
@@ -46,11 +56,17 @@ def by_kind(masters: ZeroMasters, partition: Tensor) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    checkpoints: Path, draft: Manifest, slices: Mapping[str, Tensor], runtime: Runtime, agreement: Agreement
+    checkpoints: Path,
+    draft: Manifest,
+    slices: Mapping[str, Tensor],
+    runtime: Runtime,
+    agreement: Agreement,
+    unsaved: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint. Collective; when it returns, the checkpoint is complete and on disk.
 
     draft: the manifest as far as each process knows it, without files. agreement: of this thread alone.
+    unsaved: what has to be finite, too, and is not written.
     A failure of any process (a full disk, say) is raised on all of them and leaves the former checkpoints as they were.
     FloatingPointError where a value is not finite: such a state would fail for ever.
     """
@@ -61,7 +77,7 @@ def write_checkpoint(
         writing.mkdir(parents=True)
 
     def write_own_share() -> dict[str, Any]:
-        if wrong := not_finite(slices.items()):
+        if wrong := not_finite([*slices.items(), *(unsaved or {}).items()]):
             raise FloatingPointError(f"{wrong} is not finite. Lower optimizer.learning_rate, or branch from before.")
         file = files.write_shard(writing, runtime.rank, runtime.ranks, slices)
         return {"file": file, "plugin": draft.plugin, "parameters": draft.parameters}

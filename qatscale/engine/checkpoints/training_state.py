@@ -79,16 +79,12 @@ def read_checkpoint(what: str) -> TrainingState:
     config, reader = open_checkpoint(what)
     parameters = reader.manifest.parameters
     return TrainingState(
-        config=config,
-        source=str(reader.folder),
-        step=reader.manifest.step,
-        data=reader.manifest.data,
-        tokenizer=reader.manifest.tokenizer,
-        plugin=reader.manifest.plugin,
+        config=config, source=str(reader.folder), step=reader.manifest.step, data=reader.manifest.data,
+        tokenizer=reader.manifest.tokenizer, plugin=reader.manifest.plugin,
         shapes={name: tuple(record.shape) for name, record in parameters.items()},
         adam_steps={name: record.adam_steps for name, record in parameters.items()},
         read=lambda kind, name: reader.parameter(name, kind),
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()
