@@ -31,7 +31,7 @@ class _Run(_File):
     created: Number
     parent: _Parent | None
     imported: str | None = None
-    n_params: Count
+    n_params: Annotated[Count, Field(gt=0)]
     resolved: dict[str, Any] = {}
 
 

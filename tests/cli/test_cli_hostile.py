@@ -191,6 +191,18 @@ def test_a_table_of_tables_is_refused(nested: list[Any] | None) -> None:
     assert "holds lists, mappings or columns of several levels" in answer(f"fit --table table.parquet {FIT}")
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("command", ["evaluate runs/trunk@²", "plan checkpoint runs/trunk@² --bits 4"])
+def test_a_power_is_no_step(command: str) -> None:
+    assert "no checkpoint at step ²" in answer(command)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_without_parameters_is_damaged() -> None:
+    edit("runs/trunk/run.json", lambda run: run.update(n_params=0))
+    assert "n_params: Input should be greater than 0" in answer("plan checkpoint runs/trunk@5 --bits 4")
+
+
 SECRET = "http://me@corp.com:s3cret@127.0.0.1:9/x?token=s3cret"
 
 

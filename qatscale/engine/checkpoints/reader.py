@@ -198,7 +198,7 @@ def find_checkpoint(what: str | Path) -> Path:
     if newest:
         return newest
     steps = {step_of(path): path for path in found}
-    if not at.isdigit() or int(at) not in steps:
+    if not at.isdecimal() or int(at) not in steps:
         problem = f"no checkpoint at step {at}; there are: {', '.join(map(str, steps))}."
         raise UserError("checkpoint", str(what), problem)
     return steps[int(at)]
