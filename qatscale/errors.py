@@ -66,6 +66,7 @@ PLACES = {
 """What to do where a place can be no file or folder of this user."""
 _FAULTS = {
     errno.ENOSPC: _DISK, errno.EDQUOT: _DISK, errno.EFBIG: "Raise the limit (ulimit -f), or choose another disk.",
+    **dict.fromkeys((errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP), "Mount it with locks, or choose another disk."),
     errno.EMFILE: "Raise the limit (ulimit -n).", errno.ENFILE: "", errno.EIO: "", errno.ESTALE: "", **PLACES,
 }  # fmt: skip
 """What to do about an error of the operating system."""

@@ -21,12 +21,12 @@ from qatlaw.files import Count as Count
 from qatlaw.files import decode as decode
 from qatlaw.files import read_small, without_duplicates, write_atomic
 from qatlaw.files import rename_synced as rename_synced
-from qatscale.errors import UserError, first_invalid
+from qatscale.errors import FailedError, UserError, first_invalid
 
 Value = TypeVar("Value")
 
 
-class HeldError(RuntimeError):
+class HeldError(FailedError):
     """Another process holds a lock."""
 
 
@@ -105,7 +105,7 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + (math.inf if wait is None else wait)
-    with path.open("ab") as file:
+    with path.open("a+b", buffering=0) as file:  # opened for writing alone a pipe would wait for a reader
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,6 +114,8 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
                 if time.monotonic() >= end or give_up():
                     raise HeldError(f"another process holds the lock on {path}") from None
                 time.sleep(0.1)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot be locked ({error.strerror})", str(path)) from error
         yield
 
 

@@ -17,13 +17,7 @@ from qatscale.config.ds_config import ds_config_warnings, precision_of, run_ds_c
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import stored_weights
 from qatscale.data.open import data_here, plan_sources
-from qatscale.engine.estimate.fits import (
-    Given,
-    JobEstimate,
-    StageMemory,
-    network_advice,
-    refuse_what_cannot_fit,
-)
+from qatscale.engine.estimate.fits import Given, JobEstimate, StageMemory, network_advice, refuse_what_cannot_fit
 from qatscale.engine.estimate.memory import ON_DEVICE, Kind
 from qatscale.engine.layout import job_size
 from qatscale.errors import UserError
@@ -213,11 +207,7 @@ def print_scale(job: JobEstimate, advice: str | None) -> None:
 
 def _host(job: JobEstimate) -> str:
     host = job.host
-    parts = {
-        "libraries": host.libraries,
-        "checkpoint copies": host.checkpoint,
-        "offloaded": host.offloaded,
-    }
+    parts = {"libraries": host.libraries, "checkpoint copies": host.checkpoint, "offloaded": host.offloaded}
     shown = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
     node = f" of a node of {host.processes}" if job.layout.processes > 1 else ""
     return f"host memory{node}: {_gigabytes(host.total)} GB ({shown})"

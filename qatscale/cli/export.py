@@ -21,8 +21,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The new folder.")],
     format: Annotated[str, typer.Option(help=_FORMAT_HELP)] = "hf",
     ptq: Annotated[
-        float | None,
-        typer.Option(help="Quantize a full-precision checkpoint to this many bits now, after training."),
+        float | None, typer.Option(help="Quantize a full-precision checkpoint to this many bits now, after training.")
     ] = None,
     fallback: Annotated[
         bool,

@@ -114,10 +114,7 @@ def report(
     scheme: Scheme = None,
     law: Annotated[
         str | None,
-        typer.Option(
-            metavar="LAW",
-            help="A law to draw instead of fitting one: path of a fit.json, or synthetic.",
-        ),
+        typer.Option(metavar="LAW", help="A law to draw instead of fitting one: path of a fit.json, or synthetic."),
     ] = None,
     landscape: Annotated[
         list[Path] | None, typer.Option(metavar="FOLDER", help="Also show this folder of `qatscale landscape`.")

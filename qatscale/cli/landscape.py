@@ -23,8 +23,7 @@ def landscape(
     after: Annotated[str, run_argument("Where it ends: RUN, RUN@STEP or a checkpoint folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the losses and the figure.")],
     path: Annotated[
-        Path | None,
-        typer.Option(help="A run whose checkpoints from BEFORE's step to AFTER's are shown on the plane."),
+        Path | None, typer.Option(help="A run whose checkpoints from BEFORE's step to AFTER's are shown on the plane.")
     ] = None,
     view: Annotated[
         Literal["fp", "quantized"] | None,

@@ -28,8 +28,7 @@ def prepare(
         str | None, typer.Option(help="The token that ends a document, or its id. [default: the tokenizer's]")
     ] = None,
     vocab_size: Annotated[
-        int | None,
-        typer.Option(max=2**31 - 1, help="Vocabulary size of the tokenizer to train. [default: 32000]"),
+        int | None, typer.Option(max=2**31 - 1, help="Vocabulary size of the tokenizer to train. [default: 32000]")
     ] = None,
     field: Annotated[str, typer.Option(help="The field that holds a document's text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",

@@ -32,8 +32,7 @@ def plan(
     law: Annotated[
         str | None,
         typer.Option(
-            metavar="LAW",
-            help="Law under which the runs' information is predicted: path of a fit.json, or synthetic.",
+            metavar="LAW", help="Law under which the runs' information is predicted: path of a fit.json, or synthetic."
         ),
     ] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of a run's log loss: 0.002 is 0.2 %.")] = 0.002,

@@ -64,6 +64,8 @@ def run(
         say(f"note: {note}")
     state = StudyState(folder)
     state.refresh()
+    for claim in [one for one in state.attempts.values() if one.damage and one.state == "running"]:
+        print(f"note: {claim.path} {claim.damage}; its run starts when no heartbeat has come for two minutes")
     _retry(folder, state, retry or [])
     count = default_workers(folder, workers_per_gpu) if workers is None else workers
     print(f"study folder: {folder.path}; {plural(count, 'worker')} here, logs in {folder.logs}")

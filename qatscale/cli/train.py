@@ -122,6 +122,7 @@ def branch(
         ),
     ],
     dry_run: DryRun = False,
+    take_over: TakeOver = False,
 ) -> None:
     """Start a new run from another run's checkpoint: QAT at some bit width, another cooldown, other betas."""
     config = branch_config(checkpoint, overrides)
@@ -130,7 +131,7 @@ def branch(
 
         print_dry_run(config, checkpoint)
         return
-    _train(config, checkpoint)
+    _train(config, checkpoint, take_over)
 
 
 def branch_config(checkpoint: str, overrides: Sequence[str]) -> RunConfig:

@@ -83,11 +83,7 @@ def _materialise(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 def initialize_engine(
-    model: nn.Module,
-    plugin: QatPlugin,
-    config: RunConfig,
-    ds_config: dict[str, Any],
-    topology: Topology,
+    model: nn.Module, plugin: QatPlugin, config: RunConfig, ds_config: dict[str, Any], topology: Topology
 ) -> tuple[Any, ZeroMasters]:
     """The DeepSpeed engine of a prepared model, and its masters. `ds_config`: merged. Collective."""
     import deepspeed

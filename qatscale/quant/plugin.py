@@ -129,11 +129,7 @@ class QatPlugin:
     """
 
     def __init__(
-        self,
-        qat: QatConfig,
-        switch_step: int | None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        self, qat: QatConfig, switch_step: int | None, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> None:
         if (switch_step is None) != (qat.scheme == "fp"):
             raise ValueError(f"switch_step {switch_step} does not go with scheme {qat.scheme!r}")

@@ -46,10 +46,7 @@ _UNUSED: dict[Scheme, tuple[tuple[str, ...], str]] = {
         ("bits", "learning_rate", "lr_ratio", "scale_lr_ratio", "scale_gradient_factor", *_SECOND_PHASE),
         "qat.scheme=fp trains without quantization; for QAT set qat.scheme",
     ),
-    "scratch": (
-        _SECOND_PHASE,
-        "qat.scheme=scratch quantizes from step 0, with the lengths of `schedule`",
-    ),
+    "scratch": (_SECOND_PHASE, "qat.scheme=scratch quantizes from step 0, with the lengths of `schedule`"),
     "fused": (("cooldown_fraction",), "qat.scheme=fused has one cooldown, that of `schedule`"),
     "sequential": ((), ""),
 }

@@ -21,7 +21,7 @@ from qatlaw.results import read_results
 from qatlaw.runs import RunRecord
 from qatlaw.study import trained_by
 from qatscale.config.recipe import config_differences
-from qatscale.engine.checkpoints.files import list_checkpoints, step_of
+from qatscale.engine.checkpoints.files import step_folders, step_of
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, read_checkpoint
 from qatscale.errors import UserError
@@ -57,7 +57,7 @@ def checkpoints_of(source: str) -> list[Path]:
     if window is None or Path(source).exists():
         return [find_checkpoint(source)]
     first, last = int(window["first"]), int(window["last"])
-    steps = {step_of(path): path for path in list_checkpoints(Path(window["run"]) / "checkpoints")}
+    steps = {step_of(path): path for path in step_folders(Path(window["run"]) / "checkpoints")}
     found = [path for step, path in steps.items() if first <= step <= last]
     if not found:
         held = f"it has steps {', '.join(map(str, steps))}" if steps else "the run has no checkpoint"
@@ -167,7 +167,7 @@ def _windows(folder: StudyFolder, records: dict[str, RunRecord]) -> list[tuple[s
         stable = timeline["segments"][-1]["start"]
         holders = {trained_by(begins, name, step) for step in range(stable + 1, job.steps + 1)}
         paths = {
-            step_of(path): path for holder in holders for path in list_checkpoints(folder.run(holder).checkpoints)
+            step_of(path): path for holder in holders for path in step_folders(folder.run(holder).checkpoints)
             if step_of(path) > stable and trained_by(begins, name, step_of(path)) == holder
         }  # fmt: skip
         last = [path for _, path in sorted(paths.items())]

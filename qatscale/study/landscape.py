@@ -18,7 +18,7 @@ from qatlaw.landscape import GRID, PATH, SUMMARY
 from qatscale.config.schema import RunConfig
 from qatscale.data.open import open_validation
 from qatscale.data.reader import EvaluationReader
-from qatscale.engine.checkpoints.files import list_checkpoints, step_of
+from qatscale.engine.checkpoints.files import step_folders, step_of
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu
@@ -75,7 +75,7 @@ def open_scene(
 
 def _between(run: Path, first: int, last: int) -> tuple[CheckpointReader, ...]:
     """The checkpoints of a run after the step of before, up to that of after."""
-    between = [folder for folder in list_checkpoints(run / "checkpoints") if first < step_of(folder) <= last]
+    between = [folder for folder in step_folders(run / "checkpoints") if first < step_of(folder) <= last]
     if not between:
         problem = f"has no checkpoint after step {first} and up to {last}."
         raise UserError("--path", str(run), problem, "Train it with checkpoint.interval and checkpoint.keep.")

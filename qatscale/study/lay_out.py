@@ -38,8 +38,9 @@ def lay_out(study_file: Path, folder: StudyFolder) -> tuple[str, ...]:
             return ()
         cells = grid(study)
         old = folder.jobs if folder.tree_file.exists() else {}
-        if old:
-            _refuse_while_training(folder)
+        if old and (running := folder.claims.held(print)):
+            problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
+            raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
         recorded = folder.recorded()
         begun = {name for name in old if name in recorded or folder.run(name).run_file.exists()}
         runs = {run.route.name: run for run in cells.runs}
@@ -149,13 +150,6 @@ def _refuse_another_run(folder: StudyFolder, name: str, config: RunConfig) -> No
         raise UserError("study", str(folder.path), problem, "Use another folder, or give the sizes other names.")
 
 
-def _refuse_while_training(folder: StudyFolder) -> None:
-    running = [one for one in folder.claims.attempts().values() if one.state == "running"]
-    if running:
-        problem = f"{plural(len(running), 'run')} in training, and the study file has changed."
-        raise UserError("study", str(folder.path), problem, "Stop the workers (SIGTERM), then start it again.")
-
-
 def record(folder: StudyFolder, *names: str) -> None:
     """Add the rows of finished runs, in the order of the tree. Rows that exist stay as they are."""
     record_rows(folder, [run_record(folder.run(name).path) for name in names])
@@ -163,7 +157,7 @@ def record(folder: StudyFolder, *names: str) -> None:
 
 def record_rows(folder: StudyFolder, added: Iterable[RunRecord]) -> None:
     """Add rows. Rows that exist stay as they are."""
-    with locked(folder.path / ".results"):
+    with locked(folder.path / ".results", wait=60):
         rows = {row.name: row for row in (read_results(folder.results) if folder.results.exists() else [])}
         for row in added:
             rows.setdefault(row.name, row)

@@ -175,10 +175,7 @@ def as_json(plan: StudyPlan) -> dict[str, Any]:
     }
     if (information := plan.information) is not None:
         schemes = {
-            scheme: {
-                "before": _errors(information, before) if before else None,
-                "after": _errors(information, after),
-            }
+            scheme: {"before": _errors(information, before) if before else None, "after": _errors(information, after)}
             for scheme, (before, after) in information.certainties.items()
         }
         law = information.law
@@ -218,7 +215,4 @@ def _jobs(plan: StudyPlan) -> list[dict[str, Any]]:
 def _errors(information: Information, certainty: Certainty) -> dict[str, Any]:
     """Standard errors; null for what is not determined."""
     fractions = information.fraction_errors(certainty)
-    return {
-        "parameters": certainty.determined,
-        "fraction": {f"{bits:g}": errors for bits, errors in fractions.items()},
-    }
+    return {"parameters": certainty.determined, "fraction": {f"{bits:g}": errors for bits, errors in fractions.items()}}

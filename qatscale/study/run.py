@@ -79,6 +79,7 @@ class LocalWorkers:
         running = [slot.process for slot in self._slots if slot.process is not None and slot.process.poll() is None]
         for process in running:
             process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)  # a stopped one would never hear of it
         for process in running:
             process.wait()
 

@@ -62,18 +62,16 @@ class StudyState:
         return states
 
     def _state(self, job: StudyJob, before: Mapping[str, JobState]) -> JobState:
-        attempt = self.attempts.get(job.name)
-        number = attempt.number if attempt else 0
+        attempt = self.attempts.get(job.name, Attempt(state="released"))
+        number = attempt.number
         if job.name in self._done or job.name in self._recorded[1]:
             return JobState("done", number)
-        if attempt is not None and attempt.state == "running":
-            return JobState("running", number)
-        if attempt is not None and attempt.state == "failed":
-            return JobState("failed", number, attempt.reason)
-        if attempt is not None and attempt.state == "gone" and self._deaths(job.name) >= MAX_DEATHS:
+        if attempt.state == "running" or attempt.state == "failed":
+            return JobState(attempt.state, number, attempt.reason)
+        if attempt.state == "gone" and self._deaths(job.name) >= MAX_DEATHS:
             return JobState("failed", number, f"{MAX_DEATHS} workers died in it (out of memory?)")
         if job.parent is None or self._has_checkpoint(job):
-            return JobState("ready", number, attempt.reason if attempt else "")
+            return JobState("ready", number, attempt.reason)
         parent = before.get(job.parent)
         if parent is None or parent.state == "done":
             reason = f"its parent's checkpoint {job.parent}@{job.start} is gone"

@@ -112,6 +112,7 @@ class Worker:
         while child.poll() is None:
             if self._stopped:
                 os.killpg(child.pid, signal.SIGTERM)
+                os.killpg(child.pid, signal.SIGCONT)
                 child.wait()
             time.sleep(0.1)
         run = self.folder.run(job.name)

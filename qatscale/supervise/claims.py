@@ -16,9 +16,12 @@ observer's clock, or at once where the observer can see that the process has end
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import socket
+import stat
 import sys
 import threading
 import time
@@ -39,6 +42,7 @@ HEARTBEAT = 10.0
 EXPIRY = 120.0
 """Seconds without a heartbeat after which a holder on another host is gone; network disks show changes late."""
 
+_NAME = re.compile(r"(.+)~(\d{4}|[1-9]\d{4,8})\.json", re.ASCII)
 State = Literal["running", "gone", "released", "failed", "done"]
 """`gone`: the holder vanished. `released`: it stopped after saving. The holder itself writes the last three."""
 
@@ -54,7 +58,7 @@ class Identity(TypedDict):
 
 
 class Attempt(BaseModel):
-    """One numbered attempt at a run, as an observer sees it: what its file holds, and when that was written."""
+    """One numbered attempt at a run, as an observer sees it: what its file holds, and whether its holder lives."""
 
     worker: str = "an unknown host-?"
     process: Identity | None = None
@@ -64,8 +68,16 @@ class Attempt(BaseModel):
     ended: float | None = None
     name: str = ""
     number: int = 0
-    changed: float = 0.0
-    """When the file changed last, by the clock of its disk."""
+    path: str = ""
+    alive: bool | None = None
+    """Whether its process runs, as is seen here or from its heartbeat; None where that is not known yet."""
+    damage: str = ""
+    """Why its file does not say who holds it."""
+
+    @property
+    def holder(self) -> str:
+        host, _, pid = self.worker.rpartition("-")
+        return f"a process that {self.path} does not name" if self.damage else f"process {pid} on host {host}"
 
 
 def worker_name(pid: int) -> str:
@@ -81,23 +93,38 @@ class Claims:
         self._seen: dict[Path, tuple[float, float]] = {}
         """File → (its time of change, when this process first saw that on its own clock)."""
 
+    def _numbers(self) -> dict[str, list[int]]:
+        """The attempts at each run that has one, ascending."""
+        numbers: dict[str, list[int]] = {}
+        for entry in os.scandir(self.folder) if self.folder.is_dir() else ():
+            if found := _NAME.fullmatch(entry.name):
+                numbers.setdefault(found[1], []).append(int(found[2]))
+        return {name: sorted(found) for name, found in numbers.items()}
+
     def attempts(self) -> dict[str, Attempt]:
         """The latest attempt at each run that has one."""
-        latest: dict[str, int] = {}
-        if not self.folder.is_dir():
-            return {}
-        for entry in os.scandir(self.folder):
-            name, separator, number = entry.name.removesuffix(".json").rpartition("~")
-            if separator and entry.name.endswith(".json") and number.isdecimal():
-                latest[name] = max(latest.get(name, 0), int(number))
-        return {name: self._look(name, number) for name, number in latest.items()}
+        return {name: self._look(name, numbers[-1]) for name, numbers in self._numbers().items()}
 
     def history(self, name: str) -> list[Attempt]:
-        numbers = [path.stem.rpartition("~")[2] for path in self.folder.glob(f"{name}~*.json")]
-        return [self._look(name, number) for number in sorted(int(text) for text in numbers if text.isdecimal())]
+        return [self._look(name, number) for number in self._numbers().get(name, ())]
 
     def has_claimed(self, worker: str) -> bool:
-        return any(f'"worker": "{worker}"'.encode() in read_small(path) for path in self.folder.glob("*.json"))
+        found = self._numbers().items()
+        return any(self._look(name, number).worker == worker for name, numbers in found for number in numbers)
+
+    def held(self, notice: Callable[[str], None]) -> list[Attempt]:
+        """The attempts whose holders live, once that is known: whom nobody here can see is watched for up to EXPIRY."""
+        watched: set[str] = set()
+        while running := [one for one in self.attempts().values() if one.state == "running"]:
+            if alive := [one for one in running if one.alive]:
+                return alive
+            for one in running:
+                if one.path not in watched:
+                    why = one.damage or f"names {one.holder}, which cannot be seen from here"
+                    notice(f"note: {one.path} {why}; watching its heartbeat for {EXPIRY:.0f} s at most")
+            watched |= {one.path for one in running}
+            time.sleep(1)
+        return []
 
     def take(self, name: str, after: int, worker: str) -> Claim | None:
         """Claim the attempt that follows number `after`; None if another worker was faster."""
@@ -105,10 +132,12 @@ class Claims:
         path = self._path(name, after + 1)
         content = {"worker": worker, "process": identity(), "state": "running", "started": time.time()}
         try:
-            with naming(path), path.open("x") as file:
-                json.dump(content, file)
+            file = path.open("x")
         except FileExistsError:
             return None
+        try:
+            with naming(path), file:
+                json.dump(content, file)
         except OSError:  # a full disk; an empty claim would be watched until it expires
             path.unlink(missing_ok=True)
             raise
@@ -123,42 +152,49 @@ class Claims:
         return self.folder / f"{name}~{number:04d}.json"
 
     def _look(self, name: str, number: int) -> Attempt:
-        path = self._path(name, number)
+        path, attempt, changed, damage = self._path(name, number), Attempt(), 0.0, ""
         try:
-            changed = path.stat().st_mtime
+            found = path.stat()
+            changed = found.st_mtime
+            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                raise OSError(errno.EINVAL, "not a file")
             attempt = Attempt.model_validate_json(read_small(path), strict=True)
-        except (OSError, ValueError):  # being written, or damaged: expires like a silent one
-            changed, attempt = 0.0, Attempt()
-        nobody = changed > 0 and attempt.process is None  # a holder writes its process at once
-        gone = attempt.state == "running" and (nobody or self._is_gone(path, changed, attempt.process))
-        seen = {"name": name, "number": number, "changed": changed, "state": "gone" if gone else attempt.state}
+        except OSError as error:  # expires like a silent one
+            damage = f"cannot be read ({error.strerror})"
+        except ValueError:  # being written, or damaged
+            damage = "is damaged" if found.st_size else "is empty"
+        # a holder writes its process at once
+        alive = is_alive(attempt.process) if attempt.process else None if damage else False
+        alive = self._beats(path, changed) if alive is None else alive
+        state = "gone" if attempt.state == "running" and alive is False else attempt.state
+        seen = {"name": name, "number": number, "state": state, "path": str(path), "alive": alive, "damage": damage}
         return attempt.model_copy(update=seen)
 
-    def _is_gone(self, path: Path, changed: float, process: Identity | None) -> bool:
-        if process is not None and (alive := is_alive(process)) is not None:
-            return not alive
+    def _beats(self, path: Path, changed: float) -> bool | None:
+        """Whether a file has changed since the last look; None where that may still come."""
         now = time.monotonic()
-        if self._seen.get(path, (None, 0.0))[0] != changed:
-            self._seen[path] = (changed, now)
-        return now - self._seen[path][1] > EXPIRY
+        before, since = self._seen.setdefault(path, (changed, now))
+        if changed == before:
+            return None if now - since <= EXPIRY else False
+        self._seen[path] = (changed, now)
+        return True
 
 
 class Claim:
     def __init__(self, path: Path, successor: Path, content: dict[str, Any]) -> None:
         self.path, self.successor, self.content = path, successor, content
-        self._closed = threading.Event()
+        self._began, self._closed = time.monotonic(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def beat_until_closed(self, lost: Callable[[], None]) -> None:
         """Start the heartbeat. `lost` is called from its thread if another worker has taken the run over."""
 
         def beat() -> None:
-            while not self._closed.wait(HEARTBEAT):
-                if self.successor.exists():
-                    lost()
-                    return
+            while not self._closed.wait(HEARTBEAT) and not self._is_lost():
                 with contextlib.suppress(OSError):  # a disk that does not answer now may do so later
                     os.utime(self.path)
+            if not self._closed.is_set():
+                lost()
 
         self._thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         self._thread.start()
@@ -167,15 +203,19 @@ class Claim:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
-        if not self.successor.exists():
-            write_json(self.path, {**self.content, "state": state, "reason": reason, "ended": time.time()})
+        if not self._is_lost():
+            ended = self.content["started"] + time.monotonic() - self._began  # whatever was done to the clock
+            write_json(self.path, {**self.content, "state": state, "reason": reason, "ended": ended})
+
+    def _is_lost(self) -> bool:
+        """Whether another process has the run: it claimed the next attempt, or this one after somebody removed it."""
+        with contextlib.suppress(OSError, ValueError):
+            found = self.successor.exists() or Attempt.model_validate_json(self.path.read_bytes()).process
+            return found not in (False, None, self.content["process"])
+        return False
 
 
-# --- the one writer of a run folder ---
-
-WRITERS = "writers"
-"""Folder of the claims in a run folder."""
-_WRITER = "writer"
+# --- the one writer of a run folder: the claims in its folder writers/ ---
 
 
 def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Claim:
@@ -184,29 +224,19 @@ def hold_run(run: Path, *, take_over: bool, notice: Callable[[str], None]) -> Cl
     A holder on another host cannot be seen, so its heartbeat is watched for up to EXPIRY seconds. take_over: claim the
     folder from a holder that may be alive, which ends at its next heartbeat.
     """
-    claims, watched = Claims(run / WRITERS), None
-    while True:
-        latest = claims.attempts().get(_WRITER)
-        held = latest is not None and latest.state == "running"
-        if not held or take_over:
-            claim = claims.take(_WRITER, latest.number if latest else 0, worker_name(os.getpid()))
-            if claim is None:
-                continue
-            claim.beat_until_closed(lambda: end_taken_over(run))
-            if held:
-                notice(f"note: {run} is taken over; its former process has {2 * HEARTBEAT:.0f} s to notice")
-                time.sleep(2 * HEARTBEAT)
-            return claim
-        assert latest is not None
-        host, _, pid = latest.worker.rpartition("-")
-        seen_running = latest.process is not None and is_alive(latest.process)
-        if seen_running or watched not in (None, latest.changed):
-            problem = f"{run} is being trained by process {pid} on host {host}."
+    claims = Claims(run / "writers")
+    claim = None
+    while claim is None:
+        latest = claims.attempts().get("writer")  # whoever claims it after this is not superseded
+        if not take_over and (held := claims.held(notice)):
+            problem = f"{run} is being trained by {held[0].holder}."
             raise UserError("name", run.name, problem, "Wait, stop it, or end it from here with --take-over.")
-        if watched is None:
-            watched = latest.changed
-            notice(f"note: process {pid} on host {host} began {run}; watching its heartbeat for {EXPIRY:.0f} s at most")
-        time.sleep(1)
+        claim = claims.take("writer", latest.number if latest else 0, worker_name(os.getpid()))
+    claim.beat_until_closed(lambda: end_taken_over(run))
+    if take_over and latest is not None and latest.state == "running":
+        notice(f"note: {run} is taken over; its former process has {2 * HEARTBEAT:.0f} s to notice")
+        time.sleep(2 * HEARTBEAT)
+    return claim
 
 
 def end_taken_over(run: Path | str) -> None:

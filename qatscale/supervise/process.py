@@ -132,13 +132,16 @@ def _command(process: int) -> list[str]:
 # --- what ends a process that cannot end itself ---
 
 # Kills the process PID unless a byte comes at least every LIMIT seconds; ends when the process does (end of file).
+# Where its parent, the launcher, is stopped as well, the entire job is: Ctrl-Z. That is a pause.
 _KILLER = """
-import os, select, signal, sys
-pid, limit = int(sys.argv[1]), float(sys.argv[2])
-while select.select([0], [], [], limit)[0]:
-    if not os.read(0, 4096):
-        sys.exit()
-os.kill(pid, signal.SIGKILL)
+import os, psutil, select, sys
+process, limit, silent = psutil.Process(int(sys.argv[1])), float(sys.argv[2]), 0
+while silent < 2 and (not (ready := select.select([0], [], [], limit / 2)[0]) or os.read(0, 4096)):
+    job = (process, process.parent())
+    paused = not ready and all(one and one.status() == "stopped" for one in job)
+    silent = 0 if ready or paused else silent + 1
+if silent == 2:
+    process.kill()
 """
 
 
@@ -151,7 +154,7 @@ class WatchdogProcess:
 
     def __init__(self, limit: float) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _KILLER, str(os.getpid()), str(limit)],
+            [sys.executable, "-I", "-c", _KILLER, str(os.getpid()), str(limit)],
             stdin=subprocess.PIPE,
             start_new_session=True,  # what stops this process's group must not stop it
         )

@@ -114,7 +114,7 @@ class Follower:
 def _is_overdue(cursor: Cursor) -> bool:
     """Whether a server takes longer for its first answer than it should, as one that never answers."""
     waits = not cursor.answered and cursor.asked is not None and database(cursor.uri) is None
-    return waits and time.time() > (cursor.asked or 0.0) + ANSWER
+    return waits and time.monotonic() > (cursor.asked or 0.0) + ANSWER
 
 
 def start_follower(folder: RunFolder, uri: str | None, patience: float = PATIENCE) -> Follower:
@@ -187,7 +187,7 @@ class Following:
         self.folder, self.uri, self.patience = folder, uri, patience
         self.writer = folder.writer
         self._identity = cast(Identity, process.identity())
-        self._asked = time.time()
+        self._asked = time.monotonic()
         self._give_up_at = math.inf
         self._uploader: Uploader | None = None
         self._system: SystemMetrics | None = None
@@ -238,7 +238,7 @@ class Following:
 
     def introduce(self) -> None:
         """Record that this process asks the store from now on."""
-        self._asked = time.time()
+        self._asked = time.monotonic()
         cursor = Cursor.of_store(self.folder, self.uri)
         cursor.follower, cursor.asked = self._identity, self._asked
         cursor.save(self.folder)

@@ -144,7 +144,7 @@ class Cursor(BaseModel):
     follower: Identity | None = None
     """The process that follows the run, from its first contact with the store on, see `process.identity`."""
     asked: float | None = None
-    """When that process first asked the store, in seconds since 1970."""
+    """When that process first asked the store, in seconds of its host's monotonic clock."""
     answered: bool = False
     """Whether the store has answered it, or failed to."""
     error: str | None = None

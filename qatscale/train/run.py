@@ -66,8 +66,8 @@ def _train_unless_done(
     if setup is None:
         return _done(config)
     runtime = start_runtime(collective_timeout(config.engine.stall_timeout))
-    stop.join(runtime)
     with _only_writer(setup, branch_from, runtime, take_over) as resume:
+        stop.join(runtime)
         if resume is None:
             return _done(config)
         return _train(replace(setup, resume=resume), runtime, stop, linger)

@@ -275,6 +275,10 @@ def test_a_half_deleted_newest_checkpoint_is_not_passed_over(tmp_path: Path) -> 
         with pytest.raises(UserError, match=r"half-deleted: it has no manifest.json.*intact one before it is step-0+2"):
             find()
     assert find_checkpoint(f"{tmp_path / 'run'}@2").name == "step-00000002"
+    with pytest.raises(UserError, match="no checkpoint at step ²"):
+        find_checkpoint(f"{tmp_path / 'run'}@²")
+    with pytest.raises(UserError, match="was removed just now"):
+        read_manifest(checkpoints / "step-00000003")
     write(checkpoints, 6)
     assert newest_checkpoint(checkpoints) == step_folder(checkpoints, 6)
     assert newest_checkpoint(tmp_path / "nothing") is None

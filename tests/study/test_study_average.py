@@ -105,6 +105,9 @@ def test_a_window_is_all_checkpoints_in_a_range(tmp_path: Path) -> None:
         expected = stacked[-1] if name.endswith(".weight_scale") else stacked.mean(0)
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-9)
     assert find_checkpoint(tmp_path / "mean").name == "step-00000010"
+    (run / "checkpoints/step-00000006/manifest.json").unlink()
+    with pytest.raises(UserError, match="step-00000006': no complete checkpoint here"):
+        average([f"{run}@5-9", f"{run}@10"], tmp_path / "half")
 
 
 def test_what_has_no_average_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qatlaw.results import read_results
@@ -25,6 +26,7 @@ from qatscale.study.lay_out import lay_out
 from qatscale.study.run import LocalWorkers
 from qatscale.study.state import StudyState
 from qatscale.study.worker import Worker
+from qatscale.supervise import claims
 from qatscale.supervise.claims import Claims
 from qatscale.tracking.compare import run_folders
 from qatscale.train.run import train
@@ -184,6 +186,24 @@ def test_a_worker_that_cannot_start_is_no_wrong_input(
 
     with LocalWorkers(folder, 1) as local, pytest.raises(FailedError, match=r"worker 0 ended with code 1\."):
         watch()
+
+
+def test_a_stopped_worker_ends_with_its_study(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a claim of a host that died holds up no change of the study, once it has rested."""
+    lay_out(studies.write_study(tmp_path / "tiny.yaml", prepared), folder := StudyFolder(tmp_path / "study"))
+    (script := tmp_path / "stops").write_text("#!/bin/sh\nkill -STOP $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with LocalWorkers(folder, 1) as local:
+        process = local._slots[0].process
+        assert process is not None
+        until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    assert process.returncode == -signal.SIGTERM
+    claim = folder.claims.take(next(iter(folder.jobs)), 0, "node7-4711")
+    assert claim is not None
+    claim.path.write_text(claim.path.read_text().replace(claim.content["process"]["host"], "node7"))
+    monkeypatch.setattr(claims, "EXPIRY", 0.5)
+    lay_out(studies.write_study(tmp_path / "tiny.yaml", prepared, bits="[2]"), folder)
 
 
 def test_a_full_disk_fails_no_run_and_the_same_command_continues(prepared: Path, tmp_path: Path) -> None:

@@ -43,15 +43,22 @@ def test_of_workers_that_race_one_gets_each_run(tmp_path: Path) -> None:
     assert sorted(name for names in won for name in names) == sorted(map(str, range(200)))
 
 
-def test_a_claim_that_is_held_is_nobody_elses(tmp_path: Path) -> None:
+def test_a_claim_that_is_held_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = taken(tmp_path)
     assert Claims(tmp_path).take("run", 0, "other") is None
     seen = Claims(tmp_path).attempts()["run"]
     assert (seen.number, seen.state, seen.worker) == (1, "running", "me")
     assert Claims(tmp_path).has_claimed("me")
     assert not Claims(tmp_path).has_claimed("m")
+    hour_ago = time.time() - 3600
+    monkeypatch.setattr(claims_module.time, "time", lambda: hour_ago)  # somebody set the clock
     claim.close("failed", "diverged")
+    for stray in ("run~old.json", "run~0001 (copy).json", "run~3.json"):
+        (tmp_path / stray).write_text('{"worker": "stray"}')
+    os.mkfifo(tmp_path / "other~0001.json")
     assert Claims(tmp_path).has_claimed("me")
+    assert not Claims(tmp_path).has_claimed("stray")
+    assert [one.number for one in Claims(tmp_path).history("run")] == [1]
     seen = Claims(tmp_path).attempts()["run"]
     assert (seen.state, seen.reason) == ("failed", "diverged")
     assert seen.ended is not None

@@ -249,6 +249,20 @@ def test_the_watchdog_process_ends_a_process_that_is_stopped() -> None:
         assert process.wait(timeout=30) == -signal.SIGKILL
 
 
+def test_a_job_that_is_stopped_with_its_launcher_is_not_killed() -> None:
+    """Ctrl-Z and fg."""
+    code = "import time; from qatscale.supervise.process import WatchdogProcess; w = WatchdogProcess(0.6)\n"
+    code += "print(flush=True)\nfor _ in range(15): w.alive(); time.sleep(0.1)"
+    launcher = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {code!r}]).returncode)"
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, start_new_session=True) as job:
+        assert job.stdout is not None
+        job.stdout.readline()
+        os.killpg(job.pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.killpg(job.pid, signal.SIGCONT)
+        assert job.wait(timeout=60) == 0
+
+
 PAUSED = """
 import sys, time
 from pathlib import Path

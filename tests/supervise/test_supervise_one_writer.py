@@ -82,4 +82,41 @@ def test_a_process_of_another_host_is_known_by_its_heartbeat(tmp_path: Path, mon
     monkeypatch.setattr(claims, "EXPIRY", 1.5)
     claim, notices = hold(tmp_path)
     claim.close("released")
-    assert "process 4711 on host node7 began" in notices[0]
+    assert "names process 4711 on host node7, which cannot be seen from here; watching its heartbeat" in notices[0]
+
+
+def test_a_claim_that_says_nothing_is_named_and_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "EXPIRY", 0.5)
+    for number, (make, said) in enumerate((
+        (Path.touch, "is empty"),
+        (os.mkfifo, "cannot be read (not a file)"),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot be read (not a file)"),
+    )):  # fmt: skip
+        place = tmp_path / f"{number}/writers/writer~0001.json"
+        place.parent.mkdir(parents=True)
+        make(place)
+        claim, notices = hold(tmp_path / str(number))
+        claim.close("released")
+        assert f"{place} {said}; watching its heartbeat" in notices[0]
+        assert claim.path.name == "writer~0002.json"
+
+
+def test_the_holder_of_a_damaged_claim_is_known_by_its_heartbeat(tmp_path: Path) -> None:
+    path = on_another_host(tmp_path)
+    path.write_text("")
+    beat = threading.Timer(0.5, os.utime, [path])
+    beat.start()
+    with pytest.raises(UserError, match=r"is being trained by a process that .*0001.json does not name"):
+        hold(tmp_path)
+    beat.join()
+
+
+def test_who_claims_a_run_whose_claim_was_removed_ends_its_holder(tmp_path: Path) -> None:
+    holder = held_by_another(tmp_path)
+    (tmp_path / "writers/writer~0001.json").unlink()
+    claim, _ = hold(tmp_path)
+    assert claim.path.name == "writer~0001.json"
+    assert holder.wait(30) == EXIT_FAILED
+    assert "was taken over by another process" in holder.communicate()[1]
+    claim.close("released")
+    assert json.loads(claim.path.read_text())["process"]["pid"] == os.getpid()

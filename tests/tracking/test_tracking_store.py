@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qatscale.errors import fault
 from qatscale.files import HeldError, locked
 from qatscale.tracking.refusals import RefusedError, check_database
 from qatscale.tracking.run_folder import RunFolder
@@ -140,7 +142,10 @@ def test_a_lock_is_waited_for_and_not_forced(tmp_path: Path) -> None:
     with locked(file):
         with pytest.raises(HeldError, match="another process holds the lock"), locked(file, wait=0.2):
             pytest.fail("it is held")
-        with pytest.raises(HeldError), locked(file, give_up=lambda: True):
+        with pytest.raises(HeldError) as error, locked(file, give_up=lambda: True):
             pytest.fail("it is held")
+    assert fault(error.value) == f"another process holds the lock on {file}"
+    file.unlink()
+    os.mkfifo(file)
     with locked(file, wait=0):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ main(sys.argv[3:])
 """
 """`qatscale` with a signal at each call of a function."""
 BEFORE, AFTER = (
-    ("qatscale.train.run::decide", "qatscale.train.run::build"),
+    ("qatscale.supervise.claims:Claims:held", "qatscale.train.run::build"),
     "qatscale.data.reader:EvaluationReader:batch",
 )
 
@@ -66,10 +67,15 @@ BEFORE, AFTER = (
 def test_a_signal_before_the_first_step_or_in_the_final_evaluation(
     name: str, code: int, data: Path, tmp_path: Path
 ) -> None:
+    """Also while it watches the heartbeat of a claim that it cannot read."""
     train = command(tmp_path / "run", data)
+    (writers := tmp_path / "run/writers").mkdir(parents=True)
+    if name != "SIGHUP":
+        (writers / "writer~0001.json").touch()
     ended, output = finish(Python(["-c", SIGNALLED, BEFORE[name == "SIGHUP"], name, *train]))
     assert ended == code, output
     assert f"{name}: stopped before the first step" in output
+    shutil.rmtree(writers)
     ended, output = finish(Python(["-c", SIGNALLED, AFTER, name, *train]))
     assert ended == code, output
     folder = RunFolder(tmp_path / "run")

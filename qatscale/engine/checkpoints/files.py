@@ -144,6 +144,8 @@ def other_checkpoint(folder: Path) -> str:
 
     Only the first process of a job reads the earlier ones to verify them. The others name the newest unverified.
     """
+    if not folder.exists():
+        return "It was removed just now, as a run that trains on does; the same command takes the newest."
     before = [p for p in list_checkpoints(folder.parent) if p.name < folder.name]
     if not before:
         return "There is no earlier checkpoint beside it."

@@ -15,14 +15,7 @@ from qatscale.config.problems import together
 from qatscale.config.schema import RunConfig
 from qatscale.config.sizes import device_memory, device_names, flops_per_token, peak_flops
 from qatscale.engine.estimate.local_sizes import LocalSizes
-from qatscale.engine.estimate.memory import (
-    ON_DEVICE,
-    HostMemory,
-    Kind,
-    ZeroSettings,
-    fullest_moment,
-    start_bytes,
-)
+from qatscale.engine.estimate.memory import ON_DEVICE, HostMemory, Kind, ZeroSettings, fullest_moment, start_bytes
 from qatscale.engine.estimate.traffic import NetworkTime, Traffic, traffic_of
 from qatscale.engine.layout import stages_of
 from qatscale.engine.layout_plan import bubble, layout_notices, plan_layout
