@@ -60,9 +60,15 @@ class _Qat(_File):
     bits: float
 
 
+class _Tracking(_File):
+    experiment: str
+    uri: str | None = None
+
+
 class _Recipe(_File):
     data: dict[str, Any]
     qat: _Qat
+    tracking: _Tracking
 
 
 _SCHEMAS: dict[str, type[_File]] = {
