@@ -10,8 +10,8 @@ from typing import Any, TextIO
 
 from qatlaw.errors import CONTROL, printable
 
-_UNUSUAL = rf"(?!\x1b\[[\d;?]*[AKhlm]){CONTROL}"
-"""On a terminal: all but colours, and the moves of a table that is drawn again."""
+_UNUSUAL = rf"(?!\x1b\[(?:[\d;]*[AKm]|\?25[hl])){CONTROL}"
+"""Where rich draws: all but its colours, and the moves of a table that is drawn again."""
 
 
 class IgnoreBrokenPipe:
@@ -30,7 +30,8 @@ class IgnoreBrokenPipe:
         self._lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        steering = _UNUSUAL if self._stream.isatty() else CONTROL
+        drawn = self._stream.isatty() or "FORCE_COLOR" in os.environ
+        steering = _UNUSUAL if drawn else CONTROL
         text = re.sub(steering, lambda found: found[0] if found[0] == "\r" else printable(found[0]), text)
         try:
             return self._stream.write(text)
