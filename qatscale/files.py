@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from qatlaw.files import PARTIAL as PARTIAL
 from qatlaw.files import Count as Count
 from qatlaw.files import decode as decode
-from qatlaw.files import read_small, without_duplicates, write_atomic
+from qatlaw.files import naming, read_small, without_duplicates, write_atomic
 from qatlaw.files import rename_synced as rename_synced
 from qatscale.errors import FailedError, UserError, first_invalid
 
@@ -108,14 +108,13 @@ def locked(path: Path, wait: float | None = None, give_up: Callable[[], bool] = 
     with path.open("a+b", buffering=0) as file:  # opened for writing alone a pipe would wait for a reader
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with naming(path):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= end or give_up():
                     raise HeldError(f"another process holds the lock on {path}") from None
                 time.sleep(0.1)
-            except OSError as error:
-                raise OSError(error.errno, f"cannot be locked ({error.strerror})", str(path)) from error
         yield
 
 

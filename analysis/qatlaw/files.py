@@ -86,7 +86,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            rename_synced(partial, path)
+        rename_synced(partial, path)
     except OSError as error:
         with suppress(OSError):
             partial.unlink()

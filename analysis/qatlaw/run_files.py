@@ -31,7 +31,7 @@ class _Run(_File):
     created: Number
     parent: _Parent | None
     imported: str | None = None
-    n_params: Count
+    n_params: Annotated[Count, Field(gt=0)]
     resolved: dict[str, Any] = {}
 
 
@@ -60,9 +60,15 @@ class _Qat(_File):
     bits: float
 
 
+class _Tracking(_File):
+    experiment: str
+    uri: str | None = None
+
+
 class _Recipe(_File):
     data: dict[str, Any]
     qat: _Qat
+    tracking: _Tracking
 
 
 _SCHEMAS: dict[str, type[_File]] = {

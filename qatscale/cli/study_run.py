@@ -187,7 +187,7 @@ def _conclude(folder: StudyFolder) -> None:
     if not done:
         print("no law and no report: no run is done")
         return
-    schemes = {record.final["scheme"] for record in done} & {"sequential", "fused"}
+    schemes = {record.final.get("scheme", "") for record in done} & {"sequential", "fused"}
     for scheme in sorted(schemes):
         try:
             fit(table=folder.results, scheme=scheme, out=folder.path / f"fit-{scheme}.json")

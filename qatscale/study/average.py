@@ -21,7 +21,7 @@ from qatlaw.results import read_results
 from qatlaw.runs import RunRecord
 from qatlaw.study import trained_by
 from qatscale.config.recipe import config_differences
-from qatscale.engine.checkpoints.files import step_folders, step_of
+from qatscale.engine.checkpoints.folders import step_folders, step_of
 from qatscale.engine.checkpoints.reader import find_checkpoint
 from qatscale.engine.checkpoints.training_state import UNKNOWN_DATA, TrainingState, read_checkpoint
 from qatscale.errors import UserError

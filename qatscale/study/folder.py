@@ -28,6 +28,7 @@ from qatlaw.study import Job, Piece, Route
 from qatscale.config.places import find_moved
 from qatscale.config.recipe import load_run_config
 from qatscale.config.schema import RunConfig, RunName
+from qatscale.config.section import Positive
 from qatscale.engine.checkpoints.folders import step_folder
 from qatscale.errors import UserError
 from qatscale.files import Count, is_file, read_checked
@@ -44,13 +45,13 @@ class StudyJob:
     """The run whose checkpoint it starts from; None: from initial weights."""
     start: Count
     """Optimizer steps done at that checkpoint."""
-    steps: Count
+    steps: Positive
     keep: tuple[Count, ...]
     """Steps before its end at which others branch off."""
-    tokens_per_step: Count
+    tokens_per_step: Positive
     flops_per_token: Number
     n_params: Count
-    processes: Count
+    processes: Positive
     stay: tuple[Count, ...] = ()
     """Steps whose checkpoints stay when the study is done."""
 
@@ -107,8 +108,8 @@ class StudyFolder:
             fix = "Remove it, then start `study run` again."
             jobs: dict[str, StudyJob] = {}
             for job in read_checked(self.tree_file, TypeAdapter(list[StudyJob]), "study", fix):
-                if (job.parent is not None and job.parent not in jobs) or job.name in jobs:
-                    problem = f"is damaged: {job.name} is listed twice, or before the run that it starts from."
+                if job.parent not in (None, *jobs) or job.name in jobs or job.start > job.steps:
+                    problem = f"is damaged: {job.name} is listed twice, before its parent, or begins after its end."
                     raise UserError("study", str(self.tree_file), problem, fix)
                 jobs[job.name] = job
             self._tree = changed, jobs

@@ -18,7 +18,7 @@ from qatlaw.landscape import GRID, PATH, SUMMARY
 from qatscale.config.schema import RunConfig
 from qatscale.data.open import open_validation
 from qatscale.data.reader import EvaluationReader
-from qatscale.engine.checkpoints.files import step_folders, step_of
+from qatscale.engine.checkpoints.folders import step_folders, step_of
 from qatscale.engine.checkpoints.reader import CheckpointReader, open_checkpoint
 from qatscale.engine.checkpoints.training_state import load_checkpointed_model
 from qatscale.engine.runtime import uses_gpu

@@ -164,7 +164,7 @@ class Claims:
         except ValueError:  # being written, or damaged
             damage = "is damaged" if found.st_size else "is empty"
         # a holder writes its process at once
-        alive = is_alive(attempt.process) if attempt.process else None if damage else False
+        alive = is_alive(attempt.process, changed) if attempt.process else None if damage else False
         alive = self._beats(path, changed) if alive is None else alive
         state = "gone" if attempt.state == "running" and alive is False else attempt.state
         seen = {"name": name, "number": number, "state": state, "path": str(path), "alive": alive, "damage": damage}

@@ -150,6 +150,6 @@ def _first_host(environ: Mapping[str, str], variables: Variables, size: str) -> 
 def _port(environ: Mapping[str, str]) -> int:
     """A port that two jobs on a Slurm node do not share."""
     job, step = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_STEP_ID", "0")
-    if job.isdigit() and step.isdigit():
+    if job.isdecimal() and step.isdecimal():
         return 20_000 + (int(job) * 10 + int(step)) % 10_000
     return DEFAULT_PORT

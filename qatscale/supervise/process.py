@@ -36,18 +36,19 @@ def identity() -> dict[str, Any]:
     }
 
 
-def is_alive(process: Mapping[str, Any]) -> bool | None:
+def is_alive(process: Mapping[str, Any], wrote: float = 0.0) -> bool | None:
     """Whether the process of `identity()` still runs; None where it cannot be known here, since the process belongs to
     another machine or to another container of this one.
 
-    A zombie (ended, not yet collected by its parent) counts as dead.
+    wrote: when it last gave a sign of life. After this machine started, a process of another boot was of another
+    machine of the same name. A zombie (ended, not yet collected by its parent) counts as dead.
     """
     if process["host"] != socket.gethostname() or process.get("namespace") not in (None, _namespace()):
         return None
     if process["boot_id"] is None:
         return psutil.pid_exists(process["pid"])
     if process["boot_id"] != _boot_id():
-        return False
+        return None if wrote > psutil.boot_time() else False
     stat = _stat(process["pid"])
     return stat is not None and stat[0] not in _ZOMBIE_OR_DEAD and stat[1] == process["start_ticks"]
 

@@ -191,6 +191,48 @@ def test_a_table_of_tables_is_refused(nested: list[Any] | None) -> None:
     assert "holds lists, mappings or columns of several levels" in answer(f"fit --table table.parquet {FIT}")
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("command", ["evaluate runs/trunk@²", "plan checkpoint runs/trunk@² --bits 4"])
+def test_a_power_is_no_step(command: str) -> None:
+    assert "no checkpoint at step ²" in answer(command)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 0}, "0.steps: Input should be greater than 0"), ({"start": 10**9}, "or begins after its end"),
+        ({"processes": 0}, "0.processes"), ({"tokens_per_step": 0}, "0.tokens_per_step"),
+    ],
+)  # fmt: skip
+def test_runs_of_a_tree_that_cannot_be_trained_are_refused(change: dict[str, int], said: str) -> None:
+    folder = _study()
+    edit("study/tree.json", lambda jobs: jobs[0].update(change))
+    assert said in answer(f"study status {folder.path}")
+
+
+@pytest.mark.usefixtures("here")
+def test_results_without_schemes_make_no_law() -> None:
+    folder = _study()
+    folder.results.write_text("name,n_params\na,1\n")
+    assert "no report: " in answer(f"study average {folder.path}", 0)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("tracking", ["", "tracking: 3\n", "tracking: {experiment: 3}\n"])
+def test_a_recorded_recipe_has_an_experiment(tracking: str) -> None:
+    recipe = Path("runs/trunk/recipe.yaml")
+    recipe.unlink()
+    recipe.write_text(f"data: {{path: data}}\nqat: {{scheme: fp, bits: 4}}\n{tracking}")
+    assert "recipe.yaml': is damaged: tracking" in answer("track-sync runs/trunk --uri sqlite:///y.db")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_without_parameters_is_damaged() -> None:
+    edit("runs/trunk/run.json", lambda run: run.update(n_params=0))
+    assert "n_params: Input should be greater than 0" in answer("plan checkpoint runs/trunk@5 --bits 4")
+
+
 SECRET = "http://me@corp.com:s3cret@127.0.0.1:9/x?token=s3cret"
 
 

@@ -29,6 +29,7 @@ from qatscale.engine.checkpoints.files import (
 from qatscale.engine.checkpoints.manifest import Manifest, ParameterRecord
 from qatscale.engine.checkpoints.reader import CheckpointReader, find_checkpoint
 from qatscale.errors import UserError
+from tests.permissions import as_ordinary_user
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 SHAPES = {"embed.weight": (7, 5), "norm.weight": (5,)}
@@ -279,7 +280,13 @@ def test_a_half_deleted_newest_checkpoint_is_not_passed_over(tmp_path: Path) -> 
         find_checkpoint(f"{tmp_path / 'run'}@²")
     with pytest.raises(UserError, match="was removed just now"):
         read_manifest(checkpoints / "step-00000003")
+    (former := write(checkpoints, 5)).chmod(0)
+    with as_ordinary_user(), pytest.raises(PermissionError, match="step-00000005"):
+        find_checkpoint(tmp_path / "run")
     write(checkpoints, 6)
+    with as_ordinary_user():
+        assert find_checkpoint(tmp_path / "run").name == "step-00000006", "who may not read an older one needs none"
+    former.chmod(0o755)
     assert newest_checkpoint(checkpoints) == step_folder(checkpoints, 6)
     assert newest_checkpoint(tmp_path / "nothing") is None
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qatscale.errors import EXIT_FAILED, UserError
@@ -40,12 +41,12 @@ def hold(run: Path, *, take_over: bool = False) -> tuple[Claim, list[str]]:
     return hold_run(run, take_over=take_over, notice=notices.append), notices
 
 
-def on_another_host(run: Path) -> Path:
+def on_another_host(run: Path, **other: str) -> Path:
     """The claim of a process that nobody here can look for."""
     claim, _ = hold(run)
     claim._closed.set()
     content = json.loads(claim.path.read_text())
-    content |= {"worker": "node7-4711", "process": content["process"] | {"host": "node7"}}
+    content |= {"worker": "node7-4711", "process": content["process"] | (other or {"host": "node7"})}
     claim.path.write_text(json.dumps(content))
     return claim.path
 
@@ -83,6 +84,20 @@ def test_a_process_of_another_host_is_known_by_its_heartbeat(tmp_path: Path, mon
     claim, notices = hold(tmp_path)
     claim.close("released")
     assert "names process 4711 on host node7, which cannot be seen from here; watching its heartbeat" in notices[0]
+
+
+def test_a_host_that_started_again_is_not_another_one_of_its_name(tmp_path: Path) -> None:
+    path = on_another_host(tmp_path, boot_id="another")
+    beat = threading.Timer(0.5, os.utime, [path])
+    beat.start()
+    with pytest.raises(UserError, match="is being trained by process 4711"):
+        hold(tmp_path)
+    beat.join()
+    before = psutil.boot_time() - 60
+    os.utime(path, (before, before))
+    claim, notices = hold(tmp_path)
+    claim.close("released")
+    assert notices == []
 
 
 def test_a_claim_that_says_nothing_is_named_and_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,5 +190,6 @@ def plan_budget(
     overrides = overrides_of(chosen.tokens, bits, scheme, written_fraction(chosen.fraction))
     warnings = (*moved, *warnings_of(params, chosen.tokens, bits, law))
     return BudgetPlan(
-        round(params), bits, budget, by_compute, by_tokens, by_closed_form, chosen, overrides, warnings
+        params=round(params), bits=bits, budget=budget, compute_optimal=by_compute, token_optimal=by_tokens,
+        closed_form=by_closed_form, chosen=chosen, overrides=overrides, warnings=warnings,
     )  # fmt: skip

@@ -107,7 +107,8 @@ def plan_checkpoint(params: float, bits: float, tokens_fp: float, *, law: PlanLa
         slope = None if more is None or less is None else (more - less) / (2 * STEP) / q * 1e9
         purchases.append(Purchase(round(q), multiple, q / (tokens_fp + q), loss(q), slope))
     return CheckpointPlan(
-        round(params), bits, round(tokens_fp), round(deserved), tuple(purchases),
+        params=round(params), bits=bits, tokens_fp=round(tokens_fp), tokens_qat=round(deserved),
+        purchases=tuple(purchases),
         loss=loss(deserved), full_precision_loss=loss(0.0),
         warnings=warnings_of(params, tokens_fp + deserved, bits, law),
     )  # fmt: skip

@@ -42,7 +42,10 @@ def published_answer(law: NamedLaw, run: Recipe, title: str, nats: float) -> Ans
     outside = law.outside(asked)
     unknown = None if run.non_embedding else "--params is taken for the law's N, which has neither embedding nor head"
     known, warnings = full if math.isfinite(full) else None, tuple(line for line in (outside, unknown) if line)
-    plan = Comparison(round(N), round(D), known, rows, nats, min(small, default=None), warnings)
+    plan = Comparison(
+        params=round(N), tokens=round(D), full_precision_loss=known, rows=rows,
+        tolerance=nats, smallest=min(small, default=None), warnings=warnings,
+    )  # fmt: skip
     best = None if plan.smallest is None else rows[plan.smallest]
     notes = [f"It answers: {law.answers}.", NOTE]
     if plan.full_precision_loss is not None:

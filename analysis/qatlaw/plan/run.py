@@ -174,8 +174,9 @@ def plan_run(run: Recipe, bits: float, law: PlanLaw = PAPER) -> RunPlan:
     steps = None if run.tokens_per_step is None else max(1, round(tokens / run.tokens_per_step))
     tokens_qat = round(planned * tokens)
     return RunPlan(
-        params, tokens, bits, S, run.stored_bytes(bits) if run.stored_bytes else None, planned, optimum,
-        closed_form(params, tokens, bits), tokens - tokens_qat, tokens_qat,
+        params=params, tokens=tokens, bits=bits, S=S, fraction=planned, optimum=optimum,
+        stored_bytes=run.stored_bytes(bits) if run.stored_bytes else None,
+        closed_form=closed_form(params, tokens, bits), tokens_fp=tokens - tokens_qat, tokens_qat=tokens_qat,
         steps=steps, switch_step=None if steps is None else switch_step(planned, steps),
         prediction=_predict(law, params, tokens, bits, optimum, planned) if isinstance(law, PlannerLaw) else None,
         warnings=(*scheme.warnings(optimum, planned), *warnings_of(params, tokens, bits, law)),
@@ -275,7 +276,10 @@ def compare_widths(
     first = rows[0].plan.prediction
     smallest = min(within, key=lambda i: rows[i].bits, default=None)
     full, warnings = first.full_precision_loss if first else None, width_warnings([row.plan for row in rows])
-    return Comparison(round(params), round(tokens), full, tuple(rows), tolerance, smallest, warnings)
+    return Comparison(
+        params=round(params), tokens=round(tokens), full_precision_loss=full, rows=tuple(rows),
+        tolerance=tolerance, smallest=smallest, warnings=warnings,
+    )  # fmt: skip
 
 
 def width_warnings(plans: Sequence[RunPlan]) -> tuple[str, ...]:

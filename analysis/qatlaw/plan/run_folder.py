@@ -112,6 +112,6 @@ def _find(what: str) -> tuple[Path, int]:
     steps = [int(match[1]) for match in map(_STEP.match, names) if match]
     if not steps:
         raise InputError(KEY, what, "has no checkpoint yet.")
-    if at and (not at.isdigit() or int(at) not in steps):
+    if at and (not at.isdecimal() or int(at) not in steps):
         raise InputError(KEY, what, f"has no checkpoint at step {at}.", f"Take one of {', '.join(map(str, steps))}.")
     return path, int(at or steps[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,10 +20,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. Half-written ones are hidden by their name."""
-    return [folder for folder in step_folders(checkpoints) if (folder / MANIFEST).is_file()]
+    """Complete checkpoints that may be read, oldest first. Half-written ones are hidden by their name."""
+    return [folder for folder in step_folders(checkpoints) if os.path.isfile(folder / MANIFEST)]  # noqa: PTH113
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints and half-deleted ones, oldest first."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
     return sorted((path for path in found if STEP.match(path.name)), key=step_of)
