@@ -92,4 +92,4 @@ def test_the_product_stays_small() -> None:
         lines = enumerate((line.strip() for line in text.splitlines()), 1)
         count += sum(bool(line) and line[0] != "#" and number not in documented for number, line in lines)
     print(f"\nproduct: {count} lines of code")
-    assert count <= 24_375
+    assert count <= 24_392
