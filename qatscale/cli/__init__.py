@@ -121,7 +121,7 @@ def _finished(words: list[str], own_process: bool) -> Iterator[None]:
                 print(line, file=sys.stderr)
         sys.stdout.flush()
         if own_process:
-            sys.unraisablehook = lambda _: None  # what libraries fail to clean up after this is no news
+            sys.unraisablehook = lambda _: None  # the result is out; failed clean-ups of libraries follow
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if own_process and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: os._exit(code))

@@ -38,7 +38,7 @@ class IgnoreBrokenPipe:
         """Whether nobody reads. After PATIENCE what is written is lost, without another wait, until somebody does."""
         ready = True
         if self._patience is not None:
-            with suppress(OSError, ValueError):  # it is no file of the system
+            with suppress(OSError, ValueError):  # a stream without a file descriptor
                 ready = bool(select.select([], [self._stream], [], self._patience)[1])
                 self._patience = PATIENCE if ready else 0.0
         return not ready

@@ -113,7 +113,7 @@ DAMAGES = {
         lambda path: set_key(path, "text", {"_attn_implementation": "a/kernel"}),
     ),
     "an epsilon that is not finite": ("hf", "config.json", lambda path: set_key(path, "rms_norm_eps", float("nan"))),
-    "a length that is no number": ("hf", "tokenizer_config.json", lambda path: set_key(path, "model_max_length", "x")),
+    "a length in letters": ("hf", "tokenizer_config.json", lambda path: set_key(path, "model_max_length", "x")),
     "nested tokenizer": ("hf", "tokenizer.json", lambda path: path.write_text(DEEP)),
     "an empty tokenizer": ("hf", "tokenizer.json", lambda path: path.write_text("{}")),
     "a nested card": ("hf", "tokenizer_config.json", lambda path: path.write_text('{"a": ' * 100_000)),

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints, by name: for who does not read what is in them."""
+"""The folders of a run's checkpoints, by name, for code that does not read their contents."""
 
 from __future__ import annotations
 
