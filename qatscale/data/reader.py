@@ -23,6 +23,8 @@ from qatscale.data.manifest import Manifest, Split, Verify
 from qatscale.data.mixture import ONE_SOURCE, Mixture
 from qatscale.errors import UserError
 
+BLOCK = 1024
+"""Positions of an order that are drawn at once: a small batch's 16 cost as much as these."""
 MAPS = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 63) // 4)  # no limit is -1
 """Shards that a process keeps open, over all its streams; a descriptor each."""
 
@@ -116,9 +118,16 @@ class ShuffledOrder:
         self._n, self._seed = sequences, seed % 2**64
         self._side = max(4, math.isqrt(sequences - 1) + 1)  # a smaller grid has too few shifts to mix
         self._shifts = functools.lru_cache(maxsize=2)(self._draw_shifts)
+        self._size = size = min(BLOCK, sequences)
+        self._block = functools.lru_cache(maxsize=1)(lambda block: self._draw(block * size, size))
 
     def __call__(self, first: int, count: int) -> np.ndarray:
         """Sequence at each of the positions [first, first + count), counted through all epochs; int64 [count]."""
+        block, place = divmod(first, self._size)
+        within = place + count <= self._size
+        return self._block(block)[place : place + count] if within else self._draw(first, count)
+
+    def _draw(self, first: int, count: int) -> np.ndarray:
         parts = []
         while count:
             epoch, place = divmod(first, self._n)
@@ -222,15 +231,15 @@ class BatchReader:
         assert 0 <= rank < ranks
         count = self.sequences // ranks
         first = step * self.sequences + rank * count
+        if len(self._sources) == 1:
+            [(stream, order)] = self._sources
+            return stream.gather(order(first, count), self.sequence_length)
         sources, done = self.mixture.sources(first, count), self.mixture.count(first)
         out = np.empty((count, self.sequence_length + 1), np.int64)
         for source, (stream, order) in enumerate(self._sources):
             rows = np.flatnonzero(sources == source)
             if len(rows):
-                read = stream.gather(order(int(done[source]), len(rows)), self.sequence_length)
-                if len(rows) == count:
-                    return read
-                out[rows] = read
+                out[rows] = stream.gather(order(int(done[source]), len(rows)), self.sequence_length)
         return out
 
     def tokens(self, first: int, end: int, left_out: Sequence[int] = ()) -> dict[str, int]:

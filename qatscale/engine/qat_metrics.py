@@ -5,6 +5,9 @@ Both are counted on the fp32 masters, each process on those it holds, so they do
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +20,16 @@ SAMPLE = 1 << 20
 """Weights of a model whose codes are compared, about; of a larger model the middle rows of every matrix."""
 
 
+class Piece(NamedTuple):
+    """Elements [low, high) of a flattened matrix, or of the columns of it that the fragment is of."""
+
+    fragment: Fragment
+    low: int
+    high: int
+    scales: Tensor
+    """Of each element, the place of its scale among those of all layers."""
+
+
 class QatMetrics:
     """Counts over the quantized matrices of a prepared `model`. n_params: of the entire model."""
 
@@ -25,24 +38,29 @@ class QatMetrics:
         self._layers = [layer for _, layer in matrices(model)]
         scales = {id(layer.weight_scale) for layer in self._layers}
         self._scales = [f for f in masters.fragments if f.saved and id(f.parameter) in scales]
-        share = min(1.0, SAMPLE / n_params)
-        self._pieces = [self._pieces_of(layer, share) for layer in self._layers]
+        self._sample: dict[Quantizer, list[Piece]] = {}
+        share, start = min(1.0, SAMPLE / n_params), 0
+        for layer in self._layers:
+            if pieces := list(self._pieces_of(layer, share, start)):
+                self._sample.setdefault(layer.quantizer, []).extend(pieces)
+            start += masters.shapes[masters.names[id(layer.weight_scale)]].numel()
         self._before: list[Tensor] | None = None
 
-    def _pieces_of(self, layer: FakeQuantLayer, share: float) -> list[tuple[Fragment, int, int]]:
-        """Each piece is elements [low, high) of the flattened matrix or columns that the fragment is of."""
+    def _pieces_of(self, layer: FakeQuantLayer, share: float, start: int) -> Iterator[Piece]:
+        """start: scales of the layers before."""
         rows, channels = self._masters.shapes[self._masters.names[id(layer.weight)]]
+        groups = channels // (layer.group_size or channels)
         count = max(1, round(rows * share))
         skipped = (rows - count) // 2
-        pieces = []
         for fragment in self._masters.fragments:
             if fragment.parameter is layer.weight and fragment.saved:
                 first, end = fragment.columns or (0, channels)
                 low = max(fragment.start, skipped * (end - first))
                 high = min(fragment.start + fragment.numel, (skipped + count) * (end - first))
                 if low < high:
-                    pieces.append((fragment, low, high))
-        return pieces
+                    place = torch.arange(low, high, device=fragment.partition.device)
+                    row, column = place // (end - first), place % (end - first) + first
+                    yield Piece(fragment, low, high, start + row * groups + column * groups // channels)
 
     def before_step(self) -> None:
         """Keeps the codes of the sample, to be compared after the optimizer step. Collective."""
@@ -55,42 +73,22 @@ class QatMetrics:
         `before_step`. Collective.
         """
         scales = [fragment.of(fragment.partition) for fragment in self._scales]
-        floored = sum(int((scale <= SCALE_FLOOR).sum()) for scale in scales)
-        flipped = compared = 0
-        if self._before is not None:
-            after = self._codes()
-            flipped = sum(int((new != old).sum()) for new, old in zip(after, self._before, strict=True))
-            compared = sum(codes.numel() for codes in after)
-            self._before = None
+        floored = int((torch.cat(scales) <= SCALE_FLOOR).sum()) if scales else 0
+        before, self._before = self._before, None
+        after = [] if before is None else self._codes()
+        flipped = sum(int((new != old).sum()) for new, old in zip(after, before or [], strict=True))
+        compared = sum(codes.numel() for codes in after)
         found = [floored, sum(scale.numel() for scale in scales), flipped, compared]
         return torch.tensor(found, dtype=torch.float64, device=self._masters.device)
 
     @torch.no_grad()
     def _codes(self) -> list[Tensor]:
         """The codes of this process's part of the sample, as forward has them; one tensor per bit width."""
-        found: dict[Quantizer, list[tuple[Tensor, Tensor]]] = {}
-        scales = self._masters.full_all([layer.weight_scale for layer in self._layers])
-        for layer, scale, pieces in zip(self._layers, scales, self._pieces, strict=True):
-            for fragment, low, high in pieces:
-                channels = self._masters.shapes[fragment.name][1]
-                weights = fragment.of(fragment.partition)[low - fragment.start : high - fragment.start]
-                pairs = found.setdefault(layer.quantizer, [])
-                pairs.append((weights, _scale_of_each(scale.to(weights.device), fragment, channels, low, high)))
-        dtype = self._layers[0].weight.dtype
-        return [
-            encode(
-                quantizer,
-                torch.cat([w for w, _ in pairs]).to(dtype).unsqueeze(-1),
-                torch.cat([scale for _, scale in pairs]).to(dtype),
-            )
-            for quantizer, pairs in found.items()
-        ]
-
-
-def _scale_of_each(scale: Tensor, fragment: Fragment, channels: int, low: int, high: int) -> Tensor:
-    """The scale of each weight of a piece. scale: [rows] or [rows, groups], of a matrix [rows, channels]."""
-    by_group = scale.view(scale.shape[0], -1)
-    first, end = fragment.columns or (0, channels)
-    place = torch.arange(low, high, device=scale.device)
-    row, column = place // (end - first), place % (end - first) + first
-    return by_group[row, column * by_group.shape[1] // channels]
+        by_layer = self._masters.full_all([layer.weight_scale for layer in self._layers])
+        scales = torch.cat([scale.flatten() for scale in by_layer])
+        dtype, found = self._layers[0].weight.dtype, []
+        for quantizer, pieces in self._sample.items():
+            weights = torch.cat([f.of(f.partition)[low - f.start : high - f.start] for f, low, high, _ in pieces])
+            of_each = scales.to(weights.device)[torch.cat([piece.scales for piece in pieces])]
+            found.append(encode(quantizer, weights.to(dtype).unsqueeze(-1), of_each.to(dtype)))
+        return found

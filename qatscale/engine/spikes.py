@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pydantic
@@ -19,9 +19,9 @@ WARMUP = 50
 Index = Annotated[int, Field(ge=0)]
 
 
-@pydantic.dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass
 class SpikeState:
-    """What a checkpoint keeps, so that a resumed run judges as the run before it."""
+    """What a checkpoint keeps, so that a resumed run judges as the run before it. The guard's own changes in place."""
 
     count: Index = 0
     """Spikes so far."""
@@ -77,9 +77,8 @@ class SpikeGuard:
             if not math.isfinite(norm) or (judges and norm > (self._factor or 0.0) * state.mean):
                 self._spike = Spike(norm, state.mean)
             else:
-                updates = state.updates + 1
-                mean = state.mean + (norm - state.mean) / min(updates, WINDOW)
-                self.state = replace(state, mean=mean, updates=updates)
+                state.updates += 1
+                state.mean += (norm - state.mean) / min(state.updates, WINDOW)
         return self._spike is None
 
     def after_step(self) -> Spike | None:
@@ -91,14 +90,14 @@ class SpikeGuard:
 
     def count(self) -> int:
         """Count a spike that the run passes over; returns how many there were."""
-        self.state = replace(self.state, count=self.state.count + 1)
+        self.state.count += 1
         return self.state.count
 
     def roll_back(self, before: SpikeState, step: int) -> None:
         """After a checkpoint was loaded: keep the count of `before`, and leave out the batch that its `step` read."""
-        left_out = tuple(sorted({*before.left_out, before.batch_of(step)}))
-        self.state = replace(self.state, count=before.count, left_out=left_out)
+        self.state.count = before.count
+        self.state.left_out = tuple(sorted({*before.left_out, before.batch_of(step)}))
 
     def restart(self) -> None:
         """Forget the mean: after the switch the gradients are those of another loss."""
-        self.state = replace(self.state, mean=0.0, updates=0)
+        self.state.mean, self.state.updates = 0.0, 0

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -155,7 +155,7 @@ class AsyncCheckpointer:
         draft = Manifest(
             step=step, tokens=step * config.tokens_per_step, reason=reason, kept=reason in ("boundary", "end"),
             recipe_hash=self._recipe_hash, data=self._data.fingerprint, tokenizer=self._data.tokenizer.fingerprint,
-            plugin=components.plugin.state(), spikes=components.guard.state,
+            plugin=components.plugin.state(), spikes=replace(components.guard.state),
             parameters=parameter_records(components.masters),
             layout={
                 "processes": components.runtime.ranks,

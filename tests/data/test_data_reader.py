@@ -53,6 +53,14 @@ def test_every_epoch_is_a_permutation(sequences: int, seed: int, data: st.DataOb
     assert (ShuffledOrder(sequences, seed)(first, count) == seen[first : first + count]).all(), "found on its own"
 
 
+def test_positions_are_found_alike_in_any_pieces() -> None:
+    """An order draws positions in blocks; a piece may lie in one, cross two or hold several."""
+    whole = ShuffledOrder(1500, 7)(0, 4096)
+    for length in (1, 7, 16, 1000, 1024, 1500):
+        pieces, order = range(0, 4096, length), ShuffledOrder(1500, 7)
+        assert (np.concatenate([order(first, length) for first in pieces])[:4096] == whole).all()
+
+
 def test_seeds_and_epochs_differ_and_shuffle() -> None:
     orders = [ShuffledOrder(1000, seed)(0, 2000) for seed in (0, 1)]
     parts = [order[half] for order in orders for half in (slice(0, 1000), slice(1000, 2000))]
