@@ -50,8 +50,8 @@ class Meter:
 
     def _start_interval(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
-        self._step_loss = torch.zeros_like(self._loss)
-        self._micro_batches = self._step_micro_batches = 0
+        self._step_losses: list[torch.Tensor] = []
+        self._micro_batches = 0
         self._steps = 0
         self._data_seconds = 0.0
         self._paused = 0.0
@@ -60,16 +60,15 @@ class Meter:
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """The mean loss of one micro-batch on this process."""
-        self._step_loss += loss.detach()
-        self._step_micro_batches += 1
+        self._step_losses.append(loss.detach())
 
     def end_step(self, *, updated: bool = True) -> None:
         """updated: False leaves the loss of the step out, whose update was withheld."""
         if updated:
-            self._loss += self._step_loss
-            self._micro_batches += self._step_micro_batches
-        self._step_loss.zero_()
-        self._step_micro_batches = 0
+            for loss in self._step_losses:
+                self._loss += loss
+            self._micro_batches += len(self._step_losses)
+        self._step_losses.clear()
         self._steps += 1
         self._since_cold += 1
 
