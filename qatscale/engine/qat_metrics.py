@@ -6,7 +6,6 @@ Both are counted on the fp32 masters, each process on those it holds, so they do
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,9 @@ SAMPLE = 1 << 20
 """Weights of a model whose codes are compared, about; of a larger model the middle rows of every matrix."""
 
 
-class Piece(NamedTuple):
-    """Elements [low, high) of a flattened matrix, or of the columns of it that the fragment is of."""
-
-    fragment: Fragment
-    low: int
-    high: int
-    scales: Tensor
-    """Of each element, the place of its scale among those of all layers."""
+Piece = tuple[Fragment, int, int, Tensor]
+"""(fragment, low, high, places): elements [low, high) of a flattened matrix, or of the columns of it that the fragment
+is of; and for each element the place of its scale among those of all layers."""
 
 
 class QatMetrics:
@@ -60,7 +54,7 @@ class QatMetrics:
                 if low < high:
                     place = torch.arange(low, high, device=fragment.partition.device)
                     row, column = place // (end - first), place % (end - first) + first
-                    yield Piece(fragment, low, high, start + row * groups + column * groups // channels)
+                    yield fragment, low, high, start + row * groups + column * groups // channels
 
     def before_step(self) -> None:
         """Keeps the codes of the sample, to be compared after the optimizer step. Collective."""
@@ -89,6 +83,6 @@ class QatMetrics:
         dtype, found = self._layers[0].weight.dtype, []
         for quantizer, pieces in self._sample.items():
             weights = torch.cat([f.of(f.partition)[low - f.start : high - f.start] for f, low, high, _ in pieces])
-            of_each = scales.to(weights.device)[torch.cat([piece.scales for piece in pieces])]
+            of_each = scales.to(weights.device)[torch.cat([places for *_, places in pieces])]
             found.append(encode(quantizer, weights.to(dtype).unsqueeze(-1), of_each.to(dtype)))
         return found

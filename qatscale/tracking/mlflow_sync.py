@@ -5,6 +5,9 @@ This holds even if an answer is lost on its way:
 - the MLflow run carries the folder's unique id as a tag, which is searched for before a run is created;
 - tracking.json records the run and how many bytes of metrics.jsonl are uploaded, and advances only after an answer;
 - a point's timestamp is the record's own, and MLflow's SQL stores keep one row per (run, key, timestamp, step, value).
+
+What an ended run has sent is read back. A store that was restored from a backup, or a proxy that answered in its place,
+lacks some of it, and gets all of it again.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import json
 import os
 import signal
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,7 @@ from qatscale.tracking.mlflow_page import (
     view_state,
 )
 from qatscale.tracking.records import Record, Tail, live
-from qatscale.tracking.refusals import RefusedError, as_refused, check_database, shown, stall_limit
+from qatscale.tracking.refusals import ADDRESS, RefusedError, as_refused, check_database, shown, stall_limit
 from qatscale.tracking.run_folder import RunFolder, Status
 from qatscale.tracking.store import Cursor, artifact_location, database, known_store, quiet_mlflow, resolve_uri
 
@@ -44,6 +48,7 @@ MLFLOW_STATUS: dict[Status, str] = {
     "imported": "FINISHED", "done": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "killed": "KILLED",
     "created": "RUNNING", "running": "RUNNING", "running?": "RUNNING",
 }  # fmt: skip
+Texts = Mapping[str, str] | None
 RUN_TAG = "qatscale.run_id"
 """The tag that ties an MLflow run to one run folder."""
 _CHUNK = 100_000
@@ -64,18 +69,12 @@ class Uploader:
         check_database(uri)
         self.folder, self.uri, self._progress = folder, uri, progress
         self.recipe = folder.recipe
-        self.cursor = Cursor.of_store(folder, uri)
+        self._begin(Cursor.of_store(folder, uri))
         self.is_connected = False
-        parent = folder.run["parent"]
-        self._averages = Averages(self.recipe["log_interval"], parent["step"] if parent else 0)
-        self._sent: set[Any] = set()
-        """(key, step, value) of uploaded points."""
         file = database(uri)
-        if file is None:
+        # two runs must not both create the tables of an empty SQLite file
+        with locked(file.with_name(f"{file.name}.lock")) if file else nullcontext():
             self.client = MlflowClient(uri)
-        else:  # two runs must not both create the tables of an empty SQLite file
-            with locked(file.with_name(f"{file.name}.lock")):
-                self.client = MlflowClient(uri)
 
     def sync(self) -> bool:
         """Upload everything that is new. True when the run has ended and MLflow has all of it."""
@@ -85,6 +84,13 @@ class Uploader:
         if not self.cursor.described:
             self._describe()
         self._upload_records()
+        ended = MLFLOW_STATUS[status] != "RUNNING"
+        if ended and self._is_incomplete():
+            self._begin(self.cursor.model_copy(update={"offset": 0, "artifacts": {}, "status": None}))
+            self._describe()
+            self._upload_records()
+            if self._is_incomplete():
+                raise RefusedError(f"MLflow confirmed metrics and does not have them. {ADDRESS}")
         if self.cursor.parent_run_id is None:
             self._link_to_parent()
         failures = self._upload_artifacts()
@@ -92,7 +98,23 @@ class Uploader:
             self._upload_status(status)
         if failures:
             raise ExceptionGroup("artifacts not uploaded", failures)
-        return MLFLOW_STATUS[status] != "RUNNING"
+        return ended
+
+    def _is_incomplete(self) -> bool:
+        """Whether the store lacks points that it confirmed: a key, or a step of the key with the most points."""
+        if not self._sent:
+            return False
+        keys = Counter(key for key, *_ in self._sent)
+        [(most, _)] = keys.most_common(1)
+        steps = {step for key, step, _ in self._sent if key == most}
+        there = {point.step for point in self.client.get_metric_history(self.cursor.run_id, most)}
+        return not (steps <= there and keys.keys() <= self.client.get_run(self.cursor.run_id).data.metrics.keys())
+
+    def _begin(self, cursor: Cursor) -> None:
+        self.cursor, parent = cursor, self.folder.run["parent"]
+        self._averages = Averages(self.recipe["log_interval"], parent["step"] if parent else 0)
+        self._sent: set[Any] = set()
+        """(key, step, value) of uploaded points."""
 
     def _connect(self) -> None:
         """Find or create the MLflow run, and save its id before anything else is sent."""
@@ -110,7 +132,7 @@ class Uploader:
                     raise
                 # the store was removed and created again
                 known = {"follower": self.cursor.follower, "asked": self.cursor.asked}
-                self.cursor = Cursor.fresh(self.folder, self.uri).model_copy(update=known)
+                self._begin(Cursor.fresh(self.folder, self.uri).model_copy(update=known))
         self.cursor.experiment_id = experiment_id
         if self.cursor.run_id is None:
             run = self.folder.run
@@ -189,8 +211,7 @@ class Uploader:
         if self.folder.imported:
             tags["imported"] = self.folder.imported
         if run["parent"]:
-            tags["parent"] = run["parent"]["name"]
-            tags["parent_step"] = str(run["parent"]["step"])
+            tags |= {"parent": run["parent"]["name"], "parent_step": str(run["parent"]["step"])}
         self.log(parameters=parameters(self.folder) | {"n_params": str(run["n_params"])}, tags=tags)
         if corpora := dataset_inputs(self.folder):
             self.client.log_inputs(self.cursor.run_id, corpora)
@@ -230,21 +251,13 @@ class Uploader:
         shown_now = self.client.get_run(self.cursor.run_id).data.tags.get(NOTE_TAG)
         return {NOTE_TAG: description(self.folder, final)} if shown_now == description(self.folder) else {}
 
-    def log(
-        self,
-        metrics: Iterable[Any] = (),
-        parameters: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
+    def log(self, metrics: Iterable[Any] = (), parameters: Texts = None, tags: Texts = None) -> None:
         """One call of MLflow's client, which splits it into batches of 1,000 metrics, 100 parameters and 100 tags."""
         from mlflow.entities import Param, RunTag
 
-        self.client.log_batch(
-            self.cursor.run_id,
-            metrics=list(metrics),
-            params=[Param(key, value) for key, value in (parameters or {}).items()],
-            tags=[RunTag(key, value) for key, value in (tags or {}).items()],
-        )
+        params = [Param(key, value) for key, value in (parameters or {}).items()]
+        run_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+        self.client.log_batch(self.cursor.run_id, list(metrics), params, run_tags)
 
     def _link_to_parent(self) -> None:
         """Make a branch a child run of its trunk, once the same store has the trunk."""

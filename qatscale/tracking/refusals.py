@@ -23,14 +23,14 @@ _PERMANENT = {
     "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
 }  # fmt: skip
 """MLflow's error codes for requests that it will never accept."""
-_ADDRESS = "Check the address: an MLflow server does not answer so."
+ADDRESS = "Check the address: an MLflow server does not answer so."
 _CURES = (
     ("maintenance mode", "Set tracking.uri=sqlite:///mlflow.db; `mlflow migrate-filestore` moves former runs."),
     ("unsupported URI", "Set tracking.uri=sqlite:///FILE or http://HOST:PORT."),
     ("database schema", "`mlflow db upgrade` with the store's address brings it up to date."),
     ("Databricks credential", "Configure them, or set tracking.uri=sqlite:///FILE."),
     ("error code 40[13]|not authenticated", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."),
-    *((part, _ADDRESS) for part in ("error code 404", "valid JSON format", "redirects", "ParseError", "wrong version")),
+    *((part, ADDRESS) for part in ("error code 404", "valid JSON format", "redirects", "ParseError", "wrong version")),
 )  # fmt: skip
 """(pattern in a message, cure)"""
 

@@ -6,8 +6,10 @@ import json
 import math
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -304,6 +306,25 @@ def test_a_database_that_was_removed_gets_everything_again(make_run: MakeRun, sq
     cursor.save(folder)
     run_id = track_sync(folder)
     assert history(sqlite, run_id, "train/loss") == written(folder, "loss")
+
+
+def test_a_database_that_was_restored_from_a_backup_gets_everything_again(make_run: MakeRun, sqlite: str) -> None:
+    folder = make_run("run", steps=200)
+    folder.append("start", step=0)
+    log_metrics(folder, 0, 100)
+    uploader = Uploader(folder, sqlite)
+    uploader.sync()
+    with closing(sqlite3.connect(sqlite.removeprefix("sqlite:///"))) as store, closing(sqlite3.connect("")) as backup:
+        store.backup(backup)
+        log_metrics(folder, 100, 200)
+        finish(folder, {"fp": 2.5})
+        run_id = track_sync(folder)
+        backup.backup(store)
+    assert history(sqlite, run_id, "train/loss") == written(folder, "loss")[:10]
+    assert track_sync(folder) == run_id
+    assert history(sqlite, run_id, "train/loss") == written(folder, "loss")
+    (run,) = runs_of(sqlite)
+    assert (run.info.status, run.data.metrics["final/val_loss"]) == ("FINISHED", 2.5)
 
 
 def test_two_runs_may_meet_an_empty_store(make_run: MakeRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,18 @@ import os
 import signal
 import socket
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 from qatscale.tracking.follower import start_follower
-from qatscale.tracking.mlflow_sync import track_sync
+from qatscale.tracking.mlflow_sync import TrackingError, Uploader, track_sync
 from qatscale.tracking.store import where_to_look
 from tests.law.browser import CannotError, open_address
 from tests.tracking.synthetic_runs import MakeRun, finish, log_metrics
@@ -70,10 +74,56 @@ def test_a_real_server(make_run: MakeRun, template: Path, tmp_path: Path, monkey
         log_metrics(branch, 50, 100)
         finish(branch, {"fp": 2.75, "quantized": 2.625})
         track_sync(branch, address)
+        with swallowing_proxy(address) as (proxy, swallows):
+            lost = make_run("lost", steps=100)
+            lost.append("start", step=0)
+            uploader = Uploader(lost, proxy)
+            log_metrics(lost, 0, 50)
+            uploader.sync()
+            swallows.set()
+            log_metrics(lost, 50, 80)
+            uploader.sync()
+            swallows.clear()
+            log_metrics(lost, 80, 100)
+            uploader.sync()
+            assert len(history(address, uploader.cursor.run_id)) == 7
+            finish(lost, {"fp": 2.5})
+            swallows.set()
+            with pytest.raises(TrackingError, match="confirmed metrics and does not have them"):
+                track_sync(lost)
+            swallows.clear()
+            assert history(address, track_sync(lost)) == losses(lost)
         look_at_the_page(where_to_look([folder]), tmp_path)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@contextmanager
+def swallowing_proxy(address: str) -> Iterator[tuple[str, threading.Event]]:
+    """The address of a proxy of the server that, while the event is set, says {} to metrics in the server's place."""
+    swallows = threading.Event()
+
+    class Proxy(BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            answer = b"{}"
+            if not (swallows.is_set() and self.path.endswith("/runs/log-batch")):
+                kind = {"Content-Type": self.headers["Content-Type"] or "application/json"}
+                answer = urlopen(Request(address + self.path, body or None, kind, method=self.command)).read()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for method in ("GET", "POST", "PUT", "PATCH"):
+        setattr(Proxy, f"do_{method}", Proxy.pass_on)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}", swallows
+        proxy.shutdown()
 
 
 def look_at_the_page(said: list[str], folder: Path) -> None:
