@@ -13,7 +13,6 @@ lacks some of it, and gets all of it again.
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import signal
 import sqlite3
@@ -85,7 +84,7 @@ class Uploader:
             self._describe()
         self._upload_records()
         ended = MLFLOW_STATUS[status] != "RUNNING"
-        if ended and self._is_incomplete():
+        if ended and self._sent and self._is_incomplete():
             self._begin(self.cursor.model_copy(update={"offset": 0, "artifacts": {}, "status": None}))
             self._describe()
             self._upload_records()
@@ -102,8 +101,6 @@ class Uploader:
 
     def _is_incomplete(self) -> bool:
         """Whether the store lacks points that it confirmed: a key, or a step of the key with the most points."""
-        if not self._sent:
-            return False
         keys = Counter(key for key, *_ in self._sent)
         [(most, _)] = keys.most_common(1)
         steps = {step for key, step, _ in self._sent if key == most}
@@ -121,7 +118,7 @@ class Uploader:
         from mlflow.exceptions import MlflowException
 
         experiment_id = self._experiment()  # where it was deleted, so were its runs
-        if self.cursor.run_id is not None:
+        if self.cursor.run_id:
             try:
                 found_run = self.client.get_run(self.cursor.run_id)
                 if found_run.info.lifecycle_stage == "deleted":
@@ -134,13 +131,15 @@ class Uploader:
                 known = {"follower": self.cursor.follower, "asked": self.cursor.asked}
                 self._begin(Cursor.fresh(self.folder, self.uri).model_copy(update=known))
         self.cursor.experiment_id = experiment_id
-        if self.cursor.run_id is None:
+        if not self.cursor.run_id:
             run = self.folder.run
             tags = {RUN_TAG: run["id"]}
             found = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run['id']}'", max_results=1)
             created = int(run["created"] * 1000)
             mlflow_run = found[0] if found else self.client.create_run(experiment_id, created, tags, run["name"])
             self.cursor.run_id = mlflow_run.info.run_id
+            if not self.cursor.run_id:
+                raise RefusedError(f"A run was created and has no id. {ADDRESS}")
             self._save()
         for record in live(self._uploaded()):  # a superseded one may never have been sent
             self._sent.update(map(_IDENTITY, self._points(record)))
@@ -241,8 +240,8 @@ class Uploader:
                 tags["switch_step"] = str(switches[-1]["step"])
             self.log(fresh, texts, tags)
             for record in switches:
-                report = json.dumps(encode({"step": record["step"], "report": record["report"]}), indent=2)
-                self.client.log_text(self.cursor.run_id, report, "switch_report.json")
+                report = encode({"step": record["step"], "report": record["report"]})
+                self.client.log_dict(self.cursor.run_id, report, "switch_report.json")
             self.cursor.offset = tail.offset
             self._save()
 
