@@ -136,7 +136,8 @@ class RunConsole:
 
     def advance(self, step: int) -> None:
         """Optimizer steps done; moves the bar between metrics lines."""
-        self._progress.update(self._task, completed=step)
+        if not self._progress.disable:
+            self._progress.update(self._task, completed=step)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """A `metrics` record, as written to metrics.jsonl."""
