@@ -71,7 +71,7 @@ def track_sync(
     run: Annotated[Path, run_argument("A run's folder.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow store than the one in the run's recipe.")] = None,
 ) -> None:
-    """Upload to MLflow what an unreachable server missed."""
+    """Upload to MLflow what an unreachable server missed, or one restored from a backup lost."""
     from qatscale.tracking import mlflow_sync
     from qatscale.tracking.run_folder import RunFolder
 
