@@ -99,8 +99,7 @@ def run_steps(
                 with meter.pause():
                     if save:
                         checkpointer.save(done, save)
-                    if validate:
-                        assert validation is not None
+                    if validate and validation is not None:
                         log.validation(done, validation_losses(engine, ["current"], validation, topology))
             if save or validate or done % GC_INTERVAL == 0:
                 gc.collect()
